@@ -1,0 +1,51 @@
+"""Compile Hugging Face transformers models, prove the result, and load it back with the same interface.
+
+Importing this package loads neither torch nor any service's client; names below load their module when used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compileflow.errors import CompileflowError
+    from compileflow.manifest import ArtifactManifest
+    from compileflow.serving.model import CompiledModel
+    from compileflow.serving.pipeline import CompiledPipeline
+    from compileflow.serving.tokenizer import CompiledTokenizer
+    from compileflow.spec import CompileSpec, ComponentSpec, HfTask, Precision, ShapeBucket
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ArtifactManifest": "compileflow.manifest",
+    "CompileSpec": "compileflow.spec",
+    "CompiledModel": "compileflow.serving.model",
+    "CompiledPipeline": "compileflow.serving.pipeline",
+    "CompiledTokenizer": "compileflow.serving.tokenizer",
+    "CompileflowError": "compileflow.errors",
+    "ComponentSpec": "compileflow.spec",
+    "HfTask": "compileflow.spec",
+    "Precision": "compileflow.spec",
+    "ShapeBucket": "compileflow.spec",
+}
+
+__all__ = [
+    "ArtifactManifest",
+    "CompileSpec",
+    "CompiledModel",
+    "CompiledPipeline",
+    "CompiledTokenizer",
+    "CompileflowError",
+    "ComponentSpec",
+    "HfTask",
+    "Precision",
+    "ShapeBucket",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'compileflow' has no attribute {name!r}")

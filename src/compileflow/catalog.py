@@ -1,0 +1,74 @@
+"""Names of targets, sources, stores and registries, and the classes behind them; nothing is imported early."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from compileflow.contracts import ArtifactStore, ModelRegistry, Source, Target
+from compileflow.errors import SpecError
+from compileflow.settings import Settings
+
+TARGETS: Mapping[str, str] = {
+    "onnx-runtime": "compileflow.targets.onnx_runtime:OnnxRuntimeTarget",
+    "torchscript": "compileflow.targets.torchscript:TorchScriptTarget",
+}
+SOURCES: Mapping[str, str] = {
+    "file": "compileflow.sources.folder:FolderSource",
+    "hf": "compileflow.sources.hub:HubSource",
+}
+STORES: Mapping[str, str] = {"file": "compileflow.stores.local:LocalStore"}
+REGISTRIES: Mapping[str, str] = {"sqlite": "compileflow.registries.local:LocalRegistry"}
+
+
+def target_names() -> tuple[str, ...]:
+    """Return the names of all known targets, ours and third parties', sorted."""
+    return tuple(sorted(_with_entry_points("targets")))
+
+
+def get_target(name: str) -> Target:
+    """Return the target of that name.
+
+    Raises:
+        SpecError: no such target; the message lists those there are.
+    """
+    target: Target = _load("target", name, _with_entry_points("targets"))()
+    return target
+
+
+def get_source(scheme: str, settings: Settings) -> Source:
+    """Return the source for a URI scheme, "file" or "hf"."""
+    source: Source = _load("source", scheme, SOURCES)(settings)
+    return source
+
+
+def open_store(uri: str) -> ArtifactStore:
+    """Open the artifact store at `uri`, for example file:///var/lib/compileflow."""
+    store: ArtifactStore = _load("artifact store", _scheme(uri), _with_entry_points("stores"))(uri)
+    return store
+
+
+def open_registry(uri: str) -> ModelRegistry:
+    """Open the model registry at `uri`, for example sqlite:////var/lib/compileflow/registry.db."""
+    found: ModelRegistry = _load("model registry", _scheme(uri), _with_entry_points("registries"))(uri)
+    return found
+
+
+def _scheme(uri: str) -> str:
+    return uri.partition(":")[0]
+
+
+@lru_cache(maxsize=None)
+def _with_entry_points(kind: str) -> Mapping[str, str]:
+    own = {"targets": TARGETS, "stores": STORES, "registries": REGISTRIES}[kind]
+    return {point.name: point.value for point in entry_points(group=f"compileflow.{kind}")} | dict(own)
+
+
+def _load(kind: str, name: str, known: Mapping[str, str]) -> Any:
+    if name not in known:
+        raise SpecError(f"Unknown {kind} {name!r}.", hint=f"Choose one of: {', '.join(sorted(known))}.")
+    module, _, attribute = known[name].partition(":")
+    return getattr(import_module(module), attribute)

@@ -1,0 +1,227 @@
+"""What a target, a source, a store and a registry must be able to do, and the values they exchange."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from compileflow.digests import FileRecord
+from compileflow.manifest import ComponentRecord, TensorRecord
+from compileflow.spec import HfTask, Precision, ShapeBucket
+
+Arrays = dict[str, NDArray[Any]]
+Device = Literal["cpu", "cuda", "neuron"]
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a target can compile and run on this machine, and if not, why and what to do."""
+
+    can_compile: bool
+    can_run: bool
+    reason: str = ""
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a target can do on any machine."""
+
+    hf_tasks: tuple[HfTask, ...]
+    precisions: tuple[Precision, ...]
+    devices: tuple[Device, ...]
+    dynamic_axes: bool
+    compile_needs_device: bool = False
+
+
+@dataclass(frozen=True)
+class ComponentPlan:
+    """One component, decided down to the shapes: what `Target.compile` is given."""
+
+    name: str
+    hf_task: HfTask
+    precision: Precision
+    max_sequence_length: int
+    shape_buckets: tuple[ShapeBucket, ...]
+    options: Mapping[str, JsonValue] = field(default_factory=dict)
+    trust_remote_code: bool = False
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class CompiledGraph:
+    """What `Target.compile` wrote: its files relative to `out_dir`, and the graph's interface."""
+
+    files: tuple[str, ...]
+    inputs: tuple[TensorRecord, ...]
+    outputs: tuple[TensorRecord, ...]
+    output_class: str
+    pad_token_id: int
+
+
+class Runner(Protocol):
+    """A loaded graph. Safe to call from several threads."""
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+        """Map named inputs to named outputs; shapes as in the component's record."""
+
+    def close(self) -> None:
+        """Release the graph. Closing twice does nothing."""
+
+
+class TargetOptions(BaseModel):
+    """Base of every target's options: frozen, and unknown names are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@runtime_checkable
+class Target(Protocol):
+    """One thing that a model can be compiled for. Methods import their toolchain themselves."""
+
+    name: ClassVar[str]
+    version: ClassVar[int]
+    summary: ClassVar[str]
+    Options: ClassVar[type[TargetOptions]]
+    capabilities: ClassVar[Capabilities]
+    default_gates: ClassVar[Mapping[Precision, Mapping[str, float]]]
+
+    def probe(self) -> Availability:
+        """Look whether the toolchain is here. Never raises, imports nothing heavy."""
+
+    def toolchain(self) -> dict[str, str]:
+        """Return the distributions, with versions, that decide what a compile gives."""
+
+    def cpu_features(self) -> tuple[str, ...]:
+        """Return the CPU features that a compile on this machine bakes in, () when none."""
+
+    def compile(self, source_dir: Path, component: ComponentPlan, out_dir: Path) -> CompiledGraph:
+        """Compile one component. Writes below `out_dir` only, uses no network.
+
+        Raises:
+            CompileError: the toolchain refused the model.
+            TargetUnavailableError: the toolchain is missing.
+        """
+
+    def load(
+        self, component_dir: Path, component: ComponentRecord, *, device: Device, threads: int | None
+    ) -> Runner:
+        """Load a compiled component whose digests were verified.
+
+        Raises:
+            LoadError: it cannot run here.
+            TargetUnavailableError: the runtime is missing.
+        """
+
+
+@dataclass(frozen=True)
+class LocatedSource:
+    """A source model, pinned, with its files on this machine."""
+
+    uri: str
+    revision: str
+    folder: Path
+    files: tuple[str, ...]
+
+
+class Source(Protocol):
+    """A place that uncompiled models come from."""
+
+    def pin(self, location: str, revision: str | None) -> tuple[str, str | None]:
+        """Return the URI and, where the place itself knows one, the commit that `revision` means now."""
+
+    def locate(self, location: str, revision: str | None, work_dir: Path) -> LocatedSource:
+        """Bring the model's files to this machine; downloads go below `work_dir`."""
+
+
+@dataclass(frozen=True)
+class StoredFolder:
+    """A folder in a store."""
+
+    uri: str
+    digest: str
+    size_bytes: int
+
+
+class ArtifactStore(Protocol):
+    """Write-once, content-addressed folders, and small records that point at them."""
+
+    uri: str
+
+    def put_folder(self, folder: Path) -> StoredFolder:
+        """Store a folder; its listing is written last. Bytes that are there already are not sent again."""
+
+    def get_folder(self, digest: str, dest: Path) -> tuple[FileRecord, ...]:
+        """Write the folder below `dest`, which must not exist; every SHA-256 is checked."""
+
+    def open_folder(self, digest: str) -> AbstractContextManager[Path]:
+        """Give a verified, read-only copy of the folder for as long as the block lasts."""
+
+    def exists(self, digest: str) -> bool:
+        """Say whether the folder is there whole: its listing and every blob."""
+
+    def list(self) -> Iterator[str]:
+        """Yield the digests of all folders."""
+
+    def folder_uri(self, digest: str) -> str:
+        """Return the URI of a folder in this store."""
+
+    def put_record(self, kind: str, key: str, value: Mapping[str, JsonValue]) -> None:
+        """Point `key` at something; replaces what was there, atomically."""
+
+    def get_record(self, kind: str, key: str) -> dict[str, JsonValue] | None:
+        """Return what `put_record` wrote, or None."""
+
+    def lock(self, key: str, *, on_wait: Callable[[], None]) -> AbstractContextManager[None]:
+        """Hold `key` alone among all users of the store; freed when the holder dies."""
+
+
+class VersionEntry(BaseModel):
+    """What is registered about one compiled model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)
+    target: str
+    spec: dict[str, JsonValue]
+    source_uri: str
+    source_revision: str
+    source_digest: str
+    artifact_uri: str
+    artifact_digest: str
+    verdict: Literal["pass", "warn"]
+    figures: dict[str, float]
+    report_uri: str
+    report_digest: str
+    flow_run_id: str | None = None
+
+
+class ModelVersion(VersionEntry):
+    """A registered compiled model: the entry, its number and when it was made."""
+
+    version: int = Field(ge=1)
+    created_at: str = Field(description="UTC, ISO 8601.")
+
+
+class ModelRegistry(Protocol):
+    """Named, numbered versions of compiled models."""
+
+    uri: str
+
+    def register(self, entry: VersionEntry) -> ModelVersion:
+        """Register a version; the same name and artifact digest again give the version that exists."""
+
+    def find(self, artifact_digest: str) -> Sequence[ModelVersion]:
+        """Return every version of that artifact, newest first."""
+
+    def get(self, name: str, version: int) -> ModelVersion:
+        """Return one version; an unknown name or number is a RegistryError that lists what there is."""
+
+    def versions(self, name: str | None = None) -> Sequence[ModelVersion]:
+        """Return all versions, of one name or of all, newest first."""

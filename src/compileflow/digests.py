@@ -1,0 +1,93 @@
+"""SHA-256 of files, folders and JSON values: the one definition of a digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from compileflow.errors import IntegrityError
+
+SHA256 = r"^[0-9a-f]{64}$"
+
+
+def safe_relative_path(path: str) -> str:
+    """Return `path` if it names a file below its folder, in POSIX form; raise `ValueError` otherwise."""
+    parts = PurePosixPath(path).parts
+    windows_like = "\\" in path or (len(path) > 1 and path[1] == ":")
+    if not parts or path.startswith("/") or ".." in parts or windows_like or "\0" in path:
+        raise ValueError(f"path {path!r} leaves its folder")
+    if str(PurePosixPath(path)) != path:
+        raise ValueError(f"path {path!r} is not in its shortest form")
+    return path
+
+
+class FileRecord(BaseModel):
+    """One file of a folder: where it is, how large it is, and what its bytes are."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: Annotated[str, AfterValidator(safe_relative_path)]
+    size_bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=SHA256)
+
+
+def canonical_json(value: Any) -> bytes:
+    """Encode a JSON value so that equal values give equal bytes: sorted keys, no spaces, UTF-8."""
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()
+
+
+def json_digest(value: Any) -> str:
+    """Return the SHA-256 of a JSON value's canonical bytes, 64 hex digits."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, 64 hex digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def list_files(folder: Path, *, only: Iterable[str] | None = None) -> tuple[FileRecord, ...]:
+    """Hash every file below `folder`, sorted by path; `only` narrows it to those relative paths.
+
+    Raises:
+        IntegrityError: something below the folder is neither a file nor a folder, or is a link out of it.
+    """
+    root = folder.resolve()
+    names = sorted(only) if only is not None else sorted(_walk(root))
+    return tuple(
+        FileRecord(path=name, size_bytes=(root / name).stat().st_size, sha256=file_digest(root / name))
+        for name in names
+    )
+
+
+def listing_bytes(files: Iterable[FileRecord]) -> bytes:
+    """Return the canonical listing of a folder; its SHA-256 is the folder's digest."""
+    records = [record.model_dump() for record in sorted(files, key=lambda record: record.path)]
+    return canonical_json({"schema_version": 1, "files": records})
+
+
+def folder_digest(files: Iterable[FileRecord]) -> str:
+    """Return the digest of a folder: the SHA-256 of its listing."""
+    return hashlib.sha256(listing_bytes(files)).hexdigest()
+
+
+def _walk(root: Path) -> list[str]:
+    names = []
+    for path in root.rglob("*"):
+        if path.is_dir() and not path.is_symlink():
+            continue
+        if not path.is_file() or not path.resolve().is_relative_to(root):
+            raise IntegrityError(
+                f"{path.name} in {root} is a link out of the folder or not a plain file.",
+                hint="Replace it by the file itself.",
+            )
+        names.append(path.relative_to(root).as_posix())
+    return names

@@ -1,0 +1,148 @@
+"""The one exception tree: every error says what to do next, and whether trying again can help."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class CompileflowError(Exception):
+    """Base of every error that compileflow raises on purpose.
+
+    Args:
+        message: What was asked and what was found, in one line.
+        hint: What to do about it, in one line.
+
+    Attributes:
+        retryable: Whether the same call may succeed later without anyone changing anything. This alone
+            decides a Prefect retry.
+    """
+
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        self.message = one_line(message)
+        self.hint = one_line(hint)
+        super().__init__(self.message, self.hint)
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.hint}".strip()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self)!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self).__name__, self.message, self.hint)
+
+    def to_dict(self) -> dict[str, str]:
+        """Return a JSON-able form that `from_dict` turns back into the same error."""
+        return {"type": type(self).__name__, "message": self.message, "hint": self.hint}
+
+    @staticmethod
+    def from_dict(data: dict[str, str]) -> CompileflowError:
+        """Rebuild an error that crossed a process boundary."""
+        return _rebuild(data["type"], data["message"], data.get("hint", ""))
+
+
+class SpecError(CompileflowError):
+    """The request itself is wrong: an unknown name, or values that contradict one another."""
+
+
+class SourceError(CompileflowError):
+    """The source model is absent, incomplete or unusable as it is."""
+
+
+class SourceUnavailableError(SourceError):
+    """The place that holds the source model did not answer."""
+
+    retryable = True
+
+
+class CompileError(CompileflowError):
+    """The toolchain refused or failed to compile the model."""
+
+
+class TargetUnavailableError(CompileflowError):
+    """The target's toolchain or runtime is missing on this machine."""
+
+
+class ProcessError(CompileflowError):
+    """A child process ended without an answer."""
+
+
+class ProcessKilledError(ProcessError):
+    """A child process was ended by a signal."""
+
+
+class ProcessTimeoutError(ProcessError):
+    """A child process ran past its time limit and was killed."""
+
+
+class OutOfMemoryError(ProcessError):
+    """A child process needed more memory than there was."""
+
+
+class StoreError(CompileflowError):
+    """The artifact store refused or could not do what was asked."""
+
+
+class StoreUnavailableError(StoreError):
+    """The artifact store did not answer."""
+
+    retryable = True
+
+
+class IntegrityError(StoreError):
+    """Bytes differ from their digest, a file is missing, or a path leaves its folder."""
+
+
+class ManifestError(CompileflowError):
+    """A manifest.json is absent, unreadable or of an unknown schema_version."""
+
+
+class LoadError(CompileflowError):
+    """A compiled model cannot be loaded here."""
+
+
+class InputError(CompileflowError):
+    """A compiled model was called with inputs that it was not compiled for."""
+
+
+class MeasurementError(CompileflowError):
+    """A validation could not be made; it counts as the verdict `error`, never as a pass."""
+
+
+class VerdictError(CompileflowError):
+    """The compiled model did not pass its gates."""
+
+
+class StepOffError(CompileflowError):
+    """A step is switched off and what it would have made is not there to be reused."""
+
+
+class RegistryError(CompileflowError):
+    """The model registry refused or could not do what was asked."""
+
+
+class RegistryUnavailableError(RegistryError):
+    """The model registry did not answer."""
+
+    retryable = True
+
+
+def one_line(text: str) -> str:
+    """Fold all white space, so that an error is one line wherever it is printed."""
+    return " ".join(text.split())
+
+
+def _rebuild(name: str, message: str, hint: str) -> CompileflowError:
+    return _tree().get(name, CompileflowError)(message, hint=hint)
+
+
+def _tree() -> dict[str, type[CompileflowError]]:
+    found: dict[str, type[CompileflowError]] = {}
+    todo: list[type[CompileflowError]] = [CompileflowError]
+    while todo:
+        kind = todo.pop()
+        found[kind.__name__] = kind
+        todo.extend(kind.__subclasses__())
+    return found

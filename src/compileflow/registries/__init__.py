@@ -1,0 +1,1 @@
+"""Model registries: named, numbered versions of compiled models."""

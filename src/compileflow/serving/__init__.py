@@ -1,0 +1,1 @@
+"""What a service loads: the compiled tokenizer, model and pipeline."""

@@ -1,0 +1,1 @@
+"""Places that an uncompiled model comes from."""

@@ -1,0 +1,90 @@
+"""Which files of a model folder make the model, and whether they are whole."""
+
+from __future__ import annotations
+
+import json
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+
+from compileflow.errors import SourceError
+
+SAFE_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+LEGACY_WEIGHTS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+CONFIG = ("config.json", "generation_config.json", "*_config.json", "modules.json", "*/config.json")
+TOKENIZER = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.jinja",
+    "spiece*", "bpe.codes", "sentencepiece*",
+)  # fmt: skip
+CODE = ("*.py",)
+# Other exports of the same weights, and a training run's leftovers.
+_SKIPPED_FOLDERS = ("onnx", "openvino", "coreml", "checkpoint-*", "runs", ".*", "__pycache__")
+
+
+def kind_of(name: str) -> str:
+    """Return the part of a model that a file belongs to: weights, tokenizer, config, code, or ''."""
+    for kind, patterns in (
+        ("weights", SAFE_WEIGHTS + LEGACY_WEIGHTS),
+        ("tokenizer", TOKENIZER),
+        ("config", CONFIG),
+        ("code", CODE),
+    ):
+        if any(fnmatch(name, pattern) for pattern in patterns):
+            return kind
+    return ""
+
+
+def choose_files(names: list[str], where: str) -> tuple[str, ...]:
+    """Choose the files that make the model; safetensors win over pickled weights.
+
+    Raises:
+        SourceError: no config.json, or no weights.
+    """
+    kept = []
+    for name in sorted(names):
+        folders = PurePosixPath(name).parts[:-1]
+        if len(folders) <= 1 and not any(fnmatch(f, skip) for f in folders for skip in _SKIPPED_FOLDERS):
+            kept.append(name)
+    if "config.json" not in kept:
+        raise SourceError(
+            f"{where} holds no model: there is no config.json.",
+            hint="Give the folder that save_pretrained wrote, or a Hub id as owner/name.",
+        )
+    top = [name for name in kept if "/" not in name or kind_of(name) == "config"]
+    safe = [name for name in top if any(fnmatch(name, pattern) for pattern in SAFE_WEIGHTS)]
+    legacy = [name for name in top if any(fnmatch(name, pattern) for pattern in LEGACY_WEIGHTS)]
+    weights = safe or legacy
+    if not any(not name.endswith(".index.json") for name in weights):
+        raise SourceError(
+            f"{where} holds no weights: neither *.safetensors nor pytorch_model*.bin.",
+            hint="Save the model with save_pretrained, or fetch the whole repository.",
+        )
+    return tuple(name for name in top if name in weights or kind_of(name) not in ("weights", ""))
+
+
+def check_weights(folder: Path, names: tuple[str, ...]) -> None:
+    """Check that safetensors files are whole, without reading their tensors.
+
+    Raises:
+        SourceError: a file is truncated or not safetensors, or an index names a file that is absent.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    for name in names:
+        if fnmatch(name, "*.index.json"):
+            shards = set(json.loads((folder / name).read_text("utf-8")).get("weight_map", {}).values())
+            absent = sorted(shards - set(names))
+            if absent:
+                raise SourceError(
+                    f"{name} names the shard {absent[0]}, which is absent ({len(absent)} in all).",
+                    hint="Copy or download the model again, whole.",
+                )
+        elif name.endswith(".safetensors"):
+            try:
+                with safe_open(folder / name, framework="np"):
+                    continue
+            except SafetensorError as error:
+                size = (folder / name).stat().st_size
+                raise SourceError(
+                    f"{name} is truncated or not safetensors ({size} bytes): {error}.",
+                    hint="Copy or download the model again.",
+                ) from error

@@ -1,0 +1,44 @@
+"""folder: a model that save_pretrained wrote on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+from compileflow.contracts import LocatedSource
+from compileflow.errors import SourceError
+from compileflow.settings import Settings
+from compileflow.sources.files import choose_files
+
+
+class FolderSource:
+    """Reads a folder; its revision is the digest of what is in it now."""
+
+    def __init__(self, settings: Settings):
+        self._settings = settings
+
+    def pin(self, location: str, revision: str | None) -> tuple[str, str | None]:
+        """Return the folder's URI; a folder has no commits, so there is nothing to pin to."""
+        if revision is not None:
+            raise SourceError(
+                f"{location} is a folder, and a folder has no revision {revision!r}.",
+                hint="Leave the revision empty, or give a Hub id.",
+            )
+        return _path(location).as_uri(), None
+
+    def locate(self, location: str, revision: str | None, work_dir: Path) -> LocatedSource:
+        """Choose the model's files in the folder. Nothing is copied."""
+        uri, _ = self.pin(location, revision)
+        folder = _path(location)
+        if not folder.is_dir():
+            raise SourceError(
+                f"{folder} is not a folder.", hint="Give a model folder, or a Hub id as owner/name."
+            )
+        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        return LocatedSource(uri=uri, revision="", folder=folder, files=choose_files(names, str(folder)))
+
+
+def _path(location: str) -> Path:
+    if location.startswith("file:"):
+        location = unquote(urlparse(location).path)
+    return Path(location).expanduser().absolute()

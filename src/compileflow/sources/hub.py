@@ -1,0 +1,101 @@
+"""hub: a model on the Hugging Face Hub, pinned to the commit that its revision means now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from compileflow.contracts import LocatedSource
+from compileflow.errors import SourceError, SourceUnavailableError
+from compileflow.settings import Settings
+from compileflow.sources.files import choose_files
+
+
+class HubSource:
+    """Downloads the files that make the model from one commit of a Hub repository."""
+
+    def __init__(self, settings: Settings):
+        self._endpoint = settings.hub_endpoint
+        self._token = settings.hub_token.get_secret_value() if settings.hub_token else False
+
+    def pin(self, location: str, revision: str | None) -> tuple[str, str | None]:
+        """Ask the Hub for the commit that `revision` (default: main) means now."""
+        repository = _repository(location)
+        return f"hf://{repository}", self._info(repository, revision).sha
+
+    def locate(self, location: str, revision: str | None, work_dir: Path) -> LocatedSource:
+        """Download the model's files at one commit below `work_dir`."""
+        from huggingface_hub import snapshot_download
+
+        repository = _repository(location)
+        info = self._info(repository, revision)
+        files = choose_files([sibling.rfilename for sibling in info.siblings or []], f"hf://{repository}")
+        with _hub_errors(repository, revision):
+            snapshot_download(
+                repository,
+                revision=info.sha,
+                allow_patterns=list(files),
+                local_dir=work_dir,
+                endpoint=self._endpoint,
+                token=self._token,
+            )
+        return LocatedSource(uri=f"hf://{repository}", revision=info.sha, folder=work_dir, files=files)
+
+    def _info(self, repository: str, revision: str | None) -> Any:
+        from huggingface_hub import HfApi
+
+        with _hub_errors(repository, revision):
+            return HfApi(endpoint=self._endpoint, token=self._token).model_info(repository, revision=revision)
+
+
+def _repository(location: str) -> str:
+    return location.removeprefix("hf://").strip("/")
+
+
+@contextmanager
+def _hub_errors(repository: str, revision: str | None) -> Iterator[None]:
+    """Say in one line what the Hub refused; none of its messages holds the token."""
+    import httpx
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        yield
+    except HFValidationError as error:
+        raise SourceError(
+            f"{repository!r} is neither a folder here nor a Hub id.",
+            hint="Give a model folder, or owner/name.",
+        ) from error
+    except GatedRepoError as error:
+        raise SourceError(
+            f"hf://{repository} is gated, and this token has no access to it.",
+            hint="Accept its licence on its Hub page and set HF_TOKEN to a token of that account.",
+        ) from error
+    except RevisionNotFoundError as error:
+        raise SourceError(
+            f"hf://{repository} has no revision {revision!r}.", hint="Give a branch, a tag or a full commit."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise SourceError(
+            f"hf://{repository} does not exist, or is private and HF_TOKEN has no access to it.",
+            hint="Check the name; for a private model set HF_TOKEN. A local model is given as ./folder.",
+        ) from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else 0
+        kind = SourceUnavailableError if status >= 500 or status in (0, 408, 429) else SourceError
+        raise kind(
+            f"The Hub answered HTTP {status} for hf://{repository}.", hint="Try again later."
+        ) from error
+    except (httpx.TransportError, LocalEntryNotFoundError, ConnectionError) as error:
+        raise SourceUnavailableError(
+            f"The Hub did not answer for hf://{repository} ({type(error).__name__}).",
+            hint="Check the network and HF_ENDPOINT.",
+        ) from error

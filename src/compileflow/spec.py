@@ -1,0 +1,97 @@
+"""What the user asks for: CompileSpec, ComponentSpec, ShapeBucket, and the tasks and precisions there are."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+
+
+class HfTask(StrEnum):
+    """Hub tasks that a compiled model can serve."""
+
+    FEATURE_EXTRACTION = "feature-extraction"
+    TEXT_CLASSIFICATION = "text-classification"
+    TOKEN_CLASSIFICATION = "token-classification"  # noqa: S105 - a task's name, not a password
+    FILL_MASK = "fill-mask"
+    QUESTION_ANSWERING = "question-answering"
+
+
+class Precision(StrEnum):
+    """Number format that the compiled model computes in."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+    INT8 = "int8"
+
+
+class ShapeBucket(BaseModel):
+    """One fixed input shape that a static graph is compiled for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    batch_size: int = Field(ge=1, le=4096, title="Batch size", description="Rows per call.")
+    sequence_length: int = Field(ge=1, le=131072, title="Sequence length", description="Tokens per row.")
+
+    def __str__(self) -> str:
+        return f"{self.batch_size}x{self.sequence_length}"
+
+
+class ComponentSpec(BaseModel):
+    """One compiled graph of an artifact."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(
+        "default", pattern=r"^[a-z0-9][a-z0-9_-]*$", title="Name", description="Component name."
+    )
+    max_sequence_length: int | None = Field(
+        None,
+        ge=1,
+        title="Maximum sequence length",
+        description="Longest input in tokens, special tokens included. Empty: the model's own maximum.",
+    )
+    shape_buckets: tuple[ShapeBucket, ...] = Field(
+        (),
+        title="Shape buckets",
+        description="Shapes that a static target compiles. Empty: batch 1 at powers of two up to the maximum.",
+    )
+
+    @model_validator(mode="after")
+    def _buckets_fit(self) -> ComponentSpec:
+        longest = max((b.sequence_length for b in self.shape_buckets), default=None)
+        if longest is not None and self.max_sequence_length not in (None, longest):
+            raise ValueError(
+                f"component {self.name!r}: the longest shape bucket is {longest} tokens, "
+                f"max_sequence_length is {self.max_sequence_length}; make them equal or give only one"
+            )
+        return self
+
+
+class CompileSpec(BaseModel):
+    """Everything the user decides about one compiled artifact; part of its cache key, field by field."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    target: str = Field(title="Target", description="What the model is compiled for.")
+    hf_task: HfTask = Field(title="Task", description="Hub task that the compiled model serves.")
+    precision: Precision = Field(Precision.FP32, title="Precision", description="Number format of the graph.")
+    components: tuple[ComponentSpec, ...] = Field(
+        (ComponentSpec(),), min_length=1, title="Components", description="Compiled graphs of the artifact."
+    )
+    target_options: dict[str, JsonValue] = Field(
+        default_factory=dict, title="Target options", description="Settings that only this target knows."
+    )
+    trust_remote_code: bool = Field(
+        False,
+        title="Trust remote code",
+        description="Run Python files that come with the source model. They run with your rights.",
+    )
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> CompileSpec:
+        names = [component.name for component in self.components]
+        if len(set(names)) != len(names):
+            raise ValueError(f"two components share a name: {', '.join(sorted(names))}; rename one")
+        return self

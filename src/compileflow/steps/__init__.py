@@ -1,0 +1,1 @@
+"""The four steps of the pipeline, as plain functions: fetch, compile, validate, register."""

@@ -1,0 +1,113 @@
+"""fetch: bring a source model into the artifact store, pinned and whole."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+from compileflow.catalog import get_source, open_store
+from compileflow.contracts import ArtifactStore, LocatedSource
+from compileflow.digests import folder_digest, list_files
+from compileflow.errors import StepOffError
+from compileflow.settings import Settings
+from compileflow.sources.files import check_weights
+from compileflow.steps.cache import CacheKey, find, find_or_make, latest
+from compileflow.steps.values import FetchedSource
+from compileflow.workspace import os_errors, work_folder
+
+logger = logging.getLogger(__name__)
+STEP = "fetch"
+
+
+def fetch_source(
+    model: str, revision: str | None, *, store_uri: str, settings: Settings, enabled: bool = True
+) -> FetchedSource:
+    """Put a source model's files into the store.
+
+    A folder is hashed each time, so that a model retrained in place is seen; a Hub model is downloaded once a
+    commit.
+
+    Args:
+        model: Folder, file:// URI, Hub id as owner/name, or hf:// URI.
+        revision: Branch, tag or commit of a Hub model; None is its main branch.
+        store_uri: The artifact store.
+        settings: Work folder, Hub endpoint and token.
+        enabled: False reuses the last source model that the store has from that place.
+
+    Raises:
+        SourceError: there is no such model, or it is not whole.
+        StepOffError: the step is off and the store has none.
+    """
+    store = open_store(store_uri)
+    source = get_source(scheme_of(model), settings)
+    if not enabled:
+        return _reuse(store, model, scheme_of(model))
+    uri, commit = source.pin(model, revision)
+    with work_folder(settings.work_dir, label="fetch") as work:
+        if commit is None:
+            located = source.locate(model, revision, work)
+            check_weights(located.folder, located.files)
+            files = list_files(located.folder, only=located.files)
+            key = CacheKey(STEP, uri, {"uri": uri} | {record.path: record.sha256 for record in files})
+            pinned = folder_digest(files)
+        else:
+            located = None
+            key = CacheKey(STEP, uri, {"uri": uri, "commit": commit})
+            pinned = commit
+
+        def make(reason: str) -> FetchedSource:
+            logger.info("fetching %s at %s", uri, pinned[:12])
+            there = located or source.locate(model, pinned, work / "download")
+            if located is None:
+                check_weights(there.folder, there.files)
+            return _store_source(store, there, uri, pinned, work / "model")
+
+        value, cached = find_or_make(store, key, FetchedSource, digest_field="digest", make=make)
+    return value.model_copy(update={"cached": cached})
+
+
+def scheme_of(model: str) -> str:
+    """Say whether `model` names a folder ("file") or a Hub repository ("hf")."""
+    if "://" in model:
+        return model.partition(":")[0]
+    looks_local = model.startswith((".", "/", "~")) or Path(model).exists() or model.count("/") != 1
+    return "file" if looks_local else "hf"
+
+
+def _store_source(
+    store: ArtifactStore, located: LocatedSource, uri: str, revision: str, copy: Path
+) -> FetchedSource:
+    """Copy the chosen files and nothing else, so that the digest is of the model alone."""
+    with os_errors(copy, "write to"):
+        for name in located.files:
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(located.folder / name, copy / name)
+    stored = store.put_folder(copy)
+    return FetchedSource(
+        uri=uri,
+        revision=revision,
+        stored_uri=stored.uri,
+        digest=stored.digest,
+        size_bytes=stored.size_bytes,
+        cached=False,
+    )
+
+
+def _reuse(store: ArtifactStore, model: str, scheme: str) -> FetchedSource:
+    uri = (
+        Path(model.removeprefix("file://")).expanduser().absolute().as_uri()
+        if scheme == "file"
+        else f"hf://{model.removeprefix('hf://')}"
+    )
+    last = latest(store, STEP, uri)
+    parts = last.get("parts") if last else None
+    if isinstance(parts, dict):
+        key = CacheKey(STEP, uri, {name: str(value) for name, value in parts.items()})
+        value = find(store, key, FetchedSource, digest_field="digest")
+        if value is not None:
+            return value.model_copy(update={"cached": True})
+    raise StepOffError(
+        f"The fetch step is off, and the store {store.uri} has no source model from {uri}.",
+        hint="Switch the fetch step on.",
+    )

@@ -1,0 +1,1 @@
+"""Artifact stores: write-once, content-addressed folders."""

@@ -1,0 +1,176 @@
+"""onnx-runtime: transformers' ONNX exporter with dynamic axes and fused graphs, run by ONNX Runtime."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from numpy.typing import NDArray
+from pydantic import Field
+
+from compileflow.contracts import (
+    Arrays,
+    Availability,
+    Capabilities,
+    CompiledGraph,
+    ComponentPlan,
+    Device,
+    Runner,
+    TargetOptions,
+)
+from compileflow.errors import CompileError, InputError, LoadError
+from compileflow.isolation import report_progress
+from compileflow.manifest import ComponentRecord
+from compileflow.source_graph import example_inputs, load_source_graph
+from compileflow.spec import HfTask, Precision
+
+_FILE = "model.onnx"
+_NEEDS = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
+
+
+class OnnxRuntimeOptions(TargetOptions):
+    """Options of the onnx-runtime target."""
+
+    fusions: Literal["cpu", "none"] = Field(
+        "cpu", description="Fuse attention, layer normalisation and GELU for ONNX Runtime's CPU kernels."
+    )
+    opset: int | None = Field(None, ge=18, le=25, description="ONNX opset. Empty: the exporter's own choice.")
+
+
+class OnnxRuntimeTarget:
+    """Export to ONNX, any batch size and length, and run with ONNX Runtime."""
+
+    name: ClassVar[str] = "onnx-runtime"
+    version: ClassVar[int] = 1
+    summary: ClassVar[str] = "ONNX with dynamic axes and fused graphs; CPU fleets"
+    Options: ClassVar[type[TargetOptions]] = OnnxRuntimeOptions
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        hf_tasks=tuple(HfTask), precisions=(Precision.FP32,), devices=("cpu",), dynamic_axes=True
+    )
+    default_gates: ClassVar[Mapping[Precision, Mapping[str, float]]] = {}
+
+    def probe(self) -> Availability:
+        """Look which distributions are installed, without importing them."""
+        missing = [name for name in _NEEDS if name not in self.toolchain()]
+        if not missing:
+            return Availability(can_compile=True, can_run=True)
+        return Availability(
+            can_compile=False,
+            can_run="onnxruntime" not in missing,
+            reason=f"{', '.join(missing)} not installed",
+            hint="pip install 'compileflow[onnx-runtime]'",
+        )
+
+    def toolchain(self) -> dict[str, str]:
+        """Return the versions of the exporter's and the runtime's distributions."""
+        found = {}
+        for name in _NEEDS:
+            try:
+                found[name] = version(name)
+            except PackageNotFoundError:
+                continue
+        return found
+
+    def cpu_features(self) -> tuple[str, ...]:
+        """Return (): ONNX Runtime chooses its kernels when it loads."""
+        return ()
+
+    def compile(self, source_dir: Path, component: ComponentPlan, out_dir: Path) -> CompiledGraph:
+        """Export one graph with dynamic batch and sequence axes."""
+        import torch
+
+        torch.set_num_threads(component.threads)
+        options = OnnxRuntimeOptions.model_validate(dict(component.options))
+        report_progress("loading the source model")
+        graph = load_source_graph(
+            source_dir, component.hf_task, trust_remote_code=component.trust_remote_code
+        )
+        # A batch of one would be taken for a constant, and the file would refuse a batch of two.
+        length = min(16, component.max_sequence_length)
+        example = example_inputs(graph.inputs, 3, length, graph.vocab_size, graph.pad_token_id)
+        report_progress("exporting to ONNX")
+        model = _export(graph.model, example, options)
+        names = {value.name for value in model.graph.outputs}
+        lost = [record.name for record in graph.outputs if record.name not in names]
+        if lost:
+            raise CompileError(
+                f"The ONNX export lost the output {lost[0]!r}; it has {', '.join(sorted(names))}.",
+                hint="Report this model's architecture; another target may compile it.",
+            )
+        report_progress("writing the ONNX graph")
+        import onnx_ir
+
+        onnx_ir.save(model, str(out_dir / _FILE), external_data=f"{_FILE}.data")
+        return CompiledGraph(
+            (_FILE, f"{_FILE}.data"), graph.inputs, graph.outputs, graph.output_class, graph.pad_token_id
+        )
+
+    def load(
+        self, component_dir: Path, component: ComponentRecord, *, device: Device, threads: int | None
+    ) -> Runner:
+        """Open an inference session; ONNX Runtime optimises the graph for this CPU."""
+        import onnxruntime
+
+        settings = onnxruntime.SessionOptions()
+        settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+        settings.log_severity_level = 3
+        if threads is not None:
+            settings.intra_op_num_threads = threads
+        try:
+            session = onnxruntime.InferenceSession(
+                str(component_dir / _FILE), settings, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # noqa: BLE001 - onnxruntime has no base class for its errors
+            raise LoadError(
+                f"{_FILE} cannot be loaded by onnxruntime {onnxruntime.__version__}: {error}",
+                hint="Use the onnxruntime version that the manifest names, or compile again.",
+            ) from error
+        return _OnnxRuntimeRunner(session, component)
+
+
+class _OnnxRuntimeRunner:
+    """Runs one inference session."""
+
+    def __init__(self, session: Any, component: ComponentRecord):
+        self._session = session
+        self._names = [record.name for record in component.outputs]
+        # A graph may drop an input that does not matter to it.
+        self._inputs = {value.name for value in session.get_inputs()}
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+        if self._session is None:
+            raise InputError("This compiled model was closed.", hint="Load it again.")
+        used = {name: value for name, value in inputs.items() if name in self._inputs}
+        return dict(zip(self._names, self._session.run(self._names, used), strict=True))
+
+    def close(self) -> None:
+        self._session = None
+
+
+def _export(model: Any, example: Arrays, options: OnnxRuntimeOptions) -> Any:
+    import torch
+    from transformers.exporters import OnnxConfig, OnnxExporter
+
+    batch, sequence = torch.export.Dim.DYNAMIC, torch.export.Dim.DYNAMIC
+    config = OnnxConfig(
+        dynamic=True,
+        dynamic_shapes={name: {0: batch, 1: sequence} for name in example},
+        ort_fusions=None if options.fusions == "none" else options.fusions,
+        opset_version=options.opset,
+    )
+    tensors = {name: torch.as_tensor(value) for name, value in example.items()}
+    # The exporter says that it was tested with an older torch, and torch.export deprecates its own parts.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            return OnnxExporter().export(model, tensors, config).program
+    except Exception as error:  # noqa: BLE001 - the exporter lets the errors of four libraries through
+        raise CompileError(
+            f"The ONNX exporter refused the model: {type(error).__name__}: {str(error)[:300]}",
+            hint="Try another target; `compileflow targets` lists them.",
+        ) from error

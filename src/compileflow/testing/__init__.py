@@ -1,0 +1,1 @@
+"""Conformance suites that a new target, store or registry inherits."""

@@ -1,0 +1,1 @@
+"""Measure a compiled model against its source model, then judge the numbers."""

@@ -1,0 +1,106 @@
+"""Great Expectations' expectations that regression needs: nothing skips a NaN, and no row is an error.
+
+Importing this module registers them. It imports great_expectations, which takes seconds: only `judge` does so.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+from great_expectations.execution_engine import PandasExecutionEngine
+from great_expectations.expectations.expectation import ColumnAggregateExpectation
+from great_expectations.expectations.metrics import ColumnAggregateMetricProvider, column_aggregate_value
+
+from compileflow.validation.metrics import trials_to_decide, wilson_interval
+
+
+class _Extremes(ColumnAggregateMetricProvider):  # type: ignore[misc]
+    """Smallest and largest value of a column; NaN where any value is NaN or missing."""
+
+    metric_name = "column.strict_extremes"
+
+    @column_aggregate_value(engine=PandasExecutionEngine, filter_column_isnull=False)  # type: ignore[untyped-decorator]
+    def _pandas(cls, column: Any, **_: Any) -> dict[str, float]:  # noqa: N805 - great_expectations makes it a classmethod
+        values = column.to_numpy(dtype=float, na_value=np.nan)
+        if values.size == 0:
+            raise ValueError("no rows to judge")
+        return {"minimum": float(np.min(values)), "maximum": float(np.max(values)), "rows": int(values.size)}
+
+
+class _Agreements(ColumnAggregateMetricProvider):  # type: ignore[misc]
+    """How many rows of a 0-or-1 column are 1, and how many rows there are."""
+
+    metric_name = "column.agreements"
+
+    @column_aggregate_value(engine=PandasExecutionEngine, filter_column_isnull=False)  # type: ignore[untyped-decorator]
+    def _pandas(cls, column: Any, **_: Any) -> dict[str, int]:  # noqa: N805 - as above
+        if column.size == 0 or column.isna().any():
+            raise ValueError("no rows to judge, or one is missing")
+        return {"hits": int(column.sum()), "trials": int(column.size)}
+
+
+class ExpectColumnMaximumToBeAtMost(ColumnAggregateExpectation):  # type: ignore[misc]
+    """Every value is at most `limit`; a NaN is not."""
+
+    limit: float
+    metric_dependencies: ClassVar[tuple[str, ...]] = ("column.strict_extremes",)
+    success_keys: ClassVar[tuple[str, ...]] = ("limit",)
+
+    def _validate(self, metrics: Any, runtime_configuration: Any = None, execution_engine: Any = None) -> Any:
+        observed = metrics["column.strict_extremes"]
+        return {
+            "success": bool(observed["maximum"] <= self.limit),
+            "result": {"observed_value": observed["maximum"], "details": {"rows": observed["rows"]}},
+        }
+
+
+class ExpectColumnMinimumToBeAtLeast(ColumnAggregateExpectation):  # type: ignore[misc]
+    """Every value is at least `limit`; a NaN is not."""
+
+    limit: float
+    metric_dependencies: ClassVar[tuple[str, ...]] = ("column.strict_extremes",)
+    success_keys: ClassVar[tuple[str, ...]] = ("limit",)
+
+    def _validate(self, metrics: Any, runtime_configuration: Any = None, execution_engine: Any = None) -> Any:
+        observed = metrics["column.strict_extremes"]
+        return {
+            "success": bool(observed["minimum"] >= self.limit),
+            "result": {"observed_value": observed["minimum"], "details": {"rows": observed["rows"]}},
+        }
+
+
+class ExpectRateToBeAtLeast(ColumnAggregateExpectation):  # type: ignore[misc]
+    """The share of ones in a column is at least `limit`, and there are enough rows to say so.
+
+    Three answers, in `details.decision`: pass when the lower end of the 95 % Wilson interval reaches the limit,
+    fail when the upper end does not, else inconclusive. A limit of 1 allows no miss, however many rows there are.
+    """
+
+    limit: float
+    metric_dependencies: ClassVar[tuple[str, ...]] = ("column.agreements",)
+    success_keys: ClassVar[tuple[str, ...]] = ("limit",)
+
+    def _validate(self, metrics: Any, runtime_configuration: Any = None, execution_engine: Any = None) -> Any:
+        hits, trials = metrics["column.agreements"]["hits"], metrics["column.agreements"]["trials"]
+        lower, upper = wilson_interval(hits, trials)
+        more = None
+        if self.limit >= 1.0:
+            decision = "pass" if hits == trials else "fail"
+        elif lower >= self.limit:
+            decision = "pass"
+        elif upper < self.limit:
+            decision = "fail"
+        else:
+            decision = "inconclusive"
+            more = trials_to_decide(hits, trials, self.limit)
+        details = {
+            "hits": hits, "trials": trials, "lower": lower, "upper": upper, "decision": decision, "more": more
+        }  # fmt: skip
+        return {
+            "success": decision == "pass",
+            "result": {"observed_value": hits / trials, "details": details},
+        }
+
+
+EXPECTATIONS = (ExpectColumnMaximumToBeAtMost, ExpectColumnMinimumToBeAtLeast, ExpectRateToBeAtLeast)

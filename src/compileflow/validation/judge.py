@@ -1,0 +1,231 @@
+"""Turn measurements into a verdict with Great Expectations; nothing else in compileflow judges."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from compileflow.errors import MeasurementError
+from compileflow.spec import HfTask, Precision
+from compileflow.validation.measure import Measurements
+from compileflow.validation.suite import Gate, gates_for
+
+Outcome = Literal["pass", "warn", "fail", "error"]
+
+
+class GateResult(BaseModel):
+    """One gate, judged.
+
+    Attributes:
+        measured: The worst value, or the rate; None where it is not a number.
+        margin: How much of the room up to the limit is left, 1 = all of it, 0 = at the limit, negative =
+            beyond; None where there is no room by design (a limit of 0 or 1 that allows no exception).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    gate: str
+    says: str
+    outcome: Outcome
+    severity: str
+    comparison: Literal["at most", "at least"]
+    measured: float | None
+    limit: float
+    margin: float | None
+    detail: str
+
+
+class Verdict(BaseModel):
+    """The outcome, its reason in one line, and every gate in the suite's order."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    outcome: Outcome
+    reason: str
+    gates: tuple[GateResult, ...]
+    notes: tuple[str, ...] = ()
+
+
+def judge(
+    measurements: Measurements,
+    *,
+    precision: Precision,
+    hf_task: HfTask,
+    overrides: Mapping[str, float] | None = None,
+) -> Verdict:
+    """Judge measurements by the suite's gates for a precision and a task.
+
+    A gate that cannot be evaluated is an `error`, and an error never passes.
+    """
+    notes = list(measurements.notes)
+    gates = []
+    for gate in gates_for(precision, hf_task, overrides or {}):
+        if gate.entry.optional and gate.entry.metric not in measurements.scalars:
+            notes.append(f"{gate.entry.gate} does not apply to this model.")
+        else:
+            gates.append(gate)
+    tables = _tables(measurements)
+    results: list[GateResult] = []
+    for name in ("comparisons", "rates", "scalars"):
+        chosen = [gate for gate in gates if gate.entry.table == name]
+        if chosen:
+            results.extend(_judge_table(tables[name], chosen))
+    order = {gate.entry.gate: position for position, gate in enumerate(gates)}
+    results.sort(key=lambda result: order[result.gate])
+    if len(results) != len(gates):
+        raise MeasurementError(
+            f"{len(gates)} gates were asked for and {len(results)} judged.",
+            hint="Mend the suite file.",
+        )
+    outcome, reason = _sum_up(results)
+    return Verdict(outcome=outcome, reason=reason, gates=tuple(results), notes=tuple(dict.fromkeys(notes)))
+
+
+def _tables(measurements: Measurements) -> dict[str, Any]:
+    import pandas as pd
+
+    agreements = [
+        {"metric": row["metric"], "agrees": agrees}
+        for row in measurements.rates
+        for agrees in [1] * row["hits"] + [0] * (row["trials"] - row["hits"])
+    ]
+    scalars = [{"metric": name, "value": value} for name, value in measurements.scalars.items()]
+    return {
+        "comparisons": pd.DataFrame(measurements.comparisons),
+        "rates": pd.DataFrame(agreements, columns=["metric", "agrees"]),
+        "scalars": pd.DataFrame(scalars, columns=["metric", "value"]),
+    }
+
+
+def _judge_table(table: Any, gates: Sequence[Gate]) -> list[GateResult]:
+    """Run one checkpoint over one table."""
+    with warnings.catch_warnings():
+        # great_expectations' own use of its dependencies; nothing of ours is silenced by it.
+        warnings.simplefilter("ignore")
+        import great_expectations as gx
+
+        logging.getLogger("great_expectations").setLevel(logging.ERROR)
+        context = gx.get_context(mode="ephemeral")
+        context.variables.progress_bars = {"globally": False}
+        asset = context.data_sources.add_pandas("measurements").add_dataframe_asset("table")
+        suite = context.suites.add(gx.ExpectationSuite(name="regression"))
+        for gate in gates:
+            suite.add_expectation(_expectation(gate))
+        if len(suite.expectations) != len(gates):
+            raise MeasurementError(
+                f"Great Expectations kept {len(suite.expectations)} of {len(gates)} gates.",
+                hint="Mend the suite file.",
+            )
+        definition = context.validation_definitions.add(
+            gx.ValidationDefinition(
+                name="regression", data=asset.add_batch_definition_whole_dataframe("all"), suite=suite
+            )
+        )
+        answer = definition.run(batch_parameters={"dataframe": table})
+    by_name = {gate.entry.gate: gate for gate in gates}
+    return [
+        _gate_result(by_name[result.expectation_config.meta["gate"]], result) for result in answer.results
+    ]
+
+
+def _expectation(gate: Gate) -> Any:
+    from great_expectations.expectations.expectation_configuration import ExpectationConfiguration
+
+    from compileflow.validation.expectations import EXPECTATIONS
+
+    known = {kind.expectation_type for kind in EXPECTATIONS}
+    if gate.entry.type not in known:
+        raise MeasurementError(
+            f"The gate {gate.entry.gate} has the unknown type {gate.entry.type!r}.",
+            hint=f"Choose one of: {', '.join(sorted(known))}.",
+        )
+    kwargs: dict[str, Any] = {"column": gate.entry.column, "limit": gate.limit}
+    if gate.entry.metric is not None:
+        kwargs |= {
+            "row_condition": f'metric=="{gate.entry.metric}"',
+            "condition_parser": "pandas",
+        }
+    return ExpectationConfiguration(
+        type=gate.entry.type,
+        kwargs=kwargs,
+        severity=gate.severity,
+        meta={"gate": gate.entry.gate},
+    ).to_domain_obj()
+
+
+def _gate_result(gate: Gate, result: Any) -> GateResult:
+    trouble = _exceptions(result)
+    details = (result.result or {}).get("details") or {}
+    measured = (result.result or {}).get("observed_value")
+    number = float(measured) if measured is not None and math.isfinite(measured) else None
+    outcome: Outcome
+    if trouble:
+        outcome, detail = "error", trouble
+    elif result.success:
+        outcome, detail = "pass", _rate_detail(details)
+    elif details.get("decision") == "inconclusive":
+        more = details["more"]
+        outcome = "warn"
+        detail = _rate_detail(details) + (
+            f"; inconclusive: {more} more examples at this rate would decide"
+            if more is not None
+            else "; inconclusive, and the rate is the limit itself"
+        )
+    else:
+        outcome = "fail" if gate.severity == "critical" else "warn"
+        detail = _rate_detail(details) or ("not a number" if number is None else "")
+    at_most = gate.entry.type.endswith("at_most")
+    return GateResult(
+        gate=gate.entry.gate,
+        says=gate.entry.says,
+        outcome=outcome,
+        severity=gate.severity,
+        comparison="at most" if at_most else "at least",
+        measured=number,
+        limit=gate.limit,
+        margin=_margin(number, gate.limit, at_most),
+        detail=detail,
+    )
+
+
+def _margin(measured: float | None, limit: float, at_most: bool) -> float | None:
+    if measured is None or limit == (0.0 if at_most else 1.0):
+        return None
+    return (limit - measured) / limit if at_most else (measured - limit) / (1.0 - limit)
+
+
+def _rate_detail(details: Mapping[str, Any]) -> str:
+    if "trials" not in details:
+        return ""
+    return (
+        f"{details['hits']} of {details['trials']}, "
+        f"95 % interval {details['lower']:.4f} to {details['upper']:.4f}"
+    )
+
+
+def _exceptions(result: Any) -> str:
+    """Great Expectations has the exception flat, or by metric when a metric raised."""
+    info = result.exception_info or {}
+    entries = [info] if "raised_exception" in info else [v for v in info.values() if isinstance(v, dict)]
+    messages = {str(entry.get("exception_message")) for entry in entries if entry.get("raised_exception")}
+    return "; ".join(sorted(messages))
+
+
+def _sum_up(results: Sequence[GateResult]) -> tuple[Outcome, str]:
+    for outcome in ("error", "fail", "warn"):
+        hit = [result for result in results if result.outcome == outcome]
+        if hit:
+            others = f" (and {len(hit) - 1} more)" if len(hit) > 1 else ""
+            return outcome, f"{outcome}: {_in_words(hit[0])}{others}"
+    return "pass", f"pass: all {len(results)} gates hold"
+
+
+def _in_words(result: GateResult) -> str:
+    measured = "no number" if result.measured is None else f"{result.measured:.4g}"
+    text = f"{result.gate} measured {measured}, the limit is {result.comparison} {result.limit:.4g}"
+    return f"{text}; {result.detail}" if result.detail else text

@@ -1,0 +1,250 @@
+"""Measure a compiled model against its source model: numbers only, no judgement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from compileflow.contracts import Arrays
+from compileflow.errors import CompileflowError, MeasurementError
+from compileflow.manifest import TensorRecord
+from compileflow.validation import metrics
+from compileflow.validation.cases import Case, CaseBuilder
+from compileflow.validation.decisions import Decisions
+from compileflow.validation.latency import Latency, time_pairs
+
+Model = Callable[[Arrays], Arrays]
+
+# Below this share of the output, switching the token types changes too little to be measured.
+_LEAST_RESPONSE = 1e-3
+
+
+@dataclass
+class Measurements:
+    """Everything that was measured.
+
+    Attributes:
+        comparisons: One row an example and output: `metrics.compare` with case, family, output and text.
+        rates: One row an example and metric: `metric`, `hits`, `trials`.
+        scalars: One number a metric.
+        noise: The source model's own noise: `max_abs_diff` and `rel_l2` between runs that should be equal.
+        latencies: Paired timings, the first of them the headline.
+    """
+
+    comparisons: list[dict[str, Any]] = field(default_factory=list)
+    rates: list[dict[str, Any]] = field(default_factory=list)
+    scalars: dict[str, float] = field(default_factory=dict)
+    noise: dict[str, float] = field(default_factory=dict)
+    latencies: list[Latency] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def figures(self) -> dict[str, float]:
+        """Return the few numbers that a registry keeps."""
+        found = dict(self.scalars)
+        for name in ("max_abs_diff", "rel_l2", "one_minus_cosine"):
+            values = [float(row[name]) for row in self.comparisons]
+            if values and np.isfinite(values).all():
+                found[name] = max(values)
+        for metric in sorted({row["metric"] for row in self.rates}):
+            rows = [row for row in self.rates if row["metric"] == metric]
+            found[metric] = sum(row["hits"] for row in rows) / sum(row["trials"] for row in rows)
+        if self.latencies:
+            headline = asdict(self.latencies[0])
+            found |= {f"latency_{name}": value for name, value in headline.items() if name != "shape"}
+        return {name: value for name, value in found.items() if np.isfinite(value)}
+
+
+def measure(
+    reference: Model,
+    candidate: Model,
+    *,
+    outputs: Sequence[TensorRecord],
+    decisions: Decisions,
+    cases: Sequence[Case],
+    progress: Callable[[str], None],
+) -> Measurements:
+    """Run both models on every case and compare output by output, example by example.
+
+    Raises:
+        MeasurementError: the source model itself fails or answers NaN or infinity, or a case has no example.
+    """
+    found = Measurements()
+    for number, case in enumerate(cases):
+        if number % 10 == 0:
+            progress(f"comparing case {number + 1} of {len(cases)}: {case.name}")
+        expected = _reference_answer(reference, case)
+        actual, trouble = _candidate_answer(candidate, case)
+        for record in outputs:
+            _compare_output(found, case, record, expected[record.name], actual.get(record.name), trouble)
+        if case.family == "agreement" and not trouble:
+            decisions.add(case, expected, actual)
+    if not any(case.family == "agreement" for case in cases):
+        raise MeasurementError("There is no natural example.", hint="Give some, one a line.")
+    found.rates.extend(decisions.rates())
+    found.scalars.update(decisions.scalars())
+    return found
+
+
+def measure_mask(
+    found: Measurements, reference: Model, candidate: Model, builder: CaseBuilder, texts: list[str]
+) -> None:
+    """Measure how much masked-out tokens change the rest: padding against other tokens in the same places.
+
+    `mask_leak` is the candidate's rel_l2 between the two, less the reference's own; NaN when the candidate
+    answers no finite numbers.
+    """
+    spare = min(4, builder.max_length - 1)
+    rows = [builder.encode(text, max_length=builder.max_length - spare) for text in texts]
+    inputs = {
+        name: np.pad(
+            value, ((0, 0), (0, spare)), constant_values=builder.pad_token_id if name == "input_ids" else 0
+        )
+        for name, value in builder.collate(rows).items()
+    }
+    kept = inputs["attention_mask"].astype(bool)
+    # A real token in a masked place: whoever looks there answers differently.
+    stranger = inputs["input_ids"][0, kept[0].sum() // 2]
+    strange = inputs | {"input_ids": np.where(kept, inputs["input_ids"], stranger)}
+    leaks = []
+    for model in (reference, candidate):
+        one, two = model(inputs), model(strange)
+        leaks.append(max(metrics.rel_l2(_kept(one[name], kept), _kept(two[name], kept)) for name in one))
+    leak = leaks[1] - leaks[0]
+    found.scalars["mask_leak"] = max(0.0, leak) if np.isfinite(leak) else float("nan")
+
+
+def measure_token_types(
+    found: Measurements, reference: Model, candidate: Model, builder: CaseBuilder, texts: list[str]
+) -> None:
+    """Measure whether token types change the candidate as they change the reference.
+
+    `token_type_error` = ||dc - dr|| / ||dr||, where d is the answer with token types less the one without;
+    1 when the candidate ignores them. Left out, with a note, when the source model hardly responds.
+    """
+    if "token_type_ids" not in builder.input_names:
+        return
+    length = max((edge for edge in builder.edges if edge <= 64), default=min(builder.max_length, 32))
+    stream = " ".join(texts)
+    row = builder.encode(stream, max_length=length)
+    size = len(row["input_ids"])
+    with_types = builder.collate([row | {"token_type_ids": [0] * (size // 2) + [1] * (size - size // 2)}])
+    without = with_types | {"token_type_ids": np.zeros_like(with_types["token_type_ids"])}
+    answers = [(model(with_types), model(without)) for model in (reference, candidate)]
+    errors = []
+    for name in answers[0][0]:
+        expected = np.asarray(answers[0][0][name], np.float64) - answers[0][1][name]
+        actual = np.asarray(answers[1][0][name], np.float64) - answers[1][1][name]
+        if np.linalg.norm(expected) >= _LEAST_RESPONSE * np.linalg.norm(answers[0][1][name]):
+            errors.append(metrics.rel_l2(expected, actual))
+    if errors:
+        found.scalars["token_type_error"] = max(errors)
+    else:
+        found.notes.append("token_types_respected was not judged: the source model hardly responds to them.")
+
+
+def measure_noise(
+    found: Measurements, variants: dict[str, Callable[[Case], Arrays]], reference: Model, cases: Sequence[Case]
+) -> None:
+    """Measure how far the source model is from itself: other precision, other batch, other thread count.
+
+    Args:
+        found: Gets `noise`, the worst of all variants, and each variant's rel_l2 as `rel_l2 (name)`.
+        variants: Name to a run of the same case in another way.
+        reference: The source model as it is compared with.
+        cases: A few natural cases.
+    """
+    worst = {"max_abs_diff": 0.0, "rel_l2": 0.0}
+    for name, run in variants.items():
+        each = 0.0
+        for case in cases:
+            expected, actual = reference(case.inputs), run(case)
+            kept = case.mask.astype(bool)
+            for output in expected:
+                row = metrics.compare(_kept(expected[output], kept), _kept(actual[output], kept))
+                each = max(each, float(row["rel_l2"]))
+                worst["max_abs_diff"] = max(worst["max_abs_diff"], float(row["max_abs_diff"]))
+        worst["rel_l2"] = max(worst["rel_l2"], each)
+        found.noise[f"rel_l2 ({name})"] = each
+    found.noise |= worst
+
+
+def measure_latency(
+    found: Measurements, reference: Model, candidate: Model, builder: CaseBuilder, texts: list[str], *, pairs: int
+) -> None:
+    """Time both models at a short text, a long one, and a batch."""
+    stream = " ".join(texts)
+    for batch_size, length in dict.fromkeys(
+        ((1, min(16, builder.max_length)), (1, min(128, builder.max_length)), (8, min(64, builder.max_length)))
+    ):
+        row = builder.encode(stream, max_length=length)
+        inputs = builder.collate([row] * batch_size)
+        found.latencies.append(
+            time_pairs(
+                f"{batch_size} x {len(row['input_ids'])}",
+                lambda inputs=inputs: reference(inputs),
+                lambda inputs=inputs: candidate(inputs),
+                pairs=pairs,
+                budget_s=8.0,
+            )
+        )
+    found.scalars["latency_ratio"] = found.latencies[0].ratio
+
+
+def _reference_answer(reference: Model, case: Case) -> Arrays:
+    try:
+        return reference(case.inputs)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise MeasurementError(
+            f"The source model itself fails on the case {case.name!r}: {error}",
+            hint="Check the model and its tokenizer: do they belong together?",
+        ) from error
+
+
+def _candidate_answer(candidate: Model, case: Case) -> tuple[Arrays, str]:
+    """A candidate that raises has answered wrongly; the words go into the report."""
+    try:
+        return candidate(case.inputs), ""
+    except (CompileflowError, RuntimeError, ValueError, TypeError, KeyError, IndexError) as error:
+        return {}, f"{type(error).__name__}: {error}"
+
+
+def _compare_output(
+    found: Measurements, case: Case, record: TensorRecord, expected: Any, actual: Any, trouble: str
+) -> None:
+    if not np.isfinite(expected[_real(record, case)]).all():
+        raise MeasurementError(
+            f"The source model itself answers NaN or infinity on the case {case.name!r}.",
+            hint="Mend the source model first.",
+        )
+    for index, text in enumerate(case.texts):
+        kept = case.mask[index].astype(bool)
+        before = expected[index][kept] if _per_token(record) else expected[index]
+        if actual is None or actual.shape != expected.shape:
+            after = np.empty(0)
+        else:
+            after = actual[index][kept] if _per_token(record) else actual[index]
+        found.comparisons.append(
+            {
+                "case": case.name,
+                "family": case.family,
+                "output": record.name,
+                "text": text[:200],
+                "trouble": trouble,
+            }
+            | metrics.compare(before, after)
+        )
+
+
+def _real(record: TensorRecord, case: Case) -> Any:
+    return case.mask.astype(bool) if _per_token(record) else slice(None)
+
+
+def _per_token(record: TensorRecord) -> bool:
+    return record.axes[:2] == ("batch", "sequence")
+
+
+def _kept(values: Any, kept: Any) -> Any:
+    return values[kept] if values.shape[: kept.ndim] == kept.shape else values

@@ -1,0 +1,198 @@
+"""Numbers that compare a reference array with a candidate array; all in float64, none of them judges."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+# Elements below this share of the largest reference element do not decide tolerance_use.
+_ATOL, _RTOL = 1e-4, 1e-3
+
+
+def compare(reference: Array, candidate: Array) -> dict[str, float | int]:
+    """Compare one output of one example.
+
+    Args:
+        reference: Output of the source model, any shape, padding already taken out.
+        candidate: Output of the compiled model.
+
+    Returns:
+        `shape_matches` (1 or 0), `reference_nonfinite_count`, `candidate_nonfinite_count`, and, NaN where
+        shapes differ or an element is not finite: `max_abs_diff` in the output's units; `rel_l2` =
+        ||r - c|| / ||r||; `one_minus_cosine`; `tolerance_use` = max(|r - c| / (1e-4 + 1e-3 |r|)), at most 1
+        where numpy.isclose(c, r, rtol=1e-3, atol=1e-4) holds everywhere.
+
+    >>> compare(np.array([3.0, 4.0]), np.array([3.0, 4.5]))["rel_l2"]
+    0.1
+    """
+    r, c = np.asarray(reference, np.float64), np.asarray(candidate, np.float64)
+    row: dict[str, float | int] = {
+        "shape_matches": int(r.shape == c.shape),
+        "reference_nonfinite_count": int(r.size - np.isfinite(r).sum()),
+        "candidate_nonfinite_count": int(c.size - np.isfinite(c).sum()),
+        "n_values": int(r.size),
+    }
+    names = ("max_abs_diff", "rel_l2", "one_minus_cosine", "tolerance_use")
+    comparable = (
+        row["shape_matches"]
+        and not row["reference_nonfinite_count"]
+        and not row["candidate_nonfinite_count"]
+        and r.size
+    )
+    if not comparable:
+        return row | dict.fromkeys(names, float("nan"))
+    difference = np.abs(r - c)
+    return row | {
+        "max_abs_diff": float(difference.max()),
+        "rel_l2": rel_l2(r, c),
+        "one_minus_cosine": one_minus_cosine(r, c),
+        "tolerance_use": float((difference / (_ATOL + _RTOL * np.abs(r))).max()),
+    }
+
+
+def rel_l2(reference: Array, candidate: Array) -> float:
+    """Return ||r - c|| / ||r||; 0 when both are zero, infinity when only the reference is."""
+    norm = float(np.linalg.norm(np.asarray(reference, np.float64)))
+    distance = float(np.linalg.norm(np.asarray(reference, np.float64) - np.asarray(candidate, np.float64)))
+    if norm == 0.0:
+        return 0.0 if distance == 0.0 else float("inf")
+    return distance / norm
+
+
+def one_minus_cosine(reference: Array, candidate: Array) -> float:
+    """Return 1 - cos(r, c), in [0, 2]; computed from the distance of the unit vectors, exact near 0.
+
+    Source: |u - v|^2 = 2 - 2 cos(u, v) for unit vectors.
+    """
+    r, c = np.asarray(reference, np.float64).ravel(), np.asarray(candidate, np.float64).ravel()
+    nr, nc = float(np.linalg.norm(r)), float(np.linalg.norm(c))
+    if nr == 0.0 or nc == 0.0:
+        return 0.0 if nr == nc else 1.0
+    return float(np.sum((r / nr - c / nc) ** 2) / 2)
+
+
+def softmax(logits: Array) -> Array:
+    """Return probabilities over the last axis."""
+    shifted = np.asarray(logits, np.float64) - np.max(logits, axis=-1, keepdims=True)
+    exponents = np.exp(shifted)
+    return np.asarray(exponents / exponents.sum(axis=-1, keepdims=True))
+
+
+def margins(logits: Array) -> Array:
+    """Return the probability of the first choice minus that of the second, over the last axis."""
+    probabilities = softmax(logits)
+    if probabilities.shape[-1] < 2:
+        return np.ones(probabilities.shape[:-1])
+    top = np.partition(probabilities, -2, axis=-1)
+    return np.asarray(top[..., -1] - top[..., -2])
+
+
+def overlap_at(reference: Array, candidate: Array, k: int) -> int:
+    """Return how many of the k largest entries of two score vectors are the same."""
+    k = min(k, reference.size)
+    best = [set(np.argsort(-scores, kind="stable")[:k].tolist()) for scores in (reference, candidate)]
+    return len(best[0] & best[1])
+
+
+def neighbour_overlaps(reference: Array, candidate: Array, k: int = 10) -> list[int]:
+    """Return, for each example, how many of its k nearest others stay the same.
+
+    Args:
+        reference: Embeddings of the source model, shape (examples, dimensions).
+        candidate: Embeddings of the compiled model, same shape.
+        k: Neighbours, by cosine similarity; the example itself does not count.
+    """
+    found = []
+    similarities = []
+    for embeddings in (reference, candidate):
+        unit = np.asarray(embeddings, np.float64)
+        unit = unit / np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
+        similarity = unit @ unit.T
+        np.fill_diagonal(similarity, -np.inf)
+        similarities.append(similarity)
+    for before, after in zip(*similarities, strict=True):
+        found.append(overlap_at(before, after, min(k, len(before) - 1)))
+    return found
+
+
+def misplaced_labels(reference: Array, candidate: Array) -> int:
+    """Count labels whose column of logits moved to another place.
+
+    A column is misplaced when another column of the candidate fits it at least twice as well as its own does.
+    One column that is the same everywhere cannot be told from another, and does not count.
+
+    Args:
+        reference: Logits of the source model, shape (examples, labels).
+        candidate: Logits of the compiled model, same shape.
+    """
+    r, c = np.asarray(reference, np.float64), np.asarray(candidate, np.float64)
+    if not (np.isfinite(r).all() and np.isfinite(c).all()):
+        return 0
+    distance = np.sqrt(((r[:, :, None] - c[:, None, :]) ** 2).sum(axis=0))
+    own = np.diagonal(distance)
+    return int((distance.min(axis=1) < 0.5 * own).sum())
+
+
+def spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
+    """Return entities as (type, start, end); BIO tags where there are prefixes, runs of one tag otherwise."""
+    found = set()
+    current: tuple[str, int] | None = None
+    for position, tag in enumerate([*tags, "O"]):
+        prefix, dash, rest = tag.partition("-")
+        kind = "" if tag == "O" else rest if dash and prefix in ("B", "I") else tag
+        begins = bool(dash) and prefix == "B"
+        if current is not None and (begins or kind != current[0]):
+            found.add((current[0], current[1], position))
+            current = None
+        if current is None and kind:
+            current = (kind, position)
+    return found
+
+
+def entity_f1(reference: Sequence[Sequence[str]], candidate: Sequence[Sequence[str]]) -> float:
+    """Return the micro F1 of the candidate's entities against the reference's, over all examples."""
+    hits = total = 0
+    for before, after in zip(reference, candidate, strict=True):
+        a, b = spans(before), spans(after)
+        hits += len(a & b)
+        total += len(a) + len(b)
+    return 1.0 if total == 0 else 2 * hits / total
+
+
+def wilson_interval(hits: int, trials: int, z: float = 1.6448536269514722) -> tuple[float, float]:
+    """Return a 95 % interval for a rate, each bound one-sided.
+
+    Source: E. B. Wilson (1927), Journal of the American Statistical Association 22, 209-212.
+
+    >>> wilson_interval(268, 268)[0] >= 0.99 > wilson_interval(267, 267)[0]
+    True
+    """
+    if trials == 0:
+        return 0.0, 1.0
+    rate = hits / trials
+    scale = 1 + z * z / trials
+    centre = rate + z * z / (2 * trials)
+    half = z * float(np.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials * trials)))
+    return (centre - half) / scale, (centre + half) / scale
+
+
+def trials_to_decide(hits: int, trials: int, gate: float, limit: int = 1_000_000) -> int | None:
+    """Return how many more trials at this rate would put the gate outside the interval; None if none would."""
+    rate = hits / trials
+    low, high = trials, limit
+    if not _decided(rate, limit, gate):
+        return None
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _decided(rate, middle, gate) else (middle + 1, high)
+    return low - trials
+
+
+def _decided(rate: float, trials: int, gate: float) -> bool:
+    lower, upper = wilson_interval(round(rate * trials), trials)
+    return lower >= gate or upper < gate

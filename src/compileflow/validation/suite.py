@@ -1,0 +1,105 @@
+"""The suite file: which gates there are, in which order, with which limits for a precision and a task."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from compileflow.errors import MeasurementError
+from compileflow.spec import HfTask, Precision
+
+_FILE = "suites/regression.yaml"
+
+Limits = Mapping[Precision, float]
+Severity = Literal["critical", "warning"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class GateEntry(_Strict):
+    """One gate as the suite file has it."""
+
+    gate: str
+    says: str
+    table: Literal["comparisons", "rates", "scalars"]
+    type: str
+    limit: str
+    column: str = "agrees"
+    metric: str | None = None
+    tasks: tuple[HfTask, ...] = tuple(HfTask)
+    optional: bool = Field(False, description="True: not judged where it was not measured.")
+
+
+class SuiteFile(_Strict):
+    """The whole suite file."""
+
+    schema_version: Literal[1]
+    name: str
+    gates: tuple[GateEntry, ...] = Field(min_length=1)
+    limits: dict[str, dict[Precision, float]]
+    task_limits: dict[HfTask, dict[str, dict[Precision, float]]]
+    warnings: dict[Precision, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One gate with its limit, for one precision and task."""
+
+    entry: GateEntry
+    limit: float
+    severity: Severity
+
+
+@lru_cache(maxsize=1)
+def load_suite() -> SuiteFile:
+    """Read the suite file.
+
+    Raises:
+        pydantic.ValidationError: it has an entry that no one knows.
+    """
+    import yaml
+
+    return SuiteFile.model_validate(yaml.safe_load(_body()))
+
+
+def suite_digest() -> str:
+    """Return the SHA-256 of the suite file."""
+    return hashlib.sha256(_body()).hexdigest()
+
+
+def gates_for(precision: Precision, task: HfTask, overrides: Mapping[str, float]) -> list[Gate]:
+    """Return the gates to judge, in the suite's order.
+
+    Args:
+        precision: Of the compiled model.
+        task: Of the compiled model.
+        overrides: Limit name to value; a target's own gates and the user's.
+
+    Raises:
+        MeasurementError: none is left, and judging nothing would pass.
+    """
+    suite = load_suite()
+    gates = []
+    for entry in suite.gates:
+        if task not in entry.tasks:
+            continue
+        table = suite.task_limits.get(task, {}).get(entry.limit) or suite.limits.get(entry.limit, {})
+        limit = overrides.get(entry.limit, table.get(precision))
+        if limit is not None:
+            warns = entry.gate in suite.warnings.get(precision, ())
+            gates.append(Gate(entry, limit, "warning" if warns else "critical"))
+    if not gates:
+        raise MeasurementError(f"The suite has no gate for {precision} {task}.", hint="Mend the suite file.")
+    return gates
+
+
+def _body() -> bytes:
+    return (files("compileflow.validation") / _FILE).read_bytes()
