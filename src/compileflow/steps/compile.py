@@ -1,0 +1,346 @@
+"""compile: make an artifact of a stored source model, in a fresh process, once for each content key."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from compileflow.catalog import get_target, open_store
+from compileflow.contracts import ArtifactStore, ComponentPlan, Target
+from compileflow.digests import FileRecord, json_digest, list_files
+from compileflow.errors import CompileError, SourceError, SpecError, StepOffError, TargetUnavailableError
+from compileflow.isolation import report_progress, run_isolated
+from compileflow.manifest import (
+    SCHEMA_VERSION,
+    ArtifactManifest,
+    ComponentRecord,
+    SourceRecord,
+    TargetRecord,
+)
+from compileflow.settings import Settings
+from compileflow.source_graph import HEADS, load_config, maximum_length
+from compileflow.sources.files import kind_of
+from compileflow.spec import CompileSpec, ComponentSpec, HfTask, ShapeBucket
+from compileflow.steps.cache import CacheKey, find, find_or_make, why_missed
+from compileflow.steps.request import CompileRequest
+from compileflow.steps.values import CompiledArtifact, FetchedSource
+from compileflow.workspace import work_folder
+
+logger = logging.getLogger(__name__)
+STEP = "compile"
+_CHILD = "compileflow.steps.compile:compile_in_child"
+_SHORTEST_BUCKET = 16
+
+
+def compile_artifact(
+    source: FetchedSource,
+    request: CompileRequest,
+    *,
+    store_uri: str,
+    settings: Settings,
+    enabled: bool = True,
+    on_progress: Callable[[str], None] = logger.info,
+) -> CompiledArtifact:
+    """Compile a stored source model, or return the artifact that the same content gave before.
+
+    Args:
+        source: From `fetch_source`.
+        request: What is asked; only what decides the artifact is part of its key.
+        store_uri: The artifact store.
+        settings: Work folder and threads.
+        enabled: False returns the artifact of this key, or refuses.
+        on_progress: Called with one line a stage.
+
+    Raises:
+        SpecError: the request does not fit the target or the model.
+        CompileError, TargetUnavailableError, ProcessError: the toolchain refused, is missing, or died.
+        StepOffError: the step is off and the store has no such artifact.
+    """
+    store = open_store(store_uri)
+    with store.open_folder(source.digest) as folder:
+        spec = spec_of(request, folder)
+        target = checked_target(spec)
+        key = compile_key(source, list_files(folder), spec, target)
+        if not enabled:
+            return _reuse(store, key)
+
+        def make(reason: str) -> CompiledArtifact:
+            here = target.probe()
+            if not here.can_compile:
+                raise TargetUnavailableError(
+                    f"{target.name} cannot compile here: {here.reason}.", hint=f"Run: {here.hint}"
+                )
+            return _compile(
+                store, folder, source, spec, key, reason, request.timeouts.compile_s, settings, on_progress
+            )
+
+        value, cached = find_or_make(store, key, CompiledArtifact, digest_field="digest", make=make)
+    if cached:
+        return value.model_copy(update={"cached": True, "why": "every part of its key is unchanged"})
+    return value
+
+
+def spec_of(request: CompileRequest, source_dir: Path) -> CompileSpec:
+    """Turn a request into a spec; an empty task is read from the model's architecture."""
+    try:
+        return CompileSpec(
+            target=request.target,
+            hf_task=request.hf_task or detect_task(source_dir),
+            precision=request.precision,
+            components=(
+                ComponentSpec(
+                    max_sequence_length=request.max_sequence_length, shape_buckets=request.shape_buckets
+                ),
+            ),
+            target_options=request.target_options,
+            trust_remote_code=request.trust_remote_code,
+        )
+    except ValidationError as error:
+        raise SpecError(error.errors()[0]["msg"], hint="Correct the request.") from error
+
+
+def detect_task(source_dir: Path) -> HfTask:
+    """Read the task off config.json's architectures.
+
+    Raises:
+        SpecError: the class has no head that is known.
+    """
+    architectures = json.loads((source_dir / "config.json").read_text("utf-8")).get("architectures") or []
+    for name in architectures:
+        for ending, task in HEADS.items():
+            if name.endswith(ending):
+                return task
+    raise SpecError(
+        f"The task cannot be read off the architecture {', '.join(architectures) or '(none given)'}.",
+        hint=f"Give it: one of {', '.join(task.value for task in HfTask)}.",
+    )
+
+
+def checked_target(spec: CompileSpec) -> Target:
+    """Return the spec's target, after checking that it can do what the spec asks.
+
+    Raises:
+        SpecError: unknown target, or a task, precision or option that it does not have.
+    """
+    target = get_target(spec.target)
+    can = target.capabilities
+    if spec.hf_task not in can.hf_tasks:
+        choices = ", ".join(task.value for task in can.hf_tasks)
+        raise SpecError(f"{target.name} has no {spec.hf_task.value}.", hint=f"Choose one of: {choices}.")
+    if spec.precision not in can.precisions:
+        choices = ", ".join(precision.value for precision in can.precisions)
+        raise SpecError(f"{target.name} has no {spec.precision.value}.", hint=f"Choose one of: {choices}.")
+    try:
+        target.Options.model_validate(spec.target_options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        options = ", ".join(target.Options.model_fields) or "none"
+        where = ".".join(str(part) for part in first["loc"])
+        raise SpecError(
+            f"{target.name} option {where!r}: {first['msg']}.", hint=f"Its options are: {options}."
+        ) from error
+    return target
+
+
+def compile_key(
+    source: FetchedSource, files: tuple[FileRecord, ...], spec: CompileSpec, target: Target
+) -> CacheKey:
+    """Return the complete content key of a compile: files, spec, target, toolchain, CPU."""
+    parts = {f"{kind_of(record.path) or 'file'} {record.path}": record.sha256 for record in files}
+    parts |= {f"spec.{name}": value for name, value in _flat(spec.model_dump(mode="json")).items()}
+    parts |= {f"toolchain.{name}": version for name, version in target.toolchain().items()}
+    parts["target version"] = str(target.version)
+    parts["manifest schema"] = str(SCHEMA_VERSION)
+    if target.cpu_features():
+        parts["cpu features"] = " ".join(target.cpu_features())
+    return CacheKey(STEP, f"{source.uri} for {target.name}", parts)
+
+
+def compile_in_child(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Compile all components and write the artifact's folder. Runs in a fresh process."""
+    source_dir, out_dir = Path(request["source_dir"]), Path(request["out_dir"])
+    spec = CompileSpec.model_validate(request["spec"])
+    target = get_target(spec.target)
+    report_progress(f"importing {', '.join(target.toolchain())}")
+    config = load_config(source_dir, trust_remote_code=spec.trust_remote_code)
+    tokenizer_maximum = _tokenizer_maximum(source_dir, spec.trust_remote_code)
+    components = {}
+    for component in spec.components:
+        plan = _plan(spec, component, target, config, tokenizer_maximum, request["threads"])
+        folder = f"components/{component.name}"
+        (out_dir / folder).mkdir(parents=True)
+        graph = target.compile(source_dir, plan, out_dir / folder)
+        written = {record.path for record in list_files(out_dir / folder)}
+        if written != set(graph.files):
+            raise CompileError(
+                f"{target.name} wrote {sorted(written)} and named {sorted(graph.files)}.",
+                hint="Mend the target.",
+            )
+        components[component.name] = ComponentRecord(
+            folder=folder,
+            inputs=graph.inputs,
+            outputs=graph.outputs,
+            output_class=graph.output_class,
+            max_sequence_length=plan.max_sequence_length,
+            dynamic_axes=target.capabilities.dynamic_axes,
+            shape_buckets=plan.shape_buckets,
+            pad_token_id=graph.pad_token_id,
+        )
+    report_progress("writing the manifest")
+    _copy_interface(source_dir, out_dir)
+    architectures = getattr(config, "architectures", None) or ["unknown"]
+    ArtifactManifest(
+        spec=spec,
+        source=SourceRecord(**request["source"], architecture=architectures[0]),
+        target=TargetRecord(
+            name=target.name,
+            version=target.version,
+            toolchain=target.toolchain(),
+            cpu_features=target.cpu_features(),
+        ),
+        components=components,
+        files=list_files(out_dir),
+    ).write(out_dir)
+    return {}
+
+
+def default_buckets(longest: int) -> tuple[ShapeBucket, ...]:
+    """Return batch 1 at powers of two from 16 tokens up, and the longest."""
+    lengths = [_SHORTEST_BUCKET << power for power in range(16) if _SHORTEST_BUCKET << power < longest]
+    return tuple(ShapeBucket(batch_size=1, sequence_length=length) for length in (*lengths, longest))
+
+
+def _compile(
+    store: ArtifactStore,
+    source_dir: Path,
+    source: FetchedSource,
+    spec: CompileSpec,
+    key: CacheKey,
+    reason: str,
+    timeout_s: float,
+    settings: Settings,
+    on_progress: Callable[[str], None],
+) -> CompiledArtifact:
+    with work_folder(settings.work_dir, label=STEP) as work:
+        out_dir = work / "artifact"
+        out_dir.mkdir()
+        done = run_isolated(
+            _CHILD,
+            {
+                "source_dir": str(source_dir),
+                "out_dir": str(out_dir),
+                "spec": spec.model_dump(mode="json"),
+                "source": {"uri": source.uri, "revision": source.revision, "digest": source.digest},
+                "threads": settings.threads,
+            },
+            work_dir=work,
+            log_path=settings.home_dir / "logs" / f"{STEP}-{key.digest[:12]}.log",
+            timeout_s=timeout_s,
+            threads=settings.threads,
+            on_progress=on_progress,
+        )
+        on_progress("storing the artifact")
+        stored = store.put_folder(out_dir)
+    return CompiledArtifact(
+        uri=stored.uri,
+        digest=stored.digest,
+        cache_key=key.digest,
+        size_bytes=stored.size_bytes,
+        compile_duration_s=round(done.duration_s, 3),
+        peak_rss_bytes=done.peak_rss_bytes,
+        cached=False,
+        why=reason,
+    )
+
+
+def _plan(
+    spec: CompileSpec,
+    component: ComponentSpec,
+    target: Target,
+    config: Any,
+    tokenizer_maximum: int | None,
+    threads: int,
+) -> ComponentPlan:
+    positions = maximum_length(config, None)
+    buckets = component.shape_buckets
+    asked = component.max_sequence_length or max((b.sequence_length for b in buckets), default=None)
+    if asked is not None and asked > positions:
+        raise SpecError(
+            f"A sequence length of {asked} was asked for; the model has positions for {positions} tokens.",
+            hint=f"Ask for {positions} or fewer.",
+        )
+    longest = asked or maximum_length(config, tokenizer_maximum)
+    if target.capabilities.dynamic_axes:
+        buckets = ()
+    return ComponentPlan(
+        name=component.name,
+        hf_task=spec.hf_task,
+        precision=spec.precision,
+        max_sequence_length=longest,
+        shape_buckets=buckets if buckets or target.capabilities.dynamic_axes else default_buckets(longest),
+        options=spec.target_options,
+        trust_remote_code=spec.trust_remote_code,
+        threads=threads,
+    )
+
+
+def _tokenizer_maximum(source_dir: Path, trust_remote_code: bool) -> int | None:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source_dir, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise SourceError(
+            f"The source model's tokenizer cannot be loaded: {error}",
+            hint="Save the tokenizer into the model's folder, with save_pretrained.",
+        ) from error
+    # transformers writes a number of the order 1e30 where a tokenizer knows no maximum.
+    maximum = tokenizer.model_max_length
+    return int(maximum) if maximum < 1_000_000 else None
+
+
+def _copy_interface(source_dir: Path, out_dir: Path) -> None:
+    """Copy what the Hugging Face classes read: configuration, tokenizer, code; never the weights."""
+    for record in list_files(source_dir):
+        if kind_of(record.path) in ("config", "tokenizer", "code"):
+            (out_dir / record.path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source_dir / record.path, out_dir / record.path)
+
+
+def _flat(value: Mapping[str, Any]) -> dict[str, str]:
+    """Name every field of a spec, so that a changed one can be named; a lone component's without its index."""
+    flat: dict[str, str] = {}
+    for name, item in value.items():
+        if name == "components":
+            for component in item:
+                for field, inner in component.items():
+                    flat[f"{component['name']}.{field}"] = _short(inner)
+        elif isinstance(item, dict):
+            flat |= {f"{name}.{inner}": _short(content) for inner, content in item.items()}
+        else:
+            flat[name] = _short(item)
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    return text if len(text) <= 64 else json_digest(value)
+
+
+def _reuse(store: ArtifactStore, key: CacheKey) -> CompiledArtifact:
+    value = find(store, key, CompiledArtifact, digest_field="digest")
+    if value is None:
+        raise StepOffError(
+            f"The compile step is off, and the store {store.uri} has no artifact of {key.subject} with this key: "
+            f"{why_missed(store, key)}.",
+            hint="Switch the compile step on.",
+        )
+    return value.model_copy(update={"cached": True, "why": "the compile step is off"})

@@ -1,0 +1,111 @@
+"""What a run is asked for: one model that Prefect's form, the API and the command line share."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from compileflow.catalog import target_names
+from compileflow.spec import HfTask, Precision, ShapeBucket
+from compileflow.validation.settings import ValidationSettings
+
+STEP_NAMES = ("fetch", "compile", "validate", "register")
+
+
+def _list_targets(schema: dict[str, Any]) -> None:
+    """Put the known targets, third parties' too, into the JSON schema as an enum."""
+    schema["enum"] = list(target_names())
+
+
+class StepSwitches(BaseModel):
+    """Which steps do work. One that is off reuses what the store and the registry have."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    fetch: bool = Field(True, title="Fetch", description="Read the source model, pin it and store it.")
+    compile: bool = Field(True, title="Compile", description="Compile it when it is not cached.")
+    validate_: bool = Field(
+        True, alias="validate", title="Validate", description="Compare it with the source model and judge."
+    )
+    register_: bool = Field(
+        True, alias="register", title="Register", description="Register it when its verdict allows."
+    )
+
+
+class StepTimeouts(BaseModel):
+    """Seconds after which a step is stopped."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    fetch_s: int = Field(3600, ge=1, title="Fetch, seconds", description="Download and storing.")
+    compile_s: int = Field(7200, ge=1, title="Compile, seconds", description="All components together.")
+    validate_s: int = Field(3600, ge=1, title="Validate, seconds", description="Measuring and judging.")
+    register_s: int = Field(300, ge=1, title="Register, seconds", description="The registry's answer.")
+
+
+class CompileRequest(BaseModel):
+    """One source model, one target: what to compile, how, and how far to go."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", title="Compile request", json_schema_extra={"additionalProperties": False}
+    )
+
+    model: str = Field(
+        min_length=1, title="Model", description="A folder on the worker, or a Hub id as owner/name."
+    )
+    revision: str | None = Field(
+        None, title="Revision", description="Branch, tag or commit of a Hub model. Empty: its main branch."
+    )
+    target: str = Field(
+        "onnx-runtime",
+        title="Target",
+        description="What the model is compiled for.",
+        json_schema_extra=_list_targets,
+    )
+    hf_task: HfTask | None = Field(
+        None, title="Task", description="Hub task to serve. Empty: read from the model's own architecture."
+    )
+    precision: Precision = Field(
+        Precision.FP32, title="Precision", description="Number format of the compiled model."
+    )
+    max_sequence_length: int | None = Field(
+        None, ge=1, title="Maximum sequence length", description="Tokens. Empty: the model's own maximum."
+    )
+    shape_buckets: tuple[ShapeBucket, ...] = Field(
+        (), title="Shape buckets", description="Shapes for static targets. Empty: batch 1, powers of two."
+    )
+    target_options: dict[str, JsonValue] = Field(
+        default_factory=dict, title="Target options", description="Settings that only this target knows."
+    )
+    trust_remote_code: bool = Field(
+        False, title="Trust remote code", description="Run Python files that come with the model."
+    )
+    name: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        max_length=128,
+        title="Registered name",
+        description="Empty: the last part of the model's name.",
+    )
+    allow_warn: bool = Field(
+        False, title="Allow warnings", description="Register a version whose verdict is warn, too."
+    )
+    validation: ValidationSettings = Field(
+        default_factory=ValidationSettings, title="Validation", description="How the result is proven."
+    )
+    steps: StepSwitches = Field(
+        default_factory=StepSwitches, title="Steps", description="Which steps do work."
+    )
+    timeouts: StepTimeouts = Field(
+        default_factory=StepTimeouts, title="Timeouts", description="When a step is stopped."
+    )
+    store_uri: str | None = Field(
+        None, title="Artifact store", description="For example file:///srv/compileflow. Empty: as configured."
+    )
+    registry_uri: str | None = Field(
+        None, title="Registry", description="For example sqlite:////srv/registry.db. Empty: as configured."
+    )
+
+
+StepName = Literal["fetch", "compile", "validate", "register"]
