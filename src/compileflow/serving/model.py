@@ -66,9 +66,7 @@ class CompiledModel:
             ManifestError, IntegrityError: refused before anything is deserialised.
             LoadError: it cannot run here; the hint says what is missing.
         """
-        return cls.from_artifact(
-            open_artifact(location), component=component, device=device, threads=threads
-        )
+        return cls.from_artifact(open_artifact(location), component=component, device=device, threads=threads)
 
     @classmethod
     def from_artifact(
@@ -93,9 +91,7 @@ class CompiledModel:
         model: CompiledModel = kind(artifact, component, runner, config, device)
         return model
 
-    def __call__(
-        self, input_ids: Any = None, *, return_dict: bool | None = None, **kwargs: Any
-    ) -> Any:
+    def __call__(self, input_ids: Any = None, *, return_dict: bool | None = None, **kwargs: Any) -> Any:
         """Run the compiled graph.
 
         Args:

@@ -96,8 +96,12 @@ def find_or_make(
         value = make(reason)
         if not keep(value):
             return value, False
-        store.put_record(key.step, key.digest, {"value": value.model_dump(mode="json"), "parts": dict(key.parts)})
-        store.put_record(f"{key.step}-latest", _subject_key(key), {"key": key.digest, "parts": dict(key.parts)})
+        store.put_record(
+            key.step, key.digest, {"value": value.model_dump(mode="json"), "parts": dict(key.parts)}
+        )
+        store.put_record(
+            f"{key.step}-latest", _subject_key(key), {"key": key.digest, "parts": dict(key.parts)}
+        )
     return value, False
 
 

@@ -48,7 +48,10 @@ class CompileRequest(BaseModel):
     """One source model, one target: what to compile, how, and how far to go."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", title="Compile request", json_schema_extra={"additionalProperties": False}
+        frozen=True,
+        extra="forbid",
+        title="Compile request",
+        json_schema_extra={"additionalProperties": False},
     )
 
     model: str = Field(

@@ -195,13 +195,20 @@ def _validate_component(
         multi_label=compiled.config.problem_type == "multi_label_classification",
     )
     found = measuring.measure(
-        graph.run, compiled.run, outputs=graph.outputs, decisions=decisions, cases=cases, progress=report_progress
+        graph.run,
+        compiled.run,
+        outputs=graph.outputs,
+        decisions=decisions,
+        cases=cases,
+        progress=report_progress,
     )
     report_progress("probing the attention mask and the token types")
     measuring.measure_mask(found, graph.run, compiled.run, builder, texts[:4])
     measuring.measure_token_types(found, graph.run, compiled.run, builder, texts)
     report_progress("measuring the source model's own noise")
-    measuring.measure_noise(found, _noise_variants(graph, threads), graph.run, natural[:: max(1, len(natural) // 3)][:3])
+    measuring.measure_noise(
+        found, _noise_variants(graph, threads), graph.run, natural[:: max(1, len(natural) // 3)][:3]
+    )
     report_progress("timing both models in turn")
     measuring.measure_latency(found, graph.run, compiled.run, builder, texts, pairs=validation.latency_pairs)
     overrides = dict(get_target(spec.target).default_gates.get(spec.precision, {}))

@@ -33,7 +33,12 @@ class Latency:
 
 
 def time_pairs(
-    shape: str, reference: Callable[[], object], candidate: Callable[[], object], *, pairs: int, budget_s: float
+    shape: str,
+    reference: Callable[[], object],
+    candidate: Callable[[], object],
+    *,
+    pairs: int,
+    budget_s: float,
 ) -> Latency:
     """Call both in turn, after three warm-up calls each.
 

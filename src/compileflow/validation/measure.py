@@ -146,7 +146,10 @@ def measure_token_types(
 
 
 def measure_noise(
-    found: Measurements, variants: dict[str, Callable[[Case], Arrays]], reference: Model, cases: Sequence[Case]
+    found: Measurements,
+    variants: dict[str, Callable[[Case], Arrays]],
+    reference: Model,
+    cases: Sequence[Case],
 ) -> None:
     """Measure how far the source model is from itself: other precision, other batch, other thread count.
 
@@ -172,12 +175,22 @@ def measure_noise(
 
 
 def measure_latency(
-    found: Measurements, reference: Model, candidate: Model, builder: CaseBuilder, texts: list[str], *, pairs: int
+    found: Measurements,
+    reference: Model,
+    candidate: Model,
+    builder: CaseBuilder,
+    texts: list[str],
+    *,
+    pairs: int,
 ) -> None:
     """Time both models at a short text, a long one, and a batch."""
     stream = " ".join(texts)
     for batch_size, length in dict.fromkeys(
-        ((1, min(16, builder.max_length)), (1, min(128, builder.max_length)), (8, min(64, builder.max_length)))
+        (
+            (1, min(16, builder.max_length)),
+            (1, min(128, builder.max_length)),
+            (8, min(64, builder.max_length)),
+        )
     ):
         row = builder.encode(stream, max_length=length)
         inputs = builder.collate([row] * batch_size)

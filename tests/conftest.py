@@ -1,0 +1,42 @@
+"""Fixtures that several folders of tests share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from compileflow.settings import Settings, get_settings
+from compileflow.spec import HfTask
+from tests.models import build_model
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+ModelFactory = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> ModelFactory:
+    """Build small models once a session: `tiny_model(task, architecture="bert")` gives a folder to read only."""
+    root = tmp_path_factory.mktemp("models")
+    built: dict[tuple[HfTask, str], Path] = {}
+
+    def build(hf_task: HfTask, architecture: str = "bert") -> Path:
+        key = (hf_task, architecture)
+        if key not in built:
+            built[key] = build_model(root / f"{architecture}-{hf_task}", hf_task, architecture=architecture)
+        return built[key]
+
+    return build
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """Settings whose store, registry and work folder are below the test's own folder."""
+    monkeypatch.setenv("COMPILEFLOW_HOME", str(tmp_path / "home"))
+    get_settings.cache_clear()
+    return get_settings()

@@ -1,0 +1,111 @@
+"""Small models that the tests build themselves: fixed seeds, tokenizers trained on the spot."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from compileflow.source_graph import AUTO_CLASSES
+from compileflow.spec import HfTask
+
+ARCHITECTURES = ("bert", "distilbert", "roberta")
+LABELS = {
+    HfTask.TEXT_CLASSIFICATION: ("negative", "neutral", "positive"),
+    HfTask.TOKEN_CLASSIFICATION: ("O", "B-PER", "I-PER", "B-LOC", "I-LOC"),
+}
+MAX_TOKENS = 64
+_VOCAB_SIZE = 600
+
+
+def sentences() -> list[str]:
+    """Return the natural sentences that the library carries."""
+    text = (files("compileflow.validation") / "data" / "sentences_en.txt").read_text("utf-8")
+    return text.splitlines()
+
+
+def build_model(folder: Path, hf_task: HfTask, *, architecture: str = "bert", seed: int = 0) -> Path:
+    """Write a random model with its tokenizer, as save_pretrained does, and return the folder.
+
+    Weights are drawn wider than transformers draws them, so that masks, token types and labels matter.
+    """
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    tokenizer = _tokenizer(architecture)
+    labels = LABELS.get(hf_task, ("LABEL_0", "LABEL_1"))
+    model = getattr(transformers, AUTO_CLASSES[hf_task]).from_config(_config(architecture, tokenizer, labels))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0.0, 0.3 if "embeddings" in name else 0.15)
+    model.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _tokenizer(architecture: str) -> Any:
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    if architecture == "roberta":
+        names = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>", "mask": "<mask>"}
+        first, last = "<s>", "</s>"
+    else:
+        names = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+        first, last = "[CLS]", "[SEP]"
+    core = Tokenizer(models.WordPiece(_vocabulary(list(names.values())), unk_token=names["unk"]))
+    core.normalizer = normalizers.BertNormalizer()
+    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    ids = [(token, core.token_to_id(token)) for token in (first, last)]
+    core.post_processor = processors.TemplateProcessing(
+        single=f"{first} $A {last}", pair=f"{first} $A {last} $B:1 {last}:1", special_tokens=ids
+    )
+    special = {f"{kind}_token": token for kind, token in names.items()}
+    if architecture == "roberta":
+        special |= {"cls_token": first, "sep_token": last}
+    inputs = ["input_ids", "attention_mask"] + (["token_type_ids"] if architecture == "bert" else [])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, model_max_length=MAX_TOKENS, model_input_names=inputs, **special
+    )
+
+
+def _vocabulary(special: list[str]) -> dict[str, int]:
+    """Special tokens, all characters, and the most frequent words; tokenizers' own trainer breaks ties at random."""
+    text = " ".join(sentences()).lower()
+    letters = sorted(set(re.findall(r"[a-z0-9]", text)))
+    marks = sorted(set(re.findall(r"[^\w\s]", text)))
+    counts = Counter(re.findall(r"[a-z]{2,}", text))
+    words = sorted(counts, key=lambda word: (-counts[word], word))
+    tokens = [*special, *letters, *marks, *(f"##{letter}" for letter in letters), *words]
+    return {token: index for index, token in enumerate(dict.fromkeys(tokens[:_VOCAB_SIZE]))}
+
+
+def _config(architecture: str, tokenizer: Any, labels: tuple[str, ...]) -> Any:
+    import transformers
+
+    common = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: index for index, label in enumerate(labels)},
+    }
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    if architecture == "bert":
+        return transformers.BertConfig(**common, **size, max_position_embeddings=MAX_TOKENS)
+    if architecture == "roberta":
+        return transformers.RobertaConfig(
+            **common,
+            **size,
+            # Positions are numbered from pad_token_id + 1.
+            max_position_embeddings=MAX_TOKENS + tokenizer.pad_token_id + 1,
+            type_vocab_size=1,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    return transformers.DistilBertConfig(
+        **common, dim=32, n_layers=2, n_heads=2, hidden_dim=64, max_position_embeddings=MAX_TOKENS
+    )
