@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from compileflow.errors import IntegrityError
 
@@ -58,14 +58,20 @@ def list_files(folder: Path, *, only: Iterable[str] | None = None) -> tuple[File
     """Hash every file below `folder`, sorted by path; `only` narrows it to those relative paths.
 
     Raises:
-        IntegrityError: something below the folder is neither a file nor a folder, or is a link out of it.
+        IntegrityError: there is no such folder, something below it is neither a file nor a folder, is a link out
+            of it, or has a name that no other machine could write.
     """
     root = folder.resolve()
+    if not root.is_dir():
+        raise IntegrityError(f"{folder} is not a folder.", hint="Give an existing folder.")
     names = sorted(only) if only is not None else sorted(_walk(root))
-    return tuple(
-        FileRecord(path=name, size_bytes=(root / name).stat().st_size, sha256=file_digest(root / name))
-        for name in names
-    )
+    try:
+        return tuple(_record(root, name) for name in names)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise IntegrityError(
+            f"{folder}: {first['input']!r} is no portable file name: {first['msg']}.", hint="Rename that file."
+        ) from error
 
 
 def listing_bytes(files: Iterable[FileRecord]) -> bytes:
@@ -77,6 +83,11 @@ def listing_bytes(files: Iterable[FileRecord]) -> bytes:
 def folder_digest(files: Iterable[FileRecord]) -> str:
     """Return the digest of a folder: the SHA-256 of its listing."""
     return hashlib.sha256(listing_bytes(files)).hexdigest()
+
+
+def _record(root: Path, name: str) -> FileRecord:
+    path = root / name
+    return FileRecord(path=name, size_bytes=path.stat().st_size, sha256=file_digest(path))
 
 
 def _walk(root: Path) -> list[str]:

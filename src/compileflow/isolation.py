@@ -1,7 +1,8 @@
 """Run a function in a fresh process: its value, its error, its wall time, its peak memory.
 
-The child gets its request on standard input and watches that pipe afterwards: when the parent dies, however
-it dies, the pipe closes and the child ends itself and all that it started.
+The child gets its request on standard input, and a watcher that it forks reads on: when the parent dies, however
+it dies, that pipe closes and the watcher ends the child and all that it started. A thread could not: native code
+may hold the GIL for minutes.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ JsonObject = dict[str, Any]
 _PROGRESS = "\x1eprogress "
 _ENTRY = "from compileflow.isolation import child_main; child_main()"
 # What a compile or a validation has no business knowing: it uses no network.
-_SECRETS = ("TOKEN", "SECRET", "PASSWORD", "API_KEY", "CREDENTIAL", "ACCESS_KEY")
+_SECRETS = ("TOKEN", "SECRET", "PASSW", "API_KEY", "CREDENTIAL", "ACCESS_KEY", "PRIVATE_KEY", "AUTH", "DATABASE")
 _OUT_OF_MEMORY = ("can't allocate memory", "cannot allocate memory", "std::bad_alloc", "out of memory")
 
 
@@ -84,6 +85,7 @@ def run_isolated(
     answer_path = work_dir / "answer.json"
     answer_path.unlink(missing_ok=True)
     log_path.parent.mkdir(parents=True, exist_ok=True)
+    log_path.touch()
     started = time.monotonic()
     child = subprocess.Popen(
         [sys.executable, "-c", _ENTRY],
@@ -120,7 +122,7 @@ def run_isolated(
         logger.debug("%s failed; log: %s", function, log_path)
         raise error
     log_path.unlink(missing_ok=True)
-    return Isolated(answer["value"], duration_s, watch.peak_rss_bytes)
+    return Isolated(answer["value"], duration_s, answer["peak_rss_bytes"] or watch.peak_rss_bytes)
 
 
 def report_progress(text: str) -> None:
@@ -133,11 +135,12 @@ def report_progress(text: str) -> None:
 def child_main() -> None:
     """Entry of the child process."""
     request = json.loads(sys.stdin.buffer.readline())
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    if os.fork() == 0:
+        _end_with_parent()
     module, _, name = request["function"].partition(":")
     try:
         value = getattr(importlib.import_module(module), name)(request["request"])
-        answer = {"value": value}
+        answer = {"value": value, "peak_rss_bytes": max(_peak_bytes("self"), _other_peak_bytes())}
     except CompileflowError as error:
         logging.getLogger(__name__).warning("%s", error, exc_info=True)
         answer = {"error": error.to_dict()}
@@ -183,9 +186,10 @@ class _Watch:
         pause_s = 0.005
         while True:
             self._forward()
-            pid, status, usage = os.wait4(self._child.pid, os.WNOHANG)
+            self.peak_rss_bytes = max(self.peak_rss_bytes, _peak_bytes(self._child.pid))
+            pid, status = os.waitpid(self._child.pid, os.WNOHANG)
             if pid:
-                self._ended(status, usage)
+                self._ended(status)
                 return ""
             if deadline is not None and time.monotonic() > deadline:
                 return "timeout"
@@ -198,34 +202,35 @@ class _Watch:
         """Kill what still runs and close the pipes."""
         if self.exit_code is None:
             _kill_group(self._child.pid)
-            _, status, usage = os.wait4(self._child.pid, 0)
-            self._ended(status, usage)
+            self._ended(os.waitpid(self._child.pid, 0)[1])
         else:
             _kill_group(self._child.pid)
-        self._reader.join(timeout=5)
+        self._reader.join(timeout=2)
         self._forward()
-        for pipe in (self._child.stdin, self._child.stdout):
-            if pipe is not None:
-                try:
-                    pipe.close()
-                except BrokenPipeError:
-                    logger.debug("the child closed its pipe first")
+        assert self._child.stdin is not None  # noqa: S101 - a pipe was asked for
+        try:
+            self._child.stdin.close()
+        except BrokenPipeError:
+            logger.debug("the child closed its pipe first")
 
-    def _ended(self, status: int, usage: resource.struct_rusage) -> None:
+    def _ended(self, status: int) -> None:
         self.exit_code = os.waitstatus_to_exitcode(status)
         self._child.returncode = self.exit_code
-        unit = 1 if sys.platform == "darwin" else 1024
-        self.peak_rss_bytes = usage.ru_maxrss * unit
 
     def _read(self) -> None:
+        """Read to the end, which a detached process may put off past the child's own."""
         assert self._child.stdout is not None  # noqa: S101 - a pipe was asked for
-        with self._log_path.open("ab") as log:
-            for raw in self._child.stdout:
+        with self._child.stdout as output, self._log_path.open("ab", buffering=0) as log:
+            for raw in output:
                 line = raw.decode("utf-8", "replace").rstrip()
                 if line.startswith(_PROGRESS):
                     with self._lock:
                         self._lines.append(line.removeprefix(_PROGRESS))
-                log.write(raw.replace(_PROGRESS.encode(), b""))
+                try:
+                    log.write(raw.replace(_PROGRESS.encode(), b""))
+                except OSError as error:
+                    # Not reading on would stop the child at a full pipe.
+                    logger.warning("the log %s lost a line: %s", self._log_path, error)
 
     def _forward(self) -> None:
         """Hand progress on from the caller's own thread, where its logging context is."""
@@ -255,8 +260,9 @@ def _child_environment(threads: int) -> dict[str, str]:
     }
 
 
-def _die_with_parent() -> None:
-    sys.stdin.buffer.read()
+def _end_with_parent() -> None:
+    while os.read(0, 4096):
+        pass
     os.killpg(0, signal.SIGKILL)
 
 
@@ -273,6 +279,23 @@ def _resident_bytes(pid: int) -> int:
     except OSError:
         return 0
     return int(fields[1]) * resource.getpagesize()
+
+
+def _peak_bytes(pid: int | str) -> int:
+    """Return VmHWM; ru_maxrss would not do, as a child inherits its parent's peak in it."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text("ascii", "replace").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
+
+
+def _other_peak_bytes() -> int:
+    """Return the largest grandchild's peak; where there is no /proc, this process's own too."""
+    if sys.platform == "linux":
+        return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return max(resource.getrusage(who).ru_maxrss for who in whose)
 
 
 def _read_answer(path: Path) -> JsonObject | None:

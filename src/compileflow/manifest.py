@@ -109,7 +109,7 @@ def read_manifest(folder: Path) -> ArtifactManifest:
         ) from error
     except NotADirectoryError as error:
         raise ManifestError(f"{folder} is not a folder.", hint="Give an artifact's folder.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ManifestError(f"{path} cannot be read: {error}.", hint="Fetch the artifact again.") from error
     version = data.get("schema_version") if isinstance(data, dict) else None
     if version != SCHEMA_VERSION:

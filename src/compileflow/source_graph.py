@@ -36,6 +36,20 @@ HEADS: Mapping[str, HfTask] = {
     "ForQuestionAnswering": HfTask.QUESTION_ANSWERING,
     "Model": HfTask.FEATURE_EXTRACTION,
 }
+# Model types whose embeddings number positions with transformers' create_position_ids_from_input_ids.
+_POSITIONS_AFTER_PADDING = (
+    "camembert",
+    "data2vec-text",
+    "ibert",
+    "longformer",
+    "luke",
+    "mpnet",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+)
 
 
 @dataclass(frozen=True)
@@ -122,14 +136,7 @@ def maximum_length(config: Any, tokenizer_maximum: int | None) -> int:
     RoBERTa-like models number positions from pad_token_id + 1, and lose that many.
     """
     positions = getattr(config, "max_position_embeddings", None) or 512
-    if config.model_type in (
-        "roberta",
-        "xlm-roberta",
-        "camembert",
-        "xlm-roberta-xl",
-        "data2vec-text",
-        "mpnet",
-    ):
+    if config.model_type in _POSITIONS_AFTER_PADDING:
         positions -= (config.pad_token_id or 0) + 1
     if tokenizer_maximum is not None and 0 < tokenizer_maximum < positions:
         return tokenizer_maximum

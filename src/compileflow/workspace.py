@@ -29,14 +29,24 @@ def work_folder(parent: Path, *, label: str) -> Iterator[Path]:
         parent.mkdir(parents=True, exist_ok=True)
         sweep(parent)
         folder = parent / f"{label}-{uuid.uuid4().hex[:12]}"
-        lock = os.open(f"{folder}{_LOCK_SUFFIX}", os.O_RDWR | os.O_CREAT, 0o644)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        folder.mkdir()
+        lock = _lock_for(folder)
     try:
+        with os_errors(parent, "make a work folder in"):
+            folder.mkdir()
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         Path(f"{folder}{_LOCK_SUFFIX}").unlink(missing_ok=True)
+        os.close(lock)
+
+
+def _lock_for(folder: Path) -> int:
+    while True:
+        lock = os.open(f"{folder}{_LOCK_SUFFIX}", os.O_RDWR | os.O_CREAT, 0o644)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        # Between open and flock a sweeper may have taken the new lock file for a dead owner's.
+        if os.fstat(lock).st_nlink:
+            return lock
         os.close(lock)
 
 
@@ -87,7 +97,7 @@ def file_lock(path: Path, *, on_wait: Callable[[], None], poll_s: float = 0.1) -
 
 
 @contextmanager
-def os_errors(path: Path, doing: str) -> Iterator[None]:
+def os_errors(path: Path, doing: str, *, kind: type[CompileflowError] = StoreError) -> Iterator[None]:
     """Turn an operating-system error about `path` into one line that says what to do."""
     try:
         yield
@@ -105,7 +115,7 @@ def os_errors(path: Path, doing: str) -> Iterator[None]:
         }
         name = _errno_name(error.errno)
         hint = hints.get(name, "Check that folder.")
-        raise StoreError(f"Cannot {doing} {path}: {error.strerror or error} ({name}).", hint=hint) from error
+        raise kind(f"Cannot {doing} {path}: {error.strerror or error} ({name}).", hint=hint) from error
 
 
 def _errno_name(number: int | None) -> str:

@@ -105,7 +105,7 @@ class LocalRegistry:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with os_errors(self._path, "write the registry"):
+        with os_errors(self._path, "write the registry", kind=RegistryError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._connection() as db:
             db.execute("BEGIN IMMEDIATE")

@@ -27,7 +27,8 @@ def complete_inputs(component: ComponentRecord, given: Mapping[str, Any]) -> Arr
         InputError: no input_ids, an input that the graph lacks, or shapes that do not go together.
     """
     names = [record.name for record in component.inputs]
-    unknown = sorted(set(given) - set(names) - {"token_type_ids"})
+    named = {name for name, value in given.items() if value is not None}
+    unknown = sorted(named - set(names) - {"token_type_ids"})
     if unknown:
         raise InputError(
             f"The compiled graph has no input {unknown[0]!r}.", hint=f"Its inputs are: {', '.join(names)}."
@@ -55,6 +56,10 @@ def complete_inputs(component: ComponentRecord, given: Mapping[str, Any]) -> Arr
         if array.shape != ids.shape:
             raise InputError(
                 f"{name} has shape {array.shape}, input_ids has {ids.shape}.", hint="Make the shapes equal."
+            )
+        if array.dtype.kind not in "biu":
+            raise InputError(
+                f"{name} has type {array.dtype}; needed are integers.", hint="Convert it to int64."
             )
         arrays[name] = np.ascontiguousarray(array, dtype=np.int64)
     return arrays

@@ -71,7 +71,7 @@ def check_weights(folder: Path, names: tuple[str, ...]) -> None:
 
     for name in names:
         if fnmatch(name, "*.index.json"):
-            shards = set(json.loads((folder / name).read_text("utf-8")).get("weight_map", {}).values())
+            shards = _shards(folder / name)
             absent = sorted(shards - set(names))
             if absent:
                 raise SourceError(
@@ -88,3 +88,13 @@ def check_weights(folder: Path, names: tuple[str, ...]) -> None:
                     f"{name} is truncated or not safetensors ({size} bytes): {error}.",
                     hint="Copy or download the model again.",
                 ) from error
+
+
+def _shards(index: Path) -> set[str]:
+    try:
+        return set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SourceError(
+            f"{index.name} is no index of weights: {type(error).__name__}: {error}.",
+            hint="Copy or download the model again.",
+        ) from error

@@ -57,10 +57,11 @@ def _repository(location: str) -> str:
 @contextmanager
 def _hub_errors(repository: str, revision: str | None) -> Iterator[None]:
     """Say in one line what the Hub refused; none of its messages holds the token."""
-    import httpx
-    from huggingface_hub.errors import (
+    # The client that huggingface_hub itself uses: httpx before its 2.0, httpx2 since.
+    from huggingface_hub.errors import (  # type: ignore[attr-defined,unused-ignore]
         GatedRepoError,
         HfHubHTTPError,
+        HTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
@@ -94,7 +95,7 @@ def _hub_errors(repository: str, revision: str | None) -> Iterator[None]:
         raise kind(
             f"The Hub answered HTTP {status} for hf://{repository}.", hint="Try again later."
         ) from error
-    except (httpx.TransportError, LocalEntryNotFoundError, ConnectionError) as error:
+    except (HTTPError, LocalEntryNotFoundError, ConnectionError) as error:
         raise SourceUnavailableError(
             f"The Hub did not answer for hf://{repository} ({type(error).__name__}).",
             hint="Check the network and HF_ENDPOINT.",

@@ -68,6 +68,7 @@ def find_or_make(
     *,
     digest_field: str,
     make: Callable[[str], Value],
+    say: Callable[[str], None],
     keep: Callable[[Value], bool] = lambda value: True,
 ) -> tuple[Value, bool]:
     """Return the answer for a key and whether it was there; make it if not, once for all who ask.
@@ -78,6 +79,7 @@ def find_or_make(
         kind: The answer's class.
         digest_field: The field of the answer that names the stored folder it stands on.
         make: Makes the answer; given the reason why it was not there.
+        say: Told in one line why there was no answer, or that another run is making it.
         keep: Says whether an answer may be given again to the next who asks.
     """
     value = find(store, key, kind, digest_field=digest_field)
@@ -85,14 +87,14 @@ def find_or_make(
         return value, True
 
     def say_waiting() -> None:
-        logger.info("%s: another run is making the same answer; waiting for it", key.step)
+        say("another run is making the same answer; waiting for it")
 
     with store.lock(f"{key.step}/{key.digest}", on_wait=say_waiting):
         value = find(store, key, kind, digest_field=digest_field)
         if value is not None:
             return value, True
         reason = why_missed(store, key)
-        logger.info("%s: not cached: %s", key.step, reason)
+        say(f"not cached: {reason}")
         value = make(reason)
         if not keep(value):
             return value, False

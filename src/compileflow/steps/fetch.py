@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from compileflow.catalog import get_source, open_store
@@ -21,7 +22,13 @@ STEP = "fetch"
 
 
 def fetch_source(
-    model: str, revision: str | None, *, store_uri: str, settings: Settings, enabled: bool = True
+    model: str,
+    revision: str | None,
+    *,
+    store_uri: str,
+    settings: Settings,
+    enabled: bool = True,
+    on_progress: Callable[[str], None] = logger.info,
 ) -> FetchedSource:
     """Put a source model's files into the store.
 
@@ -34,6 +41,7 @@ def fetch_source(
         store_uri: The artifact store.
         settings: Work folder, Hub endpoint and token.
         enabled: False reuses the last source model that the store has from that place.
+        on_progress: Called with one line a stage.
 
     Raises:
         SourceError: there is no such model, or it is not whole.
@@ -57,13 +65,13 @@ def fetch_source(
             pinned = commit
 
         def make(reason: str) -> FetchedSource:
-            logger.info("fetching %s at %s", uri, pinned[:12])
+            on_progress(f"fetching {uri} at {pinned[:12]}")
             there = located or source.locate(model, pinned, work / "download")
             if located is None:
                 check_weights(there.folder, there.files)
             return _store_source(store, there, uri, pinned, work / "model")
 
-        value, cached = find_or_make(store, key, FetchedSource, digest_field="digest", make=make)
+        value, cached = find_or_make(store, key, FetchedSource, digest_field="digest", make=make, say=on_progress)
     return value.model_copy(update={"cached": cached})
 
 

@@ -33,13 +33,7 @@ def register_version(
             f"The report is on {validated.artifact_digest[:12]}..., the artifact is {artifact.digest[:12]}...",
             hint="Validate this artifact.",
         )
-    if validated.outcome == "warn" and not allow_warn:
-        raise VerdictError(
-            f"Not registered: {validated.reason}.",
-            hint="Read the report; to register all the same, set allow_warn.",
-        )
-    if validated.outcome not in ("pass", "warn"):
-        raise VerdictError(f"Not registered: {validated.reason}.", hint=f"Report: {validated.report_uri}")
+    check_verdict(validated, allow_warn=allow_warn)
     with open_store(store_uri).open_folder(artifact.digest) as folder:
         manifest = read_manifest(folder)
     figures = validated.figures | {
@@ -57,13 +51,37 @@ def register_version(
             source_digest=source.digest,
             artifact_uri=artifact.uri,
             artifact_digest=artifact.digest,
-            verdict=validated.outcome,
+            verdict="warn" if validated.outcome == "warn" else "pass",
             figures=figures,
             report_uri=validated.report_uri,
             report_digest=validated.report_digest,
             flow_run_id=flow_run_id,
         )
     )
+
+
+def check_verdict(validated: ValidatedArtifact, *, allow_warn: bool) -> None:
+    """Refuse every verdict but pass, and warn where it is allowed.
+
+    Raises:
+        VerdictError: its message is the verdict's reason, in one line.
+    """
+    if validated.outcome == "warn" and not allow_warn:
+        raise VerdictError(
+            validated.reason,
+            hint=f"Not registered. To register all the same, set allow_warn. Report: {validated.report_uri}",
+        )
+    if validated.outcome not in ("pass", "warn"):
+        raise VerdictError(validated.reason, hint=f"Not registered. Report: {validated.report_uri}")
+
+
+def find_version(
+    source: FetchedSource, artifact: CompiledArtifact, *, name: str | None, registry_uri: str
+) -> ModelVersion | None:
+    """Return the version that holds an artifact under a name already, or None; what a step that is off does."""
+    wanted = name or default_name(source.uri)
+    found = open_registry(registry_uri).find(artifact.digest)
+    return next((version for version in found if version.name == wanted), None)
 
 
 def default_name(source_uri: str) -> str:

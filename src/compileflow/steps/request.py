@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic.dataclasses import dataclass
 
 from compileflow.catalog import target_names
 from compileflow.spec import HfTask, Precision, ShapeBucket
 from compileflow.validation.settings import ValidationSettings
-
-STEP_NAMES = ("fetch", "compile", "validate", "register")
 
 
 def _list_targets(schema: dict[str, Any]) -> None:
@@ -18,19 +17,19 @@ def _list_targets(schema: dict[str, Any]) -> None:
     schema["enum"] = list(target_names())
 
 
-class StepSwitches(BaseModel):
-    """Which steps do work. One that is off reuses what the store and the registry have."""
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class StepSwitches:
+    """Which steps do work. One that is off reuses what the store and the registry have.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    A pydantic dataclass, since a BaseModel has attributes of two of these names itself.
+    """
 
     fetch: bool = Field(True, title="Fetch", description="Read the source model, pin it and store it.")
     compile: bool = Field(True, title="Compile", description="Compile it when it is not cached.")
-    validate_: bool = Field(
-        True, alias="validate", title="Validate", description="Compare it with the source model and judge."
+    validate: bool = Field(
+        True, title="Validate", description="Compare it with the source model and judge the result."
     )
-    register_: bool = Field(
-        True, alias="register", title="Register", description="Register it when its verdict allows."
-    )
+    register: bool = Field(True, title="Register", description="Register it when its verdict allows.")
 
 
 class StepTimeouts(BaseModel):
@@ -110,5 +109,3 @@ class CompileRequest(BaseModel):
         None, title="Registry", description="For example sqlite:////srv/registry.db. Empty: as configured."
     )
 
-
-StepName = Literal["fetch", "compile", "validate", "register"]

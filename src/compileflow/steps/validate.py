@@ -114,6 +114,7 @@ def validate_artifact(
             ValidatedArtifact,
             digest_field="report_digest",
             make=make,
+            say=on_progress,
             keep=lambda made: made.outcome in ("pass", "warn"),
         )
     if cached:

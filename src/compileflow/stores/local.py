@@ -134,20 +134,27 @@ class LocalStore:
         files = self._listing(digest)
         with os_errors(dest, "write to"):
             dest.mkdir(parents=True)
-            for record in files:
-                out = dest / record.path
-                out.parent.mkdir(parents=True, exist_ok=True)
-                blob = self._blob_path(record.sha256)
-                if not self._has_blob(record) or file_digest(blob) != record.sha256:
-                    raise IntegrityError(
-                        f"{self.uri}: the blob of {record.path} is absent or altered.",
-                        hint="Delete that blob and run again; it will be made anew.",
-                    )
-                if link:
-                    _link_or_copy(blob, out)
-                else:
-                    shutil.copyfile(blob, out)
+            try:
+                for record in files:
+                    self._write_file(record, dest / record.path, link=link)
+            except BaseException:
+                # A half-written folder would stand in the way of the next try.
+                shutil.rmtree(dest, ignore_errors=True)
+                raise
         return files
+
+    def _write_file(self, record: FileRecord, out: Path, *, link: bool) -> None:
+        blob = self._blob_path(record.sha256)
+        if not self._has_blob(record) or file_digest(blob) != record.sha256:
+            raise IntegrityError(
+                f"{self.uri}: the blob of {record.path} is absent or altered.",
+                hint="Delete that blob and run again; it will be made anew.",
+            )
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if link:
+            _link_or_copy(blob, out)
+        else:
+            shutil.copyfile(blob, out)
 
     def _listing(self, digest: str) -> tuple[FileRecord, ...]:
         path = self._listing_path(digest)

@@ -161,6 +161,8 @@ def _trace(module: Any, tensors: tuple[Any, ...]) -> Any:
         _silence_deprecation()
         # Shape arithmetic becomes constant: that is what a bucket is.
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
+        # The tracer looks at every attribute of the model, transformers' deprecated ones too.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         try:
             return torch.jit.trace(module, tensors, strict=False, check_trace=False)
         except RuntimeError as error:

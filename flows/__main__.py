@@ -1,0 +1,167 @@
+"""Run flows from the command line: python -m flows compile --model PATH_OR_HUB_ID --target TARGET."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from compileflow.catalog import target_names
+from compileflow.errors import CompileflowError, SpecError
+from compileflow.settings import get_settings
+from compileflow.spec import HfTask, Precision
+from compileflow.steps.report_file import export_report
+from compileflow.steps.request import CompileRequest
+from flows.environment import set_embedded_defaults
+
+if TYPE_CHECKING:
+    from flows.compile_model import CompileResult
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def main() -> None:
+    """Run compileflow's Prefect flows."""
+
+
+@app.command("compile")
+def compile_command(
+    model: Annotated[str, typer.Option(help="A model folder, or a Hub id as owner/name.")],
+    target: Annotated[
+        list[str] | None, typer.Option(help=f"Repeat for several: {', '.join(target_names())}.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help=f"{', '.join(HfTask)}. Default: the model's own.")
+    ] = None,
+    precision: Annotated[str, typer.Option(help=f"{', '.join(Precision)}.")] = Precision.FP32,
+    max_sequence_length: Annotated[int | None, typer.Option(help="Tokens. Default: the model's own.")] = None,
+    bucket: Annotated[
+        list[str] | None, typer.Option(help="Shape bucket as BATCHxTOKENS, for example 1x128. Repeat.")
+    ] = None,
+    option: Annotated[list[str] | None, typer.Option(help="Target option as NAME=JSON. Repeat.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name in the registry.")] = None,
+    examples: Annotated[str | None, typer.Option(help="Your own natural examples, one a line.")] = None,
+    max_latency_ratio: Annotated[float | None, typer.Option(help="Latency gate against eager.")] = None,
+    allow_warn: Annotated[bool, typer.Option(help="Register a verdict of warn, too.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run the model's own Python files.")] = False,
+    skip: Annotated[list[str] | None, typer.Option(help="Switch a step off. Repeat.")] = None,
+    store: Annotated[str | None, typer.Option(help="Artifact store's URI.")] = None,
+    registry: Annotated[str | None, typer.Option(help="Registry's URI.")] = None,
+    progress: Annotated[
+        bool | None, typer.Option(help="Print a line a step. Default: when on a terminal.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+) -> None:
+    """Compile a model, prove it, store it and register it; one run a target."""
+    raw = {
+        "model": model,
+        "revision": revision,
+        "hf_task": task,
+        "precision": precision,
+        "max_sequence_length": max_sequence_length,
+        "trust_remote_code": trust_remote_code,
+        "name": name,
+        "allow_warn": allow_warn,
+        "validation": {"examples_path": examples, "max_latency_ratio": max_latency_ratio},
+        "store_uri": store,
+        "registry_uri": registry,
+    }
+    shown = sys.stderr.isatty() if progress is None else progress
+    try:
+        raw["shape_buckets"] = [_bucket(text) for text in bucket or ()]
+        raw["target_options"] = dict(_option(text) for text in option or ())
+        raw["steps"] = dict.fromkeys(skip or (), False)
+        requests = [_request(raw | {"target": each}) for each in target or ["onnx-runtime"]]
+        set_embedded_defaults(get_settings(), progress=shown)
+    except CompileflowError as error:
+        _refuse(error)
+    from flows.runner import run_requests
+
+    results, errors = run_requests(requests)
+    if as_json:
+        typer.echo(json.dumps([result.model_dump(mode="json") for result in results], indent=1))
+    elif results:
+        _print_table(results, registry)
+    for error in errors:
+        typer.echo(f"error: {error}", err=True)
+    raise typer.Exit(1 if errors else 0)
+
+
+def _request(raw: dict[str, Any]) -> CompileRequest:
+    if raw["target"] not in target_names():
+        raise SpecError(
+            f"Unknown target {raw['target']!r}.", hint=f"Choose one of: {', '.join(target_names())}."
+        )
+    try:
+        return CompileRequest.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise SpecError(f"{where}: {first['msg']} (found {first['input']!r}).") from error
+
+
+def _bucket(text: str) -> dict[str, int]:
+    batch_size, cross, length = text.partition("x")
+    if not (cross and batch_size.isdecimal() and length.isdecimal()):
+        raise SpecError(f"{text!r} is no shape bucket.", hint="Write it as BATCHxTOKENS, for example 1x128.")
+    return {"batch_size": int(batch_size), "sequence_length": int(length)}
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise SpecError(f"{text!r} is no target option.", hint="Write it as NAME=VALUE.")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _print_table(results: list[CompileResult], registry: str | None) -> None:
+    table = Table(title="compileflow")
+    for column in ("target", "verdict", "latency against eager", "size", "compile", "registered as"):
+        table.add_column(column)
+    for result in results:
+        table.add_row(*_row(result))
+    console = Console()
+    console.print(table)
+    for result in results:
+        lines = {"artifact": result.artifact.uri}
+        if result.validated is not None:
+            lines["report"] = str(export_report(result.validated.report_uri, get_settings()))
+        if result.version is not None:
+            lines["registry"] = get_settings().resolved_registry_uri(registry)
+        for what, where in lines.items():
+            console.print(f"{result.target} {what}: {where}", soft_wrap=True, highlight=False)
+
+
+def _row(result: CompileResult) -> tuple[str, ...]:
+    figures = result.validated.figures if result.validated else {}
+    ratio = figures.get("latency_ratio")
+    interval = f"{figures.get('latency_ratio_low', 0):.2f} to {figures.get('latency_ratio_high', 0):.2f}"
+    version = result.version
+    return (
+        result.target,
+        result.validated.outcome if result.validated else "not asked",
+        f"{ratio:.2f} ({interval})" if ratio else "not timed",
+        f"{result.artifact.size_bytes / 1e6:.1f} MB",
+        "cached" if result.artifact.cached else f"{result.artifact.compile_duration_s:.1f} s",
+        f"{version.name} version {version.version}" if version else "not registered",
+    )
+
+
+def _refuse(error: CompileflowError) -> None:
+    typer.echo(f"error: {error}", err=True)
+    raise typer.Exit(2)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,24 @@
+"""Run compile_model for several requests, one after the other, and collect what came of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from compileflow.errors import CompileflowError, ProcessError
+from compileflow.steps.request import CompileRequest
+from flows.compile_model import CompileResult, compile_model
+
+
+def run_requests(requests: Sequence[CompileRequest]) -> tuple[list[CompileResult], list[CompileflowError]]:
+    """Run each request as a flow run of its own; one that fails does not stop the others."""
+    results, errors = [], []
+    for request in requests:
+        state = compile_model(request, return_state=True)
+        outcome = state.result(raise_on_failure=False)
+        if isinstance(outcome, CompileResult):
+            results.append(outcome)
+        elif isinstance(outcome, CompileflowError):
+            errors.append(outcome)
+        else:
+            errors.append(ProcessError(f"The run ended as {state.name}: {state.message}"))
+    return results, errors

@@ -1,0 +1,236 @@
+"""The command `compileflow`: look at targets, artifacts, reports and registered versions. It changes nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from compileflow.errors import CompileflowError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Parameters = ParamSpec("Parameters")
+
+
+@app.callback()
+def main() -> None:
+    """Compiled transformers models: what there is, what it is, whether it is proven."""
+
+
+def _one_line_errors(command: Callable[Parameters, None]) -> Callable[Parameters, None]:
+    """End with one line and exit code 1 instead of a traceback."""
+
+    @wraps(command)
+    def wrapped(*args: Parameters.args, **kwargs: Parameters.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except CompileflowError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from error
+
+    return wrapped
+
+
+@app.command()
+@_one_line_errors
+def targets(as_json: AsJson = False) -> None:
+    """List every known target and whether it can compile and run here."""
+    from dataclasses import asdict
+
+    from compileflow.catalog import get_target, target_names
+
+    rows = []
+    for name in target_names():
+        target = get_target(name)
+        can = target.capabilities
+        rows.append(
+            {
+                "target": name,
+                **asdict(target.probe()),
+                "precisions": [precision.value for precision in can.precisions],
+                "hf_tasks": [task.value for task in can.hf_tasks],
+                "devices": list(can.devices),
+                "dynamic_axes": can.dynamic_axes,
+                "summary": target.summary,
+            }
+        )
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    table = Table("target", "compiles here", "runs here", "precisions", "what it is", "what is missing")
+    for row in rows:
+        missing = f"{row['reason']}: {row['hint']}" if row["reason"] else ""
+        table.add_row(
+            str(row["target"]),
+            "yes" if row["can_compile"] else "no",
+            "yes" if row["can_run"] else "no",
+            ", ".join(row["precisions"]),  # type: ignore[arg-type]
+            str(row["summary"]),
+            missing,
+        )
+    Console().print(table)
+
+
+@app.command()
+@_one_line_errors
+def inspect(
+    artifact: Annotated[str, typer.Argument(help="Folder or URI of an artifact, or URI of a report.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show what an artifact is, or what a report says. Reads the manifest and opens no compiled file."""
+    from compileflow.errors import ManifestError
+    from compileflow.manifest import read_manifest
+
+    with _artifact_folder(artifact) as folder:
+        try:
+            manifest = read_manifest(folder)
+        except ManifestError:
+            if not (folder / "report.json").is_file():
+                raise
+            _inspect_report(artifact, as_json)
+            return
+    if as_json:
+        typer.echo(json.dumps(manifest.model_dump(mode="json"), indent=1))
+        return
+    table = Table("field", "value", title=artifact, show_header=False)
+    toolchain = ", ".join(f"{name} {version}" for name, version in manifest.target.toolchain.items())
+    rows = {
+        "target": f"{manifest.target.name} (version {manifest.target.version})",
+        "task": manifest.hf_task.value,
+        "precision": manifest.spec.precision.value,
+        "source model": f"{manifest.source.uri} at {manifest.source.revision}",
+        "source digest": manifest.source.digest,
+        "architecture": manifest.source.architecture,
+        "toolchain": toolchain,
+        "size": f"{manifest.size_bytes / 1e6:.1f} MB in {len(manifest.files)} files",
+    }
+    for name, component in manifest.components.items():
+        shapes = ", ".join(str(bucket) for bucket in component.shape_buckets) or "any shape"
+        rows[f"component {name}"] = f"up to {component.max_sequence_length} tokens; {shapes}"
+    for field, value in rows.items():
+        table.add_row(field, value)
+    Console().print(table)
+
+
+@app.command()
+@_one_line_errors
+def verify(
+    artifact: Annotated[str, typer.Argument(help="Folder or URI of an artifact.")],
+    integrity_only: Annotated[
+        bool, typer.Option("--integrity-only", help="Do not ask for a passing report.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check every byte of an artifact, and that a registered version with a passing verdict stands on it.
+
+    Exit code 0 only if both hold.
+    """
+    from compileflow.serving.artifacts import open_artifact
+    from compileflow.settings import get_settings
+
+    opened = open_artifact(artifact)
+    proof = _proof(artifact, opened.digest)
+    registry = get_settings().resolved_registry_uri()
+    if as_json:
+        answer = {"digest": opened.digest, "intact": True, "proven": proof is not None, "proof": proof}
+        typer.echo(json.dumps(answer, indent=1))
+    else:
+        typer.echo(f"intact: {len(opened.manifest.files) + 1} files, digest {opened.digest}")
+        if proof is not None:
+            typer.echo(f"proven: {proof}")
+    if proof is None and not integrity_only:
+        typer.echo(
+            f"error: No passing verdict on this digest is known to the store or to the registry {registry}. "
+            "Run the flow with this store and registry; do not serve it before.",
+            err=True,
+        )
+        raise typer.Exit(1)
+
+
+@app.command()
+@_one_line_errors
+def versions(
+    name: Annotated[str | None, typer.Argument(help="A model's name. Default: all.")] = None,
+    registry: Annotated[str | None, typer.Option(help="Registry's URI. Default: as configured.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List registered versions, newest first."""
+    from compileflow.catalog import open_registry
+    from compileflow.settings import get_settings
+
+    found = open_registry(get_settings().resolved_registry_uri(registry)).versions(name)
+    if as_json:
+        typer.echo(json.dumps([version.model_dump(mode="json") for version in found], indent=1))
+        return
+    table = Table("name", "version", "target", "verdict", "latency ratio", "size", "created", "digest")
+    for version in found:
+        ratio = version.figures.get("latency_ratio")
+        table.add_row(
+            version.name,
+            str(version.version),
+            version.target,
+            version.verdict,
+            f"{ratio:.2f}" if ratio is not None else "",
+            f"{version.figures.get('size_bytes', 0) / 1e6:.1f} MB",
+            version.created_at,
+            version.artifact_digest[:12],
+        )
+    Console().print(table)
+
+
+@contextmanager
+def _artifact_folder(location: str) -> Iterator[Path]:
+    """Give a local folder as it is, and a stored one as a verified copy."""
+    from compileflow.catalog import open_store
+    from compileflow.serving.artifacts import split_uri
+
+    if "://" not in location:
+        yield Path(location).expanduser().absolute()
+        return
+    store_uri, digest = split_uri(location)
+    with open_store(store_uri).open_folder(digest) as folder:
+        yield folder
+
+
+def _inspect_report(uri: str, as_json: bool) -> None:
+    from compileflow.settings import get_settings
+    from compileflow.steps.report_file import export_report, read_report
+
+    report = read_report(uri)
+    if as_json:
+        typer.echo(json.dumps(report.model_dump(mode="json"), indent=1))
+        return
+    table = Table("gate", "outcome", "measured", "limit", title=report.verdict.reason)
+    for gate in report.verdict.gates:
+        measured = "no number" if gate.measured is None else f"{gate.measured:.4g}"
+        table.add_row(gate.gate, gate.outcome, measured, f"{gate.comparison} {gate.limit:.4g}")
+    Console().print(table)
+    typer.echo(f"report: {export_report(uri, get_settings())}")
+
+
+def _proof(location: str, digest: str) -> str | None:
+    """Say what proves an artifact: a registered version, or else a passing report in its store."""
+    from compileflow.catalog import open_registry, open_store
+    from compileflow.serving.artifacts import split_uri
+    from compileflow.settings import get_settings
+    from compileflow.steps.validate import report_on
+
+    settings = get_settings()
+    registered: Sequence[Any] = open_registry(settings.resolved_registry_uri()).find(digest)
+    if registered:
+        version = registered[0]
+        return f"{version.name} version {version.version}, verdict {version.verdict}"
+    store_uri = split_uri(location)[0] if "://" in location else settings.resolved_store_uri()
+    report = report_on(open_store(store_uri), digest)
+    if report is not None and report.outcome == "pass":
+        return f"report {report.report_digest[:12]}, {report.reason}"
+    return None

@@ -1,0 +1,42 @@
+"""Take a report out of the store, as a file that a browser opens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from compileflow.catalog import open_store
+from compileflow.errors import ManifestError
+from compileflow.serving.artifacts import split_uri
+from compileflow.settings import Settings
+from compileflow.validation.report import REPORT_HTML, REPORT_JSON, Report
+from compileflow.workspace import os_errors
+
+
+def export_report(report_uri: str, settings: Settings) -> Path:
+    """Copy report.html out of the store to HOME/reports and return its path.
+
+    Raises:
+        ManifestError: the URI is not a report's.
+        IntegrityError: the report is absent or altered.
+    """
+    store_uri, digest = split_uri(report_uri)
+    out = settings.home_dir / "reports" / f"{digest[:12]}.html"
+    with open_store(store_uri).open_folder(digest) as folder, os_errors(out, "write to"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_bytes(_member(folder, REPORT_HTML, report_uri))
+    return out
+
+
+def read_report(report_uri: str) -> Report:
+    """Read report.json out of the store. Raises as `export_report` does."""
+    store_uri, digest = split_uri(report_uri)
+    with open_store(store_uri).open_folder(digest) as folder:
+        return Report.model_validate(json.loads(_member(folder, REPORT_JSON, report_uri)))
+
+
+def _member(folder: Path, name: str, uri: str) -> bytes:
+    try:
+        return (folder / name).read_bytes()
+    except FileNotFoundError as error:
+        raise ManifestError(f"{uri} is no report.", hint="Give a report's URI.") from error

@@ -1,0 +1,314 @@
+"""TargetConformance: what every target must do; a new target's test class inherits it in three lines.
+
+class TestMyTarget(TargetConformance):
+    target_name = "my-target"
+
+The tests that inherit it bring one fixture: `tiny_model(hf_task)`, which returns the folder of a small BERT-like
+source model with at least 64 positions.
+"""
+
+# ruff: noqa: S101 - these are pytest tests, kept in the library so that third parties can inherit them.
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import Distribution, PackageNotFoundError
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+
+from compileflow.catalog import get_target
+from compileflow.contracts import Arrays, Runner, Target, TargetOptions
+from compileflow.digests import json_digest, list_files
+from compileflow.errors import InputError, LoadError, SpecError
+from compileflow.isolation import run_isolated
+from compileflow.manifest import ComponentRecord
+from compileflow.serving.artifacts import OpenArtifact, open_artifact
+from compileflow.source_graph import SourceGraph, example_inputs, load_source_graph
+from compileflow.spec import CompileSpec, ComponentSpec, HfTask, ShapeBucket
+from compileflow.steps.compile import checked_target, compile_in_child
+
+TinyModel = Callable[[HfTask], Path]
+Load = Callable[[HfTask], tuple[Runner, ComponentRecord, SourceGraph]]
+
+_SHAPES = ((1, 8), (4, 16), (1, 64))
+BUCKETS = tuple(ShapeBucket(batch_size=rows, sequence_length=length) for rows, length in _SHAPES)
+# What listing the targets must not import, besides each target's own toolchain.
+_HEAVY = (
+    "torch",
+    "transformers",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "tensorrt",
+    "boto3",
+    "neptune",
+    "mlflow",
+)
+_LOOK = """
+import sys
+from compileflow.catalog import get_target, target_names
+for name in target_names():
+    target = get_target(name)
+    target.probe(), target.toolchain(), target.cpu_features(), target.capabilities, target.Options
+print(*sorted({module.partition(".")[0] for module in sys.modules}))
+"""
+
+
+def compiled_folder(source_dir: Path, target_name: str, hf_task: HfTask, parent: Path) -> Path:
+    """Compile a source model in this process and return the artifact, in another folder than it was made in.
+
+    An artifact that is there already is returned as it is: tests may share it, and must not write to it.
+
+    Args:
+        source_dir: The source model.
+        target_name: A target of the catalog.
+        hf_task: Task to compile for.
+        parent: Existing folder, the same for all who want to share.
+    """
+    request = compile_request(source_dir, target_name, hf_task)
+    folder = parent / f"{source_dir.name}-{target_name}-{json_digest(request)[:12]}"
+    if not folder.exists():
+        made = parent / f"{folder.name}.made-here"
+        made.mkdir()
+        compile_in_child(request | {"out_dir": str(made)})
+        made.rename(folder)
+    return folder
+
+
+def compile_request(source_dir: Path, target_name: str, hf_task: HfTask) -> dict[str, object]:
+    """Return what `compile_in_child` needs, without `out_dir`; static targets get the shapes of `BUCKETS`."""
+    dynamic = get_target(target_name).capabilities.dynamic_axes
+    component = ComponentSpec(shape_buckets=() if dynamic else BUCKETS)
+    spec = CompileSpec(target=target_name, hf_task=hf_task, components=(component,))
+    source = {"uri": source_dir.as_uri(), "revision": "0" * 64, "digest": "0" * 64}
+    return {
+        "source_dir": str(source_dir),
+        "spec": spec.model_dump(mode="json"),
+        "source": source,
+        "threads": 1,
+    }
+
+
+def hide_distributions(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Make importlib.metadata say that these distributions are not installed; all of them when none is named."""
+    find = Distribution.from_name
+
+    def from_name(name: str) -> Distribution:
+        if not names or name in names:
+            raise PackageNotFoundError(name)
+        return find(name)
+
+    monkeypatch.setattr(Distribution, "from_name", staticmethod(from_name))
+
+
+class TargetConformance:
+    """Inherit it, set `target_name`, and pytest runs it."""
+
+    target_name: ClassVar[str]
+    # Largest difference from the source model, in the outputs' own units.
+    atol: ClassVar[float] = 1e-5
+
+    @pytest.fixture
+    def target(self) -> Target:
+        """The target under test."""
+        return get_target(self.target_name)
+
+    @pytest.fixture
+    def artifact(
+        self, target: Target, tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory
+    ) -> Callable[[HfTask], OpenArtifact]:
+        """Compile once a task and session, move, open."""
+        here = target.probe()
+        if not here.can_compile:
+            pytest.skip(f"{target.name} cannot compile here: {here.reason}")
+
+        def make(hf_task: HfTask) -> OpenArtifact:
+            return open_artifact(
+                compiled_folder(tiny_model(hf_task), target.name, hf_task, tmp_path_factory.getbasetemp())
+            )
+
+        return make
+
+    @pytest.fixture
+    def load(self, target: Target, artifact: Callable[[HfTask], OpenArtifact], tiny_model: TinyModel) -> Load:
+        """Give a fresh runner, its record, and the source model that it must equal."""
+
+        def make(hf_task: HfTask) -> tuple[Runner, ComponentRecord, SourceGraph]:
+            opened = artifact(hf_task)
+            runner = opened.load("default", device=target.capabilities.devices[0], threads=None)
+            source = load_source_graph(tiny_model(hf_task), hf_task)
+            return runner, opened.manifest.components["default"], source
+
+        return make
+
+    def test_target_says_what_it_is(self, target: Target) -> None:
+        """Names, options and capabilities have the form that forms, tables and specs are made from."""
+        assert isinstance(target, Target)
+        assert target.name == self.target_name
+        assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", target.name)
+        assert target.version >= 1
+        assert target.summary
+        assert target.capabilities.hf_tasks
+        assert target.capabilities.precisions
+        assert target.capabilities.devices
+        assert issubclass(target.Options, TargetOptions)
+        assert target.Options() == target.Options.model_validate({})
+        assert [name for name, field in target.Options.model_fields.items() if not field.description] == []
+
+    def test_listing_and_probing_import_nothing_heavy(self, target: Target) -> None:
+        """A command line that lists the targets answers at once."""
+        done = subprocess.run([sys.executable, "-c", _LOOK], capture_output=True, text=True, check=True)
+        toolchain = {name.replace("-", "_") for name in target.toolchain()}
+        assert sorted(set(done.stdout.split()) & (toolchain | set(_HEAVY))) == []
+
+    def test_probe_answers_without_any_toolchain(
+        self, target: Target, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where nothing is installed, probe says so instead of raising."""
+        hide_distributions(monkeypatch)
+        here = target.probe()
+        assert target.toolchain() == {}
+        assert not here.can_compile
+        assert not here.can_run
+        assert here.reason
+        assert here.hint
+
+    def test_unknown_option_is_refused_with_the_options_there_are(self, target: Target) -> None:
+        """Nobody has to read the source to learn how an option is spelt."""
+        spec = CompileSpec(
+            target=target.name, hf_task=target.capabilities.hf_tasks[0], target_options={"no_such_option": 1}
+        )
+        with pytest.raises(SpecError, match="no_such_option") as caught:
+            checked_target(spec)
+        for option in target.Options.model_fields or ("none",):
+            assert option in caught.value.hint
+
+    @pytest.mark.parametrize("hf_task", list(HfTask))
+    def test_moved_artifact_answers_like_the_source_model(
+        self, target: Target, load: Load, hf_task: HfTask
+    ) -> None:
+        """Equal outputs at the smallest, a middle and the largest shape, with the names, types and axes recorded."""
+        if hf_task not in target.capabilities.hf_tasks:
+            pytest.skip(f"{target.name} does not compile {hf_task}")
+        runner, record, source = load(hf_task)
+        for rows, length in _shapes(record):
+            inputs = _inputs(record, source, rows, length)
+            kept = {name: value.copy() for name, value in inputs.items()}
+            outputs = runner.run(inputs)
+            _assert_close(outputs, source.run(inputs), self.atol)
+            assert {name: str(value.dtype) for name, value in outputs.items()} == {
+                output.name: output.dtype for output in record.outputs
+            }
+            sizes = {"batch": rows, "sequence": length}
+            assert {name: value.shape for name, value in outputs.items()} == {
+                output.name: tuple(sizes[a] if isinstance(a, str) else a for a in output.axes)
+                for output in record.outputs
+            }
+            for name, value in kept.items():
+                np.testing.assert_array_equal(inputs[name], value)
+        runner.close()
+
+    def test_nothing_is_left_outside_the_folder_that_it_was_given(
+        self, target: Target, tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A compile leaves its home, its temporary and its working folder, and the source model, as they were."""
+        if not target.probe().can_compile:
+            pytest.skip(f"{target.name} cannot compile here: {target.probe().reason}")
+        hf_task = target.capabilities.hf_tasks[0]
+        source_dir = tiny_model(hf_task)
+        before = list_files(source_dir)
+        watched = tmp_path / "watched"
+        for name in ("HOME", "TMPDIR", "XDG_CACHE_HOME", "HF_HOME"):
+            (watched / name).mkdir(parents=True)
+            monkeypatch.setenv(name, str(watched / name))
+        (watched / "cwd").mkdir()
+        monkeypatch.chdir(watched / "cwd")
+        (tmp_path / "out").mkdir()
+        run_isolated(
+            "compileflow.steps.compile:compile_in_child",
+            compile_request(source_dir, target.name, hf_task) | {"out_dir": str(tmp_path / "out")},
+            work_dir=tmp_path,
+            log_path=tmp_path / "log",
+            timeout_s=300,
+        )
+        assert [str(path.relative_to(watched)) for path in watched.rglob("*") if path.is_file()] == []
+        assert list_files(source_dir) == before
+        assert open_artifact(tmp_path / "out").manifest.target.name == target.name
+
+    def test_closing_twice_does_nothing_and_a_closed_graph_says_so(self, target: Target, load: Load) -> None:
+        """A service may close in any order."""
+        runner, record, source = load(target.capabilities.hf_tasks[0])
+        runner.close()
+        runner.close()
+        with pytest.raises(InputError, match="closed"):
+            runner.run(_inputs(record, source, *_shapes(record)[0]))
+
+    def test_two_graphs_live_in_one_process(self, target: Target, load: Load) -> None:
+        """Neither call nor close of one changes the other."""
+        hf_tasks = target.capabilities.hf_tasks[:2]
+        loaded = [load(hf_task) for hf_task in (hf_tasks[0], hf_tasks[-1])]
+        for _ in range(2):
+            for runner, record, source in loaded:
+                inputs = _inputs(record, source, *_shapes(record)[1])
+                _assert_close(runner.run(inputs), source.run(inputs), self.atol)
+        loaded[0][0].close()
+        runner, record, source = loaded[1]
+        inputs = _inputs(record, source, *_shapes(record)[1])
+        _assert_close(runner.run(inputs), source.run(inputs), self.atol)
+        runner.close()
+
+    def test_four_threads_at_once_get_the_answers_that_one_gets(self, target: Target, load: Load) -> None:
+        """Each caller gets the answer to its own input."""
+        runner, record, source = load(target.capabilities.hf_tasks[0])
+        rows, length = _shapes(record)[1]
+        random = np.random.default_rng(0)
+        batches = []
+        for _ in range(24):
+            inputs = _inputs(record, source, rows, length)
+            batches.append(inputs | {"input_ids": random.permuted(inputs["input_ids"], axis=1)})
+        alone = [runner.run(inputs) for inputs in batches]
+        with ThreadPoolExecutor(4) as threads:
+            together = list(threads.map(runner.run, batches))
+        for one, other in zip(alone, together, strict=True):
+            _assert_close(other, one, 1e-6)
+        assert not np.allclose(*(answer[record.outputs[0].name] for answer in alone[:2]), atol=1e-3)
+        runner.close()
+
+    def test_file_that_is_no_graph_is_refused_in_our_words(
+        self, target: Target, artifact: Callable[[HfTask], OpenArtifact], tmp_path: Path
+    ) -> None:
+        """Whatever the runtime raises, the caller gets a LoadError."""
+        opened = artifact(target.capabilities.hf_tasks[0])
+        record = opened.manifest.components["default"]
+        folder = tmp_path / "component"
+        shutil.copytree(opened.folder / record.folder, folder)
+        for path in folder.rglob("*"):
+            if path.is_file():
+                path.write_bytes(b"no graph")
+        with pytest.raises(LoadError, match="cannot be loaded"):
+            target.load(folder, record, device=target.capabilities.devices[0], threads=None)
+
+
+def _shapes(record: ComponentRecord) -> list[tuple[int, int]]:
+    """Return the smallest, a middle and the largest shape that a graph takes."""
+    if record.dynamic_axes:
+        return [(1, 1), (3, 17), (5, record.max_sequence_length)]
+    return [(bucket.batch_size, bucket.sequence_length) for bucket in record.shape_buckets]
+
+
+def _inputs(record: ComponentRecord, source: SourceGraph, rows: int, length: int) -> Arrays:
+    return example_inputs(record.inputs, rows, length, source.vocab_size, source.pad_token_id)
+
+
+def _assert_close(candidate: Arrays, reference: Arrays, atol: float) -> None:
+    assert sorted(candidate) == sorted(reference)
+    for name, value in reference.items():
+        np.testing.assert_allclose(candidate[name], value, rtol=0, atol=atol, err_msg=name)

@@ -1,0 +1,1 @@
+"""One Prefect task a file: a decorator, a log line and one library call."""

@@ -1,0 +1,38 @@
+"""What all tasks share: when to retry, and how a step that reused its answer shows in the Prefect UI.
+
+There is no Prefect cache key here: the cache is in the artifact store (docs/adr/0002), where every worker sees
+it and a lost artifact is a miss.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.states import Completed
+from prefect.tasks import Task, exponential_backoff
+
+from compileflow.errors import CompileflowError
+
+
+def is_retryable(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
+    """Retry only errors that say of themselves that trying again can help."""
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, CompileflowError) and error.retryable
+
+
+RETRIES: dict[str, Any] = {
+    "retries": 3,
+    "retry_delay_seconds": exponential_backoff(backoff_factor=2),
+    "retry_jitter_factor": 0.5,
+    "retry_condition_fn": is_retryable,
+    "cache_policy": NO_CACHE,
+}
+
+
+def shown(value: Any) -> State[Any]:
+    """Wrap a step's value in a state: Cached with the reason when it was reused, Completed otherwise."""
+    if value.cached:
+        return Completed(name="Cached", message=getattr(value, "why", "unchanged"), data=value)
+    return Completed(data=value)

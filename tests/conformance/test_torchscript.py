@@ -1,0 +1,9 @@
+"""torchscript keeps the targets' contract."""
+
+from typing import ClassVar
+
+from compileflow.testing.targets import TargetConformance
+
+
+class TestTorchScript(TargetConformance):
+    target_name: ClassVar[str] = "torchscript"
