@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from pydantic import ValidationError
@@ -38,9 +37,7 @@ def compile_command(
         list[str] | None, typer.Option(help=f"Repeat for several: {', '.join(target_names())}.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
-    task: Annotated[
-        str | None, typer.Option(help=f"{', '.join(HfTask)}. Default: the model's own.")
-    ] = None,
+    task: Annotated[str | None, typer.Option(help=f"{', '.join(HfTask)}. Default: the model's own.")] = None,
     precision: Annotated[str, typer.Option(help=f"{', '.join(Precision)}.")] = Precision.FP32,
     max_sequence_length: Annotated[int | None, typer.Option(help="Tokens. Default: the model's own.")] = None,
     bucket: Annotated[
@@ -83,6 +80,28 @@ def compile_command(
         set_embedded_defaults(get_settings(), progress=shown)
     except CompileflowError as error:
         _refuse(error)
+    _run(requests, as_json=as_json, registry=registry)
+
+
+@app.command()
+def demo() -> None:
+    """Compile all-MiniLM-L6-v2 for two targets, prove and register it, and show how to load it."""
+    from flows.demo import NAME, TARGETS, demo_model, loading_lines
+
+    try:
+        model = str(demo_model())
+        set_embedded_defaults(get_settings(), progress=True)
+    except CompileflowError as error:
+        _refuse(error)
+    results = _run([_request({"model": model, "target": target, "name": NAME}) for target in TARGETS])
+    typer.echo("\nload it in Python:\n")
+    typer.echo(loading_lines(results[0].artifact.uri))
+
+
+def _run(
+    requests: list[CompileRequest], *, as_json: bool = False, registry: str | None = None
+) -> list[CompileResult]:
+    """Run the requests and print what came of them; exits with 1 when one failed."""
     from flows.runner import run_requests
 
     results, errors = run_requests(requests)
@@ -92,14 +111,14 @@ def compile_command(
         _print_table(results, registry)
     for error in errors:
         typer.echo(f"error: {error}", err=True)
-    raise typer.Exit(1 if errors else 0)
+    if errors:
+        raise typer.Exit(1)
+    return results
 
 
 def _request(raw: dict[str, Any]) -> CompileRequest:
     if raw["target"] not in target_names():
-        raise SpecError(
-            f"Unknown target {raw['target']!r}.", hint=f"Choose one of: {', '.join(target_names())}."
-        )
+        raise SpecError(f"Unknown target {raw['target']!r}.", hint=f"Choose one of: {', '.join(target_names())}.")
     try:
         return CompileRequest.model_validate(raw)
     except ValidationError as error:
@@ -127,8 +146,8 @@ def _option(text: str) -> tuple[str, Any]:
 
 def _print_table(results: list[CompileResult], registry: str | None) -> None:
     table = Table(title="compileflow")
-    for column in ("target", "verdict", "latency against eager", "size", "compile", "registered as"):
-        table.add_column(column)
+    for column in ("target", "verdict", "latency / eager", "size", "compile", "registered as"):
+        table.add_column(column, overflow="fold")
     for result in results:
         table.add_row(*_row(result))
     console = Console()
@@ -158,7 +177,7 @@ def _row(result: CompileResult) -> tuple[str, ...]:
     )
 
 
-def _refuse(error: CompileflowError) -> None:
+def _refuse(error: CompileflowError) -> NoReturn:
     typer.echo(f"error: {error}", err=True)
     raise typer.Exit(2)
 

@@ -26,7 +26,5 @@ def fetch(request: CompileRequest) -> State[Any]:
         enabled=request.steps.fetch,
         on_progress=logger.info,
     )
-    logger.info(
-        "source model %s at %s%s", source.uri, source.revision[:12], " (cached)" if source.cached else ""
-    )
+    logger.info("source model %s at %s%s", source.uri, source.revision[:12], " (cached)" if source.cached else "")
     return shown(source)

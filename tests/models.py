@@ -74,7 +74,7 @@ def _tokenizer(architecture: str) -> Any:
 
 
 def _vocabulary(special: list[str]) -> dict[str, int]:
-    """Special tokens, all characters, and the most frequent words; tokenizers' own trainer breaks ties at random."""
+    """Special tokens, characters, frequent words. The trainer of tokenizers breaks ties at random; this does not."""
     text = " ".join(sentences()).lower()
     letters = sorted(set(re.findall(r"[a-z0-9]", text)))
     marks = sorted(set(re.findall(r"[^\w\s]", text)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
@@ -61,7 +61,7 @@ def _scheme(uri: str) -> str:
     return uri.partition(":")[0]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _with_entry_points(kind: str) -> Mapping[str, str]:
     own = {"targets": TARGETS, "stores": STORES, "registries": REGISTRIES}[kind]
     return {point.name: point.value for point in entry_points(group=f"compileflow.{kind}")} | dict(own)

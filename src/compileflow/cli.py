@@ -11,7 +11,7 @@ from typing import Annotated, Any, ParamSpec
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from compileflow.errors import CompileflowError
 
@@ -66,15 +66,14 @@ def targets(as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return
-    table = Table("target", "compiles here", "runs here", "precisions", "what it is", "what is missing")
+    table = Table(Column("target", no_wrap=True), "compiles here", "runs here", "precisions", "what is missing")
     for row in rows:
         missing = f"{row['reason']}: {row['hint']}" if row["reason"] else ""
         table.add_row(
             str(row["target"]),
             "yes" if row["can_compile"] else "no",
             "yes" if row["can_run"] else "no",
-            ", ".join(row["precisions"]),  # type: ignore[arg-type]
-            str(row["summary"]),
+            ", ".join(row["precisions"]),
             missing,
         )
     Console().print(table)
@@ -101,7 +100,7 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(manifest.model_dump(mode="json"), indent=1))
         return
-    table = Table("field", "value", title=artifact, show_header=False)
+    table = Table("field", Column("value", overflow="fold"), show_header=False)
     toolchain = ", ".join(f"{name} {version}" for name, version in manifest.target.toolchain.items())
     rows = {
         "target": f"{manifest.target.name} (version {manifest.target.version})",
@@ -134,17 +133,20 @@ def verify(
 
     Exit code 0 only if both hold.
     """
-    from compileflow.serving.artifacts import open_artifact
+    from compileflow.digests import folder_digest
+    from compileflow.manifest import verify_folder
     from compileflow.settings import get_settings
 
-    opened = open_artifact(artifact)
-    proof = _proof(artifact, opened.digest)
+    with _artifact_folder(artifact) as folder:
+        _, files = verify_folder(folder)
+    digest = folder_digest(files)
+    proof = _proof(artifact, digest)
     registry = get_settings().resolved_registry_uri()
     if as_json:
-        answer = {"digest": opened.digest, "intact": True, "proven": proof is not None, "proof": proof}
+        answer = {"digest": digest, "intact": True, "proven": proof is not None, "proof": proof}
         typer.echo(json.dumps(answer, indent=1))
     else:
-        typer.echo(f"intact: {len(opened.manifest.files) + 1} files, digest {opened.digest}")
+        typer.echo(f"intact: {len(files)} files, digest {digest}")
         if proof is not None:
             typer.echo(f"proven: {proof}")
     if proof is None and not integrity_only:
@@ -171,17 +173,20 @@ def versions(
     if as_json:
         typer.echo(json.dumps([version.model_dump(mode="json") for version in found], indent=1))
         return
-    table = Table("name", "version", "target", "verdict", "latency ratio", "size", "created", "digest")
+    names = ("version", "verdict", "latency ratio", "size", "created")
+    table = Table(
+        Column("name", overflow="fold"), Column("target", no_wrap=True), *names, Column("digest", no_wrap=True)
+    )
     for version in found:
         ratio = version.figures.get("latency_ratio")
         table.add_row(
             version.name,
-            str(version.version),
             version.target,
+            str(version.version),
             version.verdict,
             f"{ratio:.2f}" if ratio is not None else "",
             f"{version.figures.get('size_bytes', 0) / 1e6:.1f} MB",
-            version.created_at,
+            version.created_at[:10],
             version.artifact_digest[:12],
         )
     Console().print(table)

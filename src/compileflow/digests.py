@@ -38,9 +38,7 @@ class FileRecord(BaseModel):
 
 def canonical_json(value: Any) -> bytes:
     """Encode a JSON value so that equal values give equal bytes: sorted keys, no spaces, UTF-8."""
-    return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    ).encode()
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
 def json_digest(value: Any) -> str:
@@ -58,8 +56,8 @@ def list_files(folder: Path, *, only: Iterable[str] | None = None) -> tuple[File
     """Hash every file below `folder`, sorted by path; `only` narrows it to those relative paths.
 
     Raises:
-        IntegrityError: there is no such folder, something below it is neither a file nor a folder, is a link out
-            of it, or has a name that no other machine could write.
+        IntegrityError: there is no such folder, or something below it is neither a file nor a folder, is a
+            link out of it, or has a name that not every machine can write.
     """
     root = folder.resolve()
     if not root.is_dir():
@@ -70,7 +68,8 @@ def list_files(folder: Path, *, only: Iterable[str] | None = None) -> tuple[File
     except ValidationError as error:
         first = error.errors()[0]
         raise IntegrityError(
-            f"{folder}: {first['input']!r} is no portable file name: {first['msg']}.", hint="Rename that file."
+            f"{folder}: {first['input']!r} is no portable file name: {first['msg']}.",
+            hint="Rename that file.",
         ) from error
 
 

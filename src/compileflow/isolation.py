@@ -1,8 +1,8 @@
 """Run a function in a fresh process: its value, its error, its wall time, its peak memory.
 
-The child gets its request on standard input, and a watcher that it forks reads on: when the parent dies, however
-it dies, that pipe closes and the watcher ends the child and all that it started. A thread could not: native code
-may hold the GIL for minutes.
+The child gets its request on standard input, and a watcher that it forks reads on: when the parent dies,
+however it dies, that pipe closes and the watcher ends the child and all that it started. A thread could not:
+native code may hold the GIL for minutes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ JsonObject = dict[str, Any]
 _PROGRESS = "\x1eprogress "
 _ENTRY = "from compileflow.isolation import child_main; child_main()"
 # What a compile or a validation has no business knowing: it uses no network.
-_SECRETS = ("TOKEN", "SECRET", "PASSW", "API_KEY", "CREDENTIAL", "ACCESS_KEY", "PRIVATE_KEY", "AUTH", "DATABASE")
+_SECRETS = ("TOKEN", "SECRET", "PASSW", "_KEY", "CREDENTIAL", "AUTH", "DATABASE")
 _OUT_OF_MEMORY = ("can't allocate memory", "cannot allocate memory", "std::bad_alloc", "out of memory")
 
 
@@ -242,9 +242,7 @@ class _Watch:
 
 def _child_environment(threads: int) -> dict[str, str]:
     kept = {
-        name: value
-        for name, value in os.environ.items()
-        if not any(word in name.upper() for word in _SECRETS)
+        name: value for name, value in os.environ.items() if not any(word in name.upper() for word in _SECRETS)
     }
     count = str(threads)
     return kept | {

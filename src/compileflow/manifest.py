@@ -51,9 +51,7 @@ class TensorRecord(_Record):
 class ComponentRecord(_Record):
     """One compiled graph: its interface, its shapes, and where its files are."""
 
-    folder: Annotated[str, AfterValidator(safe_relative_path)] = Field(
-        description="Relative to the manifest."
-    )
+    folder: Annotated[str, AfterValidator(safe_relative_path)] = Field(description="Relative to the manifest.")
     inputs: tuple[TensorRecord, ...]
     outputs: tuple[TensorRecord, ...]
     output_class: str = Field(description="The source model's output class, as module:Class.")

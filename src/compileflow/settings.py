@@ -13,7 +13,12 @@ class Settings(BaseSettings):
     """Settings of one process. Names in the environment carry the prefix COMPILEFLOW_, except HF_TOKEN."""
 
     model_config = SettingsConfigDict(
-        env_prefix="COMPILEFLOW_", env_file=".env", extra="ignore", frozen=True, populate_by_name=True
+        env_prefix="COMPILEFLOW_",
+        env_file=".env",
+        env_ignore_empty=True,
+        extra="ignore",
+        frozen=True,
+        populate_by_name=True,
     )
 
     home: Path = Field(

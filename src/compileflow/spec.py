@@ -43,9 +43,7 @@ class ComponentSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(
-        "default", pattern=r"^[a-z0-9][a-z0-9_-]*$", title="Name", description="Component name."
-    )
+    name: str = Field("default", pattern=r"^[a-z0-9][a-z0-9_-]*$", title="Name", description="Component name.")
     max_sequence_length: int | None = Field(
         None,
         ge=1,

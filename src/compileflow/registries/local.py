@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -15,6 +16,7 @@ from compileflow.errors import RegistryError, RegistryUnavailableError, SpecErro
 from compileflow.workspace import os_errors
 
 _SCHEMA_VERSION = 1
+_WAIT_S = 30.0
 _SCHEMA = """
 CREATE TABLE model(id INTEGER PRIMARY KEY, name TEXT UNIQUE NOT NULL);
 CREATE TABLE version(
@@ -86,7 +88,7 @@ class LocalRegistry:
         """
         if name is None:
             return self._read("")
-        found = self._read("WHERE m.name = ?", name)
+        found = sorted(self._read("WHERE m.name = ?", name), key=lambda one: one.version, reverse=True)
         if not found:
             names = sorted({version.name for version in self._read("")})
             near = get_close_matches(name, names, n=5, cutoff=0.4) or names[:10]
@@ -119,11 +121,11 @@ class LocalRegistry:
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
         try:
-            db = sqlite3.connect(self._path, isolation_level=None, timeout=30)
+            db = sqlite3.connect(self._path, isolation_level=None, timeout=_WAIT_S)
         except sqlite3.Error as error:
             raise self._trouble(error) from error
         try:
-            db.execute("PRAGMA journal_mode = WAL")
+            _use_wal(db)
             db.execute("PRAGMA synchronous = FULL")
             db.execute("PRAGMA foreign_keys = ON")
             self._migrate(db)
@@ -143,7 +145,8 @@ class LocalRegistry:
             db.execute("COMMIT")
         elif _schema_version(db) != _SCHEMA_VERSION:
             raise RegistryError(
-                f"{self._path} has registry schema {_schema_version(db)}; this compileflow knows {_SCHEMA_VERSION}.",
+                f"{self._path} has registry schema {_schema_version(db)}; "
+                f"this compileflow knows {_SCHEMA_VERSION}.",
                 hint="Install the compileflow that made it.",
             )
 
@@ -154,6 +157,20 @@ class LocalRegistry:
         if "full" in str(error):
             return RegistryError(text, hint="Free some space on its disk, and run again.")
         return RegistryError(text, hint="Check that file and the rights on it.")
+
+
+def _use_wal(db: sqlite3.Connection) -> None:
+    """Switch to the write-ahead log. Here SQLite itself does not wait for other processes."""
+    until = time.monotonic() + _WAIT_S
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                raise
+            time.sleep(0.01)
+        else:
+            return
 
 
 def _schema_version(db: sqlite3.Connection) -> int:

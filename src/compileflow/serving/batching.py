@@ -58,9 +58,7 @@ def complete_inputs(component: ComponentRecord, given: Mapping[str, Any]) -> Arr
                 f"{name} has shape {array.shape}, input_ids has {ids.shape}.", hint="Make the shapes equal."
             )
         if array.dtype.kind not in "biu":
-            raise InputError(
-                f"{name} has type {array.dtype}; needed are integers.", hint="Convert it to int64."
-            )
+            raise InputError(f"{name} has type {array.dtype}; needed are integers.", hint="Convert it to int64.")
         arrays[name] = np.ascontiguousarray(array, dtype=np.int64)
     return arrays
 

@@ -12,8 +12,8 @@ SAFE_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 LEGACY_WEIGHTS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 CONFIG = ("config.json", "generation_config.json", "*_config.json", "modules.json", "*/config.json")
 TOKENIZER = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.jinja",
-    "spiece*", "bpe.codes", "sentencepiece*",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
+    "*.jinja", "spiece*", "bpe.codes", "sentencepiece*",
 )  # fmt: skip
 CODE = ("*.py",)
 # Other exports of the same weights, and a training run's leftovers.

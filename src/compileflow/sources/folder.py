@@ -31,9 +31,7 @@ class FolderSource:
         uri, _ = self.pin(location, revision)
         folder = _path(location)
         if not folder.is_dir():
-            raise SourceError(
-                f"{folder} is not a folder.", hint="Give a model folder, or a Hub id as owner/name."
-            )
+            raise SourceError(f"{folder} is not a folder.", hint="Give a model folder, or a Hub id as owner/name.")
         names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
         return LocatedSource(uri=uri, revision="", folder=folder, files=choose_files(names, str(folder)))
 

@@ -61,8 +61,8 @@ def _hub_errors(repository: str, revision: str | None) -> Iterator[None]:
     from huggingface_hub.errors import (  # type: ignore[attr-defined,unused-ignore]
         GatedRepoError,
         HfHubHTTPError,
-        HTTPError,
         HFValidationError,
+        HTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -92,9 +92,7 @@ def _hub_errors(repository: str, revision: str | None) -> Iterator[None]:
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
         kind = SourceUnavailableError if status >= 500 or status in (0, 408, 429) else SourceError
-        raise kind(
-            f"The Hub answered HTTP {status} for hf://{repository}.", hint="Try again later."
-        ) from error
+        raise kind(f"The Hub answered HTTP {status} for hf://{repository}.", hint="Try again later.") from error
     except (HTTPError, LocalEntryNotFoundError, ConnectionError) as error:
         raise SourceUnavailableError(
             f"The Hub did not answer for hf://{repository} ({type(error).__name__}).",

@@ -54,9 +54,7 @@ def find(store: ArtifactStore, key: CacheKey, kind: type[Value], *, digest_field
         return None
     digest = str(getattr(value, digest_field))
     if not store.exists(digest):
-        logger.warning(
-            "%s: the store lost %s, which a record points at; it is made anew", key.step, digest[:12]
-        )
+        logger.warning("%s: the store lost %s, which a record points at; it is made anew", key.step, digest[:12])
         return None
     return value
 
@@ -98,12 +96,8 @@ def find_or_make(
         value = make(reason)
         if not keep(value):
             return value, False
-        store.put_record(
-            key.step, key.digest, {"value": value.model_dump(mode="json"), "parts": dict(key.parts)}
-        )
-        store.put_record(
-            f"{key.step}-latest", _subject_key(key), {"key": key.digest, "parts": dict(key.parts)}
-        )
+        store.put_record(key.step, key.digest, {"value": value.model_dump(mode="json"), "parts": dict(key.parts)})
+        store.put_record(f"{key.step}-latest", _subject_key(key), {"key": key.digest, "parts": dict(key.parts)})
     return value, False
 
 

@@ -80,7 +80,9 @@ def compile_artifact(
                 store, folder, source, spec, key, reason, request.timeouts.compile_s, settings, on_progress
             )
 
-        value, cached = find_or_make(store, key, CompiledArtifact, digest_field="digest", make=make, say=on_progress)
+        value, cached = find_or_make(
+            store, key, CompiledArtifact, digest_field="digest", make=make, say=on_progress
+        )
     if cached:
         return value.model_copy(update={"cached": True, "why": "every part of its key is unchanged"})
     return value

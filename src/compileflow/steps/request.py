@@ -97,7 +97,7 @@ class CompileRequest(BaseModel):
         default_factory=ValidationSettings, title="Validation", description="How the result is proven."
     )
     steps: StepSwitches = Field(
-        default_factory=StepSwitches, title="Steps", description="Which steps do work."
+        default_factory=lambda: StepSwitches(), title="Steps", description="Which steps do work."
     )
     timeouts: StepTimeouts = Field(
         default_factory=StepTimeouts, title="Timeouts", description="When a step is stopped."
@@ -108,4 +108,3 @@ class CompileRequest(BaseModel):
     registry_uri: str | None = Field(
         None, title="Registry", description="For example sqlite:////srv/registry.db. Empty: as configured."
     )
-

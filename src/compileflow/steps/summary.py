@@ -5,9 +5,7 @@ from __future__ import annotations
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
 
 
-def summary_markdown(
-    source: FetchedSource, artifact: CompiledArtifact, validated: ValidatedArtifact
-) -> str:
+def summary_markdown(source: FetchedSource, artifact: CompiledArtifact, validated: ValidatedArtifact) -> str:
     """Return the outcome as Markdown."""
     ratio = validated.figures.get("latency_ratio")
     speed = f"{1 / ratio:.2f} times as fast as eager" if ratio else "not timed"

@@ -141,9 +141,7 @@ def validate_in_child(request: Mapping[str, Any]) -> dict[str, Any]:
     report_progress("loading the source model and the compiled model")
     artifact = open_artifact(request["artifact_dir"])
     spec = artifact.manifest.spec
-    graph = load_source_graph(
-        Path(request["source_dir"]), spec.hf_task, trust_remote_code=spec.trust_remote_code
-    )
+    graph = load_source_graph(Path(request["source_dir"]), spec.hf_task, trust_remote_code=spec.trust_remote_code)
     reports = []
     for component in spec.components:
         compiled = CompiledModel.from_artifact(artifact, component=component.name, threads=threads)

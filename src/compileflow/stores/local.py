@@ -166,9 +166,7 @@ class LocalStore:
                 hint="Check the URI; `compileflow versions` lists.",
             ) from error
         if hashlib.sha256(body).hexdigest() != digest:
-            raise IntegrityError(
-                f"{path} was altered.", hint="Delete it and run again; it will be made anew."
-            )
+            raise IntegrityError(f"{path} was altered.", hint="Delete it and run again; it will be made anew.")
         try:
             data = json.loads(body)
             return tuple(FileRecord.model_validate(record) for record in data["files"])
@@ -189,9 +187,7 @@ class LocalStore:
 
     def _record_path(self, kind: str, key: str) -> Path:
         if not _NAME.fullmatch(kind) or not _NAME.fullmatch(key):
-            raise StoreError(
-                f"{kind}/{key} is no record's name.", hint="Use letters, digits, '.', '_' and '-'."
-            )
+            raise StoreError(f"{kind}/{key} is no record's name.", hint="Use letters, digits, '.', '_' and '-'.")
         return self.root / "records" / kind / f"{key}.json"
 
 

@@ -86,9 +86,7 @@ class OnnxRuntimeTarget:
         torch.set_num_threads(component.threads)
         options = OnnxRuntimeOptions.model_validate(dict(component.options))
         report_progress("loading the source model")
-        graph = load_source_graph(
-            source_dir, component.hf_task, trust_remote_code=component.trust_remote_code
-        )
+        graph = load_source_graph(source_dir, component.hf_task, trust_remote_code=component.trust_remote_code)
         # A batch of one would be taken for a constant, and the file would refuse a batch of two.
         length = min(16, component.max_sequence_length)
         example = example_inputs(graph.inputs, 3, length, graph.vocab_size, graph.pad_token_id)
@@ -124,7 +122,7 @@ class OnnxRuntimeTarget:
             session = onnxruntime.InferenceSession(
                 str(component_dir / _FILE), settings, providers=["CPUExecutionProvider"]
             )
-        except Exception as error:  # noqa: BLE001 - onnxruntime has no base class for its errors
+        except Exception as error:
             raise LoadError(
                 f"{_FILE} cannot be loaded by onnxruntime {onnxruntime.__version__}: {error}",
                 hint="Use the onnxruntime version that the manifest names, or compile again.",
@@ -169,7 +167,7 @@ def _export(model: Any, example: Arrays, options: OnnxRuntimeOptions) -> Any:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             return OnnxExporter().export(model, tensors, config).program
-    except Exception as error:  # noqa: BLE001 - the exporter lets the errors of four libraries through
+    except Exception as error:
         raise CompileError(
             f"The ONNX exporter refused the model: {type(error).__name__}: {str(error)[:300]}",
             hint="Try another target; `compileflow targets` lists them.",

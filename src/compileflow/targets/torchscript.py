@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from numpy.typing import NDArray
 
@@ -73,9 +73,7 @@ class TorchScriptTarget:
 
         torch.set_num_threads(component.threads)
         report_progress("loading the source model")
-        graph = load_source_graph(
-            source_dir, component.hf_task, trust_remote_code=component.trust_remote_code
-        )
+        graph = load_source_graph(source_dir, component.hf_task, trust_remote_code=component.trust_remote_code)
         module = as_tuple_module(graph)
 
         class Buckets(torch.nn.Module):
@@ -105,7 +103,7 @@ class TorchScriptTarget:
         with warnings.catch_warnings():
             _silence_deprecation()
             try:
-                holder = torch.jit.load(str(component_dir / _FILE), map_location=device).eval()
+                holder = torch.jit.load(str(component_dir / _FILE), map_location=device).eval()  # type: ignore[no-untyped-call]
                 graphs = {
                     (bucket.batch_size, bucket.sequence_length): torch.jit.freeze(
                         getattr(holder, _attribute(bucket))
@@ -123,7 +121,7 @@ class TorchScriptTarget:
 class _TorchScriptRunner:
     """Runs the graph whose shape the inputs have."""
 
-    def __init__(self, graphs: dict[tuple[int, ...], Any], component: ComponentRecord):
+    def __init__(self, graphs: dict[tuple[int, int], Any], component: ComponentRecord):
         self._graphs = graphs
         self._component = component
 
@@ -131,7 +129,7 @@ class _TorchScriptRunner:
         import torch
 
         names = [record.name for record in self._component.inputs]
-        shape = inputs[names[0]].shape
+        shape = cast("tuple[int, int]", inputs[names[0]].shape)
         if not self._graphs:
             raise InputError("This compiled model was closed.", hint="Load it again.")
         if shape not in self._graphs:
@@ -142,8 +140,7 @@ class _TorchScriptRunner:
         with torch.inference_mode():
             answers = self._graphs[shape](*(torch.as_tensor(inputs[name]) for name in names))
         return {
-            record.name: answer.numpy()
-            for record, answer in zip(self._component.outputs, answers, strict=True)
+            record.name: answer.numpy() for record, answer in zip(self._component.outputs, answers, strict=True)
         }
 
     def close(self) -> None:
@@ -160,11 +157,11 @@ def _trace(module: Any, tensors: tuple[Any, ...]) -> Any:
     with warnings.catch_warnings(), torch.no_grad():
         _silence_deprecation()
         # Shape arithmetic becomes constant: that is what a bucket is.
-        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
         # The tracer looks at every attribute of the model, transformers' deprecated ones too.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         try:
-            return torch.jit.trace(module, tensors, strict=False, check_trace=False)
+            return torch.jit.trace(module, tensors, strict=False, check_trace=False)  # type: ignore[no-untyped-call]
         except RuntimeError as error:
             raise CompileError(
                 f"torch.jit.trace refused the model: {error}",

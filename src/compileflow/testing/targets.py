@@ -169,9 +169,7 @@ class TargetConformance:
         toolchain = {name.replace("-", "_") for name in target.toolchain()}
         assert sorted(set(done.stdout.split()) & (toolchain | set(_HEAVY))) == []
 
-    def test_probe_answers_without_any_toolchain(
-        self, target: Target, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_probe_answers_without_any_toolchain(self, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
         """Where nothing is installed, probe says so instead of raising."""
         hide_distributions(monkeypatch)
         here = target.probe()

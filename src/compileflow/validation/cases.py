@@ -68,9 +68,7 @@ class CaseBuilder:
     edges: tuple[int, ...]
     pad_token_id: int
 
-    def encode(
-        self, text: str, pair: str | None = None, *, max_length: int | None = None
-    ) -> dict[str, list[int]]:
+    def encode(self, text: str, pair: str | None = None, *, max_length: int | None = None) -> dict[str, list[int]]:
         """Tokenize one text or pair, truncated, unpadded."""
         limit = max_length or self.max_length
         encoded = self.tokenizer(

@@ -94,9 +94,7 @@ class Decisions:
     def _add_tokens(self, text: str, before: Any, after: Any) -> None:
         self._logits.append((before, after))
         self._count("label_agreement", text, before, after)
-        tags = [
-            [self.labels.get(int(label), str(label)) for label in side.argmax(-1)] for side in (before, after)
-        ]
+        tags = [[self.labels.get(int(label), str(label)) for label in side.argmax(-1)] for side in (before, after)]
         self._tags.append((tags[0], tags[1]))
 
     def _add_mask(self, text: str, before: Any, after: Any) -> None:

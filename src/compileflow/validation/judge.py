@@ -128,9 +128,7 @@ def _judge_table(table: Any, gates: Sequence[Gate]) -> list[GateResult]:
         )
         answer = definition.run(batch_parameters={"dataframe": table})
     by_name = {gate.entry.gate: gate for gate in gates}
-    return [
-        _gate_result(by_name[result.expectation_config.meta["gate"]], result) for result in answer.results
-    ]
+    return [_gate_result(by_name[result.expectation_config.meta["gate"]], result) for result in answer.results]
 
 
 def _expectation(gate: Gate) -> Any:
@@ -203,8 +201,7 @@ def _rate_detail(details: Mapping[str, Any]) -> str:
     if "trials" not in details:
         return ""
     return (
-        f"{details['hits']} of {details['trials']}, "
-        f"95 % interval {details['lower']:.4f} to {details['upper']:.4f}"
+        f"{details['hits']} of {details['trials']}, 95 % interval {details['lower']:.4f} to {details['upper']:.4f}"
     )
 
 

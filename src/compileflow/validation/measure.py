@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,7 @@ def measure(
         if number % 10 == 0:
             progress(f"comparing case {number + 1} of {len(cases)}: {case.name}")
         expected = _reference_answer(reference, case)
-        actual, trouble = _candidate_answer(candidate, case)
+        actual, trouble = _candidate_answer(candidate, case.inputs)
         for record in outputs:
             _compare_output(found, case, record, expected[record.name], actual.get(record.name), trouble)
         if case.family == "agreement" and not trouble:
@@ -108,11 +109,16 @@ def measure_mask(
     # A real token in a masked place: whoever looks there answers differently.
     stranger = inputs["input_ids"][0, kept[0].sum() // 2]
     strange = inputs | {"input_ids": np.where(kept, inputs["input_ids"], stranger)}
-    leaks = []
-    for model in (reference, candidate):
-        one, two = model(inputs), model(strange)
-        leaks.append(max(metrics.rel_l2(_kept(one[name], kept), _kept(two[name], kept)) for name in one))
-    leak = leaks[1] - leaks[0]
+    answers = [(reference(inputs), reference(strange))]
+    answers.append((_candidate_answer(candidate, inputs)[0], _candidate_answer(candidate, strange)[0]))
+    leaks = [
+        # numpy's maximum is NaN where one is; none at all is NaN, too.
+        np.max([metrics.rel_l2(_kept(one[name], kept), _kept(two[name], kept)) for name in one] or [np.nan])
+        if one.keys() == two.keys()
+        else np.nan
+        for one, two in answers
+    ]
+    leak = float(leaks[1] - leaks[0])
     found.scalars["mask_leak"] = max(0.0, leak) if np.isfinite(leak) else float("nan")
 
 
@@ -122,25 +128,32 @@ def measure_token_types(
     """Measure whether token types change the candidate as they change the reference.
 
     `token_type_error` = ||dc - dr|| / ||dr||, where d is the answer with token types less the one without;
-    1 when the candidate ignores them. Left out, with a note, when the source model hardly responds.
+    1 when the candidate ignores them, NaN when it does not answer. Left out, with a note, when the source
+    model hardly responds.
     """
     if "token_type_ids" not in builder.input_names:
         return
-    length = max((edge for edge in builder.edges if edge <= 64), default=min(builder.max_length, 32))
+    longest = min(64, builder.max_length)
+    length = max((edge for edge in builder.edges if edge <= longest), default=min(builder.max_length, 32))
     stream = " ".join(texts)
     row = builder.encode(stream, max_length=length)
     size = len(row["input_ids"])
     with_types = builder.collate([row | {"token_type_ids": [0] * (size // 2) + [1] * (size - size // 2)}])
     without = with_types | {"token_type_ids": np.zeros_like(with_types["token_type_ids"])}
-    answers = [(model(with_types), model(without)) for model in (reference, candidate)]
+    before, before_without = reference(with_types), reference(without)
+    after, after_without = (_candidate_answer(candidate, each)[0] for each in (with_types, without))
     errors = []
-    for name in answers[0][0]:
-        expected = np.asarray(answers[0][0][name], np.float64) - answers[0][1][name]
-        actual = np.asarray(answers[1][0][name], np.float64) - answers[1][1][name]
-        if np.linalg.norm(expected) >= _LEAST_RESPONSE * np.linalg.norm(answers[0][1][name]):
+    for name, value in before.items():
+        expected = np.asarray(value, np.float64) - before_without[name]
+        if np.linalg.norm(expected) < _LEAST_RESPONSE * np.linalg.norm(before_without[name]):
+            continue
+        if any(name not in each or each[name].shape != value.shape for each in (after, after_without)):
+            errors.append(float("nan"))
+        else:
+            actual = np.asarray(after[name], np.float64) - after_without[name]
             errors.append(metrics.rel_l2(expected, actual))
     if errors:
-        found.scalars["token_type_error"] = max(errors)
+        found.scalars["token_type_error"] = float(np.max(errors))
     else:
         found.notes.append("token_types_respected was not judged: the source model hardly responds to them.")
 
@@ -183,7 +196,7 @@ def measure_latency(
     *,
     pairs: int,
 ) -> None:
-    """Time both models at a short text, a long one, and a batch."""
+    """Time both models at a short text, a long one, and a batch; a shape without an answer becomes a note."""
     stream = " ".join(texts)
     for batch_size, length in dict.fromkeys(
         (
@@ -194,16 +207,22 @@ def measure_latency(
     ):
         row = builder.encode(stream, max_length=length)
         inputs = builder.collate([row] * batch_size)
+        shape = f"{batch_size} x {len(row['input_ids'])}"
+        trouble = _candidate_answer(candidate, inputs)[1]
+        if trouble:
+            found.notes.append(f"{shape} was not timed: {trouble}")
+            continue
         found.latencies.append(
             time_pairs(
-                f"{batch_size} x {len(row['input_ids'])}",
-                lambda inputs=inputs: reference(inputs),
-                lambda inputs=inputs: candidate(inputs),
+                shape,
+                partial(reference, inputs),
+                partial(candidate, inputs),
                 pairs=pairs,
                 budget_s=8.0,
             )
         )
-    found.scalars["latency_ratio"] = found.latencies[0].ratio
+    if found.latencies:
+        found.scalars["latency_ratio"] = found.latencies[0].ratio
 
 
 def _reference_answer(reference: Model, case: Case) -> Arrays:
@@ -216,10 +235,10 @@ def _reference_answer(reference: Model, case: Case) -> Arrays:
         ) from error
 
 
-def _candidate_answer(candidate: Model, case: Case) -> tuple[Arrays, str]:
+def _candidate_answer(candidate: Model, inputs: Arrays) -> tuple[Arrays, str]:
     """A candidate that raises has answered wrongly; the words go into the report."""
     try:
-        return candidate(case.inputs), ""
+        return candidate(inputs), ""
     except (CompileflowError, RuntimeError, ValueError, TypeError, KeyError, IndexError) as error:
         return {}, f"{type(error).__name__}: {error}"
 

@@ -95,9 +95,9 @@ def write_report(report: Report, folder: Path) -> None:
         json.dumps(report.model_dump(mode="json"), indent=1, sort_keys=True) + "\n", "utf-8"
     )
     source = (files("compileflow.validation") / "report.html.j2").read_text("utf-8")
-    template = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-    ).from_string(source)
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True).from_string(
+        source
+    )
     (folder / REPORT_HTML).write_text(template.render(report=report), "utf-8")
 
 

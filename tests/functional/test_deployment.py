@@ -1,0 +1,126 @@
+"""A deployment on a real server, run by a real worker, triggered over the API."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compileflow.catalog import open_registry
+from compileflow.serving.pipeline import CompiledPipeline
+from compileflow.settings import Settings
+from compileflow.spec import HfTask
+from tests.functional.prefect_server import PrefectServer, running_server
+from tests.models import build_model
+
+pytestmark = pytest.mark.functional
+POOL = "compileflow"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def server(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]:
+    environment = {"COMPILEFLOW_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    with running_server(tmp_path_factory.mktemp("prefect"), environment) as running:
+        running.prefect("work-pool", "create", POOL, "--type", "process")
+        running.prefect("--no-prompt", "deploy", "--all", "--prefect-file", "deployments/prefect.yaml")
+        with running.worker(POOL):
+            yield running
+
+
+@pytest.fixture(scope="module")
+def deployment(server: PrefectServer) -> dict[str, Any]:
+    status, found = server.call("GET", "/deployments/name/compile-model/compile-model")
+    assert status == 200
+    return found
+
+
+def finished(server: PrefectServer, run_id: str, timeout_s: float = 240) -> dict[str, Any]:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        run = server.call("GET", f"/flow_runs/{run_id}")[1]
+        if run["state"]["type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"):
+            return run
+        assert time.monotonic() < deadline, (server.logs / "worker.log").read_text()
+        time.sleep(0.5)
+
+
+def trigger(server: PrefectServer, deployment: dict[str, Any], **request: Any) -> tuple[int, Any]:
+    path = f"/deployments/{deployment['id']}/create_flow_run"
+    return server.call("POST", path, {"parameters": {"request": request}})
+
+
+def test_run_over_the_api_registers_a_version_that_loads(
+    server: PrefectServer, deployment: dict[str, Any], home: Path, tmp_path: Path
+) -> None:
+    model = build_model(tmp_path / "reviews", HfTask.TEXT_CLASSIFICATION)
+    status, run = trigger(
+        server, deployment, model=str(model), target="torchscript", shape_buckets=[
+            {"batch_size": 1, "sequence_length": 16}, {"batch_size": 1, "sequence_length": 64},
+        ],
+    )  # fmt: skip
+    assert status == 201, run
+    done = finished(server, run["id"])
+    assert done["state"]["type"] == "COMPLETED", done["state"]
+
+    registry = open_registry(Settings(home=home).resolved_registry_uri())
+    version = registry.get("reviews", 1)
+    assert version.flow_run_id == run["id"]
+    assert version.verdict == "pass"
+    answer = CompiledPipeline.from_pretrained(version.artifact_uri)("a good day")
+    assert answer[0]["label"] in ("negative", "neutral", "positive")
+
+    artifacts = server.call("POST", "/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run["id"]]}}})[1]
+    kinds = {artifact["key"].removeprefix("reviews-torchscript-"): artifact["type"] for artifact in artifacts}
+    # Prefect keeps a link as Markdown.
+    assert kinds == {"report": "markdown", "figures": "table", "artifact": "markdown"}
+    states = server.call("POST", "/task_runs/filter", {"task_runs": {"flow_run_id": {"any_": [run["id"]]}}})[1]
+    assert {"fetch", "compile", "validate", "register"} <= {state["name"].rpartition("-")[0] for state in states}
+
+
+def test_failing_run_says_why_in_one_line(
+    server: PrefectServer, deployment: dict[str, Any], tmp_path: Path
+) -> None:
+    status, run = trigger(server, deployment, model=str(tmp_path / "nothing"), target="torchscript")
+    assert status == 201
+    state = finished(server, run["id"])["state"]
+    assert state["type"] == "FAILED"
+    assert state["message"] == f"{tmp_path / 'nothing'} is not a folder."
+
+
+@pytest.mark.parametrize(
+    ("field", "request_"),
+    [
+        ("target", {"model": "m", "target": "toaster"}),
+        ("precision", {"model": "m", "precision": "fp12"}),
+        ("max_sequence_length", {"model": "m", "max_sequence_length": 0}),
+        ("sequence_length", {"model": "m", "shape_buckets": [{"batch_size": 1, "sequence_length": "long"}]}),
+        ("model", {"target": "torchscript"}),
+        ("modle", {"model": "m", "modle": "m"}),
+        ("fetsch", {"model": "m", "steps": {"fetsch": False}}),
+    ],
+)
+def test_bad_parameter_is_refused_by_the_api_with_its_name(
+    server: PrefectServer, deployment: dict[str, Any], field: str, request_: dict[str, Any]
+) -> None:
+    status, answer = trigger(server, deployment, **request_)
+    assert 400 <= status < 500
+    assert field in str(answer)
+
+
+def test_form_explains_every_parameter(deployment: dict[str, Any]) -> None:
+    schema = deployment["parameter_openapi_schema"]
+    definitions = schema["definitions"]
+    for name, field in definitions["CompileRequest"]["properties"].items():
+        # An enum's title stands in its own definition.
+        enum = definitions[field["$ref"].rpartition("/")[2]] if "$ref" in field else {}
+        assert {"title", "description"} <= {*field, *enum}, name
+    assert set(definitions["CompileRequest"]["properties"]["target"]["enum"]) >= {"onnx-runtime", "torchscript"}
+    assert definitions["Precision"]["enum"] == ["fp32", "bf16", "fp16", "int8"]
