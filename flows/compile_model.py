@@ -42,7 +42,7 @@ def _run_name() -> str:
     flow_run_name=_run_name,
 )
 def compile_model(request: CompileRequest) -> CompileResult | State[Any]:
-    """Run the four steps; a refused compile, like any error, ends the run as Failed with the reason in one line."""
+    """Run the four steps; a refused compile, like any error, ends the run as Failed with its reason."""
     try:
         source = fetch.with_options(timeout_seconds=request.timeouts.fetch_s)(request).result()
         artifact = compile_source(source, request).result()

@@ -74,7 +74,7 @@ def _tokenizer(architecture: str) -> Any:
 
 
 def _vocabulary(special: list[str]) -> dict[str, int]:
-    """Special tokens, characters, frequent words. The trainer of tokenizers breaks ties at random; this does not."""
+    """Special tokens, characters, frequent words. Always the same, unlike a trained vocabulary."""
     text = " ".join(sentences()).lower()
     letters = sorted(set(re.findall(r"[a-z0-9]", text)))
     marks = sorted(set(re.findall(r"[^\w\s]", text)))

@@ -239,3 +239,7 @@ def _proof(location: str, digest: str) -> str | None:
     if report is not None and report.outcome == "pass":
         return f"report {report.report_digest[:12]}, {report.reason}"
     return None
+
+
+if __name__ == "__main__":
+    app()

@@ -146,7 +146,7 @@ def maximum_length(config: Any, tokenizer_maximum: int | None) -> int:
 def example_inputs(
     inputs: Sequence[TensorRecord], batch_size: int, sequence_length: int, vocab_size: int, pad_token_id: int
 ) -> Arrays:
-    """Make inputs that look like real ones: varied tokens, ragged masks, both token types. Always the same."""
+    """Make inputs that look real: varied tokens, ragged masks, both token types. Always the same."""
     random = np.random.default_rng(20)
     ids = random.integers(0, vocab_size, (batch_size, sequence_length), dtype=np.int64)
     mask = np.ones_like(ids)
@@ -192,7 +192,7 @@ def _load_model(
     if hf_task not in supported:
         raise SpecError(
             f"{config.model_type} has no head for {hf_task.value}.",
-            hint=f"Choose one of: {', '.join(task.value for task in supported) or 'none that compileflow knows'}.",
+            hint=f"Choose one of: {', '.join(supported) or 'none that compileflow knows'}.",
         )
     try:
         model, report = getattr(transformers, AUTO_CLASSES[hf_task]).from_pretrained(

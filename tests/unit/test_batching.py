@@ -1,4 +1,4 @@
-"""Fitting batches to shape buckets: which calls are made, what is padded, what comes back, what is refused."""
+"""Fitting batches to shape buckets: which calls are made, what is padded, cut back and refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fit any batch to what a graph accepts: pad to a shape bucket, split what is larger, cut the answers back."""
+"""Fit any batch to what a graph takes: pad to a shape bucket, split what is larger, cut the answers back."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ class CompiledModel:
             local_files_only=True,
             trust_remote_code=artifact.manifest.spec.trust_remote_code,
         )
-        # transformers' pipelines look at the class's name; a subclass borrows it, the shared class keeps its own.
+        # transformers' pipelines look at the class's name; a subclass borrows it.
         kind = type(artifact.manifest.source.architecture, (cls,), {"__module__": cls.__module__})
         model: CompiledModel = kind(artifact, component, runner, config, device)
         return model

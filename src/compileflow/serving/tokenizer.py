@@ -12,7 +12,7 @@ from compileflow.serving.artifacts import OpenArtifact, copy_artifact, open_arti
 class CompiledTokenizer:
     """A Hugging Face tokenizer that pads and truncates to the compiled model's shapes by default.
 
-    Every attribute of the wrapped tokenizer is available on this object.
+    Every attribute of the wrapped tokenizer is available on this object, to read and to set.
 
     Attributes:
         tokenizer: The wrapped Hugging Face tokenizer.
@@ -64,6 +64,14 @@ class CompiledTokenizer:
         if name == "tokenizer":
             raise AttributeError(name)
         return getattr(self.tokenizer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # `tokenizer.padding_side = "left"` must reach the tokenizer that pads.
+        wrapped = self.__dict__.get("tokenizer")
+        if name not in self.__dict__ and wrapped is not None and hasattr(wrapped, name):
+            setattr(wrapped, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def __repr__(self) -> str:
         return f"CompiledTokenizer({self.tokenizer!r}, settings={self.tokenization_settings})"

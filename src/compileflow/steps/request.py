@@ -24,12 +24,12 @@ class StepSwitches:
     A pydantic dataclass, since a BaseModel has attributes of two of these names itself.
     """
 
-    fetch: bool = Field(True, title="Fetch", description="Read the source model, pin it and store it.")
-    compile: bool = Field(True, title="Compile", description="Compile it when it is not cached.")
+    fetch: bool = Field(default=True, title="Fetch", description="Read the source model, pin it and store it.")
+    compile: bool = Field(default=True, title="Compile", description="Compile it when it is not cached.")
     validate: bool = Field(
-        True, title="Validate", description="Compare it with the source model and judge the result."
+        default=True, title="Validate", description="Compare it with the source model and judge the result."
     )
-    register: bool = Field(True, title="Register", description="Register it when its verdict allows.")
+    register: bool = Field(default=True, title="Register", description="Register it when its verdict allows.")
 
 
 class StepTimeouts(BaseModel):
@@ -97,7 +97,7 @@ class CompileRequest(BaseModel):
         default_factory=ValidationSettings, title="Validation", description="How the result is proven."
     )
     steps: StepSwitches = Field(
-        default_factory=lambda: StepSwitches(), title="Steps", description="Which steps do work."
+        default_factory=StepSwitches, title="Steps", description="Which steps do work."
     )
     timeouts: StepTimeouts = Field(
         default_factory=StepTimeouts, title="Timeouts", description="When a step is stopped."

@@ -3,8 +3,8 @@
 class TestMyTarget(TargetConformance):
     target_name = "my-target"
 
-The tests that inherit it bring one fixture: `tiny_model(hf_task)`, which returns the folder of a small BERT-like
-source model with at least 64 positions.
+The tests that inherit it bring one fixture: `tiny_model(hf_task)`, which returns the folder of a small
+BERT-like source model with at least 64 positions.
 """
 
 # ruff: noqa: S101 - these are pytest tests, kept in the library so that third parties can inherit them.
@@ -98,7 +98,7 @@ def compile_request(source_dir: Path, target_name: str, hf_task: HfTask) -> dict
 
 
 def hide_distributions(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    """Make importlib.metadata say that these distributions are not installed; all of them when none is named."""
+    """Make importlib.metadata say that these distributions, or all when none is named, are not installed."""
     find = Distribution.from_name
 
     def from_name(name: str) -> Distribution:
@@ -193,7 +193,7 @@ class TargetConformance:
     def test_moved_artifact_answers_like_the_source_model(
         self, target: Target, load: Load, hf_task: HfTask
     ) -> None:
-        """Equal outputs at the smallest, a middle and the largest shape, with the names, types and axes recorded."""
+        """Equal outputs at three shapes, with the names, types and axes that the record says."""
         if hf_task not in target.capabilities.hf_tasks:
             pytest.skip(f"{target.name} does not compile {hf_task}")
         runner, record, source = load(hf_task)
@@ -217,7 +217,7 @@ class TargetConformance:
     def test_nothing_is_left_outside_the_folder_that_it_was_given(
         self, target: Target, tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A compile leaves its home, its temporary and its working folder, and the source model, as they were."""
+        """A compile leaves home, temporary and working folder, and the source model, as they were."""
         if not target.probe().can_compile:
             pytest.skip(f"{target.name} cannot compile here: {target.probe().reason}")
         hf_task = target.capabilities.hf_tasks[0]
@@ -277,7 +277,8 @@ class TargetConformance:
             together = list(threads.map(runner.run, batches))
         for one, other in zip(alone, together, strict=True):
             _assert_close(other, one, 1e-6)
-        assert not np.allclose(*(answer[record.outputs[0].name] for answer in alone[:2]), atol=1e-3)
+        name = record.outputs[0].name
+        assert not np.allclose(alone[0][name], alone[1][name], atol=1e-3)
         runner.close()
 
     def test_file_that_is_no_graph_is_refused_in_our_words(

@@ -185,8 +185,10 @@ def load_examples(task: HfTask, path: str | None, limit: int) -> tuple[list[dict
             origin = "questions_en.jsonl" if questions else "sentences_en.txt"
             body = (files("compileflow.validation") / "data" / origin).read_bytes()
             origin = f"compileflow's own {origin}"
-        examples = [_example(line, questions) for line in body.decode("utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+        # Not splitlines: U+2028 and its like may stand inside a JSON string.
+        lines = body.decode("utf-8-sig").replace("\r\n", "\n").split("\n")
+        examples = [_example(line, questions) for line in lines if line.strip()]
+    except (OSError, ValueError) as error:
         raise MeasurementError(
             f"The examples in {path} cannot be used: {error}.",
             hint='Give a text file, one example a line, or JSON lines with "question" and "context".',
@@ -197,13 +199,14 @@ def load_examples(task: HfTask, path: str | None, limit: int) -> tuple[list[dict
 
 
 def _example(line: str, questions: bool) -> dict[str, str]:
+    wanted = ("question", "context") if questions else ("text",)
     if line.startswith("{"):
         data = json.loads(line)
-        if questions:
-            return {"question": str(data["question"]), "context": str(data["context"])}
-        return {"text": str(data["text"])}
+        if not all(isinstance(data.get(name), str) for name in wanted):
+            raise ValueError(f"a line has no {' and '.join(wanted)}: {line[:80]}")
+        return {name: data[name] for name in wanted}
     if questions:
-        raise ValueError("a line is not JSON with question and context")
+        raise ValueError(f"a line is not JSON with question and context: {line[:80]}")
     return {"text": line}
 
 

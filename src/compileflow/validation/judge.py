@@ -214,11 +214,12 @@ def _exceptions(result: Any) -> str:
 
 
 def _sum_up(results: Sequence[GateResult]) -> tuple[Outcome, str]:
-    for outcome in ("error", "fail", "warn"):
-        hit = [result for result in results if result.outcome == outcome]
+    """Let the first gate that blocks name the verdict: a graph without answers leaves later gates no rows."""
+    for outcomes in (("fail", "error"), ("warn",)):
+        hit = [result for result in results if result.outcome in outcomes]
         if hit:
             others = f" (and {len(hit) - 1} more)" if len(hit) > 1 else ""
-            return outcome, f"{outcome}: {_in_words(hit[0])}{others}"
+            return hit[0].outcome, f"{hit[0].outcome}: {_in_words(hit[0])}{others}"
     return "pass", f"pass: all {len(results)} gates hold"
 
 

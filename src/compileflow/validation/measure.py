@@ -109,16 +109,8 @@ def measure_mask(
     # A real token in a masked place: whoever looks there answers differently.
     stranger = inputs["input_ids"][0, kept[0].sum() // 2]
     strange = inputs | {"input_ids": np.where(kept, inputs["input_ids"], stranger)}
-    answers = [(reference(inputs), reference(strange))]
-    answers.append((_candidate_answer(candidate, inputs)[0], _candidate_answer(candidate, strange)[0]))
-    leaks = [
-        # numpy's maximum is NaN where one is; none at all is NaN, too.
-        np.max([metrics.rel_l2(_kept(one[name], kept), _kept(two[name], kept)) for name in one] or [np.nan])
-        if one.keys() == two.keys()
-        else np.nan
-        for one, two in answers
-    ]
-    leak = float(leaks[1] - leaks[0])
+    own = _change(reference(inputs), reference(strange), kept)
+    leak = _change(*(_candidate_answer(candidate, each)[0] for each in (inputs, strange)), kept) - own
     found.scalars["mask_leak"] = max(0.0, leak) if np.isfinite(leak) else float("nan")
 
 
@@ -223,6 +215,14 @@ def measure_latency(
         )
     if found.latencies:
         found.scalars["latency_ratio"] = found.latencies[0].ratio
+
+
+def _change(before: Arrays, after: Arrays, kept: Any) -> float:
+    """Return the worst output's rel_l2 where tokens count; NaN where one is NaN, or an answer is missing."""
+    if not before or before.keys() != after.keys():
+        return float("nan")
+    # numpy's maximum, unlike max(), never drops a NaN.
+    return float(np.max([metrics.rel_l2(_kept(before[n], kept), _kept(after[n], kept)) for n in before]))
 
 
 def _reference_answer(reference: Model, case: Case) -> Arrays:

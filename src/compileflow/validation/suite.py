@@ -9,7 +9,7 @@ from functools import lru_cache
 from importlib.resources import files
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from compileflow.errors import MeasurementError
 from compileflow.spec import HfTask, Precision
@@ -47,6 +47,24 @@ class SuiteFile(_Strict):
     limits: dict[str, dict[Precision, float]]
     task_limits: dict[HfTask, dict[str, dict[Precision, float]]]
     warnings: dict[Precision, tuple[str, ...]]
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> SuiteFile:
+        """A gate whose limit's name is misspelt would vanish, and a vanished gate passes."""
+        asked = {entry.limit for entry in self.gates}
+        for task, table in (("limits", self.limits), *self.task_limits.items()):
+            if set(table) - asked:
+                raise ValueError(f"{task}: no gate uses {', '.join(sorted(set(table) - asked))}")
+        lost = asked - set(self.limits)
+        if lost:
+            raise ValueError(f"limits has no {', '.join(sorted(lost))}")
+        gates = {entry.gate for entry in self.gates}
+        if len(gates) != len(self.gates):
+            raise ValueError("two gates share a name")
+        strangers = {gate for names in self.warnings.values() for gate in names} - gates
+        if strangers:
+            raise ValueError(f"warnings names no gate: {', '.join(sorted(strangers))}")
+        return self
 
 
 @dataclass(frozen=True)
@@ -91,7 +109,7 @@ def gates_for(precision: Precision, task: HfTask, overrides: Mapping[str, float]
     for entry in suite.gates:
         if task not in entry.tasks:
             continue
-        table = suite.task_limits.get(task, {}).get(entry.limit) or suite.limits.get(entry.limit, {})
+        table = suite.limits[entry.limit] | suite.task_limits.get(task, {}).get(entry.limit, {})
         limit = overrides.get(entry.limit, table.get(precision))
         if limit is not None:
             warns = entry.gate in suite.warnings.get(precision, ())

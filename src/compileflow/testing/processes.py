@@ -1,0 +1,94 @@
+"""Other processes for the conformance suites: start a function in one, let several go at once, kill one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
+from typing import Any
+
+_ENTRY = "from compileflow.testing.processes import main; main()"
+_WAIT_S = 60
+
+
+class OtherProcess:
+    """A Python process that runs `function(*arguments)` once it is told to go."""
+
+    def __init__(self, function: str, *arguments: str):
+        self._popen = subprocess.Popen(
+            [sys.executable, "-c", _ENTRY, function, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+        assert self.line() == "ready"  # noqa: S101 - the suites are tests
+
+    def go(self) -> None:
+        """Let the function start."""
+        assert self._popen.stdin is not None  # noqa: S101 - a pipe was asked for
+        self._popen.stdin.write("go\n")
+        self._popen.stdin.flush()
+
+    def line(self) -> str:
+        """Wait for the next line that the function prints; '' when the process has ended."""
+        assert self._popen.stdout is not None  # noqa: S101 - a pipe was asked for
+        return self._popen.stdout.readline().rstrip("\n")
+
+    def rest(self) -> list[str]:
+        """Wait for the process to end and return the lines it printed meanwhile."""
+        lines = self._popen.communicate(timeout=_WAIT_S)[0].splitlines()
+        assert self._popen.returncode == 0, lines  # noqa: S101 - the suites are tests
+        return lines
+
+    def kill(self) -> list[str]:
+        """Send SIGKILL; return the whole lines that were printed before."""
+        self._popen.kill()
+        text = self._popen.communicate(timeout=_WAIT_S)[0]
+        return [line[:-1] for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+@contextmanager
+def other_process(function: str, *arguments: str) -> Iterator[OtherProcess]:
+    """Give a running process; it is killed at the end of the block if it is still there."""
+    process = OtherProcess(function, *arguments)
+    process.go()
+    try:
+        yield process
+    finally:
+        process.kill()
+
+
+def at_once(function: str, *each: tuple[str, ...]) -> list[str]:
+    """Run `function` in one process per tuple of arguments, all at once; return each one's last line."""
+    with ExitStack() as stack:
+        processes = []
+        for arguments in each:
+            processes.append(OtherProcess(function, *arguments))
+            stack.callback(processes[-1].kill)
+        for process in processes:
+            process.go()
+        return [process.rest()[-1] for process in processes]
+
+
+def say(text: object) -> None:
+    """Print a line for the process that started this one."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def resolve(path: str) -> Any:
+    """Return what "module:attribute" names."""
+    module, _, attribute = path.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def main() -> None:
+    """Entry of the other process."""
+    function = resolve(sys.argv[1])
+    say("ready")
+    sys.stdin.readline()
+    function(*sys.argv[2:])

@@ -1,0 +1,339 @@
+"""StoreConformance: what every artifact store must do, as tests that a store's own test class inherits."""
+
+# ruff: noqa: S101
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import ClassVar
+from urllib.parse import unquote, urlparse
+
+import pytest
+
+from compileflow.contracts import ArtifactStore
+from compileflow.digests import folder_digest, list_files
+from compileflow.errors import IntegrityError, StoreError
+from compileflow.testing.processes import at_once, other_process, resolve, say
+
+FILES = {"manifest.json": b'{"schema_version": 1}\n', "default/model.bin": bytes(range(256)) * 400, "empty": b""}
+
+
+class StoreConformance:
+    """Inherit it, and define the fixture `store_uri`: the URI of a new, empty store.
+
+    A store that is not in the catalog sets `opener`. A store whose objects are no files below the URI's path
+    also overrides the four `*_object*` methods; their keys are those of the layout, for example
+    manifests/sha256/<digest>.json.
+    """
+
+    opener: ClassVar[str] = "compileflow.catalog:open_store"
+
+    @pytest.fixture
+    def store_uri(self) -> str:
+        """Return the URI of a new, empty store."""
+        raise NotImplementedError("define the fixture store_uri")
+
+    @pytest.fixture
+    def store(self, store_uri: str) -> ArtifactStore:
+        """Open the store under test."""
+        opened: ArtifactStore = resolve(self.opener)(store_uri)
+        return opened
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        """Write the folder that the tests store."""
+        for name, body in FILES.items():
+            path = tmp_path / "folder" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(body)
+        return tmp_path / "folder"
+
+    def object_stamps(self, uri: str) -> dict[str, object]:
+        """Return every object's key with something that changes when it is written again."""
+        root = _root(uri)
+        found = {path.relative_to(root).as_posix(): path.stat() for path in root.rglob("*") if path.is_file()}
+        return {key: (stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns) for key, stat in found.items()}
+
+    def read_object(self, uri: str, key: str) -> bytes:
+        """Return an object's bytes, past the store."""
+        return (_root(uri) / key).read_bytes()
+
+    def write_object(self, uri: str, key: str, body: bytes) -> None:
+        """Replace an object's bytes, past the store."""
+        path = _root(uri) / key
+        path.unlink()
+        path.write_bytes(body)
+
+    def delete_object(self, uri: str, key: str) -> None:
+        """Delete an object, past the store."""
+        (_root(uri) / key).unlink()
+
+    def test_a_folder_comes_back_as_it_was_put(self, store: ArtifactStore, folder: Path, tmp_path: Path) -> None:
+        stored = store.put_folder(folder)
+        records = store.get_folder(stored.digest, tmp_path / "out")
+        assert _contents(tmp_path / "out") == FILES
+        assert sorted(record.path for record in records) == sorted(FILES)
+        assert stored.size_bytes == sum(map(len, FILES.values()))
+
+    def test_opened_folder_is_gone_after_the_block(self, store: ArtifactStore, folder: Path) -> None:
+        digest = store.put_folder(folder).digest
+        with store.open_folder(digest) as opened:
+            assert _contents(opened) == FILES
+        assert not opened.exists()
+
+    def test_digest_is_that_of_the_folder(self, store: ArtifactStore, folder: Path, tmp_path: Path) -> None:
+        digest = store.put_folder(folder).digest
+        assert digest == folder_digest(list_files(folder))
+        assert store.put_folder(shutil.copytree(folder, tmp_path / "moved")).digest == digest
+
+    def test_stored_folder_has_an_address_in_the_store(self, store: ArtifactStore, folder: Path) -> None:
+        stored = store.put_folder(folder)
+        assert stored.uri == store.folder_uri(stored.digest)
+        assert stored.uri.startswith(store.uri)
+        assert stored.digest in stored.uri
+
+    def test_same_bytes_again_write_nothing(self, store: ArtifactStore, store_uri: str, folder: Path) -> None:
+        store.put_folder(folder)
+        before = self.object_stamps(store_uri)
+        assert before
+        store.put_folder(folder)
+        assert self.object_stamps(store_uri) == before
+
+    def test_only_new_bytes_are_written(self, store: ArtifactStore, store_uri: str, folder: Path) -> None:
+        store.put_folder(folder)
+        before = self.object_stamps(store_uri)
+        (folder / "added").write_bytes(b"added")
+        store.put_folder(folder)
+        after = self.object_stamps(store_uri)
+        assert before.items() <= after.items()
+        assert len(after) == len(before) + 2
+
+    def test_list_yields_what_was_put(self, store: ArtifactStore, folder: Path) -> None:
+        assert list(store.list()) == []
+        first = store.put_folder(folder).digest
+        (folder / "added").write_bytes(b"added")
+        second = store.put_folder(folder).digest
+        assert sorted(store.list()) == sorted([first, second])
+
+    def test_reopened_store_holds_the_folder(self, store: ArtifactStore, store_uri: str, folder: Path) -> None:
+        digest = store.put_folder(folder).digest
+        assert resolve(self.opener)(store_uri).exists(digest)
+
+    def test_unknown_folder_is_absent(self, store: ArtifactStore, tmp_path: Path) -> None:
+        assert not store.exists("0" * 64)
+        with pytest.raises(IntegrityError, match="000000000000"):
+            store.get_folder("0" * 64, tmp_path / "out")
+
+    def test_a_path_is_no_digest(self, store: ArtifactStore, tmp_path: Path) -> None:
+        assert not store.exists("../../etc/passwd")
+        with pytest.raises(IntegrityError, match="is no digest"):
+            store.get_folder("../../etc/passwd", tmp_path / "out")
+
+    def test_folder_that_is_absent_is_refused(self, store: ArtifactStore, store_uri: str, tmp_path: Path) -> None:
+        with pytest.raises(StoreError, match="is not a folder"):
+            store.put_folder(tmp_path / "absent")
+        assert self.object_stamps(store_uri) == {}
+
+    def test_existing_destination_is_refused(self, store: ArtifactStore, folder: Path, tmp_path: Path) -> None:
+        digest = store.put_folder(folder).digest
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "mine").write_bytes(b"mine")
+        with pytest.raises(StoreError, match="EEXIST"):
+            store.get_folder(digest, tmp_path / "out")
+        assert _contents(tmp_path / "out") == {"mine": b"mine"}
+
+    @pytest.mark.parametrize("same_size", [True, False])
+    def test_altered_blob_is_refused(
+        self, store: ArtifactStore, store_uri: str, folder: Path, tmp_path: Path, *, same_size: bool
+    ) -> None:
+        digest = store.put_folder(folder).digest
+        key = self._blob_key(folder, "default/model.bin")
+        body = self.read_object(store_uri, key)
+        self.write_object(store_uri, key, b"\xff" + body[1:] if same_size else body[:-1])
+        with pytest.raises(IntegrityError, match=r"default/model\.bin"):
+            store.get_folder(digest, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        with pytest.raises(IntegrityError, match=r"default/model\.bin"), store.open_folder(digest):
+            pytest.fail("an altered folder was opened")
+
+    def test_missing_blob_makes_the_folder_absent_until_it_is_put_again(
+        self, store: ArtifactStore, store_uri: str, folder: Path, tmp_path: Path
+    ) -> None:
+        digest = store.put_folder(folder).digest
+        self.delete_object(store_uri, self._blob_key(folder, "default/model.bin"))
+        assert not store.exists(digest)
+        with pytest.raises(IntegrityError, match=r"default/model\.bin"):
+            store.get_folder(digest, tmp_path / "out")
+        store.put_folder(folder)
+        store.get_folder(digest, tmp_path / "out")
+        assert _contents(tmp_path / "out") == FILES
+
+    def test_altered_listing_is_refused(
+        self, store: ArtifactStore, store_uri: str, folder: Path, tmp_path: Path
+    ) -> None:
+        digest = store.put_folder(folder).digest
+        key = f"manifests/sha256/{digest}.json"
+        self.write_object(store_uri, key, self.read_object(store_uri, key).replace(b'"empty"', b'"../up"'))
+        assert not store.exists(digest)
+        with pytest.raises(IntegrityError, match="altered"):
+            store.get_folder(digest, tmp_path / "out")
+        assert not (tmp_path / "up").exists()
+
+    def test_failed_put_leaves_nothing(self, store: ArtifactStore, store_uri: str, folder: Path) -> None:
+        with _writer_on(folder / "default/model.bin"), pytest.raises(StoreError, match="changed while"):
+            store.put_folder(folder)
+        assert list(store.list()) == []
+        assert [key for key in self.object_stamps(store_uri) if key.startswith("tmp/")] == []
+
+    def test_link_out_of_the_folder_is_refused(self, store: ArtifactStore, folder: Path, tmp_path: Path) -> None:
+        (tmp_path / "outside").write_bytes(b"outside")
+        (folder / "link").symlink_to(tmp_path / "outside")
+        with pytest.raises(IntegrityError, match="link"):
+            store.put_folder(folder)
+
+    def test_two_processes_store_one_folder_at_once(
+        self, store: ArtifactStore, store_uri: str, folder: Path, tmp_path: Path
+    ) -> None:
+        each = (self.opener, store_uri, str(folder))
+        digests = at_once("compileflow.testing.stores:put", each, each)
+        assert digests == [folder_digest(list_files(folder))] * 2
+        store.get_folder(digests[0], tmp_path / "out")
+        assert _contents(tmp_path / "out") == FILES
+
+    def test_killed_put_leaves_no_folder_and_the_next_put_succeeds(
+        self, store: ArtifactStore, store_uri: str, folder: Path
+    ) -> None:
+        for number in range(200):
+            (folder / f"many-{number}").write_bytes(number.to_bytes(2) * 1000)
+        digest = folder_digest(list_files(folder))
+        with other_process("compileflow.testing.stores:put", self.opener, store_uri, str(folder)) as other:
+            _wait_for(lambda: any(key.startswith("blobs/") for key in self.object_stamps(store_uri)))
+            finished = other.kill()
+        assert finished or not store.exists(digest)
+        store.put_folder(folder)
+        assert store.exists(digest)
+        assert [key for key in self.object_stamps(store_uri) if key.startswith("tmp/")] == []
+
+    def test_record_is_replaced(self, store: ArtifactStore) -> None:
+        assert store.get_record("cache", "key") is None
+        store.put_record("cache", "key", {"digest": "a", "parts": {"n": 1}})
+        store.put_record("cache", "key", {"digest": "b"})
+        assert store.get_record("cache", "key") == {"digest": "b"}
+        assert store.get_record("other", "key") is None
+
+    def test_reader_sees_whole_records_while_another_process_replaces_them(
+        self, store: ArtifactStore, store_uri: str
+    ) -> None:
+        arguments = (self.opener, store_uri)
+        with other_process("compileflow.testing.stores:replace_records", *arguments) as other:
+            assert other.line() == "first"
+            seen = [store.get_record("cache", "key") for _ in range(300)]
+        assert all(record is not None and record["text"] == str(record["n"]) * 5000 for record in seen)
+
+    @pytest.mark.parametrize(
+        ("kind", "key"), [("..", "key"), ("cache", "../key"), ("cache", "a/b"), ("cache", "")]
+    )
+    def test_record_name_that_leaves_the_store_is_refused(self, store: ArtifactStore, kind: str, key: str) -> None:
+        with pytest.raises(StoreError, match="record's name"):
+            store.put_record(kind, key, {})
+
+    def test_lock_excludes_another_process_until_it_is_killed(self, store: ArtifactStore, store_uri: str) -> None:
+        with other_process("compileflow.testing.stores:hold", self.opener, store_uri, "key") as other:
+            assert other.line() == "held"
+            waits: list[float] = []
+            killer = threading.Timer(0.5, other.kill)
+            killer.start()
+            with store.lock("key", on_wait=lambda: waits.append(time.monotonic())):
+                held = time.monotonic()
+            killer.join()
+        assert len(waits) == 1
+        assert held - waits[0] > 0.2
+
+    def test_locks_of_two_keys_are_independent(self, store: ArtifactStore, store_uri: str) -> None:
+        waits: list[str] = []
+        with other_process("compileflow.testing.stores:hold", self.opener, store_uri, "key") as other:
+            assert other.line() == "held"
+            with store.lock("another key", on_wait=lambda: waits.append("another key")):
+                assert waits == []
+
+    def test_lock_is_free_after_an_error_in_its_block(self, store: ArtifactStore) -> None:
+        waits: list[str] = []
+        with pytest.raises(ZeroDivisionError), store.lock("key", on_wait=lambda: waits.append("first")):
+            raise ZeroDivisionError
+        with store.lock("key", on_wait=lambda: waits.append("second")):
+            assert waits == []
+
+    @staticmethod
+    def _blob_key(folder: Path, name: str) -> str:
+        sha256 = next(record.sha256 for record in list_files(folder, only=[name]))
+        return f"blobs/sha256/{sha256[:2]}/{sha256}"
+
+
+def put(opener: str, uri: str, folder: str) -> None:
+    """Store a folder and print its digest; runs in another process."""
+    say(resolve(opener)(uri).put_folder(Path(folder)).digest)
+
+
+def replace_records(opener: str, uri: str) -> None:
+    """Replace one record for ever; runs in another process."""
+    store = resolve(opener)(uri)
+    number = 0
+    while True:
+        store.put_record("cache", "key", {"n": number % 10, "text": str(number % 10) * 5000})
+        if number == 0:
+            say("first")
+        number += 1
+
+
+def hold(opener: str, uri: str, key: str) -> None:
+    """Hold a lock until this process is killed; runs in another process."""
+    with resolve(opener)(uri).lock(key, on_wait=lambda: say("waiting")):
+        say("held")
+        time.sleep(600)
+
+
+def _root(uri: str) -> Path:
+    return Path(unquote(urlparse(uri).path))
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+@contextmanager
+def _writer_on(path: Path) -> Iterator[None]:
+    """Change a file without pause, while someone stores it."""
+    started, stop = threading.Event(), threading.Event()
+    # Large enough that hashing the file takes longer than many writes.
+    path.write_bytes(bytes(32 * 2**20))
+
+    def write() -> None:
+        number = 0
+        with path.open("r+b", buffering=0) as stream:
+            while not stop.is_set():
+                number += 1
+                stream.seek(0)
+                stream.write(number.to_bytes(8))
+                started.set()
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    started.wait()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _wait_for(condition: Callable[[], bool], *, timeout_s: float = 30.0) -> None:
+    until = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.001)

@@ -1,0 +1,70 @@
+"""The embedded registry: the suite for all registries, and what only a file can meet."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from compileflow.catalog import open_registry
+from compileflow.errors import RegistryError, SpecError
+from compileflow.testing.registries import RegistryConformance, version_entry
+
+
+class TestLocalRegistry(RegistryConformance):
+    @pytest.fixture
+    def registry_uri(self, tmp_path: Path) -> str:
+        return f"sqlite:///{tmp_path / 'registry.db'}"
+
+
+def test_reading_an_absent_registry_does_not_make_one(tmp_path: Path) -> None:
+    assert list(open_registry(f"sqlite:///{tmp_path / 'registry.db'}").versions()) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_folders_of_the_file_are_made(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "registry.db"
+    open_registry(f"sqlite:///{path}").register(version_entry("ner", 1))
+    assert path.is_file()
+
+
+def test_path_below_a_plain_file_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(RegistryError, match=r"ENOTDIR|EEXIST") as caught:
+        open_registry(f"sqlite:///{tmp_path / 'file' / 'registry.db'}").register(version_entry("ner", 1))
+    assert "choose another folder" in caught.value.hint
+
+
+def test_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "registry.db"
+    path.write_bytes(b"this is not a database" * 100)
+    with pytest.raises(RegistryError, match="not a database"):
+        open_registry(f"sqlite:///{path}").versions()
+
+
+def test_newer_schema_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "registry.db"
+    open_registry(f"sqlite:///{path}").register(version_entry("ner", 1))
+    with sqlite3.connect(path) as db:
+        db.execute("PRAGMA user_version = 99")
+    db.close()
+    with pytest.raises(RegistryError, match="schema 99"):
+        open_registry(f"sqlite:///{path}").versions()
+
+
+def test_newest_is_the_highest_number_even_if_the_clock_went_back(tmp_path: Path) -> None:
+    path = tmp_path / "registry.db"
+    registry = open_registry(f"sqlite:///{path}")
+    for number in (1, 2):
+        registry.register(version_entry("ner", number))
+    with sqlite3.connect(path) as db:
+        db.execute("UPDATE version SET created_at = '2001-01-01T00:00:00+00:00' WHERE number = 2")
+    db.close()
+    assert [version.version for version in registry.versions("ner")] == [2, 1]
+
+
+@pytest.mark.parametrize("uri", ["sqlite:registry.db", "sqlite://registry.db"])
+def test_uri_without_a_path_is_refused(uri: str) -> None:
+    with pytest.raises(SpecError, match="sqlite:////absolute"):
+        open_registry(uri)

@@ -1,0 +1,124 @@
+"""The folder store: the suite for all stores, and what only a file system can do to it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from compileflow.catalog import open_store
+from compileflow.errors import SpecError, StoreError
+from compileflow.testing.stores import StoreConformance
+
+
+class TestLocalStore(StoreConformance):
+    @pytest.fixture
+    def store_uri(self, tmp_path: Path) -> str:
+        return (tmp_path / "store").as_uri()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Mount a file system of 1 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() != 0:
+        pytest.skip("a full disk needs root, to mount a small tmpfs")
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"a full disk needs the right to mount a tmpfs: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def model_folder(parent: Path, *, size_bytes: int) -> Path:
+    folder = parent / "model"
+    folder.mkdir()
+    (folder / "small").write_bytes(b"small")
+    (folder / "weights").write_bytes(os.urandom(size_bytes))
+    return folder
+
+
+def test_full_disk_is_named_leaves_nothing_half_written_and_ends_with_the_lack(
+    small_disk: Path, tmp_path: Path
+) -> None:
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(700_000))
+    store = open_store((small_disk / "store").as_uri())
+    folder = model_folder(tmp_path, size_bytes=600_000)
+    with pytest.raises(StoreError, match="ENOSPC") as caught:
+        store.put_folder(folder)
+    assert not caught.value.retryable
+    assert "Free some space" in caught.value.hint
+    assert list(store.list()) == []
+    assert list((small_disk / "store" / "tmp").iterdir()) == []
+    assert all(path.stat().st_size == 5 for path in (small_disk / "store" / "blobs").rglob("*") if path.is_file())
+    ballast.unlink()
+    digest = store.put_folder(folder).digest
+    assert store.exists(digest)
+
+
+def test_full_disk_keeps_the_old_record(small_disk: Path) -> None:
+    store = open_store((small_disk / "store").as_uri())
+    store.put_record("cache", "key", {"n": 1})
+    free = os.statvfs(small_disk)
+    (small_disk / "ballast").write_bytes(bytes(free.f_bavail * free.f_frsize))
+    with pytest.raises(StoreError, match="ENOSPC"):
+        store.put_record("cache", "key", {"n": 2, "text": "x" * 5000})
+    assert store.get_record("cache", "key") == {"n": 1}
+
+
+def test_full_disk_at_the_destination_leaves_no_half_folder(small_disk: Path, tmp_path: Path) -> None:
+    store = open_store((tmp_path / "store").as_uri())
+    digest = store.put_folder(model_folder(tmp_path, size_bytes=2_000_000)).digest
+    with pytest.raises(StoreError, match="ENOSPC"):
+        store.get_folder(digest, small_disk / "out")
+    assert not (small_disk / "out").exists()
+
+
+def test_store_below_a_plain_file_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    store = open_store((tmp_path / "file" / "store").as_uri())
+    folder = model_folder(tmp_path, size_bytes=10)
+    for act in (
+        lambda: store.put_folder(folder),
+        lambda: store.put_record("cache", "key", {}),
+        lambda: store.lock("key", on_wait=lambda: None).__enter__(),
+    ):
+        with pytest.raises(StoreError, match=r"ENOTDIR|EEXIST") as caught:
+            act()
+        assert "choose another folder" in caught.value.hint
+        assert "\n" not in str(caught.value)
+
+
+def test_store_below_a_plain_file_holds_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    store = open_store((tmp_path / "file" / "store").as_uri())
+    assert not store.exists("0" * 64)
+    assert store.get_record("cache", "key") is None
+    assert list(store.list()) == []
+
+
+def test_blobs_cannot_be_written_by_accident(tmp_path: Path) -> None:
+    store = open_store((tmp_path / "store").as_uri())
+    digest = store.put_folder(model_folder(tmp_path, size_bytes=10)).digest
+    with store.open_folder(digest) as opened:
+        assert (opened / "weights").stat().st_mode & 0o222 == 0
+
+
+def test_store_whose_path_has_a_space_works(tmp_path: Path) -> None:
+    store = open_store((tmp_path / "a store").as_uri())
+    assert "%20" in store.uri
+    assert store.exists(store.put_folder(model_folder(tmp_path, size_bytes=10)).digest)
+    assert (tmp_path / "a store" / "manifests").is_dir()
+
+
+@pytest.mark.parametrize("uri", ["file://host/folder", "file:", "file://"])
+def test_uri_that_names_no_folder_here_is_refused(uri: str) -> None:
+    with pytest.raises(SpecError, match="file:///absolute/path"):
+        open_store(uri)

@@ -1,0 +1,108 @@
+"""Run the library's steps in this process, and count the compiles: real work, without the start of a child."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compileflow.contracts import ModelVersion
+from compileflow.isolation import Isolated
+from compileflow.settings import Settings
+from compileflow.steps import compile as compile_step
+from compileflow.steps import validate as validate_step
+from compileflow.steps.compile import compile_artifact
+from compileflow.steps.fetch import fetch_source
+from compileflow.steps.register import register_version
+from compileflow.steps.request import CompileRequest
+from compileflow.steps.validate import validate_artifact
+from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
+
+BUCKETS = ({"batch_size": 1, "sequence_length": 16}, {"batch_size": 1, "sequence_length": 64})
+
+
+@dataclass
+class Pipeline:
+    """The four steps with one set of settings."""
+
+    settings: Settings
+    counts: dict[str, int] = field(default_factory=lambda: {"compile": 0, "validate": 0})
+    lines: list[str] = field(default_factory=list)
+
+    @property
+    def store_uri(self) -> str:
+        return self.settings.resolved_store_uri()
+
+    @property
+    def registry_uri(self) -> str:
+        return self.settings.resolved_registry_uri()
+
+    def request(self, model: Path, **asked: Any) -> CompileRequest:
+        defaults = {"target": "torchscript", "shape_buckets": BUCKETS, "validation": {"latency_pairs": 5}}
+        return CompileRequest.model_validate(defaults | {"model": str(model)} | asked)
+
+    def fetch(self, request: CompileRequest) -> FetchedSource:
+        return fetch_source(
+            request.model,
+            request.revision,
+            store_uri=self.store_uri,
+            settings=self.settings,
+            enabled=request.steps.fetch,
+            on_progress=self.lines.append,
+        )
+
+    def compile(self, request: CompileRequest) -> CompiledArtifact:
+        return compile_artifact(
+            self.fetch(request),
+            request,
+            store_uri=self.store_uri,
+            settings=self.settings,
+            enabled=request.steps.compile,
+            on_progress=self.lines.append,
+        )
+
+    def validate(self, request: CompileRequest, artifact: CompiledArtifact) -> ValidatedArtifact:
+        return validate_artifact(
+            self.fetch(request),
+            artifact,
+            request.validation,
+            store_uri=self.store_uri,
+            settings=self.settings,
+            timeout_s=600,
+            enabled=request.steps.validate,
+            on_progress=self.lines.append,
+        )
+
+    def run(self, request: CompileRequest) -> ModelVersion:
+        artifact = self.compile(request)
+        return register_version(
+            self.fetch(request),
+            artifact,
+            self.validate(request, artifact),
+            name=request.name,
+            allow_warn=request.allow_warn,
+            store_uri=self.store_uri,
+            registry_uri=self.registry_uri,
+        )
+
+
+@contextmanager
+def in_process(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pipeline]:
+    """Give a pipeline whose compiles and validations run in this process."""
+    pipeline = Pipeline(settings)
+
+    def count(step: str, function: Any) -> Any:
+        def run(name: str, request: Any, **_: Any) -> Isolated:
+            pipeline.counts[step] += 1
+            return Isolated(function(request), 0.1, 1)
+
+        return run
+
+    with monkeypatch.context() as patched:
+        patched.setattr(compile_step, "run_isolated", count("compile", compile_step.compile_in_child))
+        patched.setattr(validate_step, "run_isolated", count("validate", validate_step.validate_in_child))
+        yield pipeline

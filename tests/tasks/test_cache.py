@@ -1,0 +1,187 @@
+"""The cache hits when it should, misses when it should, and says why."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from compileflow.catalog import open_store
+from compileflow.errors import StepOffError
+from compileflow.settings import Settings
+from compileflow.spec import HfTask
+from compileflow.targets.torchscript import TorchScriptTarget
+from tests.conftest import ModelFactory
+from tests.steps import Pipeline, in_process
+
+
+@pytest.fixture
+def pipeline(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pipeline]:
+    with in_process(settings, monkeypatch) as made:
+        yield made
+
+
+@pytest.fixture
+def model(tiny_model: ModelFactory, tmp_path: Path) -> Path:
+    """A copy that the test may change."""
+    return Path(shutil.copytree(tiny_model(HfTask.TEXT_CLASSIFICATION), tmp_path / "model"))
+
+
+def test_second_run_compiles_and_validates_nothing_and_says_so(pipeline: Pipeline, model: Path) -> None:
+    first = pipeline.run(pipeline.request(model))
+    again = pipeline.request(model)
+    artifact = pipeline.compile(again)
+    validated = pipeline.validate(again, artifact)
+    assert pipeline.counts == {"compile": 1, "validate": 1}
+    assert artifact.cached
+    assert validated.cached
+    assert "unchanged" in artifact.why
+    assert pipeline.run(again) == first
+
+
+def test_moved_model_hits(pipeline: Pipeline, model: Path, tmp_path: Path) -> None:
+    pipeline.compile(pipeline.request(model))
+    assert pipeline.compile(pipeline.request(Path(model.rename(tmp_path / "elsewhere")))).cached
+
+
+def flip_weight(model: Path) -> None:
+    path = model / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def touch_tokenizer(model: Path) -> None:
+    path = model / "tokenizer_config.json"
+    path.write_text(path.read_text() + "\n")
+
+
+def rename_label(model: Path) -> None:
+    path = model / "config.json"
+    path.write_text(path.read_text().replace("neutral", "indifferent"))
+
+
+def add_code(model: Path) -> None:
+    (model / "modeling.py").write_text("# custom code\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (flip_weight, "weights model.safetensors"),
+        (touch_tokenizer, "tokenizer tokenizer_config.json"),
+        (rename_label, "config config.json"),
+        (add_code, "code modeling.py (added)"),
+    ],
+)
+def test_changed_file_misses_and_is_named(
+    pipeline: Pipeline, model: Path, change: Callable[[Path], None], named: str
+) -> None:
+    pipeline.compile(pipeline.request(model))
+    change(model)
+    artifact = pipeline.compile(pipeline.request(model))
+    assert not artifact.cached
+    assert artifact.why == f"changed: {named}"
+    assert f"not cached: changed: {named}" in pipeline.lines
+    assert pipeline.counts["compile"] == 2
+
+
+def test_unrelated_file_hits(pipeline: Pipeline, model: Path) -> None:
+    pipeline.compile(pipeline.request(model))
+    (model / "README.md").write_text("a new paragraph")
+    (model / "checkpoint-500").mkdir()
+    (model / "checkpoint-500" / "model.safetensors").write_bytes(b"a training run's leftovers")
+    assert pipeline.compile(pipeline.request(model)).cached
+
+
+def test_changed_spec_field_misses_and_is_named(pipeline: Pipeline, model: Path) -> None:
+    pipeline.compile(pipeline.request(model))
+    artifact = pipeline.compile(pipeline.request(model, shape_buckets=[{"batch_size": 2, "sequence_length": 64}]))
+    assert not artifact.cached
+    assert artifact.why.startswith("changed: spec.default.shape_buckets")
+
+
+def test_changed_toolchain_misses_and_shows_both_versions(
+    pipeline: Pipeline, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = TorchScriptTarget().toolchain()
+    pipeline.compile(pipeline.request(model))
+    monkeypatch.setattr(TorchScriptTarget, "toolchain", lambda self: before | {"torch": "99.0"})
+    artifact = pipeline.compile(pipeline.request(model))
+    assert artifact.why == f"changed: toolchain.torch ({before['torch']} -> 99.0)"
+
+
+def test_vanished_artifact_is_a_miss(pipeline: Pipeline, model: Path) -> None:
+    first = pipeline.compile(pipeline.request(model))
+    store = Path(pipeline.store_uri.removeprefix("file://"))
+    (store / "manifests" / "sha256" / f"{first.digest}.json").unlink()
+    second = pipeline.compile(pipeline.request(model))
+    assert not second.cached
+    assert "gone from the store" in second.why
+    assert open_store(pipeline.store_uri).exists(second.digest)
+
+
+def test_vanished_blob_is_a_miss_and_is_made_anew(pipeline: Pipeline, model: Path) -> None:
+    first = pipeline.compile(pipeline.request(model))
+    store = Path(pipeline.store_uri.removeprefix("file://"))
+    listing = json.loads((store / "manifests" / "sha256" / f"{first.digest}.json").read_text())
+    graph = next(entry["sha256"] for entry in listing["files"] if entry["path"].endswith("model.pt"))
+    (store / "blobs" / "sha256" / graph[:2] / graph).unlink()
+    second = pipeline.compile(pipeline.request(model))
+    assert not second.cached
+    assert open_store(pipeline.store_uri).exists(second.digest)
+
+
+def test_changed_validation_setting_validates_again(pipeline: Pipeline, model: Path) -> None:
+    request = pipeline.request(model)
+    artifact = pipeline.compile(request)
+    pipeline.validate(request, artifact)
+    other = pipeline.request(model, validation={"latency_pairs": 6})
+    validated = pipeline.validate(other, artifact)
+    assert not validated.cached
+    assert validated.why == "changed: validation.latency_pairs (5 -> 6)"
+
+
+def test_refused_artifact_is_measured_again(pipeline: Pipeline, model: Path) -> None:
+    request = pipeline.request(model, validation={"latency_pairs": 5, "max_latency_ratio": 1e-6})
+    artifact = pipeline.compile(request)
+    assert pipeline.validate(request, artifact).outcome == "fail"
+    assert not pipeline.validate(request, artifact).cached
+    assert pipeline.counts["validate"] == 2
+
+
+def test_steps_that_are_off_reuse_what_is_there(pipeline: Pipeline, model: Path) -> None:
+    version = pipeline.run(pipeline.request(model))
+    shutil.rmtree(model)
+    off = {"fetch": False, "compile": False, "validate": False}
+    assert pipeline.run(pipeline.request(model, steps=off)) == version
+
+
+@pytest.mark.parametrize(
+    ("off", "missing"),
+    [("fetch", "has no source model from"), ("compile", "has no artifact of"), ("validate", "has no report on")],
+)
+def test_step_that_is_off_says_what_is_missing(pipeline: Pipeline, model: Path, off: str, missing: str) -> None:
+    with pytest.raises(StepOffError, match=missing) as caught:
+        pipeline.run(pipeline.request(model, steps={off: False}))
+    assert caught.value.hint == f"Switch the {off} step on."
+
+
+def test_two_runs_at_once_with_one_key_compile_once(settings: Settings, model: Path) -> None:
+    command = [sys.executable, "-m", "tests.driver", str(model)]
+    environment = os.environ | {"COMPILEFLOW_HOME": str(settings.home_dir)}
+    runs = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+        for _ in range(2)
+    ]
+    outputs = [run.communicate(timeout=240)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], outputs
+    assert sum("compiled" in output for output in outputs) == 1
+    assert sum("waiting for it" in output for output in outputs) == 1
+    assert {output.splitlines()[-1] for output in outputs} == {"version 1"}

@@ -1,0 +1,523 @@
+"""Compiled tokenizer, model and pipeline: they answer like the source model's, load anywhere, refuse early."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import shutil
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from compileflow import CompiledModel, CompiledPipeline, CompiledTokenizer, HfTask
+from compileflow.digests import file_digest
+from compileflow.errors import CompileflowError, InputError, IntegrityError, LoadError, ManifestError, StoreError
+from compileflow.manifest import MANIFEST_NAME
+from compileflow.settings import Settings
+from compileflow.source_graph import AUTO_CLASSES
+from compileflow.stores.local import LocalStore
+from compileflow.testing.targets import compiled_folder, hide_distributions
+from tests.models import ARCHITECTURES, MAX_TOKENS, sentences
+
+TARGETS = ("onnx-runtime", "torchscript")
+PIPELINE_TASKS = tuple(task for task in HfTask if task is not HfTask.QUESTION_ANSWERING)
+ATOL = 1e-5
+SCORE_ATOL = 1e-4
+TEXTS = sentences()
+
+Compiled = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def compiled(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    """Compile small models once a session: `compiled(target, task, architecture)` gives a folder to read only."""
+
+    def make(target: str, hf_task: HfTask, architecture: str = "bert") -> Path:
+        return compiled_folder(tiny_model(hf_task, architecture), target, hf_task, tmp_path_factory.getbasetemp())
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model_of(compiled: Compiled) -> Callable[..., CompiledModel]:
+    """Load compiled models once a session."""
+    return lru_cache(maxsize=None)(lambda *asked: CompiledModel.from_pretrained(compiled(*asked)))
+
+
+@pytest.fixture(scope="session")
+def source_of(tiny_model: Callable[..., Path]) -> Callable[[HfTask, str], Any]:
+    """Load source models with transformers itself, once a session."""
+
+    @lru_cache(maxsize=None)
+    def load(hf_task: HfTask, architecture: str) -> Any:
+        folder = tiny_model(hf_task, architecture)
+        return getattr(transformers, AUTO_CLASSES[hf_task]).from_pretrained(folder).eval()
+
+    return load
+
+
+@pytest.fixture
+def artifact(compiled: Compiled, tmp_path: Path) -> Path:
+    """A copy of one artifact, to be spoilt."""
+    folder = tmp_path / "artifact"
+    shutil.copytree(compiled("torchscript", HfTask.TEXT_CLASSIFICATION), folder)
+    return folder
+
+
+def inputs_for(model: Any, rows: int, length: int, *, side: str = "right") -> dict[str, torch.Tensor]:
+    """Random tokens with ragged masks, padded on a side, and both token types where the model has them."""
+    random = torch.Generator().manual_seed(rows * 100 + length)
+    ids = torch.randint(5, model.config.vocab_size, (rows, length), generator=random)
+    places = torch.arange(length).expand(rows, length)
+    # The first row is full, the later ones are shorter.
+    keep = torch.tensor([max(1, length - 2 * row) for row in range(rows)])[:, None]
+    mask = (places < keep if side == "right" else places >= length - keep).long()
+    ids = torch.where(mask.bool(), ids, torch.tensor(model.config.pad_token_id))
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if model.config.model_type == "bert":
+        inputs["token_type_ids"] = (places % 3 == 0).long() * mask
+    return inputs
+
+
+def assert_same_answer(candidate: Any, reference: Any) -> None:
+    assert type(candidate) is type(reference)
+    assert list(candidate) == list(reference)
+    for name, value in reference.items():
+        assert candidate[name].dtype == value.dtype
+        torch.testing.assert_close(candidate[name], value, atol=ATOL, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def assert_same_result(candidate: Any, reference: Any) -> None:
+    """Compare what pipelines return: floats within the score's tolerance, all else equal."""
+    assert type(candidate) is type(reference)
+    if isinstance(reference, dict):
+        assert list(candidate) == list(reference)
+        for name, value in reference.items():
+            assert_same_result(candidate[name], value)
+    elif isinstance(reference, list):
+        assert len(candidate) == len(reference)
+        for one, other in zip(candidate, reference, strict=True):
+            assert_same_result(one, other)
+    elif isinstance(reference, float | np.floating):
+        assert candidate == pytest.approx(reference, abs=SCORE_ATOL)
+    else:
+        assert candidate == reference
+
+
+@pytest.mark.parametrize("hf_task", list(HfTask))
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("target", TARGETS)
+class TestModelAnswersLikeItsSource:
+    # Bucket edges of 1x8, 4x16 and 1x64, one beyond each, and batches that must be split.
+    @pytest.mark.parametrize(
+        ("rows", "length"), [(1, 1), (1, 8), (1, 9), (4, 16), (2, 17), (1, 64), (3, 8), (6, 10)]
+    )
+    def test_at_bucket_edges_and_with_larger_batches(
+        self,
+        model_of: Callable[..., CompiledModel],
+        source_of: Callable[..., Any],
+        target: str,
+        architecture: str,
+        hf_task: HfTask,
+        rows: int,
+        length: int,
+    ) -> None:
+        model, source = model_of(target, hf_task, architecture), source_of(hf_task, architecture)
+        inputs = inputs_for(source, rows, length)
+        with torch.inference_mode():
+            assert_same_answer(model(**inputs), source(**inputs))
+
+    def test_with_left_padding_without_optional_inputs_and_as_a_tuple(
+        self,
+        model_of: Callable[..., CompiledModel],
+        source_of: Callable[..., Any],
+        target: str,
+        architecture: str,
+        hf_task: HfTask,
+    ) -> None:
+        model, source = model_of(target, hf_task, architecture), source_of(hf_task, architecture)
+        assert type(model).__name__ == type(source).__name__
+        left = inputs_for(source, 3, 12, side="left")
+        full = inputs_for(source, 1, 11)
+        ids = full["input_ids"]
+        with torch.inference_mode():
+            assert_same_answer(model(**left), source(**left))
+            assert_same_answer(model(ids), source(ids))
+            assert_same_answer(
+                model(ids, attention_mask=full["attention_mask"]),
+                source(ids, attention_mask=full["attention_mask"]),
+            )
+            plain, reference = model(**left, return_dict=False), source(**left, return_dict=False)
+        assert type(plain) is type(reference) is tuple
+        torch.testing.assert_close(plain, reference, atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("hf_task", PIPELINE_TASKS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_pipeline_answers_like_transformers_own(
+    compiled: Compiled, tiny_model: Callable[..., Path], target: str, architecture: str, hf_task: HfTask
+) -> None:
+    pipeline = CompiledPipeline.from_pretrained(compiled(target, hf_task, architecture))
+    reference = transformers.pipeline(hf_task.value, model=str(tiny_model(hf_task, architecture)))
+    texts = [TEXTS[0], "", " ".join(TEXTS[:40]), TEXTS[1]]
+    if hf_task is HfTask.FILL_MASK:
+        mask = pipeline.tokenizer.mask_token
+        texts = [f"the {mask} is here", f"{mask}", f"{mask} {' '.join(TEXTS[:40])}", f"a {mask}."]
+    # A compiled pipeline truncates unasked; transformers' own has three ways of being asked.
+    truncated: dict[str, Any] = {
+        HfTask.FEATURE_EXTRACTION: {"truncation": True},
+        HfTask.TEXT_CLASSIFICATION: {"truncation": True},
+        HfTask.TOKEN_CLASSIFICATION: {},
+        HfTask.FILL_MASK: {"tokenizer_kwargs": {"truncation": True}},
+    }[hf_task]
+    # Hugging Face's pipelines give one prediction fewer brackets, so that each is called both ways.
+    expected = [reference(text, **truncated) for text in texts]
+
+    for text, answer in zip(texts, expected, strict=True):
+        assert_same_result(pipeline(text), answer)
+    listed = reference(texts, **truncated)
+    assert_same_result(pipeline(texts), listed)
+    if hf_task is not HfTask.FEATURE_EXTRACTION:
+        # Padding a batch adds rows of features, in transformers' own pipeline too.
+        assert_same_result(pipeline(texts, batch_size=3), listed)
+
+    def generate() -> Iterator[str]:
+        yield from texts
+
+    streamed = list(pipeline(generate()))
+    assert_same_result(streamed, list(reference(generate(), **truncated)))
+    assert len(streamed) == len(texts)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_pipeline_passes_settings_of_its_task_on(
+    compiled: Compiled, tiny_model: Callable[..., Path], target: str
+) -> None:
+    hf_task = HfTask.TOKEN_CLASSIFICATION
+    settings: dict[str, Any] = {"aggregation_strategy": "simple"}
+    pipeline = CompiledPipeline.from_pretrained(compiled(target, hf_task), **settings)
+    reference = transformers.pipeline(hf_task.value, model=str(tiny_model(hf_task)), **settings)
+    assert_same_result(pipeline(TEXTS[:3]), reference(TEXTS[:3]))
+
+    hf_task = HfTask.TEXT_CLASSIFICATION
+    pipeline = CompiledPipeline.from_pretrained(compiled(target, hf_task), top_k=None)
+    reference = transformers.pipeline(hf_task.value, model=str(tiny_model(hf_task)), top_k=None)
+    assert_same_result(pipeline(TEXTS[:3]), reference(TEXTS[:3]))
+    pair = {"text": TEXTS[0], "text_pair": TEXTS[1]}
+    assert_same_result(pipeline(pair), reference(pair))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_question_answering_finds_the_span_that_the_source_model_finds(
+    compiled: Compiled,
+    model_of: Callable[..., CompiledModel],
+    source_of: Callable[..., Any],
+    target: str,
+) -> None:
+    hf_task = HfTask.QUESTION_ANSWERING
+    tokenizer = CompiledTokenizer.from_pretrained(compiled(target, hf_task))
+    encoded = tokenizer(["who was it", "where"], TEXTS[:2], return_tensors="pt")
+    answer = model_of(target, hf_task, "bert")(**encoded)
+    with torch.inference_mode():
+        expected = source_of(hf_task, "bert")(**encoded)
+
+    for name in ("start_logits", "end_logits"):
+        assert answer[name].shape == encoded["input_ids"].shape
+        assert answer[name].argmax(1).tolist() == expected[name].argmax(1).tolist()
+    with pytest.raises(LoadError, match=r"no question-answering pipeline.*CompiledModel"):
+        CompiledPipeline.from_pretrained(compiled(target, hf_task))
+
+
+def test_tokenizer_fits_the_compiled_model_by_default_and_the_call_wins(artifact: Path) -> None:
+    tokenizer = CompiledTokenizer.from_pretrained(artifact)
+
+    assert tokenizer.tokenization_settings == {"padding": True, "truncation": True, "max_length": MAX_TOKENS}
+    long = tokenizer(["short", " ".join(TEXTS[:40])], return_tensors="pt")
+    assert long["input_ids"].shape == (2, MAX_TOKENS)
+    assert long["attention_mask"].sum(1)[0] < MAX_TOKENS
+    assert len(tokenizer(" ".join(TEXTS), max_length=5)["input_ids"]) == 5
+    assert [len(row) for row in tokenizer(["a", "a b c"], padding=False)["input_ids"]] == [3, 5]
+
+
+def test_tokenizer_hands_everything_else_on(artifact: Path) -> None:
+    tokenizer = CompiledTokenizer.from_pretrained(artifact)
+    wrapped = transformers.AutoTokenizer.from_pretrained(artifact)
+
+    assert tokenizer.unk_token_id == wrapped.unk_token_id
+    assert tokenizer._tokenizer.get_vocab_size() == len(wrapped)
+    assert len(tokenizer) == len(wrapped)
+    assert tokenizer.decode(tokenizer("the")["input_ids"]) == wrapped.decode(wrapped("the")["input_ids"])
+    assert tokenizer.model_max_length == MAX_TOKENS
+    with pytest.raises(AttributeError, match="no_such_attribute"):
+        _ = tokenizer.no_such_attribute
+
+
+def test_attribute_set_on_the_tokenizer_reaches_the_one_that_pads(artifact: Path) -> None:
+    tokenizer = CompiledTokenizer.from_pretrained(artifact)
+    tokenizer.padding_side = "left"
+    tokenizer.tokenization_settings = {"padding": "max_length", "max_length": 6}
+    tokenizer.note = "own"
+
+    assert tokenizer("a")["attention_mask"] == [0, 0, 0, 1, 1, 1]
+    assert tokenizer.tokenizer.padding_side == "left"
+    assert not hasattr(tokenizer.tokenizer, "note")
+
+
+def test_pipeline_hands_its_parts_on(artifact: Path) -> None:
+    pipeline = CompiledPipeline.from_pretrained(artifact)
+
+    assert isinstance(pipeline.model, CompiledModel)
+    assert isinstance(pipeline.tokenizer, CompiledTokenizer)
+    assert pipeline.task == "text-classification"
+    assert pipeline.model.config.id2label == {0: "negative", 1: "neutral", 2: "positive"}
+    assert "text-classification" in repr(pipeline)
+    with pytest.raises(AttributeError, match="no_such_attribute"):
+        _ = pipeline.no_such_attribute
+
+
+def test_model_has_the_source_models_config(artifact: Path) -> None:
+    model = CompiledModel.from_pretrained(artifact)
+
+    assert model.num_labels == 3
+    assert model.config.model_type == "bert"
+    assert model.eval() is model
+    assert model.to("cpu") is model
+    assert not model.can_generate()
+    assert repr(model) == (
+        "CompiledModel(BertForSequenceClassification, target='torchscript', component='default')"
+    )
+    assert CompiledModel.__name__ == "CompiledModel"
+    with pytest.raises(AttributeError, match="no_such_attribute"):
+        _ = model.no_such_attribute
+    with pytest.raises(LoadError, match=r"cannot be moved to cuda.*device='cuda'"):
+        model.to("cuda")
+
+
+def test_model_refuses_what_the_graph_cannot_give(artifact: Path) -> None:
+    model = CompiledModel.from_pretrained(artifact)
+    ids = torch.ones((1, 4), dtype=torch.long)
+
+    with pytest.raises(InputError, match="output_attentions=True"):
+        model(ids, output_attentions=True)
+    with pytest.raises(InputError, match="no input 'labels'"):
+        model(ids, labels=torch.tensor([1]))
+    with pytest.raises(InputError, match="65 tokens.*at most 64"):
+        model(torch.ones((1, 65), dtype=torch.long))
+    with pytest.raises(InputError, match=r"different lengths.*padding=True"):
+        model([[1, 2, 3], [1, 2]])
+    assert model(ids, output_attentions=False, position_ids=None).logits.shape == (1, 3)
+
+
+def test_lists_arrays_and_tensors_give_the_same_answer(artifact: Path) -> None:
+    model = CompiledModel.from_pretrained(artifact)
+    ids = [[5, 6, 7], [8, 9, 10]]
+
+    answers = [
+        model(form).logits
+        for form in (ids, np.array(ids, dtype=np.int32), torch.tensor(ids), torch.tensor(ids).T.contiguous().T)
+    ]
+
+    for answer in answers:
+        assert torch.equal(answer, answers[0])
+    arrays = model.run({"input_ids": ids})
+    assert list(arrays) == ["logits"]
+    np.testing.assert_array_equal(arrays["logits"], answers[0].numpy())
+
+
+def test_closed_model_says_so(artifact: Path) -> None:
+    model = CompiledModel.from_pretrained(artifact)
+    model.close()
+    model.close()
+
+    with pytest.raises(InputError, match="closed"):
+        model([[1, 2]])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kind", [CompiledTokenizer, CompiledModel, CompiledPipeline])
+def test_saved_artifact_loads_elsewhere(compiled: Compiled, tmp_path: Path, target: str, kind: type[Any]) -> None:
+    source = compiled(target, HfTask.TEXT_CLASSIFICATION)
+    first = tmp_path / "first"
+    kind.from_pretrained(source).save_pretrained(first)
+    assert (first / MANIFEST_NAME).read_bytes() == (source / MANIFEST_NAME).read_bytes()
+    first.rename(tmp_path / "second")
+
+    again = CompiledPipeline.from_pretrained(tmp_path / "second")
+
+    assert_same_result(again(TEXTS[:3]), CompiledPipeline.from_pretrained(source)(TEXTS[:3]))
+
+
+def test_saving_into_a_folder_that_is_not_empty_is_refused(artifact: Path, tmp_path: Path) -> None:
+    tokenizer = CompiledTokenizer.from_pretrained(artifact)
+    occupied = tmp_path / "occupied"
+    occupied.mkdir()
+    (occupied / "file").write_text("mine")
+
+    with pytest.raises(StoreError, match="not empty"):
+        tokenizer.save_pretrained(occupied)
+
+    assert [path.name for path in occupied.iterdir()] == ["file"]
+
+
+def test_copies_answer_like_the_original(artifact: Path) -> None:
+    tokenizer, pipeline = CompiledTokenizer.from_pretrained(artifact), CompiledPipeline.from_pretrained(artifact)
+    model = pipeline.model
+
+    for copied in (copy.copy(tokenizer), copy.deepcopy(tokenizer), pickle.loads(pickle.dumps(tokenizer))):
+        assert isinstance(copied, CompiledTokenizer)
+        assert copied(TEXTS[0]) == tokenizer(TEXTS[0])
+        assert copied.tokenization_settings == tokenizer.tokenization_settings
+    assert torch.equal(copy.copy(model)([[5, 6]]).logits, model([[5, 6]]).logits)
+    assert copy.copy(pipeline)(TEXTS[0]) == pipeline(TEXTS[0])
+
+
+@pytest.mark.parametrize("kind", [CompiledTokenizer, CompiledModel, CompiledPipeline])
+def test_wrapper_without_its_inside_has_no_attributes_and_does_not_recurse(kind: type[Any]) -> None:
+    # Copying and unpickling ask such an object for __setstate__ and more.
+    empty = kind.__new__(kind)
+
+    with pytest.raises(AttributeError):
+        _ = empty.unk_token_id
+
+
+def rewrite_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    path = folder / MANIFEST_NAME
+    data = json.loads(path.read_text("utf-8"))
+    change(data)
+    path.write_text(json.dumps(data), "utf-8")
+
+
+def refused(location: Any, error: type[CompileflowError], says: str) -> None:
+    for kind in (CompiledTokenizer, CompiledModel, CompiledPipeline):
+        with pytest.raises(error, match=says):
+            kind.from_pretrained(location)
+
+
+class TestRefusedBeforeAnythingIsOpened:
+    """The model file is garbage in each of these: a runtime that opened it would raise another error."""
+
+    @pytest.fixture
+    def garbage(self, artifact: Path) -> Path:
+        (artifact / "components/default/model.pt").write_bytes(b"garbage")
+        return artifact
+
+    def test_altered_model_file(self, garbage: Path) -> None:
+        refused(garbage, IntegrityError, r"model\.pt was altered.*Do not load")
+
+    def test_garbage_whose_digest_is_right_reaches_the_runtime(self, garbage: Path) -> None:
+        path = "components/default/model.pt"
+
+        def agree(data: dict[str, Any]) -> None:
+            (record,) = (file for file in data["files"] if file["path"] == path)
+            record |= {"size_bytes": 7, "sha256": file_digest(garbage / path)}
+
+        rewrite_manifest(garbage, agree)
+
+        # The proof that the others were refused earlier.
+        with pytest.raises(LoadError, match="model.pt cannot be loaded by torch"):
+            CompiledModel.from_pretrained(garbage)
+
+    def test_unknown_schema_version(self, garbage: Path) -> None:
+        rewrite_manifest(garbage, lambda data: data.update(schema_version=99))
+        refused(garbage, ManifestError, "schema_version 99; this compileflow reads 1")
+
+    def test_unknown_field(self, garbage: Path) -> None:
+        rewrite_manifest(garbage, lambda data: data.update(surprise=1))
+        refused(garbage, ManifestError, "surprise")
+
+    def test_file_that_leaves_the_folder(self, garbage: Path) -> None:
+        rewrite_manifest(garbage, lambda data: data["files"][0].update(path="../outside"))
+        refused(garbage, IntegrityError, "leaves its folder")
+
+    def test_unlisted_file(self, compiled: Compiled, tmp_path: Path) -> None:
+        folder = tmp_path / "with-more"
+        shutil.copytree(compiled("torchscript", HfTask.TEXT_CLASSIFICATION), folder)
+        (folder / "tokenizer.py").write_text("raise SystemExit")
+        refused(folder, IntegrityError, r"tokenizer\.py is not in the manifest")
+
+    def test_missing_file(self, garbage: Path) -> None:
+        (garbage / "config.json").unlink()
+        refused(garbage, IntegrityError, r"config\.json is missing")
+
+    def test_no_manifest(self, tmp_path: Path) -> None:
+        refused(tmp_path, ManifestError, r"has no manifest\.json")
+
+    def test_no_folder(self, tmp_path: Path) -> None:
+        refused(tmp_path / "nothing", ManifestError, r"has no manifest\.json")
+
+    def test_uri_of_nothing(self) -> None:
+        refused("s3://bucket/key", ManifestError, "neither an artifact folder nor an artifact URI")
+
+
+def test_unknown_component_is_refused_with_those_there_are(artifact: Path) -> None:
+    for kind in (CompiledTokenizer, CompiledModel, CompiledPipeline):
+        with pytest.raises(LoadError, match=r"no component 'word'.*It has: default"):
+            kind.from_pretrained(artifact, component="word")
+
+
+@pytest.mark.parametrize("kind", [CompiledModel, CompiledPipeline])
+def test_unknown_device_is_refused_with_those_there_are(artifact: Path, kind: type[Any]) -> None:
+    with pytest.raises(LoadError, match=r"torchscript does not run on 'neuron'.*cpu"):
+        kind.from_pretrained(artifact, device="neuron")
+
+
+@pytest.mark.parametrize("kind", [CompiledModel, CompiledPipeline])
+def test_missing_runtime_is_one_clear_error(
+    compiled: Compiled, monkeypatch: pytest.MonkeyPatch, kind: type[Any]
+) -> None:
+    folder = compiled("onnx-runtime", HfTask.TEXT_CLASSIFICATION)
+    hide_distributions(monkeypatch, "onnxruntime")
+
+    with pytest.raises(LoadError) as caught:
+        kind.from_pretrained(folder)
+
+    assert str(caught.value) == (
+        "onnx-runtime cannot run here: onnxruntime not installed. Try: pip install 'compileflow[onnx-runtime]'."
+    )
+
+
+def test_exporter_is_not_needed_to_run(compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    hide_distributions(monkeypatch, "onnx", "onnxscript")
+
+    model = CompiledModel.from_pretrained(compiled("onnx-runtime", HfTask.TEXT_CLASSIFICATION))
+
+    assert model([[5, 6]]).logits.shape == (1, 3)
+
+
+def test_store_uri_is_fetched_once_into_the_local_cache(
+    artifact: Path, settings: Settings, tmp_path: Path
+) -> None:
+    root = tmp_path / "store"
+    stored = LocalStore(root.as_uri()).put_folder(artifact)
+    pipeline = CompiledPipeline.from_pretrained(stored.uri)
+    cached = settings.home_dir / "artifacts" / stored.digest
+    shutil.rmtree(root)
+
+    again = CompiledPipeline.from_pretrained(stored.uri)
+
+    assert again(TEXTS[0]) == pipeline(TEXTS[0])
+    assert Path(again.model.name_or_path) == cached
+    assert [path.name for path in cached.parent.iterdir()] == [stored.digest]
+
+
+def test_altered_cache_is_refused(artifact: Path, settings: Settings, tmp_path: Path) -> None:
+    stored = LocalStore((tmp_path / "store").as_uri()).put_folder(artifact)
+    CompiledTokenizer.from_pretrained(stored.uri)
+    cached = settings.home_dir / "artifacts" / stored.digest
+    # The manifest agrees with the file, so that only the digest in the URI can tell.
+    rewrite_manifest(cached, lambda data: data["source"].update(revision="another"))
+
+    refused(stored.uri, IntegrityError, r"has the digest .*, asked for was")
+
+
+def test_absent_artifact_in_a_store_is_refused(settings: Settings, tmp_path: Path) -> None:
+    refused(f"{(tmp_path / 'store').as_uri()}/manifests/sha256/{'0' * 64}.json", IntegrityError, "holds no folder")
+    assert not (settings.home_dir / "artifacts").exists()
