@@ -104,7 +104,11 @@ def _run(
     """Run the requests and print what came of them; exits with 1 when one failed."""
     from flows.runner import run_requests
 
-    results, errors = run_requests(requests)
+    try:
+        results, errors = run_requests(requests)
+    except KeyboardInterrupt as error:
+        typer.echo("Interrupted; nothing half-made was kept. Run again to go on.", err=True)
+        raise typer.Exit(130) from error
     if as_json:
         typer.echo(json.dumps([result.model_dump(mode="json") for result in results], indent=1))
     elif results:

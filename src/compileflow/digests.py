@@ -23,6 +23,8 @@ def safe_relative_path(path: str) -> str:
         raise ValueError(f"path {path!r} leaves its folder")
     if str(PurePosixPath(path)) != path:
         raise ValueError(f"path {path!r} is not in its shortest form")
+    if path != path.encode("utf-8", "replace").decode():
+        raise ValueError(f"path {path!r} is no Unicode text")
     return path
 
 

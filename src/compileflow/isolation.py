@@ -3,6 +3,8 @@
 The child gets its request on standard input, and a watcher that it forks reads on: when the parent dies,
 however it dies, that pipe closes and the watcher ends the child and all that it started. A thread could not:
 native code may hold the GIL for minutes.
+
+Over 300 lines, because the parent's side and the child's share one protocol.
 """
 
 from __future__ import annotations
@@ -92,7 +94,7 @@ def run_isolated(
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env=_child_environment(threads),
+        env=_child_environment(threads, work_dir),
         start_new_session=True,
     )
     watch = _Watch(child, log_path, on_progress)
@@ -240,7 +242,7 @@ class _Watch:
             self._on_progress(line)
 
 
-def _child_environment(threads: int) -> dict[str, str]:
+def _child_environment(threads: int, work_dir: Path) -> dict[str, str]:
     kept = {
         name: value for name, value in os.environ.items() if not any(word in name.upper() for word in _SECRETS)
     }
@@ -255,6 +257,8 @@ def _child_environment(threads: int) -> dict[str, str]:
         "OMP_NUM_THREADS": count,
         "MKL_NUM_THREADS": count,
         "PYTHONUNBUFFERED": "1",
+        # Libraries leave temporary folders behind; the work folder is deleted.
+        "TMPDIR": str(work_dir),
     }
 
 

@@ -187,6 +187,7 @@ def _load_model(
 ) -> tuple[Any, set[str]]:
     import torch
     import transformers
+    from safetensors import SafetensorError
 
     supported = tasks_of(config)
     if hf_task not in supported:
@@ -202,16 +203,25 @@ def _load_model(
             attn_implementation=attention,
             local_files_only=True,
             output_loading_info=True,
+            # Otherwise the error names no tensor; they are refused below.
+            ignore_mismatched_sizes=True,
             trust_remote_code=trust_remote_code,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise SourceError(
             f"The source model's weights cannot be loaded: {error}",
             hint="Check that the folder holds one complete model saved by save_pretrained.",
         ) from error
+    if report["mismatched_keys"]:
+        name, found, wanted = min(report["mismatched_keys"])
+        raise SourceError(
+            f"The weights hold {name} of shape {tuple(found)}; config.json asks for {tuple(wanted)} "
+            f"({len(report['mismatched_keys'])} such tensors).",
+            hint="Use the config.json that was saved with these weights.",
+        )
     missing = set(report["missing_keys"])
     pooler = {key for key in missing if hf_task is HfTask.FEATURE_EXTRACTION and "pooler." in key}
-    lost = sorted(missing - pooler) + sorted(str(key) for key in report["mismatched_keys"])
+    lost = sorted(missing - pooler)
     if lost:
         raise SpecError(
             f"The weights hold no {lost[0]} ({len(lost)} tensors in all): the model was saved as "

@@ -71,7 +71,9 @@ def test_run_killed_in_the_middle_leaves_nothing_that_verify_accepts_and_the_nex
 
 
 @pytest.mark.functional
-def test_flow_killed_while_compiling_completes_when_run_again(settings: Settings, tiny_model: ModelFactory) -> None:
+def test_flow_killed_while_compiling_completes_when_run_again(
+    settings: Settings, tiny_model: ModelFactory
+) -> None:
     command = [
         sys.executable, "-m", "flows", "compile", "--model", str(tiny_model(HfTask.TEXT_CLASSIFICATION)),
         "--target", "torchscript", "--bucket", "1x16", "--bucket", "1x64", "--name", "reviews", "--progress",

@@ -177,7 +177,9 @@ def test_two_runs_at_once_with_one_key_compile_once(settings: Settings, model: P
     command = [sys.executable, "-m", "tests.driver", str(model)]
     environment = os.environ | {"COMPILEFLOW_HOME": str(settings.home_dir)}
     runs = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+        subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
+        )
         for _ in range(2)
     ]
     outputs = [run.communicate(timeout=240)[0] for run in runs]

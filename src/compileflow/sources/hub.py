@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from compileflow.contracts import LocatedSource
 from compileflow.errors import SourceError, SourceUnavailableError
 from compileflow.settings import Settings
 from compileflow.sources.files import choose_files
+from compileflow.workspace import os_errors
 
 
 class HubSource:
@@ -18,7 +19,8 @@ class HubSource:
 
     def __init__(self, settings: Settings):
         self._endpoint = settings.hub_endpoint
-        self._token = settings.hub_token.get_secret_value() if settings.hub_token else False
+        # Kept as a secret, which does not show itself in a traceback's or a log's view of this object.
+        self._token = settings.hub_token
 
     def pin(self, location: str, revision: str | None) -> tuple[str, str | None]:
         """Ask the Hub for the commit that `revision` (default: main) means now."""
@@ -32,14 +34,14 @@ class HubSource:
         repository = _repository(location)
         info = self._info(repository, revision)
         files = choose_files([sibling.rfilename for sibling in info.siblings or []], f"hf://{repository}")
-        with _hub_errors(repository, revision):
+        with os_errors(work_dir, "download to"), _hub_errors(repository, revision):
             snapshot_download(
                 repository,
                 revision=info.sha,
                 allow_patterns=list(files),
                 local_dir=work_dir,
                 endpoint=self._endpoint,
-                token=self._token,
+                token=self._bearer(),
             )
         return LocatedSource(uri=f"hf://{repository}", revision=info.sha, folder=work_dir, files=files)
 
@@ -47,7 +49,11 @@ class HubSource:
         from huggingface_hub import HfApi
 
         with _hub_errors(repository, revision):
-            return HfApi(endpoint=self._endpoint, token=self._token).model_info(repository, revision=revision)
+            return HfApi(endpoint=self._endpoint, token=self._bearer()).model_info(repository, revision=revision)
+
+    def _bearer(self) -> str | Literal[False]:
+        """Return the token; False keeps huggingface_hub from looking for another one itself."""
+        return self._token.get_secret_value() if self._token else False
 
 
 def _repository(location: str) -> str:
@@ -64,6 +70,7 @@ def _hub_errors(repository: str, revision: str | None) -> Iterator[None]:
         HFValidationError,
         HTTPError,
         LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -93,6 +100,11 @@ def _hub_errors(repository: str, revision: str | None) -> Iterator[None]:
         status = error.response.status_code if error.response is not None else 0
         kind = SourceUnavailableError if status >= 500 or status in (0, 408, 429) else SourceError
         raise kind(f"The Hub answered HTTP {status} for hf://{repository}.", hint="Try again later.") from error
+    except OfflineModeIsEnabled as error:
+        raise SourceError(
+            f"hf://{repository} was asked for while HF_HUB_OFFLINE is set.",
+            hint="Unset HF_HUB_OFFLINE, or give a model folder.",
+        ) from error
     except (HTTPError, LocalEntryNotFoundError, ConnectionError) as error:
         raise SourceUnavailableError(
             f"The Hub did not answer for hf://{repository} ({type(error).__name__}).",

@@ -304,6 +304,12 @@ def _tokenizer_maximum(source_dir: Path, trust_remote_code: bool) -> int | None:
             f"The source model's tokenizer cannot be loaded: {error}",
             hint="Save the tokenizer into the model's folder, with save_pretrained.",
         ) from error
+    # Where there are no tokenizer files, transformers makes a tokenizer that knows no word.
+    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
+        raise SourceError(
+            f"The source model's tokenizer has no vocabulary: it knows {len(tokenizer)} tokens, all special.",
+            hint="Save the tokenizer into the model's folder, with save_pretrained.",
+        )
     # transformers writes a number of the order 1e30 where a tokenizer knows no maximum.
     maximum = tokenizer.model_max_length
     return int(maximum) if maximum < 1_000_000 else None

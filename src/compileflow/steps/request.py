@@ -96,9 +96,7 @@ class CompileRequest(BaseModel):
     validation: ValidationSettings = Field(
         default_factory=ValidationSettings, title="Validation", description="How the result is proven."
     )
-    steps: StepSwitches = Field(
-        default_factory=StepSwitches, title="Steps", description="Which steps do work."
-    )
+    steps: StepSwitches = Field(default_factory=StepSwitches, title="Steps", description="Which steps do work.")
     timeouts: StepTimeouts = Field(
         default_factory=StepTimeouts, title="Timeouts", description="When a step is stopped."
     )

@@ -202,9 +202,9 @@ def _validate_component(
         progress=report_progress,
     )
     if "misplaced_labels" in found.scalars:
-        names = (graph.model.config.id2label, compiled.config.id2label)
+        before, after = graph.model.config.id2label, compiled.config.id2label
         # Right logits under a wrong name are as wrong as misplaced ones.
-        found.scalars["misplaced_labels"] += len(set(names[0].items()) ^ set(names[1].items())) // 2
+        found.scalars["misplaced_labels"] += sum(before.get(n) != after.get(n) for n in before | after)
     report_progress("probing the attention mask and the token types")
     measuring.measure_mask(found, graph.run, compiled.run, builder, texts[:4])
     measuring.measure_token_types(found, graph.run, compiled.run, builder, texts)

@@ -1,6 +1,6 @@
 """RegistryConformance: what every model registry must do, as tests that a registry's own test class inherits."""
 
-# ruff: noqa: S101
+# ruff: noqa: D102, S101 - these are pytest tests, whose names say what they check.
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """StoreConformance: what every artifact store must do, as tests that a store's own test class inherits."""
 
-# ruff: noqa: S101
+# ruff: noqa: D102, S101 - these are pytest tests, whose names say what they check.
 
 from __future__ import annotations
 

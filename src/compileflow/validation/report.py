@@ -92,7 +92,7 @@ def write_report(report: Report, folder: Path) -> None:
     import jinja2
 
     (folder / REPORT_JSON).write_text(
-        json.dumps(report.model_dump(mode="json"), indent=1, sort_keys=True) + "\n", "utf-8"
+        json.dumps(report.model_dump(mode="json"), indent=1, sort_keys=True, allow_nan=False) + "\n", "utf-8"
     )
     source = (files("compileflow.validation") / "report.html.j2").read_text("utf-8")
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True).from_string(

@@ -22,6 +22,7 @@ class ValidationSettings(BaseModel):
     max_latency_ratio: float | None = Field(
         None,
         gt=0,
+        allow_inf_nan=False,
         title="Latency gate",
         description="Highest median latency of the compiled model as a fraction of eager's. Empty: no gate.",
     )

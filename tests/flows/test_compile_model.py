@@ -1,0 +1,150 @@
+"""The flow: what its states say, what it registers, and what it refuses to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter
+from prefect.exceptions import ParameterTypeError
+from prefect.states import State
+
+from compileflow.catalog import open_registry
+from compileflow.errors import RegistryUnavailableError, VerdictError
+from compileflow.registries.local import LocalRegistry
+from compileflow.settings import Settings
+from compileflow.spec import HfTask
+from flows.compile_model import CompileResult, compile_model
+from tasks import policies
+from tasks.register import register
+from tests.conftest import ModelFactory
+from tests.steps import Pipeline, in_process
+
+
+@pytest.fixture
+def pipeline(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pipeline]:
+    with in_process(settings, monkeypatch) as made:
+        yield made
+
+
+def run(pipeline: Pipeline, model: Any, **asked: Any) -> State[CompileResult]:
+    return compile_model(pipeline.request(model, **asked), return_state=True)
+
+
+def task_states(state: State[Any]) -> dict[str, str]:
+    """Return the state name of each task run of a flow run, once the server has written down all their ends."""
+    deadline = time.monotonic() + 30
+    with get_client(sync_client=True) as client:
+        while True:
+            runs = client.read_task_runs(
+                flow_run_filter=FlowRunFilter(id={"any_": [state.state_details.flow_run_id]})
+            )
+            if runs and all(each.state is not None and each.state.is_final() for each in runs):
+                return {each.name.rpartition("-")[0]: each.state_name for each in runs}
+            assert time.monotonic() < deadline, runs
+            time.sleep(0.2)
+
+
+def test_second_run_shows_cached_steps_and_the_same_version(pipeline: Pipeline, tiny_model: ModelFactory) -> None:
+    model = tiny_model(HfTask.TEXT_CLASSIFICATION)
+    first = run(pipeline, model).result()
+    second_state = run(pipeline, model)
+    assert second_state.result().version == first.version
+    assert pipeline.counts == {"compile": 1, "validate": 1}
+    states = task_states(second_state)
+    assert {name: states[name] for name in ("fetch", "compile", "validate", "register")} == {
+        "fetch": "Cached", "compile": "Cached", "validate": "Cached", "register": "Completed",
+    }  # fmt: skip
+
+
+def test_version_carries_what_a_registry_must_know(pipeline: Pipeline, tiny_model: ModelFactory) -> None:
+    model = tiny_model(HfTask.TEXT_CLASSIFICATION)
+    state = run(pipeline, model, name="reviews")
+    version = open_registry(pipeline.registry_uri).get("reviews", 1)
+    assert version == state.result().version
+    assert version.flow_run_id == str(state.state_details.flow_run_id)
+    assert version.source_uri == model.as_uri()
+    assert version.source_revision == version.source_digest
+    assert version.artifact_uri.endswith(f"{version.artifact_digest}.json")
+    assert version.report_uri.endswith(f"{version.report_digest}.json")
+    assert (version.verdict, version.target, version.spec["hf_task"]) == (
+        "pass",
+        "torchscript",
+        "text-classification",
+    )
+    assert {"rel_l2", "label_agreement", "latency_ratio", "size_bytes", "peak_rss_bytes"} <= set(version.figures)
+
+
+def test_refused_compile_fails_the_run_with_its_reason_and_is_not_registered(
+    pipeline: Pipeline, tiny_model: ModelFactory
+) -> None:
+    state = run(
+        pipeline, tiny_model(HfTask.TEXT_CLASSIFICATION),
+        validation={"latency_pairs": 5, "max_latency_ratio": 1e-6},
+    )  # fmt: skip
+    assert state.is_failed()
+    assert state.message.startswith("fail: latency_ratio measured")
+    assert "\n" not in state.message
+    assert isinstance(state.result(raise_on_failure=False), VerdictError)
+    assert not open_registry(pipeline.registry_uri).versions()
+    assert task_states(state)["validate"] == "Refused"
+    assert "register" not in task_states(state)
+
+
+def test_warning_is_registered_only_when_allowed(pipeline: Pipeline, tiny_model: ModelFactory) -> None:
+    model = tiny_model(HfTask.FEATURE_EXTRACTION)
+    few = {"latency_pairs": 5, "max_examples": 5}
+    state = run(pipeline, model, validation=few)
+    assert state.is_failed()
+    assert state.message.startswith("warn: neighbour_overlap")
+    assert "more examples at this rate would decide" in state.message
+    version = run(pipeline, model, validation=few, allow_warn=True).result().version
+    assert version.verdict == "warn"
+
+
+def test_register_that_is_off_reports_the_version_that_is_there(
+    pipeline: Pipeline, tiny_model: ModelFactory
+) -> None:
+    model = tiny_model(HfTask.TEXT_CLASSIFICATION)
+    off = {"register": False}
+    assert run(pipeline, model, steps=off).result().version is None
+    version = run(pipeline, model).result().version
+    assert run(pipeline, model, steps=off).result().version == version
+    compiled_only = {"register": False, "validate": False}
+    result = run(pipeline, model, steps=compiled_only).result()
+    assert (result.version, result.validated) == (version, None)
+
+
+def test_only_retryable_errors_are_retried(
+    pipeline: Pipeline, tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(register, "retry_delay_seconds", [0.0, 0.0, 0.0])
+    real, calls = LocalRegistry.register, []
+
+    def busy_once(self: LocalRegistry, entry: Any) -> Any:
+        calls.append(entry)
+        if len(calls) == 1:
+            raise RegistryUnavailableError("The registry is busy.")
+        return real(self, entry)
+
+    monkeypatch.setattr(LocalRegistry, "register", busy_once)
+    monkeypatch.setattr("flows.compile_model.register", register)
+    assert run(pipeline, tiny_model(HfTask.TEXT_CLASSIFICATION)).is_completed()
+    assert len(calls) == 2
+
+    state = run(pipeline, "no-such-folder/below/here")
+    assert state.is_failed()
+    assert "Retrying" not in task_states(state).values()
+
+
+def test_backoff_grows_and_jitters() -> None:
+    assert policies.RETRIES["retry_delay_seconds"](3) == [2, 4, 8]
+    assert policies.RETRIES["retry_jitter_factor"] > 0
+
+
+def test_unknown_parameter_is_refused_before_anything_runs() -> None:
+    with pytest.raises(ParameterTypeError, match="hf_tusk"):
+        compile_model({"model": "m", "hf_tusk": "fill-mask"})

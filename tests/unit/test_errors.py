@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import json
+import pickle
+
+import pytest
+
+from compileflow import errors
+from compileflow.errors import CompileflowError
+
+TREE = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, CompileflowError)]
+
+
+@pytest.mark.parametrize("kind", TREE)
+def test_error_survives_pickling(kind: type[CompileflowError]) -> None:
+    error = pickle.loads(pickle.dumps(kind("what was found", hint="what to do")))
+    assert type(error) is kind
+    assert (error.message, error.hint) == ("what was found", "what to do")
+
+
+@pytest.mark.parametrize("kind", TREE)
+def test_error_survives_json(kind: type[CompileflowError]) -> None:
+    error = CompileflowError.from_dict(json.loads(json.dumps(kind("found", hint="do").to_dict())))
+    assert type(error) is kind
+    assert (error.message, error.hint) == ("found", "do")
+
+
+def test_only_places_that_did_not_answer_are_worth_a_retry() -> None:
+    assert {kind.__name__ for kind in TREE if kind.retryable} == {
+        "SourceUnavailableError",
+        "StoreUnavailableError",
+        "RegistryUnavailableError",
+    }
+
+
+def test_error_of_a_kind_unknown_here_is_still_ours() -> None:
+    error = CompileflowError.from_dict({"type": "NoSuchError", "message": "found"})
+    assert type(error) is CompileflowError
+    assert str(error) == "found"
+
+
+def test_error_of_a_third_party_keeps_its_kind() -> None:
+    class ThirdPartyError(errors.StoreUnavailableError):
+        pass
+
+    error = CompileflowError.from_dict(ThirdPartyError("found").to_dict())
+    assert type(error) is ThirdPartyError
+    assert error.retryable
+
+
+def test_message_and_hint_are_one_line() -> None:
+    error = CompileflowError("a\n  b\tc", hint="d\r\ne")
+    assert str(error) == "a b c d e"
+    assert repr(error) == "CompileflowError('a b c d e')"
+
+
+def test_error_without_hint_ends_with_its_message() -> None:
+    assert str(CompileflowError("found")) == "found"

@@ -1,0 +1,51 @@
+"""No false alarm: healthy compiles of every architecture, task and target pass all gates."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from compileflow.spec import HfTask
+from tests.conftest import ModelFactory
+from tests.models import ARCHITECTURES
+from tests.unit.proving import compile_here, validate_here
+
+pytestmark = pytest.mark.filterwarnings(r"ignore:.*torch\.jit\..*deprecated")
+
+# Static buckets compile in a moment and always see padding; ONNX exports take seconds each.
+_QUICK = [(architecture, task, "torchscript") for architecture, task in product(("bert",), HfTask)]
+_SLOW = [each for each in product(ARCHITECTURES, HfTask, ("onnx-runtime", "torchscript")) if each not in _QUICK]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "hf_task", "target"),
+    [*_QUICK, *(pytest.param(*each, marks=pytest.mark.slow) for each in _SLOW)],
+)
+def test_a_healthy_compile_passes_every_gate(
+    tiny_model: ModelFactory, tmp_path: Path, architecture: str, hf_task: HfTask, target: str
+) -> None:
+    source_dir = tiny_model(hf_task, architecture)
+    artifact_dir = compile_here(source_dir, tmp_path / "artifact", target=target, hf_task=hf_task)
+    # Rates of 0.99 need 268 decisions.
+    proof = validate_here(source_dir, artifact_dir, tmp_path / "report", max_examples=300)
+    assert proof.outcome == "pass", proof.reason
+    judged = {gate["gate"] for gate in proof.report["verdict"]["gates"]}
+    assert ("token_types_respected" in judged) is (architecture == "bert")
+
+
+@pytest.mark.parametrize(("longest", "target"), [(12, "onnx-runtime"), (4, "torchscript")])
+def test_a_maximum_below_the_usual_lengths_passes(
+    tiny_model: ModelFactory, tmp_path: Path, longest: int, target: str
+) -> None:
+    source_dir = tiny_model(HfTask.TEXT_CLASSIFICATION)
+    artifact_dir = compile_here(
+        source_dir,
+        tmp_path / "artifact",
+        target=target,
+        hf_task=HfTask.TEXT_CLASSIFICATION,
+        max_sequence_length=longest,
+    )
+    proof = validate_here(source_dir, artifact_dir, tmp_path / "report")
+    assert proof.outcome == "pass", proof.reason

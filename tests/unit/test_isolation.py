@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compileflow.errors import (
+    CompileError,
+    OutOfMemoryError,
+    ProcessError,
+    ProcessKilledError,
+    ProcessTimeoutError,
+    TargetUnavailableError,
+)
+from compileflow.isolation import Isolated, run_isolated
+
+MIB = 2**20
+FUNCTIONS = "tests.unit.isolated_functions"
+Run = Callable[..., Isolated]
+
+
+@pytest.fixture
+def log_path(tmp_path: Path) -> Path:
+    return tmp_path / "logs" / "child.log"
+
+
+@pytest.fixture
+def run(tmp_path: Path, log_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+
+    def call(name: str, request: dict[str, Any] | None = None, **options: Any) -> Isolated:
+        return run_isolated(f"{FUNCTIONS}:{name}", request or {}, work_dir=tmp_path, log_path=log_path, **options)
+
+    return call
+
+
+def is_running(pid: int) -> bool:
+    """Say whether a process runs; one that only waits to be reaped does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
+
+
+def wait_until(condition: Callable[[], bool]) -> bool:
+    until = time.monotonic() + 20
+    while not condition():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def assert_all_end(pids_path: Path) -> None:
+    pids = [int(pid) for pid in pids_path.read_text().split()]
+    assert len(pids) == 2
+    ended = wait_until(lambda: not any(map(is_running, pids)))
+    for pid in filter(is_running, pids):
+        os.kill(pid, signal.SIGKILL)
+    assert ended
+
+
+def test_value_comes_back_from_another_process(run: Run) -> None:
+    isolated = run("echo", {"text": "ü", "n": [1, 2.5, None]})
+    assert isolated.value["request"] == {"text": "ü", "n": [1, 2.5, None]}
+    assert isolated.value["pid"] != os.getpid()
+    assert 0 < isolated.duration_s < 60
+
+
+def test_error_of_ours_crosses_with_kind_and_hint(run: Run) -> None:
+    with pytest.raises(TargetUnavailableError) as caught:
+        run("refuse")
+    assert (caught.value.message, caught.value.hint) == ("the toolchain is absent", "install it")
+
+
+def test_foreign_error_is_one_line_and_its_traceback_is_in_the_log(run: Run, log_path: Path) -> None:
+    with pytest.raises(CompileError) as caught:
+        run("fail")
+    assert caught.value.message == "fail failed: ValueError: first line"
+    assert str(log_path) in caught.value.hint
+    assert "\n" not in str(caught.value)
+    log = log_path.read_text()
+    assert "Traceback" in log
+    assert "second line" in log
+    assert "the child's own words" in log
+
+
+def test_log_is_deleted_on_success(run: Run, log_path: Path) -> None:
+    run("progress")
+    assert log_path.parent.is_dir()
+    assert not log_path.exists()
+
+
+def test_function_that_is_not_there_is_a_compile_error(run: Run) -> None:
+    with pytest.raises(CompileError, match="absent"):
+        run("absent")
+
+
+@pytest.mark.parametrize("name", ["SIGSEGV", "SIGABRT", "SIGTERM"])
+def test_end_by_a_signal_names_it(run: Run, log_path: Path, name: str) -> None:
+    with pytest.raises(ProcessKilledError, match=f"killed by {name} at a peak of 0.0") as caught:
+        run("end_by_signal", {"signal": name})
+    assert str(log_path) in caught.value.message
+    assert log_path.exists()
+
+
+def test_kill_from_outside_is_most_likely_lack_of_memory(run: Run) -> None:
+    with pytest.raises(OutOfMemoryError, match="SIGKILL") as caught:
+        run("end_by_signal", {"signal": "SIGKILL"})
+    assert "ran out of memory" in caught.value.hint
+
+
+def test_memory_error_is_out_of_memory(run: Run) -> None:
+    with pytest.raises(OutOfMemoryError, match="MemoryError") as caught:
+        run("allocate_too_much")
+    assert "more memory" in caught.value.hint
+
+
+@pytest.mark.parametrize("text", ["std::bad_alloc", "DefaultCPUAllocator: can't allocate memory: 9 bytes"])
+def test_native_lack_of_memory_is_out_of_memory(run: Run, text: str) -> None:
+    with pytest.raises(OutOfMemoryError):
+        run("fail_with", {"text": text})
+
+
+def test_exit_without_an_answer_names_the_code(run: Run) -> None:
+    with pytest.raises(ProcessError, match="exit code 3 and no answer") as caught:
+        run("leave")
+    assert type(caught.value) is ProcessError
+
+
+def test_answer_of_an_earlier_child_is_not_taken(run: Run) -> None:
+    run("echo")
+    with pytest.raises(ProcessKilledError):
+        run("end_by_signal", {"signal": "SIGTERM"})
+
+
+@pytest.mark.parametrize("hold_gil", [False, True])
+def test_timeout_kills_grandchildren_too(run: Run, tmp_path: Path, *, hold_gil: bool) -> None:
+    with pytest.raises(ProcessTimeoutError, match="limit of 2 s"):
+        run("family", {"path": str(tmp_path / "pids"), "hold_gil": hold_gil}, timeout_s=2)
+    assert_all_end(tmp_path / "pids")
+
+
+def test_memory_limit_kills_the_child(run: Run) -> None:
+    with pytest.raises(OutOfMemoryError, match=r"needed more than 0\.15 GiB"):
+        run("allocate", {"size_bytes": 300 * MIB, "sleep_s": 600}, memory_limit_bytes=150 * MIB)
+
+
+def test_child_within_its_memory_limit_finishes(run: Run) -> None:
+    run("allocate", {"size_bytes": 20 * MIB, "sleep_s": 0.2}, memory_limit_bytes=150 * MIB)
+
+
+def test_progress_is_forwarded_and_nothing_else(run: Run) -> None:
+    lines: list[str] = []
+    run("progress", on_progress=lines.append)
+    assert lines == ["one of two", "two of two"]
+
+
+def test_any_output_is_taken(run: Run) -> None:
+    assert run("noise").value == {}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a log that cannot be written needs /dev/full")
+def test_child_finishes_though_its_log_cannot_be_written(run: Run, log_path: Path) -> None:
+    log_path.parent.mkdir()
+    log_path.symlink_to("/dev/full")
+    assert run("noise", timeout_s=30).value == {}
+
+
+def test_error_in_the_callers_callback_ends_the_child(run: Run, tmp_path: Path) -> None:
+    def on_progress(line: str) -> None:
+        raise ZeroDivisionError(line)
+
+    with pytest.raises(ZeroDivisionError, match="started"):
+        run("family", {"path": str(tmp_path / "pids")}, on_progress=on_progress)
+    assert_all_end(tmp_path / "pids")
+
+
+def test_child_gets_no_secrets(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets = (
+        "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "NEPTUNE_API_TOKEN",
+        "PREFECT_API_KEY", "PREFECT_API_AUTH_STRING", "PREFECT_SERVER_DATABASE_CONNECTION_URL", "PGPASSWORD",
+    )  # fmt: skip
+    for name in secrets:
+        monkeypatch.setenv(name, "s3cr3t-value")
+    monkeypatch.setenv("HARMLESS", "kept")
+    found = run("environment").value
+    assert "s3cr3t-value" not in found.values()
+    assert found["HARMLESS"] == "kept"
+
+
+def test_child_is_offline_and_has_its_threads(run: Run) -> None:
+    found = run("environment", threads=3).value
+    assert found["HF_HUB_OFFLINE"] == "1"
+    assert found["OMP_NUM_THREADS"] == found["MKL_NUM_THREADS"] == "3"
+
+
+def test_peak_memory_is_the_childs(run: Run) -> None:
+    assert 200 * MIB < run("allocate", {"size_bytes": 200 * MIB}).peak_rss_bytes < 300 * MIB
+
+
+def test_peak_memory_counts_grandchildren(run: Run) -> None:
+    assert 200 * MIB < run("grandchild_allocates", {"size_bytes": 200 * MIB}).peak_rss_bytes < 300 * MIB
+
+
+def test_peak_memory_does_not_count_the_parents(run: Run) -> None:
+    large = bytearray(200 * MIB)
+    large[::4096] = b"x" * len(large[::4096])
+    assert 0 < run("echo").peak_rss_bytes < 100 * MIB
+
+
+@pytest.mark.parametrize("hold_gil", [False, True])
+@pytest.mark.usefixtures("run")
+def test_child_and_grandchild_end_when_the_parent_is_killed(tmp_path: Path, *, hold_gil: bool) -> None:
+    pids = tmp_path / "pids"
+    code = (
+        "from pathlib import Path; from compileflow.isolation import run_isolated; "
+        f"folder = Path({str(tmp_path)!r}); "
+        f"request = {{'path': {str(pids)!r}, 'hold_gil': {hold_gil}}}; "
+        f"run_isolated('{FUNCTIONS}:family', request, work_dir=folder, log_path=folder / 'log')"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    started = wait_until(pids.exists)
+    parent.kill()
+    parent.wait()
+    assert started
+    assert_all_end(pids)
+
+
+def test_detached_process_does_not_hold_up_the_answer(run: Run) -> None:
+    started = time.monotonic()
+    pid = run("detach").value["pid"]
+    took_s = time.monotonic() - started
+    assert is_running(pid)
+    os.kill(pid, signal.SIGKILL)
+    assert took_s < 20

@@ -1,0 +1,56 @@
+"""Paired timings: taken in turn, enough of them, and neutral."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from compileflow.validation.latency import time_pairs
+
+
+def _work(size: int) -> object:
+    return np.sort(np.random.default_rng(0).normal(size=size))
+
+
+def test_calls_are_interleaved_and_take_turns_at_going_first() -> None:
+    calls: list[str] = []
+    found = time_pairs("1 x 1", lambda: calls.append("r"), lambda: calls.append("c"), pairs=6, budget_s=60.0)
+    assert found.pairs == 6
+    warm_up, timed = "".join(calls[:6]), "".join(calls[6:])
+    assert warm_up == "rcrcrc"
+    assert timed == "rccrrccrrccr"
+
+
+def test_a_function_against_itself_has_a_ratio_of_about_one() -> None:
+    found = time_pairs("same", lambda: _work(20_000), lambda: _work(20_000), pairs=60, budget_s=20.0)
+    assert found.ratio == pytest.approx(1.0, abs=0.25)
+    assert found.ratio_low <= found.ratio <= found.ratio_high
+    # A shared machine shifts medians by a few per cent; the interval need not hold 1 exactly.
+    assert found.ratio_low - 0.05 <= 1.0 <= found.ratio_high + 0.05
+
+
+def test_the_slower_candidate_is_seen_on_either_side() -> None:
+    slow = time_pairs("x", lambda: _work(2_000), lambda: _work(40_000), pairs=15, budget_s=20.0)
+    fast = time_pairs("x", lambda: _work(40_000), lambda: _work(2_000), pairs=15, budget_s=20.0)
+    assert slow.ratio_low > 2.0
+    assert fast.ratio_high < 0.5
+    assert slow.candidate_p50_ms > slow.reference_p50_ms
+    assert fast.candidate_p50_ms < fast.reference_p50_ms
+
+
+def test_milliseconds_are_milliseconds() -> None:
+    found = time_pairs("sleep", lambda: time.sleep(0.005), lambda: time.sleep(0.02), pairs=5, budget_s=5.0)
+    assert 5.0 <= found.reference_p50_ms < 500.0
+    assert 20.0 <= found.candidate_p50_ms < 2000.0
+
+
+def test_a_spent_budget_still_gives_five_pairs() -> None:
+    found = time_pairs("sleep", lambda: time.sleep(0.002), lambda: time.sleep(0.002), pairs=1000, budget_s=1e-6)
+    assert found.pairs == 5
+
+
+def test_a_budget_ends_the_pairs() -> None:
+    found = time_pairs("sleep", lambda: time.sleep(0.005), lambda: time.sleep(0.005), pairs=1000, budget_s=0.2)
+    assert 5 <= found.pairs <= 20

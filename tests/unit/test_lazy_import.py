@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import compileflow
+
+HEAVY = (
+    "boto3", "fastapi", "great_expectations", "huggingface_hub", "mlflow", "neptune", "onnx", "onnxruntime",
+    "openvino", "pandas", "prefect", "safetensors", "sqlalchemy", "torch", "transformers",
+)  # fmt: skip
+
+
+def heavy_modules_after(code: str) -> list[str]:
+    """Run `code` in a fresh interpreter and return which heavy distributions it loaded."""
+    report = f"import sys; print(*[name for name in {HEAVY!r} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\n{report}"], capture_output=True, text=True, check=True, timeout=60
+    )
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import compileflow",
+        "import compileflow.errors, compileflow.manifest, compileflow.settings, compileflow.isolation",
+        "from compileflow import ArtifactManifest, CompileSpec, CompileflowError, ShapeBucket",
+    ],
+)
+def test_importing_loads_nothing_heavy(code: str) -> None:
+    assert heavy_modules_after(code) == []
+
+
+def test_the_check_sees_a_heavy_module() -> None:
+    assert heavy_modules_after("import safetensors") == ["safetensors"]
+
+
+@pytest.mark.parametrize("name", compileflow.__all__)
+def test_public_name_can_be_imported(name: str) -> None:
+    assert getattr(compileflow, name).__name__ == name
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'CompiledModle'"):
+        compileflow.CompiledModle  # noqa: B018

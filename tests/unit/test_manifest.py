@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compileflow.digests import folder_digest, list_files
+from compileflow.errors import IntegrityError, ManifestError
+from compileflow.manifest import (
+    MANIFEST_NAME,
+    ArtifactManifest,
+    ComponentRecord,
+    SourceRecord,
+    TargetRecord,
+    TensorRecord,
+    read_manifest,
+    verify_folder,
+)
+from compileflow.spec import CompileSpec, HfTask
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    folder = tmp_path / "artifact"
+    (folder / "default").mkdir(parents=True)
+    (folder / "default" / "model.onnx").write_bytes(b"graph" * 1000)
+    (folder / "config.json").write_text("{}")
+    tensor = TensorRecord(name="input_ids", dtype="int64", axes=("batch", "sequence"))
+    ArtifactManifest(
+        spec=CompileSpec(target="onnx-runtime", hf_task=HfTask.TEXT_CLASSIFICATION),
+        source=SourceRecord(uri="hf://a/b", revision="c" * 40, digest="5" * 64, architecture="BertModel"),
+        target=TargetRecord(name="onnx-runtime", version=1, toolchain={"onnx": "1.21"}),
+        components={
+            "default": ComponentRecord(
+                folder="default",
+                inputs=(tensor,),
+                outputs=(tensor,),
+                output_class="transformers.modeling_outputs:SequenceClassifierOutput",
+                max_sequence_length=64,
+                dynamic_axes=True,
+            )
+        },
+        files=list_files(folder),
+    ).write(folder)
+    return folder
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    path = folder / MANIFEST_NAME
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def test_whole_artifact_passes(artifact: Path) -> None:
+    manifest, files = verify_folder(artifact)
+    assert manifest == read_manifest(artifact)
+    assert manifest.hf_task is HfTask.TEXT_CLASSIFICATION
+    assert manifest.size_bytes == 5002
+    assert folder_digest(files) == folder_digest(list_files(artifact))
+
+
+def test_same_manifest_is_written_as_the_same_bytes(artifact: Path) -> None:
+    before = (artifact / MANIFEST_NAME).read_bytes()
+    read_manifest(artifact).write(artifact)
+    assert (artifact / MANIFEST_NAME).read_bytes() == before
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None])
+def test_unknown_schema_version_is_refused_before_anything_else(artifact: Path, version: object) -> None:
+    edit(artifact, lambda data: data.update(schema_version=version, unknown_field=1))
+    with pytest.raises(ManifestError, match=f"schema_version {version!r}; this compileflow reads 1"):
+        verify_folder(artifact)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\xff", "[" * 100_000])
+def test_file_that_is_no_manifest_is_refused(artifact: Path, text: str) -> None:
+    (artifact / MANIFEST_NAME).write_bytes(text.encode("latin-1"))
+    with pytest.raises(ManifestError, match=r"manifest\.json"):
+        read_manifest(artifact)
+
+
+def test_absent_manifest_is_refused(artifact: Path) -> None:
+    with pytest.raises(ManifestError, match="is not a folder"):
+        read_manifest(artifact / "config.json")
+    (artifact / MANIFEST_NAME).unlink()
+    with pytest.raises(ManifestError, match=r"has no manifest\.json"):
+        read_manifest(artifact)
+
+
+def test_wrong_field_is_named(artifact: Path) -> None:
+    edit(artifact, lambda data: data["target"].update(version=0))
+    with pytest.raises(ManifestError, match=r"target\.version"):
+        read_manifest(artifact)
+
+
+def test_unknown_field_is_refused(artifact: Path) -> None:
+    edit(artifact, lambda data: data["source"].update(branch="main"))
+    with pytest.raises(ManifestError, match=r"source\.branch"):
+        read_manifest(artifact)
+
+
+def test_missing_file_is_refused(artifact: Path) -> None:
+    (artifact / "default" / "model.onnx").unlink()
+    with pytest.raises(IntegrityError, match=r"default/model\.onnx is missing"):
+        verify_folder(artifact)
+
+
+@pytest.mark.parametrize("body", [b"graph" * 999 + b"grapH", b"graph", b""])
+def test_altered_file_is_refused(artifact: Path, body: bytes) -> None:
+    (artifact / "default" / "model.onnx").write_bytes(body)
+    with pytest.raises(IntegrityError, match=r"default/model\.onnx was altered"):
+        verify_folder(artifact)
+
+
+def test_unlisted_file_is_refused(artifact: Path) -> None:
+    (artifact / "default" / "plugin.py").write_text("raise SystemExit")
+    with pytest.raises(IntegrityError, match=r"default/plugin\.py is not in the manifest"):
+        verify_folder(artifact)
+
+
+@pytest.mark.parametrize("path", ["../x", "/etc/passwd", "..\\x", "default/../../x"])
+def test_file_outside_the_folder_is_refused(artifact: Path, path: str) -> None:
+    (artifact.parent / "x").write_bytes(b"graph" * 1000)
+    edit(artifact, lambda data: data["files"][1].update(path=path))
+    for read in (read_manifest, verify_folder):
+        with pytest.raises(IntegrityError, match=r"files\.1\.path.*leaves its folder"):
+            read(artifact)
+
+
+@pytest.mark.parametrize("folder", ["..", "/", "a\\b"])
+def test_component_outside_the_folder_is_refused(artifact: Path, folder: str) -> None:
+    edit(artifact, lambda data: data["components"]["default"].update(folder=folder))
+    with pytest.raises(IntegrityError, match="leaves its folder"):
+        read_manifest(artifact)
+
+
+def test_link_out_of_the_folder_is_refused_even_to_the_same_bytes(artifact: Path) -> None:
+    model = artifact / "default" / "model.onnx"
+    model.rename(artifact.parent / "outside.onnx")
+    model.symlink_to(artifact.parent / "outside.onnx")
+    with pytest.raises(IntegrityError, match="link out of the folder"):
+        verify_folder(artifact)
+
+
+def test_file_listed_twice_is_refused(artifact: Path) -> None:
+    edit(artifact, lambda data: data["files"].append(data["files"][0]))
+    with pytest.raises(IntegrityError, match=r"config\.json is missing"):
+        verify_folder(artifact)

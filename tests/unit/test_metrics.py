@@ -1,0 +1,202 @@
+"""Metrics against values that were worked out by hand."""
+
+from __future__ import annotations
+
+import doctest
+import math
+
+import numpy as np
+import pytest
+
+from compileflow.validation import metrics
+
+
+def test_doctests_of_the_metrics_hold() -> None:
+    result = doctest.testmod(metrics)
+    assert result.attempted >= 2
+    assert result.failed == 0
+
+
+def test_compare_gives_the_hand_computed_numbers() -> None:
+    row = metrics.compare(np.array([3.0, 4.0]), np.array([3.0, 4.5]))
+    assert row["shape_matches"] == 1
+    assert row["n_values"] == 2
+    assert row["max_abs_diff"] == 0.5
+    assert row["rel_l2"] == pytest.approx(0.5 / 5.0)
+    # cos = (9 + 18) / (5 * sqrt(29.25))
+    assert row["one_minus_cosine"] == pytest.approx(1 - 27 / (5 * math.sqrt(29.25)))
+    assert row["tolerance_use"] == pytest.approx(0.5 / (1e-4 + 1e-3 * 4.0))
+
+
+def test_tolerance_use_is_at_most_one_exactly_where_isclose_holds() -> None:
+    reference = np.array([1.0, -10.0])
+    for step, holds in ((0.99, True), (1.01, False)):
+        candidate = reference + step * (1e-4 + 1e-3 * np.abs(reference))
+        use = metrics.compare(reference, candidate)["tolerance_use"]
+        assert (use <= 1) is holds
+        assert bool(np.isclose(candidate, reference, rtol=1e-3, atol=1e-4).all()) is holds
+
+
+def test_compare_works_in_float64() -> None:
+    row = metrics.compare(np.array([1.0], np.float32), np.array([1.0 + 1e-12]))
+    assert row["max_abs_diff"] == pytest.approx(1e-12, rel=1e-3)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_one_value_that_is_not_finite_leaves_no_number(bad: float) -> None:
+    clean, dirty = np.array([1.0, 2.0, 3.0]), np.array([1.0, bad, 3.0])
+    row = metrics.compare(clean, dirty)
+    assert (row["candidate_nonfinite_count"], row["reference_nonfinite_count"]) == (1, 0)
+    names = ("max_abs_diff", "rel_l2", "one_minus_cosine", "tolerance_use")
+    assert all(math.isnan(row[name]) for name in names)
+    # The same infinity on both sides is no agreement, either.
+    both = metrics.compare(dirty, dirty)
+    assert (both["candidate_nonfinite_count"], both["reference_nonfinite_count"]) == (1, 1)
+    assert all(math.isnan(both[name]) for name in names)
+
+
+@pytest.mark.parametrize("candidate", [np.ones((2, 1)), np.ones(3), np.empty(0)])
+def test_another_shape_leaves_no_number_though_numpy_would_broadcast(candidate: np.ndarray) -> None:
+    row = metrics.compare(np.ones(2), candidate)
+    assert row["shape_matches"] == 0
+    assert math.isnan(row["max_abs_diff"])
+
+
+def test_no_value_at_all_is_no_agreement() -> None:
+    assert math.isnan(metrics.compare(np.empty(0), np.empty(0))["rel_l2"])
+
+
+def test_rel_l2_of_zero_vectors() -> None:
+    zero, one = np.zeros(2), np.array([0.0, 1.0])
+    assert metrics.rel_l2(zero, zero) == 0.0
+    assert metrics.rel_l2(zero, one) == math.inf
+    assert metrics.rel_l2(one, zero) == 1.0
+
+
+def test_cosine_at_its_landmarks() -> None:
+    x, y = np.array([2.0, 0.0]), np.array([0.0, 5.0])
+    assert metrics.one_minus_cosine(x, 3 * x) == 0.0
+    assert metrics.one_minus_cosine(x, y) == pytest.approx(1.0)
+    assert metrics.one_minus_cosine(x, -x) == pytest.approx(2.0)
+    assert metrics.one_minus_cosine(x, 0 * x) == 1.0
+    assert metrics.one_minus_cosine(0 * x, 0 * x) == 0.0
+
+
+def test_cosine_is_exact_near_zero() -> None:
+    # 1 - cos(angle) is angle^2 / 2 for small angles; subtracting cosines would give 0 here.
+    angle = 1e-9
+    turned = np.array([math.cos(angle), math.sin(angle)])
+    assert metrics.one_minus_cosine(np.array([1.0, 0.0]), turned) == pytest.approx(angle**2 / 2, rel=1e-6)
+
+
+def test_margins_are_differences_of_probabilities() -> None:
+    logits = np.log(np.array([[0.7, 0.2, 0.1], [0.45, 0.45, 0.1]]))
+    assert metrics.margins(logits) == pytest.approx([0.5, 0.0])
+    assert metrics.softmax(np.array([1000.0, 1000.0])) == pytest.approx([0.5, 0.5])
+    assert metrics.margins(np.array([[3.0], [4.0]])).tolist() == [1.0, 1.0]
+
+
+def test_overlap_at_counts_shared_best_choices() -> None:
+    reference = np.array([9.0, 8.0, 7.0, 1.0, 0.0])
+    assert metrics.overlap_at(reference, reference[::-1], 2) == 0
+    assert metrics.overlap_at(reference, np.array([8.0, 9.0, 0.0, 1.0, 0.5]), 2) == 2
+    assert metrics.overlap_at(reference, np.array([9.0, 0.0, 7.0, 8.0, 0.0]), 3) == 2
+    assert metrics.overlap_at(reference, reference, 10) == 5
+
+
+def test_neighbour_overlap_counts_the_neighbours_that_stay() -> None:
+    degrees = np.array([0.0, 10.0, 25.0, 90.0])
+    moved = np.array([0.0, 10.0, 80.0, 90.0])
+    before, after = (np.stack([np.cos(a), np.sin(a)], axis=1) for a in np.radians([degrees, moved]))
+    # Nearest other of each, before: 1, 0, 1, 2; after: 1, 0, 3, 2.
+    assert metrics.neighbour_overlaps(before, after, 1) == [1, 1, 0, 1]
+    assert metrics.neighbour_overlaps(before, before * 7.0, 1) == [1, 1, 1, 1]
+    # An example is no neighbour of its own: of 4, there are 3.
+    assert metrics.neighbour_overlaps(before, after, 10) == [3, 3, 3, 3]
+
+
+@pytest.fixture
+def logits() -> np.ndarray:
+    return np.random.default_rng(3).normal(size=(50, 4))
+
+
+def test_permuted_columns_are_misplaced_labels(logits: np.ndarray) -> None:
+    assert metrics.misplaced_labels(logits, logits[:, [1, 0, 2, 3]]) == 2
+    assert metrics.misplaced_labels(logits, logits[:, [1, 2, 3, 0]]) == 4
+
+
+def test_noise_does_not_misplace_labels(logits: np.ndarray) -> None:
+    assert metrics.misplaced_labels(logits, logits) == 0
+    noise = np.random.default_rng(4).normal(scale=0.3, size=logits.shape)
+    assert metrics.misplaced_labels(logits, logits + noise) == 0
+
+
+def test_equal_columns_are_not_misplaced(logits: np.ndarray) -> None:
+    twins = logits[:, [0, 0, 2, 3]]
+    assert metrics.misplaced_labels(twins, twins + 1e-6) == 0
+
+
+def test_misplaced_labels_leaves_nan_to_the_gate_for_it(logits: np.ndarray) -> None:
+    broken = logits[:, [1, 0, 2, 3]].copy()
+    broken[7, 2] = np.nan
+    assert metrics.misplaced_labels(logits, broken) == 0
+
+
+@pytest.mark.parametrize(
+    ("tags", "found"),
+    [
+        (["B-PER", "I-PER", "O", "B-LOC"], {("PER", 0, 2), ("LOC", 3, 4)}),
+        (["B-PER", "B-PER"], {("PER", 0, 1), ("PER", 1, 2)}),
+        (["I-PER", "I-PER", "I-LOC"], {("PER", 0, 2), ("LOC", 2, 3)}),
+        (["B-PER", "I-LOC", "I-LOC"], {("PER", 0, 1), ("LOC", 1, 3)}),
+        (["NOUN", "NOUN", "VERB", "O"], {("NOUN", 0, 2), ("VERB", 2, 3)}),
+        (["X-ray", "X-ray"], {("X-ray", 0, 2)}),
+        (["O", "O"], set()),
+        ([], set()),
+    ],
+)
+def test_spans_of_bio_and_of_plain_tags(tags: list[str], found: set[tuple[str, int, int]]) -> None:
+    assert metrics.spans(tags) == found
+
+
+def test_entity_f1_counts_whole_entities_over_all_examples() -> None:
+    reference = [["B-PER", "I-PER", "O"], ["B-LOC", "O", "B-LOC"]]
+    candidate = [["B-PER", "O", "O"], ["B-LOC", "O", "B-LOC"]]
+    # 2 of 3 against 3: the entity that was cut short counts as missed and as invented.
+    assert metrics.entity_f1(reference, candidate) == pytest.approx(2 * 2 / 6)
+    assert metrics.entity_f1(reference, reference) == 1.0
+    assert metrics.entity_f1([["O"]], [["O"]]) == 1.0
+    assert metrics.entity_f1([["O"]], [["B-PER"]]) == 0.0
+
+
+def test_wilson_interval_of_268_hits_reaches_99_percent_and_of_267_does_not() -> None:
+    assert metrics.wilson_interval(268, 268)[0] >= 0.99
+    assert metrics.wilson_interval(267, 267)[0] < 0.99
+
+
+def test_wilson_interval_against_the_formula_worked_out() -> None:
+    # n = 100, p = 0.9, z = 1.644854: (0.9 + z^2/200 -+ z sqrt(0.0009 + z^2/40000)) / (1 + z^2/100)
+    low, high = metrics.wilson_interval(90, 100)
+    assert low == pytest.approx(0.839644, abs=1e-6)
+    assert high == pytest.approx(0.939282, abs=1e-6)
+    assert metrics.wilson_interval(0, 0) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(("hits", "trials", "gate"), [(20, 20, 0.99), (95, 100, 0.99), (199, 200, 0.98)])
+def test_trials_to_decide_is_the_smallest_number_that_decides(hits: int, trials: int, gate: float) -> None:
+    def decided(count: int) -> bool:
+        low, high = metrics.wilson_interval(round(hits / trials * count), count)
+        return low >= gate or high < gate
+
+    more = metrics.trials_to_decide(hits, trials, gate)
+    assert more is not None
+    assert decided(trials + more)
+    assert more == 0 or not decided(trials + more - 1)
+
+
+def test_trials_to_decide_from_20_of_20_to_99_percent_is_248() -> None:
+    assert metrics.trials_to_decide(20, 20, 0.99) == 268 - 20
+
+
+def test_a_rate_that_is_the_limit_itself_is_never_decided() -> None:
+    assert metrics.trials_to_decide(99, 100, 0.99) is None

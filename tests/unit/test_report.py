@@ -1,0 +1,228 @@
+"""The report: opens offline with nothing else, says everything that was measured, and lets no text run."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from compileflow.spec import HfTask, Precision
+from compileflow.validation.cases import Case
+from compileflow.validation.judge import judge
+from compileflow.validation.latency import Latency
+from compileflow.validation.measure import Measurements, measure_noise
+from compileflow.validation.metrics import compare
+from compileflow.validation.report import (
+    Report,
+    ReportSubject,
+    environment,
+    worst_rows,
+    write_report,
+)
+
+ATTACK = "<script>alert('x')</script> & \"more\""
+NAN = float("nan")
+
+
+def _comparison(text: str, step: float) -> dict[str, Any]:
+    row = {"case": "natural 1 to 8", "family": "agreement", "output": "logits", "text": text, "trouble": ""}
+    return row | compare(np.array([1.0, 2.0]), np.array([1.0, 2.0 + step]))
+
+
+@pytest.fixture
+def measured() -> Measurements:
+    return Measurements(
+        comparisons=[_comparison("mild", 1e-6), _comparison(ATTACK, NAN), _comparison("worse", 3e-5)],
+        rates=[{"metric": "label_agreement", "text": "", "hits": 3, "trials": 3}],
+        scalars={"misplaced_labels": 0.0, "confident_flips": 0.0, "mask_leak": NAN, "latency_ratio": 0.5},
+        noise={"rel_l2": 2e-7, "max_abs_diff": 5e-7, "rel_l2 (float64)": 2e-7},
+        latencies=[Latency("1 x 16", 12.34, 6.17, 0.51, 0.47, 0.56, 30)],
+    )
+
+
+@pytest.fixture
+def report(measured: Measurements) -> Report:
+    verdict = judge(
+        measured,
+        precision=Precision.FP32,
+        hf_task=HfTask.TEXT_CLASSIFICATION,
+        overrides={"latency_ratio": 0.9},
+    )
+    return Report(
+        subject=ReportSubject(
+            source_uri="hf://owner/model",
+            source_revision="abc123",
+            source_digest="1" * 64,
+            architecture="BertForSequenceClassification",
+            artifact_uri="file:///store/manifests/sha256/2.json",
+            artifact_digest="2" * 64,
+            target="onnx-runtime",
+            hf_task="text-classification",
+            precision="fp32",
+            component="default",
+            toolchain={"onnxruntime": "1.24.0"},
+        ),
+        verdict=verdict,
+        figures=measured.figures(),
+        noise=measured.noise,
+        latencies=tuple(measured.latencies),
+        worst=worst_rows(measured.comparisons),
+        families={"agreement": 3},
+        examples_origin="mine.txt",
+        examples_count=3,
+        suite_digest="3" * 64,
+        environment=environment(2),
+    )
+
+
+@pytest.fixture
+def html(report: Report, tmp_path: Path) -> str:
+    write_report(report, tmp_path)
+    return (tmp_path / "report.html").read_text("utf-8")
+
+
+class _Page(HTMLParser):
+    """Collects tags, attributes and text as a browser would."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes.extend(attrs)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_html_loads_nothing(html: str) -> None:
+    page = _Page(html)
+    assert not {"script", "link", "img", "iframe", "object", "embed", "base"} & set(page.tags)
+    assert not {"src", "href", "srcset", "data", "action"} & {name for name, _ in page.attributes}
+    assert not re.search(r"https?://|src\s*=|rel\s*=|@import|url\(", html)
+
+
+def test_html_is_utf8_and_whole(html: str) -> None:
+    page = _Page(html)
+    assert ("charset", "utf-8") in page.attributes
+    assert html.rstrip().endswith("</html>")
+    assert "{{" not in html
+    assert "{%" not in html
+
+
+def test_html_leads_with_the_verdict_and_its_reason(html: str, report: Report) -> None:
+    text = _Page(html).text
+    assert report.verdict.outcome == "fail"
+    assert report.verdict.reason in text
+    assert text.index(report.verdict.reason) < text.index("Gates")
+    assert 'class="is-fail"' in html
+
+
+def test_html_shows_every_gate_with_outcome_value_and_limit(html: str, report: Report) -> None:
+    text = _Page(html).text
+    assert len(report.verdict.gates) == 10
+    for gate in report.verdict.gates:
+        row = text[text.index(f"{gate.gate}\n") :][:400]
+        assert gate.outcome in row
+        assert (f"{gate.measured:.4g}" if gate.measured is not None else "no number") in row
+        assert f"{gate.comparison} {gate.limit:.4g}" in row
+        assert gate.says in row
+
+
+def test_html_shows_the_margin_only_where_there_is_a_number(html: str, report: Report) -> None:
+    rows = re.findall(r'<tr class="is-\w+">.*?</tr>', html, re.DOTALL)
+    assert len(rows) == len(report.verdict.gates)
+    by_gate = {gate.gate: row for gate, row in zip(report.verdict.gates, rows, strict=True)}
+    assert "44.4 %" in by_gate["latency_ratio"]
+    assert ">exact<" in by_gate["label_order"]
+    assert ">exact<" not in by_gate["mask_respected"]
+    assert "no number" in by_gate["mask_respected"]
+
+
+def test_html_shows_latency_with_its_interval(html: str) -> None:
+    text = _Page(html).text
+    for part in ("1 x 16", "12.34 ms", "6.17 ms", "0.51 (0.47 to 0.56)", "30"):
+        assert part in text
+
+
+def test_html_shows_the_worst_examples_first_and_those_without_a_number_before_them(html: str) -> None:
+    text = _Page(html).text
+    worst = text[text.index("Worst examples") :]
+    assert worst.index(ATTACK) < worst.index("worse") < worst.index("mild")
+    assert "3e-05" in worst
+
+
+def test_html_says_what_was_compared_with_what(html: str, report: Report) -> None:
+    text = _Page(html).text
+    subject = report.subject.model_dump()
+    for name in ("source_uri", "source_revision", "source_digest", "artifact_uri", "artifact_digest"):
+        assert subject[name] in text
+    for name in ("architecture", "target", "hf_task", "precision"):
+        assert subject[name] in text
+    assert "onnxruntime 1.24.0" in text
+    assert "3 natural examples from mine.txt" in text
+    assert report.suite_digest in text
+    assert f"torch {report.environment['torch']}" in text
+
+
+def test_text_of_an_example_is_shown_and_never_run(html: str) -> None:
+    assert "<script" not in html
+    assert "&lt;script&gt;" in html
+    assert ATTACK in _Page(html).text
+
+
+@pytest.mark.parametrize("field", ["source_uri", "artifact_uri", "architecture"])
+def test_names_are_escaped_too(report: Report, tmp_path: Path, field: str) -> None:
+    subject = report.subject.model_copy(update={field: ATTACK})
+    write_report(report.model_copy(update={"subject": subject}), tmp_path)
+    assert "<script" not in (tmp_path / "report.html").read_text("utf-8")
+
+
+def _refuse(constant: str) -> None:
+    raise AssertionError(f"{constant} is not JSON")
+
+
+def test_json_round_trips_without_nan(report: Report, tmp_path: Path) -> None:
+    write_report(report, tmp_path)
+    body = json.loads((tmp_path / "report.json").read_text("utf-8"), parse_constant=_refuse)
+    assert Report.model_validate(body) == report
+    assert body["worst"][0]["rel_l2"] is None
+
+
+def test_noise_without_a_number_does_not_reach_the_report() -> None:
+    ids = np.ones((1, 2), np.int64)
+    case = Case("natural 1", "agreement", ("a",), {"input_ids": ids}, ids)
+    found = Measurements()
+
+    def zeros(inputs: dict[str, Any]) -> dict[str, Any]:
+        return {"logits": np.zeros((1, 2))}
+
+    # Exact zeros in one precision and not in another: infinitely far from itself.
+    measure_noise(found, {"float64": lambda case: {"logits": np.full((1, 2), 1e-9)}}, zeros, [case])
+    assert found.noise == {"max_abs_diff": 1e-9}
+
+
+def test_figures_hold_numbers_only(measured: Measurements) -> None:
+    figures = measured.figures()
+    assert np.isfinite(list(figures.values())).all()
+    # One comparison without a number leaves no honest worst value.
+    assert "rel_l2" not in figures
+    assert "mask_leak" not in figures
+    assert figures["label_agreement"] == 1.0
+    assert figures["latency_ratio_high"] == 0.56
+
+
+def test_noise_multiple_is_the_worst_difference_over_the_floor(report: Report) -> None:
+    known = report.model_copy(update={"figures": {"rel_l2": 1e-6}})
+    assert known.noise_multiple == pytest.approx(5.0)
+    assert report.noise_multiple is None
+    assert known.model_copy(update={"noise": {"rel_l2": 0.0}}).noise_multiple is None

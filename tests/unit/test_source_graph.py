@@ -1,0 +1,289 @@
+"""What is read off a source model: its task, its length, its graph's interface; and what is refused early."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from compileflow import CompiledModel, CompileSpec, HfTask
+from compileflow.errors import SourceError, SpecError
+from compileflow.manifest import read_manifest
+from compileflow.source_graph import (
+    as_tuple_module,
+    example_inputs,
+    load_config,
+    load_source_graph,
+    maximum_length,
+    tasks_of,
+)
+from compileflow.spec import ComponentSpec, ShapeBucket
+from compileflow.steps.compile import compile_in_child, default_buckets, detect_task
+from tests.models import ARCHITECTURES, MAX_TOKENS
+
+TinyModel = Callable[..., Path]
+REMOTE_CONFIG = """
+from pathlib import Path
+from transformers import PretrainedConfig
+Path({marker!r}).touch()
+class RemoteConfig(PretrainedConfig):
+    model_type = "remote-kind"
+"""
+
+
+def config_folder(folder: Path, **values: Any) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(values), "utf-8")
+    return folder
+
+
+def compile_here(source_dir: Path, out_dir: Path, hf_task: HfTask, component: ComponentSpec) -> None:
+    """Compile with torchscript in this process."""
+    out_dir.mkdir()
+    spec = CompileSpec(target="torchscript", hf_task=hf_task, components=(component,))
+    source = {"uri": source_dir.as_uri(), "revision": "0" * 64, "digest": "0" * 64}
+    compile_in_child(
+        {
+            "source_dir": str(source_dir),
+            "out_dir": str(out_dir),
+            "spec": spec.model_dump(mode="json"),
+            "source": source,
+            "threads": 1,
+        }
+    )
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("hf_task", list(HfTask))
+def test_task_is_read_off_the_architecture(tiny_model: TinyModel, hf_task: HfTask, architecture: str) -> None:
+    assert detect_task(tiny_model(hf_task, architecture)) is hf_task
+
+
+@pytest.mark.parametrize("architectures", [["BertForPreTraining"], ["T5ForConditionalGeneration"], [], None])
+def test_architecture_that_says_no_task_is_refused_with_the_tasks_there_are(
+    tmp_path: Path, architectures: list[str] | None
+) -> None:
+    folder = config_folder(tmp_path / "model", model_type="bert", architectures=architectures)
+
+    with pytest.raises(SpecError, match="cannot be read off") as caught:
+        detect_task(folder)
+
+    assert (architectures or ["(none given)"])[0] in caught.value.message
+    assert all(task.value in caught.value.hint for task in HfTask)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_encoders_have_a_head_for_every_task(tiny_model: TinyModel, architecture: str) -> None:
+    config = load_config(tiny_model(HfTask.FILL_MASK, architecture), trust_remote_code=False)
+
+    assert tasks_of(config) == tuple(HfTask)
+
+
+def test_task_without_a_head_is_refused_with_the_tasks_there_are(tmp_path: Path) -> None:
+    folder = config_folder(tmp_path / "model", model_type="gpt2")
+
+    with pytest.raises(SpecError, match="gpt2 has no head for fill-mask") as caught:
+        load_source_graph(folder, HfTask.FILL_MASK)
+
+    assert caught.value.hint == (
+        "Choose one of: feature-extraction, text-classification, token-classification, question-answering."
+    )
+
+
+@pytest.mark.parametrize(
+    "hf_task", [HfTask.TEXT_CLASSIFICATION, HfTask.TOKEN_CLASSIFICATION, HfTask.QUESTION_ANSWERING]
+)
+def test_model_without_the_tasks_head_is_refused(tiny_model: TinyModel, hf_task: HfTask) -> None:
+    with pytest.raises(SpecError, match=r"hold no (classifier|qa_outputs)\.bias.*saved as BertModel") as caught:
+        load_source_graph(tiny_model(HfTask.FEATURE_EXTRACTION), hf_task)
+
+    assert hf_task.value in caught.value.message
+    assert "fine-tuned" in caught.value.hint
+
+
+def test_head_of_another_size_is_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
+    source = tiny_model(HfTask.TEXT_CLASSIFICATION)
+    config = json.loads((source / "config.json").read_text("utf-8"))
+    config["id2label"] = {str(number): f"label-{number}" for number in range(7)}
+    config["label2id"] = {label: int(number) for number, label in config["id2label"].items()}
+    folder = config_folder(tmp_path / "model", **config)
+    (folder / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
+
+    with pytest.raises(SourceError, match=r"classifier\.(bias|weight) .*\(3.*\(7"):
+        load_source_graph(folder, HfTask.TEXT_CLASSIFICATION)
+
+
+def test_weights_that_are_no_weights_are_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
+    source = tiny_model(HfTask.TEXT_CLASSIFICATION)
+    folder = config_folder(tmp_path / "model", **json.loads((source / "config.json").read_text("utf-8")))
+
+    with pytest.raises(SourceError, match="weights cannot be loaded"):
+        load_source_graph(folder, HfTask.TEXT_CLASSIFICATION)
+
+    (folder / "model.safetensors").write_bytes(b"garbage")
+    with pytest.raises(SourceError, match="weights cannot be loaded"):
+        load_source_graph(folder, HfTask.TEXT_CLASSIFICATION)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("hf_task", list(HfTask))
+def test_interface_is_the_source_models(tiny_model: TinyModel, hf_task: HfTask, architecture: str) -> None:
+    graph = load_source_graph(tiny_model(hf_task, architecture), hf_task)
+
+    inputs = ["input_ids", "attention_mask"] + (["token_type_ids"] if architecture == "bert" else [])
+    assert [record.name for record in graph.inputs] == inputs
+    batch, sequence = "batch", "sequence"
+    axes = {
+        HfTask.FEATURE_EXTRACTION: {"last_hidden_state": (batch, sequence, 32), "pooler_output": (batch, 32)},
+        HfTask.TEXT_CLASSIFICATION: {"logits": (batch, 3)},
+        HfTask.TOKEN_CLASSIFICATION: {"logits": (batch, sequence, 5)},
+        HfTask.FILL_MASK: {"logits": (batch, sequence, graph.vocab_size)},
+        HfTask.QUESTION_ANSWERING: {"start_logits": (batch, sequence), "end_logits": (batch, sequence)},
+    }[hf_task]
+    if architecture == "distilbert":
+        axes.pop("pooler_output", None)
+    assert {record.name: record.axes for record in graph.outputs} == axes
+    assert not graph.model.training
+
+    example = example_inputs(graph.inputs, 2, 5, graph.vocab_size, graph.pad_token_id)
+    with torch.no_grad():
+        answers = as_tuple_module(graph)(*(torch.as_tensor(example[name]) for name in inputs))
+    reference = graph.run(example)
+    assert list(reference) == list(axes)
+    for answer, value in zip(answers, reference.values(), strict=True):
+        np.testing.assert_array_equal(answer.numpy(), value)
+
+
+def test_model_without_pooler_weights_has_no_pooler_output(tiny_model: TinyModel, tmp_path: Path) -> None:
+    source = tiny_model(HfTask.FEATURE_EXTRACTION)
+    folder = tmp_path / "model"
+    model = transformers.BertModel.from_pretrained(source, add_pooling_layer=False)
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+
+    graph = load_source_graph(folder, HfTask.FEATURE_EXTRACTION)
+    assert [record.name for record in graph.outputs] == ["last_hidden_state"]
+
+    shape = ShapeBucket(batch_size=1, sequence_length=8)
+    compile_here(folder, tmp_path / "out", HfTask.FEATURE_EXTRACTION, ComponentSpec(shape_buckets=(shape,)))
+    ids = torch.tensor([[5, 6, 7]])
+    answer = CompiledModel.from_pretrained(tmp_path / "out")(ids)
+    with torch.no_grad():
+        expected = model.eval()(ids)
+    assert answer.pooler_output is None
+    torch.testing.assert_close(answer.last_hidden_state, expected.last_hidden_state, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("values", "tokenizer_maximum", "longest"),
+    [
+        ({"model_type": "bert", "max_position_embeddings": 512}, None, 512),
+        ({"model_type": "bert", "max_position_embeddings": 512}, 128, 128),
+        ({"model_type": "bert", "max_position_embeddings": 512}, 1024, 512),
+        ({"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 1}, None, 512),
+        ({"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 1}, 514, 512),
+        ({"model_type": "xlm-roberta", "max_position_embeddings": 514, "pad_token_id": 1}, 512, 512),
+        ({"model_type": "longformer", "max_position_embeddings": 4098, "pad_token_id": 1}, None, 4096),
+    ],
+)
+def test_longest_input_is_what_there_are_positions_for(
+    tmp_path: Path, values: dict[str, Any], tokenizer_maximum: int | None, longest: int
+) -> None:
+    config = load_config(config_folder(tmp_path / "model", **values), trust_remote_code=False)
+
+    assert maximum_length(config, tokenizer_maximum) == longest
+
+
+def test_roberta_runs_at_its_longest_and_not_beyond(tiny_model: TinyModel) -> None:
+    graph = load_source_graph(tiny_model(HfTask.TEXT_CLASSIFICATION, "roberta"), HfTask.TEXT_CLASSIFICATION)
+    longest = maximum_length(graph.model.config, None)
+    ids = np.full((1, longest + 1), 7, dtype=np.int64)
+    mask = np.ones_like(ids)
+
+    assert graph.run({"input_ids": ids[:, 1:], "attention_mask": mask[:, 1:]})["logits"].shape == (1, 3)
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        graph.run({"input_ids": ids, "attention_mask": mask})
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "component",
+    [
+        ComponentSpec(max_sequence_length=MAX_TOKENS + 1),
+        ComponentSpec(shape_buckets=(ShapeBucket(batch_size=1, sequence_length=MAX_TOKENS + 1),)),
+    ],
+)
+def test_more_tokens_than_positions_are_refused(
+    tiny_model: TinyModel, tmp_path: Path, architecture: str, component: ComponentSpec
+) -> None:
+    with pytest.raises(SpecError, match=r"length of 65 was asked for.*64 tokens.*Ask for 64 or fewer"):
+        compile_here(tiny_model(HfTask.FILL_MASK, architecture), tmp_path / "out", HfTask.FILL_MASK, component)
+
+
+def test_shapes_nobody_asked_for_reach_up_to_the_models_longest(tiny_model: TinyModel, tmp_path: Path) -> None:
+    compile_here(
+        tiny_model(HfTask.TEXT_CLASSIFICATION),
+        tmp_path / "out",
+        HfTask.TEXT_CLASSIFICATION,
+        ComponentSpec(max_sequence_length=20),
+    )
+
+    record = read_manifest(tmp_path / "out").components["default"]
+    assert [str(bucket) for bucket in record.shape_buckets] == ["1x16", "1x20"]
+    assert record.max_sequence_length == 20
+    assert [str(bucket) for bucket in default_buckets(64)] == ["1x16", "1x32", "1x64"]
+    assert [str(bucket) for bucket in default_buckets(8)] == ["1x8"]
+
+
+def test_source_without_a_tokenizer_is_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
+    source = tiny_model(HfTask.TEXT_CLASSIFICATION)
+    folder = config_folder(tmp_path / "model", **json.loads((source / "config.json").read_text("utf-8")))
+
+    with pytest.raises(SourceError, match=r"tokenizer has no vocabulary: it knows 5 tokens.*save_pretrained"):
+        compile_here(folder, tmp_path / "out", HfTask.TEXT_CLASSIFICATION, ComponentSpec())
+
+
+def test_configuration_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
+    folder = config_folder(tmp_path / "model", model_type="no-such-kind")
+
+    with pytest.raises(SourceError, match=r"config\.json.*no-such-kind"):
+        load_config(folder, trust_remote_code=False)
+
+
+def test_remote_code_does_not_run_unless_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # transformers copies trusted code into its own cache, which is not ours to fill.
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    marker = tmp_path / "code-ran"
+    folder = config_folder(
+        tmp_path / "model",
+        model_type="remote-kind",
+        auto_map={"AutoConfig": "configuration_remote.RemoteConfig"},
+    )
+    (folder / "configuration_remote.py").write_text(REMOTE_CONFIG.format(marker=str(marker)), "utf-8")
+
+    with pytest.raises(SpecError, match=r"own Python code, and trust_remote_code is off.*Read that code"):
+        load_source_graph(folder, HfTask.TEXT_CLASSIFICATION)
+    assert not marker.exists()
+
+    assert load_config(folder, trust_remote_code=True).model_type == "remote-kind"
+    assert marker.exists()
+
+
+def test_examples_are_ragged_full_once_and_always_the_same(tiny_model: TinyModel) -> None:
+    records = load_source_graph(tiny_model(HfTask.FEATURE_EXTRACTION), HfTask.FEATURE_EXTRACTION).inputs
+
+    first, second = (example_inputs(records, 4, 8, 600, 0) for _ in range(2))
+
+    assert list(first) == ["input_ids", "attention_mask", "token_type_ids"]
+    for name, value in first.items():
+        np.testing.assert_array_equal(value, second[name])
+    assert first["attention_mask"].sum(1).tolist() == [2, 4, 6, 8]
+    assert not (first["input_ids"] * (1 - first["attention_mask"])).any()
+    assert set(first["token_type_ids"][3]) == {0, 1}

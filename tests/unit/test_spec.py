@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from compileflow.spec import CompileSpec, ComponentSpec, HfTask, Precision, ShapeBucket
+
+ASKED: dict[str, Any] = {"target": "onnx-runtime", "hf_task": "text-classification"}
+
+
+def test_defaults_are_one_component_in_fp32_without_remote_code() -> None:
+    spec = CompileSpec.model_validate(ASKED)
+    assert spec.precision is Precision.FP32
+    assert [component.name for component in spec.components] == ["default"]
+    assert spec.trust_remote_code is False
+
+
+def test_spec_survives_json() -> None:
+    spec = CompileSpec(
+        target="onnx-runtime",
+        hf_task=HfTask.TOKEN_CLASSIFICATION,
+        precision=Precision.INT8,
+        components=(
+            ComponentSpec(name="word", max_sequence_length=32),
+            ComponentSpec(name="document", shape_buckets=(ShapeBucket(batch_size=1, sequence_length=64),)),
+        ),
+        target_options={"optimization_level": 2},
+    )
+    assert CompileSpec.model_validate_json(spec.model_dump_json()) == spec
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"precison": "fp16"},
+        {"precision": "fp8"},
+        {"hf_task": "translate"},
+        {"components": []},
+        {"components": [{"name": "Upper case"}]},
+        {"components": [{"name": "../up"}]},
+        {"components": [{"max_sequence_length": 0}]},
+        {"components": [{"shape_buckets": [{"batch_size": 0, "sequence_length": 8}]}]},
+        {"components": [{"shape_buckets": [{"batch_size": 1, "sequence_length": 131073}]}]},
+    ],
+)
+def test_wrong_value_is_refused_with_its_place(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        CompileSpec.model_validate(ASKED | wrong)
+    assert caught.value.errors()[0]["loc"][0] == next(iter(wrong))
+
+
+def test_two_components_of_one_name_are_refused() -> None:
+    with pytest.raises(ValidationError, match="share a name: word, word; rename one"):
+        CompileSpec.model_validate(ASKED | {"components": [{"name": "word"}, {"name": "word"}]})
+
+
+def test_longest_bucket_must_be_the_maximum() -> None:
+    buckets = [{"batch_size": 1, "sequence_length": length} for length in (16, 64)]
+    with pytest.raises(ValidationError, match=r"longest shape bucket is 64 tokens, max_sequence_length is 128"):
+        ComponentSpec.model_validate({"max_sequence_length": 128, "shape_buckets": buckets})
+    assert ComponentSpec.model_validate({"max_sequence_length": 64, "shape_buckets": buckets})
+    assert ComponentSpec.model_validate({"shape_buckets": buckets}).max_sequence_length is None
+
+
+def test_spec_cannot_be_changed() -> None:
+    spec = CompileSpec.model_validate(ASKED)
+    with pytest.raises(ValidationError, match="frozen"):
+        spec.target = "torchscript"  # type: ignore[misc]
+
+
+def test_bucket_reads_as_batch_by_length() -> None:
+    assert str(ShapeBucket(batch_size=4, sequence_length=128)) == "4x128"

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from compileflow.errors import SourceError, StoreError
+from compileflow.testing.processes import at_once, other_process, say
+from compileflow.workspace import file_lock, os_errors, work_folder
+
+HERE = __name__
+
+
+def own_work_folder(parent: str) -> None:
+    """Runs in another process, until it is killed."""
+    with work_folder(Path(parent), label="other") as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "file").write_text("unfinished")
+        say(folder)
+        time.sleep(600)
+
+
+def make_work_folders(parent: str) -> None:
+    """Runs in several processes at once: every one of them sweeps the others' folders all the time."""
+    unguarded = 0
+    for _ in range(400):
+        with work_folder(Path(parent), label="many") as folder:
+            (folder / "file").write_text("mine")
+            unguarded += not Path(f"{folder}.lock").exists()
+    say(unguarded)
+
+
+def hold_lock(path: str) -> None:
+    """Runs in another process, until it is killed."""
+    with file_lock(Path(path), on_wait=lambda: say("waiting")):
+        say("held")
+        time.sleep(600)
+
+
+def test_work_folder_is_empty_and_gone_afterwards(tmp_path: Path) -> None:
+    with work_folder(tmp_path / "work", label="compile") as folder:
+        assert list(folder.iterdir()) == []
+        assert folder.name.startswith("compile-")
+        (folder / "file").write_text("unfinished")
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_work_folder_is_gone_after_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), work_folder(tmp_path, label="compile"):
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_of_a_killed_owner_is_swept_by_the_next(tmp_path: Path) -> None:
+    with other_process(f"{HERE}:own_work_folder", str(tmp_path)) as other:
+        left = Path(other.line())
+        other.kill()
+    assert (left / "sub" / "file").exists()
+    with work_folder(tmp_path, label="next") as folder:
+        assert not left.exists()
+        assert sorted(path.name for path in tmp_path.iterdir()) == [folder.name, f"{folder.name}.lock"]
+
+
+def test_folder_of_a_live_owner_is_left_alone(tmp_path: Path) -> None:
+    with other_process(f"{HERE}:own_work_folder", str(tmp_path)) as other:
+        theirs = Path(other.line())
+        with work_folder(tmp_path, label="next"):
+            assert (theirs / "sub" / "file").read_text() == "unfinished"
+
+
+def test_other_things_in_the_parent_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    with work_folder(tmp_path, label="next"):
+        assert {"notes", "folder"} < {path.name for path in tmp_path.iterdir()}
+
+
+def test_sweepers_never_take_a_new_folder_for_a_dead_one(tmp_path: Path) -> None:
+    each = (str(tmp_path),)
+    assert at_once(f"{HERE}:make_work_folders", each, each) == ["0", "0"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_work_folder_below_a_plain_file_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(StoreError, match=r"Cannot make a work folder in .*\((EEXIST|ENOTDIR)\)"),
+        work_folder(tmp_path / "file" / "work", label="compile"),
+    ):
+        pytest.fail("there is no such folder")
+
+
+def test_lock_of_a_killed_holder_is_free(tmp_path: Path) -> None:
+    path = tmp_path / "locks" / "key.lock"
+    waits: list[float] = []
+    with other_process(f"{HERE}:hold_lock", str(path)) as other:
+        assert other.line() == "held"
+        killer = threading.Timer(0.4, other.kill)
+        killer.start()
+        with file_lock(path, on_wait=lambda: waits.append(time.monotonic()), poll_s=0.01):
+            held = time.monotonic()
+        killer.join()
+    assert len(waits) == 1
+    assert held - waits[0] > 0.2
+
+
+def test_two_threads_exclude_each_other(tmp_path: Path) -> None:
+    path, order = tmp_path / "key.lock", list[str]()
+    waiting = threading.Event()
+
+    def second() -> None:
+        with file_lock(path, on_wait=waiting.set, poll_s=0.01):
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    with file_lock(path, on_wait=lambda: None):
+        thread.start()
+        assert waiting.wait(10)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+
+
+def test_processes_that_a_holder_started_do_not_hold_its_lock(tmp_path: Path) -> None:
+    path, waits = tmp_path / "key.lock", list[str]()
+    with file_lock(path, on_wait=lambda: None):
+        child = subprocess.Popen(["sleep", "600"], close_fds=False)
+    try:
+        with file_lock(path, on_wait=lambda: waits.append("waited")):
+            assert child.poll() is None
+    finally:
+        child.kill()
+        child.wait()
+    assert waits == []
+
+
+def test_system_error_names_the_place_the_reason_and_the_way_out(tmp_path: Path) -> None:
+    path = tmp_path / "file" / "below"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError) as caught, os_errors(path, "write to"):
+        path.write_text("")
+    assert str(path) in caught.value.message
+    assert caught.value.message.endswith("Not a directory (ENOTDIR).")
+    assert caught.value.hint == "A part of that path is a file; choose another folder."
+    assert isinstance(caught.value.__cause__, NotADirectoryError)
+
+
+def test_errors_of_ours_pass_unchanged(tmp_path: Path) -> None:
+    error = SourceError("found")
+    with pytest.raises(SourceError) as caught, os_errors(tmp_path, "write to"):
+        raise error
+    assert caught.value is error
