@@ -1,4 +1,4 @@
-"""Compiles that are broken on purpose, in the compiled file itself: each must fail, and the reason must say why."""
+"""Compiles broken on purpose, in the compiled file itself: each must fail, and the reason must say why."""
 
 from __future__ import annotations
 

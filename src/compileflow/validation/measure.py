@@ -109,8 +109,8 @@ def measure_mask(
     # A real token in a masked place: whoever looks there answers differently.
     stranger = inputs["input_ids"][0, kept[0].sum() // 2]
     strange = inputs | {"input_ids": np.where(kept, inputs["input_ids"], stranger)}
-    own = _change(reference(inputs), reference(strange), kept)
-    leak = _change(*(_candidate_answer(candidate, each)[0] for each in (inputs, strange)), kept) - own
+    one, two = (_candidate_answer(candidate, each)[0] for each in (inputs, strange))
+    leak = _change(one, two, kept) - _change(reference(inputs), reference(strange), kept)
     found.scalars["mask_leak"] = max(0.0, leak) if np.isfinite(leak) else float("nan")
 
 
