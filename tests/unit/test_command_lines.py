@@ -17,7 +17,7 @@ from compileflow.errors import one_line
 from compileflow.settings import Settings
 from compileflow.spec import HfTask
 from tests.conftest import ModelFactory
-from tests.steps import Pipeline, in_process
+from tests.steps import in_process
 
 ROOT = Path(__file__).parents[2]
 
