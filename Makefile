@@ -3,6 +3,8 @@ PYTHON ?= python3
 DEMO := .venv-demo
 DEV := .venv-dev
 PIP := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# A file's tests stay together: they share servers and compiled models.
+AT_ONCE := --numprocesses 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all check format clean
@@ -14,10 +16,10 @@ demo: $(DEMO)/installed ## Compile a real model for two targets, prove it and re
 	@COMPILEFLOW_HOME=.demo $(DEMO)/bin/python -m flows demo
 
 test: $(DEV)/installed ## Run the tests
-	@$(DEV)/bin/python -m pytest -m "not slow"
+	@$(DEV)/bin/python -m pytest $(AT_ONCE) -m "not slow"
 
 test-all: $(DEV)/installed ## Run the tests, the slow ones too
-	@$(DEV)/bin/python -m pytest
+	@$(DEV)/bin/python -m pytest $(AT_ONCE)
 
 check: $(DEV)/installed ## Lint, format, types, one-way imports
 	@$(DEV)/bin/ruff check .

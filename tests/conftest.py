@@ -13,6 +13,9 @@ from compileflow.spec import HfTask
 from tests.models import build_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Two tests run at once on a small machine; threads that spin for one another would only slow both.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["COMPILEFLOW_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 

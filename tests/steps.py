@@ -15,8 +15,10 @@ from compileflow.isolation import Isolated
 from compileflow.settings import Settings
 from compileflow.steps import compile as compile_step
 from compileflow.steps import validate as validate_step
+from compileflow.steps.build import build_artifact
 from compileflow.steps.compile import compile_artifact
 from compileflow.steps.fetch import fetch_source
+from compileflow.steps.prove import prove_artifact
 from compileflow.steps.register import register_version
 from compileflow.steps.request import CompileRequest
 from compileflow.steps.validate import validate_artifact
@@ -103,6 +105,6 @@ def in_process(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         return run
 
     with monkeypatch.context() as patched:
-        patched.setattr(compile_step, "run_isolated", count("compile", compile_step.compile_in_child))
-        patched.setattr(validate_step, "run_isolated", count("validate", validate_step.validate_in_child))
+        patched.setattr(compile_step, "run_isolated", count("compile", build_artifact))
+        patched.setattr(validate_step, "run_isolated", count("validate", prove_artifact))
         yield pipeline

@@ -53,7 +53,7 @@ class ComponentSpec(BaseModel):
     shape_buckets: tuple[ShapeBucket, ...] = Field(
         (),
         title="Shape buckets",
-        description="Shapes that a static target compiles. Empty: batch 1 at powers of two up to the maximum.",
+        description="Shapes that a static target compiles. Empty: powers of two, batch 1 and 8.",
     )
 
     @model_validator(mode="after")

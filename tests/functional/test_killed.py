@@ -55,7 +55,9 @@ def assert_next_run_completes(settings: Settings, model: Path) -> None:
         assert not list((settings.home_dir / folder).iterdir())
 
 
-@pytest.mark.parametrize("place", ["compile", "upload:3", "upload:9", "register"])
+@pytest.mark.parametrize(
+    "place", ["compile", pytest.param("upload:3", marks=pytest.mark.slow), "upload:9", "register"]
+)
 def test_run_killed_in_the_middle_leaves_nothing_that_verify_accepts_and_the_next_completes(
     settings: Settings, tiny_model: ModelFactory, place: str
 ) -> None:

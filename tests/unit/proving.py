@@ -10,8 +10,8 @@ from typing import Any
 from compileflow.digests import list_files
 from compileflow.manifest import MANIFEST_NAME, read_manifest
 from compileflow.spec import CompileSpec, ComponentSpec, HfTask, ShapeBucket
-from compileflow.steps.compile import compile_in_child
-from compileflow.steps.validate import validate_in_child
+from compileflow.steps.build import build_artifact
+from compileflow.steps.prove import prove_artifact
 
 BUCKETS = (ShapeBucket(batch_size=1, sequence_length=16), ShapeBucket(batch_size=8, sequence_length=64))
 
@@ -37,7 +37,7 @@ def compile_here(
     buckets = () if max_sequence_length else BUCKETS
     component = ComponentSpec(shape_buckets=buckets, max_sequence_length=max_sequence_length)
     spec = CompileSpec(target=target, hf_task=hf_task, components=(component,))
-    compile_in_child(
+    build_artifact(
         {
             "source_dir": str(source_dir),
             "out_dir": str(out_dir),
@@ -52,7 +52,7 @@ def compile_here(
 def validate_here(source_dir: Path, artifact_dir: Path, report_dir: Path, *, max_examples: int = 40) -> Proof:
     """Run the real measurement, judgement and report in this process."""
     report_dir.mkdir(parents=True)
-    answer = validate_in_child(
+    answer = prove_artifact(
         {
             "source_dir": str(source_dir),
             "artifact_dir": str(artifact_dir),

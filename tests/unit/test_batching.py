@@ -210,3 +210,11 @@ def test_inputs_that_are_none_count_as_not_given() -> None:
 def test_inputs_that_do_not_fit_are_refused_with_what_is_needed(inputs: Arrays, says: str) -> None:
     with pytest.raises(InputError, match=says):
         complete_inputs(record("1x8", "1x16"), inputs)
+
+
+def test_token_types_of_a_model_that_has_one_are_refused_unless_all_zero() -> None:
+    component = record(inputs=("input_ids", "attention_mask"))
+    ids = np.array([[1, 2, 3]])
+    assert "token_type_ids" not in complete_inputs(component, {"input_ids": ids, "token_type_ids": ids * 0})
+    with pytest.raises(InputError, match="one token type"):
+        complete_inputs(component, {"input_ids": ids, "token_type_ids": ids})

@@ -170,7 +170,7 @@ def test_interrupt_ends_without_traceback_and_the_next_run_works(
 
 
 def test_reading_command_starts_within_a_second(settings: Settings) -> None:
-    best = min(_seconds(settings) for _ in range(3))
+    best = min(_seconds(settings) for _ in range(5))
     assert best < 1.0
 
 

@@ -28,7 +28,10 @@ def healthy(hits: int = 300, trials: int = 300) -> Measurements:
     """Return what a faultless text classifier measures."""
     return Measurements(
         comparisons=[comparison() for _ in range(3)],
-        rates=[{"metric": "label_agreement", "text": "", "hits": hits, "trials": trials}],
+        rates=[
+            {"metric": "label_agreement", "text": "", "hits": int(number < hits), "trials": 1}
+            for number in range(trials)
+        ],
         scalars={
             "misplaced_labels": 0.0,
             "confident_flips": 0.0,
@@ -134,6 +137,10 @@ def test_too_few_examples_warn_and_say_how_many_more_decide() -> None:
     assert result.severity == "critical"
     assert "20 of 20" in result.detail
     assert "248 more examples" in answer.reason
+    # Examples of ten decisions each decide ten times as fast.
+    found = healthy()
+    found.rates = [{"metric": "label_agreement", "text": "", "hits": 10, "trials": 10}] * 2
+    assert "25 more examples" in verdict(found, precision=Precision.FP16).reason
 
 
 @pytest.mark.parametrize(("trials", "outcome"), [(267, "warn"), (268, "pass")])
@@ -255,6 +262,6 @@ def test_gates_of_other_tasks_are_not_judged() -> None:
 
 def test_a_gate_that_was_lost_on_the_way_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = judging._judge_table
-    monkeypatch.setattr(judging, "_judge_table", lambda table, gates: whole(table, gates)[1:])
+    monkeypatch.setattr(judging, "_judge_table", lambda *asked: whole(*asked)[1:])
     with pytest.raises(MeasurementError, match="gates were asked for"):
         verdict(healthy())

@@ -35,6 +35,18 @@ TEXTS = sentences()
 Compiled = Callable[..., Path]
 
 
+# An ONNX export takes seconds, a trace tenths: of the former, one architecture is enough for each run.
+CELLS = [
+    pytest.param(
+        target,
+        architecture,
+        marks=pytest.mark.slow if (target, architecture != "bert") == ("onnx-runtime", True) else (),
+    )
+    for target in TARGETS
+    for architecture in ARCHITECTURES
+]
+
+
 @pytest.fixture(scope="session")
 def compiled(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     """Compile small models once a session: `compiled(target, task, architecture)` gives a folder to read only."""
@@ -112,8 +124,7 @@ def assert_same_result(candidate: Any, reference: Any) -> None:
 
 
 @pytest.mark.parametrize("hf_task", list(HfTask))
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("target", "architecture"), CELLS)
 class TestModelAnswersLikeItsSource:
     # Bucket edges of 1x8, 4x16 and 1x64, one beyond each, and batches that must be split.
     @pytest.mark.parametrize(
@@ -160,8 +171,7 @@ class TestModelAnswersLikeItsSource:
 
 
 @pytest.mark.parametrize("hf_task", PIPELINE_TASKS)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("target", "architecture"), CELLS)
 def test_pipeline_answers_like_transformers_own(
     compiled: Compiled, tiny_model: Callable[..., Path], target: str, architecture: str, hf_task: HfTask
 ) -> None:

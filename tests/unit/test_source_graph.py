@@ -24,7 +24,8 @@ from compileflow.source_graph import (
     tasks_of,
 )
 from compileflow.spec import ComponentSpec, ShapeBucket
-from compileflow.steps.compile import compile_in_child, default_buckets, detect_task
+from compileflow.steps.build import build_artifact, default_buckets
+from compileflow.steps.compile import detect_task
 from tests.models import ARCHITECTURES, MAX_TOKENS
 
 TinyModel = Callable[..., Path]
@@ -48,7 +49,7 @@ def compile_here(source_dir: Path, out_dir: Path, hf_task: HfTask, component: Co
     out_dir.mkdir()
     spec = CompileSpec(target="torchscript", hf_task=hf_task, components=(component,))
     source = {"uri": source_dir.as_uri(), "revision": "0" * 64, "digest": "0" * 64}
-    compile_in_child(
+    build_artifact(
         {
             "source_dir": str(source_dir),
             "out_dir": str(out_dir),
@@ -235,10 +236,10 @@ def test_shapes_nobody_asked_for_reach_up_to_the_models_longest(tiny_model: Tiny
     )
 
     record = read_manifest(tmp_path / "out").components["default"]
-    assert [str(bucket) for bucket in record.shape_buckets] == ["1x16", "1x20"]
+    assert [str(bucket) for bucket in record.shape_buckets] == ["1x16", "8x16", "1x20", "8x20"]
     assert record.max_sequence_length == 20
-    assert [str(bucket) for bucket in default_buckets(64)] == ["1x16", "1x32", "1x64"]
-    assert [str(bucket) for bucket in default_buckets(8)] == ["1x8"]
+    assert [str(bucket) for bucket in default_buckets(64)] == ["1x16", "8x16", "1x32", "8x32", "1x64", "8x64"]
+    assert [str(bucket) for bucket in default_buckets(8)] == ["1x8", "8x8"]
 
 
 def test_source_without_a_tokenizer_is_refused(tiny_model: TinyModel, tmp_path: Path) -> None:

@@ -33,6 +33,12 @@ def complete_inputs(component: ComponentRecord, given: Mapping[str, Any]) -> Arr
         raise InputError(
             f"The compiled graph has no input {unknown[0]!r}.", hint=f"Its inputs are: {', '.join(names)}."
         )
+    types = given.get("token_type_ids")
+    if "token_type_ids" not in names and types is not None and np.any(types):
+        raise InputError(
+            "The source model has one token type, and token_type_ids holds others.",
+            hint=f"Leave token_type_ids out; the inputs are: {', '.join(names)}.",
+        )
     if given.get("input_ids") is None:
         raise InputError("The compiled model was called without input_ids.", hint="Tokenize the text first.")
     ids = np.asarray(given["input_ids"])

@@ -75,7 +75,7 @@ class CompileRequest(BaseModel):
         None, ge=1, title="Maximum sequence length", description="Tokens. Empty: the model's own maximum."
     )
     shape_buckets: tuple[ShapeBucket, ...] = Field(
-        (), title="Shape buckets", description="Shapes for static targets. Empty: batch 1, powers of two."
+        (), title="Shape buckets", description="Shapes for static targets. Empty: powers of two, batch 1 and 8."
     )
     target_options: dict[str, JsonValue] = Field(
         default_factory=dict, title="Target options", description="Settings that only this target knows."

@@ -33,7 +33,8 @@ from compileflow.manifest import ComponentRecord
 from compileflow.serving.artifacts import OpenArtifact, open_artifact
 from compileflow.source_graph import SourceGraph, example_inputs, load_source_graph
 from compileflow.spec import CompileSpec, ComponentSpec, HfTask, ShapeBucket
-from compileflow.steps.compile import checked_target, compile_in_child
+from compileflow.steps.build import build_artifact
+from compileflow.steps.compile import checked_target
 
 TinyModel = Callable[[HfTask], Path]
 Load = Callable[[HfTask], tuple[Runner, ComponentRecord, SourceGraph]]
@@ -78,13 +79,13 @@ def compiled_folder(source_dir: Path, target_name: str, hf_task: HfTask, parent:
     if not folder.exists():
         made = parent / f"{folder.name}.made-here"
         made.mkdir()
-        compile_in_child(request | {"out_dir": str(made)})
+        build_artifact(request | {"out_dir": str(made)})
         made.rename(folder)
     return folder
 
 
 def compile_request(source_dir: Path, target_name: str, hf_task: HfTask) -> dict[str, object]:
-    """Return what `compile_in_child` needs, without `out_dir`; static targets get the shapes of `BUCKETS`."""
+    """Return what `build_artifact` needs, without `out_dir`; static targets get the shapes of `BUCKETS`."""
     dynamic = get_target(target_name).capabilities.dynamic_axes
     component = ComponentSpec(shape_buckets=() if dynamic else BUCKETS)
     spec = CompileSpec(target=target_name, hf_task=hf_task, components=(component,))
@@ -231,7 +232,7 @@ class TargetConformance:
         monkeypatch.chdir(watched / "cwd")
         (tmp_path / "out").mkdir()
         run_isolated(
-            "compileflow.steps.compile:compile_in_child",
+            "compileflow.steps.build:build_artifact",
             compile_request(source_dir, target.name, hf_task) | {"out_dir": str(tmp_path / "out")},
             work_dir=tmp_path,
             log_path=tmp_path / "log",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -70,11 +71,12 @@ def judge(
         else:
             gates.append(gate)
     tables = _tables(measurements)
+    examples = Counter(str(row["metric"]) for row in measurements.rates)
     results: list[GateResult] = []
     for name in ("comparisons", "rates", "scalars"):
         chosen = [gate for gate in gates if gate.entry.table == name]
         if chosen:
-            results.extend(_judge_table(tables[name], chosen))
+            results.extend(_judge_table(tables[name], chosen, examples))
     order = {gate.entry.gate: position for position, gate in enumerate(gates)}
     results.sort(key=lambda result: order[result.gate])
     if len(results) != len(gates):
@@ -102,7 +104,7 @@ def _tables(measurements: Measurements) -> dict[str, Any]:
     }
 
 
-def _judge_table(table: Any, gates: Sequence[Gate]) -> list[GateResult]:
+def _judge_table(table: Any, gates: Sequence[Gate], examples: Mapping[str, int]) -> list[GateResult]:
     """Run one checkpoint over one table."""
     with warnings.catch_warnings():
         # great_expectations' own use of its dependencies; nothing of ours is silenced by it.
@@ -128,7 +130,11 @@ def _judge_table(table: Any, gates: Sequence[Gate]) -> list[GateResult]:
         )
         answer = definition.run(batch_parameters={"dataframe": table})
     by_name = {gate.entry.gate: gate for gate in gates}
-    return [_gate_result(by_name[result.expectation_config.meta["gate"]], result) for result in answer.results]
+    results = []
+    for result in answer.results:
+        gate = by_name[result.expectation_config.meta["gate"]]
+        results.append(_gate_result(gate, result, examples.get(gate.entry.metric or "", 0)))
+    return results
 
 
 def _expectation(gate: Gate) -> Any:
@@ -156,7 +162,7 @@ def _expectation(gate: Gate) -> Any:
     ).to_domain_obj()
 
 
-def _gate_result(gate: Gate, result: Any) -> GateResult:
+def _gate_result(gate: Gate, result: Any, examples: int) -> GateResult:
     trouble = _exceptions(result)
     details = (result.result or {}).get("details") or {}
     measured = (result.result or {}).get("observed_value")
@@ -167,7 +173,8 @@ def _gate_result(gate: Gate, result: Any) -> GateResult:
     elif result.success:
         outcome, detail = "pass", _rate_detail(details)
     elif details.get("decision") == "inconclusive":
-        more = details["more"]
+        # An example may be many trials: its tokens, its neighbours.
+        more = None if details["more"] is None else math.ceil(details["more"] * examples / details["trials"])
         outcome = "warn"
         detail = _rate_detail(details) + (
             f"; inconclusive: {more} more examples at this rate would decide"

@@ -1,0 +1,174 @@
+"""Prove an artifact: run it beside its source model, measure, judge, write the report.
+
+This is the validate step's part that runs in a fresh process, with both models in memory.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from compileflow.catalog import get_target
+from compileflow.contracts import Arrays
+from compileflow.isolation import report_progress
+from compileflow.serving.artifacts import open_artifact
+from compileflow.serving.model import CompiledModel
+from compileflow.source_graph import SourceGraph, load_source_graph
+from compileflow.validation import measure as measuring
+from compileflow.validation.cases import Case, CaseBuilder, agreement_cases, load_examples, shape_cases
+from compileflow.validation.decisions import Decisions
+from compileflow.validation.judge import judge
+from compileflow.validation.report import Report, ReportSubject, environment, worst_rows, write_report
+from compileflow.validation.settings import ValidationSettings
+from compileflow.validation.suite import suite_digest
+
+# Where a graph is dynamic, lengths at which kernels are wont to change.
+_DYNAMIC_EDGES = (8, 16, 32, 64, 128, 256)
+
+
+def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Measure, judge and write the report. Runs in a fresh process."""
+    import torch
+
+    threads = int(request["threads"])
+    torch.set_num_threads(threads)
+    validation = ValidationSettings.model_validate(request["validation"])
+    report_progress("loading the source model and the compiled model")
+    artifact = open_artifact(request["artifact_dir"])
+    spec = artifact.manifest.spec
+    graph = load_source_graph(Path(request["source_dir"]), spec.hf_task, trust_remote_code=spec.trust_remote_code)
+    reports = []
+    for component in spec.components:
+        compiled = CompiledModel.from_artifact(artifact, component=component.name, threads=threads)
+        reports.append(
+            _prove_component(
+                graph, compiled, Path(request["source_dir"]), validation, threads, request["artifact_uri"]
+            )
+        )
+        compiled.close()
+    # The worst component's verdict is the artifact's.
+    report = max(reports, key=lambda r: ("pass", "warn", "fail", "error").index(r.verdict.outcome))
+    report_progress("writing the report")
+    write_report(report, Path(request["report_dir"]))
+    return {
+        "outcome": report.verdict.outcome,
+        "reason": report.verdict.reason,
+        "figures": report.figures,
+    }
+
+
+def _prove_component(
+    graph: SourceGraph,
+    compiled: CompiledModel,
+    source_dir: Path,
+    validation: ValidationSettings,
+    threads: int,
+    artifact_uri: str,
+) -> Report:
+    from transformers import AutoTokenizer
+
+    manifest = compiled.manifest
+    spec, record = manifest.spec, manifest.components[compiled.component]
+    tokenizer = AutoTokenizer.from_pretrained(
+        source_dir, local_files_only=True, trust_remote_code=spec.trust_remote_code
+    )
+    builder = CaseBuilder(
+        tokenizer=tokenizer,
+        input_names=tuple(each.name for each in graph.inputs),
+        max_length=record.max_sequence_length,
+        edges=tuple(sorted({b.sequence_length for b in record.shape_buckets})) or _DYNAMIC_EDGES,
+        pad_token_id=graph.pad_token_id,
+    )
+    examples, origin, _ = load_examples(spec.hf_task, validation.examples_path, validation.max_examples)
+    texts = [example.get("text") or example["context"] for example in examples]
+    natural = agreement_cases(builder, examples, spec.hf_task)
+    cases = shape_cases(builder, texts) + natural
+    decisions = Decisions(
+        spec.hf_task,
+        labels={int(key): str(value) for key, value in compiled.config.id2label.items()},
+        multi_label=compiled.config.problem_type == "multi_label_classification",
+    )
+    found = measuring.measure(
+        graph.run,
+        compiled.run,
+        outputs=graph.outputs,
+        decisions=decisions,
+        cases=cases,
+        progress=report_progress,
+    )
+    if "misplaced_labels" in found.scalars:
+        before, after = graph.model.config.id2label, compiled.config.id2label
+        # Right logits under a wrong name are as wrong as misplaced ones.
+        found.scalars["misplaced_labels"] += sum(before.get(n) != after.get(n) for n in before | after)
+    report_progress("probing the attention mask and the token types")
+    measuring.measure_mask(found, graph.run, compiled.run, builder, texts[:4])
+    measuring.measure_token_types(found, graph.run, compiled.run, builder, texts)
+    report_progress("measuring the source model's own noise")
+    measuring.measure_noise(
+        found, _noise_variants(graph, threads), graph.run, natural[:: max(1, len(natural) // 3)][:3]
+    )
+    report_progress("timing both models in turn")
+    measuring.measure_latency(found, graph.run, compiled.run, builder, texts, pairs=validation.latency_pairs)
+    overrides = dict(get_target(spec.target).default_gates.get(spec.precision, {}))
+    if validation.max_latency_ratio is not None:
+        overrides["latency_ratio"] = validation.max_latency_ratio
+    report_progress("judging with Great Expectations")
+    verdict = judge(found, precision=spec.precision, hf_task=spec.hf_task, overrides=overrides)
+    return Report(
+        subject=ReportSubject(
+            source_uri=manifest.source.uri,
+            source_revision=manifest.source.revision,
+            source_digest=manifest.source.digest,
+            architecture=manifest.source.architecture,
+            artifact_uri=artifact_uri,
+            artifact_digest=compiled.artifact.digest,
+            target=spec.target,
+            hf_task=spec.hf_task.value,
+            precision=spec.precision.value,
+            component=compiled.component,
+            toolchain=manifest.target.toolchain,
+        ),
+        verdict=verdict,
+        figures=found.figures(),
+        noise=found.noise,
+        latencies=tuple(found.latencies),
+        worst=worst_rows(found.comparisons),
+        families=dict(Counter(row["family"] for row in found.comparisons)),
+        examples_origin=origin,
+        examples_count=len(examples),
+        suite_digest=suite_digest(),
+        environment=environment(threads),
+    )
+
+
+def _noise_variants(graph: SourceGraph, threads: int) -> dict[str, Callable[[Case], Arrays]]:
+    """Return runs of the source model that should all give the same answer."""
+    import copy
+
+    import numpy as np
+    import torch
+
+    exact = copy.deepcopy(graph.model).double()
+
+    def in_float64(case: Case) -> Arrays:
+        with torch.inference_mode():
+            answer = exact(**{name: torch.as_tensor(value) for name, value in case.inputs.items()})
+        return {record.name: answer[record.name].numpy() for record in graph.outputs}
+
+    def row_by_row(case: Case) -> Arrays:
+        rows = [
+            graph.run({name: value[row : row + 1] for name, value in case.inputs.items()})
+            for row in range(len(case.texts))
+        ]
+        return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+    def with_one_thread(case: Case) -> Arrays:
+        torch.set_num_threads(1)
+        try:
+            return graph.run(case.inputs)
+        finally:
+            torch.set_num_threads(threads)
+
+    return {"float64": in_float64, "row by row": row_by_row, "one thread": with_one_thread}
