@@ -1,0 +1,50 @@
+"""Settings come from the environment and from .env, and a secret does not show itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from compileflow.settings import Settings
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("COMPILEFLOW_HOME", "COMPILEFLOW_THREADS", "HF_TOKEN", "HF_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_home_decides_where_the_embedded_store_and_registry_are(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path / "a b")
+    assert settings.resolved_store_uri() == (tmp_path / "a b" / "store").as_uri()
+    assert settings.resolved_registry_uri() == f"sqlite:///{tmp_path}/a b/registry.db"
+
+
+def test_dotenv_is_read_and_the_environment_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".env").write_text(
+        "COMPILEFLOW_THREADS=3\nCOMPILEFLOW_STORE_URI=file:///srv/store\nHF_TOKEN=hf_x\n"
+    )
+    settings = Settings()
+    assert (settings.threads, settings.resolved_store_uri()) == (3, "file:///srv/store")
+    assert settings.hub_token is not None
+    assert settings.hub_token.get_secret_value() == "hf_x"
+    monkeypatch.setenv("COMPILEFLOW_THREADS", "5")
+    assert Settings().threads == 5
+
+
+def test_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMPILEFLOW_HOME", "")
+    assert Settings().home == Path("~/.local/share/compileflow")
+
+
+def test_token_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_very_secret")
+    assert "hf_very_secret" not in f"{Settings()!r} {Settings()} {Settings().model_dump_json()}"
+
+
+def test_callers_choice_wins_over_the_configured_one() -> None:
+    settings = Settings(store_uri="file:///configured", registry_uri="sqlite:////configured.db")
+    assert settings.resolved_store_uri("file:///given") == "file:///given"
+    assert settings.resolved_registry_uri("sqlite:////given.db") == "sqlite:////given.db"
