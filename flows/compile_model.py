@@ -10,7 +10,7 @@ from prefect.states import Failed, State
 from pydantic import BaseModel
 
 from compileflow.contracts import ModelVersion
-from compileflow.errors import CompileflowError
+from compileflow.errors import CompileflowError, VerdictError
 from compileflow.steps.register import check_verdict, default_name
 from compileflow.steps.request import CompileRequest
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
@@ -62,7 +62,8 @@ def compile_model(request: CompileRequest) -> CompileResult | State[Any]:
         else:
             version = look_up(source, artifact, request)
     except CompileflowError as error:
-        return Failed(message=error.message, data=error)
+        # A verdict is its reason; any other error says what to do, too.
+        return Failed(message=error.message if isinstance(error, VerdictError) else str(error), data=error)
     return CompileResult(
         target=request.target, source=source, artifact=artifact, validated=validated, version=version
     )

@@ -92,7 +92,9 @@ def test_failing_run_says_why_in_one_line(
     assert status == 201
     state = finished(server, run["id"])["state"]
     assert state["type"] == "FAILED"
-    assert state["message"] == f"{tmp_path / 'nothing'} is not a folder."
+    assert state["message"] == (
+        f"{tmp_path / 'nothing'} is not a folder. Give a model folder, or a Hub id as owner/name."
+    )
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ def test_calls_are_interleaved_and_take_turns_at_going_first() -> None:
     assert found.pairs == 6
     warm_up, timed = "".join(calls[:6]), "".join(calls[6:])
     assert warm_up == "rcrcrc"
-    # Each timed call follows an untimed one of the same model.
-    assert timed == "rrccccrr" * 3
+    # Each timed call follows two untimed ones of the same model.
+    assert timed == "rrrccccccrrr" * 3
 
 
 def test_a_function_against_itself_has_a_ratio_of_about_one() -> None:

@@ -29,7 +29,6 @@ class CompiledModel:
     base_model_prefix = "model"
     input_modalities = ("text",)
     generation_config = None
-    framework = "pt"
 
     def __init__(self, artifact: OpenArtifact, component: str, runner: Runner, config: Any, device: Device):
         import torch

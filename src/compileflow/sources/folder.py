@@ -15,7 +15,7 @@ class FolderSource:
     """Reads a folder; its revision is the digest of what is in it now."""
 
     def __init__(self, settings: Settings):
-        self._settings = settings
+        """Take the settings that every source takes; a folder needs none of them."""
 
     def pin(self, location: str, revision: str | None) -> tuple[str, str | None]:
         """Return the folder's URI; a folder has no commits, so there is nothing to pin to."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from compileflow.catalog import get_target, open_store
@@ -16,6 +15,7 @@ from compileflow.manifest import read_manifest
 from compileflow.settings import Settings
 from compileflow.steps.cache import CacheKey, find_or_make
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
+from compileflow.toolchain import installed_versions
 from compileflow.validation.settings import ValidationSettings
 from compileflow.validation.suite import suite_digest
 from compileflow.workspace import work_folder
@@ -135,15 +135,13 @@ def _key_parts(
                 f"The examples in {validation.examples_path} cannot be read: {error.strerror}.",
                 hint="Give a file that the worker can read.",
             ) from error
-    versions = dict(toolchain)
-    for name in _LIBRARIES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError as error:
-            raise MeasurementError(
-                f"{name} is not installed, and validation needs it.",
-                hint="Run: pip install 'compileflow[validation]'",
-            ) from error
+    versions = dict(toolchain) | installed_versions(_LIBRARIES)
+    missing = [name for name in _LIBRARIES if name not in versions]
+    if missing:
+        raise MeasurementError(
+            f"{missing[0]} is not installed, and validation needs it.",
+            hint="Run: pip install 'compileflow[validation]'",
+        )
     return parts | {f"toolchain.{name}": value for name, value in versions.items()}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -27,6 +26,7 @@ from compileflow.isolation import report_progress
 from compileflow.manifest import ComponentRecord
 from compileflow.source_graph import example_inputs, load_source_graph
 from compileflow.spec import HfTask, Precision
+from compileflow.toolchain import installed_versions
 
 _FILE = "model.onnx"
 _NEEDS = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
@@ -67,13 +67,7 @@ class OnnxRuntimeTarget:
 
     def toolchain(self) -> dict[str, str]:
         """Return the versions of the exporter's and the runtime's distributions."""
-        found = {}
-        for name in _NEEDS:
-            try:
-                found[name] = version(name)
-            except PackageNotFoundError:
-                continue
-        return found
+        return installed_versions(_NEEDS)
 
     def cpu_features(self) -> tuple[str, ...]:
         """Return (): ONNX Runtime chooses its kernels when it loads."""

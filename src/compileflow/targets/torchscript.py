@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -29,6 +28,7 @@ from compileflow.isolation import report_progress
 from compileflow.manifest import ComponentRecord
 from compileflow.source_graph import as_tuple_module, example_inputs, load_source_graph
 from compileflow.spec import HfTask, Precision, ShapeBucket
+from compileflow.toolchain import installed_versions
 
 _FILE = "model.pt"
 
@@ -55,13 +55,7 @@ class TorchScriptTarget:
 
     def toolchain(self) -> dict[str, str]:
         """Return the versions of torch and transformers."""
-        found = {}
-        for name in ("torch", "transformers"):
-            try:
-                found[name] = version(name)
-            except PackageNotFoundError:
-                continue
-        return found
+        return installed_versions(("torch", "transformers"))
 
     def cpu_features(self) -> tuple[str, ...]:
         """Return (): a traced graph names operators, the CPU is chosen when it runs."""

@@ -76,7 +76,8 @@ def time_pairs(
 
 
 def _seconds(call: Callable[[], object]) -> float:
-    # Once untimed: the other model's threads spin on for a while after their call, and would be in the way.
+    # Twice untimed: the other model's threads spin on for a while after their call, and would be in the way.
+    call()
     call()
     start = time.perf_counter()
     call()

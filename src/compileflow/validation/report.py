@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from compileflow.toolchain import installed_versions
 from compileflow.validation.judge import Verdict
 from compileflow.validation.latency import Latency
 
@@ -79,12 +79,8 @@ def environment(threads: int) -> dict[str, str]:
         "python": platform.python_version(),
         "threads": str(threads),
     }
-    for name in ("compileflow", "torch", "transformers", "onnxruntime", "numpy", "great_expectations"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    libraries = ("compileflow", "torch", "transformers", "onnxruntime", "numpy", "great_expectations")
+    return found | installed_versions(libraries)
 
 
 def write_report(report: Report, folder: Path) -> None:

@@ -16,7 +16,6 @@ from compileflow.spec import HfTask, Precision
 
 _FILE = "suites/regression.yaml"
 
-Limits = Mapping[Precision, float]
 Severity = Literal["critical", "warning"]
 
 
