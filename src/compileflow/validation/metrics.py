@@ -133,9 +133,9 @@ def misplaced_labels(reference: Array, candidate: Array) -> int:
     r, c = np.asarray(reference, np.float64), np.asarray(candidate, np.float64)
     if not (np.isfinite(r).all() and np.isfinite(c).all()):
         return 0
-    distance = np.sqrt(((r[:, :, None] - c[:, None, :]) ** 2).sum(axis=0))
-    own = np.diagonal(distance)
-    return int((distance.min(axis=1) < 0.5 * own).sum())
+    # Column by column: all pairs at once would take examples x labels x labels numbers.
+    distances = (np.linalg.norm(r[:, label, None] - c, axis=0) for label in range(r.shape[1]))
+    return sum(bool(distance.min() < 0.5 * distance[label]) for label, distance in enumerate(distances))
 
 
 def spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
