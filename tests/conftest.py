@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from compileflow.settings import Settings, get_settings
 from compileflow.spec import HfTask
+from tests.hub_server import Hub, serve_hub
 from tests.models import build_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -43,3 +44,23 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     monkeypatch.setenv("COMPILEFLOW_HOME", str(tmp_path / "home"))
     get_settings.cache_clear()
     return get_settings()
+
+
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let huggingface_hub use the network in this test, and talk to 127.0.0.1 past any proxy."""
+    from huggingface_hub import close_session, constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    close_session()
+    yield
+    close_session()
+
+
+@pytest.fixture
+def hub(online: None) -> Iterator[Hub]:
+    """A Hub on loopback that the real client talks to."""
+    with serve_hub() as served:
+        yield served

@@ -3,7 +3,7 @@ from __future__ import annotations
 import logging
 import socket
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
@@ -13,7 +13,7 @@ from pydantic import SecretStr
 from compileflow.errors import CompileflowError, SourceError, SourceUnavailableError, StoreError
 from compileflow.settings import Settings
 from compileflow.sources.hub import HubSource
-from tests.hub_server import Hub, serve_hub
+from tests.hub_server import Hub
 
 TOKEN = "hf_" + "TopSecret" * 4
 REPOSITORY = "owner/model"
@@ -34,23 +34,6 @@ FILES = {
 MODEL_FILES = {
     "config.json", "model.safetensors", "tokenizer.json", "vocab.txt", "1_Pooling/config.json"
 }  # fmt: skip
-
-
-@pytest.fixture
-def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let huggingface_hub use the network in this test, and talk to 127.0.0.1 past any proxy."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    huggingface_hub.close_session()
-    yield
-    huggingface_hub.close_session()
-
-
-@pytest.fixture
-def hub(online: None) -> Iterator[Hub]:
-    with serve_hub() as served:
-        yield served
 
 
 def source(endpoint: str, token: str | None = TOKEN) -> HubSource:
