@@ -16,6 +16,7 @@ from compileflow.catalog import open_store
 from compileflow.errors import StepOffError
 from compileflow.settings import Settings
 from compileflow.spec import HfTask
+from compileflow.steps import validate as validate_step
 from compileflow.targets.torchscript import TorchScriptTarget
 from tests.conftest import ModelFactory
 from tests.steps import Pipeline, in_process
@@ -146,6 +147,27 @@ def test_changed_validation_setting_validates_again(pipeline: Pipeline, model: P
     validated = pipeline.validate(other, artifact)
     assert not validated.cached
     assert validated.why == "changed: validation.latency_pairs (5 -> 6)"
+
+
+def test_changed_examples_validate_again_and_are_named(pipeline: Pipeline, model: Path, tmp_path: Path) -> None:
+    examples = tmp_path / "examples.txt"
+    examples.write_text("It arrived on time.\nIt did not.\n")
+    request = pipeline.request(model, validation={"latency_pairs": 5, "examples_path": str(examples)})
+    artifact = pipeline.compile(request)
+    pipeline.validate(request, artifact)
+    examples.write_text("It arrived on time.\nIt never did.\n")
+    assert pipeline.validate(request, artifact).why == "changed: examples"
+
+
+def test_other_shipped_examples_validate_again(
+    pipeline: Pipeline, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = pipeline.request(model)
+    artifact = pipeline.compile(request)
+    pipeline.validate(request, artifact)
+    real = validate_step.load_examples
+    monkeypatch.setattr(validate_step, "load_examples", lambda *asked: (*real(*asked)[:2], "0" * 64))
+    assert pipeline.validate(request, artifact).why == "changed: examples"
 
 
 def test_refused_artifact_is_measured_again(pipeline: Pipeline, model: Path) -> None:

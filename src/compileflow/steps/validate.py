@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from compileflow.catalog import get_target, open_store
 from compileflow.contracts import ArtifactStore
-from compileflow.digests import file_digest
 from compileflow.errors import MeasurementError, StepOffError
 from compileflow.isolation import run_isolated
 from compileflow.manifest import read_manifest
 from compileflow.settings import Settings
+from compileflow.spec import HfTask
 from compileflow.steps.cache import CacheKey, find_or_make
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
 from compileflow.toolchain import installed_versions
+from compileflow.validation.cases import load_examples
 from compileflow.validation.settings import ValidationSettings
 from compileflow.validation.suite import suite_digest
 from compileflow.workspace import work_folder
@@ -57,7 +57,9 @@ def validate_artifact(
         key = CacheKey(
             STEP,
             f"{source.uri} for {manifest.target.name}",
-            _key_parts(source, artifact, validation, get_target(manifest.target.name).toolchain()),
+            _key_parts(
+                source, artifact, validation, manifest.hf_task, get_target(manifest.target.name).toolchain()
+            ),
         )
 
         def make(reason: str) -> ValidatedArtifact:
@@ -118,6 +120,7 @@ def _key_parts(
     source: FetchedSource,
     artifact: CompiledArtifact,
     validation: ValidationSettings,
+    hf_task: HfTask,
     toolchain: Mapping[str, str],
 ) -> dict[str, str]:
     parts = {
@@ -127,14 +130,8 @@ def _key_parts(
         "measurement version": str(MEASUREMENT_VERSION),
     }
     parts |= {f"validation.{name}": str(value) for name, value in validation.model_dump(mode="json").items()}
-    if validation.examples_path is not None:
-        try:
-            parts["examples"] = file_digest(Path(validation.examples_path).expanduser())
-        except OSError as error:
-            raise MeasurementError(
-                f"The examples in {validation.examples_path} cannot be read: {error.strerror}.",
-                hint="Give a file that the worker can read.",
-            ) from error
+    # The ones that compileflow carries, too: another version of it may carry others.
+    parts["examples"] = load_examples(hf_task, validation.examples_path, validation.max_examples)[2]
     versions = dict(toolchain) | installed_versions(_LIBRARIES)
     missing = [name for name in _LIBRARIES if name not in versions]
     if missing:

@@ -236,11 +236,13 @@ class TargetConformance:
         run_isolated(
             "compileflow.steps.build:build_artifact",
             compile_request(source_dir, target.name, hf_task) | {"out_dir": str(tmp_path / "out")},
-            work_dir=tmp_path,
+            work_dir=watched / "TMPDIR",
             log_path=tmp_path / "log",
             timeout_s=300,
         )
-        assert [str(path.relative_to(watched)) for path in watched.rglob("*") if path.is_file()] == []
+        # A child's temporary folder is its work folder, where it leaves its answer.
+        left = {str(path.relative_to(watched)) for path in watched.rglob("*") if path.is_file()}
+        assert left == {"TMPDIR/answer.json"}
         assert list_files(source_dir) == before
         assert open_artifact(tmp_path / "out").manifest.target.name == target.name
 
