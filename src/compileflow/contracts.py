@@ -21,28 +21,52 @@ Device = Literal["cpu", "cuda", "neuron"]
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether a target can compile and run on this machine, and if not, why and what to do."""
+    """Whether a target can compile and run on this machine, and if not, why and what to do.
+
+    Attributes:
+        can_compile: The toolchain is here.
+        can_run: The runtime, and the device that it needs, are here.
+        reason: What is missing, when either is False.
+        hint: What to do about it.
+        lacking: Precisions of the target that this machine cannot run, each with the reason.
+    """
 
     can_compile: bool
     can_run: bool
     reason: str = ""
     hint: str = ""
+    lacking: Mapping[Precision, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a target can do on any machine."""
+    """What a target can do on any machine.
+
+    Attributes:
+        hf_tasks: Tasks that it compiles.
+        precisions: Number formats that it has.
+        devices: Where the result runs; the first is the default.
+        dynamic_axes: True: any shape runs. False: only the shape buckets do.
+        compile_needs_device: True: without the device there is no compile.
+        variants: For a precision, the sets of options that `auto` tries; where none is named, the defaults alone.
+    """
 
     hf_tasks: tuple[HfTask, ...]
     precisions: tuple[Precision, ...]
     devices: tuple[Device, ...]
     dynamic_axes: bool
     compile_needs_device: bool = False
+    variants: Mapping[Precision, tuple[Mapping[str, JsonValue], ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class ComponentPlan:
-    """One component, decided down to the shapes: what `Target.compile` is given."""
+    """One component, decided down to the shapes: what `Target.compile` is given.
+
+    Attributes:
+        calibration: Tokenized natural batches, int64 arrays of shape (batch, sequence); () unless the
+            target's options say `needs_calibration`.
+    """
 
     name: str
     hf_task: HfTask
@@ -52,17 +76,22 @@ class ComponentPlan:
     options: Mapping[str, JsonValue] = field(default_factory=dict)
     trust_remote_code: bool = False
     threads: int = 1
+    calibration: tuple[Arrays, ...] = ()
 
 
 @dataclass(frozen=True)
 class CompiledGraph:
-    """What `Target.compile` wrote: its files relative to `out_dir`, and the graph's interface."""
+    """What `Target.compile` wrote: its files relative to `out_dir`, and the graph's interface.
+
+    Outputs are float32 at every precision. `load_options` come back to `Target.load` in the component's record.
+    """
 
     files: tuple[str, ...]
     inputs: tuple[TensorRecord, ...]
     outputs: tuple[TensorRecord, ...]
     output_class: str
     pad_token_id: int
+    load_options: Mapping[str, JsonValue] = field(default_factory=dict)
 
 
 class Runner(Protocol):
@@ -79,6 +108,10 @@ class TargetOptions(BaseModel):
     """Base of every target's options: frozen, and unknown names are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def needs_calibration(self, precision: Precision) -> bool:
+        """Say whether a compile at this precision looks at natural examples."""
+        return False
 
 
 @runtime_checkable
@@ -99,10 +132,16 @@ class Target(Protocol):
         """Return the distributions, with versions, that decide what a compile gives."""
 
     def cpu_features(self) -> tuple[str, ...]:
-        """Return the CPU features that a compile on this machine bakes in, () when none."""
+        """Return the CPU features that a compile on this machine bakes in, () when none.
+
+        An artifact is refused where one of them is lacking.
+        """
 
     def compile(self, source_dir: Path, component: ComponentPlan, out_dir: Path) -> CompiledGraph:
         """Compile one component. Writes below `out_dir` only, uses no network.
+
+        The caller gives it a process of its own, or puts back what it changes in this one: environment,
+        threads, random state.
 
         Raises:
             CompileError: the toolchain refused the model.

@@ -6,14 +6,15 @@ import json
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from compileflow.digests import SHA256, FileRecord, list_files, safe_relative_path
 from compileflow.errors import IntegrityError, ManifestError
-from compileflow.spec import CompileSpec, HfTask, ShapeBucket
+from compileflow.spec import CompileSpec, HfTask, Precision, ShapeBucket
 
 MANIFEST_NAME = "manifest.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[2] = 2
+_READABLE = (1, 2)
 
 Axis = Literal["batch", "sequence"] | int
 
@@ -59,6 +60,20 @@ class ComponentRecord(_Record):
     dynamic_axes: bool = Field(description="False: only the shape buckets run.")
     shape_buckets: tuple[ShapeBucket, ...] = ()
     pad_token_id: int = Field(0, description="Fills input_ids beyond a row's end.")
+    precision: Precision = Field(
+        Precision.FP32, description="What the graph computes in; its outputs are float32."
+    )
+    load_options: dict[str, JsonValue] = Field(
+        default_factory=dict, description="What the target has to know again when it loads."
+    )
+
+
+class CalibrationRecord(_Record):
+    """Which natural examples a static quantisation looked at."""
+
+    origin: str = Field(description="File name, or compileflow's own.")
+    digest: str = Field(pattern=SHA256, description="SHA-256 of that file.")
+    examples: int = Field(ge=1, description="How many of its examples were used.")
 
 
 class ArtifactManifest(_Record):
@@ -67,12 +82,13 @@ class ArtifactManifest(_Record):
     It holds no time and no measurement: the same source, spec and toolchain give the same manifest.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1, 2] = SCHEMA_VERSION
     spec: CompileSpec
     source: SourceRecord
     target: TargetRecord
     components: dict[str, ComponentRecord]
     files: tuple[FileRecord, ...] = Field(description="Every file but manifest.json itself.")
+    calibration: CalibrationRecord | None = Field(None, description="Where the precision was calibrated.")
 
     @property
     def hf_task(self) -> HfTask:
@@ -110,9 +126,9 @@ def read_manifest(folder: Path) -> ArtifactManifest:
     except (OSError, ValueError, RecursionError) as error:
         raise ManifestError(f"{path} cannot be read: {error}.", hint="Fetch the artifact again.") from error
     version = data.get("schema_version") if isinstance(data, dict) else None
-    if version != SCHEMA_VERSION:
+    if version not in _READABLE:
         raise ManifestError(
-            f"{path} has schema_version {version!r}; this compileflow reads {SCHEMA_VERSION}.",
+            f"{path} has schema_version {version!r}; this compileflow reads {', '.join(map(str, _READABLE))}.",
             hint="Install the compileflow that made it, or compile the model again.",
         )
     try:

@@ -9,9 +9,11 @@ from pathlib import Path
 
 from compileflow.catalog import get_target, open_store
 from compileflow.contracts import Device, Runner
+from compileflow.cpu import missing_features
 from compileflow.digests import folder_digest
 from compileflow.errors import IntegrityError, LoadError, ManifestError, StoreError
 from compileflow.manifest import ArtifactManifest, verify_folder
+from compileflow.process_state import undisturbed_process
 from compileflow.settings import Settings, get_settings
 from compileflow.workspace import os_errors, work_folder
 
@@ -47,7 +49,19 @@ class OpenArtifact:
         here = target.probe()
         if not here.can_run:
             raise LoadError(f"{target.name} cannot run here: {here.reason}.", hint=f"Try: {here.hint}.")
-        return target.load(self.folder / record.folder, record, device=device, threads=threads)
+        if record.precision in here.lacking:
+            raise LoadError(
+                f"{target.name} cannot run {record.precision.value} here: {here.lacking[record.precision]}.",
+                hint="Load it on a machine that can, or compile at another precision.",
+            )
+        lost = missing_features(self.manifest.target.cpu_features)
+        if lost:
+            raise LoadError(
+                f"The artifact was compiled for a CPU with {', '.join(lost)}, which this one lacks.",
+                hint="Compile it on a machine like this one.",
+            )
+        with undisturbed_process():
+            return target.load(self.folder / record.folder, record, device=device, threads=threads)
 
 
 def split_uri(uri: str) -> tuple[str, str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from compileflow.digests import list_files
 from compileflow.errors import CompileError, SourceError, SpecError
 from compileflow.isolation import report_progress
 from compileflow.manifest import ArtifactManifest, ComponentRecord, SourceRecord, TargetRecord
+from compileflow.process_state import undisturbed_process
 from compileflow.source_graph import load_config, maximum_length
 from compileflow.sources.files import kind_of
 from compileflow.spec import CompileSpec, ComponentSpec, ShapeBucket
+from compileflow.steps.calibration import Calibration, calibration_batches
 
 _SHORTEST_BUCKET = 16
 # Where batches gain on a CPU; beyond, one row keeps it busy.
@@ -32,13 +35,26 @@ def build_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
     target = get_target(spec.target)
     report_progress(f"importing {', '.join(target.toolchain())}")
     config = load_config(source_dir, trust_remote_code=spec.trust_remote_code)
-    tokenizer_maximum = _tokenizer_maximum(source_dir, spec.trust_remote_code)
+    tokenizer = _tokenizer(source_dir, spec.trust_remote_code)
+    calibration = Calibration.from_json(request["calibration"]) if request.get("calibration") else None
     components = {}
     for component in spec.components:
-        plan = _plan(spec, component, target, config, tokenizer_maximum, request["threads"])
+        plan = _plan(spec, component, target, config, _tokenizer_maximum(tokenizer), request["threads"])
+        if calibration is not None:
+            plan = replace(
+                plan,
+                calibration=calibration_batches(
+                    calibration.examples,
+                    tokenizer,
+                    task=spec.hf_task,
+                    max_length=plan.max_sequence_length,
+                    pad_token_id=config.pad_token_id or 0,
+                ),
+            )
         folder = f"components/{component.name}"
         (out_dir / folder).mkdir(parents=True)
-        graph = target.compile(source_dir, plan, out_dir / folder)
+        with undisturbed_process():
+            graph = target.compile(source_dir, plan, out_dir / folder)
         written = {record.path for record in list_files(out_dir / folder)}
         if written != set(graph.files):
             raise CompileError(
@@ -54,6 +70,8 @@ def build_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
             dynamic_axes=target.capabilities.dynamic_axes,
             shape_buckets=plan.shape_buckets,
             pad_token_id=graph.pad_token_id,
+            precision=plan.precision,
+            load_options=dict(graph.load_options),
         )
     report_progress("writing the manifest")
     _copy_interface(source_dir, out_dir)
@@ -69,6 +87,7 @@ def build_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
         ),
         components=components,
         files=list_files(out_dir),
+        calibration=calibration.record if calibration else None,
     ).write(out_dir)
     return {}
 
@@ -115,7 +134,7 @@ def _plan(
     )
 
 
-def _tokenizer_maximum(source_dir: Path, trust_remote_code: bool) -> int | None:
+def _tokenizer(source_dir: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     try:
@@ -133,6 +152,10 @@ def _tokenizer_maximum(source_dir: Path, trust_remote_code: bool) -> int | None:
             f"The source model's tokenizer has no vocabulary: it knows {len(tokenizer)} tokens, all special.",
             hint="Save the tokenizer into the model's folder, with save_pretrained.",
         )
+    return tokenizer
+
+
+def _tokenizer_maximum(tokenizer: Any) -> int | None:
     # transformers writes a number of the order 1e30 where a tokenizer knows no maximum.
     maximum = tokenizer.model_max_length
     return int(maximum) if maximum < 1_000_000 else None

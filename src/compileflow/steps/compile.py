@@ -15,14 +15,13 @@ from compileflow.contracts import ArtifactStore, Target
 from compileflow.digests import FileRecord, json_digest, list_files
 from compileflow.errors import SpecError, StepOffError, TargetUnavailableError
 from compileflow.isolation import run_isolated
-from compileflow.manifest import (
-    SCHEMA_VERSION,
-)
+from compileflow.manifest import SCHEMA_VERSION
 from compileflow.settings import Settings
 from compileflow.source_graph import HEADS
 from compileflow.sources.files import kind_of
-from compileflow.spec import CompileSpec, ComponentSpec, HfTask
+from compileflow.spec import CompileSpec, ComponentSpec, HfTask, Precision
 from compileflow.steps.cache import CacheKey, find, find_or_make, why_missed
+from compileflow.steps.calibration import Calibration, load_calibration
 from compileflow.steps.request import CompileRequest
 from compileflow.steps.values import CompiledArtifact, FetchedSource
 from compileflow.workspace import work_folder
@@ -60,19 +59,23 @@ def compile_artifact(
     with store.open_folder(source.digest) as folder:
         spec = spec_of(request, folder)
         target = checked_target(spec)
-        key = compile_key(source, list_files(folder), spec, target)
+        calibration = None
+        if target.Options.model_validate(spec.target_options).needs_calibration(spec.precision):
+            calibration = load_calibration(spec.hf_task, request.calibration)
+        key = compile_key(source, list_files(folder), spec, target, calibration)
         if not enabled:
             return _reuse(store, key)
 
         def make(reason: str) -> CompiledArtifact:
-            here = target.probe()
-            if not here.can_compile:
-                raise TargetUnavailableError(
-                    f"{target.name} cannot compile here: {here.reason}.", hint=f"Run: {here.hint}"
-                )
-            return _compile(
-                store, folder, source, spec, key, reason, request.timeouts.compile_s, settings, on_progress
-            )
+            check_available(target, spec.precision)
+            child = {
+                "source_dir": str(folder),
+                "spec": spec.model_dump(mode="json"),
+                "source": {"uri": source.uri, "revision": source.revision, "digest": source.digest},
+                "threads": settings.threads,
+                "calibration": calibration.to_json() if calibration else None,
+            }
+            return _compile(store, child, key, reason, request.timeouts.compile_s, settings, on_progress)
 
         value, cached = find_or_make(
             store, key, CompiledArtifact, digest_field="digest", make=make, say=on_progress
@@ -144,10 +147,34 @@ def checked_target(spec: CompileSpec) -> Target:
     return target
 
 
+def check_available(target: Target, precision: Precision) -> None:
+    """Refuse what cannot be compiled here.
+
+    Raises:
+        TargetUnavailableError: the toolchain is missing, or the CPU has not the precision and the target runs
+            on the CPU that it compiles on.
+    """
+    here = target.probe()
+    if not here.can_compile:
+        raise TargetUnavailableError(
+            f"{target.name} cannot compile here: {here.reason}.", hint=f"Run: {here.hint}"
+        )
+    if precision in here.lacking:
+        offered = [each.value for each in target.capabilities.precisions if each not in here.lacking]
+        raise TargetUnavailableError(
+            f"{target.name} cannot compile {precision.value} here: {here.lacking[precision]}.",
+            hint=f"Choose one of {', '.join(offered)}, or compile on another machine.",
+        )
+
+
 def compile_key(
-    source: FetchedSource, files: tuple[FileRecord, ...], spec: CompileSpec, target: Target
+    source: FetchedSource,
+    files: tuple[FileRecord, ...],
+    spec: CompileSpec,
+    target: Target,
+    calibration: Calibration | None = None,
 ) -> CacheKey:
-    """Return the complete content key of a compile: files, spec, target, toolchain, CPU."""
+    """Return the complete content key of a compile: files, spec, target, toolchain, CPU, calibration."""
     parts = {f"{kind_of(record.path) or 'file'} {record.path}": record.sha256 for record in files}
     parts |= {f"spec.{name}": value for name, value in _flat(spec.model_dump(mode="json")).items()}
     parts |= {f"toolchain.{name}": version for name, version in target.toolchain().items()}
@@ -155,14 +182,15 @@ def compile_key(
     parts["manifest schema"] = str(SCHEMA_VERSION)
     if target.cpu_features():
         parts["cpu features"] = " ".join(target.cpu_features())
+    if calibration is not None:
+        parts["calibration examples"] = calibration.record.digest
+        parts["calibration examples at most"] = str(calibration.record.examples)
     return CacheKey(STEP, f"{source.uri} for {target.name}", parts)
 
 
 def _compile(
     store: ArtifactStore,
-    source_dir: Path,
-    source: FetchedSource,
-    spec: CompileSpec,
+    child: Mapping[str, Any],
     key: CacheKey,
     reason: str,
     timeout_s: float,
@@ -174,13 +202,7 @@ def _compile(
         out_dir.mkdir()
         done = run_isolated(
             _CHILD,
-            {
-                "source_dir": str(source_dir),
-                "out_dir": str(out_dir),
-                "spec": spec.model_dump(mode="json"),
-                "source": {"uri": source.uri, "revision": source.revision, "digest": source.digest},
-                "threads": settings.threads,
-            },
+            {**child, "out_dir": str(out_dir)},
             work_dir=work,
             log_path=settings.home_dir / "logs" / f"{STEP}-{key.digest[:12]}.log",
             timeout_s=timeout_s,

@@ -9,6 +9,7 @@ from pydantic.dataclasses import dataclass
 
 from compileflow.catalog import target_names
 from compileflow.spec import HfTask, Precision, ShapeBucket
+from compileflow.steps.calibration import CalibrationSettings
 from compileflow.validation.settings import ValidationSettings
 
 
@@ -79,6 +80,11 @@ class CompileRequest(BaseModel):
     )
     target_options: dict[str, JsonValue] = Field(
         default_factory=dict, title="Target options", description="Settings that only this target knows."
+    )
+    calibration: CalibrationSettings = Field(
+        default_factory=CalibrationSettings,
+        title="Calibration",
+        description="What a static int8 compile looks at.",
     )
     trust_remote_code: bool = Field(
         False, title="Trust remote code", description="Run Python files that come with the model."

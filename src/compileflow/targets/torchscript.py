@@ -65,7 +65,6 @@ class TorchScriptTarget:
         """Trace one graph a shape bucket and save them all in one file."""
         import torch
 
-        torch.set_num_threads(component.threads)
         report_progress("loading the source model")
         graph = load_source_graph(source_dir, component.hf_task, trust_remote_code=component.trust_remote_code)
         module = as_tuple_module(graph)

@@ -1,0 +1,58 @@
+"""Put back what native toolchains change in a process: environment, torch's threads, random states, warnings."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+
+@contextmanager
+def undisturbed_process() -> Iterator[None]:
+    """Run a block, and leave the environment, torch's thread count and all random states as they were.
+
+    torch is looked at only where it is imported already; importing it is no change that could be undone.
+    """
+    environment = dict(os.environ)
+    states = random.getstate(), np.random.get_state()
+    torch = sys.modules.get("torch")
+    torch_state = (torch.get_num_threads(), torch.random.get_rng_state()) if torch else None
+    try:
+        with warnings.catch_warnings():
+            yield
+    finally:
+        _restore_environment(environment)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        if torch is not None and torch_state is not None:
+            torch.set_num_threads(torch_state[0])
+            torch.random.set_rng_state(torch_state[1])
+
+
+@contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Let torch use `count` threads within the block; None changes nothing."""
+    import torch
+
+    before = torch.get_num_threads()
+    if count is None or count == before:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _restore_environment(environment: dict[str, str]) -> None:
+    for name in set(os.environ) - set(environment):
+        del os.environ[name]
+    for name, value in environment.items():
+        if os.environ.get(name) != value:
+            os.environ[name] = value
