@@ -13,7 +13,9 @@ from compileflow.errors import SpecError
 from compileflow.settings import Settings
 
 TARGETS: Mapping[str, str] = {
+    "aot-inductor": "compileflow.targets.aot_inductor:AotInductorTarget",
     "onnx-runtime": "compileflow.targets.onnx_runtime:OnnxRuntimeTarget",
+    "openvino": "compileflow.targets.open_vino:OpenVinoTarget",
     "torchscript": "compileflow.targets.torchscript:TorchScriptTarget",
 }
 SOURCES: Mapping[str, str] = {

@@ -24,7 +24,8 @@ from compileflow.contracts import (
 from compileflow.errors import CompileError, InputError, LoadError
 from compileflow.isolation import report_progress
 from compileflow.manifest import ComponentRecord
-from compileflow.source_graph import example_inputs, load_source_graph
+from compileflow.process_state import torch_threads
+from compileflow.source_graph import SourceGraph, example_inputs, load_source_graph
 from compileflow.spec import HfTask, Precision
 from compileflow.toolchain import installed_versions
 
@@ -39,6 +40,20 @@ class OnnxRuntimeOptions(TargetOptions):
         "cpu", description="Fuse attention, layer normalisation and GELU for ONNX Runtime's CPU kernels."
     )
     opset: int | None = Field(None, ge=18, le=25, description="ONNX opset. Empty: the exporter's own choice.")
+    quantization: Literal["dynamic", "static"] = Field(
+        "dynamic",
+        description="At int8: ranges of activations measured in each call (dynamic), or once, on natural examples "
+        "(static).",
+    )
+    reduce_range: bool = Field(
+        True,
+        description="At int8: weights of 7 bits. With 8, CPUs without VNNI overflow; set it to false for fleets "
+        "that all have it.",
+    )
+
+    def needs_calibration(self, precision: Precision) -> bool:
+        """Only static int8 looks at examples."""
+        return precision is Precision.INT8 and self.quantization == "static"
 
 
 class OnnxRuntimeTarget:
@@ -46,10 +61,14 @@ class OnnxRuntimeTarget:
 
     name: ClassVar[str] = "onnx-runtime"
     version: ClassVar[int] = 1
-    summary: ClassVar[str] = "ONNX with dynamic axes and fused graphs; CPU fleets"
+    summary: ClassVar[str] = "ONNX with dynamic axes and fused graphs, int8 by ONNX Runtime; CPU fleets"
     Options: ClassVar[type[TargetOptions]] = OnnxRuntimeOptions
     capabilities: ClassVar[Capabilities] = Capabilities(
-        hf_tasks=tuple(HfTask), precisions=(Precision.FP32,), devices=("cpu",), dynamic_axes=True
+        hf_tasks=tuple(HfTask),
+        precisions=(Precision.FP32, Precision.INT8),
+        devices=("cpu",),
+        dynamic_axes=True,
+        variants={Precision.INT8: ({"quantization": "dynamic"}, {"quantization": "static"})},
     )
     default_gates: ClassVar[Mapping[Precision, Mapping[str, float]]] = {}
 
@@ -75,17 +94,16 @@ class OnnxRuntimeTarget:
 
     def compile(self, source_dir: Path, component: ComponentPlan, out_dir: Path) -> CompiledGraph:
         """Export one graph with dynamic batch and sequence axes."""
-        import torch
-
-        torch.set_num_threads(component.threads)
         options = OnnxRuntimeOptions.model_validate(dict(component.options))
         report_progress("loading the source model")
         graph = load_source_graph(source_dir, component.hf_task, trust_remote_code=component.trust_remote_code)
         # A batch of one would be taken for a constant, and the file would refuse a batch of two.
         length = min(16, component.max_sequence_length)
         example = example_inputs(graph.inputs, 3, length, graph.vocab_size, graph.pad_token_id)
-        report_progress("exporting to ONNX")
-        model = _export(graph.model, example, options)
+        quantizer = _quantizer(options, component, graph) if component.precision is Precision.INT8 else None
+        report_progress(f"exporting to ONNX ({component.precision.value})")
+        with torch_threads(component.threads):
+            model = _export(graph.model, example, options, quantizer)
         names = {value.name for value in model.graph.outputs}
         lost = [record.name for record in graph.outputs if record.name not in names]
         if lost:
@@ -143,7 +161,27 @@ class _OnnxRuntimeRunner:
         self._session = None
 
 
-def _export(model: Any, example: Arrays, options: OnnxRuntimeOptions) -> Any:
+def _quantizer(options: OnnxRuntimeOptions, component: ComponentPlan, graph: SourceGraph) -> Any:
+    """Quantise what multiplies by weights, one scale a column: products of two activations lose most."""
+    from onnxruntime.quantization import QuantType
+    from transformers.exporters import OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer, OnnxRuntimeStaticConfig
+
+    common: dict[str, Any] = {
+        "op_types_to_quantize": ["MatMul", "Gemm", "Gather"],
+        "per_channel": True,
+        "reduce_range": options.reduce_range,
+        "weight_type": QuantType.QInt8,
+        "extra_options": {"MatMulConstBOnly": True},
+    }
+    if options.quantization == "dynamic":
+        return OnnxRuntimeQuantizer(OnnxRuntimeDynamicConfig(**common))
+    names = [record.name for record in graph.inputs]
+    samples = [{name: batch[name] for name in names} for batch in component.calibration]
+    config = OnnxRuntimeStaticConfig(**common | {"op_types_to_quantize": ["MatMul", "Gemm"]})
+    return OnnxRuntimeQuantizer(config, calibration_dataset=samples)
+
+
+def _export(model: Any, example: Arrays, options: OnnxRuntimeOptions, quantizer: Any) -> Any:
     import torch
     from transformers.exporters import OnnxConfig, OnnxExporter
 
@@ -153,6 +191,7 @@ def _export(model: Any, example: Arrays, options: OnnxRuntimeOptions) -> Any:
         dynamic_shapes={name: {0: batch, 1: sequence} for name in example},
         ort_fusions=None if options.fusions == "none" else options.fusions,
         opset_version=options.opset,
+        quantizer=quantizer,
     )
     tensors = {name: torch.as_tensor(value) for name, value in example.items()}
     # The exporter says that it was tested with an older torch, and torch.export deprecates its own parts.

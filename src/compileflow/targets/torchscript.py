@@ -23,9 +23,11 @@ from compileflow.contracts import (
     Runner,
     TargetOptions,
 )
+from compileflow.cpu import lacking_precisions
 from compileflow.errors import CompileError, InputError, LoadError
 from compileflow.isolation import report_progress
 from compileflow.manifest import ComponentRecord
+from compileflow.process_state import torch_threads
 from compileflow.source_graph import as_tuple_module, example_inputs, load_source_graph
 from compileflow.spec import HfTask, Precision, ShapeBucket
 from compileflow.toolchain import installed_versions
@@ -41,14 +43,18 @@ class TorchScriptTarget:
     summary: ClassVar[str] = "torch.jit.trace, frozen; fixed shapes; any machine with torch"
     Options: ClassVar[type[TargetOptions]] = TargetOptions
     capabilities: ClassVar[Capabilities] = Capabilities(
-        hf_tasks=tuple(HfTask), precisions=(Precision.FP32,), devices=("cpu",), dynamic_axes=False
+        hf_tasks=tuple(HfTask),
+        precisions=(Precision.FP32, Precision.BF16),
+        devices=("cpu",),
+        dynamic_axes=False,
     )
     default_gates: ClassVar[Mapping[Precision, Mapping[str, float]]] = {}
 
     def probe(self) -> Availability:
         """Look whether torch is installed, without importing it."""
         if "torch" in self.toolchain():
-            return Availability(can_compile=True, can_run=True)
+            lacking = lacking_precisions(self.capabilities.precisions)
+            return Availability(can_compile=True, can_run=True, lacking=lacking)
         return Availability(
             can_compile=False, can_run=False, reason="torch is not installed", hint="pip install torch"
         )
@@ -67,7 +73,7 @@ class TorchScriptTarget:
 
         report_progress("loading the source model")
         graph = load_source_graph(source_dir, component.hf_task, trust_remote_code=component.trust_remote_code)
-        module = as_tuple_module(graph)
+        module = as_tuple_module(graph, component.precision)
 
         class Buckets(torch.nn.Module):
             """Holds one traced graph a bucket."""
@@ -79,7 +85,8 @@ class TorchScriptTarget:
                 graph.inputs, bucket.batch_size, bucket.sequence_length, graph.vocab_size, graph.pad_token_id
             )
             tensors = tuple(torch.as_tensor(example[record.name]) for record in graph.inputs)
-            setattr(holder, _attribute(bucket), _trace(module, tensors))
+            with torch_threads(component.threads):
+                setattr(holder, _attribute(bucket), _trace(module, tensors))
         with warnings.catch_warnings():
             _silence_deprecation()
             torch.jit.save(torch.jit.script(holder), str(out_dir / _FILE))
@@ -91,8 +98,6 @@ class TorchScriptTarget:
         """Load and freeze every shape bucket."""
         import torch
 
-        if threads is not None:
-            torch.set_num_threads(threads)
         with warnings.catch_warnings():
             _silence_deprecation()
             try:
@@ -108,15 +113,16 @@ class TorchScriptTarget:
                     f"{_FILE} cannot be loaded by torch {torch.__version__}: {error}",
                     hint="Use the torch version that the manifest names, or compile again.",
                 ) from error
-        return _TorchScriptRunner(graphs, component)
+        return _TorchScriptRunner(graphs, component, threads)
 
 
 class _TorchScriptRunner:
     """Runs the graph whose shape the inputs have."""
 
-    def __init__(self, graphs: dict[tuple[int, int], Any], component: ComponentRecord):
+    def __init__(self, graphs: dict[tuple[int, int], Any], component: ComponentRecord, threads: int | None):
         self._graphs = graphs
         self._component = component
+        self._threads = threads
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
         import torch
@@ -130,7 +136,7 @@ class _TorchScriptRunner:
                 f"Shape {shape} is no shape bucket of this graph.",
                 hint="Call it through CompiledModel, which pads to a bucket.",
             )
-        with torch.inference_mode():
+        with torch.inference_mode(), torch_threads(self._threads):
             answers = self._graphs[shape](*(torch.as_tensor(inputs[name]) for name in names))
         return {
             record.name: answer.numpy() for record, answer in zip(self._component.outputs, answers, strict=True)
