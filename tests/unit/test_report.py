@@ -13,6 +13,7 @@ import pytest
 
 from compileflow.spec import HfTask, Precision
 from compileflow.validation.cases import Case
+from compileflow.validation.flips import Flip
 from compileflow.validation.judge import judge
 from compileflow.validation.latency import Latency
 from compileflow.validation.measure import Measurements, measure_noise
@@ -181,6 +182,54 @@ def test_text_of_an_example_is_shown_and_never_run(html: str) -> None:
     assert ATTACK in _Page(html).text
 
 
+def _flip(text: str, margin: float | None) -> Flip:
+    sure = margin is not None and margin > 0.1
+    return Flip(metric="label_agreement", text=text, before="yes", after="no", margin=margin, sure=sure)
+
+
+def _page(report: Report, folder: Path) -> str:
+    write_report(report, folder)
+    return (folder / "report.html").read_text("utf-8")
+
+
+def test_flipped_examples_are_shown_with_what_they_were_and_became(report: Report, tmp_path: Path) -> None:
+    flips = (_flip(ATTACK, 0.42), _flip("an unsure one", 0.034))
+    html = _page(report.model_copy(update={"flips": flips, "flips_count": 2, "examples_count": 300}), tmp_path)
+    assert "<script" not in html
+    text = _Page(html).text
+    section = text[text.index("Flipped examples") : text.index("Latency")]
+    assert "2 of 300 examples lead to another decision; all are shown" in section
+    assert section.index(ATTACK) < section.index("0.420 sure") < section.index("an unsure one")
+    assert "0.034 sure" not in section
+    assert "0.034" in section
+    for part in ("was", "became", "margin", "yes", "no"):
+        assert part in section
+
+
+def test_flips_that_are_not_shown_are_counted(report: Report, tmp_path: Path) -> None:
+    more = report.model_copy(update={"flips": (_flip("a", 0.4),), "flips_count": 9, "examples_count": 300})
+    assert (
+        "9 of 300 examples lead to another decision; the surest 1 are shown" in _Page(_page(more, tmp_path)).text
+    )
+
+
+def test_moved_neighbours_are_not_called_sure(report: Report, tmp_path: Path) -> None:
+    more = report.model_copy(update={"flips": (_flip("a", None),), "flips_count": 9, "examples_count": 300})
+    text = _Page(_page(more, tmp_path)).text
+    assert "by their nearest neighbours; the 1 that lost most are shown" in text
+    assert "sure" not in text[text.index("Flipped examples") : text.index("Latency")]
+
+
+def test_without_flips_there_is_no_section_on_them(html: str) -> None:
+    assert "Flipped examples" not in html
+
+
+def test_report_of_a_version_without_flips_still_loads(report: Report) -> None:
+    body = report.model_dump(mode="json")
+    del body["flips"], body["flips_count"]
+    assert Report.model_validate(body) == report
+
+
 @pytest.mark.parametrize("field", ["source_uri", "artifact_uri", "architecture"])
 def test_names_are_escaped_too(report: Report, tmp_path: Path, field: str) -> None:
     subject = report.subject.model_copy(update={field: ATTACK})
@@ -193,6 +242,7 @@ def _refuse(constant: str) -> None:
 
 
 def test_json_round_trips_without_nan(report: Report, tmp_path: Path) -> None:
+    report = report.model_copy(update={"flips": (_flip("a", 0.2), _flip("b", None)), "flips_count": 2})
     write_report(report, tmp_path)
     body = json.loads((tmp_path / "report.json").read_text("utf-8"), parse_constant=_refuse)
     assert Report.model_validate(body) == report

@@ -77,7 +77,7 @@ def measure(
         if number % 10 == 0:
             progress(f"comparing case {number + 1} of {len(cases)}: {case.name}")
         expected = _reference_answer(reference, case)
-        actual, trouble = _candidate_answer(candidate, case.inputs)
+        actual, trouble = candidate_answer(candidate, case.inputs)
         for record in outputs:
             _compare_output(found, case, record, expected[record.name], actual.get(record.name), trouble)
         if case.family == "agreement" and not trouble:
@@ -109,7 +109,7 @@ def measure_mask(
     # A real token in a masked place: whoever looks there answers differently.
     stranger = inputs["input_ids"][0, kept[0].sum() // 2]
     strange = inputs | {"input_ids": np.where(kept, inputs["input_ids"], stranger)}
-    one, two = (_candidate_answer(candidate, each)[0] for each in (inputs, strange))
+    one, two = (candidate_answer(candidate, each)[0] for each in (inputs, strange))
     leak = _change(one, two, kept) - _change(reference(inputs), reference(strange), kept)
     found.scalars["mask_leak"] = max(0.0, leak) if np.isfinite(leak) else float("nan")
 
@@ -133,7 +133,7 @@ def measure_token_types(
     with_types = builder.collate([row | {"token_type_ids": [0] * (size // 2) + [1] * (size - size // 2)}])
     without = with_types | {"token_type_ids": np.zeros_like(with_types["token_type_ids"])}
     before, before_without = reference(with_types), reference(without)
-    after, after_without = (_candidate_answer(candidate, each)[0] for each in (with_types, without))
+    after, after_without = (candidate_answer(candidate, each)[0] for each in (with_types, without))
     errors = []
     for name, value in before.items():
         expected = np.asarray(value, np.float64) - before_without[name]
@@ -187,21 +187,16 @@ def measure_latency(
     builder: CaseBuilder,
     texts: list[str],
     *,
+    shapes: Sequence[tuple[int, int]],
     pairs: int,
 ) -> None:
-    """Time both models at a short text, a long one, and a batch; a shape without an answer becomes a note."""
+    """Time both models at each shape, (batch size, tokens); one without an answer becomes a note."""
     stream = " ".join(texts)
-    for batch_size, length in dict.fromkeys(
-        (
-            (1, min(16, builder.max_length)),
-            (1, min(128, builder.max_length)),
-            (8, min(64, builder.max_length)),
-        )
-    ):
+    for batch_size, length in shapes:
         row = builder.encode(stream, max_length=length)
         inputs = builder.collate([row] * batch_size)
         shape = f"{batch_size} x {len(row['input_ids'])}"
-        trouble = _candidate_answer(candidate, inputs)[1]
+        trouble = candidate_answer(candidate, inputs)[1]
         if trouble:
             found.notes.append(f"{shape} was not timed: {trouble}")
             continue
@@ -236,7 +231,7 @@ def _reference_answer(reference: Model, case: Case) -> Arrays:
         ) from error
 
 
-def _candidate_answer(candidate: Model, inputs: Arrays) -> tuple[Arrays, str]:
+def candidate_answer(candidate: Model, inputs: Arrays) -> tuple[Arrays, str]:
     """A candidate that raises has answered wrongly; the words go into the report."""
     try:
         return candidate(inputs), ""

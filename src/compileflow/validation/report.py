@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from compileflow.toolchain import installed_versions
+from compileflow.validation.flips import Flip
 from compileflow.validation.judge import Verdict
 from compileflow.validation.latency import Latency
 
@@ -54,6 +55,8 @@ class Report(BaseModel):
     examples_count: int
     suite_digest: str
     environment: dict[str, str]
+    flips: tuple[Flip, ...] = Field((), max_length=50, description="Examples decided differently, surest first.")
+    flips_count: int = Field(0, ge=0, description="All of them, shown or not.")
 
     @property
     def noise_multiple(self) -> float | None:
@@ -85,16 +88,34 @@ def environment(threads: int) -> dict[str, str]:
 
 def write_report(report: Report, folder: Path) -> None:
     """Write report.json and report.html into an existing folder."""
-    import jinja2
+    write_page(folder, report, json_name=REPORT_JSON, html_name=REPORT_HTML, values={"report": report})
 
-    (folder / REPORT_JSON).write_text(
-        json.dumps(report.model_dump(mode="json"), indent=1, sort_keys=True, allow_nan=False) + "\n", "utf-8"
+
+def write_page(
+    folder: Path, value: BaseModel, *, json_name: str, html_name: str, values: Mapping[str, Any]
+) -> None:
+    """Write a value as JSON, and as a page that opens offline, by the template of the page's name.
+
+    Args:
+        folder: Exists.
+        value: What the JSON file holds.
+        json_name: Of the JSON file.
+        html_name: Of the page; its template is this name and `.j2`.
+        values: What the template is given, besides the style.
+    """
+    import jinja2
+    from markupsafe import Markup
+
+    (folder / json_name).write_text(
+        json.dumps(value.model_dump(mode="json"), indent=1, sort_keys=True, allow_nan=False) + "\n", "utf-8"
     )
-    source = (files("compileflow.validation") / "report.html.j2").read_text("utf-8")
+    resources = files("compileflow.validation")
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True).from_string(
-        source
+        (resources / f"{html_name}.j2").read_text("utf-8")
     )
-    (folder / REPORT_HTML).write_text(template.render(report=report), "utf-8")
+    # Our own file, and it has characters that a style must keep as they are.
+    style = Markup((resources / "page.css").read_text("utf-8"))  # noqa: S704
+    (folder / html_name).write_text(template.render(style=style, **values), "utf-8")
 
 
 def _plain(value: Any) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from compileflow.spec import ShapeBucket
+
 
 class ValidationSettings(BaseModel):
     """Settings of one validation; part of its cache key."""
@@ -25,6 +27,12 @@ class ValidationSettings(BaseModel):
         allow_inf_nan=False,
         title="Latency gate",
         description="Highest median latency of the compiled model as a fraction of eager's. Empty: no gate.",
+    )
+    latency_shapes: tuple[ShapeBucket, ...] = Field(
+        (),
+        title="Latency shapes",
+        description="Batch sizes and lengths that both models are timed at; the first is the headline. Empty: "
+        "1 x 16, 1 x 128 and 8 x 128, as far as the model has positions.",
     )
     latency_pairs: int = Field(
         30, ge=5, le=10_000, title="Latency pairs", description="Interleaved pairs of calls a shape."

@@ -1,0 +1,1 @@
+"""A target for compileflow: models as torch.export programs."""
