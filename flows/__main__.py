@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -15,12 +16,15 @@ from compileflow.catalog import target_names
 from compileflow.errors import CompileflowError, SpecError
 from compileflow.settings import get_settings
 from compileflow.spec import HfTask, Precision
-from compileflow.steps.report_file import export_report
-from compileflow.steps.request import CompileRequest
+from compileflow.steps.report_file import export_comparison, export_report, read_comparison
+from compileflow.steps.request import AUTO, CompileRequest
+from compileflow.validation.comparison import plot_text
 from flows.environment import set_embedded_defaults
 
 if TYPE_CHECKING:
     from flows.compile_model import CompileResult
+
+_LOG_LINES = 60
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -34,11 +38,14 @@ def main() -> None:
 def compile_command(
     model: Annotated[str, typer.Option(help="A model folder, or a Hub id as owner/name.")],
     target: Annotated[
-        list[str] | None, typer.Option(help=f"Repeat for several: {', '.join(target_names())}.")
+        list[str] | None,
+        typer.Option(help=f"Repeat for several: {', '.join(target_names())}; or auto, which tries all."),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
     task: Annotated[str | None, typer.Option(help=f"{', '.join(HfTask)}. Default: the model's own.")] = None,
-    precision: Annotated[str, typer.Option(help=f"{', '.join(Precision)}.")] = Precision.FP32,
+    precision: Annotated[
+        str | None, typer.Option(help=f"{', '.join(Precision)}. Default: fp32; with auto, all.")
+    ] = None,
     max_sequence_length: Annotated[int | None, typer.Option(help="Tokens. Default: the model's own.")] = None,
     bucket: Annotated[
         list[str] | None, typer.Option(help="Shape bucket as BATCHxTOKENS, for example 1x128. Repeat.")
@@ -46,6 +53,20 @@ def compile_command(
     option: Annotated[list[str] | None, typer.Option(help="Target option as NAME=JSON. Repeat.")] = None,
     name: Annotated[str | None, typer.Option(help="Name in the registry.")] = None,
     examples: Annotated[str | None, typer.Option(help="Your own natural examples, one a line.")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="Other natural examples, for static int8, one a line.")
+    ] = None,
+    objective: Annotated[str, typer.Option(help="What auto chooses by: latency, throughput or size.")] = "latency",
+    max_accuracy_loss: Annotated[
+        float | None, typer.Option(help="With auto: share of decisions that may change, 0 to 1.")
+    ] = None,
+    max_memory_mb: Annotated[
+        float | None, typer.Option(help="With auto: most memory in serving, 10**6 bytes.")
+    ] = None,
+    among: Annotated[list[str] | None, typer.Option(help="With auto: only this target. Repeat.")] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option(help="Time at BATCHxTOKENS; the first is the headline. Repeat.")
+    ] = None,
     max_latency_ratio: Annotated[float | None, typer.Option(help="Latency gate against eager.")] = None,
     allow_warn: Annotated[bool, typer.Option(help="Register a verdict of warn, too.")] = False,
     trust_remote_code: Annotated[bool, typer.Option(help="Run the model's own Python files.")] = False,
@@ -55,32 +76,47 @@ def compile_command(
     progress: Annotated[
         bool | None, typer.Option(help="Print a line a step. Default: when on a terminal.")
     ] = None,
+    verbose: Annotated[bool, typer.Option(help="After an error, print what the toolchain said.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Compile a model, prove it, store it and register it; one run a target."""
-    raw = {
+    raw: dict[str, Any] = {
         "model": model,
         "revision": revision,
         "hf_task": task,
-        "precision": precision,
+        "precision": precision or Precision.FP32,
         "max_sequence_length": max_sequence_length,
         "trust_remote_code": trust_remote_code,
         "name": name,
         "allow_warn": allow_warn,
-        "validation": {"examples_path": examples, "max_latency_ratio": max_latency_ratio},
+        "calibration": {"examples_path": calibration},
+        "auto": {
+            "objective": {
+                "goal": objective,
+                "max_accuracy_loss": max_accuracy_loss,
+                "max_serving_memory_bytes": None if max_memory_mb is None else int(max_memory_mb * 1e6),
+            },
+            "targets": among or (),
+            "precisions": [precision] if precision else (),
+        },
         "store_uri": store,
         "registry_uri": registry,
     }
     shown = sys.stderr.isatty() if progress is None else progress
     try:
         raw["shape_buckets"] = [_bucket(text) for text in bucket or ()]
+        raw["validation"] = {
+            "examples_path": examples,
+            "max_latency_ratio": max_latency_ratio,
+            "latency_shapes": [_bucket(text) for text in shape or ()],
+        }
         raw["target_options"] = dict(_option(text) for text in option or ())
         raw["steps"] = dict.fromkeys(skip or (), False)
         requests = [_request(raw | {"target": each}) for each in target or ["onnx-runtime"]]
         set_embedded_defaults(get_settings(), progress=shown)
     except CompileflowError as error:
         _refuse(error)
-    _run(requests, as_json=as_json, registry=registry)
+    _run(requests, as_json=as_json, registry=registry, verbose=verbose)
 
 
 @app.command()
@@ -99,7 +135,11 @@ def demo() -> None:
 
 
 def _run(
-    requests: list[CompileRequest], *, as_json: bool = False, registry: str | None = None
+    requests: list[CompileRequest],
+    *,
+    as_json: bool = False,
+    registry: str | None = None,
+    verbose: bool = False,
 ) -> list[CompileResult]:
     """Run the requests and print what came of them; exits with 1 when one failed."""
     from flows.runner import run_requests
@@ -114,6 +154,8 @@ def _run(
     elif results:
         _print_table(results, registry)
     for error in errors:
+        if verbose and error.log_path:
+            typer.echo(_tail(error.log_path), err=True)
         typer.echo(f"error: {error}", err=True)
     if errors:
         raise typer.Exit(1)
@@ -121,8 +163,9 @@ def _run(
 
 
 def _request(raw: dict[str, Any]) -> CompileRequest:
-    if raw["target"] not in target_names():
-        raise SpecError(f"Unknown target {raw['target']!r}.", hint=f"Choose one of: {', '.join(target_names())}.")
+    choices = (AUTO, *target_names())
+    if raw["target"] not in choices:
+        raise SpecError(f"Unknown target {raw['target']!r}.", hint=f"Choose one of: {', '.join(choices)}.")
     try:
         return CompileRequest.model_validate(raw)
     except ValidationError as error:
@@ -149,12 +192,15 @@ def _option(text: str) -> tuple[str, Any]:
 
 
 def _print_table(results: list[CompileResult], registry: str | None) -> None:
+    console = Console()
+    for result in results:
+        if result.comparison_uri is not None:
+            _print_comparison(result.comparison_uri, console)
     table = Table(title="compileflow")
-    for column in ("target", "verdict", "latency / eager", "size", "compile", "registered as"):
+    for column in ("target", "precision", "verdict", "latency / eager", "size", "compile", "registered as"):
         table.add_column(column, overflow="fold")
     for result in results:
         table.add_row(*_row(result))
-    console = Console()
     console.print(table)
     for result in results:
         lines = {"artifact": result.artifact.uri}
@@ -166,6 +212,28 @@ def _print_table(results: list[CompileResult], registry: str | None) -> None:
             console.print(f"{result.target} {what}: {where}", soft_wrap=True, highlight=False)
 
 
+def _print_comparison(uri: str, console: Console) -> None:
+    comparison = read_comparison(uri)
+    table = Table(title="candidates")
+    for column in comparison.comparison_header():
+        table.add_column(column, overflow="fold")
+    for row in comparison.comparison_rows():
+        table.add_row(*row)
+    console.print(table)
+    console.print(plot_text(comparison), soft_wrap=True, highlight=False, markup=False)
+    for what, where in {"chosen": comparison.reason, "plot": str(export_comparison(uri, get_settings()))}.items():
+        console.print(f"{what}: {where}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _tail(log_path: str) -> str:
+    """Return the last lines of a log; toolchains print thousands."""
+    try:
+        lines = Path(log_path).read_text("utf-8", "replace").splitlines()
+    except OSError as error:
+        return f"{log_path}: {error.strerror}"
+    return "\n".join(lines[-_LOG_LINES:])
+
+
 def _row(result: CompileResult) -> tuple[str, ...]:
     figures = result.validated.figures if result.validated else {}
     ratio = figures.get("latency_ratio")
@@ -173,6 +241,7 @@ def _row(result: CompileResult) -> tuple[str, ...]:
     version = result.version
     return (
         result.target,
+        result.precision.value,
         result.validated.outcome if result.validated else "not asked",
         f"{ratio:.2f} ({interval})" if ratio else "not timed",
         f"{result.artifact.size_bytes / 1e6:.1f} MB",

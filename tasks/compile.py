@@ -28,7 +28,7 @@ def compile_source(source: FetchedSource, request: CompileRequest) -> State[Any]
         on_progress=logger.info,
     )
     logger.info(
-        "artifact %s for %s: %s", artifact.digest[:12], request.target,
+        "artifact %s for %s %s: %s", artifact.digest[:12], request.target, request.precision.value,
         f"cached, {artifact.why}" if artifact.cached else f"compiled in {artifact.compile_duration_s:.1f} s",
     )  # fmt: skip
     return shown(artifact)

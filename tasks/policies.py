@@ -6,6 +6,7 @@ it and a lost artifact is a miss.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from prefect.cache_policies import NO_CACHE
@@ -14,6 +15,7 @@ from prefect.states import Completed
 from prefect.tasks import Task, exponential_backoff
 
 from compileflow.errors import CompileflowError
+from compileflow.steps.register import default_name
 
 
 def is_retryable(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
@@ -29,6 +31,11 @@ RETRIES: dict[str, Any] = {
     "retry_condition_fn": is_retryable,
     "cache_policy": NO_CACHE,
 }
+
+
+def prefect_key(name: str | None, source_uri: str, *parts: str) -> str:
+    """Return the key of a Prefect artifact, by model, so that the UI shows a history."""
+    return re.sub(r"[^a-z0-9]+", "-", "-".join((name or default_name(source_uri), *parts)).lower()).strip("-")
 
 
 def shown(value: Any) -> State[Any]:

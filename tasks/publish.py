@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
-
 from prefect import task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from compileflow.steps.register import default_name
 from compileflow.steps.request import CompileRequest
 from compileflow.steps.summary import figures_table, summary_markdown
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
+from tasks.policies import prefect_key
 
 
 @task(name="publish", description="Show the outcome in the Prefect UI.", cache_policy=NO_CACHE)
@@ -19,8 +17,7 @@ def publish(
     source: FetchedSource, artifact: CompiledArtifact, validated: ValidatedArtifact, request: CompileRequest
 ) -> None:
     """Create three Prefect artifacts, keyed by model and target, so that the UI shows their history."""
-    name = request.name or default_name(source.uri)
-    key = re.sub(r"[^a-z0-9]+", "-", f"{name}-{request.target}".lower()).strip("-")
+    key = prefect_key(request.name, source.uri, request.target)
     create_markdown_artifact(summary_markdown(source, artifact, validated), key=f"{key}-report")
     create_table_artifact(figures_table(artifact, validated), key=f"{key}-figures")
     create_link_artifact(artifact.uri, link_text=f"artifact {artifact.digest[:12]}", key=f"{key}-artifact")

@@ -14,6 +14,10 @@ from compileflow.settings import Settings
 
 TARGETS: Mapping[str, str] = {
     "aot-inductor": "compileflow.targets.aot_inductor:AotInductorTarget",
+    "blade": "compileflow.targets.blade:BladeTarget",
+    "hyperdex": "compileflow.targets.hyperdex:HyperdexTarget",
+    "neuron": "compileflow.targets.neuron:NeuronTarget",
+    "neuronx": "compileflow.targets.neuronx:NeuronxTarget",
     "onnx-runtime": "compileflow.targets.onnx_runtime:OnnxRuntimeTarget",
     "openvino": "compileflow.targets.open_vino:OpenVinoTarget",
     "torchscript": "compileflow.targets.torchscript:TorchScriptTarget",

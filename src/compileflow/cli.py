@@ -69,12 +69,13 @@ def targets(as_json: AsJson = False) -> None:
     table = Table(Column("target", no_wrap=True), "compiles here", "runs here", "precisions", "what is missing")
     for row in rows:
         missing = f"{row['reason']}: {row['hint']}" if row["reason"] else ""
+        lacking = row["lacking"] if row["can_run"] else {}
         table.add_row(
             str(row["target"]),
             "yes" if row["can_compile"] else "no",
             "yes" if row["can_run"] else "no",
             ", ".join(row["precisions"]),
-            missing,
+            "; ".join(part for part in (missing, *(f"{name}: {why}" for name, why in lacking.items())) if part),
         )
     Console().print(table)
 
@@ -82,7 +83,9 @@ def targets(as_json: AsJson = False) -> None:
 @app.command()
 @_one_line_errors
 def inspect(
-    artifact: Annotated[str, typer.Argument(help="Folder or URI of an artifact, or URI of a report.")],
+    artifact: Annotated[
+        str, typer.Argument(help="An artifact's folder or URI, or the URI of a report or comparison.")
+    ],
     as_json: AsJson = False,
 ) -> None:
     """Show what an artifact is, or what a report says. Reads the manifest and opens no compiled file."""
@@ -93,9 +96,12 @@ def inspect(
         try:
             manifest = read_manifest(folder)
         except ManifestError:
-            if not (folder / "report.json").is_file():
+            if (folder / "comparison.json").is_file():
+                _inspect_comparison(artifact, as_json)
+            elif (folder / "report.json").is_file():
+                _inspect_report(artifact, as_json)
+            else:
                 raise
-            _inspect_report(artifact, as_json)
             return
     if as_json:
         typer.echo(json.dumps(manifest.model_dump(mode="json"), indent=1))
@@ -220,6 +226,21 @@ def _inspect_report(uri: str, as_json: bool) -> None:
         table.add_row(gate.gate, gate.outcome, measured, f"{gate.comparison} {gate.limit:.4g}")
     Console().print(table)
     typer.echo(f"report: {export_report(uri, get_settings())}")
+
+
+def _inspect_comparison(uri: str, as_json: bool) -> None:
+    from compileflow.settings import get_settings
+    from compileflow.steps.report_file import export_comparison, read_comparison
+
+    comparison = read_comparison(uri)
+    if as_json:
+        typer.echo(json.dumps(comparison.model_dump(mode="json"), indent=1))
+        return
+    table = Table(*comparison.comparison_header(), title=comparison.reason)
+    for row in comparison.comparison_rows():
+        table.add_row(*row)
+    Console().print(table)
+    typer.echo(f"comparison: {export_comparison(uri, get_settings())}")
 
 
 def _proof(location: str, digest: str) -> str | None:

@@ -16,7 +16,7 @@ from compileflow.manifest import ComponentRecord, TensorRecord
 from compileflow.spec import HfTask, Precision, ShapeBucket
 
 Arrays = dict[str, NDArray[Any]]
-Device = Literal["cpu", "cuda", "neuron"]
+Device = Literal["cpu", "cuda", "neuron", "lpu"]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ class CompileflowError(Exception):
     Args:
         message: What was asked and what was found, in one line.
         hint: What to do about it, in one line.
+        log_path: File with what the toolchain itself printed, where there is one.
 
     Attributes:
         retryable: Whether the same call may succeed later without anyone changing anything. This alone
@@ -19,28 +20,35 @@ class CompileflowError(Exception):
 
     retryable: ClassVar[bool] = False
 
-    def __init__(self, message: str, *, hint: str = "") -> None:
+    def __init__(self, message: str, *, hint: str = "", log_path: str = "") -> None:
         self.message = one_line(message)
         self.hint = one_line(hint)
+        self.log_path = log_path
         super().__init__(self.message, self.hint)
 
     def __str__(self) -> str:
-        return f"{self.message} {self.hint}".strip()
+        log = f"Log: {self.log_path}" if self.log_path else ""
+        return " ".join(part for part in (self.message, self.hint, log) if part)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self)!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self).__name__, self.message, self.hint)
+        return _rebuild, (type(self).__name__, self.message, self.hint, self.log_path)
 
     def to_dict(self) -> dict[str, str]:
         """Return a JSON-able form that `from_dict` turns back into the same error."""
-        return {"type": type(self).__name__, "message": self.message, "hint": self.hint}
+        return {
+            "type": type(self).__name__,
+            "message": self.message,
+            "hint": self.hint,
+            "log_path": self.log_path,
+        }
 
     @staticmethod
     def from_dict(data: dict[str, str]) -> CompileflowError:
         """Rebuild an error that crossed a process boundary."""
-        return _rebuild(data["type"], data["message"], data.get("hint", ""))
+        return _rebuild(data["type"], data["message"], data.get("hint", ""), data.get("log_path", ""))
 
 
 class SpecError(CompileflowError):
@@ -134,8 +142,8 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _rebuild(name: str, message: str, hint: str) -> CompileflowError:
-    return _tree().get(name, CompileflowError)(message, hint=hint)
+def _rebuild(name: str, message: str, hint: str, log_path: str) -> CompileflowError:
+    return _tree().get(name, CompileflowError)(message, hint=hint, log_path=log_path)
 
 
 def _tree() -> dict[str, type[CompileflowError]]:

@@ -32,6 +32,7 @@ from compileflow.errors import (
     ProcessKilledError,
     ProcessTimeoutError,
 )
+from compileflow.process_state import resident_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -99,30 +100,28 @@ def run_isolated(
     )
     watch = _Watch(child, log_path, on_progress)
     try:
-        watch.send(
-            {"function": function, "request": dict(request), "answer": str(answer_path), "log": str(log_path)}
-        )
+        watch.send({"function": function, "request": dict(request), "answer": str(answer_path)})
         ended_by_us = watch.wait(timeout_s, memory_limit_bytes)
     finally:
         watch.stop()
     duration_s = time.monotonic() - started
     if ended_by_us == "timeout":
         raise ProcessTimeoutError(
-            f"{function} ran past its limit of {timeout_s:g} s and was killed; log: {log_path}.",
+            f"{function} ran past its limit of {timeout_s:g} s and was killed.",
             hint="Raise the step's timeout, or ask for fewer or smaller shape buckets.",
+            log_path=str(log_path),
         )
     if ended_by_us == "memory":
         raise OutOfMemoryError(
-            f"{function} needed more than {_gib(memory_limit_bytes or 0)} and was killed; log: {log_path}.",
+            f"{function} needed more than {_gib(memory_limit_bytes or 0)} and was killed.",
             hint="Run it on a machine with more memory, or lower max_sequence_length.",
+            log_path=str(log_path),
         )
     answer = _read_answer(answer_path)
     if answer is None:
         raise _ended_without_answer(function, watch.exit_code, watch.peak_rss_bytes, log_path)
     if "error" in answer:
-        error = CompileflowError.from_dict(answer["error"])
-        logger.debug("%s failed; log: %s", function, log_path)
-        raise error
+        raise CompileflowError.from_dict(answer["error"] | {"log_path": str(log_path)})
     log_path.unlink(missing_ok=True)
     return Isolated(answer["value"], duration_s, answer["peak_rss_bytes"] or watch.peak_rss_bytes)
 
@@ -150,7 +149,7 @@ def child_main() -> None:
         answer = {"error": _out_of_memory(request["function"], error).to_dict()}
     except Exception as error:
         logging.getLogger(__name__).warning("the child failed", exc_info=True)
-        answer = {"error": _foreign_error(request["function"], error, request["log"]).to_dict()}
+        answer = {"error": _foreign_error(request["function"], error).to_dict()}
     path = Path(request["answer"])
     partial = path.with_suffix(".part")
     partial.write_text(json.dumps(answer), "utf-8")
@@ -195,7 +194,7 @@ class _Watch:
                 return ""
             if deadline is not None and time.monotonic() > deadline:
                 return "timeout"
-            if memory_limit_bytes is not None and _resident_bytes(self._child.pid) > memory_limit_bytes:
+            if memory_limit_bytes is not None and resident_bytes(self._child.pid) > memory_limit_bytes:
                 return "memory"
             time.sleep(pause_s)
             pause_s = min(pause_s * 1.5, 0.1)
@@ -276,14 +275,6 @@ def _kill_group(pid: int) -> None:
         logger.debug("process group %d is gone already", pid)
 
 
-def _resident_bytes(pid: int) -> int:
-    try:
-        fields = Path(f"/proc/{pid}/statm").read_text("ascii").split()
-    except OSError:
-        return 0
-    return int(fields[1]) * resource.getpagesize()
-
-
 def _peak_bytes(pid: int | str) -> int:
     """Return VmHWM; ru_maxrss would not do, as a child inherits its parent's peak in it."""
     try:
@@ -312,18 +303,22 @@ def _read_answer(path: Path) -> JsonObject | None:
 def _ended_without_answer(function: str, code: int | None, peak: int, log_path: Path) -> ProcessError:
     if code is not None and code < 0:
         name = signal.Signals(-code).name
-        text = f"{function} was killed by {name} at a peak of {_gib(peak)}; log: {log_path}."
+        text = f"{function} was killed by {name} at a peak of {_gib(peak)}."
         if -code == signal.SIGKILL:
             return OutOfMemoryError(
-                text, hint="Nothing here sent that signal: most likely the machine ran out of memory."
+                text,
+                hint="Nothing here sent that signal: most likely the machine ran out of memory.",
+                log_path=str(log_path),
             )
         return ProcessKilledError(
-            text, hint="The toolchain crashed in native code; its last words are in the log."
+            text,
+            hint="The toolchain crashed in native code; its last words are in the log.",
+            log_path=str(log_path),
         )
-    return ProcessError(f"{function} ended with exit code {code} and no answer; log: {log_path}.")
+    return ProcessError(f"{function} ended with exit code {code} and no answer.", log_path=str(log_path))
 
 
-def _foreign_error(function: str, error: Exception, log: str) -> CompileflowError:
+def _foreign_error(function: str, error: Exception) -> CompileflowError:
     text = f"{type(error).__name__}: {error}"
     if any(sign in text.lower() for sign in _OUT_OF_MEMORY):
         return _out_of_memory(function, error)
@@ -331,7 +326,7 @@ def _foreign_error(function: str, error: Exception, log: str) -> CompileflowErro
     first = next((line for line in text.splitlines() if line.strip()), text)
     return CompileError(
         f"{function.partition(':')[2].lstrip('_')} failed: {first[:300]}",
-        hint=f"The toolchain's own messages are in {log}.",
+        hint="The toolchain's own messages are in the log.",
     )
 
 

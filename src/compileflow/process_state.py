@@ -1,13 +1,15 @@
-"""Put back what native toolchains change in a process: environment, torch's threads, random states, warnings."""
+"""A process's state: its memory, and what native toolchains change in it and must be put back."""
 
 from __future__ import annotations
 
 import os
 import random
+import resource
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 
@@ -48,6 +50,15 @@ def torch_threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def resident_bytes(pid: int | str = "self") -> int:
+    """Return the resident memory of a process in bytes; 0 where the system does not say, or it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/statm").read_text("ascii").split()
+    except OSError:
+        return 0
+    return int(fields[1]) * resource.getpagesize()
 
 
 def _restore_environment(environment: dict[str, str]) -> None:

@@ -28,8 +28,8 @@ class OpenArtifact:
     manifest: ArtifactManifest
     digest: str
 
-    def load(self, component: str, *, device: Device, threads: int | None) -> Runner:
-        """Load one component with the target that compiled it.
+    def load(self, component: str, *, device: Device | None, threads: int | None) -> Runner:
+        """Load one component with the target that compiled it; device None is the target's first.
 
         Raises:
             LoadError: no such component, or the target cannot run here.
@@ -41,6 +41,7 @@ class OpenArtifact:
                 hint=f"It has: {', '.join(sorted(self.manifest.components))}.",
             )
         target = get_target(self.manifest.target.name)
+        device = device or target.capabilities.devices[0]
         if device not in target.capabilities.devices:
             raise LoadError(
                 f"{target.name} does not run on {device!r}.",

@@ -30,14 +30,15 @@ class CompiledModel:
     input_modalities = ("text",)
     generation_config = None
 
-    def __init__(self, artifact: OpenArtifact, component: str, runner: Runner, config: Any, device: Device):
+    def __init__(self, artifact: OpenArtifact, component: str, runner: Runner, config: Any):
         import torch
 
         self.artifact = artifact
         self.manifest = artifact.manifest
         self.component = component
         self.config = config
-        self.device = torch.device(device)
+        # Whatever computes, tensors go in and come out in host memory.
+        self.device = torch.device("cpu")
         self.dtype = torch.float32
         self.name_or_path = str(artifact.folder)
         self._runner = runner
@@ -50,7 +51,7 @@ class CompiledModel:
         location: str | Path,
         *,
         component: str = "default",
-        device: Device = "cpu",
+        device: Device | None = None,
         threads: int | None = None,
     ) -> CompiledModel:
         """Load from an artifact's folder or URI, after checking every digest.
@@ -58,7 +59,7 @@ class CompiledModel:
         Args:
             location: Folder, or STORE/manifests/sha256/DIGEST.json.
             component: Which compiled graph of the artifact.
-            device: Where it runs; the target must know it.
+            device: Where it runs; the target must know it. None: where the target runs first of all.
             threads: Threads of one call; None leaves it to the runtime.
 
         Raises:
@@ -73,7 +74,7 @@ class CompiledModel:
         artifact: OpenArtifact,
         *,
         component: str = "default",
-        device: Device = "cpu",
+        device: Device | None = None,
         threads: int | None = None,
     ) -> CompiledModel:
         """Load from an artifact that is open already."""
@@ -87,7 +88,7 @@ class CompiledModel:
         )
         # transformers' pipelines look at the class's name; a subclass borrows it.
         kind = type(artifact.manifest.source.architecture, (cls,), {"__module__": cls.__module__})
-        model: CompiledModel = kind(artifact, component, runner, config, device)
+        model: CompiledModel = kind(artifact, component, runner, config)
         return model
 
     def __call__(self, input_ids: Any = None, *, return_dict: bool | None = None, **kwargs: Any) -> Any:

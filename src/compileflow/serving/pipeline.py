@@ -32,7 +32,7 @@ class CompiledPipeline:
         location: str | Path,
         *,
         component: str = "default",
-        device: Device = "cpu",
+        device: Device | None = None,
         threads: int | None = None,
         **pipeline_settings: Any,
     ) -> CompiledPipeline:
@@ -41,7 +41,7 @@ class CompiledPipeline:
         Args:
             location: Folder, or STORE/manifests/sha256/DIGEST.json.
             component: Which compiled graph of the artifact.
-            device: Where it runs; the target must know it.
+            device: Where it runs; the target must know it. None: where the target runs first of all.
             threads: Threads of one call; None leaves it to the runtime.
             **pipeline_settings: As `transformers.pipeline` takes them, for example `batch_size` or `top_k`.
 

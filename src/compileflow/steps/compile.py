@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from compileflow.catalog import get_target, open_store
 from compileflow.contracts import ArtifactStore, Target
 from compileflow.digests import FileRecord, json_digest, list_files
-from compileflow.errors import SpecError, StepOffError, TargetUnavailableError
+from compileflow.errors import CompileError, ProcessError, SpecError, StepOffError, TargetUnavailableError
 from compileflow.isolation import run_isolated
 from compileflow.manifest import SCHEMA_VERSION
 from compileflow.settings import Settings
@@ -22,7 +22,7 @@ from compileflow.sources.files import kind_of
 from compileflow.spec import CompileSpec, ComponentSpec, HfTask, Precision
 from compileflow.steps.cache import CacheKey, find, find_or_make, why_missed
 from compileflow.steps.calibration import Calibration, load_calibration
-from compileflow.steps.request import CompileRequest
+from compileflow.steps.request import AUTO, CompileRequest
 from compileflow.steps.values import CompiledArtifact, FetchedSource
 from compileflow.workspace import work_folder
 
@@ -52,7 +52,7 @@ def compile_artifact(
 
     Raises:
         SpecError: the request does not fit the target or the model.
-        CompileError, TargetUnavailableError, ProcessError: the toolchain refused, is missing, or died.
+        CompileError, TargetUnavailableError: the toolchain refused or died, or is missing.
         StepOffError: the step is off and the store has no such artifact.
     """
     store = open_store(store_uri)
@@ -127,6 +127,8 @@ def checked_target(spec: CompileSpec) -> Target:
     Raises:
         SpecError: unknown target, or a task, precision or option that it does not have.
     """
+    if spec.target == AUTO:
+        raise SpecError(f"{AUTO!r} is no target of its own.", hint="Run the flow, which chooses one.")
     target = get_target(spec.target)
     can = target.capabilities
     if spec.hf_task not in can.hf_tasks:
@@ -200,15 +202,21 @@ def _compile(
     with work_folder(settings.work_dir, label=STEP) as work:
         out_dir = work / "artifact"
         out_dir.mkdir()
-        done = run_isolated(
-            _CHILD,
-            {**child, "out_dir": str(out_dir)},
-            work_dir=work,
-            log_path=settings.home_dir / "logs" / f"{STEP}-{key.digest[:12]}.log",
-            timeout_s=timeout_s,
-            threads=settings.threads,
-            on_progress=on_progress,
-        )
+        try:
+            done = run_isolated(
+                _CHILD,
+                {**child, "out_dir": str(out_dir)},
+                work_dir=work,
+                log_path=settings.home_dir / "logs" / f"{STEP}-{key.digest[:12]}.log",
+                timeout_s=timeout_s,
+                threads=settings.threads,
+                on_progress=on_progress,
+            )
+        except ProcessError as error:
+            name = child["spec"]["target"]
+            raise CompileError(
+                f"The toolchain of {name} died: {error.message}", hint=error.hint, log_path=error.log_path
+            ) from error
         on_progress("storing the artifact")
         stored = store.put_folder(out_dir)
     return CompiledArtifact(

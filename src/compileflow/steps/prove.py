@@ -13,9 +13,10 @@ from typing import Any
 from compileflow.catalog import get_target
 from compileflow.contracts import Arrays
 from compileflow.isolation import report_progress
-from compileflow.serving.artifacts import open_artifact
+from compileflow.process_state import resident_bytes
+from compileflow.serving.artifacts import OpenArtifact, open_artifact
 from compileflow.serving.model import CompiledModel
-from compileflow.source_graph import SourceGraph, load_source_graph
+from compileflow.source_graph import SourceGraph, example_inputs, load_source_graph
 from compileflow.validation import measure as measuring
 from compileflow.validation.cases import Case, CaseBuilder, agreement_cases, load_examples, shape_cases
 from compileflow.validation.decisions import Decisions
@@ -26,6 +27,7 @@ from compileflow.validation.suite import suite_digest
 
 # Where a graph is dynamic, lengths at which kernels are wont to change.
 _DYNAMIC_EDGES = (8, 16, 32, 64, 128, 256)
+_TIMED = [(1, 16), (1, 128), (8, 128)]
 
 
 def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,15 +40,16 @@ def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
     report_progress("loading the source model and the compiled model")
     artifact = open_artifact(request["artifact_dir"])
     spec = artifact.manifest.spec
+    # Before the source model comes into memory, so that what memory they add is their own.
+    loaded = {each.name: _load(artifact, each.name, validation, threads) for each in spec.components}
     graph = load_source_graph(Path(request["source_dir"]), spec.hf_task, trust_remote_code=spec.trust_remote_code)
     reports = []
-    for component in spec.components:
-        compiled = CompiledModel.from_artifact(artifact, component=component.name, threads=threads)
-        reports.append(
-            _prove_component(
-                graph, compiled, Path(request["source_dir"]), validation, threads, request["artifact_uri"]
-            )
+    for compiled, serving_memory_bytes in loaded.values():
+        report = _prove_component(
+            graph, compiled, Path(request["source_dir"]), validation, threads, request["artifact_uri"]
         )
+        figures = report.figures | {"serving_memory_bytes": float(serving_memory_bytes)}
+        reports.append(report.model_copy(update={"figures": figures}))
         compiled.close()
     # The worst component's verdict is the artifact's.
     report = max(reports, key=lambda r: ("pass", "warn", "fail", "error").index(r.verdict.outcome))
@@ -57,6 +60,25 @@ def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
         "reason": report.verdict.reason,
         "figures": report.figures,
     }
+
+
+def _load(
+    artifact: OpenArtifact, component: str, validation: ValidationSettings, threads: int
+) -> tuple[CompiledModel, int]:
+    """Load a component, call it once at each shape that is timed, and return it with the memory that this took."""
+    record = artifact.manifest.components[component]
+    before = resident_bytes()
+    compiled = CompiledModel.from_artifact(artifact, component=component, threads=threads)
+    for batch_size, length in _timed_shapes(validation, record.max_sequence_length):
+        inputs = example_inputs(record.inputs, batch_size, length, compiled.config.vocab_size, record.pad_token_id)
+        # One that raises is left to the gates.
+        measuring.candidate_answer(compiled.run, inputs)
+    return compiled, max(0, resident_bytes() - before)
+
+
+def _timed_shapes(validation: ValidationSettings, longest: int) -> tuple[tuple[int, int], ...]:
+    asked = [(each.batch_size, each.sequence_length) for each in validation.latency_shapes] or _TIMED
+    return tuple(dict.fromkeys((batch_size, min(length, longest)) for batch_size, length in asked))
 
 
 def _prove_component(
@@ -110,7 +132,15 @@ def _prove_component(
         found, _noise_variants(graph, threads), graph.run, natural[:: max(1, len(natural) // 3)][:3]
     )
     report_progress("timing both models in turn")
-    measuring.measure_latency(found, graph.run, compiled.run, builder, texts, pairs=validation.latency_pairs)
+    measuring.measure_latency(
+        found,
+        graph.run,
+        compiled.run,
+        builder,
+        texts,
+        shapes=_timed_shapes(validation, record.max_sequence_length),
+        pairs=validation.latency_pairs,
+    )
     overrides = dict(get_target(spec.target).default_gates.get(spec.precision, {}))
     if validation.max_latency_ratio is not None:
         overrides["latency_ratio"] = validation.max_latency_ratio
@@ -140,6 +170,8 @@ def _prove_component(
         examples_count=len(examples),
         suite_digest=suite_digest(),
         environment=environment(threads),
+        flips=decisions.flips(tokenizer.decode),
+        flips_count=decisions.flips_count(),
     )
 
 

@@ -1,4 +1,4 @@
-"""Take a report out of the store, as a file that a browser opens."""
+"""Take a report or a comparison out of the store, as a file that a browser opens or as its values."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from compileflow.catalog import open_store
 from compileflow.errors import ManifestError
 from compileflow.serving.artifacts import split_uri
 from compileflow.settings import Settings
+from compileflow.validation.comparison import COMPARISON_HTML, COMPARISON_JSON, Comparison
 from compileflow.validation.report import REPORT_HTML, REPORT_JSON, Report
 from compileflow.workspace import os_errors
 
@@ -20,12 +21,15 @@ def export_report(report_uri: str, settings: Settings) -> Path:
         ManifestError: the URI is not a report's.
         IntegrityError: the report is absent or altered.
     """
-    store_uri, digest = split_uri(report_uri)
-    out = settings.home_dir / "reports" / f"{digest[:12]}.html"
-    with open_store(store_uri).open_folder(digest) as folder, os_errors(out, "write to"):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_bytes(_member(folder, REPORT_HTML, report_uri))
-    return out
+    return _export(report_uri, REPORT_HTML, settings)
+
+
+def export_comparison(comparison_uri: str, settings: Settings) -> Path:
+    """Copy comparison.html out of the store to HOME/reports and return its path.
+
+    Raises as `export_report` does.
+    """
+    return _export(comparison_uri, COMPARISON_HTML, settings)
 
 
 def read_report(report_uri: str) -> Report:
@@ -33,6 +37,22 @@ def read_report(report_uri: str) -> Report:
     store_uri, digest = split_uri(report_uri)
     with open_store(store_uri).open_folder(digest) as folder:
         return Report.model_validate(json.loads(_member(folder, REPORT_JSON, report_uri)))
+
+
+def read_comparison(comparison_uri: str) -> Comparison:
+    """Read comparison.json out of the store. Raises as `export_report` does."""
+    store_uri, digest = split_uri(comparison_uri)
+    with open_store(store_uri).open_folder(digest) as folder:
+        return Comparison.model_validate(json.loads(_member(folder, COMPARISON_JSON, comparison_uri)))
+
+
+def _export(uri: str, name: str, settings: Settings) -> Path:
+    store_uri, digest = split_uri(uri)
+    out = settings.home_dir / "reports" / f"{digest[:12]}.html"
+    with open_store(store_uri).open_folder(digest) as folder, os_errors(out, "write to"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_bytes(_member(folder, name, uri))
+    return out
 
 
 def _member(folder: Path, name: str, uri: str) -> bytes:

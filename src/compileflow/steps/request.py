@@ -10,12 +10,15 @@ from pydantic.dataclasses import dataclass
 from compileflow.catalog import target_names
 from compileflow.spec import HfTask, Precision, ShapeBucket
 from compileflow.steps.calibration import CalibrationSettings
+from compileflow.validation.candidates import Objective
 from compileflow.validation.settings import ValidationSettings
+
+AUTO = "auto"
 
 
 def _list_targets(schema: dict[str, Any]) -> None:
     """Put the known targets, third parties' too, into the JSON schema as an enum."""
-    schema["enum"] = list(target_names())
+    schema["enum"] = [AUTO, *target_names()]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -44,6 +47,22 @@ class StepTimeouts(BaseModel):
     register_s: int = Field(300, ge=1, title="Register, seconds", description="The registry's answer.")
 
 
+class AutoSettings(BaseModel):
+    """What target auto tries, and what it chooses by."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    objective: Objective = Field(
+        default_factory=Objective, title="Objective", description="What the winner is chosen by."
+    )
+    targets: tuple[str, ...] = Field(
+        (), title="Targets", description="Targets to try. Empty: all that compile and run on the worker."
+    )
+    precisions: tuple[Precision, ...] = Field(
+        (), title="Precisions", description="Precisions to try. Empty: all that a target has."
+    )
+
+
 class CompileRequest(BaseModel):
     """One source model, one target: what to compile, how, and how far to go."""
 
@@ -63,14 +82,17 @@ class CompileRequest(BaseModel):
     target: str = Field(
         "onnx-runtime",
         title="Target",
-        description="What the model is compiled for.",
+        description="What the model is compiled for; auto tries all that can, and chooses.",
         json_schema_extra=_list_targets,
     )
     hf_task: HfTask | None = Field(
         None, title="Task", description="Hub task to serve. Empty: read from the model's own architecture."
     )
     precision: Precision = Field(
-        Precision.FP32, title="Precision", description="Number format of the compiled model."
+        Precision.FP32, title="Precision", description="Number format of the compiled model; auto tries its own."
+    )
+    auto: AutoSettings = Field(
+        default_factory=AutoSettings, title="Auto", description="For target auto: what it tries and chooses by."
     )
     max_sequence_length: int | None = Field(
         None, ge=1, title="Maximum sequence length", description="Tokens. Empty: the model's own maximum."

@@ -23,7 +23,7 @@ from compileflow.workspace import work_folder
 logger = logging.getLogger(__name__)
 STEP = "validate"
 # Raised when what is measured, or how, changes.
-MEASUREMENT_VERSION = 1
+MEASUREMENT_VERSION = 2
 _CHILD = "compileflow.steps.prove:prove_artifact"
 _LIBRARIES = ("torch", "transformers", "numpy", "great_expectations")
 

@@ -166,6 +166,15 @@ def _quantizer(options: OnnxRuntimeOptions, component: ComponentPlan, graph: Sou
     from onnxruntime.quantization import QuantType
     from transformers.exporters import OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer, OnnxRuntimeStaticConfig
 
+    class Quantizer(OnnxRuntimeQuantizer):  # type: ignore[misc]
+        """The fusions leave a constant with another shape than it is declared with, which static int8 refuses."""
+
+        def quantize(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+            for value in model.graph.initializers.values():
+                if value.const_value is not None:
+                    value.shape = value.const_value.shape
+            return super().quantize(model, *args, **kwargs)
+
     common: dict[str, Any] = {
         "op_types_to_quantize": ["MatMul", "Gemm", "Gather"],
         "per_channel": True,
@@ -174,11 +183,11 @@ def _quantizer(options: OnnxRuntimeOptions, component: ComponentPlan, graph: Sou
         "extra_options": {"MatMulConstBOnly": True},
     }
     if options.quantization == "dynamic":
-        return OnnxRuntimeQuantizer(OnnxRuntimeDynamicConfig(**common))
+        return Quantizer(OnnxRuntimeDynamicConfig(**common))
     names = [record.name for record in graph.inputs]
     samples = [{name: batch[name] for name in names} for batch in component.calibration]
     config = OnnxRuntimeStaticConfig(**common | {"op_types_to_quantize": ["MatMul", "Gemm"]})
-    return OnnxRuntimeQuantizer(config, calibration_dataset=samples)
+    return Quantizer(config, calibration_dataset=samples)
 
 
 def _export(model: Any, example: Arrays, options: OnnxRuntimeOptions, quantizer: Any) -> Any:

@@ -119,9 +119,10 @@ def measure_token_types(
 ) -> None:
     """Measure whether token types change the candidate as they change the reference.
 
-    `token_type_error` = ||dc - dr|| / ||dr||, where d is the answer with token types less the one without;
-    1 when the candidate ignores them, NaN when it does not answer. Left out, with a note, when the source
-    model hardly responds.
+    `token_type_error` = |1 - <dc, dr> / <dr, dr>|, where d is the answer with token types less the one
+    without: 1 when the candidate ignores them, NaN when it does not answer. Rounding, which points anywhere,
+    hardly counts in it, however small the response. Left out, with a note, when the source model hardly
+    responds.
     """
     if "token_type_ids" not in builder.input_names:
         return
@@ -143,7 +144,7 @@ def measure_token_types(
             errors.append(float("nan"))
         else:
             actual = np.asarray(after[name], np.float64) - after_without[name]
-            errors.append(metrics.rel_l2(expected, actual))
+            errors.append(abs(1.0 - np.vdot(expected, actual) / np.vdot(expected, expected)))
     if errors:
         found.scalars["token_type_error"] = float(np.max(errors))
     else:

@@ -1,0 +1,178 @@
+"""blade: BladeDISC's torch_blade optimises one traced graph a shape bucket. Written from its documentation.
+
+BladeDISC itself takes dynamic shapes; graphs traced from transformers do not, so each shape bucket has its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from compileflow.contracts import (
+    Availability,
+    Capabilities,
+    CompiledGraph,
+    ComponentPlan,
+    Device,
+    Runner,
+    TargetOptions,
+)
+from compileflow.errors import CompileError, LoadError, TargetUnavailableError
+from compileflow.isolation import report_progress
+from compileflow.manifest import ComponentRecord
+from compileflow.source_graph import as_tuple_module, load_source_graph
+from compileflow.spec import HfTask, Precision
+from compileflow.toolchain import installed_versions
+from compileflow.traced_buckets import TracedRunner, compile_buckets, load_buckets
+from compileflow.vendor_toolchain import VendorToolchain, contradiction
+
+# A wheel that is built without CUDA has another name.
+_DISTRIBUTIONS = ("torch_blade", "torch_blade-cpu")
+_TOOLCHAIN = VendorToolchain(
+    compiler={"torch_blade": _DISTRIBUTIONS},
+    runtime={"torch_blade": _DISTRIBUTIONS},
+    install="bash ./ci_build/build_pytorch_blade.sh && python setup.py bdist_wheel && python -m pip install"
+    " dist/*.whl, in pytorch_blade/ of a checkout of https://github.com/alibaba/BladeDISC",
+    note="there is no wheel on PyPI, and each wheel is for the PyTorch that it was built with",
+)
+
+
+class BladeOptions(TargetOptions):
+    """Options of the blade target; but for `device`, named as in torch_blade.Config."""
+
+    device: Literal["cpu", "cuda"] = Field("cpu", description="What the graphs are compiled for, and run on.")
+    optimization_pipeline: Literal["DISC", "TensorRT"] = Field("DISC", description="Compiler behind torch_blade.")
+    disc_cpu_fast_math_level: int = Field(
+        0, ge=0, le=4, description="Liberties with arithmetic on the CPU: 0 none, 4 all. torch_blade's own is 4."
+    )
+    fp16_fallback_op_ratio: float = Field(
+        0.0, ge=0, le=1, description="Fraction of operators that stay in fp32 at fp16."
+    )
+    enable_static_shape: bool = Field(
+        False, description="Let the compiler take the bucket's shape for a constant."
+    )
+    freeze_module: bool = Field(True, description="Make weights constants of the graph.")
+    disc_cluster_max_iter_count: int = Field(10, ge=1, description="Rounds of merging operators into subgraphs.")
+    disc_compile_for_multi_cuda_targets: bool = Field(
+        True, description="Generate code for several CUDA compute capabilities; compiles longer."
+    )
+    customize_op_white_list: tuple[str, ...] = Field(
+        (), description="TorchScript operators to compile besides those that are known, as aten::flatten."
+    )
+    customize_op_black_list: tuple[str, ...] = Field(
+        (), description="TorchScript operators to leave to torch, as aten::flatten."
+    )
+
+
+class BladeTarget:
+    """Optimise with BladeDISC, for the CPU or for CUDA."""
+
+    name: ClassVar[str] = "blade"
+    version: ClassVar[int] = 1
+    summary: ClassVar[str] = "BladeDISC's torch_blade for CPU and CUDA; fixed shapes"
+    Options: ClassVar[type[TargetOptions]] = BladeOptions
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        hf_tasks=tuple(HfTask),
+        precisions=(Precision.FP32, Precision.FP16),
+        devices=("cpu", "cuda"),
+        dynamic_axes=False,
+    )
+    default_gates: ClassVar[Mapping[Precision, Mapping[str, float]]] = {}
+
+    def probe(self) -> Availability:
+        """Look for torch_blade, without importing it. The default device, the CPU, is always there."""
+        return _TOOLCHAIN.probe()
+
+    def toolchain(self) -> dict[str, str]:
+        """Return the versions of torch_blade, torch and transformers."""
+        return installed_versions((*_DISTRIBUTIONS, "torch", "transformers"))
+
+    def cpu_features(self) -> tuple[str, ...]:
+        """Return (): BladeDISC does not document which CPU its code is for."""
+        return ()
+
+    def compile(self, source_dir: Path, component: ComponentPlan, out_dir: Path) -> CompiledGraph:
+        """Trace and optimise one graph a shape bucket; each carries its weights."""
+        options = BladeOptions.model_validate(dict(component.options))
+        if options.fp16_fallback_op_ratio and component.precision is not Precision.FP16:
+            raise contradiction(
+                "blade",
+                f"fp16_fallback_op_ratio {options.fp16_fallback_op_ratio:g}",
+                component.precision.value,
+                "Leave it out, or ask for fp16.",
+            )
+        torch_blade = _TOOLCHAIN.import_module("torch_blade")
+        _check_cuda(options.device)
+        config = _config(torch_blade, options, component.precision)
+        report_progress("loading the source model")
+        graph = load_source_graph(source_dir, component.hf_task, trust_remote_code=component.trust_remote_code)
+        module = as_tuple_module(graph).to(options.device)
+
+        def trace(tensors: tuple[Any, ...], work: Path) -> Any:
+            inputs = tuple(tensor.to(options.device) for tensor in tensors)
+            with config:
+                return torch_blade.optimize(module, allow_tracing=True, model_inputs=inputs)
+
+        files = compile_buckets(graph, component, out_dir, compiler="torch_blade.optimize", trace=trace)
+        return CompiledGraph(
+            files,
+            graph.inputs,
+            graph.outputs,
+            graph.output_class,
+            graph.pad_token_id,
+            load_options={"device": options.device},
+        )
+
+    def load(
+        self, component_dir: Path, component: ComponentRecord, *, device: Device, threads: int | None
+    ) -> Runner:
+        """Load every shape bucket. Calls wait for one another, as no page says that they need not."""
+        compiled_for = str(component.load_options["device"])
+        if device != compiled_for:
+            raise LoadError(
+                f"The graphs were compiled for {compiled_for}, and {device} was asked for.",
+                hint=f"Load with device={compiled_for!r}, or compile with the option device={device!r}.",
+            )
+        # It registers the classes that the graphs consist of.
+        _TOOLCHAIN.import_module("torch_blade")
+        _check_cuda(device)
+        graphs = load_buckets(component_dir, component, runtime="torch_blade", map_location=device)
+        return TracedRunner(graphs, component, device=device, queued=True, threads=threads)
+
+
+def _config(torch_blade: Any, options: BladeOptions, precision: Precision) -> Any:
+    """Return torch_blade's configuration; what nobody asked for stays as this torch_blade has it."""
+    settings: dict[str, Any] = {
+        name: list(value) if isinstance(value := getattr(options, name), tuple) else value
+        for name in options.model_fields_set - {"device"}
+    }
+    settings["disc_cpu_fast_math_level"] = options.disc_cpu_fast_math_level
+    settings["enable_fp16"] = precision is Precision.FP16
+    config = torch_blade.Config()
+    for name, value in sorted(settings.items()):
+        if not hasattr(config, name):
+            raise CompileError(
+                f"This torch_blade has no setting {name!r}.",
+                hint="Leave the option out, or use a newer torch_blade.",
+            )
+        try:
+            setattr(config, name, value)
+        # It checks its settings with assert.
+        except (AssertionError, ValueError) as error:
+            raise CompileError(
+                f"torch_blade refused {name} {value!r}: {error}", hint="Choose another value."
+            ) from error
+    return config
+
+
+def _check_cuda(device: str) -> None:
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise TargetUnavailableError(
+            "The graphs are for cuda, and torch finds no CUDA device here.",
+            hint="Use a machine with an NVIDIA GPU, or compile with the option device='cpu'.",
+        )
