@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from flows.compile_model import CompileResult
 
 _LOG_LINES = 60
+_WIDTH = 140
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -192,7 +193,8 @@ def _option(text: str) -> tuple[str, Any]:
 
 
 def _print_table(results: list[CompileResult], registry: str | None) -> None:
-    console = Console()
+    # Where nobody sets a width, lines are cut at 80 characters.
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     for result in results:
         if result.comparison_uri is not None:
             _print_comparison(result.comparison_uri, console)
@@ -221,8 +223,9 @@ def _print_comparison(uri: str, console: Console) -> None:
         table.add_row(*row)
     console.print(table)
     console.print(plot_text(comparison), soft_wrap=True, highlight=False, markup=False)
-    for what, where in {"chosen": comparison.reason, "plot": str(export_comparison(uri, get_settings()))}.items():
-        console.print(f"{what}: {where}", soft_wrap=True, highlight=False, markup=False)
+    plot = export_comparison(uri, get_settings())
+    for line in (*comparison.comparison_notes(), f"chosen: {comparison.reason}", f"plot: {plot}"):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _tail(log_path: str) -> str:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ParamSpec
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
 from compileflow.errors import CompileflowError
@@ -75,7 +76,9 @@ def targets(as_json: AsJson = False) -> None:
             "yes" if row["can_compile"] else "no",
             "yes" if row["can_run"] else "no",
             ", ".join(row["precisions"]),
-            "; ".join(part for part in (missing, *(f"{name}: {why}" for name, why in lacking.items())) if part),
+            escape(
+                "; ".join(part for part in (missing, *(f"{name}: {why}" for name, why in lacking.items())) if part)
+            ),
         )
     Console().print(table)
 
@@ -240,6 +243,8 @@ def _inspect_comparison(uri: str, as_json: bool) -> None:
     for row in comparison.comparison_rows():
         table.add_row(*row)
     Console().print(table)
+    for line in comparison.comparison_notes():
+        typer.echo(line)
     typer.echo(f"comparison: {export_comparison(uri, get_settings())}")
 
 

@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 COMPARISON_JSON, COMPARISON_HTML = "comparison.json", "comparison.html"
-_REASON_LENGTH = 80
+_REASON_LENGTH = 160
 
 
 class Comparison(BaseModel):
@@ -82,6 +82,7 @@ class Comparison(BaseModel):
     def comparison_header(self) -> tuple[str, ...]:
         """Return the titles of `comparison_rows`."""
         return (
+            "",
             "candidate",
             "verdict",
             f"latency / eager at {', '.join(self.shapes) or 'no shape'}",
@@ -89,18 +90,18 @@ class Comparison(BaseModel):
             "size",
             "memory",
             "compile",
-            "",
+            "outcome",
         )
 
     def comparison_rows(self) -> list[tuple[str, ...]]:
-        """Return the table for a terminal, a row a candidate, "-" for what was not measured.
+        """Return the table for a terminal, a row a candidate that was tried, "-" for what was not measured.
 
-        Label, verdict, latency as a fraction of eager's at each shape, accuracy loss, size, serving memory,
-        compile time, and the mark: "chosen", "front", or why it was dropped.
+        The letter that the picture has, label, verdict, latency as a fraction of eager's at each shape, accuracy
+        loss, size, serving memory, compile time, and the mark: "chosen", "front" or "dropped".
         """
-        dropped = self.dropped()
         return [
             (
+                key(position),
                 candidate.label,
                 candidate.outcome,
                 "  ".join(_ratio(candidate, shape) for shape in self.shapes) or "-",
@@ -108,32 +109,32 @@ class Comparison(BaseModel):
                 "-" if candidate.size_bytes is None else megabytes(candidate.size_bytes),
                 "-" if candidate.serving_memory_bytes is None else megabytes(candidate.serving_memory_bytes),
                 compile_words(candidate),
-                _shortened(dropped[position]) if position in dropped else mark,
+                mark,
             )
             for position, (candidate, mark) in enumerate(zip(self.candidates, self.marks(), strict=True))
+            if candidate.outcome != "unavailable"
+        ]
+
+    def comparison_notes(self) -> list[str]:
+        """Return a line for each candidate that cannot be chosen, with the reason."""
+        return [
+            f"{'not tried' if candidate.outcome == 'unavailable' else 'dropped'}: {candidate.label}: "
+            f"{_shortened(self.dropped()[position])}"
+            for position, candidate in enumerate(self.candidates)
+            if position in self.dropped()
         ]
 
 
 def plot_text(comparison: Comparison, width: int = 72, height: int = 16) -> str:
-    """Draw the comparison in letters, with a legend: a line a candidate, in the order of the table's rows.
+    """Draw the comparison in letters, those of the table's rows; small ones cannot be chosen.
 
     Args:
         comparison: What is drawn.
         width: Characters of a line of the picture; 40 or more.
         height: Lines of the picture; 8 or more.
     """
-    dropped, marks = comparison.dropped(), comparison.marks()
-    lines = text_scatter(comparison.candidates, dropped=dropped, width=width, height=height)
-    for position, candidate in enumerate(comparison.candidates):
-        letter = key(position).lower() if position in dropped else key(position)
-        figures = ["not drawn"]
-        if candidate.latency_ratio is not None and candidate.accuracy_loss is not None:
-            figures = [f"{candidate.latency_ratio:.2f}", percent(candidate.accuracy_loss)]
-        if candidate.size_bytes is not None:
-            figures.append(megabytes(candidate.size_bytes))
-        mark = f" ({marks[position]})" if marks[position] else ""
-        lines.append(f"{letter:>3} {candidate.label}: {', '.join(figures)}{mark}")
-    return "\n".join(lines)
+    dropped = comparison.dropped()
+    return "\n".join(text_scatter(comparison.candidates, dropped=dropped, width=width, height=height))
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> None:

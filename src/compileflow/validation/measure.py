@@ -144,7 +144,7 @@ def measure_token_types(
             errors.append(float("nan"))
         else:
             actual = np.asarray(after[name], np.float64) - after_without[name]
-            errors.append(abs(1.0 - np.vdot(expected, actual) / np.vdot(expected, expected)))
+            errors.append(abs(1.0 - float(np.vdot(expected, actual) / np.vdot(expected, expected))))
     if errors:
         found.scalars["token_type_error"] = float(np.max(errors))
     else:

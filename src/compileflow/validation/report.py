@@ -82,7 +82,16 @@ def environment(threads: int) -> dict[str, str]:
         "python": platform.python_version(),
         "threads": str(threads),
     }
-    libraries = ("compileflow", "torch", "transformers", "onnxruntime", "numpy", "great_expectations")
+    libraries = (
+        "compileflow",
+        "torch",
+        "transformers",
+        "onnxruntime",
+        "openvino",
+        "nncf",
+        "numpy",
+        "great_expectations",
+    )
     return found | installed_versions(libraries)
 
 

@@ -1,0 +1,1 @@
+"""Double of the HyperDex toolchain: `hyperdex.tools` compiles, `hyperdex.transformers` runs."""

@@ -1,0 +1,151 @@
+"""A block leaves the process as it was: environment, threads, random states, warnings; also when it fails."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from compileflow.process_state import resident_bytes, torch_threads, undisturbed_process
+
+
+def disturb() -> None:
+    """Change all that native toolchains were seen to change."""
+    os.environ["COMPILEFLOW_TEST_CHANGED"] = "after"
+    os.environ["COMPILEFLOW_TEST_ADDED"] = "added"
+    del os.environ["COMPILEFLOW_TEST_DELETED"]
+    random.seed(1)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    warnings.simplefilter("ignore")
+
+
+def state() -> dict[str, Any]:
+    """Return what `disturb` changes, in a form that can be compared."""
+    legacy = np.random.get_state(legacy=False)
+    return {
+        "environment": dict(os.environ),
+        "random": random.getstate(),
+        "numpy": (legacy["state"]["pos"], legacy["state"]["key"].tolist()),
+        "torch": torch.random.get_rng_state().tolist(),
+        "threads": torch.get_num_threads(),
+        "filters": list(warnings.filters),
+    }
+
+
+@contextmanager
+def failing() -> Iterator[None]:
+    with pytest.raises(ZeroDivisionError):
+        yield
+
+
+@pytest.fixture
+def prepared(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Variables to change, and all else put back whatever the code under test does."""
+    monkeypatch.setenv("COMPILEFLOW_TEST_CHANGED", "before")
+    monkeypatch.setenv("COMPILEFLOW_TEST_DELETED", "before")
+    monkeypatch.delenv("COMPILEFLOW_TEST_ADDED", raising=False)
+    threads = torch.get_num_threads()
+    with warnings.catch_warnings():
+        yield
+    torch.set_num_threads(threads)
+    os.environ.pop("COMPILEFLOW_TEST_ADDED", None)
+
+
+@pytest.mark.usefixtures("prepared")
+def test_everything_that_a_toolchain_changes_is_put_back() -> None:
+    before = state()
+    with undisturbed_process():
+        disturb()
+        # The proof that each part would have been seen.
+        assert [name for name, value in state().items() if value == before[name]] == []
+    assert state() == before
+
+
+@pytest.mark.usefixtures("prepared")
+def test_everything_is_put_back_after_an_error_too() -> None:
+    before = state()
+    with failing(), undisturbed_process():
+        disturb()
+        raise ZeroDivisionError
+    assert state() == before
+
+
+@pytest.mark.usefixtures("prepared")
+def test_random_numbers_go_on_as_if_the_block_had_not_been() -> None:
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(np.random.random()), float(torch.rand(()))  # noqa: S311
+
+    def seed() -> None:
+        random.seed(7)
+        np.random.seed(7)
+        torch.manual_seed(7)
+
+    seed()
+    alone = draw()
+    seed()
+    with undisturbed_process():
+        disturb()
+        draw()
+    assert draw() == alone
+
+
+def test_process_without_torch_stays_without_it() -> None:
+    code = (
+        "import sys\n"
+        "from compileflow.process_state import undisturbed_process\n"
+        "with undisturbed_process():\n"
+        "    assert 'torch' not in sys.modules\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.usefixtures("prepared")
+@pytest.mark.parametrize("more", [1, 2])
+def test_threads_are_as_asked_within_the_block_and_as_before_after_it(more: int) -> None:
+    before = torch.get_num_threads()
+    with torch_threads(before + more):
+        assert torch.get_num_threads() == before + more
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.usefixtures("prepared")
+def test_threads_are_put_back_after_an_error() -> None:
+    before = torch.get_num_threads()
+    with failing(), torch_threads(before + 1):
+        raise ZeroDivisionError
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("asked", [lambda: None, torch.get_num_threads])
+def test_no_count_and_the_count_there_is_change_nothing(
+    asked: Callable[[], int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = asked()
+    # Setting the same count again would restart the pool of some builds of torch.
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: pytest.fail(f"set to {count}"))
+    with torch_threads(count):
+        pass
+
+
+def test_resident_memory_grows_with_what_is_held_and_is_0_for_a_process_that_is_gone() -> None:
+    before = resident_bytes()
+    held = np.ones(64 * 2**20, dtype=np.uint8)
+    assert 56 * 2**20 < resident_bytes() - before < 128 * 2**20
+    assert resident_bytes(os.getpid()) == pytest.approx(resident_bytes(), rel=0.05)
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert resident_bytes(child.pid) > 0
+    child.communicate()
+    assert resident_bytes(child.pid) == 0
+    assert held.all()
