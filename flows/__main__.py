@@ -15,7 +15,7 @@ from rich.table import Table
 from compileflow.catalog import target_names
 from compileflow.errors import CompileflowError, SpecError
 from compileflow.settings import get_settings
-from compileflow.spec import HfTask, Precision
+from compileflow.spec import TARGET_ALIASES, HfTask, Precision
 from compileflow.steps.report_file import export_comparison, export_report, read_comparison
 from compileflow.steps.request import AUTO, CompileRequest
 from compileflow.validation.comparison import plot_text
@@ -165,7 +165,7 @@ def _run(
 
 def _request(raw: dict[str, Any]) -> CompileRequest:
     choices = (AUTO, *target_names())
-    if raw["target"] not in choices:
+    if raw["target"] not in (*choices, *TARGET_ALIASES):
         raise SpecError(f"Unknown target {raw['target']!r}.", hint=f"Choose one of: {', '.join(choices)}.")
     try:
         return CompileRequest.model_validate(raw)

@@ -11,6 +11,7 @@ from typing import Any
 from compileflow.contracts import ArtifactStore, ModelRegistry, Source, Target
 from compileflow.errors import SpecError
 from compileflow.settings import Settings
+from compileflow.spec import TARGET_ALIASES
 
 TARGETS: Mapping[str, str] = {
     "aot-inductor": "compileflow.targets.aot_inductor:AotInductorTarget",
@@ -41,7 +42,7 @@ def get_target(name: str) -> Target:
     Raises:
         SpecError: no such target; the message lists those there are.
     """
-    target: Target = _load("target", name, _with_entry_points("targets"))()
+    target: Target = _load("target", TARGET_ALIASES.get(name, name), _with_entry_points("targets"))()
     return target
 
 

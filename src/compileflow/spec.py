@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
+
+
+# What older specs call a target.
+TARGET_ALIASES: Mapping[str, str] = {"generic": "torchscript"}
+TargetName = Annotated[str, AfterValidator(lambda name: TARGET_ALIASES.get(name, name))]
 
 
 class HfTask(StrEnum):
@@ -72,7 +79,7 @@ class CompileSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    target: str = Field(title="Target", description="What the model is compiled for.")
+    target: TargetName = Field(title="Target", description="What the model is compiled for.")
     hf_task: HfTask = Field(title="Task", description="Hub task that the compiled model serves.")
     precision: Precision = Field(Precision.FP32, title="Precision", description="Number format of the graph.")
     components: tuple[ComponentSpec, ...] = Field(

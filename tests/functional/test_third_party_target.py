@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ def page_files() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Installed:
-    """The page's distribution, written to a folder and installed beside this environment."""
+    """The page's distribution, copied to a folder and installed beside this environment."""
 
     folder: Path
     site: Path
@@ -74,11 +75,10 @@ def commands() -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory, commands: list[list[str]]) -> Installed:
-    """Write the page's files, and install them as the page says."""
+    """Install the example's own folder, which holds the page's files, as the page says."""
     made = Installed(tmp_path_factory.mktemp("my-target"), tmp_path_factory.mktemp("site"))
-    for path, text in page_files().items():
-        (made.folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (made.folder / path).write_text(text, "utf-8")
+    # A copy, so that running its tests leaves nothing in the repository.
+    shutil.copytree(EXAMPLE, made.folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
     made.run(commands[0][0], cwd=made.folder)
     return made
 

@@ -75,17 +75,21 @@ def test_value_comes_back_from_another_process(run: Run) -> None:
     assert 0 < isolated.duration_s < 60
 
 
-def test_error_of_ours_crosses_with_kind_and_hint(run: Run) -> None:
+def test_error_of_ours_crosses_with_kind_hint_and_log(run: Run, log_path: Path) -> None:
     with pytest.raises(TargetUnavailableError) as caught:
         run("refuse")
     assert (caught.value.message, caught.value.hint) == ("the toolchain is absent", "install it")
+    assert caught.value.log_path == str(log_path)
+    assert "Traceback" in log_path.read_text()
 
 
 def test_foreign_error_is_one_line_and_its_traceback_is_in_the_log(run: Run, log_path: Path) -> None:
     with pytest.raises(CompileError) as caught:
         run("fail")
     assert caught.value.message == "fail failed: ValueError: first line"
-    assert str(log_path) in caught.value.hint
+    assert caught.value.log_path == str(log_path)
+    assert str(caught.value).endswith(f"Log: {log_path}")
+    assert str(log_path) not in caught.value.message + caught.value.hint
     assert "\n" not in str(caught.value)
     log = log_path.read_text()
     assert "Traceback" in log
@@ -108,7 +112,7 @@ def test_function_that_is_not_there_is_a_compile_error(run: Run) -> None:
 def test_end_by_a_signal_names_it(run: Run, log_path: Path, name: str) -> None:
     with pytest.raises(ProcessKilledError, match=f"killed by {name} at a peak of 0.0") as caught:
         run("end_by_signal", {"signal": name})
-    assert str(log_path) in caught.value.message
+    assert caught.value.log_path == str(log_path)
     assert log_path.exists()
 
 

@@ -438,7 +438,7 @@ class TestRefusedBeforeAnythingIsOpened:
 
     def test_unknown_schema_version(self, garbage: Path) -> None:
         rewrite_manifest(garbage, lambda data: data.update(schema_version=99))
-        refused(garbage, ManifestError, "schema_version 99; this compileflow reads 1")
+        refused(garbage, ManifestError, "schema_version 99; this compileflow reads 1, 2")
 
     def test_unknown_field(self, garbage: Path) -> None:
         rewrite_manifest(garbage, lambda data: data.update(surprise=1))

@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from compileflow.catalog import get_target
 from compileflow.spec import CompileSpec, ComponentSpec, HfTask, Precision, ShapeBucket
+from compileflow.steps.request import CompileRequest
 
 ASKED: dict[str, Any] = {"target": "onnx-runtime", "hf_task": "text-classification"}
 
@@ -72,3 +74,10 @@ def test_spec_cannot_be_changed() -> None:
 
 def test_bucket_reads_as_batch_by_length() -> None:
     assert str(ShapeBucket(batch_size=4, sequence_length=128)) == "4x128"
+
+
+def test_target_of_an_older_spec_keeps_its_meaning() -> None:
+    spec = CompileSpec(target="generic", hf_task=HfTask.FILL_MASK)
+    assert spec.target == "torchscript"
+    assert CompileRequest(model="m", target="generic").target == "torchscript"
+    assert get_target("generic").name == "torchscript"

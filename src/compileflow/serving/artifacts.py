@@ -6,6 +6,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from compileflow.catalog import get_target, open_store
 from compileflow.contracts import Device, Runner
@@ -29,7 +30,7 @@ class OpenArtifact:
     digest: str
 
     def load(self, component: str, *, device: Device | None, threads: int | None) -> Runner:
-        """Load one component with the target that compiled it; device None is the target's first.
+        """Load one component with the target that compiled it; device None is the one it was compiled for.
 
         Raises:
             LoadError: no such component, or the target cannot run here.
@@ -41,7 +42,9 @@ class OpenArtifact:
                 hint=f"It has: {', '.join(sorted(self.manifest.components))}.",
             )
         target = get_target(self.manifest.target.name)
-        device = device or target.capabilities.devices[0]
+        # A target may compile for one of its devices; any other takes what it has first.
+        compiled_for = cast("Device | None", record.load_options.get("device"))
+        device = device or compiled_for or target.capabilities.devices[0]
         if device not in target.capabilities.devices:
             raise LoadError(
                 f"{target.name} does not run on {device!r}.",

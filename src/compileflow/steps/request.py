@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from pydantic.dataclasses import dataclass
 
 from compileflow.catalog import target_names
-from compileflow.spec import HfTask, Precision, ShapeBucket
+from compileflow.spec import TARGET_ALIASES, HfTask, Precision, ShapeBucket, TargetName
 from compileflow.steps.calibration import CalibrationSettings
 from compileflow.validation.candidates import Objective
 from compileflow.validation.settings import ValidationSettings
@@ -18,7 +18,7 @@ AUTO = "auto"
 
 def _list_targets(schema: dict[str, Any]) -> None:
     """Put the known targets, third parties' too, into the JSON schema as an enum."""
-    schema["enum"] = [AUTO, *target_names()]
+    schema["enum"] = [AUTO, *target_names(), *TARGET_ALIASES]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -55,7 +55,7 @@ class AutoSettings(BaseModel):
     objective: Objective = Field(
         default_factory=Objective, title="Objective", description="What the winner is chosen by."
     )
-    targets: tuple[str, ...] = Field(
+    targets: tuple[TargetName, ...] = Field(
         (), title="Targets", description="Targets to try. Empty: all that compile and run on the worker."
     )
     precisions: tuple[Precision, ...] = Field(
@@ -79,7 +79,7 @@ class CompileRequest(BaseModel):
     revision: str | None = Field(
         None, title="Revision", description="Branch, tag or commit of a Hub model. Empty: its main branch."
     )
-    target: str = Field(
+    target: TargetName = Field(
         "onnx-runtime",
         title="Target",
         description="What the model is compiled for; auto tries all that can, and chooses.",
