@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,12 +144,14 @@ def child_main() -> None:
         value = getattr(importlib.import_module(module), name)(request["request"])
         answer = {"value": value, "peak_rss_bytes": max(_peak_bytes("self"), _other_peak_bytes())}
     except CompileflowError as error:
-        logging.getLogger(__name__).warning("%s", error, exc_info=True)
+        # Not by logging, which toolchains set up for themselves, or switch off.
+        traceback.print_exception(error)
         answer = {"error": error.to_dict()}
     except MemoryError as error:
+        traceback.print_exception(error)
         answer = {"error": _out_of_memory(request["function"], error).to_dict()}
-    except Exception as error:
-        logging.getLogger(__name__).warning("the child failed", exc_info=True)
+    except Exception as error:  # noqa: BLE001 - the parent gets it
+        traceback.print_exception(error)
         answer = {"error": _foreign_error(request["function"], error).to_dict()}
     path = Path(request["answer"])
     partial = path.with_suffix(".part")

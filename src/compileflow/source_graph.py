@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from compileflow.contracts import Arrays
+from compileflow.contracts import Arrays, ComponentPlan
 from compileflow.errors import SourceError, SpecError
 from compileflow.manifest import Axis, TensorRecord
 from compileflow.spec import HfTask, Precision
@@ -161,6 +161,18 @@ def example_inputs(
         "token_type_ids": (np.arange(sequence_length) >= sequence_length // 2).astype(np.int64) * mask,
     }
     return {record.name: values[record.name] for record in inputs}
+
+
+def calibration_tensors(graph: SourceGraph, plan: ComponentPlan) -> list[dict[str, torch.Tensor]]:
+    """Return a plan's calibration batches as the graph's inputs.
+
+    Tensors, because transformers' exporters leave out whatever is none, without a word.
+    """
+    import torch
+
+    return [
+        {record.name: torch.as_tensor(batch[record.name]) for record in graph.inputs} for batch in plan.calibration
+    ]
 
 
 def as_tuple_module(graph: SourceGraph, precision: Precision = Precision.FP32) -> torch.nn.Module:

@@ -8,7 +8,6 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-
 # What older specs call a target.
 TARGET_ALIASES: Mapping[str, str] = {"generic": "torchscript"}
 TargetName = Annotated[str, AfterValidator(lambda name: TARGET_ALIASES.get(name, name))]

@@ -21,11 +21,11 @@ from compileflow.contracts import (
     Runner,
     TargetOptions,
 )
-from compileflow.errors import CompileError, InputError, LoadError
+from compileflow.errors import CompileError, InputError, LoadError, TargetUnavailableError
 from compileflow.isolation import report_progress
 from compileflow.manifest import ComponentRecord
 from compileflow.process_state import torch_threads
-from compileflow.source_graph import SourceGraph, example_inputs, load_source_graph
+from compileflow.source_graph import SourceGraph, calibration_tensors, example_inputs, load_source_graph
 from compileflow.spec import HfTask, Precision
 from compileflow.toolchain import installed_versions
 
@@ -85,8 +85,8 @@ class OnnxRuntimeTarget:
         )
 
     def toolchain(self) -> dict[str, str]:
-        """Return the versions of the exporter's and the runtime's distributions."""
-        return installed_versions(_NEEDS)
+        """Return the versions of the exporter's, the quantiser's and the runtime's distributions."""
+        return installed_versions((*_NEEDS, "nncf"))
 
     def cpu_features(self) -> tuple[str, ...]:
         """Return (): ONNX Runtime chooses its kernels when it loads."""
@@ -163,11 +163,37 @@ class _OnnxRuntimeRunner:
 
 def _quantizer(options: OnnxRuntimeOptions, component: ComponentPlan, graph: SourceGraph) -> Any:
     """Quantise what multiplies by weights, one scale a column: products of two activations lose most."""
+    if options.quantization == "static":
+        return _static_quantizer(options, calibration_tensors(graph, component))
     from onnxruntime.quantization import QuantType
-    from transformers.exporters import OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer, OnnxRuntimeStaticConfig
+    from transformers.exporters import OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
 
-    class Quantizer(OnnxRuntimeQuantizer):  # type: ignore[misc]
-        """The fusions leave a constant with another shape than it is declared with, which static int8 refuses."""
+    return OnnxRuntimeQuantizer(
+        OnnxRuntimeDynamicConfig(
+            op_types_to_quantize=["MatMul", "Gemm", "Gather"],
+            per_channel=True,
+            reduce_range=options.reduce_range,
+            weight_type=QuantType.QInt8,
+            extra_options={"MatMulConstBOnly": True},
+        )
+    )
+
+
+def _static_quantizer(options: OnnxRuntimeOptions, samples: list[dict[str, Any]]) -> Any:
+    """NNCF's, which moves outliers of activations into the weights; ONNX Runtime's own keeps far less."""
+    try:
+        import nncf
+    except ImportError as error:
+        raise TargetUnavailableError(
+            "onnx-runtime needs nncf for static int8, and it is not installed.",
+            hint="Run: pip install 'compileflow[int8]'",
+        ) from error
+    from transformers.exporters import NNCFOnnxQuantizer, NNCFQuantizationConfig
+
+    logging.getLogger("nncf").setLevel(logging.ERROR)
+
+    class Quantizer(NNCFOnnxQuantizer):  # type: ignore[misc]
+        """The exporter's fusions leave a constant with another shape than it is declared with; NNCF refuses it."""
 
         def quantize(self, model: Any, *args: Any, **kwargs: Any) -> Any:
             for value in model.graph.initializers.values():
@@ -175,18 +201,12 @@ def _quantizer(options: OnnxRuntimeOptions, component: ComponentPlan, graph: Sou
                     value.shape = value.const_value.shape
             return super().quantize(model, *args, **kwargs)
 
-    common: dict[str, Any] = {
-        "op_types_to_quantize": ["MatMul", "Gemm", "Gather"],
-        "per_channel": True,
-        "reduce_range": options.reduce_range,
-        "weight_type": QuantType.QInt8,
-        "extra_options": {"MatMulConstBOnly": True},
-    }
-    if options.quantization == "dynamic":
-        return Quantizer(OnnxRuntimeDynamicConfig(**common))
-    names = [record.name for record in graph.inputs]
-    samples = [{name: batch[name] for name in names} for batch in component.calibration]
-    config = OnnxRuntimeStaticConfig(**common | {"op_types_to_quantize": ["MatMul", "Gemm"]})
+    seven_bits = nncf.OverflowFix.ENABLE if options.reduce_range else nncf.OverflowFix.DISABLE
+    config = NNCFQuantizationConfig(
+        # All batches: NNCF takes the first ones, and they are sorted by length.
+        subset_size=len(samples),
+        advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=seven_bits),
+    )
     return Quantizer(config, calibration_dataset=samples)
 
 
@@ -210,7 +230,11 @@ def _export(model: Any, example: Arrays, options: OnnxRuntimeOptions, quantizer:
             warnings.simplefilter("ignore")
             return OnnxExporter().export(model, tensors, config).program
     except Exception as error:
+        cause: BaseException = error
+        # Its outer errors are pages of advice; the innermost names the operator.
+        while isinstance(cause, torch.onnx.OnnxExporterError) and cause.__cause__ is not None:
+            cause = cause.__cause__
         raise CompileError(
-            f"The ONNX exporter refused the model: {type(error).__name__}: {str(error)[:300]}",
+            f"The ONNX exporter refused the model: {type(cause).__name__}: {str(cause)[:300]}",
             hint="Try another target; `compileflow targets` lists them.",
         ) from error

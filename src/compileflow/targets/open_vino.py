@@ -31,7 +31,7 @@ from compileflow.errors import CompileError, InputError, LoadError
 from compileflow.isolation import report_progress
 from compileflow.manifest import ComponentRecord
 from compileflow.process_state import torch_threads, undisturbed_process
-from compileflow.source_graph import example_inputs, load_source_graph
+from compileflow.source_graph import calibration_tensors, example_inputs, load_source_graph
 from compileflow.spec import HfTask, Precision
 from compileflow.toolchain import installed_versions
 
@@ -108,11 +108,10 @@ class OpenVinoTarget:
         options = OpenVinoOptions.model_validate(dict(component.options))
         report_progress("loading the source model")
         graph = load_source_graph(source_dir, component.hf_task, trust_remote_code=component.trust_remote_code)
-        names = [record.name for record in graph.inputs]
         example = example_inputs(
             graph.inputs, 3, min(16, component.max_sequence_length), graph.vocab_size, graph.pad_token_id
         )
-        calibration = [{name: batch[name] for name in names} for batch in component.calibration]
+        calibration = calibration_tensors(graph, component)
         with torch_threads(component.threads), _no_telemetry():
             report_progress(f"converting to OpenVINO IR ({component.precision.value})")
             model = _export(graph.model, example, component.precision, options.quantization, calibration)
@@ -198,9 +197,7 @@ class _OpenVinoRunner:
         self._idle = []
 
 
-def _export(
-    model: Any, example: Arrays, precision: Precision, quantization: str, calibration: list[Arrays]
-) -> Any:
+def _export(model: Any, example: Arrays, precision: Precision, quantization: str, calibration: list[Any]) -> Any:
     import torch
     from transformers.exporters import OpenVINOConfig, OpenVINOExporter
 
@@ -223,7 +220,7 @@ def _export(
         ) from error
 
 
-def _quantizer(quantization: str, calibration: list[Arrays]) -> Any:
+def _quantizer(quantization: str, calibration: list[Any]) -> Any:
     import nncf
     from transformers.exporters import NNCFOpenVINOQuantizer, NNCFQuantizationConfig, NNCFWeightCompressionConfig
 
@@ -251,4 +248,7 @@ def _no_telemetry() -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")[:300]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # Operators without a conversion are listed last, after the place in OpenVINO's own source.
+    listed = [line.removeprefix("-- ") for line in lines if line.startswith("-- ")]
+    return next(iter(listed or lines), "no message")[:300]

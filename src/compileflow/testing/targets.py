@@ -37,6 +37,7 @@ from compileflow.source_graph import SourceGraph, example_inputs, load_source_gr
 from compileflow.spec import CompileSpec, ComponentSpec, HfTask, ShapeBucket
 from compileflow.steps.build import build_artifact
 from compileflow.steps.compile import checked_target
+from compileflow.testing.state import unchanged_process
 
 TinyModel = Callable[[HfTask], Path]
 Load = Callable[[HfTask], tuple[Runner, ComponentRecord, SourceGraph]]
@@ -68,6 +69,7 @@ print(*sorted({module.partition(".")[0] for module in sys.modules}))
 def compiled_folder(source_dir: Path, target_name: str, hf_task: HfTask, parent: Path) -> Path:
     """Compile a source model in this process and return the artifact, in another folder than it was made in.
 
+    Fails when the compile leaves the process changed.
     An artifact that is there already is returned as it is: tests may share it, and must not write to it.
 
     Args:
@@ -81,7 +83,9 @@ def compiled_folder(source_dir: Path, target_name: str, hf_task: HfTask, parent:
     if not folder.exists():
         made = parent / f"{folder.name}.made-here"
         made.mkdir()
-        build_artifact(request | {"out_dir": str(made)})
+        # Each first compile of a session is looked at: one more would cost as long again.
+        with unchanged_process():
+            build_artifact(request | {"out_dir": str(made)})
         made.rename(folder)
     return folder
 
@@ -245,6 +249,35 @@ class TargetConformance:
         assert left == {"TMPDIR/answer.json"}
         assert list_files(source_dir) == before
         assert open_artifact(tmp_path / "out").manifest.target.name == target.name
+
+    @pytest.mark.parametrize("threads", [None, 1])
+    def test_compiling_loading_and_calling_leave_the_process_as_it_was(
+        self,
+        target: Target,
+        artifact: Callable[[HfTask], OpenArtifact],
+        tiny_model: TinyModel,
+        threads: int | None,
+    ) -> None:
+        """Environment, threads, random numbers, warnings and working folder are the caller's own."""
+        import torch
+
+        hf_task = target.capabilities.hf_tasks[0]
+        opened = artifact(hf_task)
+        source = load_source_graph(tiny_model(hf_task), hf_task)
+        record = opened.manifest.components["default"]
+        inputs = _inputs(record, source, *_shapes(record)[1])
+        reference = source.run(inputs)
+        count = torch.get_num_threads()
+        # Another count than is asked for.
+        torch.set_num_threads(2)
+        try:
+            with unchanged_process():
+                runner = opened.load("default", device=None, threads=threads)
+            with unchanged_process():
+                _assert_close(runner.run(inputs), reference, self.atol)
+                runner.close()
+        finally:
+            torch.set_num_threads(count)
 
     def test_closing_twice_does_nothing_and_a_closed_graph_says_so(self, target: Target, load: Load) -> None:
         """A service may close in any order."""
