@@ -140,7 +140,7 @@ def test_refusal_deep_in_the_flow_is_one_line_and_leaves_nothing(
         settings, "flows", "compile", "--model", str(model), "--target", "torchscript",
         "--task", "text-classification",
     )  # fmt: skip
-    assert_one_line(done, "no classifier", "saved as BertModel, not for text-classification")
+    assert_one_line(done, "no classifier", "saved as BertModel, not for text-classification", " Log: ")
     assert not (settings.home_dir / "registry.db").exists()
     assert not list((settings.home_dir / "work").iterdir())
 

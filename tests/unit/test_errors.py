@@ -13,16 +13,17 @@ TREE = [kind for kind in vars(errors).values() if isinstance(kind, type) and iss
 
 @pytest.mark.parametrize("kind", TREE)
 def test_error_survives_pickling(kind: type[CompileflowError]) -> None:
-    error = pickle.loads(pickle.dumps(kind("what was found", hint="what to do")))
+    error = pickle.loads(pickle.dumps(kind("what was found", hint="what to do", log_path="/logs/1.log")))
     assert type(error) is kind
-    assert (error.message, error.hint) == ("what was found", "what to do")
+    assert (error.message, error.hint, error.log_path) == ("what was found", "what to do", "/logs/1.log")
 
 
 @pytest.mark.parametrize("kind", TREE)
 def test_error_survives_json(kind: type[CompileflowError]) -> None:
-    error = CompileflowError.from_dict(json.loads(json.dumps(kind("found", hint="do").to_dict())))
+    sent = kind("found", hint="do", log_path="/logs/1.log").to_dict()
+    error = CompileflowError.from_dict(json.loads(json.dumps(sent)))
     assert type(error) is kind
-    assert (error.message, error.hint) == ("found", "do")
+    assert (error.message, error.hint, error.log_path) == ("found", "do", "/logs/1.log")
 
 
 def test_only_places_that_did_not_answer_are_worth_a_retry() -> None:
@@ -56,3 +57,10 @@ def test_message_and_hint_are_one_line() -> None:
 
 def test_error_without_hint_ends_with_its_message() -> None:
     assert str(CompileflowError("found")) == "found"
+
+
+def test_error_with_a_log_says_where_it_is() -> None:
+    error = CompileflowError("found", hint="do", log_path="/logs/1.log")
+    assert str(error) == "found do Log: /logs/1.log"
+    assert str(CompileflowError("found", log_path="/logs/1.log")) == "found Log: /logs/1.log"
+    assert CompileflowError.from_dict({"type": "CompileError", "message": "found"}).log_path == ""

@@ -9,13 +9,13 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from compileflow.process_state import resident_bytes, torch_threads, undisturbed_process
+from compileflow.testing.state import process_state, unchanged_process
 
 
 def disturb() -> None:
@@ -28,19 +28,6 @@ def disturb() -> None:
     torch.manual_seed(1)
     torch.set_num_threads(torch.get_num_threads() + 1)
     warnings.simplefilter("ignore")
-
-
-def state() -> dict[str, Any]:
-    """Return what `disturb` changes, in a form that can be compared."""
-    legacy = np.random.get_state(legacy=False)
-    return {
-        "environment": dict(os.environ),
-        "random": random.getstate(),
-        "numpy": (legacy["state"]["pos"], legacy["state"]["key"].tolist()),
-        "torch": torch.random.get_rng_state().tolist(),
-        "threads": torch.get_num_threads(),
-        "filters": list(warnings.filters),
-    }
 
 
 @contextmanager
@@ -64,21 +51,33 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("prepared")
 def test_everything_that_a_toolchain_changes_is_put_back() -> None:
-    before = state()
+    before = process_state()
     with undisturbed_process():
         disturb()
         # The proof that each part would have been seen.
-        assert [name for name, value in state().items() if value == before[name]] == []
-    assert state() == before
+        kept = [name for name, value in process_state().items() if value == before[name]]
+        assert kept == ["working folder"]
+    assert process_state() == before
 
 
 @pytest.mark.usefixtures("prepared")
 def test_everything_is_put_back_after_an_error_too() -> None:
-    before = state()
+    before = process_state()
     with failing(), undisturbed_process():
         disturb()
         raise ZeroDivisionError
-    assert state() == before
+    assert process_state() == before
+
+
+@pytest.mark.usefixtures("prepared")
+def test_suites_check_of_the_process_sees_a_change() -> None:
+    with unchanged_process():
+        pass
+    with (
+        pytest.raises(AssertionError, match=r"environment, .*random, COMPILEFLOW_TEST_ADDED, "),
+        unchanged_process(),
+    ):
+        disturb()
 
 
 @pytest.mark.usefixtures("prepared")
