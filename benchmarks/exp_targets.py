@@ -36,6 +36,7 @@ from flows.demo import demo_model
 SHAPES = ("1x16", "1x128", "8x128", "32x128")
 # A call that is over this soon may still find another library's threads spinning, and gets a second untimed one.
 SHORT_S = 0.1
+PAUSE_S = 0.03
 
 
 @dataclass
@@ -127,6 +128,8 @@ def race(
         # Who goes first changes every round.
         turn = number % len(racers)
         for racer in (*racers[turn:], *racers[:turn]):
+            # Until the last one's threads, which spin on for a while, have gone to sleep.
+            time.sleep(PAUSE_S)
             for _ in range(warm[racer.name]):
                 racer.call(inputs)
             start = time.perf_counter()

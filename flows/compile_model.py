@@ -89,7 +89,9 @@ def compile_best(source: FetchedSource, request: CompileRequest) -> CompileResul
     compared = compare(source, request, planned, candidates)
     won = made[compared.winner] if compared.winner is not None else None
     if won is None or compared.winner is None:
-        raise VerdictError(compared.reason, hint=f"Nothing was registered. Comparison: {compared.comparison_uri}")
+        raise VerdictError(
+            compared.reason, hint=f"Nothing was registered. Run: compileflow inspect {compared.comparison_uri}"
+        )
     result = finish(source, *won, planned.requests[compared.winner])
     return result.model_copy(update={"comparison_uri": compared.comparison_uri})
 

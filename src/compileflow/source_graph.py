@@ -263,6 +263,11 @@ def _input_records(model: Any, config: Any) -> tuple[TensorRecord, ...]:
     wanted = ["input_ids", "attention_mask"]
     if "token_type_ids" in names and getattr(config, "type_vocab_size", 0) > 1:
         wanted.append("token_type_ids")
+    if "input_ids" not in names:
+        raise SourceError(
+            f"{type(model).__name__}.forward names no input_ids; it has {', '.join(names)}.",
+            hint="Let forward name its inputs: a graph has named inputs.",
+        )
     return tuple(
         TensorRecord(name=name, dtype="int64", axes=("batch", "sequence")) for name in wanted if name in names
     )

@@ -112,12 +112,12 @@ def test_nothing_is_registered_when_no_candidate_keeps_to_the_budget(
     pipeline: Pipeline, tiny_model: ModelFactory
 ) -> None:
     model = tiny_model(HfTask.TEXT_CLASSIFICATION)
-    state = run(pipeline, model, objective={"goal": "latency", "max_serving_memory_bytes": 1})
+    state = run(pipeline, model, objective={"goal": "latency", "max_size_bytes": 1})
     assert state.is_failed()
-    assert state.message == "None of 2 candidates is left: 2 exceeded the serving memory budget."
+    assert state.message == "None of 2 candidates is left: 2 exceeded the size budget."
     error = state.result(raise_on_failure=False)
     assert isinstance(error, VerdictError)
-    assert "Comparison: file://" in error.hint
+    assert "Run: compileflow inspect file://" in error.hint
     assert list(open_registry(pipeline.registry_uri).versions()) == []
 
 
@@ -140,6 +140,19 @@ def test_contradictions_are_refused_before_anything_is_compiled(
     assert isinstance(error, SpecError)
     assert found in str(error)
     assert pipeline.counts["compile"] == 0
+
+
+def test_fault_that_all_candidates_share_is_the_reason(pipeline: Pipeline, tiny_model: ModelFactory) -> None:
+    request = pipeline.request(
+        tiny_model(HfTask.FEATURE_EXTRACTION),
+        target="auto",
+        hf_task="text-classification",
+        auto={"precisions": ["fp32"], "targets": ["torchscript", "onnx-runtime"]},
+    )
+    state = compile_model(request, return_state=True)
+    assert state.message.startswith(
+        "None of 2 candidates is left: 2 ended in an error: The weights hold no classifier"
+    )
 
 
 def test_what_this_machine_cannot_try_is_named_and_not_tried(pipeline: Pipeline, tiny_model: ModelFactory) -> None:

@@ -196,7 +196,7 @@ def test_speed_is_compared_only_where_all_were_timed() -> None:
     winner, _ = chosen(candidate("a", (0.5, 0.5)), candidate("b", (0.1,)))
     assert winner == 0
     winner, reason = chosen(candidate("a", None), candidate("b", None))
-    assert (winner, reason) == (None, "None of 2 candidates is left: 2 lacked a timing.")
+    assert (winner, reason) == (None, "None of 2 candidates is left: 2 lacked a timing: not timed at any shape")
 
 
 def test_when_none_is_left_the_reason_counts_why() -> None:

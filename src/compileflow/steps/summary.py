@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
+from compileflow.validation.candidates import megabytes
 
 
 def summary_markdown(source: FetchedSource, artifact: CompiledArtifact, validated: ValidatedArtifact) -> str:
@@ -38,8 +39,3 @@ def compile_words(artifact: CompiledArtifact) -> str:
     if artifact.cached:
         return f"cached, {artifact.why}"
     return f"compiled in {artifact.compile_duration_s:.1f} s, {artifact.why}"
-
-
-def megabytes(size_bytes: float) -> str:
-    """Return a size for people, in MB of 10**6 bytes."""
-    return f"{size_bytes / 1e6:.1f} MB"

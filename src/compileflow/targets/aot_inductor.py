@@ -66,6 +66,8 @@ class AotInductorTarget:
         precisions=(Precision.FP32, Precision.BF16),
         devices=("cpu",),
         dynamic_axes=True,
+        # Freezing's packed kernels win on CPUs with AVX-512, and lose on larger batches on those without.
+        variants={Precision.FP32: ({"freezing": True}, {"freezing": False})},
     )
     default_gates: ClassVar[Mapping[Precision, Mapping[str, float]]] = {}
 

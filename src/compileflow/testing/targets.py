@@ -92,9 +92,9 @@ def compiled_folder(source_dir: Path, target_name: str, hf_task: HfTask, parent:
 
 def compile_request(source_dir: Path, target_name: str, hf_task: HfTask) -> dict[str, object]:
     """Return what `build_artifact` needs, without `out_dir`; static targets get the shapes of `BUCKETS`."""
-    dynamic = get_target(target_name).capabilities.dynamic_axes
-    component = ComponentSpec(shape_buckets=() if dynamic else BUCKETS)
-    spec = CompileSpec(target=target_name, hf_task=hf_task, components=(component,))
+    can = get_target(target_name).capabilities
+    component = ComponentSpec(shape_buckets=() if can.dynamic_axes else BUCKETS)
+    spec = CompileSpec(target=target_name, hf_task=hf_task, precision=can.precisions[0], components=(component,))
     source = {"uri": source_dir.as_uri(), "revision": "0" * 64, "digest": "0" * 64}
     return {
         "source_dir": str(source_dir),
@@ -189,7 +189,10 @@ class TargetConformance:
     def test_unknown_option_is_refused_with_the_options_there_are(self, target: Target) -> None:
         """Nobody has to read the source to learn how an option is spelt."""
         spec = CompileSpec(
-            target=target.name, hf_task=target.capabilities.hf_tasks[0], target_options={"no_such_option": 1}
+            target=target.name,
+            hf_task=target.capabilities.hf_tasks[0],
+            precision=target.capabilities.precisions[0],
+            target_options={"no_such_option": 1},
         )
         with pytest.raises(SpecError, match="no_such_option") as caught:
             checked_target(spec)

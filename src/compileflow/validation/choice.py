@@ -68,7 +68,9 @@ def choose(candidates: Sequence[Candidate], objective: Objective, *, allow_warn:
     if not left:
         counts = Counter(drop.kind for drop in dropped.values())
         whys = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
-        return None, f"None of {len(candidates)} candidates is left: {whys}."
+        details = {drop.detail for drop in dropped.values()}
+        shared = f": {details.pop()}" if len(details) == 1 and len(dropped) > 1 else "."
+        return None, f"None of {len(candidates)} candidates is left: {whys}{shared}"
     pool = left
     if objective.goal == "size":
         smallest = min(_or_inf(candidates[position].size_bytes) for position in left)
