@@ -11,7 +11,6 @@ from typing import Annotated, Any, ParamSpec
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Column, Table
 
 from compileflow.errors import CompileflowError
@@ -67,20 +66,22 @@ def targets(as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return
-    table = Table(Column("target", no_wrap=True), "compiles here", "runs here", "precisions", "what is missing")
+    table = Table(Column("target", no_wrap=True), "compiles here", "runs here", "precisions")
+    missing = []
     for row in rows:
-        missing = f"{row['reason']}: {row['hint']}" if row["reason"] else ""
         lacking = row["lacking"] if row["can_run"] else {}
         table.add_row(
             str(row["target"]),
             "yes" if row["can_compile"] else "no",
             "yes" if row["can_run"] else "no",
-            ", ".join(row["precisions"]),
-            escape(
-                "; ".join(part for part in (missing, *(f"{name}: {why}" for name, why in lacking.items())) if part)
-            ),
+            ", ".join(f"({name})" if name in lacking else name for name in row["precisions"]),
         )
+        if row["reason"]:
+            missing.append(f"{row['target']}: {row['reason']}. {row['hint']}")
+        missing += [f"{row['target']} ({name}): {why}." for name, why in lacking.items()]
     Console().print(table)
+    for line in missing:
+        typer.echo(line)
 
 
 @app.command()
