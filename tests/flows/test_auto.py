@@ -97,6 +97,7 @@ def test_second_run_measures_nothing_again_and_gives_the_same_version(
     assert all(each.cached for each in comparison.candidates)
 
 
+@pytest.mark.slow
 def test_size_is_another_objective_and_wins_another_candidate(
     pipeline: Pipeline, tiny_model: ModelFactory
 ) -> None:

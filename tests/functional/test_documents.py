@@ -68,7 +68,7 @@ def test_commands_of_the_readme_run(settings: Settings, workspace: Path) -> None
                 words[0] = sys.executable
             if "auto" in words:
                 # All candidates take minutes; two are enough to see that the command is right.
-                words += ["--among", "torchscript", "--among", "openvino", "--precision", "fp32"]
+                words += ["--among", "torchscript", "--among", "onnx-runtime", "--precision", "fp32"]
             done = subprocess.run(
                 words, cwd=workspace, env=environment, capture_output=True, text=True, timeout=300
             )
