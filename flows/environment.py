@@ -13,6 +13,8 @@ _DEFAULTS = {
     "DO_NOT_TRACK": "1",
     # Twenty seconds, Prefect's own, are not enough for a first start on a small machine.
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    # An embedded server that is stopped while it writes prints a traceback after the run's last line.
+    "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
     # SQLite stalls when each task run is written on its own.
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "100",
