@@ -164,10 +164,7 @@ def example_inputs(
 
 
 def calibration_tensors(graph: SourceGraph, plan: ComponentPlan) -> list[dict[str, torch.Tensor]]:
-    """Return a plan's calibration batches as the graph's inputs.
-
-    Tensors, because transformers' exporters leave out whatever is none, without a word.
-    """
+    """Return a plan's calibration batches as tensors: transformers' exporters drop arrays without a word."""
     import torch
 
     return [
