@@ -9,12 +9,15 @@ from pathlib import Path
 
 from compileflow.catalog import get_target, target_names
 from compileflow.errors import CompileflowError
+from compileflow.loading.runtime import runtime_needs
 from compileflow.settings import Settings
-from compileflow.spec import HfTask, Precision
+from compileflow.spec import GRAPH_TASKS, HfTask, Precision
 from compileflow.validation.suite import gates_for, load_suite
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/artifact-format.md", "docs/operations.md", "docs/adding-a-target.md")
+PAGES = ("README.md", "docs/artifact-format.md", "docs/operations.md", "docs/adding-a-target.md", "docs/tasks.md")
+# Targets whose toolchains run on an ordinary machine; the others' cells would rest on doubles.
+REAL_TARGETS = ("aot-inductor", "onnx-runtime", "openvino", "torchscript")
 _BLOCK = re.compile(r"(<!-- table: (?P<name>[a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -36,6 +39,16 @@ def targets() -> str:
         precisions = ", ".join(precision.value for precision in can.precisions)
         rows.append((f"`{name}`", target.summary, precisions, axes, options))
     return table(("target", "what it is", "precisions", "inputs", "options"), rows)
+
+
+def runtimes() -> str:
+    """Return which versions of its runtime each target needs."""
+    rows = []
+    for name in target_names():
+        rules = get_target(name).capabilities.runtime
+        needs = runtime_needs(rules, dict.fromkeys(rules, "2.9.1"))
+        rows += [(f"`{name}`", f"`{distribution}`", f"`{versions}`") for distribution, versions in needs.items()]
+    return table(("target", "distribution", "loads with"), rows)
 
 
 def settings() -> str:
@@ -65,7 +78,7 @@ def errors() -> str:
 def gates() -> str:
     """Return every gate with its limit for each precision, and for the tasks that have their own."""
     rows = []
-    tasks = {task: {gate.entry.gate for gate in gates_for(Precision.FP32, task, {})} for task in HfTask}
+    tasks = {task: {gate.entry.gate for gate in gates_for(Precision.FP32, task, {})} for task in GRAPH_TASKS}
     for entry in load_suite().gates:
         holders = [task for task, names in tasks.items() if entry.gate in names]
         limits = []
@@ -77,13 +90,26 @@ def gates() -> str:
                 if gate.entry.gate == entry.gate
             }
             limits.append(" or ".join(sorted(found)) or "none")
-        where = "all" if len(holders) == len(HfTask) else ", ".join(holders) or "when asked"
+        where = "all" if len(holders) == len(GRAPH_TASKS) else ", ".join(holders) or "when asked"
         rows.append((f"`{entry.gate}`", entry.says, where, *limits))
     return table(("gate", "what it says", "tasks", *(precision.value for precision in Precision)), rows)
 
 
+def tasks() -> str:
+    """Return every task: what a pipeline takes, whose pipeline answers, and the targets that compile it."""
+    own = (HfTask.SENTENCE_SIMILARITY, HfTask.QUESTION_ANSWERING)
+    able = {name: get_target(name).capabilities.hf_tasks for name in target_names()}
+    rows = []
+    for task in HfTask:
+        cells = ["yes" if task in able[name] else "" for name in REAL_TARGETS]
+        rows.append((f"`{task}`", task.modality, "compileflow's own" if task in own else "transformers'", *cells))
+    return table(("task", "takes", "pipeline", *(f"`{name}`" for name in REAL_TARGETS)), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "targets": targets,
+    "tasks": tasks,
+    "runtimes": runtimes,
     "settings": settings,
     "errors": errors,
     "gates": gates,

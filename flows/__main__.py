@@ -51,6 +51,10 @@ def compile_command(
     bucket: Annotated[
         list[str] | None, typer.Option(help="Shape bucket as BATCHxTOKENS, for example 1x128. Repeat.")
     ] = None,
+    component: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=TOKENS: one of several lengths in one artifact, sharing the weights. Repeat."),
+    ] = None,
     option: Annotated[list[str] | None, typer.Option(help="Target option as NAME=JSON. Repeat.")] = None,
     name: Annotated[str | None, typer.Option(help="Name in the registry.")] = None,
     examples: Annotated[str | None, typer.Option(help="Your own natural examples, one a line.")] = None,
@@ -106,6 +110,7 @@ def compile_command(
     shown = sys.stderr.isatty() if progress is None else progress
     try:
         raw["shape_buckets"] = [_bucket(text) for text in bucket or ()]
+        raw["components"] = [_component(text) for text in component or ()]
         raw["validation"] = {
             "examples_path": examples,
             "max_latency_ratio": max_latency_ratio,
@@ -171,6 +176,8 @@ def _request(raw: dict[str, Any]) -> CompileRequest:
         return CompileRequest.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
+        if not first["loc"]:
+            raise SpecError(f"{first['msg']}.") from error
         where = ".".join(str(part) for part in first["loc"])
         raise SpecError(f"{where}: {first['msg']} (found {first['input']!r}).") from error
 
@@ -180,6 +187,13 @@ def _bucket(text: str) -> dict[str, int]:
     if not (cross and batch_size.isdecimal() and length.isdecimal()):
         raise SpecError(f"{text!r} is no shape bucket.", hint="Write it as BATCHxTOKENS, for example 1x128.")
     return {"batch_size": int(batch_size), "sequence_length": int(length)}
+
+
+def _component(text: str) -> dict[str, Any]:
+    name, equals, length = text.partition("=")
+    if not (equals and length.isdecimal()):
+        raise SpecError(f"{text!r} is no component.", hint="Write it as NAME=TOKENS, for example word=16.")
+    return {"name": name, "max_sequence_length": int(length)}
 
 
 def _option(text: str) -> tuple[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from importlib.resources import files
@@ -9,14 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from compileflow.source_graph import AUTO_CLASSES
-from compileflow.spec import HfTask
+from compileflow.spec import GRAPH_TASKS, HfTask
 
 ARCHITECTURES = ("bert", "distilbert", "roberta")
 LABELS = {
     HfTask.TEXT_CLASSIFICATION: ("negative", "neutral", "positive"),
+    HfTask.ZERO_SHOT_CLASSIFICATION: ("contradiction", "neutral", "entailment"),
     HfTask.TOKEN_CLASSIFICATION: ("O", "B-PER", "I-PER", "B-LOC", "I-LOC"),
+    HfTask.IMAGE_CLASSIFICATION: ("cat", "dog", "bird", "boat"),
+    HfTask.AUDIO_CLASSIFICATION: ("yes", "no", "stop"),
 }
+_LETTERS = ("<pad>", "<s>", "</s>", "<unk>", "|", *"abcdefghijklmnopqrstuvwxyz'")
 MAX_TOKENS = 64
+TEXT_GRAPHS = tuple(task for task in GRAPH_TASKS if task.modality == "text")
+SIGNAL_TASKS = tuple(task for task in HfTask if task.modality != "text")
 _VOCAB_SIZE = 600
 
 
@@ -27,13 +34,16 @@ def sentences() -> list[str]:
 
 
 def build_model(folder: Path, hf_task: HfTask, *, architecture: str = "bert", seed: int = 0) -> Path:
-    """Write a random model with its tokenizer, as save_pretrained does, and return the folder.
+    """Write a random model with its tokenizer or processor, as save_pretrained does, and return the folder.
 
     Weights are drawn wider than transformers draws them, so that masks, token types and labels matter.
+    Images and audio have their own architectures: vit, and wav2vec2 with an attention mask.
     """
     import torch
     import transformers
 
+    if hf_task.modality != "text":
+        return _build_signal_model(folder, hf_task, seed)
     torch.manual_seed(seed)
     tokenizer = _tokenizer(architecture)
     labels = LABELS.get(hf_task, ("LABEL_0", "LABEL_1"))
@@ -44,6 +54,47 @@ def build_model(folder: Path, hf_task: HfTask, *, architecture: str = "bert", se
                 parameter.normal_(0.0, 0.3 if "embeddings" in name else 0.15)
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _build_signal_model(folder: Path, hf_task: HfTask, seed: int) -> Path:
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    labels = LABELS.get(hf_task, ("LABEL_0",))
+    named = {"id2label": dict(enumerate(labels)), "label2id": {label: n for n, label in enumerate(labels)}}
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    if hf_task.modality == "image":
+        config = transformers.ViTConfig(**size, **named, image_size=32, patch_size=8)
+        processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
+    else:
+        config = transformers.Wav2Vec2Config(
+            **size,
+            **named,
+            vocab_size=len(_LETTERS),
+            feat_extract_norm="layer",
+            conv_dim=(16, 16, 16),
+            conv_kernel=(10, 3, 3),
+            conv_stride=(5, 4, 4),
+            num_feat_extract_layers=3,
+            num_conv_pos_embeddings=16,
+            num_conv_pos_embedding_groups=4,
+            classifier_proj_size=32,
+            do_stable_layer_norm=True,
+        )
+        processor = transformers.Wav2Vec2FeatureExtractor(return_attention_mask=True)
+    model = getattr(transformers, AUTO_CLASSES[hf_task]).from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0.0, 0.15)
+    model.eval().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    if hf_task is HfTask.SPEECH_RECOGNITION:
+        vocabulary = folder / "vocab.json"
+        vocabulary.write_text(json.dumps({letter: n for n, letter in enumerate(_LETTERS)}), "utf-8")
+        transformers.Wav2Vec2CTCTokenizer(str(vocabulary)).save_pretrained(folder)
     return folder
 
 

@@ -206,7 +206,7 @@ def versions(
 def _artifact_folder(location: str) -> Iterator[Path]:
     """Give a local folder as it is, and a stored one as a verified copy."""
     from compileflow.catalog import open_store
-    from compileflow.serving.artifacts import split_uri
+    from compileflow.loading.artifacts import split_uri
 
     if "://" not in location:
         yield Path(location).expanduser().absolute()
@@ -252,7 +252,7 @@ def _inspect_comparison(uri: str, as_json: bool) -> None:
 def _proof(location: str, digest: str) -> str | None:
     """Say what proves an artifact: a registered version, or else a passing report in its store."""
     from compileflow.catalog import open_registry, open_store
-    from compileflow.serving.artifacts import split_uri
+    from compileflow.loading.artifacts import split_uri
     from compileflow.settings import get_settings
     from compileflow.steps.validate import report_on
 

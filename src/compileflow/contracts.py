@@ -49,6 +49,10 @@ class Capabilities:
         dynamic_axes: True: any shape runs. False: only the shape buckets do.
         compile_needs_device: True: without the device there is no compile.
         variants: For a precision, the sets of options that `auto` tries; where none is named, the defaults alone.
+        runtime: Distributions that running needs, each with the versions (PEP 440) that load what one of its
+            versions compiled. Of a compile with 2.13.1, {major}, {minor} and {release} are 2, 2.13 and 2.13.1,
+            and {next_major} is 3. Those that are not named are not checked.
+        runtime_install: Command that installs such versions; {} stands for the requirements.
     """
 
     hf_tasks: tuple[HfTask, ...]
@@ -57,6 +61,8 @@ class Capabilities:
     dynamic_axes: bool
     compile_needs_device: bool = False
     variants: Mapping[Precision, tuple[Mapping[str, JsonValue], ...]] = field(default_factory=dict)
+    runtime: Mapping[str, str] = field(default_factory=dict)
+    runtime_install: str = "pip install {}"
 
 
 @dataclass(frozen=True)
@@ -64,8 +70,8 @@ class ComponentPlan:
     """One component, decided down to the shapes: what `Target.compile` is given.
 
     Attributes:
-        calibration: Tokenized natural batches, int64 arrays of shape (batch, sequence); () unless the
-            target's options say `needs_calibration`.
+        calibration: Natural batches, arrays of the graph's inputs; () unless the target's options say
+            `needs_calibration`.
     """
 
     name: str
@@ -92,6 +98,7 @@ class CompiledGraph:
     output_class: str
     pad_token_id: int
     load_options: Mapping[str, JsonValue] = field(default_factory=dict)
+    frame_convolutions: tuple[tuple[int, int], ...] = ()
 
 
 class Runner(Protocol):

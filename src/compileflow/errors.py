@@ -142,6 +142,12 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text that says something, cut to 300 characters, without a full stop."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)[:300].rstrip(".:")
+
+
 def _rebuild(name: str, message: str, hint: str, log_path: str) -> CompileflowError:
     return _tree().get(name, CompileflowError)(message, hint=hint, log_path=log_path)
 

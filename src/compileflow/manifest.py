@@ -13,10 +13,10 @@ from compileflow.errors import IntegrityError, ManifestError
 from compileflow.spec import CompileSpec, HfTask, Precision, ShapeBucket
 
 MANIFEST_NAME = "manifest.json"
-SCHEMA_VERSION: Literal[2] = 2
-_READABLE = (1, 2)
+SCHEMA_VERSION: Literal[3] = 3
+_READABLE = (1, 2, 3)
 
-Axis = Literal["batch", "sequence"] | int
+Axis = Literal["batch", "sequence", "frames"] | int
 
 
 class _Record(BaseModel):
@@ -46,17 +46,21 @@ class TensorRecord(_Record):
 
     name: str
     dtype: str = Field(description="NumPy name, for example int64.")
-    axes: tuple[Axis, ...] = Field(description="'batch', 'sequence', or a fixed size in elements.")
+    axes: tuple[Axis, ...] = Field(
+        description="'batch', 'sequence', 'frames' (what convolutions make of a sequence), or a fixed size."
+    )
 
 
 class ComponentRecord(_Record):
     """One compiled graph: its interface, its shapes, and where its files are."""
 
-    folder: Annotated[str, AfterValidator(safe_relative_path)] = Field(description="Relative to the manifest.")
+    folder: Annotated[str, AfterValidator(safe_relative_path)] = Field(
+        description="Relative to the manifest; components of one graph share it."
+    )
     inputs: tuple[TensorRecord, ...]
     outputs: tuple[TensorRecord, ...]
     output_class: str = Field(description="The source model's output class, as module:Class.")
-    max_sequence_length: int = Field(ge=1)
+    max_sequence_length: int = Field(ge=1, description="Tokens, or what else a row has; images: 1.")
     dynamic_axes: bool = Field(description="False: only the shape buckets run.")
     shape_buckets: tuple[ShapeBucket, ...] = ()
     pad_token_id: int = Field(0, description="Fills input_ids beyond a row's end.")
@@ -65,6 +69,9 @@ class ComponentRecord(_Record):
     )
     load_options: dict[str, JsonValue] = Field(
         default_factory=dict, description="What the target has to know again when it loads."
+    )
+    frame_convolutions: tuple[tuple[int, int], ...] = Field(
+        (), description="(kernel, stride) of each convolution between the sequence and its frames."
     )
 
 
@@ -82,7 +89,7 @@ class ArtifactManifest(_Record):
     It holds no time and no measurement: the same source, spec and toolchain give the same manifest.
     """
 
-    schema_version: Literal[1, 2] = SCHEMA_VERSION
+    schema_version: Literal[1, 2, 3] = SCHEMA_VERSION
     spec: CompileSpec
     source: SourceRecord
     target: TargetRecord

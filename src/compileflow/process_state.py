@@ -37,6 +37,21 @@ def undisturbed_process() -> Iterator[None]:
 
 
 @contextmanager
+def environment(**values: str) -> Iterator[None]:
+    """Set variables of the environment within a block, and put back what they were, or were not."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
 def torch_threads(count: int | None) -> Iterator[None]:
     """Let torch use `count` threads within the block; None changes nothing."""
     import torch

@@ -6,27 +6,35 @@ the functions.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from compileflow.contracts import Arrays, ComponentPlan
 from compileflow.errors import SourceError, SpecError
 from compileflow.manifest import Axis, TensorRecord
-from compileflow.spec import HfTask, Precision
+from compileflow.signals import Convolutions, frame_convolutions, load_processor, signal_lengths, signal_records
+from compileflow.spec import HfTask, Modality, Precision
 
 if TYPE_CHECKING:
     import torch
 
 AUTO_CLASSES: Mapping[HfTask, str] = {
     HfTask.FEATURE_EXTRACTION: "AutoModel",
+    HfTask.SENTENCE_SIMILARITY: "AutoModel",
     HfTask.TEXT_CLASSIFICATION: "AutoModelForSequenceClassification",
+    HfTask.ZERO_SHOT_CLASSIFICATION: "AutoModelForSequenceClassification",
     HfTask.TOKEN_CLASSIFICATION: "AutoModelForTokenClassification",
     HfTask.FILL_MASK: "AutoModelForMaskedLM",
     HfTask.QUESTION_ANSWERING: "AutoModelForQuestionAnswering",
+    HfTask.IMAGE_CLASSIFICATION: "AutoModelForImageClassification",
+    HfTask.AUDIO_CLASSIFICATION: "AutoModelForAudioClassification",
+    HfTask.SPEECH_RECOGNITION: "AutoModelForCTC",
 }
 # Endings of class names in config.json's "architectures", for reading the task off a model.
 HEADS: Mapping[str, HfTask] = {
@@ -34,7 +42,19 @@ HEADS: Mapping[str, HfTask] = {
     "ForTokenClassification": HfTask.TOKEN_CLASSIFICATION,
     "ForMaskedLM": HfTask.FILL_MASK,
     "ForQuestionAnswering": HfTask.QUESTION_ANSWERING,
+    "ForImageClassification": HfTask.IMAGE_CLASSIFICATION,
+    "ForAudioClassification": HfTask.AUDIO_CLASSIFICATION,
+    "ForCTC": HfTask.SPEECH_RECOGNITION,
     "Model": HfTask.FEATURE_EXTRACTION,
+}
+# Speech encoders call a classifier of whole recordings ForSequenceClassification, as text models do.
+_SPEECH_ENCODERS = ("Data2VecAudio", "Hubert", "SEW", "UniSpeech", "Wav2Vec2", "WavLM")
+# What a model's main input says about it.
+_MODALITIES: Mapping[str, Modality] = {
+    "input_ids": "text",
+    "pixel_values": "image",
+    "input_values": "audio",
+    "input_features": "audio",
 }
 # Model types whose embeddings number positions with transformers' create_position_ids_from_input_ids.
 _POSITIONS_AFTER_PADDING = (
@@ -52,6 +72,9 @@ _POSITIONS_AFTER_PADDING = (
 )
 
 
+_TEXT_PROBES = (7, 11)
+
+
 @dataclass(frozen=True)
 class SourceGraph:
     """A source model in evaluation mode with the interface that a compiled graph must keep."""
@@ -62,9 +85,10 @@ class SourceGraph:
     output_class: str
     pad_token_id: int
     vocab_size: int
+    frame_convolutions: Convolutions = ()
 
     def run(self, inputs: Mapping[str, Any]) -> Arrays:
-        """Run the source model: named int64 arrays (batch, sequence) to named float arrays."""
+        """Run the source model: named arrays, of the inputs' axes, to named float arrays."""
         import torch
 
         with torch.inference_mode():
@@ -87,15 +111,22 @@ def load_source_graph(
     """
     config = load_config(folder, trust_remote_code=trust_remote_code)
     model, missing = _load_model(folder, config, hf_task, attention, trust_remote_code)
-    inputs = _input_records(model, config)
-    outputs, output_class = _output_records(model, inputs, config, without_pooler=bool(missing))
+    if hf_task.modality == "text":
+        inputs = _input_records(model, config)
+        lengths = _TEXT_PROBES
+    else:
+        processor = load_processor(folder, hf_task.modality, trust_remote_code=trust_remote_code)
+        inputs = signal_records(processor, inspect.signature(model.forward).parameters, type(model).__name__)
+        lengths = signal_lengths(processor, inputs)
+    outputs, output_class, frames = _output_records(model, inputs, config, lengths, without_pooler=bool(missing))
     return SourceGraph(
         model=model,
         inputs=inputs,
         outputs=outputs,
         output_class=output_class,
-        pad_token_id=config.pad_token_id if config.pad_token_id is not None else 0,
-        vocab_size=config.vocab_size,
+        pad_token_id=_pad_token_id(config),
+        vocab_size=_vocab_size(config),
+        frame_convolutions=frame_convolutions(config, frames) if "sequence" in inputs[0].axes else (),
     )
 
 
@@ -124,10 +155,23 @@ def tasks_of(config: Any) -> tuple[HfTask, ...]:
 
     found = []
     for task, auto_class in AUTO_CLASSES.items():
-        has_code = auto_class in getattr(config, "auto_map", {})
-        if has_code or type(config) in getattr(transformers, auto_class)._model_mapping:
+        heads = getattr(transformers, auto_class)._model_mapping
+        if auto_class in getattr(config, "auto_map", {}):
             found.append(task)
+        elif type(config) in heads:
+            # Speech encoders and vision models have an AutoModel, too; it takes no text.
+            head = heads[type(config)]
+            main_input = (head[0] if isinstance(head, tuple) else head).main_input_name
+            if _MODALITIES.get(main_input) == task.modality:
+                found.append(task)
     return tuple(found)
+
+
+def task_of_architecture(name: str) -> HfTask | None:
+    """Read the task off the name of a model class; None when its ending is unknown."""
+    if name.startswith(_SPEECH_ENCODERS) and name.endswith("ForSequenceClassification"):
+        return HfTask.AUDIO_CLASSIFICATION
+    return next((task for ending, task in HEADS.items() if name.endswith(ending)), None)
 
 
 def maximum_length(config: Any, tokenizer_maximum: int | None) -> int:
@@ -146,21 +190,45 @@ def maximum_length(config: Any, tokenizer_maximum: int | None) -> int:
 def example_inputs(
     inputs: Sequence[TensorRecord], batch_size: int, sequence_length: int, vocab_size: int, pad_token_id: int
 ) -> Arrays:
-    """Make inputs that look real: varied tokens, ragged masks, both token types. Always the same."""
+    """Make inputs that look real: varied tokens or noise, ragged masks, both token types. Always the same."""
     random = np.random.default_rng(20)
-    ids = random.integers(0, vocab_size, (batch_size, sequence_length), dtype=np.int64)
-    mask = np.ones_like(ids)
+    mask = np.ones((batch_size, sequence_length), np.int64)
     for row in range(batch_size):
         # The last row is the longest, so that one row at least is full.
         keep = max(1, sequence_length * (row + 1) // batch_size) if batch_size > 1 else sequence_length
         mask[row, keep:] = 0
-        ids[row, keep:] = pad_token_id
-    values = {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "token_type_ids": (np.arange(sequence_length) >= sequence_length // 2).astype(np.int64) * mask,
+    values: Arrays = {}
+    for record in inputs:
+        if record.name == "input_ids":
+            ids = random.integers(0, vocab_size, (batch_size, sequence_length), dtype=np.int64)
+            values[record.name] = np.where(mask == 1, ids, pad_token_id)
+        elif record.name == "attention_mask":
+            values[record.name] = mask
+        elif record.name == "token_type_ids":
+            second = np.arange(sequence_length) >= sequence_length // 2
+            values[record.name] = second.astype(np.int64) * mask
+        else:
+            values[record.name] = _noise(
+                random, record, mask, masked=any(r.name == "attention_mask" for r in inputs)
+            )
+    return values
+
+
+def free_axes(inputs: Sequence[TensorRecord], batch: Any, sequence: Any) -> dict[str, dict[int, Any]]:
+    """Return torch.export's dynamic_shapes: for each input, its axes that are free, and what each is."""
+    dims = {"batch": batch, "sequence": sequence}
+    return {
+        record.name: {n: dims[axis] for n, axis in enumerate(record.axes) if isinstance(axis, str)}
+        for record in inputs
     }
-    return {record.name: values[record.name] for record in inputs}
+
+
+def example_length(inputs: Sequence[TensorRecord], longest: int) -> int:
+    """Return the length of the inputs that a graph with free axes is exported with."""
+    if "sequence" not in inputs[0].axes:
+        return 1
+    # Of audio a second at most, of text a sentence.
+    return min(16 if inputs[0].name == "input_ids" else 16_000, longest)
 
 
 def calibration_tensors(graph: SourceGraph, plan: ComponentPlan) -> list[dict[str, torch.Tensor]]:
@@ -254,8 +322,6 @@ def _load_model(
 
 
 def _input_records(model: Any, config: Any) -> tuple[TensorRecord, ...]:
-    import inspect
-
     names = list(inspect.signature(model.forward).parameters)
     wanted = ["input_ids", "attention_mask"]
     if "token_type_ids" in names and getattr(config, "type_vocab_size", 0) > 1:
@@ -270,16 +336,34 @@ def _input_records(model: Any, config: Any) -> tuple[TensorRecord, ...]:
     )
 
 
+def _noise(random: np.random.Generator, record: TensorRecord, mask: NDArray[Any], *, masked: bool) -> NDArray[Any]:
+    rows, length = mask.shape
+    sizes = {"batch": rows, "sequence": length}
+    shape = tuple(sizes[axis] if isinstance(axis, str) else axis for axis in record.axes)
+    values = random.standard_normal(shape, dtype=np.float32)
+    if masked and "sequence" in record.axes:
+        values *= mask.reshape([sizes[a] if a in ("batch", "sequence") else 1 for a in record.axes])
+    return values
+
+
+def _pad_token_id(config: Any) -> int:
+    return getattr(config, "pad_token_id", None) or 0
+
+
+def _vocab_size(config: Any) -> int:
+    return int(getattr(config, "vocab_size", None) or 0)
+
+
 def _output_records(
-    model: Any, inputs: Sequence[TensorRecord], config: Any, *, without_pooler: bool
-) -> tuple[tuple[TensorRecord, ...], str]:
+    model: Any, inputs: Sequence[TensorRecord], config: Any, lengths: tuple[int, int], *, without_pooler: bool
+) -> tuple[tuple[TensorRecord, ...], str, list[tuple[int, int]]]:
+    """Return the outputs, their class, and, where one has frames, the frames of each probed length."""
     import torch
 
     shapes: list[dict[str, tuple[int, ...]]] = []
     dtypes: dict[str, str] = {}
-    probes = ((2, 7), (3, 11))
-    for batch_size, length in probes:
-        example = example_inputs(inputs, batch_size, length, config.vocab_size, config.pad_token_id or 0)
+    for batch_size, length in zip((2, 3), lengths, strict=True):
+        example = example_inputs(inputs, batch_size, length, _vocab_size(config), _pad_token_id(config))
         with torch.inference_mode():
             answer = model(**{name: torch.as_tensor(value) for name, value in example.items()})
         tensors = {name: value for name, value in answer.items() if isinstance(value, torch.Tensor)}
@@ -288,11 +372,18 @@ def _output_records(
         shapes.append({name: tuple(value.shape) for name, value in tensors.items()})
         dtypes = {name: str(value.dtype).removeprefix("torch.") for name, value in tensors.items()}
     records = []
+    frames: list[tuple[int, int]] = []
     for name, first in shapes[0].items():
         second = shapes[1][name]
         axes: list[Axis] = []
         for a, b in zip(first, second, strict=True):
-            axes.append("batch" if (a, b) == (2, 3) else "sequence" if (a, b) == (7, 11) else a)
+            if a == b:
+                axes.append(a)
+            elif (a, b) in ((2, 3), lengths):
+                axes.append("batch" if (a, b) == (2, 3) else "sequence")
+            else:
+                axes.append("frames")
+                frames = list(zip(lengths, (a, b), strict=True))
         records.append(TensorRecord(name=name, dtype=dtypes[name], axes=tuple(axes)))
     kind = type(answer)
-    return tuple(records), f"{kind.__module__}:{kind.__qualname__}"
+    return tuple(records), f"{kind.__module__}:{kind.__qualname__}", frames

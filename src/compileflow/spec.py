@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
@@ -13,14 +13,46 @@ TARGET_ALIASES: Mapping[str, str] = {"generic": "torchscript"}
 TargetName = Annotated[str, AfterValidator(lambda name: TARGET_ALIASES.get(name, name))]
 
 
+Modality = Literal["text", "image", "audio"]
+
+
 class HfTask(StrEnum):
     """Hub tasks that a compiled model can serve."""
 
     FEATURE_EXTRACTION = "feature-extraction"
+    SENTENCE_SIMILARITY = "sentence-similarity"
     TEXT_CLASSIFICATION = "text-classification"
+    ZERO_SHOT_CLASSIFICATION = "zero-shot-classification"
     TOKEN_CLASSIFICATION = "token-classification"  # noqa: S105 - a task's name, not a password
     FILL_MASK = "fill-mask"
     QUESTION_ANSWERING = "question-answering"
+    IMAGE_CLASSIFICATION = "image-classification"
+    AUDIO_CLASSIFICATION = "audio-classification"
+    SPEECH_RECOGNITION = "automatic-speech-recognition"
+
+    @property
+    def graph_task(self) -> HfTask:
+        """The task whose graph this one runs: some differ only in what is done with the outputs."""
+        return _SAME_GRAPH.get(self, self)
+
+    @property
+    def modality(self) -> Modality:
+        """What the graph takes in."""
+        return _MODALITIES.get(self, "text")
+
+
+_SAME_GRAPH = {
+    HfTask.SENTENCE_SIMILARITY: HfTask.FEATURE_EXTRACTION,
+    HfTask.ZERO_SHOT_CLASSIFICATION: HfTask.TEXT_CLASSIFICATION,
+}
+_MODALITIES: Mapping[HfTask, Modality] = {
+    HfTask.IMAGE_CLASSIFICATION: "image",
+    HfTask.AUDIO_CLASSIFICATION: "audio",
+    HfTask.SPEECH_RECOGNITION: "audio",
+}
+TEXT_TASKS = tuple(task for task in HfTask if task.modality == "text")
+# Each graph once.
+GRAPH_TASKS = tuple(task for task in HfTask if task.graph_task is task)
 
 
 class Precision(StrEnum):
@@ -38,7 +70,12 @@ class ShapeBucket(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     batch_size: int = Field(ge=1, le=4096, title="Batch size", description="Rows per call.")
-    sequence_length: int = Field(ge=1, le=131072, title="Sequence length", description="Tokens per row.")
+    sequence_length: int = Field(
+        ge=1,
+        le=10_000_000,
+        title="Sequence length",
+        description="Tokens a row; audio: samples; images: 1.",
+    )
 
     def __str__(self) -> str:
         return f"{self.batch_size}x{self.sequence_length}"
@@ -54,7 +91,7 @@ class ComponentSpec(BaseModel):
         None,
         ge=1,
         title="Maximum sequence length",
-        description="Longest input in tokens, special tokens included. Empty: the model's own maximum.",
+        description="Longest row: tokens with special ones, or audio samples. Empty: the model's own maximum.",
     )
     shape_buckets: tuple[ShapeBucket, ...] = Field(
         (),

@@ -13,13 +13,13 @@ from typing import Any, cast
 from numpy.typing import NDArray
 
 from compileflow.contracts import Arrays, ComponentPlan
-from compileflow.errors import InputError, LoadError
+from compileflow.errors import InputError, LoadError, first_line
 from compileflow.isolation import report_progress
 from compileflow.manifest import ComponentRecord
 from compileflow.process_state import torch_threads
 from compileflow.source_graph import SourceGraph, example_inputs
 from compileflow.spec import ShapeBucket
-from compileflow.vendor_toolchain import first_line, vendor_call
+from compileflow.vendor_toolchain import vendor_call
 
 Shape = tuple[int, int]
 

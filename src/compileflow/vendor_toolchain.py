@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from compileflow.contracts import Availability
-from compileflow.errors import CompileError, CompileflowError, SpecError, TargetUnavailableError
+from compileflow.errors import CompileError, CompileflowError, SpecError, TargetUnavailableError, first_line
 from compileflow.toolchain import installed_versions
 
 # Where drivers put their devices.
@@ -92,12 +92,6 @@ def vendor_call(name: str) -> Iterator[None]:
             f"{name} refused the model: {type(error).__name__}: {first_line(error)}.",
             hint="Change the target's options, or try another target; `compileflow targets` lists them.",
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text that says something, cut to 300 characters, without a full stop."""
-    lines = (line.strip() for line in str(error).splitlines())
-    return next(filter(None, lines), type(error).__name__)[:300].rstrip(".:")
 
 
 def contradiction(target: str, option: str, precision: str, hint: str) -> SpecError:

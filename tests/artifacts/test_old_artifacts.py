@@ -16,7 +16,7 @@ import torch
 
 from compileflow import CompiledModel, CompiledPipeline, CompiledTokenizer
 from compileflow.manifest import SCHEMA_VERSION, ArtifactManifest, verify_folder
-from compileflow.serving.artifacts import open_artifact
+from compileflow.loading.artifacts import open_artifact
 from compileflow.spec import Precision
 
 FOLDER = Path(__file__).parent
@@ -41,7 +41,8 @@ def test_old_artifact_verifies_and_has_todays_defaults(name: str) -> None:
     assert f"v{manifest.schema_version}-{manifest.target.name}" == name
     assert len(files) == len(manifest.files) + 1
     assert component.precision is Precision.FP32
-    assert component.load_options == {}
+    assert (component.load_options == {}) is (manifest.schema_version == 1)
+    assert component.frame_convolutions == ()
     assert manifest.calibration is None
 
 

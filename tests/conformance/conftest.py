@@ -9,7 +9,15 @@ from tests.doubles.fixtures import vendor_doubles
 __all__ = ["vendor_doubles"]
 
 # Native code takes g++ a quarter of a minute each time.
-_SLOW = ("fill-mask", "token-classification", "question-answering", "test_nothing_is_left")
+_SLOW = (
+    "audio-classification",
+    "automatic-speech-recognition",
+    "fill-mask",
+    "image-classification",
+    "question-answering",
+    "test_nothing_is_left",
+    "token-classification",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -13,7 +13,14 @@ from compileflow.spec import CompileSpec, ComponentSpec, HfTask, ShapeBucket
 from compileflow.steps.build import build_artifact
 from compileflow.steps.prove import prove_artifact
 
-BUCKETS = (ShapeBucket(batch_size=1, sequence_length=16), ShapeBucket(batch_size=8, sequence_length=64))
+BUCKETS = {
+    modality: tuple(ShapeBucket(batch_size=rows, sequence_length=length) for rows, length in shapes)
+    for modality, shapes in {
+        "text": ((1, 16), (8, 64)),
+        "image": ((1, 1), (8, 1)),
+        "audio": ((1, 8000), (8, 48000)),
+    }.items()
+}
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ def compile_here(
 ) -> Path:
     """Compile for real, in this process, with one thread; `out_dir` must not exist."""
     out_dir.mkdir(parents=True)
-    buckets = () if max_sequence_length else BUCKETS
+    buckets = () if max_sequence_length else BUCKETS[hf_task.modality]
     component = ComponentSpec(shape_buckets=buckets, max_sequence_length=max_sequence_length)
     spec = CompileSpec(target=target, hf_task=hf_task, components=(component,))
     build_artifact(

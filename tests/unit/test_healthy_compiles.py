@@ -7,16 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from compileflow.spec import HfTask
+from compileflow.spec import GRAPH_TASKS, HfTask
 from tests.conftest import ModelFactory
-from tests.models import ARCHITECTURES
+from tests.models import ARCHITECTURES, SIGNAL_TASKS, TEXT_GRAPHS
 from tests.unit.proving import compile_here, validate_here
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:.*torch\.jit\..*deprecated")
 
 # Static buckets compile in a moment and always see padding; ONNX exports take seconds each.
-_QUICK = [(architecture, task, "torchscript") for architecture, task in product(("bert",), HfTask)]
-_SLOW = [each for each in product(ARCHITECTURES, HfTask, ("onnx-runtime", "torchscript")) if each not in _QUICK]
+_QUICK = [("bert", task, "torchscript") for task in GRAPH_TASKS]
+_SLOW = [
+    each for each in product(ARCHITECTURES, TEXT_GRAPHS, ("onnx-runtime", "torchscript")) if each not in _QUICK
+] + [("bert", task, target) for task in SIGNAL_TASKS for target in ("onnx-runtime", "openvino")]
 
 
 @pytest.mark.parametrize(
@@ -32,7 +34,8 @@ def test_a_healthy_compile_passes_every_gate(
     proof = validate_here(source_dir, artifact_dir, tmp_path / "report", max_examples=300)
     assert proof.outcome == "pass", proof.reason
     judged = {gate["gate"] for gate in proof.report["verdict"]["gates"]}
-    assert ("token_types_respected" in judged) is (architecture == "bert")
+    assert ("token_types_respected" in judged) is (architecture == "bert" and hf_task in TEXT_GRAPHS)
+    assert ("mask_respected" in judged) is (hf_task is not HfTask.IMAGE_CLASSIFICATION)
 
 
 @pytest.mark.parametrize(("longest", "target"), [(12, "onnx-runtime"), (4, "torchscript")])

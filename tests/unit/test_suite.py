@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from compileflow.errors import MeasurementError
-from compileflow.spec import HfTask, Precision
+from compileflow.spec import GRAPH_TASKS, HfTask, Precision
 from compileflow.validation import suite
 from compileflow.validation.judge import judge
 from compileflow.validation.measure import Measurements
@@ -33,9 +33,20 @@ BY_TASK = {
     HfTask.FEATURE_EXTRACTION: {"neighbour_overlap": {FP32: 0.99, FP16: 0.99, BF16: 0.99, INT8: 0.95}},
     HfTask.FILL_MASK: {"top5_overlap": {FP32: 0.99, FP16: 0.95, BF16: 0.95, INT8: 0.9}},
     HfTask.QUESTION_ANSWERING: {"exact_span": {FP32: 0.99, FP16: 0.99, BF16: 0.99}},
+    HfTask.IMAGE_CLASSIFICATION: {"label_agreement": {FP32: 1.0, FP16: 0.99, BF16: 0.99, INT8: 0.98}},
+    HfTask.AUDIO_CLASSIFICATION: {"label_agreement": {FP32: 1.0, FP16: 0.99, BF16: 0.99, INT8: 0.98}},
+    HfTask.SPEECH_RECOGNITION: {
+        "label_agreement": {FP32: 0.999, FP16: 0.995, BF16: 0.995, INT8: 0.98},
+        "exact_transcript": {FP32: 1.0, FP16: 0.9, BF16: 0.9, INT8: 0.8},
+    },
 }
-CLASSIFIES = (HfTask.TEXT_CLASSIFICATION, HfTask.TOKEN_CLASSIFICATION)
-EVERY = list(product(Precision, HfTask))
+CLASSIFIES = (
+    HfTask.TEXT_CLASSIFICATION,
+    HfTask.TOKEN_CLASSIFICATION,
+    HfTask.IMAGE_CLASSIFICATION,
+    HfTask.AUDIO_CLASSIFICATION,
+)
+EVERY = list(product(Precision, GRAPH_TASKS))
 
 
 @pytest.mark.parametrize(("precision", "task"), EVERY)
@@ -44,7 +55,8 @@ def test_every_precision_and_task_has_the_gates_that_hold_for_all(precision: Pre
     assert list(gates)[:2] == ["finite_outputs", "output_shapes"]
     assert gates["finite_outputs"].limit == 0
     assert gates["output_shapes"].limit == 1
-    assert {"mask_respected", "token_types_respected", "rel_l2", "one_minus_cosine"} <= set(gates)
+    assert {"mask_respected", "rel_l2", "one_minus_cosine"} <= set(gates)
+    assert ("token_types_respected" in gates) is (task.modality == "text")
     assert ("label_order" in gates) is (task in CLASSIFIES)
     assert ("confident_flips" in gates) is (task in CLASSIFIES)
     assert ("max_abs_diff" in gates) is (precision is FP32)

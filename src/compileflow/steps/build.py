@@ -6,8 +6,9 @@ This is the compile step's part that runs in a fresh process, with the model and
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from compileflow.errors import CompileError, SourceError, SpecError
 from compileflow.isolation import report_progress
 from compileflow.manifest import ArtifactManifest, ComponentRecord, SourceRecord, TargetRecord
 from compileflow.process_state import undisturbed_process
+from compileflow.signals import LONGEST_S, load_processor, longest_signal, probe_signals
 from compileflow.source_graph import load_config, maximum_length
 from compileflow.sources.files import kind_of
 from compileflow.spec import CompileSpec, ComponentSpec, ShapeBucket
@@ -26,6 +28,8 @@ from compileflow.steps.calibration import Calibration, calibration_batches
 _SHORTEST_BUCKET = 16
 # Where batches gain on a CPU; beyond, one row keeps it busy.
 _BATCH_SIZE, _BATCHED_UP_TO = 8, 128
+# Folder of a graph that several components share.
+_SHARED = "shared"
 
 
 def build_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -35,33 +39,35 @@ def build_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
     target = get_target(spec.target)
     report_progress(f"importing {', '.join(target.toolchain())}")
     config = load_config(source_dir, trust_remote_code=spec.trust_remote_code)
-    tokenizer = _tokenizer(source_dir, spec.trust_remote_code)
+    # A model from memory may come alone; one from a folder or the Hub without its tokenizer is incomplete.
+    interface = _interface(source_dir, config, spec, needs_tokenizer=request.get("needs_tokenizer", True))
     calibration = Calibration.from_json(request["calibration"]) if request.get("calibration") else None
-    components = {}
-    for component in spec.components:
-        plan = _plan(spec, component, target, config, _tokenizer_maximum(tokenizer), request["threads"])
-        if calibration is not None:
-            plan = replace(
-                plan,
-                calibration=calibration_batches(
-                    calibration.examples,
-                    tokenizer,
-                    task=spec.hf_task,
-                    max_length=plan.max_sequence_length,
-                    pad_token_id=config.pad_token_id or 0,
-                ),
-            )
-        folder = f"components/{component.name}"
-        (out_dir / folder).mkdir(parents=True)
-        with undisturbed_process():
-            graph = target.compile(source_dir, plan, out_dir / folder)
-        written = {record.path for record in list_files(out_dir / folder)}
-        if written != set(graph.files):
-            raise CompileError(
-                f"{target.name} wrote {sorted(written)} and named {sorted(graph.files)}.",
-                hint="Mend the target.",
-            )
-        components[component.name] = ComponentRecord(
+    components: dict[str, ComponentRecord] = {}
+    plans = [_plan(spec, component, target, interface, request["threads"]) for component in spec.components]
+    # Components differ in nothing but their lengths: one graph, stored once, serves them all.
+    whole = _union(plans)
+    if calibration is not None:
+        whole = replace(
+            whole,
+            calibration=calibration_batches(
+                calibration.examples,
+                interface.tokenizer,
+                task=spec.hf_task,
+                max_length=whole.max_sequence_length,
+                pad_token_id=config.pad_token_id or 0,
+            ),
+        )
+    folder = f"components/{whole.name}"
+    (out_dir / folder).mkdir(parents=True)
+    with undisturbed_process():
+        graph = target.compile(source_dir, whole, out_dir / folder)
+    written = {record.path for record in list_files(out_dir / folder)}
+    if written != set(graph.files):
+        raise CompileError(
+            f"{target.name} wrote {sorted(written)} and named {sorted(graph.files)}.", hint="Mend the target."
+        )
+    for plan in plans:
+        components[plan.name] = ComponentRecord(
             folder=folder,
             inputs=graph.inputs,
             outputs=graph.outputs,
@@ -72,6 +78,7 @@ def build_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
             pad_token_id=graph.pad_token_id,
             precision=plan.precision,
             load_options=dict(graph.load_options),
+            frame_convolutions=graph.frame_convolutions,
         )
     report_progress("writing the manifest")
     _copy_interface(source_dir, out_dir)
@@ -103,34 +110,95 @@ def default_buckets(longest: int) -> tuple[ShapeBucket, ...]:
     )
 
 
+@dataclass(frozen=True)
+class _Interface:
+    """What a source model takes, as far as its shapes go.
+
+    Attributes:
+        tokenizer: Of text models.
+        positions: Longest row that the model has positions for; None where there is no such limit.
+        usual: Longest row where nobody says.
+        default_buckets: Of static targets, given the longest row.
+        padding_counts: True where a padded row is answered otherwise than a bare one.
+    """
+
+    tokenizer: Any
+    positions: int | None
+    usual: int
+    default_buckets: Callable[[int], tuple[ShapeBucket, ...]]
+    padding_counts: bool = False
+
+
+def _interface(source_dir: Path, config: Any, spec: CompileSpec, *, needs_tokenizer: bool) -> _Interface:
+    modality = spec.hf_task.modality
+    if modality == "text":
+        tokenizer = _tokenizer(source_dir, spec.trust_remote_code) if needs_tokenizer else None
+        usual = maximum_length(config, _tokenizer_maximum(tokenizer))
+        return _Interface(tokenizer, maximum_length(config, None), usual, default_buckets)
+    processor = load_processor(source_dir, modality, trust_remote_code=spec.trust_remote_code)
+    inputs = processor(probe_signals(processor)[:1])
+    usual = longest_signal(processor)
+    if usual == 1:
+        return _Interface(None, 1, 1, _image_buckets)
+    # Seconds, in what the graph counts a row's length in.
+    second = usual // LONGEST_S
+    return _Interface(
+        None, None, usual, partial(_audio_buckets, second), padding_counts="attention_mask" not in inputs
+    )
+
+
+def _image_buckets(longest: int) -> tuple[ShapeBucket, ...]:
+    return tuple(ShapeBucket(batch_size=rows, sequence_length=longest) for rows in (1, _BATCH_SIZE))
+
+
+def _audio_buckets(second: int, longest: int) -> tuple[ShapeBucket, ...]:
+    lengths = [length for length in (second << power for power in range(16)) if length < longest]
+    return tuple(ShapeBucket(batch_size=1, sequence_length=length) for length in (*lengths, longest))
+
+
 def _plan(
-    spec: CompileSpec,
-    component: ComponentSpec,
-    target: Target,
-    config: Any,
-    tokenizer_maximum: int | None,
-    threads: int,
+    spec: CompileSpec, component: ComponentSpec, target: Target, interface: _Interface, threads: int
 ) -> ComponentPlan:
-    positions = maximum_length(config, None)
     buckets = component.shape_buckets
     asked = component.max_sequence_length or max((b.sequence_length for b in buckets), default=None)
-    if asked is not None and asked > positions:
+    if asked is not None and interface.positions is not None and asked > interface.positions:
         raise SpecError(
-            f"A sequence length of {asked} was asked for; the model has positions for {positions} tokens.",
-            hint=f"Ask for {positions} or fewer.",
+            f"A sequence length of {asked} was asked for; the model has positions for {interface.positions} "
+            "tokens.",
+            hint=f"Ask for {interface.positions} or fewer.",
         )
-    longest = asked or maximum_length(config, tokenizer_maximum)
+    longest = asked or interface.usual
     if target.capabilities.dynamic_axes:
         buckets = ()
+    elif interface.padding_counts:
+        raise SpecError(
+            f"{target.name} pads to fixed shapes, and this model has no attention mask: padding would change its "
+            "answers.",
+            hint="Choose a target with dynamic axes; `compileflow targets --json` lists them.",
+        )
     return ComponentPlan(
         name=component.name,
         hf_task=spec.hf_task,
         precision=spec.precision,
         max_sequence_length=longest,
-        shape_buckets=buckets if buckets or target.capabilities.dynamic_axes else default_buckets(longest),
+        shape_buckets=buckets
+        if buckets or target.capabilities.dynamic_axes
+        else interface.default_buckets(longest),
         options=spec.target_options,
         trust_remote_code=spec.trust_remote_code,
         threads=threads,
+    )
+
+
+def _union(plans: Sequence[ComponentPlan]) -> ComponentPlan:
+    """Return one plan with the shapes of all."""
+    if len(plans) == 1:
+        return plans[0]
+    return replace(
+        plans[0],
+        name=_SHARED,
+        max_sequence_length=max(plan.max_sequence_length for plan in plans),
+        shape_buckets=tuple(dict.fromkeys(bucket for plan in plans for bucket in plan.shape_buckets)),
     )
 
 
@@ -156,6 +224,8 @@ def _tokenizer(source_dir: Path, trust_remote_code: bool) -> Any:
 
 
 def _tokenizer_maximum(tokenizer: Any) -> int | None:
+    if tokenizer is None:
+        return None
     # transformers writes a number of the order 1e30 where a tokenizer knows no maximum.
     maximum = tokenizer.model_max_length
     return int(maximum) if maximum < 1_000_000 else None

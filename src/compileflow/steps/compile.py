@@ -17,7 +17,7 @@ from compileflow.errors import CompileError, ProcessError, SpecError, StepOffErr
 from compileflow.isolation import run_isolated
 from compileflow.manifest import SCHEMA_VERSION
 from compileflow.settings import Settings
-from compileflow.source_graph import HEADS
+from compileflow.source_graph import task_of_architecture
 from compileflow.sources.files import kind_of
 from compileflow.spec import CompileSpec, ComponentSpec, HfTask, Precision
 from compileflow.steps.cache import CacheKey, find, find_or_make, why_missed
@@ -61,6 +61,11 @@ def compile_artifact(
         target = checked_target(spec)
         calibration = None
         if target.Options.model_validate(spec.target_options).needs_calibration(spec.precision):
+            if spec.hf_task.modality != "text":
+                raise SpecError(
+                    f"{target.name} calibrates this int8 on natural text, and {spec.hf_task.value} takes none.",
+                    hint="Choose quantization=dynamic, or another precision.",
+                )
             calibration = load_calibration(spec.hf_task, request.calibration)
         key = compile_key(source, list_files(folder), spec, target, calibration)
         if not enabled:
@@ -92,7 +97,8 @@ def spec_of(request: CompileRequest, source_dir: Path) -> CompileSpec:
             target=request.target,
             hf_task=request.hf_task or detect_task(source_dir),
             precision=request.precision,
-            components=(
+            components=request.components
+            or (
                 ComponentSpec(
                     max_sequence_length=request.max_sequence_length, shape_buckets=request.shape_buckets
                 ),
@@ -112,9 +118,9 @@ def detect_task(source_dir: Path) -> HfTask:
     """
     architectures = json.loads((source_dir / "config.json").read_text("utf-8")).get("architectures") or []
     for name in architectures:
-        for ending, task in HEADS.items():
-            if name.endswith(ending):
-                return task
+        task = task_of_architecture(name)
+        if task is not None:
+            return task
     raise SpecError(
         f"The task cannot be read off the architecture {', '.join(architectures) or '(none given)'}.",
         hint=f"Give it: one of {', '.join(task.value for task in HfTask)}.",

@@ -13,21 +13,20 @@ from typing import Any
 from compileflow.catalog import get_target
 from compileflow.contracts import Arrays
 from compileflow.isolation import report_progress
+from compileflow.loading.artifacts import OpenArtifact, open_artifact
+from compileflow.loading.graph import LoadedGraph
+from compileflow.manifest import ComponentRecord
 from compileflow.process_state import resident_bytes
-from compileflow.serving.artifacts import OpenArtifact, open_artifact
-from compileflow.serving.model import CompiledModel
-from compileflow.source_graph import SourceGraph, example_inputs, load_source_graph
+from compileflow.signals import LONGEST_S, load_processor, longest_signal
+from compileflow.source_graph import SourceGraph, example_inputs, load_config, load_source_graph
+from compileflow.steps.evidence import gather_evidence, timed_shapes
 from compileflow.validation import measure as measuring
-from compileflow.validation.cases import Case, CaseBuilder, agreement_cases, load_examples, shape_cases
+from compileflow.validation.cases import Case
 from compileflow.validation.decisions import Decisions
 from compileflow.validation.judge import judge
 from compileflow.validation.report import Report, ReportSubject, environment, worst_rows, write_report
 from compileflow.validation.settings import ValidationSettings
 from compileflow.validation.suite import suite_digest
-
-# Where a graph is dynamic, lengths at which kernels are wont to change.
-_DYNAMIC_EDGES = (8, 16, 32, 64, 128, 256)
-_TIMED = [(1, 16), (1, 128), (8, 128)]
 
 
 def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,81 +63,76 @@ def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
 
 def _load(
     artifact: OpenArtifact, component: str, validation: ValidationSettings, threads: int
-) -> tuple[CompiledModel, int]:
+) -> tuple[LoadedGraph, int]:
     """Load a component, call it once at each shape that is timed, and return it with the memory that this took."""
-    record = artifact.manifest.components[component]
+    record = artifact.component(component)
     before = resident_bytes()
-    compiled = CompiledModel.from_artifact(artifact, component=component, threads=threads)
-    for batch_size, length in _timed_shapes(validation, record.max_sequence_length):
-        inputs = example_inputs(record.inputs, batch_size, length, compiled.config.vocab_size, record.pad_token_id)
+    vocab_size = getattr(_config(artifact), "vocab_size", None) or 0
+    compiled = LoadedGraph.load(artifact, component=component, threads=threads)
+    for rows, length in _timed_shapes(artifact, record, validation):
         # One that raises is left to the gates.
-        measuring.candidate_answer(compiled.run, inputs)
+        measuring.candidate_answer(
+            compiled.run, example_inputs(record.inputs, rows, length, vocab_size, record.pad_token_id)
+        )
     return compiled, max(0, resident_bytes() - before)
 
 
-def _timed_shapes(validation: ValidationSettings, longest: int) -> tuple[tuple[int, int], ...]:
-    asked = [(each.batch_size, each.sequence_length) for each in validation.latency_shapes] or _TIMED
-    return tuple(dict.fromkeys((batch_size, min(length, longest)) for batch_size, length in asked))
+def _config(artifact: OpenArtifact) -> Any:
+    return load_config(artifact.folder, trust_remote_code=artifact.manifest.spec.trust_remote_code)
+
+
+def _timed_shapes(
+    artifact: OpenArtifact, record: ComponentRecord, validation: ValidationSettings
+) -> tuple[tuple[int, int], ...]:
+    spec = artifact.manifest.spec
+    if spec.hf_task.modality != "audio":
+        return timed_shapes(spec.hf_task, record, validation, second=1)
+    processor = load_processor(artifact.folder, "audio", trust_remote_code=spec.trust_remote_code)
+    return timed_shapes(spec.hf_task, record, validation, second=max(1, longest_signal(processor) // LONGEST_S))
 
 
 def _prove_component(
     graph: SourceGraph,
-    compiled: CompiledModel,
+    compiled: LoadedGraph,
     source_dir: Path,
     validation: ValidationSettings,
     threads: int,
     artifact_uri: str,
 ) -> Report:
-    from transformers import AutoTokenizer
-
-    manifest = compiled.manifest
-    spec, record = manifest.spec, manifest.components[compiled.component]
-    tokenizer = AutoTokenizer.from_pretrained(
-        source_dir, local_files_only=True, trust_remote_code=spec.trust_remote_code
-    )
-    builder = CaseBuilder(
-        tokenizer=tokenizer,
-        input_names=tuple(each.name for each in graph.inputs),
-        max_length=record.max_sequence_length,
-        edges=tuple(sorted({b.sequence_length for b in record.shape_buckets})) or _DYNAMIC_EDGES,
-        pad_token_id=graph.pad_token_id,
-    )
-    examples, origin, _ = load_examples(spec.hf_task, validation.examples_path, validation.max_examples)
-    texts = [example.get("text") or example["context"] for example in examples]
-    natural = agreement_cases(builder, examples, spec.hf_task)
-    cases = shape_cases(builder, texts) + natural
+    manifest, record = compiled.artifact.manifest, compiled.record
+    spec, config = manifest.spec, _config(compiled.artifact)
+    evidence = gather_evidence(source_dir, spec, record, validation)
+    labels = {int(key): str(value) for key, value in config.id2label.items()}
     decisions = Decisions(
-        spec.hf_task,
-        labels={int(key): str(value) for key, value in compiled.config.id2label.items()},
-        multi_label=compiled.config.problem_type == "multi_label_classification",
+        spec.hf_task.graph_task,
+        labels=dict(evidence.tokens) or labels,
+        multi_label=config.problem_type == "multi_label_classification",
     )
     found = measuring.measure(
         graph.run,
         compiled.run,
         outputs=graph.outputs,
         decisions=decisions,
-        cases=cases,
+        cases=evidence.generated + evidence.natural,
         progress=report_progress,
     )
     if "misplaced_labels" in found.scalars:
-        before, after = graph.model.config.id2label, compiled.config.id2label
+        before, after = graph.model.config.id2label, config.id2label
         # Right logits under a wrong name are as wrong as misplaced ones.
         found.scalars["misplaced_labels"] += sum(before.get(n) != after.get(n) for n in before | after)
-    report_progress("probing the attention mask and the token types")
-    measuring.measure_mask(found, graph.run, compiled.run, builder, texts[:4])
-    measuring.measure_token_types(found, graph.run, compiled.run, builder, texts)
+    report_progress("probing what must not change the answers, and what must")
+    for probe in evidence.probes:
+        probe(found, graph.run, compiled.run)
     report_progress("measuring the source model's own noise")
-    measuring.measure_noise(
-        found, _noise_variants(graph, threads), graph.run, natural[:: max(1, len(natural) // 3)][:3]
-    )
+    few = evidence.natural[:: max(1, len(evidence.natural) // 3)][:3]
+    measuring.measure_noise(found, _noise_variants(graph, threads), graph.run, few)
     report_progress("timing both models in turn")
     measuring.measure_latency(
         found,
         graph.run,
         compiled.run,
-        builder,
-        texts,
-        shapes=_timed_shapes(validation, record.max_sequence_length),
+        evidence.timed,
+        shapes=_timed_shapes(compiled.artifact, record, validation),
         pairs=validation.latency_pairs,
     )
     overrides = dict(get_target(spec.target).default_gates.get(spec.precision, {}))
@@ -166,11 +160,11 @@ def _prove_component(
         latencies=tuple(found.latencies),
         worst=worst_rows(found.comparisons),
         families=dict(Counter(row["family"] for row in found.comparisons)),
-        examples_origin=origin,
-        examples_count=len(examples),
+        examples_origin=evidence.origin,
+        examples_count=evidence.examples_count,
         suite_digest=suite_digest(),
         environment=environment(threads),
-        flips=decisions.flips(tokenizer.decode),
+        flips=decisions.flips(evidence.decode),
         flips_count=decisions.flips_count(),
     )
 
@@ -186,7 +180,8 @@ def _noise_variants(graph: SourceGraph, threads: int) -> dict[str, Callable[[Cas
 
     def in_float64(case: Case) -> Arrays:
         with torch.inference_mode():
-            answer = exact(**{name: torch.as_tensor(value) for name, value in case.inputs.items()})
+            tensors = {name: torch.as_tensor(value) for name, value in case.inputs.items()}
+            answer = exact(**{name: t.double() if t.is_floating_point() else t for name, t in tensors.items()})
         return {record.name: answer[record.name].numpy() for record in graph.outputs}
 
     def row_by_row(case: Case) -> Arrays:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from compileflow.catalog import open_store
 from compileflow.errors import ManifestError
-from compileflow.serving.artifacts import split_uri
+from compileflow.loading.artifacts import split_uri
 from compileflow.settings import Settings
 from compileflow.validation.comparison import COMPARISON_HTML, COMPARISON_JSON, Comparison
 from compileflow.validation.report import REPORT_HTML, REPORT_JSON, Report

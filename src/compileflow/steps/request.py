@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 from pydantic.dataclasses import dataclass
 
 from compileflow.catalog import target_names
-from compileflow.spec import TARGET_ALIASES, HfTask, Precision, ShapeBucket, TargetName
+from compileflow.spec import TARGET_ALIASES, ComponentSpec, HfTask, Precision, ShapeBucket, TargetName
 from compileflow.steps.calibration import CalibrationSettings
 from compileflow.validation.candidates import Objective
 from compileflow.validation.settings import ValidationSettings
@@ -100,6 +100,12 @@ class CompileRequest(BaseModel):
     shape_buckets: tuple[ShapeBucket, ...] = Field(
         (), title="Shape buckets", description="Shapes for static targets. Empty: powers of two, batch 1 and 8."
     )
+    components: tuple[ComponentSpec, ...] = Field(
+        (),
+        title="Components",
+        description="Several lengths of one model in one artifact, for example word and document, instead of the "
+        "two fields above.",
+    )
     target_options: dict[str, JsonValue] = Field(
         default_factory=dict, title="Target options", description="Settings that only this target knows."
     )
@@ -134,3 +140,11 @@ class CompileRequest(BaseModel):
     registry_uri: str | None = Field(
         None, title="Registry", description="For example sqlite:////srv/registry.db. Empty: as configured."
     )
+
+    @model_validator(mode="after")
+    def _lengths_stand_in_one_place(self) -> CompileRequest:
+        if self.components and (self.max_sequence_length is not None or self.shape_buckets):
+            raise ValueError(
+                "give max_sequence_length and shape_buckets inside components, or leave components out"
+            )
+        return self

@@ -17,6 +17,7 @@ from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedA
 from compileflow.toolchain import installed_versions
 from compileflow.validation.cases import load_examples
 from compileflow.validation.settings import ValidationSettings
+from compileflow.validation.signals import signals_digest
 from compileflow.validation.suite import suite_digest
 from compileflow.workspace import work_folder
 
@@ -131,7 +132,10 @@ def _key_parts(
     }
     parts |= {f"validation.{name}": str(value) for name, value in validation.model_dump(mode="json").items()}
     # The ones that compileflow carries, too: another version of it may carry others.
-    parts["examples"] = load_examples(hf_task, validation.examples_path, validation.max_examples)[2]
+    if hf_task.modality == "text":
+        parts["examples"] = load_examples(hf_task, validation.examples_path, validation.max_examples)[2]
+    else:
+        parts["examples"] = signals_digest(validation.examples_path, hf_task.modality)
     versions = dict(toolchain) | installed_versions(_LIBRARIES)
     missing = [name for name in _LIBRARIES if name not in versions]
     if missing:

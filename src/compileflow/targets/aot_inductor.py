@@ -25,17 +25,25 @@ from compileflow.contracts import (
     TargetOptions,
 )
 from compileflow.cpu import cpu_features, lacking_precisions
-from compileflow.errors import CompileError, InputError, LoadError
+from compileflow.errors import CompileError, InputError, LoadError, first_line
 from compileflow.isolation import report_progress
-from compileflow.manifest import ComponentRecord
-from compileflow.process_state import torch_threads, undisturbed_process
-from compileflow.source_graph import SourceGraph, as_tuple_module, example_inputs, load_source_graph
+from compileflow.manifest import ComponentRecord, TensorRecord
+from compileflow.process_state import environment, torch_threads, undisturbed_process
+from compileflow.signals import call_sizes, frames_of, shortest_input
+from compileflow.source_graph import (
+    SourceGraph,
+    as_tuple_module,
+    example_inputs,
+    example_length,
+    free_axes,
+    load_source_graph,
+)
 from compileflow.spec import HfTask, Precision
 from compileflow.toolchain import installed_versions
 
 _FILE = "model.pt2"
 _LARGEST_BATCH = 4096
-# torch.export takes a size of 1 for a constant, so a lone token gets a masked one beside it.
+# torch.export takes a size of 1 for a constant, so a lone token or frame gets a masked one beside it.
 _SHORTEST = 2
 
 # Precompiled headers pay from the second compile on, and are kept outside the cache's folder.
@@ -68,6 +76,8 @@ class AotInductorTarget:
         dynamic_axes=True,
         # Freezing's packed kernels win on CPUs with AVX-512, and lose on larger batches on those without.
         variants={Precision.FP32: ({"freezing": True}, {"freezing": False})},
+        # The package's code is linked against torch's own libraries, which keep no ABI between minor versions.
+        runtime={"torch": "=={minor}.*"},
     )
     default_gates: ClassVar[Mapping[Precision, Mapping[str, float]]] = {}
 
@@ -107,23 +117,41 @@ class AotInductorTarget:
             program = _export(graph, component)
             report_progress("generating and compiling native code")
             _package(program, out_dir / _FILE, options)
-        return CompiledGraph((_FILE,), graph.inputs, graph.outputs, graph.output_class, graph.pad_token_id)
+        return CompiledGraph(
+            (_FILE,),
+            graph.inputs,
+            graph.outputs,
+            graph.output_class,
+            graph.pad_token_id,
+            frame_convolutions=graph.frame_convolutions,
+        )
 
     def load(
         self, component_dir: Path, component: ComponentRecord, *, device: Device, threads: int | None
     ) -> Runner:
-        """Load the package's shared library; it is unpacked into the temporary folder."""
+        """Load the package's shared library, and leave nothing of it in the temporary folder."""
         import torch
 
         with undisturbed_process():
             try:
-                package = torch._inductor.aoti_load_package(str(component_dir / _FILE))
+                package = _open(component_dir / _FILE)
             except Exception as error:
                 raise LoadError(
-                    f"{_FILE} cannot be loaded by torch {torch.__version__}: {str(error).splitlines()[0][:300]}",
+                    f"{_FILE} cannot be loaded by torch {torch.__version__}: {first_line(error)}.",
                     hint="Use the torch version that the manifest names, or compile again.",
                 ) from error
         return _AotInductorRunner(package, component, threads)
+
+
+def _open(path: Path) -> Any:
+    import torch
+
+    # torch unpacks into TMPDIR and stays mapped there. Its own clean-up knows neither kills nor failed loads.
+    with (
+        tempfile.TemporaryDirectory(prefix="aot-inductor-") as unpacked,
+        environment(TMPDIR=unpacked, TORCHINDUCTOR_CACHE_DIR=unpacked),
+    ):
+        return torch._inductor.aoti_load_package(str(path))
 
 
 class _AotInductorRunner:
@@ -140,34 +168,35 @@ class _AotInductorRunner:
         package = self._package
         if package is None:
             raise InputError("This compiled model was closed.", hint="Load it again.")
-        names = [record.name for record in self._component.inputs]
-        length = inputs[names[0]].shape[1]
-        arrays = [_widened(inputs[name], self._fill(name)) for name in names]
+        record = self._component
+        length = call_sizes(record.inputs[0], inputs[record.inputs[0].name])[1]
+        arrays = [self._widened(each, inputs[each.name]) for each in record.inputs]
         with torch.inference_mode(), torch_threads(self._threads):
             answers = package(*(torch.as_tensor(array) for array in arrays))
         if isinstance(answers, torch.Tensor):
             answers = (answers,)
+        kept = {"sequence": length, "frames": frames_of(record.frame_convolutions, length)}
         return {
-            record.name: _narrowed(answer.numpy(), record.axes, length)
-            for record, answer in zip(self._component.outputs, answers, strict=True)
+            each.name: answer.numpy()[tuple(slice(kept.get(str(axis))) for axis in each.axes)]
+            for each, answer in zip(record.outputs, answers, strict=True)
         }
 
     def close(self) -> None:
         self._package = None
 
-    def _fill(self, name: str) -> int:
-        return self._component.pad_token_id if name == "input_ids" else 0
-
-
-def _widened(array: NDArray[Any], fill: int) -> NDArray[Any]:
-    missing = max(0, _SHORTEST - array.shape[1])
-    return np.pad(array, ((0, 0), (0, missing)), constant_values=fill) if missing else np.ascontiguousarray(array)
-
-
-def _narrowed(array: NDArray[Any], axes: tuple[Any, ...], length: int) -> NDArray[Any]:
-    if length < _SHORTEST and "sequence" in axes:
-        return np.take(array, range(length), axis=axes.index("sequence"))
-    return array
+    def _widened(self, record: TensorRecord, array: NDArray[Any]) -> NDArray[Any]:
+        """Pad what torch.export would take for a constant; what is added is masked out."""
+        shortest = shortest_input(self._component.frame_convolutions, _SHORTEST)
+        if "sequence" not in record.axes or array.shape[axis := record.axes.index("sequence")] >= shortest:
+            return np.ascontiguousarray(array)
+        if all(each.name != "attention_mask" for each in self._component.inputs):
+            raise InputError(
+                f"{array.shape[axis]} elements a row; this graph, which has no mask, needs {shortest}.",
+                hint="Give a longer recording.",
+            )
+        missing = [(0, shortest - array.shape[axis] if n == axis else 0) for n in range(array.ndim)]
+        fill = self._component.pad_token_id if record.name == "input_ids" else 0
+        return np.pad(array, missing, constant_values=fill)
 
 
 def _export(graph: SourceGraph, component: ComponentPlan) -> Any:
@@ -175,10 +204,12 @@ def _export(graph: SourceGraph, component: ComponentPlan) -> Any:
 
     longest = component.max_sequence_length
     batch = torch.export.Dim("batch", min=1, max=_LARGEST_BATCH)
-    sequence = torch.export.Dim("sequence", min=_SHORTEST, max=max(longest, _SHORTEST + 1))
-    example = example_inputs(graph.inputs, 3, min(16, longest), graph.vocab_size, graph.pad_token_id)
+    shortest = shortest_input(graph.frame_convolutions, _SHORTEST)
+    sequence = torch.export.Dim("sequence", min=shortest, max=max(longest, shortest + 1))
+    length = example_length(graph.inputs, longest)
+    example = example_inputs(graph.inputs, 3, length, graph.vocab_size, graph.pad_token_id)
     tensors = tuple(torch.as_tensor(example[record.name]) for record in graph.inputs)
-    shapes = tuple({0: batch, 1: sequence} for _ in graph.inputs)
+    shapes = tuple(free_axes(graph.inputs, batch, sequence).values())
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
@@ -188,7 +219,7 @@ def _export(graph: SourceGraph, component: ComponentPlan) -> Any:
             )
     except Exception as error:
         raise CompileError(
-            f"torch.export refused the model: {type(error).__name__}: {_first_line(error)}",
+            f"torch.export refused the model: {type(error).__name__}: {first_line(error)}.",
             hint="Try another target; `compileflow targets` lists them.",
         ) from error
 
@@ -197,11 +228,9 @@ def _package(program: Any, path: Path, options: AotInductorOptions) -> None:
     import torch
 
     with tempfile.TemporaryDirectory(prefix="aot-inductor-") as cache:
-        # Inductor reads it at each compile; a folder of its own keeps runs apart and leaves nothing behind.
-        before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
         try:
-            with warnings.catch_warnings(), torch.no_grad():
+            # Inductor reads it at each compile; a folder of its own keeps runs apart and leaves nothing behind.
+            with environment(TORCHINDUCTOR_CACHE_DIR=cache), warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")
                 torch._inductor.aoti_compile_and_package(
                     program,
@@ -211,15 +240,6 @@ def _package(program: Any, path: Path, options: AotInductorOptions) -> None:
                 )
         except Exception as error:
             raise CompileError(
-                f"AOTInductor refused the model: {type(error).__name__}: {_first_line(error)}",
+                f"AOTInductor refused the model: {type(error).__name__}: {first_line(error)}.",
                 hint="Try another target; `compileflow targets` lists them.",
             ) from error
-        finally:
-            if before is None:
-                os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
-            else:
-                os.environ["TORCHINDUCTOR_CACHE_DIR"] = before
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")[:300]

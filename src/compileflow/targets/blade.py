@@ -24,7 +24,7 @@ from compileflow.errors import CompileError, LoadError, TargetUnavailableError
 from compileflow.isolation import report_progress
 from compileflow.manifest import ComponentRecord
 from compileflow.source_graph import as_tuple_module, load_source_graph
-from compileflow.spec import HfTask, Precision
+from compileflow.spec import TEXT_TASKS, Precision
 from compileflow.toolchain import installed_versions
 from compileflow.traced_buckets import TracedRunner, compile_buckets, load_buckets
 from compileflow.vendor_toolchain import VendorToolchain, contradiction
@@ -75,10 +75,13 @@ class BladeTarget:
     summary: ClassVar[str] = "BladeDISC's torch_blade for CPU and CUDA; fixed shapes"
     Options: ClassVar[type[TargetOptions]] = BladeOptions
     capabilities: ClassVar[Capabilities] = Capabilities(
-        hf_tasks=tuple(HfTask),
+        hf_tasks=TEXT_TASKS,
         precisions=(Precision.FP32, Precision.FP16),
         devices=("cpu", "cuda"),
         dynamic_axes=False,
+        # A wheel is for the PyTorch that it was built with, and nothing is documented about other versions.
+        runtime=dict.fromkeys((*_DISTRIBUTIONS, "torch"), "=={minor}.*"),
+        runtime_install="pip install {}, torch_blade from a wheel that was built for this torch",
     )
     default_gates: ClassVar[Mapping[Precision, Mapping[str, float]]] = {}
 

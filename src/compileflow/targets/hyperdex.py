@@ -28,14 +28,14 @@ from compileflow.contracts import (
     TargetOptions,
 )
 from compileflow.digests import list_files
-from compileflow.errors import CompileError, InputError, LoadError, SpecError
+from compileflow.errors import CompileError, InputError, LoadError, SpecError, first_line
 from compileflow.isolation import report_progress
 from compileflow.manifest import ComponentRecord
 from compileflow.process_state import torch_threads
 from compileflow.source_graph import AUTO_CLASSES, HEADS, SourceGraph, load_config, load_source_graph
-from compileflow.spec import HfTask, Precision
+from compileflow.spec import TEXT_TASKS, Precision
 from compileflow.toolchain import installed_versions
-from compileflow.vendor_toolchain import VendorToolchain, first_line, vendor_call
+from compileflow.vendor_toolchain import VendorToolchain, vendor_call
 
 _FOLDER = "model"
 _PARTS = {"hyperdex": ("hyperdex-toolchain",)}
@@ -69,11 +69,14 @@ class HyperdexTarget:
     Options: ClassVar[type[TargetOptions]] = HyperdexOptions
     # FP16 is what the LPU computes in; HyperDex has no argument for it. The device is among the prerequisites.
     capabilities: ClassVar[Capabilities] = Capabilities(
-        hf_tasks=tuple(HfTask),
+        hf_tasks=TEXT_TASKS,
         precisions=(Precision.FP16,),
         devices=("lpu",),
         dynamic_axes=True,
         compile_needs_device=True,
+        # Nothing is documented about other versions.
+        runtime={"hyperdex-toolchain": "=={minor}.*"},
+        runtime_install="pip install -i https://pypi.hyperaccel.ai/simple {}",
     )
     default_gates: ClassVar[Mapping[Precision, Mapping[str, float]]] = {}
 

@@ -24,7 +24,7 @@ from compileflow.contracts import (
 from compileflow.isolation import report_progress
 from compileflow.manifest import ComponentRecord
 from compileflow.source_graph import as_tuple_module, load_source_graph
-from compileflow.spec import HfTask, Precision
+from compileflow.spec import TEXT_TASKS, Precision
 from compileflow.toolchain import installed_versions
 from compileflow.traced_buckets import TracedRunner, compile_buckets, load_buckets
 from compileflow.vendor_toolchain import VendorToolchain, contradiction
@@ -78,10 +78,12 @@ class NeuronTarget:
     summary: ClassVar[str] = "torch_neuron for AWS Inf1; fixed shapes; compiles without a device"
     Options: ClassVar[type[TargetOptions]] = NeuronOptions
     capabilities: ClassVar[Capabilities] = Capabilities(
-        hf_tasks=tuple(HfTask),
+        hf_tasks=TEXT_TASKS,
         precisions=(Precision.FP32, Precision.BF16, Precision.FP16),
         devices=("neuron",),
         dynamic_axes=False,
+        runtime={"torch-neuron": ">={release}"},
+        runtime_install="python -m pip install {} --extra-index-url https://pip.repos.neuron.amazonaws.com",
     )
     default_gates: ClassVar[Mapping[Precision, Mapping[str, float]]] = {}
 

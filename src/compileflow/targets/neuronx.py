@@ -23,14 +23,14 @@ from compileflow.contracts import (
     Runner,
     TargetOptions,
 )
-from compileflow.errors import CompileError, LoadError, SpecError
+from compileflow.errors import CompileError, LoadError, SpecError, first_line
 from compileflow.isolation import report_progress
 from compileflow.manifest import ComponentRecord
 from compileflow.source_graph import as_tuple_module, load_source_graph
-from compileflow.spec import HfTask, Precision
+from compileflow.spec import TEXT_TASKS, Precision
 from compileflow.toolchain import installed_versions
 from compileflow.traced_buckets import TracedRunner, compile_buckets, load_buckets
-from compileflow.vendor_toolchain import VendorToolchain, contradiction, first_line
+from compileflow.vendor_toolchain import VendorToolchain, contradiction
 
 _WEIGHTS = "weights.safetensors"
 # The first of the NeuronCores that NEURON_RT_VISIBLE_CORES leaves to the process.
@@ -98,10 +98,13 @@ class NeuronxTarget:
     summary: ClassVar[str] = "torch_neuronx for AWS Inf2 and Trn1; fixed shapes; compiles without a device"
     Options: ClassVar[type[TargetOptions]] = NeuronxOptions
     capabilities: ClassVar[Capabilities] = Capabilities(
-        hf_tasks=tuple(HfTask),
+        hf_tasks=TEXT_TASKS,
         precisions=(Precision.FP32, Precision.BF16, Precision.FP16),
         devices=("neuron",),
         dynamic_axes=False,
+        # Later runtimes take what earlier compilers made; from 2.13 on it is TorchNeuron, another interface.
+        runtime={"torch-neuronx": ">={release},<2.13"},
+        runtime_install="python -m pip install {} --extra-index-url https://pip.repos.neuron.amazonaws.com",
     )
     default_gates: ClassVar[Mapping[Precision, Mapping[str, float]]] = {}
 

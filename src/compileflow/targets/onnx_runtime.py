@@ -25,7 +25,14 @@ from compileflow.errors import CompileError, InputError, LoadError, TargetUnavai
 from compileflow.isolation import report_progress
 from compileflow.manifest import ComponentRecord
 from compileflow.process_state import torch_threads
-from compileflow.source_graph import SourceGraph, calibration_tensors, example_inputs, load_source_graph
+from compileflow.source_graph import (
+    SourceGraph,
+    calibration_tensors,
+    example_inputs,
+    example_length,
+    free_axes,
+    load_source_graph,
+)
 from compileflow.spec import HfTask, Precision
 from compileflow.toolchain import installed_versions
 
@@ -69,6 +76,7 @@ class OnnxRuntimeTarget:
         devices=("cpu",),
         dynamic_axes=True,
         variants={Precision.INT8: ({"quantization": "dynamic"}, {"quantization": "static"})},
+        runtime={"onnxruntime": ">={minor}"},
     )
     default_gates: ClassVar[Mapping[Precision, Mapping[str, float]]] = {}
 
@@ -98,12 +106,12 @@ class OnnxRuntimeTarget:
         report_progress("loading the source model")
         graph = load_source_graph(source_dir, component.hf_task, trust_remote_code=component.trust_remote_code)
         # A batch of one would be taken for a constant, and the file would refuse a batch of two.
-        length = min(16, component.max_sequence_length)
+        length = example_length(graph.inputs, component.max_sequence_length)
         example = example_inputs(graph.inputs, 3, length, graph.vocab_size, graph.pad_token_id)
         quantizer = _quantizer(options, component, graph) if component.precision is Precision.INT8 else None
         report_progress(f"exporting to ONNX ({component.precision.value})")
         with torch_threads(component.threads):
-            model = _export(graph.model, example, options, quantizer)
+            model = _export(graph, example, options, quantizer)
         names = {value.name for value in model.graph.outputs}
         lost = [record.name for record in graph.outputs if record.name not in names]
         if lost:
@@ -116,7 +124,12 @@ class OnnxRuntimeTarget:
 
         onnx_ir.save(model, str(out_dir / _FILE), external_data=f"{_FILE}.data")
         return CompiledGraph(
-            (_FILE, f"{_FILE}.data"), graph.inputs, graph.outputs, graph.output_class, graph.pad_token_id
+            (_FILE, f"{_FILE}.data"),
+            graph.inputs,
+            graph.outputs,
+            graph.output_class,
+            graph.pad_token_id,
+            frame_convolutions=graph.frame_convolutions,
         )
 
     def load(
@@ -210,14 +223,14 @@ def _static_quantizer(options: OnnxRuntimeOptions, samples: list[dict[str, Any]]
     return Quantizer(config, calibration_dataset=samples)
 
 
-def _export(model: Any, example: Arrays, options: OnnxRuntimeOptions, quantizer: Any) -> Any:
+def _export(graph: SourceGraph, example: Arrays, options: OnnxRuntimeOptions, quantizer: Any) -> Any:
     import torch
     from transformers.exporters import OnnxConfig, OnnxExporter
 
     batch, sequence = torch.export.Dim.DYNAMIC, torch.export.Dim.DYNAMIC
     config = OnnxConfig(
         dynamic=True,
-        dynamic_shapes={name: {0: batch, 1: sequence} for name in example},
+        dynamic_shapes=free_axes(graph.inputs, batch, sequence),
         ort_fusions=None if options.fusions == "none" else options.fusions,
         opset_version=options.opset,
         quantizer=quantizer,
@@ -228,7 +241,7 @@ def _export(model: Any, example: Arrays, options: OnnxRuntimeOptions, quantizer:
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            return OnnxExporter().export(model, tensors, config).program
+            return OnnxExporter().export(graph.model, tensors, config).program
     except Exception as error:
         cause: BaseException = error
         # Its outer errors are pages of advice; the innermost names the operator.

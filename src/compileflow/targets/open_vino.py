@@ -6,10 +6,8 @@ The precision is always said when a graph is loaded: left to itself, the plugin 
 from __future__ import annotations
 
 import logging
-import os
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -27,11 +25,18 @@ from compileflow.contracts import (
     TargetOptions,
 )
 from compileflow.cpu import lacking_precisions
-from compileflow.errors import CompileError, InputError, LoadError
+from compileflow.errors import CompileError, InputError, LoadError, first_line
 from compileflow.isolation import report_progress
 from compileflow.manifest import ComponentRecord
-from compileflow.process_state import torch_threads, undisturbed_process
-from compileflow.source_graph import calibration_tensors, example_inputs, load_source_graph
+from compileflow.process_state import environment, torch_threads, undisturbed_process
+from compileflow.source_graph import (
+    SourceGraph,
+    calibration_tensors,
+    example_inputs,
+    example_length,
+    free_axes,
+    load_source_graph,
+)
 from compileflow.spec import HfTask, Precision
 from compileflow.toolchain import installed_versions
 
@@ -42,6 +47,8 @@ _NEEDS = ("torch", "transformers", "openvino", "nncf")
 _HINTS = {Precision.FP32: "f32", Precision.BF16: "bf16", Precision.FP16: "f16", Precision.INT8: "f32"}
 # Activations are quantised at run time in groups of so many, where the CPU has kernels for it; 0 is never.
 _GROUP_SIZE = {"dynamic": 32, "static": 0, "weights": 0}
+# Both converters send usage data and keep an identifier in the home folder, except where CI is set.
+_NO_TELEMETRY = {"CI": "true", "NNCF_CI": "true"}
 
 Quantization = Literal["dynamic", "static", "weights"]
 
@@ -77,6 +84,7 @@ class OpenVinoTarget:
         devices=("cpu",),
         dynamic_axes=True,
         variants={Precision.INT8: ({"quantization": "dynamic"}, {"quantization": "static"})},
+        runtime={"openvino": ">={minor}"},
     )
     default_gates: ClassVar[Mapping[Precision, Mapping[str, float]]] = {}
 
@@ -108,13 +116,12 @@ class OpenVinoTarget:
         options = OpenVinoOptions.model_validate(dict(component.options))
         report_progress("loading the source model")
         graph = load_source_graph(source_dir, component.hf_task, trust_remote_code=component.trust_remote_code)
-        example = example_inputs(
-            graph.inputs, 3, min(16, component.max_sequence_length), graph.vocab_size, graph.pad_token_id
-        )
+        length = example_length(graph.inputs, component.max_sequence_length)
+        example = example_inputs(graph.inputs, 3, length, graph.vocab_size, graph.pad_token_id)
         calibration = calibration_tensors(graph, component)
-        with torch_threads(component.threads), _no_telemetry():
+        with torch_threads(component.threads), environment(**_NO_TELEMETRY):
             report_progress(f"converting to OpenVINO IR ({component.precision.value})")
-            model = _export(graph.model, example, component.precision, options.quantization, calibration)
+            model = _export(graph, example, component.precision, options.quantization, calibration)
             found = {name for port in model.outputs for name in port.get_names()}
             lost = [record.name for record in graph.outputs if record.name not in found]
             if lost:
@@ -134,6 +141,7 @@ class OpenVinoTarget:
             graph.outputs,
             graph.output_class,
             graph.pad_token_id,
+            frame_convolutions=graph.frame_convolutions,
             load_options={
                 "performance_hint": options.performance_hint,
                 "dynamic_quantization_group_size": (
@@ -162,7 +170,7 @@ class OpenVinoTarget:
                 model = openvino.Core().compile_model(str(component_dir / _FILE), "CPU", settings)
         except Exception as error:
             raise LoadError(
-                f"{_FILE} cannot be loaded by openvino {openvino.__version__}: {_first_line(error)}",
+                f"{_FILE} cannot be loaded by openvino {openvino.__version__}: {_reason(error)}.",
                 hint="Use the openvino version that the manifest names, or compile again.",
             ) from error
         return _OpenVinoRunner(model, component)
@@ -197,14 +205,16 @@ class _OpenVinoRunner:
         self._idle = []
 
 
-def _export(model: Any, example: Arrays, precision: Precision, quantization: str, calibration: list[Any]) -> Any:
+def _export(
+    graph: SourceGraph, example: Arrays, precision: Precision, quantization: str, calibration: list[Any]
+) -> Any:
     import torch
     from transformers.exporters import OpenVINOConfig, OpenVINOExporter
 
     batch, sequence = torch.export.Dim.DYNAMIC, torch.export.Dim.DYNAMIC
     config = OpenVINOConfig(
         dynamic=True,
-        dynamic_shapes={name: {0: batch, 1: sequence} for name in example},
+        dynamic_shapes=free_axes(graph.inputs, batch, sequence),
         quantizer=_quantizer(quantization, calibration) if precision is Precision.INT8 else None,
     )
     tensors = {name: torch.as_tensor(value) for name, value in example.items()}
@@ -212,10 +222,10 @@ def _export(model: Any, example: Arrays, precision: Precision, quantization: str
         with warnings.catch_warnings(), torch.no_grad():
             # The exporter says that it was tested with an older torch, and torch.export deprecates its own parts.
             warnings.simplefilter("ignore")
-            return OpenVINOExporter().export(model, tensors, config).program
+            return OpenVINOExporter().export(graph.model, tensors, config).program
     except Exception as error:
         raise CompileError(
-            f"The OpenVINO exporter refused the model: {type(error).__name__}: {_first_line(error)}",
+            f"The OpenVINO exporter refused the model: {type(error).__name__}: {_reason(error)}.",
             hint="Try another target; `compileflow targets` lists them.",
         ) from error
 
@@ -232,23 +242,7 @@ def _quantizer(quantization: str, calibration: list[Any]) -> Any:
     return NNCFOpenVINOQuantizer(config, calibration_dataset=calibration)
 
 
-@contextmanager
-def _no_telemetry() -> Iterator[None]:
-    """Both converters send usage data and keep an identifier in the home folder, except where CI is set."""
-    before = {name: os.environ.get(name) for name in ("CI", "NNCF_CI")}
-    os.environ |= dict.fromkeys(before, "true")
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+def _reason(error: Exception) -> str:
     # Operators without a conversion are listed last, after the place in OpenVINO's own source.
-    listed = [line.removeprefix("-- ") for line in lines if line.startswith("-- ")]
-    return next(iter(listed or lines), "no message")[:300]
+    listed = [line.strip() for line in str(error).splitlines() if line.strip().startswith("-- ")]
+    return listed[0].removeprefix("-- ")[:300] if listed else first_line(error)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 from numpy.typing import NDArray
 
@@ -28,6 +28,7 @@ from compileflow.errors import CompileError, InputError, LoadError
 from compileflow.isolation import report_progress
 from compileflow.manifest import ComponentRecord
 from compileflow.process_state import torch_threads
+from compileflow.signals import call_sizes
 from compileflow.source_graph import as_tuple_module, example_inputs, load_source_graph
 from compileflow.spec import HfTask, Precision, ShapeBucket
 from compileflow.toolchain import installed_versions
@@ -47,6 +48,7 @@ class TorchScriptTarget:
         precisions=(Precision.FP32, Precision.BF16),
         devices=("cpu",),
         dynamic_axes=False,
+        runtime={"torch": ">={minor},<{next_major}"},
     )
     default_gates: ClassVar[Mapping[Precision, Mapping[str, float]]] = {}
 
@@ -90,7 +92,14 @@ class TorchScriptTarget:
         with warnings.catch_warnings():
             _silence_deprecation()
             torch.jit.save(torch.jit.script(holder), str(out_dir / _FILE))
-        return CompiledGraph((_FILE,), graph.inputs, graph.outputs, graph.output_class, graph.pad_token_id)
+        return CompiledGraph(
+            (_FILE,),
+            graph.inputs,
+            graph.outputs,
+            graph.output_class,
+            graph.pad_token_id,
+            frame_convolutions=graph.frame_convolutions,
+        )
 
     def load(
         self, component_dir: Path, component: ComponentRecord, *, device: Device, threads: int | None
@@ -128,7 +137,7 @@ class _TorchScriptRunner:
         import torch
 
         names = [record.name for record in self._component.inputs]
-        shape = cast("tuple[int, int]", inputs[names[0]].shape)
+        shape = call_sizes(self._component.inputs[0], inputs[names[0]])
         if not self._graphs:
             raise InputError("This compiled model was closed.", hint="Load it again.")
         if shape not in self._graphs:

@@ -31,19 +31,27 @@ from compileflow.contracts import Arrays, Runner, Target, TargetOptions
 from compileflow.digests import json_digest, list_files
 from compileflow.errors import InputError, LoadError, SpecError
 from compileflow.isolation import run_isolated
+from compileflow.loading.artifacts import OpenArtifact, open_artifact
 from compileflow.manifest import ComponentRecord
-from compileflow.serving.artifacts import OpenArtifact, open_artifact
+from compileflow.signals import frames_of, shortest_input
 from compileflow.source_graph import SourceGraph, example_inputs, load_source_graph
-from compileflow.spec import CompileSpec, ComponentSpec, HfTask, ShapeBucket
+from compileflow.spec import GRAPH_TASKS, CompileSpec, ComponentSpec, HfTask, ShapeBucket
 from compileflow.steps.build import build_artifact
 from compileflow.steps.compile import checked_target
+from compileflow.testing.pipelines import assert_pipeline_answers_like_the_source_models
 from compileflow.testing.state import unchanged_process
 
 TinyModel = Callable[[HfTask], Path]
 Load = Callable[[HfTask], tuple[Runner, ComponentRecord, SourceGraph]]
 
-_SHAPES = ((1, 8), (4, 16), (1, 64))
-BUCKETS = tuple(ShapeBucket(batch_size=rows, sequence_length=length) for rows, length in _SHAPES)
+BUCKETS = {
+    modality: tuple(ShapeBucket(batch_size=rows, sequence_length=length) for rows, length in shapes)
+    for modality, shapes in {
+        "text": ((1, 8), (4, 16), (1, 64)),
+        "image": ((1, 1), (4, 1), (8, 1)),
+        "audio": ((1, 1600), (3, 4000), (1, 16000)),
+    }.items()
+}
 # What listing the targets must not import, besides each target's own toolchain.
 _HEAVY = (
     "torch",
@@ -93,7 +101,7 @@ def compiled_folder(source_dir: Path, target_name: str, hf_task: HfTask, parent:
 def compile_request(source_dir: Path, target_name: str, hf_task: HfTask) -> dict[str, object]:
     """Return what `build_artifact` needs, without `out_dir`; static targets get the shapes of `BUCKETS`."""
     can = get_target(target_name).capabilities
-    component = ComponentSpec(shape_buckets=() if can.dynamic_axes else BUCKETS)
+    component = ComponentSpec(shape_buckets=() if can.dynamic_axes else BUCKETS[hf_task.modality])
     spec = CompileSpec(target=target_name, hf_task=hf_task, precision=can.precisions[0], components=(component,))
     source = {"uri": source_dir.as_uri(), "revision": "0" * 64, "digest": "0" * 64}
     return {
@@ -150,7 +158,7 @@ class TargetConformance:
 
         def make(hf_task: HfTask) -> tuple[Runner, ComponentRecord, SourceGraph]:
             opened = artifact(hf_task)
-            runner = opened.load("default", device=target.capabilities.devices[0], threads=None)
+            runner = opened.load(opened.component("default"), device=target.capabilities.devices[0], threads=None)
             source = load_source_graph(tiny_model(hf_task), hf_task)
             return runner, opened.manifest.components["default"], source
 
@@ -199,13 +207,18 @@ class TargetConformance:
         for option in target.Options.model_fields or ("none",):
             assert option in caught.value.hint
 
-    @pytest.mark.parametrize("hf_task", list(HfTask))
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Ask for each graph that the target compiles, and for each task that one of them serves."""
+        able = get_target(self.target_name).capabilities.hf_tasks
+        for name, tasks in (("hf_task", GRAPH_TASKS), ("served_task", tuple(HfTask))):
+            if name in metafunc.fixturenames:
+                asked = [task for task in tasks if task in able]
+                metafunc.parametrize(name, asked, ids=[task.value for task in asked])
+
     def test_moved_artifact_answers_like_the_source_model(
         self, target: Target, load: Load, hf_task: HfTask
     ) -> None:
         """Equal outputs at three shapes, with the names, types and axes that the record says."""
-        if hf_task not in target.capabilities.hf_tasks:
-            pytest.skip(f"{target.name} does not compile {hf_task}")
         runner, record, source = load(hf_task)
         for rows, length in _shapes(record):
             inputs = _inputs(record, source, rows, length)
@@ -215,7 +228,8 @@ class TargetConformance:
             assert {name: str(value.dtype) for name, value in outputs.items()} == {
                 output.name: output.dtype for output in record.outputs
             }
-            sizes = {"batch": rows, "sequence": length}
+            frames = frames_of(record.frame_convolutions, length)
+            sizes = {"batch": rows, "sequence": length, "frames": frames}
             assert {name: value.shape for name, value in outputs.items()} == {
                 output.name: tuple(sizes[a] if isinstance(a, str) else a for a in output.axes)
                 for output in record.outputs
@@ -223,6 +237,13 @@ class TargetConformance:
             for name, value in kept.items():
                 np.testing.assert_array_equal(inputs[name], value)
         runner.close()
+
+    def test_pipeline_answers_like_transformers_own(
+        self, artifact: Callable[[HfTask], OpenArtifact], tiny_model: TinyModel, served_task: HfTask
+    ) -> None:
+        """The same labels, words, spans and transcripts, and scores within 1e-4, however it is called."""
+        graph_task = served_task.graph_task
+        assert_pipeline_answers_like_the_source_models(artifact(graph_task), tiny_model(graph_task), served_task)
 
     def test_nothing_is_left_outside_the_folder_that_it_was_given(
         self, target: Target, tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -275,7 +296,7 @@ class TargetConformance:
         torch.set_num_threads(2)
         try:
             with unchanged_process():
-                runner = opened.load("default", device=None, threads=threads)
+                runner = opened.load(opened.component("default"), device=None, threads=threads)
             with unchanged_process():
                 _assert_close(runner.run(inputs), reference, self.atol)
                 runner.close()
@@ -340,6 +361,10 @@ class TargetConformance:
 def _shapes(record: ComponentRecord) -> list[tuple[int, int]]:
     """Return the smallest, a middle and the largest shape that a graph takes."""
     if record.dynamic_axes:
+        if "sequence" not in record.inputs[0].axes:
+            return [(1, 1), (3, 1), (5, 1)]
+        if record.inputs[0].name != "input_ids":
+            return [(1, shortest_input(record.frame_convolutions)), (3, 1700), (2, 16000)]
         return [(1, 1), (3, 17), (5, record.max_sequence_length)]
     return [(bucket.batch_size, bucket.sequence_length) for bucket in record.shape_buckets]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ from compileflow.validation.flips import (
 # A reference that wavers this little between two answers has not decided; either counts as agreement.
 TIE_MARGIN = 1e-3
 _NEIGHBOURS = 10
+# Tasks with one decision an input.
+_WHOLE = (HfTask.TEXT_CLASSIFICATION, HfTask.IMAGE_CLASSIFICATION, HfTask.AUDIO_CLASSIFICATION)
 
 
 @dataclass
@@ -34,8 +37,8 @@ class Decisions:
     """Collects decisions over the natural examples of one task.
 
     Attributes:
-        task: Decides what a decision is.
-        labels: id2label of the model's configuration.
+        task: Decides what a decision is; one of `GRAPH_TASKS`.
+        labels: id2label of the model's configuration; of speech, its characters.
         multi_label: True when each label is decided alone.
     """
 
@@ -56,6 +59,12 @@ class Decisions:
             return
         for row, text in enumerate(case.texts):
             kept = case.mask[row].astype(bool)
+            if self.task in _WHOLE:
+                self._add_label(text, expected["logits"][row], actual["logits"][row])
+                continue
+            if self.task is HfTask.SPEECH_RECOGNITION:
+                self._add_speech(text, expected["logits"][row][kept], actual["logits"][row][kept])
+                continue
             ids = [int(token) for token in case.inputs["input_ids"][row][kept]]
             if self.task is HfTask.FEATURE_EXTRACTION:
                 self._texts.append(text)
@@ -65,8 +74,6 @@ class Decisions:
                         actual["last_hidden_state"][row][kept].mean(axis=0),
                     )
                 )
-            elif self.task is HfTask.TEXT_CLASSIFICATION:
-                self._add_label(text, expected["logits"][row], actual["logits"][row])
             elif self.task is HfTask.TOKEN_CLASSIFICATION:
                 self._add_tokens(text, ids, expected["logits"][row][kept], actual["logits"][row][kept])
             elif self.task is HfTask.FILL_MASK:
@@ -85,7 +92,7 @@ class Decisions:
     def scalars(self) -> dict[str, float]:
         """Return one number a metric, over all examples."""
         found: dict[str, float] = {}
-        if self.task in (HfTask.TEXT_CLASSIFICATION, HfTask.TOKEN_CLASSIFICATION) and self._logits:
+        if self.task in (*_WHOLE, HfTask.TOKEN_CLASSIFICATION) and self._logits:
             before, after = (np.concatenate(side) for side in zip(*self._logits, strict=True))
             found["misplaced_labels"] = metrics.misplaced_labels(before, after)
             found["confident_flips"] = self._confident_flips
@@ -157,6 +164,23 @@ class Decisions:
         self._count("label_agreement", text, before, after, say)
         tags = [[self._name(int(label)) for label in side.argmax(-1)] for side in (before, after)]
         self._tags.append((tags[0], tags[1]))
+
+    def _add_speech(self, text: str, before: Any, after: Any) -> None:
+        """Compare what is heard in each frame, and the transcript: a run of one character is one (CTC)."""
+        if not len(before):
+            return
+        heard = [[int(n) for n, _ in groupby(side.argmax(-1))] for side in (before, after)]
+
+        def say(flipped: list[int]) -> list[Words]:
+            return [
+                listed([[f"frame {n}: {choice(side[n], self._name)}"] for n in flipped])
+                for side in (before, after)
+            ]
+
+        flips = len(self._changes)
+        self._count("label_agreement", text, before, after, say)
+        same = heard[0] == heard[1] or len(self._changes) == flips
+        self._rates.append({"metric": "exact_transcript", "text": text, "hits": int(same), "trials": 1})
 
     def _add_mask(self, text: str, before: Any, after: Any) -> None:
         words = [token_choice(side) for side in (before, after)]

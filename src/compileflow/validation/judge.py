@@ -66,7 +66,7 @@ def judge(
     notes = list(measurements.notes)
     gates = []
     for gate in gates_for(precision, hf_task, overrides or {}):
-        if gate.entry.optional and gate.entry.metric not in measurements.scalars:
+        if hf_task.graph_task in gate.entry.optional and gate.entry.metric not in measurements.scalars:
             notes.append(f"{gate.entry.gate} does not apply to this model.")
         else:
             gates.append(gate)

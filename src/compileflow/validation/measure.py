@@ -151,6 +151,23 @@ def measure_token_types(
         found.notes.append("token_types_respected was not judged: the source model hardly responds to them.")
 
 
+def measure_padding(found: Measurements, reference: Model, candidate: Model, case: Case) -> None:
+    """Measure how much of a signal's padding is heard: silence against noise where the mask says nothing is.
+
+    `mask_leak` as in `measure_mask`, over a batch of signals of different lengths.
+    """
+    inputs = case.inputs
+    counted = inputs["attention_mask"].astype(bool)
+    name = next(name for name in inputs if name != "attention_mask")
+    noise = np.random.default_rng(5).standard_normal(inputs[name].shape, dtype=np.float32)
+    heard = counted.reshape(*counted.shape, *[1] * (noise.ndim - 2))
+    strange = inputs | {name: np.where(heard, inputs[name], noise)}
+    kept = case.mask.astype(bool)
+    one, two = (candidate_answer(candidate, each)[0] for each in (inputs, strange))
+    leak = _change(one, two, kept) - _change(reference(inputs), reference(strange), kept)
+    found.scalars["mask_leak"] = max(0.0, leak) if np.isfinite(leak) else float("nan")
+
+
 def measure_noise(
     found: Measurements,
     variants: dict[str, Callable[[Case], Arrays]],
@@ -185,18 +202,16 @@ def measure_latency(
     found: Measurements,
     reference: Model,
     candidate: Model,
-    builder: CaseBuilder,
-    texts: list[str],
+    timed: Callable[[int, int], Arrays],
     *,
     shapes: Sequence[tuple[int, int]],
     pairs: int,
 ) -> None:
-    """Time both models at each shape, (batch size, tokens); one without an answer becomes a note."""
-    stream = " ".join(texts)
+    """Time both models at each shape, (batch size, length); one without an answer becomes a note."""
     for batch_size, length in shapes:
-        row = builder.encode(stream, max_length=length)
-        inputs = builder.collate([row] * batch_size)
-        shape = f"{batch_size} x {len(row['input_ids'])}"
+        inputs = timed(batch_size, length)
+        # The examples may be too short for it.
+        shape = f"{batch_size} x {inputs['input_ids'].shape[1] if 'input_ids' in inputs else length}"
         trouble = candidate_answer(candidate, inputs)[1]
         if trouble:
             found.notes.append(f"{shape} was not timed: {trouble}")
@@ -274,7 +289,7 @@ def _real(record: TensorRecord, case: Case) -> Any:
 
 
 def _per_token(record: TensorRecord) -> bool:
-    return record.axes[:2] == ("batch", "sequence")
+    return record.axes[:2] in (("batch", "sequence"), ("batch", "frames"))
 
 
 def _kept(values: Any, kept: Any) -> Any:

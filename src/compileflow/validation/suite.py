@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from compileflow.errors import MeasurementError
-from compileflow.spec import HfTask, Precision
+from compileflow.spec import GRAPH_TASKS, HfTask, Precision
 
 _FILE = "suites/regression.yaml"
 
@@ -33,8 +33,8 @@ class GateEntry(_Strict):
     limit: str
     column: str = "agrees"
     metric: str | None = None
-    tasks: tuple[HfTask, ...] = tuple(HfTask)
-    optional: bool = Field(False, description="True: not judged where it was not measured.")
+    tasks: tuple[HfTask, ...] = GRAPH_TASKS
+    optional: tuple[HfTask, ...] = Field((), description="Tasks for which it is not judged where not measured.")
 
 
 class SuiteFile(_Strict):
@@ -106,9 +106,9 @@ def gates_for(precision: Precision, task: HfTask, overrides: Mapping[str, float]
     suite = load_suite()
     gates = []
     for entry in suite.gates:
-        if task not in entry.tasks:
+        if task.graph_task not in entry.tasks:
             continue
-        table = suite.limits[entry.limit] | suite.task_limits.get(task, {}).get(entry.limit, {})
+        table = suite.limits[entry.limit] | suite.task_limits.get(task.graph_task, {}).get(entry.limit, {})
         limit = overrides.get(entry.limit, table.get(precision))
         if limit is not None:
             warns = entry.gate in suite.warnings.get(precision, ())

@@ -1,0 +1,182 @@
+"""Find a compiled artifact, check every byte of it, and only then let anyone open its files."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from compileflow.catalog import get_target, open_store, target_names
+from compileflow.contracts import Device, Runner, Target
+from compileflow.cpu import missing_features
+from compileflow.errors import LoadError, ManifestError, SpecError, StoreError
+from compileflow.loading.runtime import check_runtime
+from compileflow.loading.verification import check_folder, check_is_digest, check_same
+from compileflow.manifest import ArtifactManifest, ComponentRecord
+from compileflow.process_state import undisturbed_process
+from compileflow.settings import Settings, get_settings
+from compileflow.workspace import os_errors, work_folder
+
+_URI = re.compile(r"(?P<store>[a-z0-9]+://.+)/manifests/sha256/(?P<digest>[0-9a-f]{64})\.json")
+_FETCH = "Do not load this artifact; fetch it again."
+_TRUST = f"{_FETCH} trust=True would load it as it is; compiled files are native code and run with your rights."
+_FETCH_CACHED = "Delete that folder and load again."
+_OTHER_DIGEST = "Give the folder or URI that has it; `compileflow versions` lists the registered ones."
+
+
+@dataclass(frozen=True)
+class OpenArtifact:
+    """An artifact in a folder of this machine, its files compared with its manifest.
+
+    Attributes:
+        folder: Where it is.
+        manifest: What was made.
+        digest: The folder's own, of what is there.
+        verified: False only with trust=True: a file was altered, or is not in the manifest.
+    """
+
+    folder: Path
+    manifest: ArtifactManifest
+    digest: str
+    verified: bool
+
+    def component(self, name: str) -> ComponentRecord:
+        """Return one component's record.
+
+        Raises:
+            LoadError: there is no such component.
+        """
+        record = self.manifest.components.get(name)
+        if record is None:
+            raise LoadError(
+                f"The artifact has no component {name!r}.",
+                hint=f"It has: {', '.join(sorted(self.manifest.components))}.",
+            )
+        return record
+
+    def load(self, record: ComponentRecord, *, device: Device | None, threads: int | None) -> Runner:
+        """Load one component with the target that compiled it; device None is the one it was compiled for.
+
+        Raises:
+            LoadError: the target is unknown, or cannot run it here; nothing was opened.
+        """
+        target = self._target()
+        # A target may compile for one of its devices; any other takes what it has first.
+        compiled_for = cast("Device | None", record.load_options.get("device"))
+        device = device or compiled_for or target.capabilities.devices[0]
+        if device not in target.capabilities.devices:
+            raise LoadError(
+                f"{target.name} does not run on {device!r}.",
+                hint=f"Choose one of: {', '.join(target.capabilities.devices)}.",
+            )
+        here = target.probe()
+        if not here.can_run:
+            raise LoadError(f"{target.name} cannot run here: {here.reason}.", hint=f"Try: {here.hint}.")
+        check_runtime(target, self.manifest.target.toolchain)
+        if record.precision in here.lacking:
+            raise LoadError(
+                f"{target.name} cannot run {record.precision.value} here: {here.lacking[record.precision]}.",
+                hint="Load it on a machine that can, or compile at another precision: "
+                f"{self._compile_command()} --precision fp32",
+            )
+        lost = missing_features(self.manifest.target.cpu_features)
+        if lost:
+            raise LoadError(
+                f"The artifact was compiled for a CPU with {', '.join(lost)}, which this one lacks.",
+                hint=f"Compile it on a machine like this one: {self._compile_command()}",
+            )
+        with undisturbed_process():
+            return target.load(self.folder / record.folder, record, device=device, threads=threads)
+
+    def _target(self) -> Target:
+        name = self.manifest.target.name
+        try:
+            return get_target(name)
+        except SpecError as error:
+            raise LoadError(
+                f"The artifact was compiled for the target {name!r}; known are {', '.join(target_names())}.",
+                hint="Install the distribution that brings this target, or a newer compileflow.",
+            ) from error
+
+    def _compile_command(self) -> str:
+        model = self.manifest.source.uri.removeprefix("hf://").removeprefix("file://")
+        return f"python -m flows compile --model {model} --target {self.manifest.target.name}"
+
+
+def split_uri(uri: str) -> tuple[str, str]:
+    """Split a stored folder's URI into the store's URI and the digest.
+
+    Raises:
+        ManifestError: it is not such a URI.
+    """
+    match = _URI.fullmatch(uri)
+    if match is None:
+        raise ManifestError(
+            f"{uri!r} is neither an artifact folder nor an artifact URI.",
+            hint="Give a folder, or STORE/manifests/sha256/DIGEST.json as `compileflow versions` shows it.",
+        )
+    return match["store"], match["digest"]
+
+
+def open_artifact(
+    location: str | Path, *, digest: str | None = None, trust: bool = False, settings: Settings | None = None
+) -> OpenArtifact:
+    """Open an artifact by folder or by URI; a URI is fetched once and kept in the local cache.
+
+    Args:
+        location: Folder, or STORE/manifests/sha256/DIGEST.json.
+        digest: The artifact's own, or its first 12 digits and more. None: the one in the URI, if it is one.
+        trust: Open it although files were altered or added, with a warning in the log. Compiled files are native
+            code, which then runs with the caller's rights.
+        settings: Where the cache is. None: as configured.
+
+    Raises:
+        ManifestError: there is no manifest, or of an unknown schema_version.
+        IntegrityError: a file is missing, altered, unlisted or outside the folder, or the digest another.
+        SpecError: `digest` is no digest.
+    """
+    text = str(location)
+    if digest is not None:
+        check_is_digest(digest)
+    if "://" in text:
+        store_uri, named = split_uri(text)
+        if digest is not None:
+            check_same(text, named, digest, hint=_OTHER_DIGEST)
+        folder = _fetched(store_uri, named, settings or get_settings())
+        checked = check_folder(folder, trust=trust, hint=_FETCH_CACHED)
+        check_same(str(folder), checked.digest, named, hint=_FETCH_CACHED)
+    else:
+        folder = Path(location).expanduser().absolute()
+        # Whoever names the digest wants that artifact and no other; to trust this one would not help.
+        checked = check_folder(folder, trust=trust, hint=_TRUST if digest is None else _FETCH)
+        if digest is not None:
+            check_same(str(folder), checked.digest, digest, hint=_OTHER_DIGEST)
+    return OpenArtifact(folder, checked.manifest, checked.digest, checked.verified)
+
+
+def copy_artifact(artifact: OpenArtifact, dest: str | Path) -> Path:
+    """Copy an artifact's files into `dest`, which must be empty or absent."""
+    out = Path(dest).expanduser().absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise StoreError(f"{out} is not empty.", hint="Choose another folder.")
+    with os_errors(out, "write to"):
+        shutil.copytree(artifact.folder, out, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    return out
+
+
+def _fetched(store_uri: str, digest: str, settings: Settings) -> Path:
+    folder = settings.home_dir / "artifacts" / digest
+    if not folder.exists():
+        with work_folder(settings.work_dir, label="fetch") as work:
+            open_store(store_uri).get_folder(digest, work / "artifact")
+            with os_errors(folder, "write to"):
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    (work / "artifact").replace(folder)
+                except OSError:
+                    # Another process fetched it in the meantime; it is verified below like any other.
+                    if not folder.exists():
+                        raise
+    return folder

@@ -1,0 +1,301 @@
+"""Images and audio: what their processors make, the shapes that graphs take, and what validation sees of them."""
+
+from __future__ import annotations
+
+import shutil
+import wave
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from compileflow.catalog import get_target
+from compileflow.errors import InputError, MeasurementError, SourceError, SpecError
+from compileflow.loading.artifacts import open_artifact
+from compileflow.loading.graph import LoadedGraph
+from compileflow.signals import (
+    LONGEST_S,
+    frame_convolutions,
+    frames_of,
+    load_processor,
+    longest_signal,
+    shortest_input,
+)
+from compileflow.source_graph import example_inputs, load_source_graph, task_of_architecture
+from compileflow.spec import CompileSpec, ComponentSpec, HfTask
+from compileflow.steps.build import build_artifact
+from compileflow.steps.compile import detect_task
+from compileflow.validation.signals import generated_signals, load_signals, signals_digest
+from tests.conftest import ModelFactory
+from tests.models import SIGNAL_TASKS
+from tests.unit.proving import compile_here, reseal, validate_here
+
+pytestmark = pytest.mark.filterwarnings(r"ignore:.*torch\.jit\..*deprecated")
+
+IMAGES, SOUNDS, SPEECH = SIGNAL_TASKS
+CONVOLUTIONS = ((10, 5), (3, 2), (2, 2))
+
+
+@pytest.mark.parametrize("length", [30, 31, 34, 35, 100, 399, 400, 401, 16_000])
+def test_frames_are_those_that_pytorchs_convolutions_make(length: int) -> None:
+    signal = torch.zeros(1, 1, length)
+    for kernel, stride in CONVOLUTIONS:
+        signal = torch.nn.functional.conv1d(signal, torch.ones(1, 1, kernel), stride=stride)
+    assert frames_of(CONVOLUTIONS, length) == signal.shape[-1]
+
+
+@pytest.mark.parametrize("frames", [1, 2, 7])
+def test_shortest_input_gives_so_many_frames_and_one_element_less_gives_fewer(frames: int) -> None:
+    shortest = shortest_input(CONVOLUTIONS, frames)
+    assert frames_of(CONVOLUTIONS, shortest) == frames
+    assert frames_of(CONVOLUTIONS, shortest - 1) == frames - 1
+
+
+def test_architecture_whose_frames_its_configuration_does_not_explain_is_refused() -> None:
+    class Config:
+        model_type = "strange"
+        conv_kernel, conv_stride = (10,), (5,)
+
+    with pytest.raises(SpecError, match=r"strange makes 7 frames of 100.*19"):
+        frame_convolutions(Config(), [(100, 7)])
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("ViTForImageClassification", IMAGES),
+        ("Wav2Vec2ForSequenceClassification", SOUNDS),
+        ("HubertForSequenceClassification", SOUNDS),
+        ("ASTForAudioClassification", SOUNDS),
+        ("WavLMForCTC", SPEECH),
+        ("BertForSequenceClassification", HfTask.TEXT_CLASSIFICATION),
+        ("T5ForConditionalGeneration", None),
+    ],
+)
+def test_task_is_read_off_the_class_name(name: str, task: HfTask | None) -> None:
+    assert task_of_architecture(name) is task
+
+
+@pytest.mark.parametrize("hf_task", SIGNAL_TASKS)
+def test_task_is_read_off_a_saved_model(tiny_model: ModelFactory, hf_task: HfTask) -> None:
+    assert detect_task(tiny_model(hf_task)) is hf_task
+
+
+def test_speech_model_has_no_head_for_text(tiny_model: ModelFactory) -> None:
+    with pytest.raises(SpecError, match="has no head for feature-extraction") as caught:
+        load_source_graph(tiny_model(SPEECH), HfTask.FEATURE_EXTRACTION)
+    assert "automatic-speech-recognition" in caught.value.hint
+    assert "text" not in caught.value.hint
+
+
+def test_half_a_minute_is_the_longest_where_nobody_says(tiny_model: ModelFactory) -> None:
+    assert (
+        longest_signal(load_processor(tiny_model(SPEECH), "audio", trust_remote_code=False)) == LONGEST_S * 16_000
+    )
+    assert longest_signal(load_processor(tiny_model(IMAGES), "image", trust_remote_code=False)) == 1
+
+
+def test_model_without_its_processor_is_refused(tiny_model: ModelFactory, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model(IMAGES), tmp_path / "model"))
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(SourceError, match="image processor cannot be loaded"):
+        load_source_graph(folder, IMAGES)
+
+
+def without_mask(source: Path, folder: Path) -> Path:
+    """Copy a speech model whose processor makes no attention mask, as wav2vec2-base has it."""
+    from transformers import Wav2Vec2FeatureExtractor
+
+    shutil.copytree(source, folder)
+    Wav2Vec2FeatureExtractor(return_attention_mask=False).save_pretrained(folder)
+    return folder
+
+
+def test_fixed_shapes_are_refused_where_padding_would_change_the_answers(
+    tiny_model: ModelFactory, tmp_path: Path
+) -> None:
+    source = without_mask(tiny_model(SPEECH), tmp_path / "model")
+    with pytest.raises(SpecError, match="torchscript pads to fixed shapes, and this model has no attention mask"):
+        compile_here(source, tmp_path / "artifact", target="torchscript", hf_task=SPEECH)
+
+
+def test_images_have_no_lengths_to_ask_for(tiny_model: ModelFactory, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="sequence length of 16"):
+        compile_here(
+            tiny_model(IMAGES), tmp_path / "artifact", target="torchscript", hf_task=IMAGES, max_sequence_length=16
+        )
+
+
+@pytest.fixture(scope="module")
+def speech(tiny_model: ModelFactory, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out_dir = tmp_path_factory.mktemp("speech") / "artifact"
+    return compile_here(tiny_model(SPEECH), out_dir, target="torchscript", hf_task=SPEECH)
+
+
+def test_padded_speech_is_answered_with_as_many_frames_as_the_bare_one(
+    tiny_model: ModelFactory, speech: Path
+) -> None:
+    source = load_source_graph(tiny_model(SPEECH), SPEECH)
+    graph = LoadedGraph.load(open_artifact(speech))
+    for rows, length in ((1, 8000), (1, 5003), (3, 12_345), (9, 777)):
+        inputs = example_inputs(source.inputs, rows, length, 0, 0)
+        answer, reference = graph.run(inputs)["logits"], source.run(inputs)["logits"]
+        assert answer.shape == reference.shape == (rows, frames_of(source.frame_convolutions, length), 32)
+        np.testing.assert_allclose(answer, reference, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "says"),
+    [
+        ({"input_values": np.zeros((1, 20), np.float32)}, "20 elements a row.*fewer than 60"),
+        ({"input_values": np.zeros((1, 48_001), np.float32)}, "48001 elements a row.*at most 48000"),
+        ({"input_values": np.zeros((1, 8000), np.int16)}, "type int16.*floats"),
+        ({"input_ids": np.ones((1, 4), np.int64)}, "no input 'input_ids'.*input_values, attention_mask"),
+        ({}, "without input_values.*processor first"),
+        (
+            {"input_values": np.zeros((1, 900), np.float32), "attention_mask": np.ones((1, 800), np.int64)},
+            "attention_mask has shape",
+        ),
+    ],
+)
+def test_audio_that_does_not_fit_is_refused_with_what_is_needed(
+    speech: Path, inputs: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(InputError, match=says):
+        LoadedGraph.load(open_artifact(speech)).run(inputs)
+
+
+def test_speech_that_mishears_one_letter_fails_and_the_report_names_it(
+    tiny_model: ModelFactory, speech: Path, tmp_path: Path
+) -> None:
+    heard = LoadedGraph.load(open_artifact(speech)).run(
+        {"input_values": np.random.default_rng(1).standard_normal((1, 40_000), dtype=np.float32)}
+    )["logits"].argmax(-1)
+    often = int(np.bincount(heard.ravel()).argmax())
+    broken = Path(shutil.copytree(speech, tmp_path / "broken"))
+    path = broken / "components" / "default" / "model.pt"
+    holder = torch.jit.load(str(path))
+    weights = holder.state_dict()
+    for ending in ("lm_head.weight", "lm_head.bias"):
+        (name, *_) = (each for each in weights if each.endswith(ending))
+        pair = [often, (often + 1) % 32]
+        weights[name][pair] = weights[name][pair[::-1]].clone()
+    torch.jit.save(holder, str(path))
+    reseal(broken)
+    proof = validate_here(tiny_model(SPEECH), broken, tmp_path / "report")
+    assert proof.outcome == "fail"
+    assert proof.gate("exact_transcript")["outcome"] == "fail"
+    assert proof.report["flips_count"] > 0
+
+
+class TestExamples:
+    def test_generated_ones_are_always_the_same_and_differ_from_one_another(
+        self, tiny_model: ModelFactory
+    ) -> None:
+        for task in (IMAGES, SOUNDS):
+            processor = load_processor(tiny_model(task), task.modality, trust_remote_code=False)
+            first, again = (generated_signals(processor, 6) for _ in range(2))
+            for one, other in zip(first, again, strict=True):
+                np.testing.assert_array_equal(one.values, other.values)
+            rows = [processor([signal.values])[next(iter(processor([signal.values])))] for signal in first]
+            sizes = {row.tobytes()[:4096] for row in rows}
+            assert len(sizes) == len(first)
+
+    def test_own_images_and_recordings_are_read_by_name(self, tiny_model: ModelFactory, tmp_path: Path) -> None:
+        from PIL import Image
+
+        for name, value in (("b.png", 200), ("a.png", 10)):
+            Image.fromarray(np.full((8, 9, 3), value, np.uint8)).save(tmp_path / name)
+        processor = load_processor(tiny_model(IMAGES), "image", trust_remote_code=False)
+        signals, origin, digest = load_signals(processor, str(tmp_path), 10)
+        assert [(each.name, int(each.values[0, 0, 0])) for each in signals] == [("a.png", 10), ("b.png", 200)]
+        assert (origin, digest) == (tmp_path.name, signals_digest(str(tmp_path), "image"))
+        (tmp_path / "b.png").unlink()
+        assert signals_digest(str(tmp_path), "image") != digest
+
+        write_wav(tmp_path / "c.wav", rate=16_000)
+        ears = load_processor(tiny_model(SPEECH), "audio", trust_remote_code=False)
+        (sound,), _, _ = load_signals(ears, str(tmp_path), 10)
+        assert (sound.name, sound.values.dtype, sound.values.shape) == ("c.wav", np.float32, (1600,))
+        assert 0.4 < np.abs(sound.values).max() < 0.6
+
+    def test_files_that_cannot_be_used_are_refused(self, tiny_model: ModelFactory, tmp_path: Path) -> None:
+        ears = load_processor(tiny_model(SPEECH), "audio", trust_remote_code=False)
+        with pytest.raises(MeasurementError, match="holds no audio file"):
+            load_signals(ears, str(tmp_path), 10)
+        write_wav(tmp_path / "slow.wav", rate=8000)
+        with pytest.raises(MeasurementError, match=r"slow\.wav has 8000 samples a second.*needed are 16000"):
+            load_signals(ears, str(tmp_path), 10)
+        (tmp_path / "slow.wav").write_bytes(b"no recording")
+        with pytest.raises(MeasurementError, match="cannot be used"):
+            load_signals(ears, str(tmp_path), 10)
+
+
+def write_wav(path: Path, *, rate: int) -> None:
+    """Write a tenth of a second of a tone, 16 bits, one channel."""
+    tone = 0.5 * np.sin(np.arange(rate // 10) * 0.1)
+    with wave.open(str(path), "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(rate)
+        sound.writeframes((tone * 32767).astype("<i2").tobytes())
+
+
+class TestComponentsOfOneGraph:
+    @pytest.mark.parametrize("target", ["torchscript", "onnx-runtime"])
+    def test_word_and_document_share_one_copy_of_the_weights(
+        self, tiny_model: ModelFactory, tmp_path: Path, target: str
+    ) -> None:
+        alone, both = (self.compile(tiny_model, tmp_path / n, target, n) for n in ("document", "word document"))
+        sizes = [open_artifact(folder).manifest.size_bytes for folder in (alone, both)]
+        weights = (tiny_model(HfTask.TEXT_CLASSIFICATION) / "model.safetensors").stat().st_size
+        assert sizes[0] > weights
+        # Another shape adds its operators, and a second copy of the weights would add more than these.
+        assert sizes[1] - sizes[0] < weights
+        manifest = open_artifact(both).manifest
+        assert {name: each.max_sequence_length for name, each in manifest.components.items()} == {
+            "word": 8, "document": 64
+        }  # fmt: skip
+        assert len({each.folder for each in manifest.components.values()}) == 1
+
+    def test_each_component_keeps_its_own_lengths(self, tiny_model: ModelFactory, tmp_path: Path) -> None:
+        folder = self.compile(tiny_model, tmp_path / "both", "torchscript", "word document")
+        source = load_source_graph(tiny_model(HfTask.TEXT_CLASSIFICATION), HfTask.TEXT_CLASSIFICATION)
+        artifact = open_artifact(folder)
+        inputs = example_inputs(source.inputs, 2, 8, source.vocab_size, source.pad_token_id)
+        for component in ("word", "document"):
+            answer = LoadedGraph.load(artifact, component=component).run(inputs)
+            np.testing.assert_allclose(answer["logits"], source.run(inputs)["logits"], rtol=0, atol=1e-5)
+        longer = example_inputs(source.inputs, 1, 9, source.vocab_size, source.pad_token_id)
+        with pytest.raises(InputError, match=r"9 tokens.*at most 8"):
+            LoadedGraph.load(artifact, component="word").run(longer)
+        LoadedGraph.load(artifact, component="document").run(longer)
+
+    @staticmethod
+    def compile(tiny_model: ModelFactory, out_dir: Path, target: str, names: str) -> Path:
+        """Compile the components that are named: word of 8 tokens, document of 64."""
+        out_dir.mkdir()
+        lengths = {"word": 8, "document": 64}
+        dynamic = get_target(target).capabilities.dynamic_axes
+        components = [
+            ComponentSpec(name=name, max_sequence_length=lengths[name])
+            if dynamic
+            else ComponentSpec.model_validate(
+                {"name": name, "shape_buckets": [{"batch_size": 1, "sequence_length": lengths[name]}]}
+            )
+            for name in names.split()
+        ]
+        source = tiny_model(HfTask.TEXT_CLASSIFICATION)
+        spec = CompileSpec(target=target, hf_task=HfTask.TEXT_CLASSIFICATION, components=tuple(components))
+        build_artifact(
+            {
+                "source_dir": str(source),
+                "out_dir": str(out_dir),
+                "spec": spec.model_dump(mode="json"),
+                "source": {"uri": source.as_uri(), "revision": "0" * 64, "digest": "0" * 64},
+                "threads": 1,
+            }
+        )
+        return out_dir
