@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from compileflow.errors import CompileflowError
     from compileflow.manifest import ArtifactManifest
+    from compileflow.serving.adapters import optimize, pipeline
     from compileflow.serving.model import CompiledModel
     from compileflow.serving.pipeline import CompiledPipeline
     from compileflow.serving.tokenizer import CompiledTokenizer
@@ -29,6 +30,8 @@ _HOMES = {
     "HfTask": "compileflow.spec",
     "Precision": "compileflow.spec",
     "ShapeBucket": "compileflow.spec",
+    "optimize": "compileflow.serving.adapters",
+    "pipeline": "compileflow.serving.adapters",
 }
 
 __all__ = [
@@ -42,6 +45,8 @@ __all__ = [
     "HfTask",
     "Precision",
     "ShapeBucket",
+    "optimize",
+    "pipeline",
 ]
 
 

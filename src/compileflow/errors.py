@@ -111,7 +111,7 @@ class LoadError(CompileflowError):
     """A compiled model cannot be loaded here."""
 
 
-class InputError(CompileflowError):
+class InputError(CompileflowError, ValueError):
     """A compiled model was called with inputs that it was not compiled for."""
 
 

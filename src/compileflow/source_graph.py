@@ -171,6 +171,9 @@ def task_of_architecture(name: str) -> HfTask | None:
     """Read the task off the name of a model class; None when its ending is unknown."""
     if name.startswith(_SPEECH_ENCODERS) and name.endswith("ForSequenceClassification"):
         return HfTask.AUDIO_CLASSIFICATION
+    if name.endswith(("HeadModel", "HeadsModel")):
+        # GPT2LMHeadModel generates; it has no hidden states to give.
+        return None
     return next((task for ending, task in HEADS.items() if name.endswith(ending)), None)
 
 

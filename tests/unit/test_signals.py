@@ -72,6 +72,7 @@ def test_architecture_whose_frames_its_configuration_does_not_explain_is_refused
         ("WavLMForCTC", SPEECH),
         ("BertForSequenceClassification", HfTask.TEXT_CLASSIFICATION),
         ("T5ForConditionalGeneration", None),
+        ("GPT2LMHeadModel", None),
     ],
 )
 def test_task_is_read_off_the_class_name(name: str, task: HfTask | None) -> None:

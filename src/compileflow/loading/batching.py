@@ -67,6 +67,8 @@ def complete_inputs(component: ComponentRecord, given: Mapping[str, Any]) -> Arr
 def _checked(record: TensorRecord, value: Any, component: ComponentRecord) -> NDArray[Any]:
     """Return an input as an array of its type, or say what is wrong with it."""
     array = np.asarray(value)
+    if record.name == "attention_mask" and array.dtype.kind == "f" and np.isin(array, (0, 1)).all():
+        array = array.astype(np.int64)
     integers = record.dtype.startswith("int")
     kinds = ("biu" if record.name == "attention_mask" else "iu") if integers else "f"
     fits = array.ndim == len(record.axes) and all(

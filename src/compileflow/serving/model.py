@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from compileflow.contracts import Arrays, Device, Runner
+from compileflow.contracts import Arrays, Device
 from compileflow.errors import InputError, LoadError
-from compileflow.serving.artifacts import OpenArtifact, copy_artifact, open_artifact
-from compileflow.serving.batching import complete_inputs, run_fitted
+from compileflow.loading.artifacts import OpenArtifact, copy_artifact, open_artifact
+from compileflow.loading.graph import LoadedGraph
+from compileflow.spec import ShapeBucket
 
 # What a transformers model takes besides tensors; True would need outputs that the graph does not have.
 _FLAGS = ("output_attentions", "output_hidden_states", "use_cache")
@@ -25,25 +26,24 @@ class CompiledModel:
     from several threads.
     """
 
-    main_input_name = "input_ids"
     base_model_prefix = "model"
-    input_modalities = ("text",)
     generation_config = None
 
-    def __init__(self, artifact: OpenArtifact, component: str, runner: Runner, config: Any):
+    def __init__(self, graph: LoadedGraph, config: Any):
         import torch
 
-        self.artifact = artifact
-        self.manifest = artifact.manifest
-        self.component = component
+        self.graph = graph
+        self.artifact = graph.artifact
+        self.manifest = graph.artifact.manifest
+        self.component = graph.component
         self.config = config
         # Whatever computes, tensors go in and come out in host memory.
         self.device = torch.device("cpu")
         self.dtype = torch.float32
-        self.name_or_path = str(artifact.folder)
-        self._runner = runner
-        self._record = artifact.manifest.components[component]
-        self._output_class = _output_class(self._record.output_class)
+        self.name_or_path = str(graph.artifact.folder)
+        self.main_input_name = graph.record.inputs[0].name
+        self.input_modalities = (self.manifest.hf_task.modality,)
+        self._output_class = _output_class(graph.record.output_class)
 
     @classmethod
     def from_pretrained(
@@ -53,6 +53,9 @@ class CompiledModel:
         component: str = "default",
         device: Device | None = None,
         threads: int | None = None,
+        buckets: Sequence[ShapeBucket] | None = None,
+        digest: str | None = None,
+        trust: bool = False,
     ) -> CompiledModel:
         """Load from an artifact's folder or URI, after checking every digest.
 
@@ -61,12 +64,22 @@ class CompiledModel:
             component: Which compiled graph of the artifact.
             device: Where it runs; the target must know it. None: where the target runs first of all.
             threads: Threads of one call; None leaves it to the runtime.
+            buckets: Which of the compiled shape buckets to load; None loads all.
+            digest: The artifact's own, or its first 12 digits and more; any other is refused.
+            trust: Load although files were altered or added, with a warning in the log. Compiled files are native
+                code, which then runs with your rights.
 
         Raises:
             ManifestError, IntegrityError: refused before anything is deserialised.
             LoadError: it cannot run here; the hint says what is missing.
         """
-        return cls.from_artifact(open_artifact(location), component=component, device=device, threads=threads)
+        return cls.from_artifact(
+            open_artifact(location, digest=digest, trust=trust),
+            component=component,
+            device=device,
+            threads=threads,
+            buckets=buckets,
+        )
 
     @classmethod
     def from_artifact(
@@ -76,11 +89,14 @@ class CompiledModel:
         component: str = "default",
         device: Device | None = None,
         threads: int | None = None,
+        buckets: Sequence[ShapeBucket] | None = None,
     ) -> CompiledModel:
         """Load from an artifact that is open already."""
+        _output_module(artifact.component(component).output_class)
+        graph = LoadedGraph.load(artifact, component=component, device=device, threads=threads, buckets=buckets)
+        # After the checks: what is refused imports nothing.
         from transformers import AutoConfig
 
-        runner = artifact.load(component, device=device, threads=threads)
         config = AutoConfig.from_pretrained(
             artifact.folder,
             local_files_only=True,
@@ -88,16 +104,76 @@ class CompiledModel:
         )
         # transformers' pipelines look at the class's name; a subclass borrows it.
         kind = type(artifact.manifest.source.architecture, (cls,), {"__module__": cls.__module__})
-        model: CompiledModel = kind(artifact, component, runner, config)
+        model: CompiledModel = kind(graph, config)
         return model
 
-    def __call__(self, input_ids: Any = None, *, return_dict: bool | None = None, **kwargs: Any) -> Any:
+    @classmethod
+    def from_model(
+        cls,
+        model: Any,
+        batch_size: int = 1,
+        max_length: int = -1,
+        neuron: bool = True,
+        validate_compilation: bool = True,
+        validation_rtol: float = 1e-2,
+        validation_atol: float = 1e-2,
+        *,
+        target: str | None = None,
+        **tracing_kwargs: Any,
+    ) -> CompiledModel:
+        """Compile a model that is in memory; the model stays as it is.
+
+        Args:
+            model: A transformers model.
+            batch_size: Rows of the compiled shape; calls of any number of rows are padded or split to it.
+            max_length: Tokens of the compiled shape; -1 is the model's own maximum.
+            neuron: True compiles for AWS Neuron, False for torchscript, where no `target` is named.
+            validate_compilation: Compare every output with the source model's before returning.
+            validation_rtol: Relative tolerance of that, a fraction.
+            validation_atol: Absolute tolerance of that, in the outputs' own units.
+            target: Any target's name; `compileflow targets` lists them.
+            **tracing_kwargs: The target's options.
+
+        Raises:
+            SpecError: a shape, a target or an option that there is not.
+            TargetUnavailableError: the target's toolchain is missing here.
+            CompileError: the toolchain refused the model.
+            VerdictError: an output differs by more than the tolerance; nothing is left behind.
+        """
+        # Here, since nobody who only loads compiled models needs what compiling imports.
+        from compileflow.serving.local_compile import compile_in_memory, older_target
+        from compileflow.serving.source_comparison import Tolerance
+
+        artifact = compile_in_memory(
+            model,
+            target=older_target(target, neuron=neuron),
+            batch_size=batch_size,
+            max_length=max_length,
+            options=tracing_kwargs,
+            tolerance=Tolerance(validation_rtol, validation_atol) if validate_compilation else None,
+        )
+        return cls.from_artifact(artifact)
+
+    @property
+    def compilation_specs(self) -> dict[str, Any]:
+        """What it was compiled with: batch_size, max_length (tokens), target, and the target's options by name."""
+        spec, record = self.manifest.spec, self.graph.record
+        buckets = record.shape_buckets or spec.components[0].shape_buckets
+        return {
+            "batch_size": max((bucket.batch_size for bucket in buckets), default=1),
+            "max_length": record.max_sequence_length,
+            "target": spec.target,
+            **spec.target_options,
+        }
+
+    def __call__(self, main_input: Any = None, *, return_dict: bool | None = None, **kwargs: Any) -> Any:
         """Run the compiled graph.
 
         Args:
-            input_ids: Token ids, shape (batch, sequence): tensor, array or lists.
+            main_input: `input_ids`, `pixel_values` or `input_values`, which may be given by its name, too: tensor,
+                array or lists, of the axes that `manifest` names.
             return_dict: False gives a plain tuple, as in transformers.
-            **kwargs: The source model's other inputs, `attention_mask` and `token_type_ids`.
+            **kwargs: The source model's inputs by their names.
 
         Returns:
             The source model's output class, with torch tensors.
@@ -113,7 +189,11 @@ class CompiledModel:
                     f"A compiled graph has a fixed set of outputs; {flag}=True would need others.",
                     hint="Use the source model for that.",
                 )
-        arrays = self.run({"input_ids": input_ids} | kwargs)
+        if main_input is not None:
+            if self.main_input_name in kwargs:
+                raise InputError(f"{self.main_input_name} was given twice.", hint="Give it once.")
+            kwargs[self.main_input_name] = main_input
+        arrays = self.run(kwargs)
         tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in arrays.items()}
         if return_dict is False:
             return tuple(tensors.values())
@@ -123,8 +203,7 @@ class CompiledModel:
 
     def run(self, inputs: Mapping[str, Any]) -> Arrays:
         """Run the compiled graph on named inputs and return named NumPy arrays."""
-        given = {name: _as_array(value) for name, value in inputs.items()}
-        return run_fitted(self._runner, self._record, complete_inputs(self._record, given))
+        return self.graph.run({name: _as_array(value) for name, value in inputs.items()})
 
     def save_pretrained(self, dest: str | Path) -> Path:
         """Copy the whole artifact into `dest`, an empty or absent folder."""
@@ -132,7 +211,7 @@ class CompiledModel:
 
     def close(self) -> None:
         """Release the graph. Closing twice does nothing."""
-        self._runner.close()
+        self.graph.close()
 
     def can_generate(self) -> bool:
         """Return False: none of the tasks compiled so far generates."""
@@ -158,7 +237,7 @@ class CompiledModel:
         )
 
     def __getattr__(self, name: str) -> Any:
-        if name == "config":
+        if name in ("config", "graph"):
             raise AttributeError(name)
         return getattr(self.config, name)
 
@@ -171,6 +250,8 @@ def _as_array(value: Any) -> Any:
     if value is None or isinstance(value, np.ndarray):
         return value
     if hasattr(value, "detach"):
+        if value.device.type == "meta":
+            raise InputError("A tensor on the meta device holds no data.", hint="Give it on the CPU.")
         return value.detach().cpu().numpy()
     try:
         return np.asarray(value)
@@ -181,8 +262,12 @@ def _as_array(value: Any) -> Any:
 
 
 def _output_class(path: str) -> Any:
-    module, _, name = path.partition(":")
+    return getattr(import_module(_output_module(path)), path.partition(":")[2])
+
+
+def _output_module(path: str) -> str:
+    module = path.partition(":")[0]
     # The path comes from a file: only transformers' own output classes are looked up.
     if module.partition(".")[0] not in ("transformers", "transformers_modules"):
         raise LoadError(f"{path!r} is no transformers output class.", hint="Compile the model again.")
-    return getattr(import_module(module), name)
+    return module

@@ -10,10 +10,13 @@ from compileflow.errors import SourceError
 
 SAFE_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 LEGACY_WEIGHTS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
-CONFIG = ("config.json", "generation_config.json", "*_config.json", "modules.json", "*/config.json")
+CONFIG = (
+    "config.json", "generation_config.json", "*_config.json", "*/config.json",
+    "modules.json", "config_sentence_transformers.json",
+)  # fmt: skip
 TOKENIZER = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
-    "*.jinja", "spiece*", "bpe.codes", "sentencepiece*",
+    "tokenizer*", "tokenization_settings.json", "special_tokens_map.json", "added_tokens.json", "vocab*",
+    "merges.txt", "*.model", "*.jinja", "spiece*", "bpe.codes", "sentencepiece*",
 )  # fmt: skip
 CODE = ("*.py",)
 # Other exports of the same weights, and a training run's leftovers.
