@@ -1,5 +1,6 @@
 """aot-inductor keeps the targets' contract, and its packages leave nothing in the temporary folder."""
 
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -41,7 +42,7 @@ class TestAotInductor(TargetConformance):
         assert [path.name for path in temporary.iterdir() if path.name.startswith("aotinductor")]
         del package
         for path in temporary.iterdir():
-            path.rmdir()
+            shutil.rmtree(path)
 
         runner, record, source = load(TASK)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from compileflow.serving.artifacts import copy_artifact, open_artifact
+from compileflow.loading.artifacts import copy_artifact, open_artifact
 from compileflow.settings import Settings
 from compileflow.spec import HfTask
 from tests.conftest import ModelFactory
@@ -43,13 +43,18 @@ def workspace(
     return folder
 
 
-def test_python_of_the_readme_runs(workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_python_of_the_readme_runs(
+    settings: Settings, workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     found = blocks(ROOT / "README.md", "python")
     assert found
     monkeypatch.chdir(workspace)
-    for block in found:
-        exec(compile(block, "README.md", "exec"), {})  # noqa: S102 - our own README
+    with in_process(settings, monkeypatch) as pipeline:
+        for block in found:
+            exec(compile(block, "README.md", "exec"), {})  # noqa: S102 - our own README
     assert "BaseModelOutput" in capsys.readouterr().out
+    # What the first of two calls compiles and proves, the second loads.
+    assert pipeline.counts == {"compile": 1, "validate": 1}
 
 
 def test_commands_of_the_readme_run(settings: Settings, workspace: Path) -> None:

@@ -16,7 +16,8 @@ from compileflow.catalog import get_target
 from compileflow.contracts import Availability
 from compileflow.errors import LoadError, TargetUnavailableError
 from compileflow.manifest import MANIFEST_NAME, read_manifest
-from compileflow.serving.artifacts import open_artifact
+from compileflow.loading.artifacts import open_artifact
+from compileflow.loading.graph import LoadedGraph
 from compileflow.spec import HfTask, Precision
 from compileflow.steps.compile import check_available
 from compileflow.targets.torchscript import TorchScriptTarget
@@ -137,7 +138,8 @@ def test_artifact_for_a_cpu_that_has_more_is_refused_before_its_graph_is_opened(
     rewrite(artifact, lambda data: data["target"].update(cpu_features=["a_flag_of_1", "a_flag_of_2"]))
     with pytest.raises(LoadError, match="compiled for a CPU with a_flag_of_1, a_flag_of_2, which") as caught:
         CompiledModel.from_pretrained(artifact)
-    assert caught.value.hint == "Compile it on a machine like this one."
+    assert caught.value.hint.startswith("Compile it on a machine like this one: python -m flows compile --model ")
+    assert caught.value.hint.endswith("--target torchscript")
 
 
 def test_artifact_for_this_cpu_reaches_the_target(artifact: Path) -> None:
@@ -170,7 +172,7 @@ def test_target_without_its_runtime_is_refused_before_the_cpu_is_asked(
     )
     monkeypatch.setattr(TorchScriptTarget, "probe", lambda self: absent)
     with pytest.raises(LoadError, match=r"cannot run here: torch is not installed\. Try: pip install torch"):
-        open_artifact(artifact).load("default", device=None, threads=None)
+        LoadedGraph.load(open_artifact(artifact))
 
 
 @pytest.mark.parametrize("name", ["torchscript", "aot-inductor"])

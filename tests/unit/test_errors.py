@@ -6,7 +6,7 @@ import pickle
 import pytest
 
 from compileflow import errors
-from compileflow.errors import CompileflowError
+from compileflow.errors import CompileflowError, first_line
 
 TREE = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, CompileflowError)]
 
@@ -64,3 +64,16 @@ def test_error_with_a_log_says_where_it_is() -> None:
     assert str(error) == "found do Log: /logs/1.log"
     assert str(CompileflowError("found", log_path="/logs/1.log")) == "found Log: /logs/1.log"
     assert CompileflowError.from_dict({"type": "CompileError", "message": "found"}).log_path == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("\n  the graph is broken.\nat line 7", "the graph is broken"),
+        ("refused:\n  why", "refused"),
+        ("", "ValueError"),
+        ("x" * 400, "x" * 300),
+    ],
+)
+def test_first_line_says_something_short_and_takes_a_full_stop(text: str, says: str) -> None:
+    assert first_line(ValueError(text)) == says

@@ -8,13 +8,13 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import pytest
 import torch
 
-from compileflow.process_state import resident_bytes, torch_threads, undisturbed_process
+from compileflow.process_state import environment, resident_bytes, torch_threads, undisturbed_process
 from compileflow.testing.state import process_state, unchanged_process
 
 
@@ -108,6 +108,18 @@ def test_process_without_torch_stays_without_it() -> None:
         "assert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.usefixtures("prepared")
+@pytest.mark.parametrize("ends", [nullcontext, failing])
+def test_variables_are_set_within_the_block_alone(ends: Callable[[], AbstractContextManager[None]]) -> None:
+    before = dict(os.environ)
+    with ends(), environment(COMPILEFLOW_TEST_CHANGED="within", COMPILEFLOW_TEST_ADDED="within"):
+        assert os.environ["COMPILEFLOW_TEST_CHANGED"] == os.environ["COMPILEFLOW_TEST_ADDED"] == "within"
+        if ends is failing:
+            raise ZeroDivisionError
+    assert dict(os.environ) == before
+    assert before["COMPILEFLOW_TEST_CHANGED"] == "before"
 
 
 @pytest.mark.usefixtures("prepared")

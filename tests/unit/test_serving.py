@@ -1,4 +1,4 @@
-"""Compiled tokenizer, model and pipeline: they answer like the source model's, load anywhere, refuse early.
+"""Compiled tokenizer, model and pipeline: they answer like the source model's, load anywhere.
 
 Over 300 lines, because all of it shares one set of compiled models.
 """
@@ -6,7 +6,6 @@ Over 300 lines, because all of it shares one set of compiled models.
 from __future__ import annotations
 
 import copy
-import json
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,14 +19,13 @@ import torch
 import transformers
 
 from compileflow import CompiledModel, CompiledPipeline, CompiledTokenizer, HfTask
-from compileflow.digests import file_digest
-from compileflow.errors import CompileflowError, InputError, IntegrityError, LoadError, ManifestError, StoreError
+from compileflow.errors import InputError, LoadError, StoreError
 from compileflow.manifest import MANIFEST_NAME
 from compileflow.settings import Settings
 from compileflow.source_graph import AUTO_CLASSES
 from compileflow.stores.local import LocalStore
 from compileflow.testing.targets import compiled_folder, hide_distributions
-from tests.models import ARCHITECTURES, MAX_TOKENS, sentences
+from tests.models import ARCHITECTURES, MAX_TOKENS, TEXT_GRAPHS, sentences
 
 TARGETS = ("onnx-runtime", "torchscript")
 PIPELINE_TASKS = tuple(task for task in HfTask if task is not HfTask.QUESTION_ANSWERING)
@@ -126,7 +124,7 @@ def assert_same_result(candidate: Any, reference: Any) -> None:
         assert candidate == reference
 
 
-@pytest.mark.parametrize("hf_task", list(HfTask))
+@pytest.mark.parametrize("hf_task", TEXT_GRAPHS)
 @pytest.mark.parametrize(("target", "architecture"), CELLS)
 class TestModelAnswersLikeItsSource:
     # Bucket edges of 1x8, 4x16 and 1x64, one beyond each, and batches that must be split.
@@ -243,8 +241,6 @@ def test_question_answering_finds_the_span_that_the_source_model_finds(
     for name in ("start_logits", "end_logits"):
         assert answer[name].shape == encoded["input_ids"].shape
         assert answer[name].argmax(1).tolist() == expected[name].argmax(1).tolist()
-    with pytest.raises(LoadError, match=r"no question-answering pipeline.*CompiledModel"):
-        CompiledPipeline.from_pretrained(compiled(target, hf_task))
 
 
 def test_tokenizer_fits_the_compiled_model_by_default_and_the_call_wins(artifact: Path) -> None:
@@ -399,87 +395,6 @@ def test_wrapper_without_its_inside_has_no_attributes_and_does_not_recurse(kind:
         _ = empty.unk_token_id
 
 
-def rewrite_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    path = folder / MANIFEST_NAME
-    data = json.loads(path.read_text("utf-8"))
-    change(data)
-    path.write_text(json.dumps(data), "utf-8")
-
-
-def refused(location: Any, error: type[CompileflowError], says: str) -> None:
-    for kind in (CompiledTokenizer, CompiledModel, CompiledPipeline):
-        with pytest.raises(error, match=says):
-            kind.from_pretrained(location)
-
-
-class TestRefusedBeforeAnythingIsOpened:
-    """The model file is garbage in each of these: a runtime that opened it would raise another error."""
-
-    @pytest.fixture
-    def garbage(self, artifact: Path) -> Path:
-        (artifact / "components/default/model.pt").write_bytes(b"garbage")
-        return artifact
-
-    def test_altered_model_file(self, garbage: Path) -> None:
-        refused(garbage, IntegrityError, r"model\.pt was altered.*Do not load")
-
-    def test_garbage_whose_digest_is_right_reaches_the_runtime(self, garbage: Path) -> None:
-        path = "components/default/model.pt"
-
-        def agree(data: dict[str, Any]) -> None:
-            (record,) = (file for file in data["files"] if file["path"] == path)
-            record |= {"size_bytes": 7, "sha256": file_digest(garbage / path)}
-
-        rewrite_manifest(garbage, agree)
-
-        # The proof that the others were refused earlier.
-        with pytest.raises(LoadError, match=r"model\.pt cannot be loaded by torch"):
-            CompiledModel.from_pretrained(garbage)
-
-    def test_unknown_schema_version(self, garbage: Path) -> None:
-        rewrite_manifest(garbage, lambda data: data.update(schema_version=99))
-        refused(garbage, ManifestError, "schema_version 99; this compileflow reads 1, 2")
-
-    def test_unknown_field(self, garbage: Path) -> None:
-        rewrite_manifest(garbage, lambda data: data.update(surprise=1))
-        refused(garbage, ManifestError, "surprise")
-
-    def test_file_that_leaves_the_folder(self, garbage: Path) -> None:
-        rewrite_manifest(garbage, lambda data: data["files"][0].update(path="../outside"))
-        refused(garbage, IntegrityError, "leaves its folder")
-
-    def test_unlisted_file(self, compiled: Compiled, tmp_path: Path) -> None:
-        folder = tmp_path / "with-more"
-        shutil.copytree(compiled("torchscript", HfTask.TEXT_CLASSIFICATION), folder)
-        (folder / "tokenizer.py").write_text("raise SystemExit")
-        refused(folder, IntegrityError, r"tokenizer\.py is not in the manifest")
-
-    def test_missing_file(self, garbage: Path) -> None:
-        (garbage / "components/default/model.pt").unlink()
-        refused(garbage, IntegrityError, r"model\.pt is missing")
-
-    def test_no_manifest(self, tmp_path: Path) -> None:
-        refused(tmp_path, ManifestError, r"has no manifest\.json")
-
-    def test_no_folder(self, tmp_path: Path) -> None:
-        refused(tmp_path / "nothing", ManifestError, r"has no manifest\.json")
-
-    def test_uri_of_nothing(self) -> None:
-        refused("s3://bucket/key", ManifestError, "neither an artifact folder nor an artifact URI")
-
-
-def test_unknown_component_is_refused_with_those_there_are(artifact: Path) -> None:
-    for kind in (CompiledTokenizer, CompiledModel, CompiledPipeline):
-        with pytest.raises(LoadError, match=r"no component 'word'.*It has: default"):
-            kind.from_pretrained(artifact, component="word")
-
-
-@pytest.mark.parametrize("kind", [CompiledModel, CompiledPipeline])
-def test_unknown_device_is_refused_with_those_there_are(artifact: Path, kind: type[Any]) -> None:
-    with pytest.raises(LoadError, match=r"torchscript does not run on 'neuron'.*cpu"):
-        kind.from_pretrained(artifact, device="neuron")
-
-
 @pytest.mark.parametrize("kind", [CompiledModel, CompiledPipeline])
 def test_missing_runtime_is_one_clear_error(
     compiled: Compiled, monkeypatch: pytest.MonkeyPatch, kind: type[Any]
@@ -517,18 +432,3 @@ def test_store_uri_is_fetched_once_into_the_local_cache(
     assert again(TEXTS[0]) == pipeline(TEXTS[0])
     assert Path(again.model.name_or_path) == cached
     assert [path.name for path in cached.parent.iterdir()] == [stored.digest]
-
-
-def test_altered_cache_is_refused(artifact: Path, settings: Settings, tmp_path: Path) -> None:
-    stored = LocalStore((tmp_path / "store").as_uri()).put_folder(artifact)
-    CompiledTokenizer.from_pretrained(stored.uri)
-    cached = settings.home_dir / "artifacts" / stored.digest
-    # The manifest agrees with the file, so that only the digest in the URI can tell.
-    rewrite_manifest(cached, lambda data: data["source"].update(revision="another"))
-
-    refused(stored.uri, IntegrityError, r"has the digest .*, asked for was")
-
-
-def test_absent_artifact_in_a_store_is_refused(settings: Settings, tmp_path: Path) -> None:
-    refused(f"{(tmp_path / 'store').as_uri()}/manifests/sha256/{'0' * 64}.json", IntegrityError, "holds no folder")
-    assert not (settings.home_dir / "artifacts").exists()

@@ -23,7 +23,8 @@ _SEE_PADDING = ("canine", "convbert", "funnel", "mobilebert", "nystromformer", "
 def may_pad(record: ComponentRecord, config: Any) -> bool:
     """Tell whether rows of different lengths may share a call: whether a graph's answers ignore padding.
 
-    They do where there are tokens and a mask, and neither convolutions over the tokens nor a kind of attention that needs all of them.
+    They do where there are tokens and a mask, and neither convolutions over the tokens nor a kind of attention
+    that needs all of them.
 
     Args:
         record: The graph's.

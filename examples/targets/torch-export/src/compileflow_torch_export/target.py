@@ -24,7 +24,7 @@ from compileflow.isolation import report_progress
 from compileflow.manifest import ComponentRecord
 from compileflow.process_state import torch_threads
 from compileflow.source_graph import SourceGraph, as_tuple_module, example_inputs, load_source_graph
-from compileflow.spec import HfTask, Precision
+from compileflow.spec import TEXT_TASKS, Precision
 from compileflow.toolchain import installed_versions
 
 _FILE = "model.pt2"
@@ -47,7 +47,12 @@ class TorchExportTarget:
     summary: ClassVar[str] = "torch.export program with dynamic axes; any machine with torch"
     Options: ClassVar[type[TargetOptions]] = TorchExportOptions
     capabilities: ClassVar[Capabilities] = Capabilities(
-        hf_tasks=tuple(HfTask), precisions=(Precision.FP32,), devices=("cpu",), dynamic_axes=True
+        hf_tasks=TEXT_TASKS,
+        precisions=(Precision.FP32,),
+        devices=("cpu",),
+        dynamic_axes=True,
+        # torch does not promise to read programs that another version saved.
+        runtime={"torch": "=={minor}.*"},
     )
     default_gates: ClassVar[Mapping[Precision, Mapping[str, float]]] = {}
 

@@ -1,0 +1,246 @@
+"""Loads that must be refused: what is wrong with each, what was asked, and what the error says.
+
+Nothing here imports a runtime, so that a fresh process can show that no refusal does.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import compileflow
+from compileflow import cpu
+from compileflow.errors import CompileflowError, IntegrityError, LoadError, ManifestError, SpecError
+from compileflow.manifest import MANIFEST_NAME
+from compileflow.spec import ShapeBucket
+
+GRAPH = "components/default/model.pt"
+KINDS = ("CompiledTokenizer", "CompiledModel", "CompiledPipeline")
+GRAPHS = KINDS[1:]
+
+
+def rewrite_manifest(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def rewrite(folder: Path) -> None:
+        path = folder / MANIFEST_NAME
+        data = json.loads(path.read_text("utf-8"))
+        change(data)
+        path.write_text(json.dumps(data), "utf-8")
+
+    return rewrite
+
+
+def of_target(name: str, **toolchain: str) -> Callable[[Path], None]:
+    return rewrite_manifest(lambda data: data["target"].update(name=name, toolchain=toolchain))
+
+
+def of_component(**record: Any) -> Callable[[Path], None]:
+    return rewrite_manifest(lambda data: data["components"]["default"].update(record))
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A load that must be refused.
+
+    Attributes:
+        error: Its class.
+        says: Pattern of its text.
+        spoil: What is done to a sound artifact before.
+        asked: Arguments of from_pretrained.
+        location: Given the artifact's folder, what is loaded.
+        installed: Distributions that look installed in other versions than they are.
+        flags: What the CPU can do, when it is another than this one.
+    """
+
+    error: type[CompileflowError]
+    says: str
+    spoil: Callable[[Path], object] = lambda folder: None
+    asked: Mapping[str, Any] = field(default_factory=dict)
+    kinds: tuple[str, ...] = KINDS
+    location: Callable[[Path], str] = str
+    installed: Mapping[str, str] = field(default_factory=dict)
+    flags: str = ""
+
+
+TRUST = {"trust": True}
+REFUSALS = {
+    "no folder": Refusal(ManifestError, r"has no manifest\.json", location=lambda folder: f"{folder}/nothing"),
+    "a file": Refusal(ManifestError, "is not a folder", location=lambda folder: f"{folder}/{GRAPH}"),
+    "no manifest": Refusal(
+        ManifestError, r"has no manifest\.json", lambda folder: (folder / MANIFEST_NAME).unlink(), kinds=GRAPHS
+    ),
+    "no manifest, by digest": Refusal(
+        ManifestError,
+        r"has no manifest\.json",
+        lambda folder: (folder / MANIFEST_NAME).unlink(),
+        {"digest": "0" * 12},
+    ),
+    "no JSON": Refusal(
+        ManifestError, "cannot be read", lambda folder: (folder / MANIFEST_NAME).write_text("{", "utf-8")
+    ),
+    "unknown schema": Refusal(
+        ManifestError,
+        "schema_version 99; this compileflow reads .*Install the compileflow that made it",
+        rewrite_manifest(lambda data: data.update(schema_version=99)),
+    ),
+    "unknown schema, trusted": Refusal(
+        ManifestError, "schema_version 99", rewrite_manifest(lambda data: data.update(schema_version=99)), TRUST
+    ),
+    "unknown field": Refusal(ManifestError, "surprise", rewrite_manifest(lambda data: data.update(surprise=1))),
+    "path out": Refusal(
+        IntegrityError,
+        "leaves its folder.*Do not load",
+        rewrite_manifest(lambda data: data["files"][0].update(path="../outside")),
+    ),
+    "path out, trusted": Refusal(IntegrityError, "leaves its folder", of_component(folder="../outside"), TRUST),
+    "link out": Refusal(
+        IntegrityError, "is a link out of the folder", lambda folder: (folder / "link").symlink_to(sys.executable)
+    ),
+    "link out, trusted": Refusal(
+        IntegrityError, "is a link", lambda folder: (folder / "link").symlink_to(folder.parent), TRUST
+    ),
+    "altered file": Refusal(
+        IntegrityError,
+        r"model\.pt was altered: .*Do not load.*trust=True .* native code and run with your rights",
+        lambda folder: (folder / GRAPH).write_bytes(b"altered"),
+    ),
+    "altered file, by digest": Refusal(
+        IntegrityError,
+        r"model\.pt was altered: .*Do not load this artifact; fetch it again\.$",
+        lambda folder: (folder / GRAPH).write_bytes(b"altered"),
+        {"digest": "0" * 64},
+    ),
+    "missing file": Refusal(IntegrityError, r"model\.pt is missing", lambda folder: (folder / GRAPH).unlink()),
+    "missing file, trusted": Refusal(
+        IntegrityError, r"model\.pt is missing", lambda folder: (folder / GRAPH).unlink(), TRUST
+    ),
+    "unlisted file": Refusal(
+        IntegrityError,
+        r"tokenizer\.py is not in the manifest\. Do not load",
+        lambda folder: (folder / "tokenizer.py").write_text("raise SystemExit", "utf-8"),
+    ),
+    "another digest": Refusal(
+        IntegrityError, r"has the digest .*, asked for was 0{12}.*compileflow versions", asked={"digest": "0" * 12}
+    ),
+    "another digest, trusted": Refusal(
+        IntegrityError,
+        "has the digest .*, asked for was 0{12}",
+        lambda folder: (folder / GRAPH).write_bytes(b"altered"),
+        {"digest": "0" * 64, **TRUST},
+    ),
+    "no digest": Refusal(
+        SpecError, "digest='latest' is no digest: needed are 12 to 64", asked={"digest": "latest"}
+    ),
+    "short digest": Refusal(SpecError, "is no digest", asked={"digest": "0" * 11}),
+    "another digest than the URI's": Refusal(
+        IntegrityError,
+        "has the digest a{12}..., asked for was b{12}",
+        asked={"digest": "b" * 64},
+        location=lambda folder: f"file:///store/manifests/sha256/{'a' * 64}.json",
+    ),
+    "URI of nothing": Refusal(
+        ManifestError, "neither an artifact folder nor an artifact URI", location=lambda folder: "s3://bucket/key"
+    ),
+    "URI of what is not stored": Refusal(
+        IntegrityError,
+        "holds no folder",
+        location=lambda folder: f"{(folder.parent / 'store').as_uri()}/manifests/sha256/{'a' * 64}.json",
+    ),
+    "unknown component": Refusal(LoadError, r"no component 'word'.*It has: default", asked={"component": "word"}),
+    "another task": Refusal(
+        LoadError,
+        "was compiled for text-classification, and 'fill-mask' was asked for.*It serves: ",
+        asked={"task": "fill-mask"},
+        kinds=("CompiledPipeline",),
+    ),
+    "foreign output class": Refusal(
+        LoadError,
+        "'os:system' is no transformers output class",
+        of_component(output_class="os:system"),
+        kinds=GRAPHS,
+    ),
+    "unknown bucket": Refusal(
+        LoadError,
+        r"No such shape bucket was compiled: 3x7\. There are: 1x8, ",
+        asked={"buckets": [[3, 7]]},
+        kinds=GRAPHS,
+    ),
+    "unknown target": Refusal(
+        LoadError,
+        "for the target 'abacus'; known are aot-inductor, .*Install the distribution",
+        of_target("abacus"),
+        kinds=GRAPHS,
+    ),
+    "unknown device": Refusal(
+        LoadError, r"torchscript does not run on 'neuron'.*cpu", asked={"device": "neuron"}, kinds=GRAPHS
+    ),
+    "no runtime": Refusal(
+        LoadError,
+        "neuron cannot run here: torch-neuron is not installed.*Try: python -m pip install torch-neuron",
+        of_target("neuron"),
+        kinds=GRAPHS,
+    ),
+    "runtime too old": Refusal(
+        LoadError,
+        r"onnx-runtime needs onnxruntime >=1\.31, compiled with 1\.31\.1; found 1\.20\.0\. "
+        r"Run: pip install 'onnxruntime>=1\.31'",
+        of_target("onnx-runtime", onnxruntime="1.31.1"),
+        kinds=GRAPHS,
+        installed={"onnxruntime": "1.20.0"},
+    ),
+    "runtime too new": Refusal(
+        LoadError,
+        r"aot-inductor needs torch ==2\.13\.\*, compiled with 2\.13\.0\+cpu; found 2\.14\.0\+cpu\. "
+        r"Run: pip install 'torch==2\.13\.\*'",
+        of_target("aot-inductor", torch="2.13.0+cpu"),
+        kinds=GRAPHS,
+        installed={"torch": "2.14.0+cpu"},
+    ),
+    "runtime of no version": Refusal(
+        ManifestError,
+        "torch 'newest' compiled the artifact, which is no version",
+        of_target("torchscript", torch="newest"),
+        kinds=GRAPHS,
+    ),
+    "precision that the CPU lacks": Refusal(
+        LoadError,
+        "torchscript cannot run bf16 here: this CPU has no bf16 .*--target torchscript --precision fp32",
+        of_component(precision="bf16"),
+        kinds=GRAPHS,
+        flags="avx2 fma",
+    ),
+    "feature that the CPU lacks": Refusal(
+        LoadError,
+        "compiled for a CPU with avx512f, which this one lacks.*Compile it on a machine like this one: python -m ",
+        rewrite_manifest(lambda data: data["target"].update(cpu_features=["avx2", "avx512f"])),
+        kinds=GRAPHS,
+        flags="avx2 fma",
+    ),
+}
+
+
+def attempt(load: Mapping[str, Any]) -> dict[str, str]:
+    """Load as described, and return the refusal; {} when there was none."""
+    asked = dict(load["asked"])
+    if "buckets" in asked:
+        asked["buckets"] = [ShapeBucket(batch_size=rows, sequence_length=long) for rows, long in asked["buckets"]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [load["installed"], *sys.path])
+        patch.setattr(cpu, "CPUINFO", Path(load["cpuinfo"]))
+        try:
+            getattr(compileflow, load["kind"]).from_pretrained(load["location"], **asked)
+        except CompileflowError as error:
+            return {"error": type(error).__name__, "says": str(error)}
+    return {}
+
+
+def pretend_installed(site: Path, name: str, version: str) -> None:
+    """Make a distribution look installed in that version, for whoever has `site` first on sys.path."""
+    info = site / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", "utf-8")
