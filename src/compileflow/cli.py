@@ -122,9 +122,11 @@ def inspect(
         "toolchain": toolchain,
         "size": f"{manifest.size_bytes / 1e6:.1f} MB in {len(manifest.files)} files",
     }
+    unit = {"text": "tokens", "audio": "samples or spectra", "image": ""}[manifest.hf_task.modality]
     for name, component in manifest.components.items():
         shapes = ", ".join(str(bucket) for bucket in component.shape_buckets) or "any shape"
-        rows[f"component {name}"] = f"up to {component.max_sequence_length} tokens; {shapes}"
+        longest = f"up to {component.max_sequence_length} {unit}; " if unit else ""
+        rows[f"component {name}"] = f"{longest}{shapes}"
     for field, value in rows.items():
         table.add_row(field, value)
     Console().print(table)

@@ -72,7 +72,7 @@ REFUSALS = {
     "no folder": Refusal(ManifestError, r"has no manifest\.json", location=lambda folder: f"{folder}/nothing"),
     "a file": Refusal(ManifestError, "is not a folder", location=lambda folder: f"{folder}/{GRAPH}"),
     "no manifest": Refusal(
-        ManifestError, r"has no manifest\.json", lambda folder: (folder / MANIFEST_NAME).unlink(), kinds=GRAPHS
+        ManifestError, r"has no manifest\.json", lambda folder: (folder / MANIFEST_NAME).unlink()
     ),
     "no manifest, by digest": Refusal(
         ManifestError,

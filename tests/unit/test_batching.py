@@ -218,3 +218,11 @@ def test_token_types_of_a_model_that_has_one_are_refused_unless_all_zero() -> No
     assert "token_type_ids" not in complete_inputs(component, {"input_ids": ids, "token_type_ids": ids * 0})
     with pytest.raises(InputError, match="one token type"):
         complete_inputs(component, {"input_ids": ids, "token_type_ids": ids})
+
+
+def test_mask_of_a_model_that_has_none_is_refused_unless_all_one() -> None:
+    component = record(inputs=("input_ids",))
+    ids = np.array([[1, 2, 3]])
+    assert list(complete_inputs(component, {"input_ids": ids, "attention_mask": ids > 0})) == ["input_ids"]
+    with pytest.raises(InputError, match="no attention mask"):
+        complete_inputs(component, {"input_ids": ids, "attention_mask": ids > 1})

@@ -15,9 +15,9 @@ from transformers import AutoTokenizer
 
 from compileflow.digests import file_digest
 from compileflow.errors import CompileError
-from compileflow.serving.artifacts import open_artifact
+from compileflow.loading.artifacts import open_artifact
 from compileflow.settings import Settings
-from compileflow.spec import HfTask, Precision
+from compileflow.spec import TEXT_TASKS, HfTask, Precision
 from compileflow.steps.calibration import (
     Calibration,
     CalibrationSettings,
@@ -49,7 +49,7 @@ def write_examples(path: Path, task: HfTask, texts: tuple[str, ...] = LINES) -> 
 
 
 class TestWhatIsRead:
-    @pytest.mark.parametrize("task", list(HfTask))
+    @pytest.mark.parametrize("task", TEXT_TASKS)
     def test_without_a_file_it_is_text_that_compileflow_carries(self, task: HfTask) -> None:
         calibration = load_calibration(task, CalibrationSettings())
         assert len(calibration.examples) == calibration.record.examples == 256
@@ -57,7 +57,7 @@ class TestWhatIsRead:
         assert all(set(example) == form and all(example.values()) for example in calibration.examples)
         assert calibration.record.origin.startswith("compileflow's own ")
 
-    @pytest.mark.parametrize("task", list(HfTask))
+    @pytest.mark.parametrize("task", TEXT_TASKS)
     def test_nobody_is_judged_on_what_was_calibrated_on(self, task: HfTask) -> None:
         calibration = load_calibration(task, CalibrationSettings(max_examples=10_000))
         judged, origin, digest = load_examples(task, None, 10_000)
@@ -66,7 +66,7 @@ class TestWhatIsRead:
         seen = set().union(*map(words_of, calibration.examples))
         assert seen.isdisjoint(set().union(*map(words_of, judged)))
 
-    @pytest.mark.parametrize("task", list(HfTask))
+    @pytest.mark.parametrize("task", TEXT_TASKS)
     def test_a_file_of_ones_own_is_read_in_its_order(self, task: HfTask, tmp_path: Path) -> None:
         path = write_examples(tmp_path / "own.txt", task)
         calibration = load_calibration(task, CalibrationSettings(examples_path=str(path), max_examples=5))
@@ -132,7 +132,7 @@ class TestWhatIsRefused:
         assert "natural examples" in caught.value.hint
 
 
-@pytest.mark.parametrize("task", list(HfTask))
+@pytest.mark.parametrize("task", TEXT_TASKS)
 def test_batches_are_ragged_int64_and_as_long_as_the_model_allows(tiny_model: ModelFactory, task: HfTask) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model(task))
     examples = load_calibration(task, CalibrationSettings(max_examples=20)).examples

@@ -80,7 +80,7 @@ def test_reading_commands_agree_about_a_registered_version(settings: Settings, r
 
 
 def test_verify_refuses_an_altered_copy(settings: Settings, registered: Any, tmp_path: Path) -> None:
-    from compileflow.serving.artifacts import copy_artifact, open_artifact
+    from compileflow.loading.artifacts import copy_artifact, open_artifact
 
     folder = copy_artifact(open_artifact(registered.artifact_uri, settings=settings), tmp_path / "copy")
     assert call(settings, "compileflow.cli", "verify", str(folder)).returncode == 0
@@ -120,6 +120,8 @@ def test_reading_commands_refuse_in_one_line(
         (("--task", "poetry"), ("hf_task", "'feature-extraction'", "'question-answering'")),
         (("--precision", "fp12"), ("precision", "'fp32'", "'int8'")),
         (("--bucket", "1by16"), ("'1by16' is no shape bucket", "1x128")),
+        (("--component", "word"), ("'word' is no component", "word=16")),
+        (("--component", "word=8", "--bucket", "1x16"), ("inside components",)),
         (("--skip", "fetsch"), ("steps", "fetsch")),
         (("--bucket", "1x16", "--max-sequence-length", "0"), ("max_sequence_length",)),
     ],

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from compileflow import CompiledTokenizer
 from compileflow.catalog import get_target
 from compileflow.contracts import Arrays, Runner
-from compileflow.serving.artifacts import OpenArtifact, open_artifact
+from compileflow.loading.artifacts import OpenArtifact, open_artifact
 from compileflow.spec import CompileSpec, ComponentSpec, HfTask, Precision, ShapeBucket
 from compileflow.steps.build import build_artifact
 from compileflow.steps.calibration import CalibrationSettings, calibration_batches, load_calibration

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from compileflow import CompiledPipeline
 from compileflow.catalog import get_target
 from compileflow.errors import InputError, MeasurementError, SourceError, SpecError
 from compileflow.loading.artifacts import open_artifact
@@ -27,6 +28,7 @@ from compileflow.source_graph import example_inputs, load_source_graph, task_of_
 from compileflow.spec import CompileSpec, ComponentSpec, HfTask
 from compileflow.steps.build import build_artifact
 from compileflow.steps.compile import detect_task
+from compileflow.testing.pipelines import assert_same_result
 from compileflow.validation.signals import generated_signals, load_signals, signals_digest
 from tests.conftest import ModelFactory
 from tests.models import SIGNAL_TASKS
@@ -120,6 +122,21 @@ def test_fixed_shapes_are_refused_where_padding_would_change_the_answers(
     source = without_mask(tiny_model(SPEECH), tmp_path / "model")
     with pytest.raises(SpecError, match="torchscript pads to fixed shapes, and this model has no attention mask"):
         compile_here(source, tmp_path / "artifact", target="torchscript", hf_task=SPEECH)
+
+
+@pytest.mark.slow
+def test_speech_without_a_mask_is_never_padded(tiny_model: ModelFactory, tmp_path: Path) -> None:
+    import transformers
+
+    source = without_mask(tiny_model(SPEECH), tmp_path / "model")
+    config = transformers.AutoConfig.from_pretrained(source, feat_extract_norm="group")
+    torch.manual_seed(1)
+    transformers.AutoModelForCTC.from_config(config).eval().save_pretrained(source)
+    folder = compile_here(source, tmp_path / "artifact", target="openvino", hf_task=SPEECH)
+    random = np.random.default_rng(2)
+    sounds = [random.standard_normal(length, dtype=np.float32) for length in (4000, 9000, 4000, 5000, 9000)]
+    reference = transformers.pipeline(SPEECH.value, model=str(source))
+    assert_same_result(CompiledPipeline.from_pretrained(folder)(sounds, batch_size=4), reference(sounds))
 
 
 def test_images_have_no_lengths_to_ask_for(tiny_model: ModelFactory, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def complete_inputs(component: ComponentRecord, given: Mapping[str, Any]) -> Arr
     main = component.inputs[0]
     names = [record.name for record in component.inputs]
     named = {name for name, value in given.items() if value is not None}
-    unknown = sorted(named - set(names) - {"token_type_ids"})
+    unknown = sorted(named - set(names) - {"token_type_ids", "attention_mask"})
     if unknown:
         raise InputError(
             f"The compiled graph has no input {unknown[0]!r}.", hint=f"Its inputs are: {', '.join(names)}."
@@ -40,6 +40,12 @@ def complete_inputs(component: ComponentRecord, given: Mapping[str, Any]) -> Arr
         raise InputError(
             "The source model has one token type, and token_type_ids holds others.",
             hint=f"Leave token_type_ids out; the inputs are: {', '.join(names)}.",
+        )
+    mask = given.get("attention_mask")
+    if "attention_mask" not in names and mask is not None and not np.all(mask):
+        raise InputError(
+            "The source model has no attention mask, and attention_mask holds zeros.",
+            hint="Give one input at a time, or inputs of one length.",
         )
     if given.get(main.name) is None:
         maker = "Tokenize the text" if main.name == "input_ids" else "Call the model's own processor"

@@ -24,20 +24,21 @@ _WINDOW_ITEMS = 1024
 _WINDOW_BYTES = 64 * 2**20
 
 
-def call_sorted(pipeline: Any, inputs: Sequence[Any], **kwargs: Any) -> Any:
+def call_sorted(pipeline: Any, inputs: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
     """Call a pipeline on a list; the answers are those of one item at a time, in order.
 
     Args:
         pipeline: transformers' own, around a CompiledModel; any other sorts for itself, and is called as it is.
         inputs: Whatever the pipeline takes, one entry an item.
-        **kwargs: As the pipeline's call takes them. batch_size is the most rows a call of the graph; without one
-            in the call or the pipeline's settings, 8.
+        *args: As the pipeline's call takes them.
+        **kwargs: Likewise; batch_size is the most rows a call of the graph, without one here or in the pipeline's
+            settings 8.
 
     Raises:
         InputError: batch_size is no positive integer, or an item does not fit the graph.
     """
     if not hasattr(pipeline, "get_iterator"):
-        return pipeline(list(inputs), **kwargs)
+        return pipeline(list(inputs), *args, **kwargs)
     asked = kwargs.get("batch_size")
     batch_size = checked_batch_size(pipeline._batch_size if asked is None else asked)
     # A copy a call: threads share the model and the tokenizer, never a stand-in.
@@ -46,7 +47,7 @@ def call_sorted(pipeline: Any, inputs: Sequence[Any], **kwargs: Any) -> Any:
     own.model.graph = _Relay(pipeline.model.graph)
     own.get_iterator = partial(_answers, own, batch_size)
     try:
-        return own(list(inputs), **kwargs)
+        return own(list(inputs), *args, **kwargs)
     finally:
         # It refers to the copy, and would keep it until the next garbage collection.
         del own.get_iterator

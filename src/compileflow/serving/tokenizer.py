@@ -92,7 +92,8 @@ class CompiledTokenizer:
             LoadError: the artifact has no tokenizer, or the saved settings cannot be read.
         """
         folder = Path(location).expanduser()
-        is_artifact = digest is not None or (folder / MANIFEST_NAME).exists()
+        # An artifact that lost its manifest is no saved tokenizer.
+        is_artifact = digest is not None or any((folder / name).exists() for name in (MANIFEST_NAME, "components"))
         if not is_artifact and (folder / "tokenizer_config.json").exists():
             return cls._from_folder(folder)
         return cls.from_artifact(open_artifact(location, digest=digest, trust=trust), component=component)

@@ -1,0 +1,286 @@
+"""examples/serve_fastapi.py as a process of its own: many callers at once, bad input, and its end by SIGTERM."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from threading import Barrier
+from typing import Any
+
+import httpx
+import pytest
+import transformers
+
+from compileflow.spec import HfTask
+from compileflow.testing.targets import compiled_folder
+from tests.conftest import ModelFactory
+from tests.models import sentences
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "serve_fastapi.py"
+TEXTS = sentences()
+SCORE_ATOL = 1e-4
+WAIT_S = 120
+# Longer than any test: what waits for others waits until the call is full, or the service stops.
+FOREVER_MS = 1000 * WAIT_S
+
+Body = dict[str, Any]
+
+
+@dataclass
+class Service:
+    """A running service and what it printed so far."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def poll(self, look: Callable[[], Any]) -> Any:
+        """Look again and again until there is something; fail when the process has ended or time is up."""
+        end = time.monotonic() + WAIT_S
+        while True:
+            found = look()
+            if found:
+                return found
+            assert self.process.poll() is None, self.log.read_text("utf-8")
+            assert time.monotonic() < end, self.log.read_text("utf-8")
+            time.sleep(0.02)
+
+    def client(self) -> httpx.Client:
+        """Return a client that goes past any proxy, with a connection for each caller."""
+        url = self.poll(lambda: re.search(r"running on (http://[\d.:]+)", self.log.read_text("utf-8")))[1]
+        limits = httpx.Limits(max_connections=None)
+        return httpx.Client(base_url=url, trust_env=False, timeout=WAIT_S, limits=limits)
+
+    @contextmanager
+    def ready(self) -> Iterator[httpx.Client]:
+        """Give a client when the model is loaded."""
+        with self.client() as client:
+            self.poll(lambda: client.get("/ready").status_code == 200)
+            yield client
+
+    def metrics(self, client: httpx.Client) -> dict[str, int]:
+        return dict(client.get("/metrics").json())
+
+    def at_once(self, bodies: Sequence[Body]) -> list[httpx.Response]:
+        """Send requests from as many threads; return their answers in order."""
+        barrier = Barrier(len(bodies))
+
+        def send(body: Body) -> httpx.Response:
+            barrier.wait(WAIT_S)
+            return client.post("/predict", json=body)
+
+        with self.client() as client, ThreadPoolExecutor(len(bodies)) as threads:
+            return list(threads.map(send, bodies))
+
+    def ended(self) -> dict[str, int]:
+        """Wait for the process to end with 0; return its last counts."""
+        assert self.process.wait(WAIT_S) == 0, self.log.read_text("utf-8")
+        stopped = re.search(r"stopped: (\{.*\})", self.log.read_text("utf-8"))
+        assert stopped is not None, self.log.read_text("utf-8")
+        return dict(json.loads(stopped[1]))
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: ModelFactory) -> Path:
+    return tiny_model(HfTask.TEXT_CLASSIFICATION)
+
+
+@pytest.fixture(scope="module")
+def reference(model: Path) -> Any:
+    """The source model in transformers' own pipeline, which truncates only when it is told to."""
+    return partial(transformers.pipeline("text-classification", model=str(model)), truncation=True)
+
+
+@pytest.fixture
+def serve(model: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """Start services with settings by name; they are killed at the end if they still run."""
+    artifact = compiled_folder(model, "torchscript", HfTask.TEXT_CLASSIFICATION, tmp_path_factory.getbasetemp())
+
+    @contextmanager
+    def start(**settings: Any) -> Iterator[Service]:
+        own = {"ARTIFACT": str(artifact), "SERVE_PORT": "0", "COMPILEFLOW_HOME": str(tmp_path / "home")}
+        own |= {name if name == "ARTIFACT" else f"SERVE_{name}": str(value) for name, value in settings.items()}
+        log = tmp_path / "service.log"
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                [sys.executable, str(SCRIPT)],
+                cwd=tmp_path,
+                env=os.environ | own,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+            )
+            try:
+                yield Service(process, log)
+            finally:
+                process.kill()
+                process.wait(WAIT_S)
+
+    return start
+
+
+def assert_answers(responses: Sequence[httpx.Response], expected: Sequence[Any]) -> None:
+    for response, outputs in zip(responses, expected, strict=True):
+        assert response.status_code == 200, response.text
+        own = response.json()["outputs"]
+        rows = [(own, outputs)] if isinstance(outputs, dict) else list(zip(own, outputs, strict=True))
+        for candidate, source in rows:
+            assert candidate["label"] == source["label"]
+            assert candidate["score"] == pytest.approx(source["score"], abs=SCORE_ATOL)
+
+
+def test_200_callers_at_once_get_the_source_models_answers_in_few_calls(
+    serve: Callable[..., Any], reference: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = TEXTS[:200]
+    with serve(MAX_BATCH=16, MAX_WAIT_MS=20) as service, service.ready() as client:
+        responses = service.at_once([{"inputs": text} for text in texts])
+        counts = service.metrics(client)
+
+    assert_answers(responses, reference(texts))
+    sizes = [int(response.headers["x-batch-size"]) for response in responses]
+    # Each call's size is said once a text, so that these are the calls.
+    calls = sum(1 / size for size in sizes)
+    assert calls == pytest.approx(counts["calls"])
+    assert counts == {"accepted": len(texts), "answered": len(texts), "calls": counts["calls"]}
+    assert max(sizes) <= 16
+    assert calls < len(texts) / 2
+    p50_ms = median(response.elapsed.total_seconds() for response in responses) * 1e3
+    with capsys.disabled():
+        sys.stdout.write(f"\n{len(texts)} callers at once: p50 {p50_ms:.0f} ms, {calls:.0f} calls of the model\n")
+
+
+def test_requests_with_other_parameters_and_lists_keep_their_own_answers(
+    serve: Callable[..., Any], reference: Any
+) -> None:
+    texts = TEXTS[:24]
+    kinds: list[Body] = [{}, {"top_k": 2}, {"top_k": None, "function_to_apply": "sigmoid"}]
+    bodies: list[Body] = [
+        {"inputs": text, "parameters": kinds[number % len(kinds)]} for number, text in enumerate(texts)
+    ]
+    expected = [reference([body["inputs"]], **body["parameters"])[0] for body in bodies]
+    bodies += [{"inputs": texts[:5]}, {"inputs": texts[:1]}]
+    with serve(MAX_BATCH=8, MAX_WAIT_MS=20) as service, service.ready():
+        responses = service.at_once(bodies)
+
+    assert_answers(responses[:-2], expected[: len(texts)])
+    assert_answers(responses[-2:], [reference(texts[:5]), reference(texts[:1])])
+
+
+def test_wrong_requests_get_one_line_and_take_no_other_with_them(
+    serve: Callable[..., Any], reference: Any
+) -> None:
+    malformed: list[Body] = [
+        {},
+        {"inputs": 5},
+        {"inputs": []},
+        {"inputs": "a", "parameters": {"num_workers": 4}},
+        {"inputs": "a", "more": 1},
+        {"inputs": {"path": "a"}},
+    ]
+    good = TEXTS[:7]
+    # They fill one call exactly, which therefore holds all of them; the last one makes it fail.
+    together: list[Body] = [{"inputs": text} for text in good] + [{"inputs": {"question": "no text"}}]
+    with serve(MAX_BATCH=len(together), MAX_WAIT_MS=FOREVER_MS, QUEUE_LIMIT=64) as service:
+        with service.ready() as client:
+            for body in malformed:
+                response = client.post("/predict", json=body)
+                assert response.status_code == 422, body
+                assert response.json()["error"].startswith("body"), body
+                assert "\n" not in response.json()["error"]
+            too_many = client.post("/predict", json={"inputs": ["a"] * 65})
+            assert too_many.status_code == 400
+            assert too_many.json() == {"error": "The request has 65 texts.", "hint": "Send at most 64 at once."}
+            one = {"inputs": ["a"] * len(together), "parameters": {"function_to_apply": "no such"}}
+            refused = client.post("/predict", json=one)
+            assert refused.status_code == 400
+            assert "NO SUCH" in refused.json()["error"]
+        responses = service.at_once(together)
+
+    assert_answers(responses[:-1], reference(good))
+    assert {response.headers["x-batch-size"] for response in responses[:-1]} == {"1"}
+    assert responses[-1].status_code == 400
+    assert responses[-1].json()["error"]
+
+
+def test_service_is_alive_before_it_is_ready(serve: Callable[..., Any]) -> None:
+    with serve() as service, service.client() as client:
+        first = client.get("/ready")
+        assert first.status_code == 503
+        assert first.headers["retry-after"]
+        assert first.json()["error"] == "The model is being loaded."
+        assert client.get("/live").status_code == 200
+        assert client.post("/predict", json={"inputs": "a"}).status_code in (200, 503)
+        service.poll(lambda: client.get("/ready").status_code == 200)
+
+
+def test_artifact_that_cannot_be_loaded_ends_the_service_with_our_line(
+    serve: Callable[..., Any], tmp_path: Path
+) -> None:
+    with serve(ARTIFACT=tmp_path / "absent") as service:
+        assert service.process.wait(WAIT_S) == 1
+        assert "absent" in service.log.read_text("utf-8").splitlines()[-1]
+        assert "Traceback" not in service.log.read_text("utf-8")
+    with serve(ARTIFACT="") as service:
+        assert service.process.wait(WAIT_S) == 1
+        assert service.log.read_text("utf-8") == "ARTIFACT: Field required\n"
+
+
+def test_full_queue_refuses_and_sigterm_answers_all_that_wait(serve: Callable[..., Any], reference: Any) -> None:
+    texts = TEXTS[:50]
+    with serve(MAX_BATCH=64, MAX_WAIT_MS=FOREVER_MS, QUEUE_LIMIT=len(texts)) as service:
+        with ThreadPoolExecutor(1) as thread, service.ready() as client:
+            sent = thread.submit(service.at_once, [{"inputs": text} for text in texts])
+            service.poll(lambda: service.metrics(client)["accepted"] == len(texts))
+            full = client.post("/predict", json={"inputs": "one more"})
+            assert full.status_code == 503
+            assert full.headers["retry-after"]
+            assert service.metrics(client) == {"accepted": len(texts), "answered": 0, "calls": 0}
+            service.process.send_signal(signal.SIGTERM)
+            responses = sent.result(WAIT_S)
+        assert service.ended() == {"accepted": len(texts), "answered": len(texts), "calls": 1}
+    assert_answers(responses, reference(texts))
+
+
+def test_nothing_accepted_is_lost_when_sigterm_meets_50_busy_callers(
+    serve: Callable[..., Any], reference: Any
+) -> None:
+    texts = TEXTS[:50]
+
+    def until_closed(call: Callable[[], httpx.Response]) -> list[httpx.Response]:
+        """Call again and again until there is no connection any more; return what came before."""
+        answers = []
+        with suppress(httpx.TransportError):
+            while True:
+                answers.append(call())
+        return answers
+
+    with serve(MAX_BATCH=8, MAX_WAIT_MS=1) as service:
+        with service.ready() as client, ThreadPoolExecutor(len(texts) + 1) as threads:
+            calls = [partial(client.post, "/predict", json={"inputs": text}) for text in texts]
+            sent = [threads.submit(until_closed, call) for call in calls]
+            service.poll(lambda: service.metrics(client)["answered"] > 2 * len(texts))
+            asked = threads.submit(until_closed, partial(client.get, "/ready"))
+            service.process.send_signal(signal.SIGTERM)
+            answers = [each.result(WAIT_S) for each in sent]
+            statuses = [response.status_code for response in asked.result(WAIT_S)]
+        counts = service.ended()
+
+    answered = [[each for each in own if each.status_code != 503] for own in answers]
+    assert counts["accepted"] == counts["answered"] == sum(map(len, answered))
+    assert counts["accepted"] > 2 * len(texts)
+    for own, expected in zip(answered, reference(texts), strict=True):
+        assert_answers(own, [expected] * len(own))
+    # Once it is not ready it stays so.
+    assert statuses == sorted(statuses)
+    assert set(statuses) <= {200, 503}

@@ -1,0 +1,92 @@
+"""Which rows share a call, how they are put together and come apart, without a model."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from compileflow.contracts import Arrays
+from compileflow.manifest import ComponentRecord, TensorRecord
+from compileflow.serving.batches import may_pad, plan_batches, split_row, stack_rows
+from compileflow.spec import ShapeBucket
+
+PAD = 9
+
+
+def record(*names: str, buckets: tuple[tuple[int, int], ...] = ()) -> ComponentRecord:
+    """A graph of these inputs that takes any shape, or these buckets of (rows, length)."""
+    return ComponentRecord(
+        folder="components/default",
+        inputs=tuple(TensorRecord(name=name, dtype="int64", axes=("batch", "sequence")) for name in names),
+        outputs=(TensorRecord(name="hidden", dtype="float32", axes=("batch", "sequence", 2)),),
+        output_class="transformers:BaseModelOutput",
+        max_sequence_length=64,
+        dynamic_axes=not buckets,
+        shape_buckets=tuple(ShapeBucket(batch_size=rows, sequence_length=length) for rows, length in buckets),
+        pad_token_id=PAD,
+    )
+
+
+def rows_of(graph: ComponentRecord, *lengths: int) -> list[Arrays]:
+    """Rows of ones, one for each length."""
+    return [{each.name: np.ones((1, length), dtype=np.int64) for each in graph.inputs} for length in lengths]
+
+
+MASKED = record("input_ids", "attention_mask")
+
+
+def test_rows_are_sorted_by_length_and_every_row_is_in_one_batch() -> None:
+    rows = rows_of(MASKED, 3, 9, 4, 9, 1)
+
+    assert plan_batches(MASKED, rows, batch_size=2, pad=True) == [[1, 3], [2, 0], [4]]
+    assert plan_batches(MASKED, rows, batch_size=None, pad=True) == [[1, 3, 2, 0, 4]]
+    assert plan_batches(MASKED, [], batch_size=2, pad=True) == []
+
+
+def test_rows_that_must_not_be_padded_share_a_call_only_where_they_are_as_long() -> None:
+    rows = rows_of(MASKED, 3, 9, 3, 9, 1, 3)
+
+    assert plan_batches(MASKED, rows, batch_size=2, pad=False) == [[1, 3], [0, 2], [5], [4]]
+
+
+def test_rows_of_a_static_graph_fill_the_bucket_that_they_are_padded_to() -> None:
+    static = record("input_ids", "attention_mask", buckets=((1, 8), (4, 8), (2, 16)))
+    rows = rows_of(static, 8, 3, 9, 5, 16, 2, 1)
+
+    assert plan_batches(static, rows, batch_size=None, pad=True) == [[4, 2], [0, 3, 1, 5], [6]]
+    assert plan_batches(static, rows, batch_size=3, pad=True) == [[4, 2], [0], [3], [1], [5], [6]]
+    # Two rows are computed whether one or two are asked for.
+    assert plan_batches(static, rows, batch_size=1, pad=True)[0] == [4, 2]
+
+
+def test_shorter_rows_are_padded_on_the_right_and_cut_back() -> None:
+    graph = record("input_ids", "attention_mask", "token_type_ids")
+    rows = rows_of(graph, 2, 3)
+
+    stacked = stack_rows(graph, rows)
+
+    assert stacked["input_ids"].tolist() == [[1, 1, PAD], [1, 1, 1]]
+    assert stacked["attention_mask"].tolist() == stacked["token_type_ids"].tolist() == [[1, 1, 0], [1, 1, 1]]
+    answer = {"hidden": np.arange(12, dtype=np.float32).reshape(2, 3, 2)}
+    assert split_row(graph, answer, 0, rows[0])["hidden"].tolist() == [[[0, 1], [2, 3]]]
+    assert split_row(graph, answer, 1, rows[1])["hidden"].tolist() == [[[6, 7], [8, 9], [10, 11]]]
+
+
+@pytest.mark.parametrize(
+    ("names", "config", "padded"),
+    [
+        (("input_ids", "attention_mask"), {"model_type": "bert"}, True),
+        (("input_ids",), {"model_type": "fnet"}, False),
+        (("input_values", "attention_mask"), {"model_type": "wav2vec2"}, False),
+        (("pixel_values",), {"model_type": "vit"}, False),
+        (("input_ids", "attention_mask"), {"model_type": "deberta-v2"}, True),
+        (("input_ids", "attention_mask"), {"model_type": "deberta-v2", "conv_kernel_size": 3}, False),
+        (("input_ids", "attention_mask"), {"model_type": "funnel"}, False),
+    ],
+)
+def test_only_tokens_behind_a_mask_are_padded(
+    names: tuple[str, ...], config: dict[str, object], padded: bool
+) -> None:
+    assert may_pad(record(*names), SimpleNamespace(**config)) is padded
