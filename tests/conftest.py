@@ -10,6 +10,7 @@ import pytest
 
 from compileflow.settings import Settings, get_settings
 from compileflow.spec import HfTask
+from compileflow.testing.shared import make_once, shared_folder
 from tests.hub_server import Hub, serve_hub
 from tests.models import build_model
 
@@ -25,15 +26,14 @@ ModelFactory = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> ModelFactory:
-    """Build small models once a session: `tiny_model(task, architecture="bert")` gives a folder to read only."""
-    root = tmp_path_factory.mktemp("models")
-    built: dict[tuple[HfTask, str], Path] = {}
+    """Build small models once a run: `tiny_model(task, architecture="bert")` gives a folder to read only."""
+    root = shared_folder(tmp_path_factory)
 
     def build(hf_task: HfTask, architecture: str = "bert") -> Path:
-        key = (hf_task, architecture)
-        if key not in built:
-            built[key] = build_model(root / f"{architecture}-{hf_task}", hf_task, architecture=architecture)
-        return built[key]
+        return make_once(
+            root / f"{architecture}-{hf_task}",
+            lambda folder: build_model(folder, hf_task, architecture=architecture),
+        )
 
     return build
 

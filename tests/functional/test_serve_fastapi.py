@@ -24,6 +24,7 @@ import pytest
 import transformers
 
 from compileflow.spec import HfTask
+from compileflow.testing.shared import shared_folder
 from compileflow.testing.targets import compiled_folder
 from tests.conftest import ModelFactory
 from tests.models import sentences
@@ -105,7 +106,7 @@ def reference(model: Path) -> Any:
 @pytest.fixture
 def serve(model: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """Start services with settings by name; they are killed at the end if they still run."""
-    artifact = compiled_folder(model, "torchscript", HfTask.TEXT_CLASSIFICATION, tmp_path_factory.getbasetemp())
+    artifact = compiled_folder(model, "torchscript", HfTask.TEXT_CLASSIFICATION, shared_folder(tmp_path_factory))
 
     @contextmanager
     def start(**settings: Any) -> Iterator[Service]:

@@ -15,12 +15,13 @@ from compileflow import CompiledModel, cpu
 from compileflow.catalog import get_target
 from compileflow.contracts import Availability
 from compileflow.errors import LoadError, TargetUnavailableError
-from compileflow.manifest import MANIFEST_NAME, read_manifest
 from compileflow.loading.artifacts import open_artifact
 from compileflow.loading.graph import LoadedGraph
+from compileflow.manifest import MANIFEST_NAME, read_manifest
 from compileflow.spec import HfTask, Precision
 from compileflow.steps.compile import check_available
 from compileflow.targets.torchscript import TorchScriptTarget
+from compileflow.testing.shared import shared_folder
 from compileflow.testing.targets import compiled_folder
 from tests.conftest import ModelFactory
 
@@ -114,7 +115,7 @@ def test_missing_features_are_those_that_a_compile_had_and_this_cpu_has_not(set_
 def artifact(tiny_model: ModelFactory, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Path:
     """A copy of a torchscript artifact whose graph is garbage: a target that opened it would say so."""
     hf_task = HfTask.TEXT_CLASSIFICATION
-    shared = compiled_folder(tiny_model(hf_task), "torchscript", hf_task, tmp_path_factory.getbasetemp())
+    shared = compiled_folder(tiny_model(hf_task), "torchscript", hf_task, shared_folder(tmp_path_factory))
     folder = Path(shutil.copytree(shared, tmp_path / "artifact"))
     graph = folder / "components/default/model.pt"
     graph.write_bytes(b"garbage")

@@ -23,6 +23,7 @@ from compileflow.loading.artifacts import open_artifact
 from compileflow.settings import Settings
 from compileflow.spec import HfTask
 from compileflow.stores.local import LocalStore
+from compileflow.testing.shared import shared_folder
 from compileflow.testing.targets import compiled_folder
 from tests.conftest import ModelFactory
 from tests.unit.refused_loads import GRAPH, REFUSALS, Refusal, attempt, pretend_installed, rewrite_manifest
@@ -54,7 +55,7 @@ for load in json.load(sys.stdin):
 @pytest.fixture(scope="module")
 def sound(tiny_model: ModelFactory, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An artifact, to read only."""
-    return compiled_folder(tiny_model(TASK), "torchscript", TASK, tmp_path_factory.getbasetemp())
+    return compiled_folder(tiny_model(TASK), "torchscript", TASK, shared_folder(tmp_path_factory))
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +173,7 @@ def test_the_check_sees_what_a_load_that_is_not_refused_deserialises(
     target: str,
     runtime: str,
 ) -> None:
-    folder = compiled_folder(tiny_model(TASK), target, TASK, tmp_path_factory.getbasetemp())
+    folder = compiled_folder(tiny_model(TASK), target, TASK, shared_folder(tmp_path_factory))
     opened.clear()
     CompiledPipeline.from_pretrained(folder)
     assert {

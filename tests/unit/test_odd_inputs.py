@@ -13,6 +13,7 @@ import transformers
 from compileflow import CompiledModel, CompiledPipeline, HfTask
 from compileflow.errors import InputError
 from compileflow.testing.pipelines import assert_same_result
+from compileflow.testing.shared import shared_folder
 from compileflow.testing.targets import compiled_folder
 from tests.conftest import ModelFactory
 from tests.models import MAX_TOKENS, sentences
@@ -25,7 +26,7 @@ TEXTS = sentences()
 
 @pytest.fixture(scope="module")
 def artifact(tiny_model: ModelFactory, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compiled_folder(tiny_model(TASK), "torchscript", TASK, tmp_path_factory.getbasetemp())
+    return compiled_folder(tiny_model(TASK), "torchscript", TASK, shared_folder(tmp_path_factory))
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from compileflow.errors import InputError, LoadError
 from compileflow.loading.graph import LoadedGraph
 from compileflow.serving.answer_spans import AnswerSettings, Window, best_answers, best_spans
 from compileflow.serving.question_answering import QuestionAnsweringPipeline
+from compileflow.testing.shared import shared_folder
 from compileflow.testing.targets import compiled_folder
 from tests.goldens.make_question_answering import GOLDEN, fingerprint
 from tests.models import ARCHITECTURES, MAX_TOKENS
@@ -54,7 +55,7 @@ def compiled(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathF
 
     def make(target: str, architecture: str) -> Path:
         source = tiny_model(QUESTION_ANSWERING, architecture)
-        return compiled_folder(source, target, QUESTION_ANSWERING, tmp_path_factory.getbasetemp())
+        return compiled_folder(source, target, QUESTION_ANSWERING, shared_folder(tmp_path_factory))
 
     return make
 

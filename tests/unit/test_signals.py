@@ -188,9 +188,11 @@ def test_audio_that_does_not_fit_is_refused_with_what_is_needed(
 def test_speech_that_mishears_one_letter_fails_and_the_report_names_it(
     tiny_model: ModelFactory, speech: Path, tmp_path: Path
 ) -> None:
-    heard = LoadedGraph.load(open_artifact(speech)).run(
-        {"input_values": np.random.default_rng(1).standard_normal((1, 40_000), dtype=np.float32)}
-    )["logits"].argmax(-1)
+    heard = (
+        LoadedGraph.load(open_artifact(speech))
+        .run({"input_values": np.random.default_rng(1).standard_normal((1, 40_000), dtype=np.float32)})["logits"]
+        .argmax(-1)
+    )
     often = int(np.bincount(heard.ravel()).argmax())
     broken = Path(shutil.copytree(speech, tmp_path / "broken"))
     path = broken / "components" / "default" / "model.pt"

@@ -18,6 +18,7 @@ import transformers
 from compileflow import CompiledPipeline, HfTask
 from compileflow.errors import InputError
 from compileflow.serving import sorted_calls
+from compileflow.testing.shared import shared_folder
 from compileflow.testing.targets import BUCKETS, compiled_folder
 from tests.models import sentences
 from tests.unit.same_results import RunCounter, assert_same_result, counted
@@ -48,7 +49,7 @@ def compiled(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathF
     """Compile small models once a session."""
 
     def make(target: str, hf_task: HfTask, architecture: str = "bert") -> Path:
-        return compiled_folder(tiny_model(hf_task, architecture), target, hf_task, tmp_path_factory.getbasetemp())
+        return compiled_folder(tiny_model(hf_task, architecture), target, hf_task, shared_folder(tmp_path_factory))
 
     return make
 

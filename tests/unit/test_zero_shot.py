@@ -13,6 +13,7 @@ import transformers
 
 from compileflow import CompiledPipeline, HfTask
 from compileflow.errors import LoadError
+from compileflow.testing.shared import shared_folder
 from compileflow.testing.targets import compiled_folder
 from tests.models import sentences
 from tests.unit.same_results import assert_same_result, counted
@@ -45,7 +46,7 @@ def pipeline(
     request: pytest.FixtureRequest, nli_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> CompiledPipeline:
     """The compiled model, asked for the task that it was not compiled for."""
-    folder = compiled_folder(nli_model, request.param, HfTask.TEXT_CLASSIFICATION, tmp_path_factory.getbasetemp())
+    folder = compiled_folder(nli_model, request.param, HfTask.TEXT_CLASSIFICATION, shared_folder(tmp_path_factory))
     return CompiledPipeline.from_pretrained(folder, task="zero-shot-classification")
 
 
@@ -98,7 +99,7 @@ def test_text_without_words_and_missing_labels_fail_as_in_transformers(
 def test_task_that_the_graph_does_not_serve_is_refused_with_those_it_serves(
     nli_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    folder = compiled_folder(nli_model, "torchscript", HfTask.TEXT_CLASSIFICATION, tmp_path_factory.getbasetemp())
+    folder = compiled_folder(nli_model, "torchscript", HfTask.TEXT_CLASSIFICATION, shared_folder(tmp_path_factory))
 
     with pytest.raises(LoadError, match=r"fill-mask.*It serves: text-classification, zero-shot-classification"):
         CompiledPipeline.from_pretrained(folder, task="fill-mask")

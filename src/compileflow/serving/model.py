@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,8 @@ class CompiledModel:
         return self._output_class(**tensors)
 
     forward = __call__
+    # transformers' classifiers ask for it in every call, and working it out takes as long as the checks of inputs.
+    forward.__signature__ = signature(forward)  # type: ignore[attr-defined]
 
     def run(self, inputs: Mapping[str, Any]) -> Arrays:
         """Run the compiled graph on named inputs and return named NumPy arrays."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -216,7 +217,24 @@ def _wrapped(task: HfTask, artifact: OpenArtifact, model: CompiledModel, setting
     from transformers import pipeline
 
     # transformers would choose a GPU where there is one; the tensors are the CPU's, whatever computes.
-    return pipeline(task.value, model=model, device=model.device, **parts, **settings)
+    made = pipeline(task.value, model=model, device=model.device, **parts, **settings)
+    if task.modality == "text":
+        made.__class__ = _without_device_moves(type(made))
+    return made
+
+
+@cache
+def _without_device_moves(kind: type[Any]) -> type[Any]:
+    """Return a pipeline class like `kind`, whose forward hands tensors on as they are: no device but the CPU has any.
+
+    To look through inputs and outputs for tensors takes longer than all else that is done around a small graph.
+    """
+
+    def forward(self: Any, model_inputs: Mapping[str, Any], **settings: Any) -> Any:
+        # A copy, as transformers makes one, too: some tasks take entries out of it.
+        return self._forward(dict(model_inputs), **settings)
+
+    return type(kind.__name__, (kind,), {"__module__": kind.__module__, "__doc__": kind.__doc__, "forward": forward})
 
 
 def _processors(task: HfTask, artifact: OpenArtifact) -> dict[str, Any]:

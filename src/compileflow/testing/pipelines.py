@@ -56,9 +56,7 @@ class _EagerRunner:
         pass
 
 
-def assert_pipeline_answers_like_the_source_models(
-    artifact: OpenArtifact, source_dir: Path, task: HfTask
-) -> None:
+def assert_pipeline_answers_like_the_source_models(artifact: OpenArtifact, source_dir: Path, task: HfTask) -> None:
     """Compare a compiled pipeline with transformers' own, on single inputs, lists, batches and a generator.
 
     Where transformers has no pipeline for the task, it is compileflow's own around the source model itself.

@@ -39,6 +39,7 @@ from compileflow.spec import GRAPH_TASKS, CompileSpec, ComponentSpec, HfTask, Sh
 from compileflow.steps.build import build_artifact
 from compileflow.steps.compile import checked_target
 from compileflow.testing.pipelines import assert_pipeline_answers_like_the_source_models
+from compileflow.testing.shared import make_once, shared_folder
 from compileflow.testing.state import unchanged_process
 
 TinyModel = Callable[[HfTask], Path]
@@ -87,15 +88,13 @@ def compiled_folder(source_dir: Path, target_name: str, hf_task: HfTask, parent:
         parent: Existing folder, the same for all who want to share.
     """
     request = compile_request(source_dir, target_name, hf_task)
-    folder = parent / f"{source_dir.name}-{target_name}-{json_digest(request)[:12]}"
-    if not folder.exists():
-        made = parent / f"{folder.name}.made-here"
-        made.mkdir()
-        # Each first compile of a session is looked at: one more would cost as long again.
+
+    def make(made: Path) -> None:
+        # Each first compile of a run is looked at: one more would cost as long again.
         with unchanged_process():
             build_artifact(request | {"out_dir": str(made)})
-        made.rename(folder)
-    return folder
+
+    return make_once(parent / f"{source_dir.name}-{target_name}-{json_digest(request)[:12]}", make)
 
 
 def compile_request(source_dir: Path, target_name: str, hf_task: HfTask) -> dict[str, object]:
@@ -147,7 +146,7 @@ class TargetConformance:
 
         def make(hf_task: HfTask) -> OpenArtifact:
             return open_artifact(
-                compiled_folder(tiny_model(hf_task), target.name, hf_task, tmp_path_factory.getbasetemp())
+                compiled_folder(tiny_model(hf_task), target.name, hf_task, shared_folder(tmp_path_factory))
             )
 
         return make
