@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from compileflow.catalog import target_names
 from compileflow.errors import CompileflowError
 from compileflow.serving.model import CompiledModel

@@ -103,20 +103,21 @@ def reference(model: Path) -> Any:
     return partial(transformers.pipeline("text-classification", model=str(model)), truncation=True)
 
 
-@pytest.fixture
-def serve(model: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+@pytest.fixture(scope="module")
+def serve(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """Start services with settings by name; they are killed at the end if they still run."""
     artifact = compiled_folder(model, "torchscript", HfTask.TEXT_CLASSIFICATION, shared_folder(tmp_path_factory))
 
     @contextmanager
     def start(**settings: Any) -> Iterator[Service]:
-        own = {"ARTIFACT": str(artifact), "SERVE_PORT": "0", "COMPILEFLOW_HOME": str(tmp_path / "home")}
+        folder = tmp_path_factory.mktemp("service")
+        own = {"ARTIFACT": str(artifact), "SERVE_PORT": "0", "COMPILEFLOW_HOME": str(folder / "home")}
         own |= {name if name == "ARTIFACT" else f"SERVE_{name}": str(value) for name, value in settings.items()}
-        log = tmp_path / "service.log"
+        log = folder / "service.log"
         with log.open("wb") as out:
             process = subprocess.Popen(
                 [sys.executable, str(SCRIPT)],
-                cwd=tmp_path,
+                cwd=folder,
                 env=os.environ | own,
                 stdout=out,
                 stderr=subprocess.STDOUT,
@@ -130,6 +131,15 @@ def serve(model: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory)
     return start
 
 
+@pytest.fixture(scope="module")
+def started(serve: Callable[..., Any]) -> Iterator[Service]:
+    """A service that is ready, for tests that leave it running: a start takes seconds."""
+    with serve(MAX_BATCH=16, MAX_WAIT_MS=20) as service:
+        with service.ready():
+            pass
+        yield service
+
+
 def assert_answers(responses: Sequence[httpx.Response], expected: Sequence[Any]) -> None:
     for response, outputs in zip(responses, expected, strict=True):
         assert response.status_code == 200, response.text
@@ -141,12 +151,13 @@ def assert_answers(responses: Sequence[httpx.Response], expected: Sequence[Any])
 
 
 def test_200_callers_at_once_get_the_source_models_answers_in_few_calls(
-    serve: Callable[..., Any], reference: Any, capsys: pytest.CaptureFixture[str]
+    started: Service, reference: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     texts = TEXTS[:200]
-    with serve(MAX_BATCH=16, MAX_WAIT_MS=20) as service, service.ready() as client:
-        responses = service.at_once([{"inputs": text} for text in texts])
-        counts = service.metrics(client)
+    with started.client() as client:
+        before = started.metrics(client)
+        responses = started.at_once([{"inputs": text} for text in texts])
+        counts = {name: count - before[name] for name, count in started.metrics(client).items()}
 
     assert_answers(responses, reference(texts))
     sizes = [int(response.headers["x-batch-size"]) for response in responses]
@@ -161,9 +172,7 @@ def test_200_callers_at_once_get_the_source_models_answers_in_few_calls(
         sys.stdout.write(f"\n{len(texts)} callers at once: p50 {p50_ms:.0f} ms, {calls:.0f} calls of the model\n")
 
 
-def test_requests_with_other_parameters_and_lists_keep_their_own_answers(
-    serve: Callable[..., Any], reference: Any
-) -> None:
+def test_requests_with_other_parameters_and_lists_keep_their_own_answers(started: Service, reference: Any) -> None:
     texts = TEXTS[:24]
     kinds: list[Body] = [{}, {"top_k": 2}, {"top_k": None, "function_to_apply": "sigmoid"}]
     bodies: list[Body] = [
@@ -171,8 +180,7 @@ def test_requests_with_other_parameters_and_lists_keep_their_own_answers(
     ]
     expected = [reference([body["inputs"]], **body["parameters"])[0] for body in bodies]
     bodies += [{"inputs": texts[:5]}, {"inputs": texts[:1]}]
-    with serve(MAX_BATCH=8, MAX_WAIT_MS=20) as service, service.ready():
-        responses = service.at_once(bodies)
+    responses = started.at_once(bodies)
 
     assert_answers(responses[:-2], expected[: len(texts)])
     assert_answers(responses[-2:], [reference(texts[:5]), reference(texts[:1])])
@@ -214,6 +222,7 @@ def test_wrong_requests_get_one_line_and_take_no_other_with_them(
     assert responses[-1].json()["error"]
 
 
+@pytest.mark.slow
 def test_service_is_alive_before_it_is_ready(serve: Callable[..., Any]) -> None:
     with serve() as service, service.client() as client:
         first = client.get("/ready")
@@ -237,6 +246,7 @@ def test_artifact_that_cannot_be_loaded_ends_the_service_with_our_line(
         assert service.log.read_text("utf-8") == "ARTIFACT: Field required\n"
 
 
+@pytest.mark.slow
 def test_full_queue_refuses_and_sigterm_answers_all_that_wait(serve: Callable[..., Any], reference: Any) -> None:
     texts = TEXTS[:50]
     with serve(MAX_BATCH=64, MAX_WAIT_MS=FOREVER_MS, QUEUE_LIMIT=len(texts)) as service:

@@ -154,17 +154,19 @@ def pad_to(inputs: Arrays, bucket: ShapeBucket, component: ComponentRecord) -> A
     Added elements are masked out. Added rows repeat the last one: a row that is masked out whole makes some
     graphs divide by zero.
     """
+    sizes = {"batch": bucket.batch_size, "sequence": bucket.sequence_length}
     padded = {}
     for record in component.inputs:
         value = inputs[record.name]
-        fill = component.pad_token_id if record.name == "input_ids" else 0
-        longer = [
-            (0, bucket.sequence_length - size if axis == "sequence" else 0)
-            for axis, size in zip(record.axes, value.shape, strict=True)
-        ]
-        wide = np.pad(value, longer, constant_values=fill)
-        more = [(0, bucket.batch_size - len(value) if axis == "batch" else 0) for axis in record.axes]
-        padded[record.name] = np.pad(wide, more, mode="edge")
+        shape = tuple(sizes.get(str(axis), size) for axis, size in zip(record.axes, value.shape, strict=True))
+        # torch warns of arrays that it could not write to, and gets a copy of such.
+        if shape == value.shape and value.flags.writeable:
+            padded[record.name] = value
+            continue
+        wide = np.full(shape, component.pad_token_id if record.name == "input_ids" else 0, dtype=value.dtype)
+        wide[tuple(map(slice, value.shape))] = value
+        wide[len(value) :] = wide[len(value) - 1]
+        padded[record.name] = wide
     return padded
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from inspect import signature
@@ -198,7 +199,7 @@ class CompiledModel:
         tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in arrays.items()}
         if return_dict is False:
             return tuple(tensors.values())
-        return self._output_class(**tensors)
+        return _filled(self._output_class, tensors)
 
     forward = __call__
     # transformers' classifiers ask for it in every call, and working it out takes as long as the checks of inputs.
@@ -262,6 +263,18 @@ def _as_array(value: Any) -> Any:
         raise InputError(
             "Rows of different lengths do not make a batch.", hint="Call the tokenizer with padding=True."
         ) from error
+
+
+def _filled(kind: Any, tensors: Mapping[str, Any]) -> Any:
+    """Make an output as the constructors of transformers do, which look at each field several times."""
+    if kind.__module__.partition(".")[0] != "transformers":
+        return kind(**tensors)
+    output = kind.__new__(kind)
+    for name in kind.__dataclass_fields__:
+        output.__dict__[name] = value = tensors.get(name)
+        if value is not None:
+            OrderedDict.__setitem__(output, name, value)
+    return output
 
 
 def _output_class(path: str) -> Any:

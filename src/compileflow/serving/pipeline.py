@@ -219,13 +219,14 @@ def _wrapped(task: HfTask, artifact: OpenArtifact, model: CompiledModel, setting
     # transformers would choose a GPU where there is one; the tensors are the CPU's, whatever computes.
     made = pipeline(task.value, model=model, device=model.device, **parts, **settings)
     if task.modality == "text":
-        made.__class__ = _without_device_moves(type(made))
+        kind: Any = type(made)
+        made.__class__ = _without_device_moves(kind)
     return made
 
 
 @cache
-def _without_device_moves(kind: type[Any]) -> type[Any]:
-    """Return a pipeline class like `kind`, whose forward hands tensors on as they are: no device but the CPU has any.
+def _without_device_moves(kind: Any) -> Any:
+    """Return a pipeline class like `kind`, whose forward looks for no tensors on other devices: there are none.
 
     To look through inputs and outputs for tensors takes longer than all else that is done around a small graph.
     """
@@ -234,7 +235,8 @@ def _without_device_moves(kind: type[Any]) -> type[Any]:
         # A copy, as transformers makes one, too: some tasks take entries out of it.
         return self._forward(dict(model_inputs), **settings)
 
-    return type(kind.__name__, (kind,), {"__module__": kind.__module__, "__doc__": kind.__doc__, "forward": forward})
+    named = {"__module__": kind.__module__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (kind,), {**named, "forward": forward})
 
 
 def _processors(task: HfTask, artifact: OpenArtifact) -> dict[str, Any]:

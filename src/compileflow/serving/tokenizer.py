@@ -138,7 +138,14 @@ class CompiledTokenizer:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Tokenize as the wrapped tokenizer does, with `tokenization_settings`."""
         own = {name: value for name, value in kwargs.items() if name not in self._given}
-        return self.tokenizer(*args, **(self.tokenization_settings | own))
+        settings = self.tokenization_settings | own
+        if settings.get("return_tensors") != "pt":
+            return self.tokenizer(*args, **settings)
+        encoded = self.tokenizer(*args, **(settings | {"return_tensors": "np"}))
+        if any(value.dtype.kind not in "bif" for value in encoded.values()):
+            # Rows of different lengths, most likely: transformers says it in its own words.
+            return self.tokenizer(*args, **settings)
+        return _as_tensors(encoded)
 
     def save_pretrained(self, dest: str | Path) -> Path:
         """Write the tokenizer and its settings; of an artifact, copy the whole into an empty or absent folder.
@@ -190,6 +197,15 @@ class CompiledTokenizer:
 
     def __repr__(self) -> str:
         return f"CompiledTokenizer({self.tokenizer!r}, settings={self.tokenization_settings})"
+
+
+def _as_tensors(encoded: Any) -> Any:
+    """Turn arrays into tensors; from lists, as transformers makes them, it takes several times as long."""
+    import torch
+
+    for name, value in encoded.items():
+        encoded[name] = torch.from_numpy(value)
+    return encoded
 
 
 def write_tokenizer(tokenizer: Any, folder: Path) -> None:
