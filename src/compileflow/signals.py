@@ -50,7 +50,8 @@ class Processor:
             signals: Images, uint8 (height, width, 3); or audio, float32 (samples,) at `sampling_rate`.
         """
         if self.modality == "image":
-            made = self.inner(images=list(signals), return_tensors="np")
+            # Of one pixel nobody could tell which axis is colour.
+            made = self.inner(images=list(signals), input_data_format="channels_last", return_tensors="np")
         else:
             made = self.inner(list(signals), sampling_rate=self.sampling_rate, padding=True, return_tensors="np")
         arrays = {name: np.asarray(value) for name, value in made.items()}

@@ -1,4 +1,4 @@
-"""Vendors' doubles for the conformance suites, and which of their compiles are left to make test-all."""
+"""Vendors' doubles for the conformance suites, and which compiles are left to make test-all."""
 
 from __future__ import annotations
 
@@ -8,20 +8,28 @@ from tests.doubles.fixtures import vendor_doubles
 
 __all__ = ["vendor_doubles"]
 
-# Native code takes g++ a quarter of a minute each time.
-_SLOW = (
-    "audio-classification",
-    "automatic-speech-recognition",
-    "fill-mask",
-    "image-classification",
-    "question-answering",
-    "test_nothing_is_left",
-    "token-classification",
-)
+_AUDIO = ("audio-classification", "automatic-speech-recognition")
+# Native code takes g++ half a minute each time, and so do the converters for audio.
+_SLOW = {
+    "TestOnnxRuntime": _AUDIO,
+    "TestOpenVino": _AUDIO,
+    "TestAotInductor": (
+        *_AUDIO,
+        "fill-mask",
+        "image-classification",
+        "question-answering",
+        "test_nothing_is_left",
+        "test_two_graphs",
+        "text-classification",
+        "token-classification",
+        "zero-shot-classification",
+    ),
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark some of aot-inductor's tests slow."""
+    """Mark the tests slow whose compiles take longest."""
     for item in items:
-        if "TestAotInductor" in item.nodeid and any(part in item.name for part in _SLOW):
-            item.add_marker(pytest.mark.slow)
+        for suite, parts in _SLOW.items():
+            if suite in item.nodeid and any(part in item.name for part in parts):
+                item.add_marker(pytest.mark.slow)

@@ -15,7 +15,10 @@ def test_demo_model_is_the_one_on_the_hub() -> None:
     assert file_digest(weights) == "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
-@pytest.mark.parametrize("target", demo.TARGETS)
+@pytest.mark.parametrize(
+    "target",
+    [pytest.param(each, marks=pytest.mark.slow if each == "onnx-runtime" else ()) for each in demo.TARGETS],
+)
 def test_demo_model_compiles_passes_and_loads_by_the_lines_that_are_shown(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], target: str
 ) -> None:

@@ -73,6 +73,7 @@ def test_run_killed_in_the_middle_leaves_nothing_that_verify_accepts_and_the_nex
 
 
 @pytest.mark.functional
+@pytest.mark.slow
 def test_flow_killed_while_compiling_completes_when_run_again(
     settings: Settings, tiny_model: ModelFactory
 ) -> None:

@@ -172,6 +172,7 @@ class TestKey:
     def own(self, tmp_path: Path) -> Path:
         return write_examples(tmp_path / "own.txt", HfTask.TEXT_CLASSIFICATION)
 
+    @pytest.mark.slow
     def test_changed_examples_miss_and_touched_ones_hit_and_the_manifest_names_them(
         self, pipeline: Pipeline, model: Path, own: Path, tmp_path: Path
     ) -> None:

@@ -153,6 +153,7 @@ def test_unwritable_home_is_one_line(tmp_path: Path) -> None:
     assert_one_line(done, "ENOTDIR")
 
 
+@pytest.mark.slow
 def test_interrupt_ends_without_traceback_and_the_next_run_works(
     settings: Settings, tiny_model: ModelFactory
 ) -> None:

@@ -35,13 +35,9 @@ QUESTION_ANSWERING = HfTask.QUESTION_ANSWERING
 RECORDED = json.loads(GOLDEN.read_text("utf-8"))
 CONTEXTS = {case["name"]: case["given"]["context"] for case in RECORDED["cases"] if "context" in case["given"]}
 SHORT, LONG = CONTEXTS["short context"], CONTEXTS["long context"]
-# An ONNX export takes seconds, a trace tenths: of the former, one architecture is enough for each run.
+# An ONNX export takes seconds, a trace tenths.
 CELLS = [
-    pytest.param(
-        target,
-        architecture,
-        marks=pytest.mark.slow if (target, architecture != "bert") == ("onnx-runtime", True) else (),
-    )
+    pytest.param(target, architecture, marks=pytest.mark.slow if target == "onnx-runtime" else ())
     for target in ("onnx-runtime", "torchscript")
     for architecture in ARCHITECTURES
 ]

@@ -90,6 +90,7 @@ def test_embeddings_are_pooled_as_the_source_models_files_say(
     assert np.allclose(lengths, 1, atol=ATOL) is normalize
 
 
+@pytest.mark.slow
 def test_dynamic_graph_embeds_in_batches_of_like_length(sentence_model: MakeModel) -> None:
     source = sentence_model("mean")
     pipeline = compiled(source, "onnx-runtime", batch_size=4)

@@ -264,7 +264,7 @@ def write_wav(path: Path, *, rate: int) -> None:
 
 
 class TestComponentsOfOneGraph:
-    @pytest.mark.parametrize("target", ["torchscript", "onnx-runtime"])
+    @pytest.mark.parametrize("target", ["torchscript", pytest.param("onnx-runtime", marks=pytest.mark.slow)])
     def test_word_and_document_share_one_copy_of_the_weights(
         self, tiny_model: ModelFactory, tmp_path: Path, target: str
     ) -> None:

@@ -44,7 +44,7 @@ def test_spec_survives_json() -> None:
         {"components": [{"name": "../up"}]},
         {"components": [{"max_sequence_length": 0}]},
         {"components": [{"shape_buckets": [{"batch_size": 0, "sequence_length": 8}]}]},
-        {"components": [{"shape_buckets": [{"batch_size": 1, "sequence_length": 131073}]}]},
+        {"components": [{"shape_buckets": [{"batch_size": 1, "sequence_length": 10_000_001}]}]},
     ],
 )
 def test_wrong_value_is_refused_with_its_place(wrong: dict[str, Any]) -> None:
