@@ -140,8 +140,18 @@ def odd_model(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
     ("target", "odd", "says"),
     [
         ("aot-inductor", BRANCH, "torch.export refused the model: GuardOnDataDependentSymNode"),
-        ("onnx-runtime", WITHOUT_LOWERING, "The ONNX exporter refused the model: .*odd.op"),
-        ("openvino", WITHOUT_LOWERING, "The OpenVINO exporter refused the model: .*odd.op"),
+        pytest.param(
+            "onnx-runtime",
+            WITHOUT_LOWERING,
+            "The ONNX exporter refused the model: .*odd.op",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "openvino",
+            WITHOUT_LOWERING,
+            "The OpenVINO exporter refused the model: .*odd.op",
+            marks=pytest.mark.slow,
+        ),
         ("torchscript", DYNAMO, "torch.jit.trace refused the model: .*dynamo-optimized function"),
     ],
     ids=["aot-inductor", "onnx-runtime", "openvino", "torchscript"],

@@ -208,7 +208,7 @@ def test_a_bucket_that_raises_fails_and_the_report_has_its_words(tiny_model: Mod
     assert any("was not timed" in note for note in proof.report["verdict"]["notes"])
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ["torchscript", pytest.param("onnx-runtime", marks=pytest.mark.slow)])
 def test_swapped_labels_of_a_token_classifier_fail(tiny_model: ModelFactory, tmp_path: Path, target: str) -> None:
     source_dir = tiny_model(TAG)
     artifact_dir = compile_here(source_dir, tmp_path / "artifact", target=target, hf_task=TAG)
