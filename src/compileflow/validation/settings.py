@@ -16,7 +16,8 @@ class ValidationSettings(BaseModel):
         None,
         title="Examples",
         description="Your own natural examples: a text file, one a line, or JSON lines with text, or question "
-        "and context. Empty: the 320 sentences and 300 questions that compileflow carries.",
+        "and context; a folder of images or 16-bit WAV files. Empty: the 320 sentences and 300 questions that "
+        "compileflow carries, or signals that it generates.",
     )
     max_examples: int = Field(
         400, ge=1, le=100_000, title="Examples at most", description="Natural examples that are compared."
