@@ -57,7 +57,7 @@ def compile_command(
     ] = None,
     option: Annotated[list[str] | None, typer.Option(help="Target option as NAME=JSON. Repeat.")] = None,
     name: Annotated[str | None, typer.Option(help="Name in the registry.")] = None,
-    examples: Annotated[str | None, typer.Option(help="Your own natural examples: one a line, or a folder.")] = None,
+    examples: Annotated[str | None, typer.Option(help="Natural examples: one a line, or a folder.")] = None,
     calibration: Annotated[
         str | None, typer.Option(help="Other natural examples, for static int8, one a line.")
     ] = None,
