@@ -1,7 +1,7 @@
 """The source model as a PyTorch graph: loaded for its task, with its inputs, its outputs and their axes.
 
 Targets compile from it and validation takes it as the reference. torch and transformers are imported inside
-the functions.
+the functions. Over 300 lines, because loading a model, probing it and making its inputs share what a graph is.
 """
 
 from __future__ import annotations

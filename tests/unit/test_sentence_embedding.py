@@ -18,7 +18,7 @@ from compileflow.manifest import read_manifest
 from compileflow.serving.embedding_recipe import POOLINGS, EmbeddingRecipe, read_recipe
 from compileflow.testing.targets import compiled_folder
 from tests.models import sentences
-from tests.unit.same_results import counted
+from tests.unit.run_counter import counted
 
 st = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
 modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")

@@ -24,6 +24,7 @@ from compileflow.manifest import MANIFEST_NAME
 from compileflow.settings import Settings
 from compileflow.source_graph import AUTO_CLASSES
 from compileflow.stores.local import LocalStore
+from compileflow.testing.pipelines import assert_same_result
 from compileflow.testing.shared import shared_folder
 from compileflow.testing.targets import compiled_folder, hide_distributions
 from tests.models import ARCHITECTURES, MAX_TOKENS, TEXT_GRAPHS, sentences
@@ -31,7 +32,6 @@ from tests.models import ARCHITECTURES, MAX_TOKENS, TEXT_GRAPHS, sentences
 TARGETS = ("onnx-runtime", "torchscript")
 PIPELINE_TASKS = tuple(task for task in TEXT_GRAPHS if task is not HfTask.QUESTION_ANSWERING)
 ATOL = 1e-5
-SCORE_ATOL = 1e-4
 TEXTS = sentences()
 
 Compiled = Callable[..., Path]
@@ -106,23 +106,6 @@ def assert_same_answer(candidate: Any, reference: Any) -> None:
     for name, value in reference.items():
         assert candidate[name].dtype == value.dtype
         torch.testing.assert_close(candidate[name], value, atol=ATOL, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def assert_same_result(candidate: Any, reference: Any) -> None:
-    """Compare what pipelines return: floats within the score's tolerance, all else equal."""
-    assert type(candidate) is type(reference)
-    if isinstance(reference, dict):
-        assert list(candidate) == list(reference)
-        for name, value in reference.items():
-            assert_same_result(candidate[name], value)
-    elif isinstance(reference, list):
-        assert len(candidate) == len(reference)
-        for one, other in zip(candidate, reference, strict=True):
-            assert_same_result(one, other)
-    elif isinstance(reference, float | np.floating):
-        assert candidate == pytest.approx(reference, abs=SCORE_ATOL)
-    else:
-        assert candidate == reference
 
 
 @pytest.mark.parametrize("hf_task", TEXT_GRAPHS)

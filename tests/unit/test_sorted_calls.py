@@ -18,10 +18,11 @@ import transformers
 from compileflow import CompiledPipeline, HfTask
 from compileflow.errors import InputError
 from compileflow.serving import sorted_calls
+from compileflow.testing.pipelines import assert_same_result
 from compileflow.testing.shared import shared_folder
 from compileflow.testing.targets import BUCKETS, compiled_folder
 from tests.models import sentences
-from tests.unit.same_results import RunCounter, assert_same_result, counted
+from tests.unit.run_counter import RunCounter, counted
 
 TARGETS = ("torchscript", "onnx-runtime")
 TASKS = (

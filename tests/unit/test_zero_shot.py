@@ -13,10 +13,11 @@ import transformers
 
 from compileflow import CompiledPipeline, HfTask
 from compileflow.errors import LoadError
+from compileflow.testing.pipelines import assert_same_result
 from compileflow.testing.shared import shared_folder
 from compileflow.testing.targets import compiled_folder
 from tests.models import sentences
-from tests.unit.same_results import assert_same_result, counted
+from tests.unit.run_counter import counted
 
 TARGETS = ("torchscript", "onnx-runtime")
 TEXTS = [*sentences()[:6], "a", " ".join(sentences()[:40]), *sentences()[6:9]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -85,21 +85,28 @@ class SentenceEmbeddingPipeline:
             self.tokenizer = _lowering(tokenizer)
 
     def __call__(
-        self, inputs: str | Sequence[str], *, batch_size: int | None = None, normalize: bool | None = None
-    ) -> Embeddings:
-        """Embed a text or a list of texts.
+        self,
+        inputs: str | Sequence[str] | Iterator[str],
+        *,
+        batch_size: int | None = None,
+        normalize: bool | None = None,
+    ) -> Any:
+        """Embed a text, a list of texts, or one after the other those of an iterator.
 
         Args:
-            inputs: A text, or a list or tuple of texts; what is longer than `max_tokens` is cut.
+            inputs: A text, a list or tuple of texts, or an iterator; what is longer than `max_tokens` is cut.
             batch_size: Most texts a call of the graph; None as the pipeline was given.
             normalize: Whether the embeddings get length 1; None as the pipeline was given.
 
         Returns:
-            float32, shape (dimension,) for one text, (texts, dimension) for a list, in its order.
+            float32, shape (dimension,) for one text, (texts, dimension) for a list, in its order; for an iterator
+            another, of one embedding a text.
 
         Raises:
             InputError: an input that is no text, or a text that the tokenizer makes no token of.
         """
+        if isinstance(inputs, Iterator):
+            return (self(one, normalize=normalize) for one in inputs)
         single = isinstance(inputs, str)
         texts = _checked_texts([inputs] if single else inputs)
         most = checked_batch_size(batch_size) or self.batch_size
