@@ -5,11 +5,11 @@ from __future__ import annotations
 from prefect import get_run_logger, task
 from prefect.runtime import flow_run
 
-from compileflow.contracts import ModelVersion
 from compileflow.settings import get_settings
 from compileflow.steps.register import find_version, register_version
 from compileflow.steps.request import CompileRequest
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
+from compileflow.versions import ModelVersion
 from tasks.policies import RETRIES
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from compileflow.contracts import ModelVersion
 from compileflow.isolation import Isolated
 from compileflow.settings import Settings
 from compileflow.steps import compile as compile_step
@@ -23,6 +22,7 @@ from compileflow.steps.register import register_version
 from compileflow.steps.request import CompileRequest
 from compileflow.steps.validate import validate_artifact
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
+from compileflow.versions import ModelVersion
 
 BUCKETS = ({"batch_size": 1, "sequence_length": 16}, {"batch_size": 1, "sequence_length": 64})
 

@@ -8,10 +8,11 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
-from compileflow.contracts import ArtifactStore, ModelRegistry, Source, Target
+from compileflow.contracts import ArtifactStore, Source, Target
 from compileflow.errors import SpecError
-from compileflow.settings import Settings
+from compileflow.settings import Settings, get_settings
 from compileflow.spec import TARGET_ALIASES
+from compileflow.versions import ModelRegistry
 
 TARGETS: Mapping[str, str] = {
     "aot-inductor": "compileflow.targets.aot_inductor:AotInductorTarget",
@@ -26,9 +27,19 @@ TARGETS: Mapping[str, str] = {
 SOURCES: Mapping[str, str] = {
     "file": "compileflow.sources.folder:FolderSource",
     "hf": "compileflow.sources.hub:HubSource",
+    "mlflow": "compileflow.sources.mlflow_version:MlflowSource",
+    "neptune": "compileflow.sources.neptune_version:NeptuneSource",
+    "registry": "compileflow.loading.registered_source:RegisteredSource",
 }
-STORES: Mapping[str, str] = {"file": "compileflow.stores.local:LocalStore"}
-REGISTRIES: Mapping[str, str] = {"sqlite": "compileflow.registries.local:LocalRegistry"}
+STORES: Mapping[str, str] = {
+    "file": "compileflow.stores.local:LocalStore",
+    "s3": "compileflow.stores.s3:S3Store",
+}
+REGISTRIES: Mapping[str, str] = {
+    "mlflow": "compileflow.registries.mlflow_registry:MlflowRegistry",
+    "neptune": "compileflow.registries.neptune_registry:NeptuneRegistry",
+    "sqlite": "compileflow.registries.local:LocalRegistry",
+}
 
 
 def target_names() -> tuple[str, ...]:
@@ -47,20 +58,22 @@ def get_target(name: str) -> Target:
 
 
 def get_source(scheme: str, settings: Settings) -> Source:
-    """Return the source for a URI scheme, "file" or "hf"."""
+    """Return the source for a URI scheme, for example "hf"."""
     source: Source = _load("source", scheme, SOURCES)(settings)
     return source
 
 
-def open_store(uri: str) -> ArtifactStore:
-    """Open the artifact store at `uri`, for example file:///var/lib/compileflow."""
-    store: ArtifactStore = _load("artifact store", _scheme(uri), _with_entry_points("stores"))(uri)
+def open_store(uri: str, settings: Settings | None = None) -> ArtifactStore:
+    """Open the artifact store at `uri`, for example s3://bucket/prefix; settings None: as configured."""
+    kind = _load("artifact store", _scheme(uri), _with_entry_points("stores"))
+    store: ArtifactStore = kind(uri, settings or get_settings())
     return store
 
 
-def open_registry(uri: str) -> ModelRegistry:
-    """Open the model registry at `uri`, for example sqlite:////var/lib/compileflow/registry.db."""
-    found: ModelRegistry = _load("model registry", _scheme(uri), _with_entry_points("registries"))(uri)
+def open_registry(uri: str, settings: Settings | None = None) -> ModelRegistry:
+    """Open the model registry at `uri`, for example neptune://workspace/project; settings None: as configured."""
+    kind = _load("model registry", _scheme(uri), _with_entry_points("registries"))
+    found: ModelRegistry = kind(uri, settings or get_settings())
     return found
 
 

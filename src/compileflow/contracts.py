@@ -1,15 +1,15 @@
-"""What a target, a source, a store and a registry must be able to do, and the values they exchange."""
+"""What a target, a source and a store must be able to do, and the values they exchange."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, JsonValue
 
 from compileflow.digests import FileRecord
 from compileflow.manifest import ComponentRecord, TensorRecord
@@ -168,12 +168,23 @@ class Target(Protocol):
 
 @dataclass(frozen=True)
 class LocatedSource:
-    """A source model, pinned, with its files on this machine."""
+    """A source model, pinned, with its files on this machine.
+
+    Attributes:
+        uri: Where it came from.
+        revision: Commit, where the place knows one.
+        folder: Where its files are.
+        files: Those of the model, relative to `folder`.
+        hf_task: What its model card says it serves; None where no card says.
+        test_files: Folder with inputs.json, inference_params.json and predictions.json, where it has them.
+    """
 
     uri: str
     revision: str
     folder: Path
     files: tuple[str, ...]
+    hf_task: HfTask | None = None
+    test_files: Path | None = None
 
 
 class Source(Protocol):
@@ -192,6 +203,15 @@ class StoredFolder:
 
     uri: str
     digest: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What a garbage collection deleted, or would delete."""
+
+    folders: int
+    blobs: int
     size_bytes: int
 
 
@@ -224,50 +244,17 @@ class ArtifactStore(Protocol):
     def get_record(self, kind: str, key: str) -> dict[str, JsonValue] | None:
         """Return what `put_record` wrote, or None."""
 
+    def list_records(self, kind: str) -> Iterator[str]:
+        """Yield the keys of all pointers of a kind."""
+
     def lock(self, key: str, *, on_wait: Callable[[], None]) -> AbstractContextManager[None]:
         """Hold `key` alone among all users of the store; freed when the holder dies."""
 
+    def gc(self, keep: Collection[str], *, min_age_s: float, dry_run: bool = False) -> Collected:
+        """Delete folders that are neither in `keep` nor younger than `min_age_s`, then what no folder refers to.
 
-class VersionEntry(BaseModel):
-    """What is registered about one compiled model."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)
-    target: str
-    spec: dict[str, JsonValue]
-    source_uri: str
-    source_revision: str
-    source_digest: str
-    artifact_uri: str
-    artifact_digest: str
-    verdict: Literal["pass", "warn"]
-    figures: dict[str, float]
-    report_uri: str
-    report_digest: str
-    flow_run_id: str | None = None
-
-
-class ModelVersion(VersionEntry):
-    """A registered compiled model: the entry, its number and when it was made."""
-
-    version: int = Field(ge=1)
-    created_at: str = Field(description="UTC, ISO 8601.")
-
-
-class ModelRegistry(Protocol):
-    """Named, numbered versions of compiled models."""
-
-    uri: str
-
-    def register(self, entry: VersionEntry) -> ModelVersion:
-        """Register a version; the same name and artifact digest again give the version that exists."""
-
-    def find(self, artifact_digest: str) -> Sequence[ModelVersion]:
-        """Return every version of that artifact, newest first."""
-
-    def get(self, name: str, version: int) -> ModelVersion:
-        """Return one version; an unknown name or number is a RegistryError that lists what there is."""
-
-    def versions(self, name: str | None = None) -> Sequence[ModelVersion]:
-        """Return all versions, of one name or of all, newest first."""
+        Args:
+            keep: Digests of folders that stay.
+            min_age_s: Seconds for which a listing or a blob stays after it was last put, whoever needs it.
+            dry_run: Only count.
+        """

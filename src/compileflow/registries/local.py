@@ -11,8 +11,9 @@ from datetime import UTC, datetime
 from difflib import get_close_matches
 from pathlib import Path
 
-from compileflow.contracts import ModelVersion, VersionEntry
 from compileflow.errors import RegistryError, RegistryUnavailableError, SpecError
+from compileflow.settings import Settings
+from compileflow.versions import ModelVersion, VersionEntry
 from compileflow.workspace import os_errors
 
 _SCHEMA_VERSION = 1
@@ -36,7 +37,8 @@ _SELECT = "SELECT v.number, v.created_at, v.entry FROM version v JOIN model m ON
 class LocalRegistry:
     """Model versions in SQLite: a row is there whole or not at all, whoever is killed when."""
 
-    def __init__(self, uri: str):
+    def __init__(self, uri: str, settings: Settings):
+        """Take the settings that every registry takes; a file needs none of them."""
         if not uri.startswith("sqlite:///"):
             raise SpecError(f"{uri!r} is no registry file.", hint="Write it as sqlite:////absolute/path.db.")
         self.uri = uri

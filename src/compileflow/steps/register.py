@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 
 from compileflow.catalog import open_registry, open_store
-from compileflow.contracts import ModelVersion, VersionEntry
 from compileflow.errors import VerdictError
 from compileflow.manifest import read_manifest
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
+from compileflow.versions import ModelVersion, VersionEntry
 
 
 def register_version(

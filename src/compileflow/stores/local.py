@@ -21,6 +21,7 @@ from pydantic import JsonValue, ValidationError
 from compileflow.contracts import StoredFolder
 from compileflow.digests import FileRecord, file_digest, folder_digest, list_files, listing_bytes
 from compileflow.errors import IntegrityError, SpecError, StoreError
+from compileflow.settings import Settings
 from compileflow.workspace import file_lock, os_errors, work_folder
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -30,7 +31,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 class LocalStore:
     """Folders as content-addressed blobs below one folder of this machine."""
 
-    def __init__(self, uri: str):
+    def __init__(self, uri: str, settings: Settings):
+        """Take the settings that every store takes; a folder needs none of them."""
         parsed = urlparse(uri)
         if parsed.scheme != "file" or parsed.netloc not in ("", "localhost") or not parsed.path:
             raise SpecError(f"{uri!r} is no folder's URI.", hint="Write it as file:///absolute/path.")

@@ -9,9 +9,9 @@ from typing import ClassVar
 
 import pytest
 
-from compileflow.contracts import ModelRegistry, VersionEntry
 from compileflow.errors import RegistryError
 from compileflow.testing.processes import at_once, other_process, resolve, say
+from compileflow.versions import ModelRegistry, VersionEntry
 
 
 class RegistryConformance:
