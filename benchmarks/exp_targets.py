@@ -69,7 +69,7 @@ def contestants(model: Path, shapes: Sequence[tuple[int, int]], among: Sequence[
     source = fetch_source(str(model), None, store_uri=store_uri, settings=settings)
     buckets = [{"batch_size": batch_size, "sequence_length": length} for batch_size, length in shapes]
     asked = {"model": str(model), "target": AUTO, "auto": {"targets": among}, "shape_buckets": buckets}
-    plan = plan_candidates(source, CompileRequest.model_validate(asked), store_uri=store_uri)
+    plan = plan_candidates(source, CompileRequest.model_validate(asked), store_uri=store_uri, settings=settings)
     for each in plan.unavailable:
         print(f"left out: {each.label}: {each.reason}", file=sys.stderr)
     found = []

@@ -37,7 +37,9 @@ def main() -> None:
 
 @app.command("compile")
 def compile_command(
-    model: Annotated[str, typer.Option(help="A model folder, or a Hub id as owner/name.")],
+    model: Annotated[
+        str, typer.Option(help="A model folder, a Hub id as owner/name, or a registered version's URI.")
+    ],
     target: Annotated[
         list[str] | None,
         typer.Option(help=f"Repeat for several: {', '.join(target_names())}; or auto, which tries all."),
@@ -77,7 +79,12 @@ def compile_command(
     trust_remote_code: Annotated[bool, typer.Option(help="Run the model's own Python files.")] = False,
     skip: Annotated[list[str] | None, typer.Option(help="Switch a step off. Repeat.")] = None,
     store: Annotated[str | None, typer.Option(help="Artifact store's URI.")] = None,
-    registry: Annotated[str | None, typer.Option(help="Registry's URI.")] = None,
+    registry: Annotated[
+        list[str] | None, typer.Option(help="Registry's URI. Repeat for several; the first is read.")
+    ] = None,
+    aws_credentials_block: Annotated[
+        str | None, typer.Option(help="Name of a Prefect AwsCredentials block, for S3.")
+    ] = None,
     progress: Annotated[
         bool | None, typer.Option(help="Print a line a step. Default: when on a terminal.")
     ] = None,
@@ -105,7 +112,8 @@ def compile_command(
             "precisions": [precision] if precision else (),
         },
         "store_uri": store,
-        "registry_uri": registry,
+        "registry_uris": registry or (),
+        "aws_credentials_block": aws_credentials_block,
     }
     shown = sys.stderr.isatty() if progress is None else progress
     try:
@@ -122,7 +130,7 @@ def compile_command(
         set_embedded_defaults(get_settings(), progress=shown)
     except CompileflowError as error:
         _refuse(error)
-    _run(requests, as_json=as_json, registry=registry, verbose=verbose)
+    _run(requests, as_json=as_json, verbose=verbose)
 
 
 @app.command()
@@ -144,7 +152,6 @@ def _run(
     requests: list[CompileRequest],
     *,
     as_json: bool = False,
-    registry: str | None = None,
     verbose: bool = False,
 ) -> list[CompileResult]:
     """Run the requests and print what came of them; exits with 1 when one failed."""
@@ -158,7 +165,7 @@ def _run(
     if as_json:
         typer.echo(json.dumps([result.model_dump(mode="json") for result in results], indent=1))
     elif results:
-        _print_table(results, registry)
+        _print_table(results)
     for error in errors:
         if verbose and error.log_path:
             typer.echo(_tail(error.log_path), err=True)
@@ -206,7 +213,7 @@ def _option(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _print_table(results: list[CompileResult], registry: str | None) -> None:
+def _print_table(results: list[CompileResult]) -> None:
     # Where nobody sets a width, lines are cut at 80 characters.
     console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     for result in results:
@@ -219,12 +226,12 @@ def _print_table(results: list[CompileResult], registry: str | None) -> None:
         table.add_row(*_row(result))
     console.print(table)
     for result in results:
-        lines = {"artifact": result.artifact.uri}
+        lines = [("artifact", result.artifact.uri)]
         if result.validated is not None:
-            lines["report"] = str(export_report(result.validated.report_uri, get_settings()))
-        if result.version is not None:
-            lines["registry"] = get_settings().resolved_registry_uri(registry)
-        for what, where in lines.items():
+            lines.append(("report", str(export_report(result.validated.report_uri, get_settings()))))
+        for uri, version in result.versions.items():
+            lines.append(("registry", f"{uri} has it as {version.name} version {version.version}"))
+        for what, where in lines:
             console.print(f"{result.target} {what}: {where}", soft_wrap=True, highlight=False)
 
 

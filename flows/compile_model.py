@@ -9,23 +9,29 @@ from prefect.runtime import flow_run
 from prefect.states import Failed, State
 from pydantic import BaseModel
 
-from compileflow.errors import CompileflowError, ProcessError, VerdictError
+from compileflow.errors import CompileflowError, VerdictError
 from compileflow.spec import Precision
 from compileflow.steps.auto import failed_candidate, measured_candidate
 from compileflow.steps.register import check_verdict, default_name
 from compileflow.steps.request import AUTO, CompileRequest
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
 from compileflow.versions import ModelVersion
+from flows.registration import Versions, as_error, find_everywhere, register_everywhere
 from tasks.auto import compare, plan
 from tasks.compile import compile_source
 from tasks.fetch import fetch
 from tasks.publish import publish
-from tasks.register import look_up, register
+from tasks.settings import settings_for
 from tasks.validate import validate
 
 
 class CompileResult(BaseModel):
-    """What a run made or found."""
+    """What a run made or found.
+
+    Attributes:
+        versions: In each registry that has one, by the registry's URI.
+        version: The first of them.
+    """
 
     target: str
     precision: Precision
@@ -33,6 +39,7 @@ class CompileResult(BaseModel):
     artifact: CompiledArtifact
     validated: ValidatedArtifact | None = None
     version: ModelVersion | None = None
+    versions: Versions = {}
     comparison_uri: str | None = None
 
 
@@ -54,13 +61,7 @@ def compile_model(request: CompileRequest) -> CompileResult | State[Any]:
             return compile_best(source, request)
         artifact = compile_source(source, request).result()
         if not (request.steps.validate or request.steps.register):
-            return CompileResult(
-                target=request.target,
-                precision=request.precision,
-                source=source,
-                artifact=artifact,
-                version=look_up(source, artifact, request),
-            )
+            return result_of(source, artifact, None, request, find_everywhere(source, artifact, request))
         validated = validate(source, artifact, request).result()
         return finish(source, artifact, validated, request)
     except CompileflowError as error:
@@ -85,7 +86,7 @@ def compile_best(source: FetchedSource, request: CompileRequest) -> CompileResul
             candidates.append(failed_candidate(each, as_error(validated), artifact))
             continue
         made.append((artifact, validated))
-        candidates.append(measured_candidate(each, artifact, validated))
+        candidates.append(measured_candidate(each, artifact, validated, settings_for(each)))
     compared = compare(source, request, planned, candidates)
     won = made[compared.winner] if compared.winner is not None else None
     if won is None or compared.winner is None:
@@ -103,22 +104,26 @@ def finish(
     publish(source, artifact, validated, request)
     check_verdict(validated, allow_warn=request.allow_warn or not request.steps.register)
     if request.steps.register:
-        timed = register.with_options(timeout_seconds=request.timeouts.register_s)
-        version = timed(source, artifact, validated, request)
+        versions = register_everywhere(source, artifact, validated, request)
     else:
-        version = look_up(source, artifact, request)
+        versions = find_everywhere(source, artifact, request)
+    return result_of(source, artifact, validated, request, versions)
+
+
+def result_of(
+    source: FetchedSource,
+    artifact: CompiledArtifact,
+    validated: ValidatedArtifact | None,
+    request: CompileRequest,
+    versions: Versions,
+) -> CompileResult:
+    """Put together what a run made or found."""
     return CompileResult(
         target=request.target,
         precision=request.precision,
         source=source,
         artifact=artifact,
         validated=validated,
-        version=version,
+        version=next(iter(versions.values()), None),
+        versions=versions,
     )
-
-
-def as_error(outcome: Any) -> CompileflowError:
-    """Return what a failed task ended with as one of our errors."""
-    if isinstance(outcome, CompileflowError):
-        return outcome
-    return ProcessError(f"The task ended as {type(outcome).__name__}: {outcome}")

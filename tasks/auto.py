@@ -6,19 +6,22 @@ from prefect import get_run_logger, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from compileflow.settings import get_settings
 from compileflow.steps.auto import CandidatePlan, ComparedCandidates, compare_candidates, plan_candidates
 from compileflow.steps.report_file import read_comparison
 from compileflow.steps.request import CompileRequest
 from compileflow.steps.values import FetchedSource
 from compileflow.validation.candidates import Candidate
 from tasks.policies import prefect_key
+from tasks.settings import settings_for
 
 
 @task(name="plan", description="Say which targets and precisions can be tried here.", cache_policy=NO_CACHE)
 def plan(source: FetchedSource, request: CompileRequest) -> CandidatePlan:
     """Return a CandidatePlan."""
-    planned = plan_candidates(source, request, store_uri=get_settings().resolved_store_uri(request.store_uri))
+    settings = settings_for(request)
+    planned = plan_candidates(
+        source, request, store_uri=settings.resolved_store_uri(request.store_uri), settings=settings
+    )
     names = ", ".join(dict.fromkeys(each.target for each in planned.requests))
     get_run_logger().info("%d candidates: %s", len(planned.requests), names or "none")
     return planned
@@ -29,7 +32,7 @@ def compare(
     source: FetchedSource, request: CompileRequest, planned: CandidatePlan, candidates: list[Candidate]
 ) -> ComparedCandidates:
     """Return a ComparedCandidates, and leave the table as a Prefect artifact."""
-    settings = get_settings()
+    settings = settings_for(request)
     compared = compare_candidates(
         source,
         request,
@@ -38,7 +41,7 @@ def compare(
         store_uri=settings.resolved_store_uri(request.store_uri),
         settings=settings,
     )
-    comparison = read_comparison(compared.comparison_uri)
+    comparison = read_comparison(compared.comparison_uri, settings)
     header = comparison.comparison_header()
     create_table_artifact(
         [dict(zip(header, row, strict=True)) for row in comparison.comparison_rows()],

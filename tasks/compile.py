@@ -7,18 +7,18 @@ from typing import Any
 from prefect import get_run_logger, task
 from prefect.states import State
 
-from compileflow.settings import get_settings
 from compileflow.steps.compile import compile_artifact
 from compileflow.steps.request import CompileRequest
 from compileflow.steps.values import FetchedSource
 from tasks.policies import RETRIES, shown
+from tasks.settings import settings_for
 
 
 @task(name="compile", description="Compile the source model for its target.", **RETRIES)
 def compile_source(source: FetchedSource, request: CompileRequest) -> State[Any]:
     """Return a CompiledArtifact."""
     logger = get_run_logger()
-    settings = get_settings()
+    settings = settings_for(request)
     artifact = compile_artifact(
         source,
         request,

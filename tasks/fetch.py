@@ -7,17 +7,17 @@ from typing import Any
 from prefect import get_run_logger, task
 from prefect.states import State
 
-from compileflow.settings import get_settings
 from compileflow.steps.fetch import fetch_source
 from compileflow.steps.request import CompileRequest
 from tasks.policies import RETRIES, shown
+from tasks.settings import settings_for
 
 
 @task(name="fetch", description="Pin the source model and put it into the artifact store.", **RETRIES)
 def fetch(request: CompileRequest) -> State[Any]:
     """Return a FetchedSource."""
     logger = get_run_logger()
-    settings = get_settings()
+    settings = settings_for(request)
     source = fetch_source(
         request.model,
         request.revision,

@@ -7,18 +7,18 @@ from typing import Any
 from prefect import get_run_logger, task
 from prefect.states import Completed, State
 
-from compileflow.settings import get_settings
 from compileflow.steps.request import CompileRequest
 from compileflow.steps.validate import validate_artifact
 from compileflow.steps.values import CompiledArtifact, FetchedSource
 from tasks.policies import RETRIES, shown
+from tasks.settings import settings_for
 
 
 @task(name="validate", description="Compare the artifact with its source model and judge it.", **RETRIES)
 def validate(source: FetchedSource, artifact: CompiledArtifact, request: CompileRequest) -> State[Any]:
     """Return a ValidatedArtifact; a refused one shows as the state Refused."""
     logger = get_run_logger()
-    settings = get_settings()
+    settings = settings_for(request)
     validated = validate_artifact(
         source,
         artifact,

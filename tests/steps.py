@@ -14,14 +14,13 @@ from compileflow.isolation import Isolated
 from compileflow.settings import Settings
 from compileflow.steps import compile as compile_step
 from compileflow.steps import validate as validate_step
-from compileflow.steps.build import build_artifact
 from compileflow.steps.compile import compile_artifact
 from compileflow.steps.fetch import fetch_source
-from compileflow.steps.prove import prove_artifact
 from compileflow.steps.register import register_version
 from compileflow.steps.request import CompileRequest
 from compileflow.steps.validate import validate_artifact
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
+from compileflow.testing.processes import resolve
 from compileflow.versions import ModelVersion
 
 BUCKETS = ({"batch_size": 1, "sequence_length": 16}, {"batch_size": 1, "sequence_length": 64})
@@ -89,6 +88,7 @@ class Pipeline:
             allow_warn=request.allow_warn,
             store_uri=self.store_uri,
             registry_uri=self.registry_uri,
+            settings=self.settings,
         )
 
 
@@ -97,14 +97,14 @@ def in_process(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     """Give a pipeline whose compiles and validations run in this process."""
     pipeline = Pipeline(settings)
 
-    def count(step: str, function: Any) -> Any:
-        def run(name: str, request: Any, **_: Any) -> Isolated:
+    def count(step: str) -> Any:
+        def run(function: str, request: Any, **_: Any) -> Isolated:
             pipeline.counts[step] += 1
-            return Isolated(function(request), 0.1, 1)
+            return Isolated(resolve(function)(request), 0.1, 1)
 
         return run
 
     with monkeypatch.context() as patched:
-        patched.setattr(compile_step, "run_isolated", count("compile", build_artifact))
-        patched.setattr(validate_step, "run_isolated", count("validate", prove_artifact))
+        patched.setattr(compile_step, "run_isolated", count("compile"))
+        patched.setattr(validate_step, "run_isolated", count("validate"))
         yield pipeline

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,15 @@ class VersionFiles:
     artifact: Path
     report: Path
     test_files: Path | None = None
+
+
+def without_credentials(uri: str) -> str:
+    """Return a URI as it may be shown, without a user's name and password.
+
+    >>> without_credentials("mlflow:https://me:secret@host:5000")
+    'mlflow:https://host:5000'
+    """
+    return re.sub(r"//[^/@]*@", "//", uri)
 
 
 class ModelRegistry(Protocol):

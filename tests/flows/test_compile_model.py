@@ -124,14 +124,14 @@ def test_only_retryable_errors_are_retried(
     monkeypatch.setattr(register, "retry_delay_seconds", [0.0, 0.0, 0.0])
     real, calls = LocalRegistry.register, []
 
-    def busy_once(self: LocalRegistry, entry: Any) -> Any:
+    def busy_once(self: LocalRegistry, entry: Any, files: Any) -> Any:
         calls.append(entry)
         if len(calls) == 1:
             raise RegistryUnavailableError("The registry is busy.")
-        return real(self, entry)
+        return real(self, entry, files)
 
     monkeypatch.setattr(LocalRegistry, "register", busy_once)
-    monkeypatch.setattr("flows.compile_model.register", register)
+    monkeypatch.setattr("flows.registration.register", register)
     assert run(pipeline, tiny_model(HfTask.TEXT_CLASSIFICATION)).is_completed()
     assert len(calls) == 2
 

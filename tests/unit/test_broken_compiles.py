@@ -272,6 +272,7 @@ def stored(healthy: Compiled, settings: Settings) -> Stored:
             allow_warn=allow_warn,
             store_uri=store_uri,
             registry_uri=registry_uri,
+            settings=settings,
         )
 
     return Stored(validate, register, put)

@@ -47,7 +47,9 @@ class ComparedCandidates(BaseModel):
     reason: str
 
 
-def plan_candidates(source: FetchedSource, request: CompileRequest, *, store_uri: str) -> CandidatePlan:
+def plan_candidates(
+    source: FetchedSource, request: CompileRequest, *, store_uri: str, settings: Settings
+) -> CandidatePlan:
     """Turn a request for `auto` into one request for each target, precision and set of options.
 
     Raises:
@@ -67,8 +69,8 @@ def plan_candidates(source: FetchedSource, request: CompileRequest, *, store_uri
     strangers = sorted(set(names) - set(target_names()))
     if strangers:
         raise SpecError(f"Unknown target {strangers[0]!r}.", hint=f"Choose among: {', '.join(target_names())}.")
-    with open_store(store_uri).open_folder(source.digest) as folder:
-        hf_task = request.hf_task or detect_task(folder)
+    with open_store(store_uri, settings).open_folder(source.digest) as folder:
+        hf_task = request.hf_task or source.hf_task or detect_task(folder)
     requests: list[CompileRequest] = []
     unavailable: list[Candidate] = []
     for name in names:
@@ -97,10 +99,10 @@ def plan_candidates(source: FetchedSource, request: CompileRequest, *, store_uri
 
 
 def measured_candidate(
-    request: CompileRequest, artifact: CompiledArtifact, validated: ValidatedArtifact
+    request: CompileRequest, artifact: CompiledArtifact, validated: ValidatedArtifact, settings: Settings
 ) -> Candidate:
     """Return what a validated artifact is worth, with the timings of its report."""
-    report = read_report(validated.report_uri)
+    report = read_report(validated.report_uri, settings)
     return Candidate(
         target=request.target,
         precision=request.precision,
@@ -171,7 +173,7 @@ def compare_candidates(
     with work_folder(settings.work_dir, label=AUTO) as work:
         (work / "comparison").mkdir()
         write_comparison(comparison, work / "comparison")
-        stored = open_store(store_uri).put_folder(work / "comparison")
+        stored = open_store(store_uri, settings).put_folder(work / "comparison")
     return ComparedCandidates(
         comparison_uri=stored.uri, comparison_digest=stored.digest, winner=winner, reason=reason
     )

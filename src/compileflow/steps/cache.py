@@ -42,8 +42,8 @@ class CacheKey:
         return json_digest({"step": self.step, "parts": dict(self.parts)})
 
 
-def find(store: ArtifactStore, key: CacheKey, kind: type[Value], *, digest_field: str) -> Value | None:
-    """Return the answer for a key, or None when there is none or its folder has vanished from the store."""
+def find(store: ArtifactStore, key: CacheKey, kind: type[Value], *, digest_fields: Sequence[str]) -> Value | None:
+    """Return the answer for a key, or None when there is none or the store lost a folder of it."""
     record = store.get_record(key.step, key.digest)
     if record is None:
         return None
@@ -52,10 +52,12 @@ def find(store: ArtifactStore, key: CacheKey, kind: type[Value], *, digest_field
     except (KeyError, ValidationError):
         logger.warning("%s: the record %s is not readable; it is made anew", key.step, key.digest[:12])
         return None
-    digest = str(getattr(value, digest_field))
-    if not store.exists(digest):
-        logger.warning("%s: the store lost %s, which a record points at; it is made anew", key.step, digest[:12])
-        return None
+    for digest in filter(None, (getattr(value, field) for field in digest_fields)):
+        if not store.exists(digest):
+            logger.warning(
+                "%s: the store lost %s, which a record points at; it is made anew", key.step, digest[:12]
+            )
+            return None
     return value
 
 
@@ -64,7 +66,7 @@ def find_or_make(
     key: CacheKey,
     kind: type[Value],
     *,
-    digest_field: str,
+    digest_fields: Sequence[str],
     make: Callable[[str], Value],
     say: Callable[[str], None],
     keep: Callable[[Value], bool] = lambda value: True,
@@ -75,12 +77,12 @@ def find_or_make(
         store: Holds the answers.
         key: What is asked.
         kind: The answer's class.
-        digest_field: The field of the answer that names the stored folder it stands on.
+        digest_fields: The fields of the answer that name the stored folders it stands on; None names none.
         make: Makes the answer; given the reason why it was not there.
         say: Told in one line why there was no answer, or that another run is making it.
         keep: Says whether an answer may be given again to the next who asks.
     """
-    value = find(store, key, kind, digest_field=digest_field)
+    value = find(store, key, kind, digest_fields=digest_fields)
     if value is not None:
         return value, True
 
@@ -88,7 +90,7 @@ def find_or_make(
         say("another run is making the same answer; waiting for it")
 
     with store.lock(f"{key.step}/{key.digest}", on_wait=say_waiting):
-        value = find(store, key, kind, digest_field=digest_field)
+        value = find(store, key, kind, digest_fields=digest_fields)
         if value is not None:
             return value, True
         reason = why_missed(store, key)

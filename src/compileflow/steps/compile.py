@@ -55,9 +55,9 @@ def compile_artifact(
         CompileError, TargetUnavailableError: the toolchain refused or died, or is missing.
         StepOffError: the step is off and the store has no such artifact.
     """
-    store = open_store(store_uri)
+    store = open_store(store_uri, settings)
     with store.open_folder(source.digest) as folder:
-        spec = spec_of(request, folder)
+        spec = spec_of(request, folder, card_task=source.hf_task)
         target = checked_target(spec)
         calibration = None
         if target.Options.model_validate(spec.target_options).needs_calibration(spec.precision):
@@ -83,19 +83,19 @@ def compile_artifact(
             return _compile(store, child, key, reason, request.timeouts.compile_s, settings, on_progress)
 
         value, cached = find_or_make(
-            store, key, CompiledArtifact, digest_field="digest", make=make, say=on_progress
+            store, key, CompiledArtifact, digest_fields=("digest",), make=make, say=on_progress
         )
     if cached:
         return value.model_copy(update={"cached": True, "why": "every part of its key is unchanged"})
     return value
 
 
-def spec_of(request: CompileRequest, source_dir: Path) -> CompileSpec:
-    """Turn a request into a spec; an empty task is read from the model's architecture."""
+def spec_of(request: CompileRequest, source_dir: Path, *, card_task: HfTask | None = None) -> CompileSpec:
+    """Turn a request into a spec; an empty task is the model card's, else the one of the model's architecture."""
     try:
         return CompileSpec(
             target=request.target,
-            hf_task=request.hf_task or detect_task(source_dir),
+            hf_task=request.hf_task or card_task or detect_task(source_dir),
             precision=request.precision,
             components=request.components
             or (
@@ -258,7 +258,7 @@ def _short(value: Any) -> str:
 
 
 def _reuse(store: ArtifactStore, key: CacheKey) -> CompiledArtifact:
-    value = find(store, key, CompiledArtifact, digest_field="digest")
+    value = find(store, key, CompiledArtifact, digest_fields=("digest",))
     if value is None:
         raise StepOffError(
             f"The compile step is off, and the store {store.uri} has no artifact of {key.subject} with this key: "

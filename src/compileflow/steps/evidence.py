@@ -14,6 +14,7 @@ from compileflow.spec import CompileSpec, HfTask
 from compileflow.validation import measure as measuring
 from compileflow.validation.cases import Case, CaseBuilder, agreement_cases, load_examples, shape_cases
 from compileflow.validation.measure import Measurements, Model
+from compileflow.validation.registered_tests import RegisteredTests
 from compileflow.validation.settings import ValidationSettings
 from compileflow.validation.signals import SignalCases, load_signals
 
@@ -53,11 +54,15 @@ class Evidence:
 
 
 def gather_evidence(
-    source_dir: Path, spec: CompileSpec, record: ComponentRecord, validation: ValidationSettings
+    source_dir: Path,
+    spec: CompileSpec,
+    record: ComponentRecord,
+    validation: ValidationSettings,
+    tests: RegisteredTests | None = None,
 ) -> Evidence:
-    """Build the evidence for one component."""
+    """Build the evidence for one component; the source version's own test inputs come first."""
     if spec.hf_task.modality == "text":
-        return _of_text(source_dir, spec, record, validation)
+        return _of_text(source_dir, spec, record, validation, tests)
     return _of_signals(source_dir, spec, record, validation)
 
 
@@ -84,7 +89,11 @@ def _tokenizer(source_dir: Path, spec: CompileSpec) -> Any:
 
 
 def _of_text(
-    source_dir: Path, spec: CompileSpec, record: ComponentRecord, validation: ValidationSettings
+    source_dir: Path,
+    spec: CompileSpec,
+    record: ComponentRecord,
+    validation: ValidationSettings,
+    tests: RegisteredTests | None,
 ) -> Evidence:
     tokenizer = _tokenizer(source_dir, spec)
     builder = CaseBuilder(
@@ -95,6 +104,10 @@ def _of_text(
         pad_token_id=record.pad_token_id,
     )
     examples, origin, _ = load_examples(spec.hf_task, validation.examples_path, validation.max_examples)
+    own = tests.examples(spec.hf_task) if tests else []
+    if own:
+        origin = f"{len(own)} test inputs of the source version, and {origin}"
+        examples = (own + examples)[: max(validation.max_examples, len(own))]
     texts = [example.get("text") or example["context"] for example in examples]
 
     def mask(found: Measurements, reference: Model, candidate: Model) -> None:

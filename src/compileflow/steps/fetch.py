@@ -19,6 +19,7 @@ from compileflow.workspace import os_errors, work_folder
 
 logger = logging.getLogger(__name__)
 STEP = "fetch"
+_FOLDERS = ("digest", "test_files_digest")
 
 
 def fetch_source(
@@ -32,11 +33,12 @@ def fetch_source(
 ) -> FetchedSource:
     """Put a source model's files into the store.
 
-    A folder is hashed each time, so that a model retrained in place is seen; a Hub model is downloaded once a
-    commit.
+    A folder is hashed each time, so that a model retrained in place is seen, and so is a registered version, whose
+    files may be replaced; a Hub model is downloaded once a commit.
 
     Args:
-        model: Folder, file:// URI, Hub id as owner/name, or hf:// URI.
+        model: Folder, file:// URI, Hub id as owner/name, hf:// URI, or a registered version: neptune://, mlflow:
+            or registry:.
         revision: Branch, tag or commit of a Hub model; None is its main branch.
         store_uri: The artifact store.
         settings: Work folder, Hub endpoint and token.
@@ -47,7 +49,7 @@ def fetch_source(
         SourceError: there is no such model, or it is not whole.
         StepOffError: the step is off and the store has none.
     """
-    store = open_store(store_uri)
+    store = open_store(store_uri, settings)
     source = get_source(scheme_of(model), settings)
     if not enabled:
         return _reuse(store, model, scheme_of(model))
@@ -57,7 +59,8 @@ def fetch_source(
             located = source.locate(model, revision, work)
             check_weights(located.folder, located.files)
             files = list_files(located.folder, only=located.files)
-            key = CacheKey(STEP, uri, {"uri": uri} | {record.path: record.sha256 for record in files})
+            parts = {"uri": uri} | {record.path: record.sha256 for record in files}
+            key = CacheKey(STEP, uri, parts | _card_parts(located))
             pinned = folder_digest(files)
         else:
             located = None
@@ -69,16 +72,17 @@ def fetch_source(
             there = located or source.locate(model, pinned, work / "download")
             if located is None:
                 check_weights(there.folder, there.files)
-            return _store_source(store, there, uri, pinned, work / "model")
+            return _store_source(store, there, uri, there.revision or pinned, work / "model")
 
-        value, cached = find_or_make(store, key, FetchedSource, digest_field="digest", make=make, say=on_progress)
+        value, cached = find_or_make(store, key, FetchedSource, digest_fields=_FOLDERS, make=make, say=on_progress)
     return value.model_copy(update={"cached": cached})
 
 
 def scheme_of(model: str) -> str:
-    """Say whether `model` names a folder ("file") or a Hub repository ("hf")."""
-    if "://" in model:
-        return model.partition(":")[0]
+    """Say what kind of place `model` names: "file", "hf", or a registry's "neptune", "mlflow" or "registry"."""
+    scheme = model.partition(":")[0]
+    if "://" in model or scheme in ("mlflow", "registry"):
+        return scheme
     looks_local = model.startswith((".", "/", "~")) or Path(model).exists() or model.count("/") != 1
     return "file" if looks_local else "hf"
 
@@ -99,20 +103,29 @@ def _store_source(
         digest=stored.digest,
         size_bytes=stored.size_bytes,
         cached=False,
+        hf_task=located.hf_task,
+        test_files_digest=store.put_folder(located.test_files).digest if located.test_files else None,
     )
+
+
+def _card_parts(located: LocatedSource) -> dict[str, str]:
+    """Return what a registered version says besides its model, as parts of the key."""
+    parts = {"task": located.hf_task.value} if located.hf_task else {}
+    if located.test_files is not None:
+        parts |= {f"test file {record.path}": record.sha256 for record in list_files(located.test_files)}
+    return parts
 
 
 def _reuse(store: ArtifactStore, model: str, scheme: str) -> FetchedSource:
-    uri = (
-        Path(model.removeprefix("file://")).expanduser().absolute().as_uri()
-        if scheme == "file"
-        else f"hf://{model.removeprefix('hf://')}"
-    )
+    if scheme == "file":
+        uri = Path(model.removeprefix("file://")).expanduser().absolute().as_uri()
+    else:
+        uri = f"hf://{model.removeprefix('hf://')}" if scheme == "hf" else model
     last = latest(store, STEP, uri)
     parts = last.get("parts") if last else None
     if isinstance(parts, dict):
         key = CacheKey(STEP, uri, {name: str(value) for name, value in parts.items()})
-        value = find(store, key, FetchedSource, digest_field="digest")
+        value = find(store, key, FetchedSource, digest_fields=_FOLDERS)
         if value is not None:
             return value.model_copy(update={"cached": True})
     raise StepOffError(

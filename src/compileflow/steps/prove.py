@@ -24,13 +24,33 @@ from compileflow.validation import measure as measuring
 from compileflow.validation.cases import Case
 from compileflow.validation.decisions import Decisions
 from compileflow.validation.judge import judge
-from compileflow.validation.report import Report, ReportSubject, environment, worst_rows, write_report
+from compileflow.validation.registered_tests import (
+    RegisteredTests,
+    read_registered_tests,
+    write_registered_tests,
+)
+from compileflow.validation.report import (
+    TEST_FILES,
+    Report,
+    ReportSubject,
+    environment,
+    worst_rows,
+    write_report,
+)
 from compileflow.validation.settings import ValidationSettings
 from compileflow.validation.suite import suite_digest
 
+Predict = Callable[[RegisteredTests], list[Any]]
 
-def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Measure, judge and write the report. Runs in a fresh process."""
+
+def prove_artifact(request: Mapping[str, Any], predict: Predict | None = None) -> dict[str, Any]:
+    """Measure, judge and write the report. Runs in a fresh process.
+
+    Args:
+        request: See `steps.validate`.
+        predict: Answers the registered tests below request["tests_dir"] with the compiled model; its answers are
+            compared with those that were registered, and kept with the report.
+    """
     import torch
 
     threads = int(request["threads"])
@@ -42,10 +62,25 @@ def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
     # Before the source model comes into memory, so that what memory they add is their own.
     loaded = {each.name: _load(artifact, each.name, validation, threads) for each in spec.components}
     graph = load_source_graph(Path(request["source_dir"]), spec.hf_task, trust_remote_code=spec.trust_remote_code)
+    tests = read_registered_tests(Path(request["tests_dir"])) if request.get("tests_dir") else None
+    registered: dict[str, float] = {}
+    if tests is not None and predict is not None:
+        report_progress("answering the source version's own test inputs")
+        predictions = predict(tests)
+        write_registered_tests(tests, predictions, Path(request["report_dir"]) / TEST_FILES)
+        if tests.predictions is not None:
+            registered["registered_disagreement"] = tests.disagreement(predictions)
     reports = []
     for compiled, serving_memory_bytes in loaded.values():
         report = _prove_component(
-            graph, compiled, Path(request["source_dir"]), validation, threads, request["artifact_uri"]
+            graph,
+            compiled,
+            Path(request["source_dir"]),
+            validation,
+            threads,
+            request["artifact_uri"],
+            tests=tests,
+            known=registered,
         )
         figures = report.figures | {"serving_memory_bytes": float(serving_memory_bytes)}
         reports.append(report.model_copy(update={"figures": figures}))
@@ -98,10 +133,13 @@ def _prove_component(
     validation: ValidationSettings,
     threads: int,
     artifact_uri: str,
+    *,
+    tests: RegisteredTests | None,
+    known: Mapping[str, float],
 ) -> Report:
     manifest, record = compiled.artifact.manifest, compiled.record
     spec, config = manifest.spec, _config(compiled.artifact)
-    evidence = gather_evidence(source_dir, spec, record, validation)
+    evidence = gather_evidence(source_dir, spec, record, validation, tests)
     labels = {int(key): str(value) for key, value in config.id2label.items()}
     decisions = Decisions(
         spec.hf_task.graph_task,
@@ -116,6 +154,7 @@ def _prove_component(
         cases=evidence.generated + evidence.natural,
         progress=report_progress,
     )
+    found.scalars |= known
     if "misplaced_labels" in found.scalars:
         before, after = graph.model.config.id2label, config.id2label
         # Right logits under a wrong name are as wrong as misplaced ones.

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from contextlib import ExitStack
+from dataclasses import replace
 
 from compileflow.catalog import open_registry, open_store
 from compileflow.errors import VerdictError
 from compileflow.manifest import read_manifest
+from compileflow.settings import Settings
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
-from compileflow.versions import ModelVersion, VersionEntry
+from compileflow.validation.report import TEST_FILES
+from compileflow.versions import ModelVersion, VersionEntry, VersionFiles
+
+logger = logging.getLogger(__name__)
 
 
 def register_version(
@@ -20,9 +27,10 @@ def register_version(
     allow_warn: bool,
     store_uri: str,
     registry_uri: str,
+    settings: Settings,
     flow_run_id: str | None = None,
 ) -> ModelVersion:
-    """Register an artifact; the same artifact under the same name again gives the same version.
+    """Register an artifact in one registry; the same artifact under the same name again gives the same version.
 
     Raises:
         VerdictError: the report is on another artifact, or its verdict does not allow registering.
@@ -34,16 +42,23 @@ def register_version(
             hint="Validate this artifact.",
         )
     check_verdict(validated, allow_warn=allow_warn)
-    with open_store(store_uri).open_folder(artifact.digest) as folder:
-        manifest = read_manifest(folder)
+    store = open_store(store_uri, settings)
     figures = validated.figures | {
         "size_bytes": float(artifact.size_bytes),
         "compile_duration_s": artifact.compile_duration_s,
         "peak_rss_bytes": float(artifact.peak_rss_bytes),
     }
-    return open_registry(registry_uri).register(
-        VersionEntry(
-            name=name or default_name(source.uri),
+    wanted = name or default_name(source.uri)
+    with ExitStack() as stack:
+        files = VersionFiles(
+            artifact=stack.enter_context(store.open_folder(artifact.digest)),
+            report=stack.enter_context(store.open_folder(validated.report_digest)),
+        )
+        if (files.report / TEST_FILES).is_dir():
+            files = replace(files, test_files=files.report / TEST_FILES)
+        manifest = read_manifest(files.artifact)
+        entry = VersionEntry(
+            name=wanted,
             target=manifest.target.name,
             spec=manifest.spec.model_dump(mode="json"),
             source_uri=source.uri,
@@ -57,7 +72,10 @@ def register_version(
             report_digest=validated.report_digest,
             flow_run_id=flow_run_id,
         )
-    )
+        # Not every registry can refuse a second writer of one digest; every store can.
+        lock = f"register/{registry_uri}/{wanted}/{artifact.digest}"
+        stack.enter_context(store.lock(lock, on_wait=lambda: logger.info("another run registers it; waiting")))
+        return open_registry(registry_uri, settings).register(entry, files)
 
 
 def check_verdict(validated: ValidatedArtifact, *, allow_warn: bool) -> None:
@@ -76,11 +94,11 @@ def check_verdict(validated: ValidatedArtifact, *, allow_warn: bool) -> None:
 
 
 def find_version(
-    source: FetchedSource, artifact: CompiledArtifact, *, name: str | None, registry_uri: str
+    source: FetchedSource, artifact: CompiledArtifact, *, name: str | None, registry_uri: str, settings: Settings
 ) -> ModelVersion | None:
     """Return the version that holds an artifact under a name already, or None; what a step that is off does."""
     wanted = name or default_name(source.uri)
-    found = open_registry(registry_uri).find(artifact.digest)
+    found = open_registry(registry_uri, settings).find(artifact.digest)
     return next((version for version in found if version.name == wanted), None)
 
 

@@ -32,24 +32,24 @@ def export_comparison(comparison_uri: str, settings: Settings) -> Path:
     return _export(comparison_uri, COMPARISON_HTML, settings)
 
 
-def read_report(report_uri: str) -> Report:
+def read_report(report_uri: str, settings: Settings | None = None) -> Report:
     """Read report.json out of the store. Raises as `export_report` does."""
     store_uri, digest = split_uri(report_uri)
-    with open_store(store_uri).open_folder(digest) as folder:
+    with open_store(store_uri, settings).open_folder(digest) as folder:
         return Report.model_validate(json.loads(_member(folder, REPORT_JSON, report_uri)))
 
 
-def read_comparison(comparison_uri: str) -> Comparison:
+def read_comparison(comparison_uri: str, settings: Settings | None = None) -> Comparison:
     """Read comparison.json out of the store. Raises as `export_report` does."""
     store_uri, digest = split_uri(comparison_uri)
-    with open_store(store_uri).open_folder(digest) as folder:
+    with open_store(store_uri, settings).open_folder(digest) as folder:
         return Comparison.model_validate(json.loads(_member(folder, COMPARISON_JSON, comparison_uri)))
 
 
 def _export(uri: str, name: str, settings: Settings) -> Path:
     store_uri, digest = split_uri(uri)
     out = settings.home_dir / "reports" / f"{digest[:12]}.html"
-    with open_store(store_uri).open_folder(digest) as folder, os_errors(out, "write to"):
+    with open_store(store_uri, settings).open_folder(digest) as folder, os_errors(out, "write to"):
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_bytes(_member(folder, name, uri))
     return out

@@ -74,7 +74,10 @@ class CompileRequest(BaseModel):
     )
 
     model: str = Field(
-        min_length=1, title="Model", description="A folder on the worker, or a Hub id as owner/name."
+        min_length=1,
+        title="Model",
+        description="A folder on the worker, a Hub id as owner/name, or a registered version: "
+        "neptune://workspace/project/ID, mlflow:TRACKING#NAME@VERSION, registry:NAME@VERSION.",
     )
     revision: str | None = Field(
         None, title="Revision", description="Branch, tag or commit of a Hub model. Empty: its main branch."
@@ -135,10 +138,17 @@ class CompileRequest(BaseModel):
         default_factory=StepTimeouts, title="Timeouts", description="When a step is stopped."
     )
     store_uri: str | None = Field(
-        None, title="Artifact store", description="For example file:///srv/compileflow. Empty: as configured."
+        None, title="Artifact store", description="For example s3://bucket/prefix. Empty: as configured."
     )
-    registry_uri: str | None = Field(
-        None, title="Registry", description="For example sqlite:////srv/registry.db. Empty: as configured."
+    registry_uris: tuple[str, ...] = Field(
+        (),
+        title="Registries",
+        description="For example neptune://workspace/project; the first is read. Empty: as configured.",
+    )
+    aws_credentials_block: str | None = Field(
+        None,
+        title="AWS credentials",
+        description="Name of a Prefect AwsCredentials block for S3. Empty: AWS's own chain.",
     )
 
     @model_validator(mode="after")

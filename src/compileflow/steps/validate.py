@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 
 from compileflow.catalog import get_target, open_store
 from compileflow.contracts import ArtifactStore
@@ -26,6 +27,8 @@ STEP = "validate"
 # Raised when what is measured, or how, changes.
 MEASUREMENT_VERSION = 2
 _CHILD = "compileflow.steps.prove:prove_artifact"
+# Answers the source version's test inputs, too, with the compiled pipeline, which stands above the steps.
+_CHILD_WITH_TESTS = "compileflow.serving.registered_predictions:prove_with_predictions"
 _LIBRARIES = ("torch", "transformers", "numpy", "great_expectations")
 
 
@@ -50,10 +53,15 @@ def validate_artifact(
         ProcessError: the compiled model took its process down.
         StepOffError: the step is off and the store has no report on this artifact.
     """
-    store = open_store(store_uri)
+    store = open_store(store_uri, settings)
     if not enabled:
         return _reuse(store, artifact)
-    with store.open_folder(source.digest) as source_dir, store.open_folder(artifact.digest) as artifact_dir:
+    with ExitStack() as stack:
+        source_dir = stack.enter_context(store.open_folder(source.digest))
+        artifact_dir = stack.enter_context(store.open_folder(artifact.digest))
+        tests_dir = None
+        if source.test_files_digest is not None:
+            tests_dir = stack.enter_context(store.open_folder(source.test_files_digest))
         manifest = read_manifest(artifact_dir)
         key = CacheKey(
             STEP,
@@ -67,9 +75,10 @@ def validate_artifact(
             with work_folder(settings.work_dir, label=STEP) as work:
                 (work / "report").mkdir()
                 answer = run_isolated(
-                    _CHILD,
+                    _CHILD if tests_dir is None else _CHILD_WITH_TESTS,
                     {
                         "source_dir": str(source_dir),
+                        "tests_dir": str(tests_dir) if tests_dir else None,
                         "artifact_dir": str(artifact_dir),
                         "artifact_uri": artifact.uri,
                         "report_dir": str(work / "report"),
@@ -98,7 +107,7 @@ def validate_artifact(
             store,
             key,
             ValidatedArtifact,
-            digest_field="report_digest",
+            digest_fields=("report_digest",),
             make=make,
             say=on_progress,
             keep=lambda made: made.outcome in ("pass", "warn"),
@@ -128,6 +137,7 @@ def _key_parts(
         "artifact": artifact.digest,
         "source model": source.digest,
         "suite": suite_digest(),
+        "test files": source.test_files_digest or "none",
         "measurement version": str(MEASUREMENT_VERSION),
     }
     parts |= {f"validation.{name}": str(value) for name, value in validation.model_dump(mode="json").items()}

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from compileflow.digests import SHA256
+from compileflow.spec import HfTask
 
 Outcome = Literal["pass", "warn", "fail", "error"]
 
@@ -18,12 +19,18 @@ class _Value(BaseModel):
 class FetchedSource(_Value):
     """A source model in the artifact store."""
 
-    uri: str = Field(description="Where it came from: hf://owner/name or file:///folder.")
+    uri: str = Field(description="Where it came from: hf://owner/name, file:///folder, neptune://...")
     revision: str = Field(description="Hub commit, or the folder's own digest.")
     stored_uri: str
     digest: str = Field(pattern=SHA256)
     size_bytes: int
     cached: bool = Field(description="True: nothing had to be downloaded or copied.")
+    hf_task: HfTask | None = Field(None, description="What its model card says it serves.")
+    test_files_digest: str | None = Field(
+        None,
+        pattern=SHA256,
+        description="Its registered inputs, parameters and predictions, a folder in the store.",
+    )
 
 
 class CompiledArtifact(_Value):

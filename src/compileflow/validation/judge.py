@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from compileflow.errors import MeasurementError
-from compileflow.spec import HfTask, Precision
+from compileflow.spec import GRAPH_TASKS, HfTask, Precision
 from compileflow.validation.measure import Measurements
 from compileflow.validation.suite import Gate, gates_for
 
@@ -67,7 +67,9 @@ def judge(
     gates = []
     for gate in gates_for(precision, hf_task, overrides or {}):
         if hf_task.graph_task in gate.entry.optional and gate.entry.metric not in measurements.scalars:
-            notes.append(f"{gate.entry.gate} does not apply to this model.")
+            # What any source may be without is no news.
+            if set(gate.entry.optional) != set(GRAPH_TASKS):
+                notes.append(f"{gate.entry.gate} does not apply to this model.")
         else:
             gates.append(gate)
     tables = _tables(measurements)

@@ -18,6 +18,8 @@ from compileflow.validation.judge import Verdict
 from compileflow.validation.latency import Latency
 
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
+# Beside them: a registered source version's test inputs, with what the compiled model answers.
+TEST_FILES = "test_files"
 
 
 class ReportSubject(BaseModel):

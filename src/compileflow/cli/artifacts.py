@@ -1,47 +1,19 @@
-"""The command `compileflow`: look at targets, artifacts, reports and registered versions. It changes nothing."""
+"""targets, inspect, verify: what there is, what it is, whether it is proven."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import wraps
-from pathlib import Path
-from typing import Annotated, Any, ParamSpec
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from compileflow.errors import CompileflowError
-
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Parameters = ParamSpec("Parameters")
+from compileflow.cli.common import AsJson, one_line_errors, stored_folder
 
 
-@app.callback()
-def main() -> None:
-    """Compiled transformers models: what there is, what it is, whether it is proven."""
-
-
-def _one_line_errors(command: Callable[Parameters, None]) -> Callable[Parameters, None]:
-    """End with one line and exit code 1 instead of a traceback."""
-
-    @wraps(command)
-    def wrapped(*args: Parameters.args, **kwargs: Parameters.kwargs) -> None:
-        try:
-            command(*args, **kwargs)
-        except CompileflowError as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(1) from error
-
-    return wrapped
-
-
-@app.command()
-@_one_line_errors
+@one_line_errors
 def targets(as_json: AsJson = False) -> None:
     """List every known target and whether it can compile and run here."""
     from dataclasses import asdict
@@ -84,8 +56,7 @@ def targets(as_json: AsJson = False) -> None:
         typer.echo(line)
 
 
-@app.command()
-@_one_line_errors
+@one_line_errors
 def inspect(
     artifact: Annotated[
         str, typer.Argument(help="An artifact's folder or URI, or the URI of a report or comparison.")
@@ -96,7 +67,7 @@ def inspect(
     from compileflow.errors import ManifestError
     from compileflow.manifest import read_manifest
 
-    with _artifact_folder(artifact) as folder:
+    with stored_folder(artifact) as folder:
         try:
             manifest = read_manifest(folder)
         except ManifestError:
@@ -132,8 +103,7 @@ def inspect(
     Console().print(table)
 
 
-@app.command()
-@_one_line_errors
+@one_line_errors
 def verify(
     artifact: Annotated[str, typer.Argument(help="Folder or URI of an artifact.")],
     integrity_only: Annotated[
@@ -149,7 +119,7 @@ def verify(
     from compileflow.manifest import verify_folder
     from compileflow.settings import get_settings
 
-    with _artifact_folder(artifact) as folder:
+    with stored_folder(artifact) as folder:
         _, files = verify_folder(folder)
     digest = folder_digest(files)
     proof = _proof(artifact, digest)
@@ -168,54 +138,6 @@ def verify(
             err=True,
         )
         raise typer.Exit(1)
-
-
-@app.command()
-@_one_line_errors
-def versions(
-    name: Annotated[str | None, typer.Argument(help="A model's name. Default: all.")] = None,
-    registry: Annotated[str | None, typer.Option(help="Registry's URI. Default: as configured.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """List registered versions, newest first."""
-    from compileflow.catalog import open_registry
-    from compileflow.settings import get_settings
-
-    found = open_registry(get_settings().resolved_registry_uri(registry)).versions(name)
-    if as_json:
-        typer.echo(json.dumps([version.model_dump(mode="json") for version in found], indent=1))
-        return
-    names = ("version", "verdict", "latency ratio", "size", "created")
-    table = Table(
-        Column("name", overflow="fold"), Column("target", no_wrap=True), *names, Column("digest", no_wrap=True)
-    )
-    for version in found:
-        ratio = version.figures.get("latency_ratio")
-        table.add_row(
-            version.name,
-            version.target,
-            str(version.version),
-            version.verdict,
-            f"{ratio:.2f}" if ratio is not None else "",
-            f"{version.figures.get('size_bytes', 0) / 1e6:.1f} MB",
-            version.created_at[:10],
-            version.artifact_digest[:12],
-        )
-    Console().print(table)
-
-
-@contextmanager
-def _artifact_folder(location: str) -> Iterator[Path]:
-    """Give a local folder as it is, and a stored one as a verified copy."""
-    from compileflow.catalog import open_store
-    from compileflow.loading.artifacts import split_uri
-
-    if "://" not in location:
-        yield Path(location).expanduser().absolute()
-        return
-    store_uri, digest = split_uri(location)
-    with open_store(store_uri).open_folder(digest) as folder:
-        yield folder
 
 
 def _inspect_report(uri: str, as_json: bool) -> None:
@@ -268,7 +190,3 @@ def _proof(location: str, digest: str) -> str | None:
     if report is not None and report.outcome == "pass":
         return f"report {report.report_digest[:12]}, {report.reason}"
     return None
-
-
-if __name__ == "__main__":
-    app()

@@ -1,0 +1,115 @@
+"""Write what the compile and validate steps say of an artifact, and see whether it was said before."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compileflow.contracts import ArtifactStore
+from compileflow.errors import SignatureError
+from compileflow.manifest import read_manifest
+from compileflow.provenance.envelopes import RECORDS, put_statement
+from compileflow.provenance.keys import configured_keys, load_public_keys, load_signer
+from compileflow.provenance.statements import (
+    PROVENANCE_TYPE,
+    VERDICT_TYPE,
+    CompileRun,
+    Judged,
+    provenance_statement,
+    report_digest,
+    verdict_statement,
+)
+from compileflow.provenance.verify import Attested, verify_attestations
+from compileflow.settings import Settings
+from compileflow.validation.report import Report
+
+if TYPE_CHECKING:
+    from securesystemslib.signer import CryptoSigner, SSlibKey
+
+
+@dataclass(frozen=True)
+class Attester:
+    """Speaks for one step of one run.
+
+    Attributes:
+        store: Keeps what is said.
+        signer: None leaves statements unsigned.
+        trusted: Keys whose earlier statements stand, besides the signer's own.
+        threads: Of the step.
+        started: When it began.
+    """
+
+    store: ArtifactStore
+    signer: CryptoSigner | None
+    trusted: tuple[SSlibKey, ...]
+    threads: int
+    started: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+    @classmethod
+    def of(cls, store: ArtifactStore, settings: Settings) -> Attester:
+        """Load the keys before anything is compiled or measured.
+
+        Raises:
+            SpecError: a key cannot be used.
+            SignatureError: securesystemslib is missing.
+        """
+        signer = load_signer(settings)
+        others = configured_keys(settings) if signer is not None else ()
+        return cls(store, signer, load_public_keys(others) if others else (), settings.threads)
+
+    def compiled(self, folder: Path, digest: str) -> None:
+        """Say how the artifact in `folder`, stored already, was made."""
+        run = CompileRun(str(uuid.uuid4()), self.started, datetime.now(UTC), self.threads)
+        put_statement(self.store, digest, provenance_statement(read_manifest(folder), digest, run), self.signer)
+
+    def validated(self, digest: str, report: Report, *, report_digest: str, report_uri: str) -> None:
+        """Say what the validation of an artifact found; the report is stored already."""
+        judged = Judged(
+            outcome=report.verdict.outcome,
+            gates={gate.gate: gate.outcome for gate in report.verdict.gates},
+            suite_digest=report.suite_digest,
+            source_digest=report.subject.source_digest,
+            report_digest=report_digest,
+            report_uri=report_uri,
+        )
+        put_statement(self.store, digest, verdict_statement(digest, judged), self.signer)
+
+    def lacks_provenance(self, digest: str) -> str:
+        """Say why an artifact that was found has to be compiled again; '' if it has not."""
+        return self._lack(digest, PROVENANCE_TYPE)[0]
+
+    def lacks_verdict(self, digest: str, report: str) -> str:
+        """Say why a validation that was found has to be made again; '' if it has not.
+
+        Args:
+            digest: The artifact's.
+            report: Digest of the report that was found. A later validation may have had the last word since.
+        """
+        why, attested = self._lack(digest, VERDICT_TYPE)
+        if why or attested is None or attested.verdict is None or report_digest(attested.verdict.statement) == report:
+            return why
+        signed = _record(self.store, digest, VERDICT_TYPE).get("signatures")
+        return "" if signed and self.signer is None else "the last verdict on this artifact is another one"
+
+    def _lack(self, digest: str, kind: str) -> tuple[str, Attested | None]:
+        name, envelope = RECORDS[kind], _record(self.store, digest, kind)
+        if not envelope:
+            return f"the store has no {name} statement of it", None
+        own = (self.signer.public_key,) if self.signer is not None else ()
+        try:
+            attested = verify_attestations(
+                digest, [envelope], trusted_keys=(*own, *self.trusted), require_signature=False
+            )
+        except SignatureError as error:
+            return error.message.rstrip("."), None
+        if (own and not attested.signed_by) or (attested.provenance or attested.verdict) is None:
+            return f"its {name} statement is not signed by a key that is trusted here", None
+        return "", attested
+
+
+def _record(store: ArtifactStore, digest: str, kind: str) -> Mapping[str, object]:
+    return store.get_record(RECORDS[kind], digest) or {}

@@ -1,0 +1,132 @@
+"""A registered source version's test files: read, answered by the compiled model, compared and kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compileflow.catalog import open_store
+from compileflow.digests import list_files
+from compileflow.errors import MeasurementError
+from compileflow.settings import Settings
+from compileflow.spec import HfTask
+from compileflow.steps.report_file import read_report
+from compileflow.steps.values import FetchedSource, ValidatedArtifact
+from compileflow.validation.registered_tests import RegisteredTests, plain, read_registered_tests
+from tests.conftest import ModelFactory
+from tests.steps import Pipeline, in_process
+
+INPUTS = ["It arrived on time.", "It never came, and nobody answered.", "Good."]
+
+
+@pytest.fixture
+def pipeline(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pipeline]:
+    with in_process(settings, monkeypatch) as made:
+        yield made
+
+
+def write(folder: Path, **files: Any) -> Path:
+    folder.mkdir()
+    for name, value in files.items():
+        (folder / f"{name}.json").write_text(value if isinstance(value, str) else json.dumps(value))
+    return folder
+
+
+def answers_of(model: Path) -> Any:
+    from transformers import pipeline as of_transformers
+
+    return plain(of_transformers("text-classification", model=str(model))(INPUTS, top_k=None))
+
+
+def validated_with(pipeline: Pipeline, model: Path, tests: Path) -> tuple[FetchedSource, ValidatedArtifact]:
+    """Validate a model whose source version came with test files."""
+    request = pipeline.request(model, validation={"latency_pairs": 5, "max_examples": 340})
+    artifact = pipeline.compile(request)
+    stored = open_store(pipeline.store_uri).put_folder(tests)
+    source = pipeline.fetch(request).model_copy(update={"test_files_digest": stored.digest})
+    pipeline.fetch = lambda _: source  # type: ignore[method-assign]
+    return source, pipeline.validate(request, artifact)
+
+
+def test_compiled_model_answers_the_registered_inputs_and_its_answers_are_kept(
+    pipeline: Pipeline, tiny_model: ModelFactory, tmp_path: Path
+) -> None:
+    model = tiny_model(HfTask.TEXT_CLASSIFICATION)
+    registered = answers_of(model)
+    tests = write(tmp_path / "t", inputs=INPUTS, inference_params={"top_k": None}, predictions=registered)
+    _, validated = validated_with(pipeline, model, tests)
+    assert validated.outcome == "pass"
+    assert validated.figures["registered_disagreement"] == 0.0
+    report = read_report(validated.report_uri)
+    assert report.examples_origin.startswith("3 test inputs of the source version, and ")
+    assert "registered_predictions" in [gate.gate for gate in report.verdict.gates]
+    with open_store(pipeline.store_uri).open_folder(validated.report_digest) as folder:
+        kept = read_registered_tests(folder / "test_files")
+    assert kept.inputs == tuple(INPUTS)
+    assert kept.parameters == {"top_k": None}
+    assert kept.predictions is not None
+    assert RegisteredTests((), {}, tuple(registered)).disagreement(list(kept.predictions)) == 0.0
+
+
+def test_predictions_that_are_not_given_again_only_warn_and_say_how_many(
+    pipeline: Pipeline, tiny_model: ModelFactory, tmp_path: Path
+) -> None:
+    model = tiny_model(HfTask.TEXT_CLASSIFICATION)
+    registered = answers_of(model)
+    registered[1] = [{"label": "NO SUCH LABEL", "score": 1.0}]
+    tests = write(tmp_path / "t", inputs=INPUTS, inference_params={"top_k": None}, predictions=registered)
+    _, validated = validated_with(pipeline, model, tests)
+    assert validated.outcome == "warn"
+    assert "registered_predictions measured 0.3333" in validated.reason
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "same"),
+    [
+        ({"label": "a", "score": 0.9}, [{"label": "a", "score": 0.904}], True),
+        ([{"label": "a", "score": 0.9}], {"label": "a", "score": 0.9}, True),
+        ({"label": "a", "score": 0.9}, {"label": "b", "score": 0.9}, False),
+        ({"label": "a", "score": 0.9}, {"label": "a", "score": 0.88}, False),
+        ({"start": 3, "answer": "x"}, {"start": 4, "answer": "x"}, False),
+        ([[1.0, -2.0]], [[1.0, -2.001]], True),
+        ([[1.0, -2.0]], [[1.0]], False),
+        ({"label": "a"}, {"label": "a", "score": 1.0}, False),
+        (1, 1.0, True),
+        (True, 1, True),
+        (0.5, None, False),
+    ],
+)
+def test_words_must_be_equal_and_numbers_near(was: Any, now: Any, same: bool) -> None:
+    assert RegisteredTests(("x",), {}, (was,)).disagreement([now]) == (0.0 if same else 1.0)
+
+
+def test_questions_with_contexts_are_natural_examples_of_their_task() -> None:
+    both = {"question": "Who?", "context": "Me.", "extra": 1}
+    tests = RegisteredTests((both, {"question": "Who?"}, "text"), {}, None)
+    assert tests.examples(HfTask.QUESTION_ANSWERING) == [{"question": "Who?", "context": "Me."}]
+    assert tests.examples(HfTask.TOKEN_CLASSIFICATION) == [{"text": "text"}]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"inputs": "not json"}, r"inputs\.json cannot be read"),
+        ({"inputs": {}}, r"inputs\.json is no JSON list"),
+        ({"inputs": []}, "holds nothing"),
+        ({"inputs": ["a"], "predictions": []}, "1 test inputs and 0 predictions"),
+        ({"inputs": ["a"], "inference_params": []}, r"inference_params\.json is no JSON object"),
+        ({}, r"inputs\.json cannot be read"),
+    ],
+)
+def test_malformed_test_files_are_one_clear_error(files: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(MeasurementError, match=message):
+        read_registered_tests(write(tmp_path / "t", **files))
+
+
+def test_not_a_number_is_written_as_json_has_it(tmp_path: Path) -> None:
+    assert plain({"score": float("nan"), "values": (1, 2.5)}) == {"score": None, "values": [1, 2.5]}
+    assert list_files(write(tmp_path / "t", inputs=["a"]))
