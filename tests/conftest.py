@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from compileflow.spec import HfTask
 from compileflow.testing.shared import make_once, shared_folder
 from tests.hub_server import Hub, serve_hub
 from tests.models import build_model
+from tests.services.moto_server import Moto, serve_moto, store_environment
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Two tests run at once on a small machine; threads that spin for one another would only slow both.
@@ -20,6 +22,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["COMPILEFLOW_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+pytest_plugins = ["tests.leaks"]
 
 ModelFactory = Callable[..., Path]
 
@@ -64,3 +68,19 @@ def hub(online: None) -> Iterator[Hub]:
     """A Hub on loopback that the real client talks to."""
     with serve_hub() as served:
         yield served
+
+
+@pytest.fixture(scope="session")
+def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Moto]:
+    """An S3 server on loopback, one for all tests of a worker."""
+    with serve_moto(tmp_path_factory.mktemp("moto")) as served:
+        yield served
+
+
+@pytest.fixture
+def bucket(moto: Moto, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty bucket; this process and those it starts find the server in their environment."""
+    for name, value in store_environment(moto.url).items():
+        monkeypatch.setenv(name, value)
+    get_settings.cache_clear()
+    return moto.make_bucket(f"test-{uuid.uuid4().hex}")

@@ -14,9 +14,9 @@ from compileflow.settings import Settings
 from compileflow.spec import HfTask
 from tests.conftest import ModelFactory
 from tests.hub_server import Hub
+from tests.services.secrets import HF_TOKEN as TOKEN
 from tests.steps import Pipeline, in_process
 
-TOKEN = "hf_" + "NobodySees" * 3
 REPOSITORY = "owner/reviews"
 
 

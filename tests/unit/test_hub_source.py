@@ -14,8 +14,8 @@ from compileflow.errors import CompileflowError, SourceError, SourceUnavailableE
 from compileflow.settings import Settings
 from compileflow.sources.hub import HubSource
 from tests.hub_server import Hub
+from tests.services.secrets import HF_TOKEN as TOKEN
 
-TOKEN = "hf_" + "TopSecret" * 4
 REPOSITORY = "owner/model"
 FILES = {
     "config.json": b'{"model_type": "bert"}',
