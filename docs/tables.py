@@ -15,7 +15,14 @@ from compileflow.spec import GRAPH_TASKS, HfTask, Precision
 from compileflow.validation.suite import gates_for, load_suite
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/artifact-format.md", "docs/operations.md", "docs/adding-a-target.md", "docs/tasks.md")
+PAGES = (
+    "README.md",
+    "docs/artifact-format.md",
+    "docs/configuration.md",
+    "docs/operations.md",
+    "docs/adding-a-target.md",
+    "docs/tasks.md",
+)
 # Targets whose toolchains run on an ordinary machine; the others' cells would rest on doubles.
 REAL_TARGETS = ("aot-inductor", "onnx-runtime", "openvino", "torchscript")
 _BLOCK = re.compile(r"(<!-- table: (?P<name>[a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -51,12 +58,20 @@ def runtimes() -> str:
     return table(("target", "distribution", "loads with"), rows)
 
 
-def settings() -> str:
-    """Return every setting with the variable that sets it."""
+def main_settings() -> str:
+    """Return the settings that are not one service's own."""
+    return settings(leave_out=("s3_", "neptune_", "signing_", "trusted_", "require_"))
+
+
+def settings(leave_out: tuple[str, ...] = ()) -> str:
+    """Return every setting with the variable that sets it, but those whose names begin with `leave_out`."""
     rows = []
     for name, field in Settings.model_fields.items():
+        if name.startswith(leave_out):
+            continue
         variable = field.validation_alias or f"COMPILEFLOW_{name.upper()}"
-        default = "" if field.default is None else f"`{field.default}`"
+        value = field.get_default(call_default_factory=True)
+        default = "" if value is None else f"`{value}`"
         rows.append((f"`{variable}`", default, field.description or ""))
     return table(("variable", "default", "what it is"), rows)
 
@@ -110,6 +125,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "targets": targets,
     "tasks": tasks,
     "runtimes": runtimes,
+    "main-settings": main_settings,
     "settings": settings,
     "errors": errors,
     "gates": gates,

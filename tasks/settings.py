@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import SecretStr
+
 from compileflow.errors import SpecError
 from compileflow.settings import Settings, get_settings
 from compileflow.steps.request import CompileRequest
@@ -34,11 +36,20 @@ def _aws_settings(name: str) -> dict[str, object]:
             f"Prefect has no AWS credentials block {name!r}.",
             hint="Make it in the Prefect UI under Blocks, or leave the field empty.",
         ) from error
+    session = block.get_boto3_session()
+    found = session.get_credentials()
+    if found is None:
+        raise SpecError(
+            f"The AWS credentials block {name!r} holds no credentials.",
+            hint="Give it an access key, a profile or a role in the Prefect UI.",
+        )
+    # A profile's or a role's, too, as they are now.
+    keys = found.get_frozen_credentials()
     asked = {
-        "s3_access_key_id": block.aws_access_key_id,
-        "s3_secret_access_key": block.aws_secret_access_key,
-        "s3_session_token": block.aws_session_token,
-        "s3_region": block.region_name,
+        "s3_access_key_id": SecretStr(keys.access_key),
+        "s3_secret_access_key": SecretStr(keys.secret_key),
+        "s3_session_token": SecretStr(keys.token) if keys.token else None,
+        "s3_region": session.region_name,
         "s3_endpoint_url": block.aws_client_parameters.endpoint_url,
     }
     return {field: value for field, value in asked.items() if value is not None}

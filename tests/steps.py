@@ -1,4 +1,7 @@
-"""Run the library's steps in this process, and count the compiles: real work, without the start of a child."""
+"""Run the library's steps in this process and count the compiles: real work, without the start of a child.
+
+What the test run has compiled before, it does not compile again for another test.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ from compileflow.steps.validate import validate_artifact
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
 from compileflow.testing.processes import resolve
 from compileflow.versions import ModelVersion
+from tests.compiles import build_once
 
 BUCKETS = ({"batch_size": 1, "sequence_length": 16}, {"batch_size": 1, "sequence_length": 64})
 
@@ -42,7 +46,7 @@ class Pipeline:
     def registry_uri(self) -> str:
         return self.settings.resolved_registry_uri()
 
-    def request(self, model: Path, **asked: Any) -> CompileRequest:
+    def request(self, model: Path | str, **asked: Any) -> CompileRequest:
         defaults = {"target": "torchscript", "shape_buckets": BUCKETS, "validation": {"latency_pairs": 5}}
         return CompileRequest.model_validate(defaults | {"model": str(model)} | asked)
 

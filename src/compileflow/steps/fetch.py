@@ -56,7 +56,7 @@ def fetch_source(
     uri, commit = source.pin(model, revision)
     with work_folder(settings.work_dir, label="fetch") as work:
         if commit is None:
-            located = source.locate(model, revision, work)
+            located = source.locate(model, revision, work / "download")
             check_weights(located.folder, located.files)
             files = list_files(located.folder, only=located.files)
             parts = {"uri": uri} | {record.path: record.sha256 for record in files}
