@@ -8,13 +8,16 @@ PIP := -m pip install --quiet --disable-pip-version-check --constraint constrain
 AT_ONCE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check format clean
+.PHONY: help demo neptune test test-all check format clean
 
 help: ## Print the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(DEMO)/installed ## Compile a real model for two targets, prove it and register it; needs no account
 	@COMPILEFLOW_HOME=.demo $(DEMO)/bin/python -m flows demo
+
+neptune: $(DEV)/installed ## Start the Neptune-compatible registry server on port 8765; its data is in .neptune
+	@$(DEV)/bin/python -m deployments.neptune_server --root .neptune --project compileflow/models
 
 test: $(DEV)/installed ## Run the tests
 	@$(DEV)/bin/python -m pytest $(AT_ONCE) -m "not slow"

@@ -1,0 +1,1 @@
+"""What runs the flows, and the servers for those who have none."""

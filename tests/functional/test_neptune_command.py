@@ -1,0 +1,138 @@
+"""The Neptune-compatible server's command line, and that the server is no part of the wheel."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from deployments.neptune_server.tokens import read_api_token
+from tests.services import secrets
+from tests.services.neptune import ROOT, Neptune, serve_neptune
+from tests.services.neptune_calls import LEADERBOARD, download, make_version, where
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> list[str]:
+    """The server's command line, on any free port, its folder below the test's own."""
+    return [sys.executable, "-m", "deployments.neptune_server", "--root", str(tmp_path / "root"), "--port", "0"]
+
+
+def test_token_is_printed_once_and_kept_for_its_owner_only(tmp_path: Path, command: list[str]) -> None:
+    first, second = (started_and_stopped(command) for _ in range(2))
+    path = tmp_path / "root" / "token"
+    token = first[1].removeprefix("NEPTUNE_API_TOKEN=")
+    url = first[0].split()[3].rstrip(",")
+    assert read_api_token(token) == {
+        "api_address": url,
+        "api_url": url,
+        "api_key": read_api_token(path.read_text())["api_key"],
+    }
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert second[1] == f"NEPTUNE_API_TOKEN is in {path}."
+    key = read_api_token(token)["api_key"].encode()
+    for file in (tmp_path / "root").rglob("*"):
+        assert file == path or file.is_dir() or key not in file.read_bytes()
+
+
+def test_own_key_is_taken_from_a_file_and_not_printed(tmp_path: Path, command: list[str]) -> None:
+    (tmp_path / "secret-keys").mkdir()
+    key = tmp_path / "secret-keys" / "key"
+    key.write_text(f"{secrets.NEPTUNE_API_KEY}\n")
+    lines = started_and_stopped([*command, "--api-key-file", str(key), "--url", "https://registry.example/"])
+    assert lines[0].startswith("Neptune-compatible registry at https://registry.example, ")
+    printed = "\n".join(lines)
+    assert secrets.NEPTUNE_API_KEY not in printed
+    token = (tmp_path / "root" / "token").read_text().strip()
+    assert token not in printed
+    assert base64.b64decode(token).decode() == json.dumps(
+        {
+            "api_address": "https://registry.example",
+            "api_url": "https://registry.example",
+            "api_key": secrets.NEPTUNE_API_KEY,
+        }
+    )
+
+
+def test_request_that_has_begun_is_answered_before_the_server_ends(tmp_path: Path) -> None:
+    with serve_neptune(tmp_path / "server") as server:
+        version = make_version(server, server.project())
+        path = f"{LEADERBOARD}/attributes/file/upload?{where(version, 'f')}"
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n"
+        head += f"Authorization: {server.session()['Authorization']}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as begun:
+            begun.sendall(head.encode() + b"12345")
+            wait_until(lambda: any((server.folder / "unfinished").iterdir()))
+            os.kill(server.pid, signal.SIGTERM)
+            wait_until(lambda: not answers(server))
+            begun.sendall(b"67890")
+            assert begun.recv(100).startswith(b"HTTP/1.1 200 ")
+        assert server.stop() == 0
+        server.start()
+        assert download(server, version, "f") == b"1234567890"
+
+
+def test_second_server_on_one_folder_is_refused(neptune_server: Neptune) -> None:
+    words = ("--root", str(neptune_server.folder), "--port", "0")
+    done = subprocess.run(
+        [sys.executable, "-m", "deployments.neptune_server", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.returncode == 2
+    assert "is in use by another server" in done.stderr
+    assert "--root" in done.stderr
+
+
+def test_taken_port_is_said(neptune_server: Neptune, command: list[str]) -> None:
+    port = neptune_server.url.rpartition(":")[2]
+    done = subprocess.run([*command, "--port", port], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 2
+    assert f"cannot listen at 127.0.0.1:{port}" in done.stderr
+
+
+def test_deployments_are_no_part_of_the_wheel(tmp_path: Path) -> None:
+    words = ["-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
+    subprocess.run([sys.executable, *words], cwd=ROOT, check=True, capture_output=True, timeout=60)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        tops = {name.partition("/")[0] for name in archive.namelist()}
+    assert "compileflow" in tops
+    assert all(top == "compileflow" or top.endswith(".dist-info") for top in tops)
+
+
+def answers(server: Neptune) -> bool:
+    try:
+        return server.send("GET", "/health", None, {}) == b'{"status": "ok"}'
+    except OSError:
+        return False
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def started_and_stopped(command: list[str]) -> list[str]:
+    """Run a server until it is ready, end it with SIGTERM; return the lines that it printed."""
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        lines = [process.stdout.readline(), process.stdout.readline()]
+        process.send_signal(signal.SIGTERM)
+        lines += process.stdout.readlines()
+    assert process.returncode == 0
+    return [line.rstrip("\n") for line in lines]
