@@ -12,9 +12,13 @@ import pytest
 from compileflow.settings import Settings, get_settings
 from compileflow.spec import HfTask
 from compileflow.testing.shared import make_once, shared_folder
+from tests import compiles
+from tests.functional.prefect_server import PrefectServer, shared_server
 from tests.hub_server import Hub, serve_hub
 from tests.models import build_model
 from tests.services.moto_server import Moto, serve_moto, store_environment
+from tests.services.neptune import Neptune, serve_neptune
+from tests.services.neptune_writer import NeptuneWriter, neptune_writer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Two tests run at once on a small machine; threads that spin for one another would only slow both.
@@ -42,12 +46,32 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> ModelFactory:
     return build
 
 
+@pytest.fixture(scope="session", autouse=True)
+def shared_compiles(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Let all of the run's processes find one another's compiles."""
+    compiles.keep_in(shared_folder(tmp_path_factory))
+
+
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     """Settings whose store, registry and work folder are below the test's own folder."""
     monkeypatch.setenv("COMPILEFLOW_HOME", str(tmp_path / "home"))
     get_settings.cache_clear()
     return get_settings()
+
+
+@pytest.fixture(scope="session")
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]:
+    """A Prefect server on loopback, one for the whole run: each start would take half a minute."""
+    with shared_server(shared_folder(tmp_path_factory) / "prefect-server") as running:
+        yield running
+
+
+@pytest.fixture
+def flows_on_server(prefect_server: PrefectServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `python -m flows`, started by this test, use that server instead of starting one of its own."""
+    for name in ("PREFECT_API_URL", "PREFECT_HOME"):
+        monkeypatch.setenv(name, prefect_server.environment[name])
 
 
 @pytest.fixture
@@ -84,3 +108,26 @@ def bucket(moto: Moto, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> s
         monkeypatch.setenv(name, value)
     get_settings.cache_clear()
     return moto.make_bucket(f"test-{uuid.uuid4().hex}")
+
+
+@pytest.fixture(scope="session")
+def neptune_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Neptune]:
+    """A Neptune-compatible server on loopback, one for all tests of a worker."""
+    with serve_neptune(tmp_path_factory.mktemp("neptune") / "server") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def neptune_client(neptune_server: Neptune, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NeptuneWriter]:
+    """The real client in a process of its own, without compileflow, one for all tests of a worker."""
+    with neptune_writer(neptune_server.environment, tmp_path_factory.mktemp("neptune-client")) as running:
+        yield running
+
+
+@pytest.fixture
+def neptune_project(neptune_server: Neptune, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A project of its own, "workspace/name"; this process and those it starts find the token."""
+    for name, value in neptune_server.environment.items():
+        monkeypatch.setenv(name, value)
+    get_settings.cache_clear()
+    return neptune_server.project()

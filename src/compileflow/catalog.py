@@ -77,6 +77,11 @@ def open_registry(uri: str, settings: Settings | None = None) -> ModelRegistry:
     return found
 
 
+def registry_schemes() -> tuple[str, ...]:
+    """Return the schemes of all registries' URIs, ours and third parties', sorted."""
+    return tuple(sorted(_with_entry_points("registries")))
+
+
 def _scheme(uri: str) -> str:
     return uri.partition(":")[0]
 

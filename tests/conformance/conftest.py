@@ -11,8 +11,11 @@ __all__ = ["vendor_doubles"]
 _AUDIO = ("audio-classification", "automatic-speech-recognition")
 # Native code takes g++ half a minute each time, and so do the converters for audio.
 _SLOW = {
-    "TestOnnxRuntime": _AUDIO,
+    "TestOnnxRuntime": (*_AUDIO, "test_nothing_is_left"),
     "TestOpenVino": _AUDIO,
+    # Each process takes seconds to import mlflow; what keeps them apart is shown by four with a server.
+    "TestMlflowFile": ("processes", "killed"),
+    "TestMlflowServer": ("test_two_processes",),
     "TestAotInductor": (
         *_AUDIO,
         "fill-mask",

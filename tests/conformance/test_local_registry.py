@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from compileflow.catalog import open_registry
 from compileflow.errors import RegistryError, SpecError
+from compileflow.testing.processes import at_once, say
 from compileflow.testing.registries import RegistryConformance, version_entry
 
 
@@ -68,3 +73,51 @@ def test_newest_is_the_highest_number_even_if_the_clock_went_back(tmp_path: Path
 def test_uri_without_a_path_is_refused(uri: str) -> None:
     with pytest.raises(SpecError, match="sqlite:////absolute"):
         open_registry(uri)
+
+
+def test_one_of_two_that_are_promoted_at_once_is_archived(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'registry.db'}"
+    registry = open_registry(uri)
+    for number in (1, 2):
+        registry.register(version_entry("ner", number))
+    at_once(f"{__name__}:promote", (uri, "1"), (uri, "2"))
+    assert sorted(version.stage for version in registry.versions("ner")) == ["archived", "production"]
+    changes = [change.stage for number in (1, 2) for change in registry.promotions("ner", number)]
+    assert sorted(changes) == ["archived", "production", "production"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="rights are those of POSIX")
+def test_registry_in_a_read_only_folder_is_read() -> None:
+    # Not below tmp_path, which nobody else may enter.
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "registry.db"
+        registry = open_registry(f"sqlite:///{path}")
+        version = registry.register(version_entry("ner", 1))
+        with read_only(path.parent):
+            assert list(registry.versions("ner")) == [version]
+            assert list(registry.promotions("ner", 1)) == []
+            with pytest.raises(RegistryError, match=r"readonly|unable to open"):
+                registry.register(version_entry("ner", 2))
+
+
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """Take away the right to write to a folder and its files; from root, by being nobody meanwhile."""
+    nobody = 65534
+    root = os.geteuid() == 0
+    for path in folder.iterdir():
+        path.chmod(0o444)
+    folder.chmod(0o555)
+    if root:
+        os.seteuid(nobody)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+
+
+def promote(uri: str, number: str) -> None:
+    """Promote one version; runs in another process."""
+    say(open_registry(uri).set_stage("ner", int(number), "production", who="ann").stage)

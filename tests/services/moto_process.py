@@ -1,4 +1,6 @@
-"""moto's server, run by `serve_moto` in a process of its own: python -m tests.services.moto_process PORT.
+"""moto's server, run by `serve_moto` in a process of its own.
+
+python -m tests.services.moto_process PORT LATENCY_S
 
 Each line on standard input, `age BUCKET KEY SECONDS`, makes an object older: no request of S3 can do that.
 """
@@ -7,9 +9,13 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from datetime import timedelta
+from typing import Any
 
+from moto import backends
 from moto.core import DEFAULT_ACCOUNT_ID
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication
 from moto.s3.models import s3_backends
 from moto.server import main
 
@@ -24,6 +30,26 @@ def obey() -> None:
         sys.stdout.flush()
 
 
+def look_at_its_folder_once() -> None:
+    """Keep moto from listing its own folder at every request, which costs more than a small object does."""
+    modules = tuple(backends.list_of_moto_modules())
+    backends.list_of_moto_modules = lambda: modules
+
+
+def answer_late(latency_s: float) -> None:
+    """Wait before each request is looked at, as for a server that is not next door."""
+    answer = DomainDispatcherApplication.__call__
+
+    def late(self: Any, environ: Any, start_response: Any) -> Any:
+        time.sleep(latency_s)
+        return answer(self, environ, start_response)
+
+    DomainDispatcherApplication.__call__ = late
+
+
 if __name__ == "__main__":
+    look_at_its_folder_once()
+    if float(sys.argv[2]):
+        answer_late(float(sys.argv[2]))
     threading.Thread(target=obey, daemon=True).start()
     main(["--host", "127.0.0.1", "--port", sys.argv[1]])

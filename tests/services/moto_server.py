@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -11,12 +12,15 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from tests.services.secrets import AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY
 
 _START_TIMEOUT_S = 60
+# Whatever proxy the environment names, this server is on the same machine.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 @dataclass(frozen=True)
@@ -26,14 +30,15 @@ class Moto:
     url: str
     process: subprocess.Popen[str]
 
-    def client(self, url: str | None = None) -> Any:
-        """Return a boto3 client for S3; `url` says past which proxy."""
+    @cache  # noqa: B019 - there is one server a session
+    def client(self, service: str = "s3") -> Any:
+        """Return a boto3 client."""
         import boto3
         from botocore.config import Config
 
         return boto3.session.Session().client(
-            "s3",
-            endpoint_url=url or self.url,
+            service,
+            endpoint_url=self.url,
             region_name="us-east-1",
             aws_access_key_id=AWS_ACCESS_KEY_ID,
             aws_secret_access_key=AWS_SECRET_ACCESS_KEY,
@@ -42,11 +47,7 @@ class Moto:
 
     def make_bucket(self, name: str) -> str:
         """Make an empty bucket and return its name."""
-        client = self.client()
-        try:
-            client.create_bucket(Bucket=name)
-        finally:
-            client.close()
+        self.client().create_bucket(Bucket=name)
         return name
 
     def age(self, bucket: str, key: str, *, seconds: float) -> None:
@@ -56,6 +57,22 @@ class Moto:
         self.process.stdin.write(f"age {bucket} {key} {seconds}\n")
         self.process.stdin.flush()
         assert self.process.stdout.readline() == "done\n"
+
+    def make_user_key(self) -> dict[str, str]:
+        """Make a user who may do everything, and return its AccessKeyId and SecretAccessKey."""
+        client = self.client("iam")
+        client.create_user(UserName="user")
+        allow = {"Effect": "Allow", "Action": "*", "Resource": "*"}
+        policy = json.dumps({"Version": "2012-10-17", "Statement": [allow]})
+        client.put_user_policy(UserName="user", PolicyName="all", PolicyDocument=policy)
+        key: dict[str, str] = client.create_access_key(UserName="user")["AccessKey"]
+        return key
+
+    def check_signatures(self) -> None:
+        """From now on, look at keys, signatures and rights, which moto does not do by itself."""
+        url, kind = f"{self.url}/moto-api/reset-auth", {"Content-Type": "text/plain"}
+        with _OPENER.open(urllib.request.Request(url, data=b"0", headers=kind)):  # noqa: S310 - it is http
+            pass
 
 
 def store_environment(url: str) -> dict[str, str]:
@@ -70,8 +87,11 @@ def store_environment(url: str) -> dict[str, str]:
 
 
 @contextmanager
-def serve_moto(folder: Path) -> Iterator[Moto]:
-    """Run the server on a free port of 127.0.0.1 until the block ends; its log goes below `folder`."""
+def serve_moto(folder: Path, *, latency_s: float = 0.0) -> Iterator[Moto]:
+    """Run the server on a free port of 127.0.0.1 until the block ends; its log goes below `folder`.
+
+    `latency_s` is what every request waits before it is looked at.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -80,7 +100,7 @@ def serve_moto(folder: Path) -> Iterator[Moto]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("COMPILEFLOW_")}
     with log_path.open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.services.moto_process", str(port)],
+            [sys.executable, "-m", "tests.services.moto_process", str(port), str(latency_s)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -98,11 +118,9 @@ def serve_moto(folder: Path) -> Iterator[Moto]:
 
 def _wait(url: str, process: subprocess.Popen[str], log_path: Path) -> None:
     until = time.monotonic() + _START_TIMEOUT_S
-    # Whatever proxy the environment names, this server is on the same machine.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while True:
         try:
-            with opener.open(url, timeout=5):
+            with _OPENER.open(url, timeout=5):
                 return
         except OSError as error:
             if process.poll() is not None or time.monotonic() > until:

@@ -24,7 +24,7 @@ def third_party(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     )
     (tmp_path / "acme_plugin.py").write_text(
         "class AcmeTarget:\n    name = 'acme'\n"
-        "class AcmeStore:\n    def __init__(self, uri):\n        self.uri = uri\n"
+        "class AcmeStore:\n    def __init__(self, uri, settings):\n        self.uri = uri\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     catalog._with_entry_points.cache_clear()

@@ -68,8 +68,9 @@ def test_reading_commands_agree_about_a_registered_version(settings: Settings, r
     assert manifest["spec"] == version["spec"]
     proof = json.loads(call(settings, "compileflow.cli", "verify", uri, "--json").stdout)
     assert proof == {
-        "digest": version["artifact_digest"], "intact": True, "proven": True,
-        "proof": "reviews version 1, verdict pass",
+        "digest": version["artifact_digest"], "files": len(manifest["files"]) + 1, "intact": True,
+        "attested": True, "signed_by": [], "verdict": "PASSED", "report_intact": True,
+        "proven": True, "proof": "reviews version 1, verdict pass", "problems": [],
     }  # fmt: skip
     report = json.loads(call(settings, "compileflow.cli", "inspect", version["report_uri"], "--json").stdout)
     assert report["verdict"]["outcome"] == "pass"
@@ -134,6 +135,7 @@ def test_wrong_request_is_refused_at_once_in_one_line(
     assert not (settings.home_dir / "store").exists()
 
 
+@pytest.mark.usefixtures("flows_on_server")
 def test_refusal_deep_in_the_flow_is_one_line_and_leaves_nothing(
     settings: Settings, tiny_model: ModelFactory
 ) -> None:
@@ -181,8 +183,7 @@ def test_interrupt_ends_without_traceback_and_the_next_run_works(
 
 
 def test_reading_command_starts_within_a_second(settings: Settings) -> None:
-    best = min(_seconds(settings) for _ in range(5))
-    assert best < 1.0
+    assert any(_seconds(settings) < 1.0 for _ in range(5))
 
 
 def _seconds(settings: Settings) -> float:

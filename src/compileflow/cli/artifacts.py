@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from compileflow.cli.common import AsJson, one_line_errors, stored_folder
+from compileflow.cli.common import AsJson, artifact_location, one_line_errors, stored_folder
+
+if TYPE_CHECKING:
+    from compileflow.loading.attestations import Verification
 
 
 @one_line_errors
@@ -59,7 +62,10 @@ def targets(as_json: AsJson = False) -> None:
 @one_line_errors
 def inspect(
     artifact: Annotated[
-        str, typer.Argument(help="An artifact's folder or URI, or the URI of a report or comparison.")
+        str,
+        typer.Argument(
+            help="An artifact's folder or URI, registry:NAME@STAGE, or the URI of a report or comparison."
+        ),
     ],
     as_json: AsJson = False,
 ) -> None:
@@ -105,39 +111,61 @@ def inspect(
 
 @one_line_errors
 def verify(
-    artifact: Annotated[str, typer.Argument(help="Folder or URI of an artifact.")],
+    artifact: Annotated[str, typer.Argument(help="Folder or URI of an artifact, or registry:NAME@STAGE.")],
     integrity_only: Annotated[
         bool, typer.Option("--integrity-only", help="Do not ask for a passing report.")
     ] = False,
+    require_signature: Annotated[
+        bool | None,
+        typer.Option("--require-signature", help="Ask for provenance and verdict signed by a trusted key."),
+    ] = None,
+    key: Annotated[
+        list[str] | None, typer.Option(help="Public key (PEM file) to trust instead of the configured. Repeat.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check every byte of an artifact, and that a registered version with a passing verdict stands on it.
+    """Check every byte of an artifact, what is said of it, and that a passing verdict stands on it.
 
-    Exit code 0 only if both hold.
+    Exit code 0 only if all of it holds.
     """
-    from compileflow.digests import folder_digest
-    from compileflow.manifest import verify_folder
-    from compileflow.settings import get_settings
+    from dataclasses import asdict
 
-    with stored_folder(artifact) as folder:
-        _, files = verify_folder(folder)
-    digest = folder_digest(files)
-    proof = _proof(artifact, digest)
-    registry = get_settings().resolved_registry_uri()
+    from compileflow.loading.attestations import verify_artifact
+    from compileflow.settings import get_settings
+    from compileflow.versions import without_credentials
+
+    settings = get_settings()
+    location = artifact_location(artifact)
+    found = verify_artifact(location, settings=settings, keys=key or (), require_signature=require_signature)
+    proof = _proof(location, found.digest) if found.intact else None
+    problems = list(found.problems)
+    if proof is None and found.intact and not integrity_only:
+        problems.append(
+            "No passing verdict on this digest is known to the store or to the registry "
+            f"{without_credentials(settings.resolved_registry_uri())}. "
+            "Run the flow with this store and registry; do not serve it before."
+        )
     if as_json:
-        answer = {"digest": digest, "intact": True, "proven": proof is not None, "proof": proof}
+        answer = asdict(found) | {"proven": proof is not None, "proof": proof, "problems": problems}
         typer.echo(json.dumps(answer, indent=1))
     else:
-        typer.echo(f"intact: {len(files)} files, digest {digest}")
-        if proof is not None:
-            typer.echo(f"proven: {proof}")
-    if proof is None and not integrity_only:
-        typer.echo(
-            f"error: No passing verdict on this digest is known to the store or to the registry {registry}. "
-            "Run the flow with this store and registry; do not serve it before.",
-            err=True,
-        )
+        _print_verification(found, proof)
+    if problems:
+        more = f" (and {len(problems) - 1} more, which --json lists)" if len(problems) > 1 else ""
+        typer.echo(f"error: {problems[0]}{more}", err=True)
         raise typer.Exit(1)
+
+
+def _print_verification(found: Verification, proof: str | None) -> None:
+    if found.intact:
+        typer.echo(f"intact: {found.files} files, digest {found.digest}")
+    if found.attested:
+        signers = f"signed by {', '.join(found.signed_by)}" if found.signed_by else "not signed by a trusted key"
+        typer.echo(f"attested: provenance and verdict {found.verdict}, {signers}")
+    if found.report_intact:
+        typer.echo("report: the one that the verdict stands on")
+    if proof is not None:
+        typer.echo(f"proven: {proof}")
 
 
 def _inspect_report(uri: str, as_json: bool) -> None:

@@ -34,12 +34,21 @@ def one_line_errors(command: Callable[Parameters, None]) -> Callable[Parameters,
     return wrapped
 
 
+def artifact_location(text: str) -> str:
+    """Return the URI of a registered version's artifact, and any other location as it is."""
+    from compileflow.loading.references import parse_reference, resolve_reference
+    from compileflow.settings import get_settings
+
+    return resolve_reference(text, get_settings()).artifact_uri if parse_reference(text) else text
+
+
 @contextmanager
 def stored_folder(location: str) -> Iterator[Path]:
-    """Give a local folder as it is, and a stored one as a verified copy."""
+    """Give a local folder as it is, and a stored or registered one as a verified copy."""
     from compileflow.catalog import open_store
     from compileflow.loading.artifacts import split_uri
 
+    location = artifact_location(location)
     if "://" not in location:
         yield Path(location).expanduser().absolute()
         return

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from compileflow.steps.lineage import Lineage
 
+_TREE_WIDTH = 240
+
 Name = Annotated[str, typer.Argument(help="A model's name.")]
 
 
@@ -106,7 +108,8 @@ def lineage(
     if as_json:
         typer.echo(json.dumps(found.model_dump(mode="json"), indent=1))
     else:
-        Console(soft_wrap=True).print(_tree(found))
+        # Wide enough for a digest in any branch; a terminal wraps it itself.
+        Console(width=_TREE_WIDTH, soft_wrap=True).print(_tree(found))
 
 
 @one_line_errors

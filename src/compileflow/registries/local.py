@@ -4,34 +4,20 @@ from __future__ import annotations
 
 import json
 import sqlite3
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from difflib import get_close_matches
 from pathlib import Path
 
-from compileflow.errors import RegistryError, RegistryUnavailableError, SpecError
+from compileflow.errors import SpecError
+from compileflow.registries.lookup import check_stage, choose_version, is_exclusive, replaced_by, unknown_name
+from compileflow.registries.sqlite_file import reading, write_transaction
 from compileflow.settings import Settings
-from compileflow.versions import ModelVersion, VersionEntry
-from compileflow.workspace import os_errors
+from compileflow.versions import ModelVersion, Promotion, Stage, VersionEntry, VersionFiles
 
-_SCHEMA_VERSION = 1
-_WAIT_S = 30.0
-_SCHEMA = """
-CREATE TABLE model(id INTEGER PRIMARY KEY, name TEXT UNIQUE NOT NULL);
-CREATE TABLE version(
-    model_id INTEGER NOT NULL REFERENCES model(id),
-    number INTEGER NOT NULL,
-    artifact_digest TEXT NOT NULL,
-    created_at TEXT NOT NULL,
-    entry TEXT NOT NULL,
-    PRIMARY KEY(model_id, number),
-    UNIQUE(model_id, artifact_digest)
-) WITHOUT ROWID;
-CREATE INDEX version_by_digest ON version(artifact_digest);
-"""
-_SELECT = "SELECT v.number, v.created_at, v.entry FROM version v JOIN model m ON m.id = v.model_id "
+_FROM = " FROM version v JOIN model m ON m.id = v.model_id "
+_SELECT = "SELECT v.number, v.created_at, v.entry, v.stage" + _FROM
+# Before schema 2 there were no stages; such a file may be one that nobody can migrate.
+_SELECT_SCHEMA_1 = "SELECT v.number, v.created_at, v.entry, 'none'" + _FROM
 
 
 class LocalRegistry:
@@ -44,9 +30,12 @@ class LocalRegistry:
         self.uri = uri
         self._path = Path(uri.removeprefix("sqlite:///"))
 
-    def register(self, entry: VersionEntry) -> ModelVersion:
-        """Add a version, or return the one that holds this artifact under this name already."""
-        with self._transaction() as db:
+    def register(self, entry: VersionEntry, files: VersionFiles | None = None) -> ModelVersion:
+        """Add a version, or return the one that holds this artifact under this name already.
+
+        Of `files` nothing is kept: the store has them.
+        """
+        with write_transaction(self._path) as db:
             db.execute("INSERT OR IGNORE INTO model(name) VALUES (?)", (entry.name,))
             (model_id,) = db.execute("SELECT id FROM model WHERE name = ?", (entry.name,)).fetchone()
             row = db.execute(
@@ -58,29 +47,24 @@ class LocalRegistry:
                 "SELECT COALESCE(MAX(number), 0) + 1 FROM version WHERE model_id = ?", (model_id,)
             ).fetchone()
             body = json.dumps(entry.model_dump(mode="json", include=set(VersionEntry.model_fields)))
-            row = (number, datetime.now(UTC).isoformat(timespec="seconds"), body)
+            created_at = _now()
             db.execute(
                 "INSERT INTO version(model_id, number, artifact_digest, created_at, entry) VALUES (?, ?, ?, ?, ?)",
-                (model_id, number, entry.artifact_digest, row[1], body),
+                (model_id, number, entry.artifact_digest, created_at, body),
             )
-            return _version(row)
+            return _version((number, created_at, body, "none"))
 
     def find(self, artifact_digest: str) -> Sequence[ModelVersion]:
         """Return every version of an artifact, newest first."""
         return self._read("WHERE v.artifact_digest = ?", artifact_digest)
 
-    def get(self, name: str, version: int) -> ModelVersion:
-        """Return one version.
+    def get(self, name: str, version: int | str) -> ModelVersion:
+        """Return one version, by its number or by the stage it is in.
 
         Raises:
-            RegistryError: there is no such name or number; the hint lists what there is.
+            RegistryError: there is no such name, number or stage; the hint lists what there is.
         """
-        found = self.versions(name)
-        for candidate in found:
-            if candidate.version == version:
-                return candidate
-        numbers = ", ".join(str(candidate.version) for candidate in found)
-        raise RegistryError(f"{name} has no version {version}.", hint=f"It has: {numbers}.")
+        return choose_version(name, self.versions(name), version)
 
     def versions(self, name: str | None = None) -> Sequence[ModelVersion]:
         """Return all versions of one name, or of all names, newest first.
@@ -92,93 +76,77 @@ class LocalRegistry:
             return self._read("")
         found = sorted(self._read("WHERE m.name = ?", name), key=lambda one: one.version, reverse=True)
         if not found:
-            names = sorted({version.name for version in self._read("")})
-            near = get_close_matches(name, names, n=5, cutoff=0.4) or names[:10]
-            raise RegistryError(
-                f"The registry {self.uri} has no model {name!r}.",
-                hint=f"Near names: {', '.join(near)}." if near else "It is empty; run the flow first.",
-            )
+            raise unknown_name(self.uri, name, (version.name for version in self._read("")))
         return found
+
+    def compiled_from(self, source_uri: str) -> Sequence[ModelVersion]:
+        """Return every version that was compiled from that source model, newest first."""
+        return [version for version in self._read("") if version.source_uri == source_uri]
+
+    def set_stage(self, name: str, version: int, stage: Stage, *, who: str, reason: str = "") -> ModelVersion:
+        """Move a version to a stage, and archive the one that was in staging or production before it.
+
+        Raises:
+            RegistryError: there is no such stage, name or number.
+        """
+        check_stage(stage)
+        self.get(name, version)
+        with write_transaction(self._path) as db:
+            # Looked at again, now that nobody else can move one.
+            rows = db.execute(_SELECT + "WHERE m.name = ? ORDER BY v.number DESC", (name,)).fetchall()
+            found = [_version(row) for row in rows]
+            mine = choose_version(name, found, version)
+            if mine.stage != stage:
+                for other in found:
+                    if other.stage == stage and is_exclusive(stage):
+                        _move(db, other, "archived", who, replaced_by(version, stage))
+                _move(db, mine, stage, who, reason)
+        return mine.model_copy(update={"stage": stage})
+
+    def promotions(self, name: str, version: int) -> Sequence[Promotion]:
+        """Return every change of a version's stage, oldest first.
+
+        Raises:
+            RegistryError: there is no such name or number.
+        """
+        self.get(name, version)
+        with reading(self._path) as (db, schema):
+            if schema < 2:
+                return []
+            rows = db.execute(
+                "SELECT p.at, p.stage, p.who, p.reason FROM promotion p JOIN model m ON m.id = p.model_id"
+                " WHERE m.name = ? AND p.number = ? ORDER BY p.id",
+                (name, version),
+            )
+            return [Promotion(at=at, stage=stage, who=who, reason=reason) for at, stage, who, reason in rows]
 
     def _read(self, where: str, *values: str) -> list[ModelVersion]:
         if not self._path.exists():
             return []
-        with self._connection() as db:
-            query = _SELECT + where + " ORDER BY v.created_at DESC, m.name, v.number DESC"
-            return [_version(row) for row in db.execute(query, values)]
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with os_errors(self._path, "write the registry", kind=RegistryError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._connection() as db:
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                yield db
-            except BaseException:
-                db.execute("ROLLBACK")
-                raise
-            db.execute("COMMIT")
-
-    @contextmanager
-    def _connection(self) -> Iterator[sqlite3.Connection]:
-        try:
-            db = sqlite3.connect(self._path, isolation_level=None, timeout=_WAIT_S)
-        except sqlite3.Error as error:
-            raise self._trouble(error) from error
-        try:
-            _use_wal(db)
-            db.execute("PRAGMA synchronous = FULL")
-            db.execute("PRAGMA foreign_keys = ON")
-            self._migrate(db)
-            yield db
-        except sqlite3.Error as error:
-            raise self._trouble(error) from error
-        finally:
-            db.close()
-
-    def _migrate(self, db: sqlite3.Connection) -> None:
-        if _schema_version(db) == 0:
-            db.execute("BEGIN IMMEDIATE")
-            if _schema_version(db) == 0:
-                for statement in _SCHEMA.split(";"):
-                    db.execute(statement)
-                db.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
-            db.execute("COMMIT")
-        elif _schema_version(db) != _SCHEMA_VERSION:
-            raise RegistryError(
-                f"{self._path} has registry schema {_schema_version(db)}; "
-                f"this compileflow knows {_SCHEMA_VERSION}.",
-                hint="Install the compileflow that made it.",
-            )
-
-    def _trouble(self, error: sqlite3.Error) -> RegistryError:
-        text = f"The registry {self._path} failed: {error}."
-        if "locked" in str(error) or "busy" in str(error):
-            return RegistryUnavailableError(text, hint="Another process holds it; try again.")
-        if "full" in str(error):
-            return RegistryError(text, hint="Free some space on its disk, and run again.")
-        return RegistryError(text, hint="Check that file and the rights on it.")
+        with reading(self._path) as (db, schema):
+            if schema == 0:
+                return []
+            query = (_SELECT if schema >= 2 else _SELECT_SCHEMA_1) + where
+            rows = db.execute(query + " ORDER BY v.created_at DESC, m.name, v.number DESC", values)
+            return [_version(row) for row in rows]
 
 
-def _use_wal(db: sqlite3.Connection) -> None:
-    """Switch to the write-ahead log. Here SQLite itself does not wait for other processes."""
-    until = time.monotonic() + _WAIT_S
-    while True:
-        try:
-            db.execute("PRAGMA journal_mode = WAL")
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
-                raise
-            time.sleep(0.01)
-        else:
-            return
+def _move(db: sqlite3.Connection, version: ModelVersion, stage: Stage, who: str, reason: str) -> None:
+    (model_id,) = db.execute("SELECT id FROM model WHERE name = ?", (version.name,)).fetchone()
+    db.execute(
+        "UPDATE version SET stage = ? WHERE model_id = ? AND number = ?", (stage, model_id, version.version)
+    )
+    db.execute(
+        "INSERT INTO promotion(model_id, number, at, stage, who, reason) VALUES (?, ?, ?, ?, ?, ?)",
+        (model_id, version.version, _now(), stage, who, reason),
+    )
 
 
-def _schema_version(db: sqlite3.Connection) -> int:
-    return int(db.execute("PRAGMA user_version").fetchone()[0])
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _version(row: tuple[int, str, str]) -> ModelVersion:
-    number, created_at, entry = row
-    return ModelVersion.model_validate(json.loads(entry) | {"version": number, "created_at": created_at})
+def _version(row: tuple[int, str, str, Stage]) -> ModelVersion:
+    number, created_at, entry, stage = row
+    added = {"version": number, "created_at": created_at, "stage": stage}
+    return ModelVersion.model_validate(json.loads(entry) | added)

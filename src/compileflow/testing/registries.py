@@ -1,17 +1,32 @@
-"""RegistryConformance: what every model registry must do, as tests that a registry's own test class inherits."""
+"""RegistryConformance: what every model registry must do, as tests that a registry's own test class inherits.
+
+Over 300 lines, because a suite that is inherited is one class. It asks for little: on a registry behind a network
+each call takes its time, and each new process its seconds.
+"""
 
 # ruff: noqa: D102, S101 - these are pytest tests, whose names say what they check.
 
 from __future__ import annotations
 
+import json
+import math
 import time
-from typing import ClassVar
+from pathlib import Path
+from typing import ClassVar, cast
 
 import pytest
 
 from compileflow.errors import RegistryError
 from compileflow.testing.processes import at_once, other_process, resolve, say
-from compileflow.versions import ModelRegistry, VersionEntry
+from compileflow.versions import ModelRegistry, Stage, VersionEntry, VersionFiles
+
+ARTIFACT_FILES = {"manifest.json": b'{"schema_version": 2}\n', "default/model.bin": bytes(range(256)) * 64}
+REPORT_FILES = {"report.json": b'{"verdict": "pass"}\n', "report.html": b"<!doctype html><p>pass</p>\n"}
+TEST_FILES = {
+    "inputs.json": b'["a text"]\n',
+    "inference_params.json": b"{}\n",
+    "predictions.json": b'[{"label": "POSITIVE", "score": 0.75}]\n',
+}
 
 
 class RegistryConformance:
@@ -38,7 +53,8 @@ class RegistryConformance:
         version = registry.register(entry)
         assert version.version == 1
         assert version.created_at
-        assert version.model_dump(exclude={"version", "created_at"}) == entry.model_dump()
+        assert version.stage == "none"
+        assert version.entry == entry
         assert registry.get("ner", 1) == version
 
     def test_same_artifact_twice_is_one_version(self, registry: ModelRegistry) -> None:
@@ -52,17 +68,17 @@ class RegistryConformance:
         assert registry.register(first) == first
 
     def test_distinct_artifacts_are_numbered_from_one(self, registry: ModelRegistry) -> None:
-        numbers = [registry.register(version_entry("ner", n)).version for n in range(1, 6)]
-        assert numbers == [1, 2, 3, 4, 5]
+        numbers = [registry.register(version_entry("ner", n)).version for n in range(1, 4)]
+        assert numbers == [1, 2, 3]
 
     def test_each_name_counts_for_itself(self, registry: ModelRegistry) -> None:
         registry.register(version_entry("ner", 1))
         assert registry.register(version_entry("keywords", 2)).version == 1
 
     def test_versions_are_newest_first(self, registry: ModelRegistry) -> None:
-        for n in range(1, 13):
+        for n in range(1, 11):
             registry.register(version_entry("ner", n))
-        assert [version.version for version in registry.versions("ner")] == list(range(12, 0, -1))
+        assert [version.version for version in registry.versions("ner")] == list(range(10, 0, -1))
 
     def test_versions_without_a_name_are_those_of_all(self, registry: ModelRegistry) -> None:
         assert list(registry.versions()) == []
@@ -84,7 +100,13 @@ class RegistryConformance:
     def test_unknown_name_lists_near_names(self, registry: ModelRegistry) -> None:
         registry.register(version_entry("sentiment-en", 1))
         registry.register(version_entry("keywords", 2))
-        for ask in (lambda: registry.versions("sentiment"), lambda: registry.get("sentiment", 1)):
+        for ask in (
+            lambda: registry.versions("sentiment"),
+            lambda: registry.get("sentiment", 1),
+            lambda: registry.get("sentiment", "production"),
+            lambda: registry.set_stage("sentiment", 1, "staging", who="ann"),
+            lambda: registry.promotions("sentiment", 1),
+        ):
             with pytest.raises(RegistryError, match="'sentiment'") as caught:
                 ask()
             assert "sentiment-en" in caught.value.hint
@@ -96,9 +118,138 @@ class RegistryConformance:
     def test_unknown_number_lists_the_numbers(self, registry: ModelRegistry) -> None:
         registry.register(version_entry("ner", 1))
         registry.register(version_entry("ner", 2))
-        with pytest.raises(RegistryError, match="no version 3") as caught:
-            registry.get("ner", 3)
-        assert "2, 1" in caught.value.hint
+        for ask in (
+            lambda: registry.get("ner", 3),
+            lambda: registry.set_stage("ner", 3, "staging", who="ann"),
+            lambda: registry.promotions("ner", 3),
+        ):
+            with pytest.raises(RegistryError, match="no version 3") as caught:
+                ask()
+            assert "2, 1" in caught.value.hint
+
+    def test_stage_that_no_version_is_in_lists_those_there_are(self, registry: ModelRegistry) -> None:
+        registry.register(version_entry("ner", 1))
+        registry.register(version_entry("ner", 2))
+        registry.set_stage("ner", 1, "staging", who="ann")
+        for stage in ("production", "live"):
+            with pytest.raises(RegistryError, match=f"'{stage}'") as caught:
+                registry.get("ner", stage)
+            assert "staging (1)" in caught.value.hint
+            assert "none (2)" in caught.value.hint
+
+    def test_stage_that_does_not_exist_cannot_be_set(self, registry: ModelRegistry) -> None:
+        registry.register(version_entry("ner", 1))
+        with pytest.raises(RegistryError, match="'live'") as caught:
+            registry.set_stage("ner", 1, cast(Stage, "live"), who="ann")
+        assert "none, staging, production, archived" in caught.value.hint
+        assert registry.get("ner", 1).stage == "none"
+
+    def test_version_is_found_by_its_stage(self, registry: ModelRegistry) -> None:
+        for n in (1, 2, 3):
+            registry.register(version_entry("ner", n))
+        staged = registry.set_stage("ner", 2, "staging", who="ann")
+        assert staged == registry.get("ner", 2) == registry.get("ner", "staging")
+        assert staged.stage == "staging"
+        assert registry.get("ner", "none").version == 3
+        moved = registry.set_stage("ner", 2, "production", who="ann")
+        assert registry.get("ner", "production") == moved
+        with pytest.raises(RegistryError, match="'staging'"):
+            registry.get("ner", "staging")
+
+    @pytest.mark.parametrize("stage", ["staging", "production"])
+    def test_stage_is_held_by_one_version_and_the_one_before_is_archived(
+        self, registry: ModelRegistry, stage: Stage
+    ) -> None:
+        for name in ("ner", "keywords"):
+            for n in (1, 2):
+                registry.register(version_entry(name, n))
+        for name, number in (("ner", 1), ("keywords", 1), ("ner", 2)):
+            registry.set_stage(name, number, stage, who="ann", reason="tested")
+        assert [version.stage for version in registry.versions("ner")] == [stage, "archived"]
+        assert registry.get("keywords", stage).version == 1
+        before = registry.promotions("ner", 1)
+        assert [change.stage for change in before] == [stage, "archived"]
+        assert "version 2" in before[-1].reason
+
+    def test_any_number_of_versions_is_archived_or_in_no_stage(self, registry: ModelRegistry) -> None:
+        for n in (1, 2, 3):
+            registry.register(version_entry("ner", n))
+            registry.set_stage("ner", n, "archived", who="ann")
+        assert [version.stage for version in registry.versions("ner")] == ["archived"] * 3
+        for n in (1, 2):
+            registry.set_stage("ner", n, "none", who="ann")
+        assert [version.stage for version in registry.versions("ner")] == ["archived", "none", "none"]
+
+    def test_promotions_tell_who_and_why_oldest_first(self, registry: ModelRegistry) -> None:
+        registry.register(version_entry("ner", 1))
+        assert list(registry.promotions("ner", 1)) == []
+        said = [("staging", "ann", 'looks good: 0.5 % faster, "no" flips'), ("production", "Jörg", "")]
+        said += [("none", "ann", "it's late"), ("production", "bob", "forced; " + "why " * 200)]
+        for stage, who, reason in said:
+            registry.set_stage("ner", 1, cast(Stage, stage), who=who, reason=reason)
+        kept = registry.promotions("ner", 1)
+        assert [(change.stage, change.who, change.reason) for change in kept] == said
+        assert [change.at for change in kept] == sorted(change.at for change in kept)
+
+    def test_same_stage_twice_is_one_promotion(self, registry: ModelRegistry) -> None:
+        registry.register(version_entry("ner", 1))
+        first = registry.set_stage("ner", 1, "production", who="ann")
+        assert registry.set_stage("ner", 1, "production", who="ann") == first
+        assert [change.stage for change in registry.promotions("ner", 1)] == ["production"]
+
+    def test_registering_again_leaves_the_stage(self, registry: ModelRegistry) -> None:
+        registry.register(version_entry("ner", 1))
+        promoted = registry.set_stage("ner", 1, "production", who="ann")
+        assert registry.register(version_entry("ner", 1)) == promoted
+        assert list(registry.find(promoted.artifact_digest)) == [promoted]
+
+    def test_source_leads_to_its_compiled_versions_and_back(self, registry: ModelRegistry) -> None:
+        ours, other = "hf://owner/it's a name?x=1", "hf://owner/it's a name"
+        for n, uri in ((1, ours), (2, other), (3, ours)):
+            registry.register(version_entry("ner", n).model_copy(update={"source_uri": uri}))
+        found = registry.compiled_from(ours)
+        assert [(version.version, version.source_uri) for version in found] == [(3, ours), (1, ours)]
+        assert list(registry.compiled_from("hf://owner/it")) == []
+
+    def test_figures_that_are_no_finite_numbers_come_back(self, registry: ModelRegistry) -> None:
+        figures = {"speedup": math.nan, "worst": math.inf, "least": -math.inf, "tiny": 5e-324, "third": 1 / 3}
+        entry = version_entry("ner", 1).model_copy(update={"figures": figures})
+        version = registry.register(entry)
+        for seen in (version, registry.get("ner", 1)):
+            # As text, because NaN equals nothing, itself included.
+            assert json.dumps(seen.figures, sort_keys=True) == json.dumps(figures, sort_keys=True)
+
+    def test_long_strings_come_back_whole(self, registry: ModelRegistry) -> None:
+        spec = {"notes": "".join(chr(0x20 + n % 0x3000) for n in range(20_000)), "text": "a\n\t'\"\\%{}\U0001d11e"}
+        entry = version_entry("ner", 1).model_copy(update={"spec": spec, "source_uri": "hf://" + "n" * 6_000})
+        assert registry.register(entry).entry == entry
+        assert registry.get("ner", 1).entry == entry
+        assert len(registry.compiled_from(entry.source_uri)) == 1
+
+    def test_near_and_long_names_are_models_of_their_own(self, registry: ModelRegistry) -> None:
+        names = ["ner-a", "ner.a", "ner_a", "NER-A", "nera", "n" * 127, "n" * 128]
+        for n, name in enumerate(names):
+            assert registry.register(version_entry(name, n)).version == 1
+        for n, name in enumerate(names):
+            assert [version.entry for version in registry.versions(name)] == [version_entry(name, n)]
+
+    def test_files_may_be_given_with_the_entry(self, registry: ModelRegistry, tmp_path: Path) -> None:
+        files = version_files(tmp_path / "given")
+        entry = version_entry("ner", 1)
+        version = registry.register(entry, files)
+        assert version.entry == entry
+        assert registry.register(entry, files) == registry.register(entry) == version
+        without = VersionFiles(files.artifact, files.report)
+        assert registry.register(version_entry("ner", 2), without).version == 2
+        assert files_below(tmp_path / "given") == {
+            f"{folder}/{name}": body
+            for folder, made in (
+                ("artifact", ARTIFACT_FILES),
+                ("report", REPORT_FILES),
+                ("test_files", TEST_FILES),
+            )
+            for name, body in made.items()
+        }
 
     def test_reopened_registry_holds_everything(self, registry: ModelRegistry, registry_uri: str) -> None:
         kept = [registry.register(version_entry("ner", n)) for n in (1, 2)]
@@ -113,27 +264,50 @@ class RegistryConformance:
         assert numbers == ["1"] * 4
         assert len(registry.versions("ner")) == 1
 
-    def test_four_processes_register_four_artifacts_without_a_gap(
+    def test_two_processes_register_two_artifacts_without_a_gap(
         self, registry: ModelRegistry, registry_uri: str
     ) -> None:
-        each = [(self.opener, registry_uri, str(n)) for n in range(4)]
+        each = [(self.opener, registry_uri, str(n)) for n in (1, 2)]
         numbers = at_once("compileflow.testing.registries:register_one", *each)
-        assert sorted(numbers) == ["1", "2", "3", "4"]
-        assert [version.version for version in registry.versions("ner")] == [4, 3, 2, 1]
+        assert sorted(numbers) == ["1", "2"]
+        assert [version.version for version in registry.versions("ner")] == [2, 1]
 
-    def test_rows_are_whole_after_the_writer_is_killed(self, registry: ModelRegistry, registry_uri: str) -> None:
-        for attempt in range(4):
-            arguments = (self.opener, registry_uri, str(1000 * attempt))
+    def test_versions_are_whole_after_the_writer_is_killed(
+        self, registry: ModelRegistry, registry_uri: str
+    ) -> None:
+        for start in (1000, 2000):
+            arguments = (self.opener, registry_uri, str(start))
             with other_process("compileflow.testing.registries:register_on_and_on", *arguments) as other:
-                told = [other.line() for _ in range(3)]
+                told = [other.line() for _ in range(2)]
                 # A different point of a later write each time.
-                time.sleep(0.0017 * attempt)
+                time.sleep(0.0000017 * start)
                 told += other.kill()
-            versions = registry.versions("ner")
-            assert [version.version for version in versions] == list(range(len(versions), 0, -1))
-            assert len(versions) >= int(told[-1])
-            for version in versions:
-                assert version in registry.find(version.artifact_digest)
+            # What the kill interrupted is completed by the same call, and is there once.
+            cut = version_entry("ner", start + len(told))
+            assert list(registry.find(cut.artifact_digest)) in ([], [registry.register(cut)])
+            numbers = [version.version for version in registry.versions("ner")]
+            # A number that a killed call had taken may never be used.
+            assert numbers == sorted(set(numbers), reverse=True)
+            assert set(numbers) >= {int(number) for number in told}
+        for version in registry.versions("ner"):
+            assert version.entry == version_entry("ner", int(version.artifact_digest, 16))
+            assert list(registry.find(version.artifact_digest)) == [version]
+
+
+def version_files(root: Path) -> VersionFiles:
+    """Write small folders of the files that a registration may come with."""
+    folders = {"artifact": ARTIFACT_FILES, "report": REPORT_FILES, "test_files": TEST_FILES}
+    for folder, made in folders.items():
+        for name, body in made.items():
+            path = root / folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(body)
+    return VersionFiles(**{folder: root / folder for folder in folders})
+
+
+def files_below(root: Path) -> dict[str, bytes]:
+    """Return the bytes of every file below a folder by its relative path."""
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
 def version_entry(name: str, number: int) -> VersionEntry:

@@ -1,0 +1,299 @@
+"""MLflow: the suite for all registries, on a SQLite file and over HTTP, and what only MLflow can meet."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compileflow import mlflow_client
+from compileflow.catalog import get_source, open_registry
+from compileflow.errors import RegistryError, RegistryUnavailableError, SpecError
+from compileflow.mlflow_client import parse_place
+from compileflow.registries.mlflow_tags import ARCHIVED, entry_tags
+from compileflow.settings import Settings
+from compileflow.testing.registries import (
+    ARTIFACT_FILES,
+    REPORT_FILES,
+    TEST_FILES,
+    RegistryConformance,
+    files_below,
+    version_entry,
+    version_files,
+)
+from compileflow.versions import ModelRegistry
+from tests.services.fault_proxy import Answer, CutResponse, FaultProxy, Hang, LoseReply
+from tests.services.mlflow import MlflowServer, migrated_file, serve_mlflow
+from tests.services.secrets import MLFLOW_PASSWORD
+
+BOUND_S = 10
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    database = migrated_file(tmp_path_factory, tmp_path_factory.mktemp("mlflow") / "mlflow.db")
+    with serve_mlflow(database) as served:
+        yield served
+
+
+@pytest.fixture
+def file_uri(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, settings: Settings) -> str:
+    return f"mlflow:sqlite:///{migrated_file(tmp_path_factory, tmp_path / 'mlflow.db')}"
+
+
+class TestMlflowServer(RegistryConformance):
+    @pytest.fixture
+    def registry_uri(self, server: MlflowServer, settings: Settings) -> str:
+        server.empty()
+        return f"mlflow:{server.url}"
+
+
+class TestMlflowFile(RegistryConformance):
+    @pytest.fixture
+    def registry_uri(self, file_uri: str) -> str:
+        return file_uri
+
+
+@pytest.fixture
+def registry(file_uri: str) -> ModelRegistry:
+    return open_registry(file_uri)
+
+
+@pytest.fixture
+def proxy(server: MlflowServer, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """Stand between client and server; one try more than the first, each a second at most."""
+    server.empty()
+    limits = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "2", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+    for name, value in limits.items():
+        monkeypatch.setitem(mlflow_client.LIMITS, name, value)
+    with FaultProxy(server.url) as proxy:
+        yield proxy
+
+
+def raw(uri: str) -> Any:
+    """Return a block with MLflow's own client, for what happens past the registry."""
+    return parse_place(uri).calls("test", refused=RegistryError, unavailable=RegistryUnavailableError)
+
+
+def test_small_files_are_kept_and_weights_are_not(
+    server: MlflowServer, settings: Settings, tmp_path: Path
+) -> None:
+    server.empty()
+    uri = f"mlflow:{server.url}"
+    entry = version_entry("ner", 1).model_copy(update={"flow_run_id": "brave-fox"})
+    open_registry(uri).register(entry, version_files(tmp_path / "given"))
+    with raw(uri) as client:
+        version = client.get_model_version("ner", "1")
+        assert client.get_run(version.run_id).info.run_name == "brave-fox"
+        (tmp_path / "out").mkdir()
+        out = client.download_artifacts(version.run_id, "", str(tmp_path / "out"))
+    expected = {f"report/{name}": body for name, body in REPORT_FILES.items()}
+    expected |= {f"test_files/{name}": body for name, body in TEST_FILES.items()}
+    assert files_below(Path(out)) == expected | {"manifest.json": ARTIFACT_FILES["manifest.json"]}
+
+
+def test_logged_model_folder_is_fetched_over_http(
+    server: MlflowServer, settings: Settings, tmp_path: Path
+) -> None:
+    server.empty()
+    uri = f"mlflow:{server.url}"
+    given = tmp_path / "model"
+    given.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (given / name).write_bytes(name.encode() * 1000)
+    with raw(uri) as client:
+        run = client.create_run(client.create_experiment("training"))
+        # Not a path, which client and server would share here: what is fetched below comes from the server.
+        assert run.info.artifact_uri.startswith("mlflow-artifacts:")
+        client.log_artifacts(run.info.run_id, str(given), "logged")
+        client.create_registered_model("src")
+        client.create_model_version("src", source=f"{run.info.artifact_uri}/logged", run_id=run.info.run_id)
+    located = get_source("mlflow", settings).locate(f"{uri}#src@1", None, tmp_path / "work")
+    assert {name: (located.folder / name).read_bytes() for name in located.files} == files_below(given)
+
+
+def test_two_versions_that_a_race_made_are_seen_and_left_as_one(registry: ModelRegistry, file_uri: str) -> None:
+    first = registry.register(version_entry("ner", 1))
+    registry.register(version_entry("ner", 2))
+    with raw(file_uri) as client:
+        client.create_model_version("ner", source="elsewhere", tags=entry_tags(version_entry("ner", 1)))
+    assert [version.version for version in registry.versions("ner")] == [2, 1]
+    assert list(registry.find(first.artifact_digest)) == [first]
+    assert registry.register(version_entry("ner", 1)) == first
+    with raw(file_uri) as client:
+        assert sorted(int(version.version) for version in client.search_model_versions("name = 'ner'")) == [1, 2]
+    assert registry.register(version_entry("ner", 3)).version == 4
+
+
+def test_run_that_a_killed_call_left_is_used(registry: ModelRegistry, file_uri: str) -> None:
+    version = registry.register(version_entry("ner", 1))
+    with raw(file_uri) as client:
+        run_id = client.get_model_version("ner", "1").run_id
+        client.delete_model_version("ner", "1")
+    again = registry.register(version_entry("ner", 1))
+    assert again.entry == version.entry
+    with raw(file_uri) as client:
+        assert client.get_model_version("ner", str(again.version)).run_id == run_id
+
+
+def test_what_others_registered_is_left_out(registry: ModelRegistry, file_uri: str) -> None:
+    with raw(file_uri) as client:
+        for name in ("theirs", "ner"):
+            client.create_registered_model(name)
+            client.create_model_version(name, source="elsewhere", tags={"hf_task": "token-classification"})
+    mine = registry.register(version_entry("ner", 1))
+    assert mine.version == 2
+    assert list(registry.versions()) == list(registry.versions("ner")) == [mine]
+    with pytest.raises(RegistryError, match="'theirs'"):
+        registry.versions("theirs")
+
+
+def test_promotion_that_was_cut_short_is_completed_by_the_next(registry: ModelRegistry, file_uri: str) -> None:
+    for n in (1, 2):
+        registry.register(version_entry("ner", n))
+        registry.set_stage("ner", n, "staging", who="ann")
+    registry.set_stage("ner", 1, "production", who="ann")
+    # As after a kill just before the alias moves: both are noted, and production is where it was.
+    with raw(file_uri) as client:
+        client.delete_registered_model_alias("ner", "production")
+    registry.set_stage("ner", 2, "production", who="bob", reason="better")
+    with raw(file_uri) as client:
+        client.set_registered_model_alias("ner", "production", "1")
+        client.set_model_version_tag("ner", "1", ARCHIVED, "true")
+    assert registry.get("ner", "production").version == 1
+    registry.set_stage("ner", 2, "production", who="bob", reason="better")
+    assert [version.stage for version in registry.versions("ner")] == ["production", "archived"]
+    assert [change.who for change in registry.promotions("ner", 2)] == ["ann", "bob"]
+
+
+def test_aliases_that_someone_moved_in_mlflow_count(registry: ModelRegistry, file_uri: str) -> None:
+    for n in (1, 2):
+        registry.register(version_entry("ner", n))
+    registry.set_stage("ner", 1, "production", who="ann")
+    with raw(file_uri) as client:
+        client.set_registered_model_alias("ner", "production", "2")
+        client.set_registered_model_alias("ner", "champion", "1")
+    assert [version.stage for version in registry.versions("ner")] == ["production", "none"]
+
+
+def test_reading_an_absent_file_does_not_make_one(settings: Settings, tmp_path: Path) -> None:
+    assert list(open_registry(f"mlflow:sqlite:///{tmp_path / 'absent.db'}").versions()) == []
+    assert not (tmp_path / "absent.db").exists()
+
+
+def test_file_that_is_no_database_is_one_clear_error(settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_bytes(b"this is not a database" * 100)
+    with pytest.raises(RegistryError, match="not a database") as caught:
+        open_registry(f"mlflow:sqlite:///{tmp_path / 'mlflow.db'}").versions()
+    assert not caught.value.retryable
+
+
+def test_nothing_of_the_process_is_changed_by_a_call(
+    registry: ModelRegistry, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before, levels = dict(os.environ), [logging.getLogger(name).level for name in ("", "mlflow", "alembic")]
+    registry.register(version_entry("ner", 1))
+    with pytest.raises(RegistryError):
+        registry.versions("absent")
+    assert dict(os.environ) == before
+    assert [logging.getLogger(name).level for name in ("", "mlflow", "alembic")] == levels
+    assert capfd.readouterr() == ("", "")
+
+
+def test_limits_that_someone_set_are_kept(file_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "7")
+    with raw(file_uri):
+        assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "7"
+        retries = os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"]
+    assert retries == mlflow_client.LIMITS["MLFLOW_HTTP_REQUEST_MAX_RETRIES"]
+
+
+def test_missing_client_says_what_to_install(file_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow.exceptions", None)
+    with pytest.raises(RegistryError, match="not installed") as caught:
+        open_registry(file_uri).versions()
+    assert "compileflow[mlflow]" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["mlflow:", "mlflow:http://", "mlflow:ftp://host", "mlflow:sqlite:///relative.db", "mlflow:http://h:port"],
+)
+def test_uri_that_names_no_mlflow_is_refused(uri: str) -> None:
+    with pytest.raises(SpecError, match="no MLflow") as caught:
+        open_registry(uri)
+    assert "mlflow:sqlite:////absolute" in caught.value.hint
+
+
+def test_server_that_is_down_is_one_line_within_its_bound(settings: Settings) -> None:
+    registry = open_registry(f"mlflow:http://ann:{MLFLOW_PASSWORD}@127.0.0.1:9")
+    started = time.monotonic()
+    with pytest.raises(RegistryUnavailableError, match=r"MLflow at http://127.0.0.1:9 could not") as caught:
+        registry.register(version_entry("ner", 1))
+    assert time.monotonic() - started < BOUND_S
+    assert "Connection refused" in str(caught.value)
+    assert MLFLOW_PASSWORD not in registry.uri + repr(registry.__dict__) + str(caught.getrepr())
+
+
+def test_server_that_hangs_is_left_within_its_bound(proxy: FaultProxy) -> None:
+    proxy.inject(Hang(30), path="model-versions/search", times=2)
+    started = time.monotonic()
+    with pytest.raises(RegistryUnavailableError, match="imed out"):
+        open_registry(f"mlflow:{proxy.url}").register(version_entry("ner", 1))
+    assert time.monotonic() - started < BOUND_S
+    assert open_registry(f"mlflow:{proxy.url}").register(version_entry("ner", 1)).version == 1
+
+
+@pytest.mark.parametrize(
+    "path", ["registered-models/create", "runs/create", "model-versions/create", "model-versions/search"]
+)
+def test_lost_reply_leaves_one_version(proxy: FaultProxy, path: str) -> None:
+    proxy.inject(LoseReply(), path=path)
+    registry = open_registry(f"mlflow:{proxy.url}")
+    version = registry.register(version_entry("ner", 1))
+    assert list(registry.versions("ner")) == [version]
+    with raw(f"mlflow:{proxy.url}") as client:
+        assert [int(one.version) for one in client.search_model_versions("name = 'ner'")] == [version.version]
+
+
+def test_server_that_fails_half_way_is_completed_by_the_next_call(proxy: FaultProxy, tmp_path: Path) -> None:
+    registry = open_registry(f"mlflow:{proxy.url}")
+    files = version_files(tmp_path / "given")
+    proxy.inject(Answer(503), path="report.html", times=2)
+    with pytest.raises(RegistryUnavailableError, match="503"):
+        registry.register(version_entry("ner", 1), files)
+    assert list(registry.versions()) == []
+    version = registry.register(version_entry("ner", 1), files)
+    assert list(registry.versions("ner")) == [version]
+    with raw(f"mlflow:{proxy.url}") as client:
+        runs = client.search_runs([client.get_experiment_by_name("compileflow").experiment_id])
+    assert [run.info.status for run in runs] == ["FINISHED"]
+
+
+def test_reply_that_is_cut_off_is_asked_for_again(proxy: FaultProxy) -> None:
+    registry = open_registry(f"mlflow:{proxy.url}")
+    version = registry.register(version_entry("ner", 1))
+    proxy.inject(CutResponse(20), path="model-versions/search")
+    try:
+        assert list(registry.versions("ner")) == [version]
+    except RegistryUnavailableError:
+        assert list(registry.versions("ner")) == [version]
+
+
+@pytest.mark.parametrize(("status", "hint"), [(401, "MLFLOW_TRACKING_USERNAME"), (403, "right")])
+def test_refused_credentials_are_not_tried_again_and_not_shown(proxy: FaultProxy, status: int, hint: str) -> None:
+    proxy.inject(Answer(status, b"no"), times=10)
+    registry = open_registry(f"mlflow:{proxy.url.replace('//', f'//ann:{MLFLOW_PASSWORD}@')}")
+    with pytest.raises(RegistryError, match=str(status)) as caught:
+        registry.versions()
+    assert not caught.value.retryable
+    assert hint in caught.value.hint
+    assert len(proxy.seen) == 1
+    assert MLFLOW_PASSWORD not in json.dumps(caught.value.to_dict()) + str(caught.getrepr())

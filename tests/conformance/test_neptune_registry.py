@@ -1,0 +1,203 @@
+"""Neptune as registry: the suite for all registries, and what the real client finds there afterwards."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from compileflow.catalog import open_registry
+from compileflow.errors import RegistryError, SpecError
+from compileflow.registries import neptune_registry
+from compileflow.settings import Settings
+from compileflow.testing.registries import RegistryConformance, version_entry, version_files
+from compileflow.versions import ModelRegistry
+from tests.services.neptune_writer import NeptuneWriter
+
+REPORT = {
+    "verdict": {
+        "gates": [
+            {"gate": "latency", "outcome": "pass", "measured": 1.5, "limit": 2.0},
+            {"gate": "agreement", "outcome": "warn", "measured": None, "limit": 1.0},
+        ]
+    }
+}
+
+
+class TestNeptuneRegistry(RegistryConformance):
+    @pytest.fixture
+    def registry_uri(self, neptune_project: str) -> str:
+        return f"neptune://{neptune_project}"
+
+    @pytest.mark.slow
+    def test_two_processes_register_two_artifacts_without_a_gap(
+        self, registry: ModelRegistry, registry_uri: str
+    ) -> None:
+        super().test_two_processes_register_two_artifacts_without_a_gap(registry, registry_uri)
+
+
+@pytest.fixture
+def registry(neptune_project: str) -> ModelRegistry:
+    return open_registry(f"neptune://{neptune_project}")
+
+
+def test_real_client_finds_the_version_in_a_process_of_its_own(
+    registry: ModelRegistry, neptune_project: str, neptune_client: NeptuneWriter, tmp_path: Path
+) -> None:
+    files = version_files(tmp_path / "given")
+    (files.report / "report.json").write_text(json.dumps(REPORT))
+    entry = version_entry("ner", 1)
+    registry.register(entry, files)
+    registry.set_stage("ner", 1, "production", who="ann", reason="tested")
+    (identity,) = neptune_client("list_versions", neptune_project)
+    seen = neptune_client("read_version", neptune_project, identity)
+    assert seen["artifact"] == {"uri": entry.artifact_uri, "digest": entry.artifact_digest}
+    assert seen["source"]["uri"] == entry.source_uri
+    assert seen["metrics"] == entry.figures
+    assert seen["gates"]["latency"] == {"outcome": "pass", "measured": 1.5, "limit": 2.0}
+    assert seen["gates"]["agreement"] == {"outcome": "warn", "limit": 1.0}
+    assert (seen["sys"]["stage"], seen["verdict"]) == ("production", entry.verdict)
+    card = json.loads(neptune_client.file(neptune_project, identity, "model/model_card"))
+    assert card["model_params"] == {"huggingface_pipeline_task": entry.spec["hf_task"]}
+    for kind, path in card["model_test_files"].items():
+        assert files.test_files is not None
+        body = neptune_client.file(neptune_project, identity, path)
+        assert body == (files.test_files / f"{kind}.json").read_bytes()
+    assert set(card["model_test_files"]) == {"inputs", "inference_params", "predictions"}
+    for path, file in (
+        ("artifact/manifest", files.artifact / "manifest.json"),
+        ("report/html", files.report / "report.html"),
+        ("report/json", files.report / "report.json"),
+    ):
+        assert neptune_client.file(neptune_project, identity, path) == file.read_bytes()
+    # The weights stay in the store, and the card's path leads there.
+    reference = json.loads(seen["model"]["artifact"]["reference"])
+    assert reference == {"uri": entry.artifact_uri, "digest": entry.artifact_digest}
+
+
+def test_weights_are_uploaded_where_that_is_asked_for(
+    neptune_project: str, neptune_client: NeptuneWriter, tmp_path: Path, settings: Settings
+) -> None:
+    chosen = Settings(home=settings.home, neptune_upload_weights=True)
+    files = version_files(tmp_path / "given")
+    inner = files.artifact / "components" / "default" / "graph.bin"
+    inner.parent.mkdir(parents=True)
+    # More than the client sends in one part.
+    inner.write_bytes(bytes(12 << 20))
+    open_registry(f"neptune://{neptune_project}", chosen).register(version_entry("ner", 1), files)
+    (identity,) = neptune_client("list_versions", neptune_project)
+    for path in files.artifact.rglob("*"):
+        if path.is_file():
+            attribute = f"model/artifact/{path.relative_to(files.artifact).as_posix()}"
+            assert neptune_client.file(neptune_project, identity, attribute) == path.read_bytes()
+
+
+def test_source_version_lists_what_was_compiled_from_it_and_keeps_what_others_wrote(
+    registry: ModelRegistry, neptune_project: str, neptune_client: NeptuneWriter
+) -> None:
+    other = {"project": "team/other", "model": "OTH-A", "with_id": "OTH-A-1", "time_stamp": "2025-01-01T00:00:00"}
+    sources = [
+        neptune_client("make_version", neptune_project, "SRC", fields, {}, {})
+        for fields in ({}, {"model/compiled_model_versions": json.dumps([other])})
+    ]
+    for number, source in enumerate(sources, 1):
+        entry = version_entry("ner", number).model_copy(
+            update={"source_uri": f"neptune://{neptune_project}/{source}"}
+        )
+        registry.register(entry)
+        registry.register(entry)
+        (version,) = registry.compiled_from(entry.source_uri)
+        assert version.version == number
+    ours = sorted(one for one, complete in neptune_client("list_versions", neptune_project).items() if complete)
+    path = "model/compiled_model_versions"
+    first = json.loads(neptune_client.file(neptune_project, sources[0], path))
+    second = json.loads(
+        neptune_client("read_version", neptune_project, sources[1])["model"]["compiled_model_versions"]
+    )
+    assert [one["with_id"] for one in first] == ours[:1]
+    assert {key: first[0][key] for key in ("project", "model")} == {
+        "project": neptune_project,
+        "model": ours[0].rpartition("-")[0],
+    }
+    assert second[0] == other
+    assert [one["with_id"] for one in second[1:]] == ours[1:]
+
+
+def test_source_that_cannot_list_its_compiled_versions_is_a_warning(
+    registry: ModelRegistry, neptune_project: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    uri = f"neptune://{neptune_project}/GONE-1"
+    entry = version_entry("ner", 1).model_copy(update={"source_uri": uri})
+    assert registry.register(entry).version == 1
+    (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert "GONE-1" in warning.message
+
+
+def test_of_two_complete_versions_of_one_artifact_the_first_one_stays(
+    registry: ModelRegistry, neptune_project: str, neptune_client: NeptuneWriter
+) -> None:
+    kept = registry.register(version_entry("ner", 1))
+    (first,) = neptune_client("list_versions", neptune_project)
+    again = neptune_client("read_version", neptune_project, first)["registry"]
+    # What another machine, registering at the same moment, would have left.
+    key = first.rpartition("-")[0].partition("-")[2]
+    fields = {f"registry/{name}": again[name] for name in ("digest", "name", "entry_json", "complete")}
+    second = neptune_client("make_version", neptune_project, key, fields, {}, {})
+    assert set(neptune_client("list_versions", neptune_project)) == {first, second}
+    assert registry.register(version_entry("ner", 1)) == kept
+    assert list(neptune_client("list_versions", neptune_project)) == [first]
+
+
+def test_of_two_versions_in_production_the_last_promoted_counts(
+    registry: ModelRegistry, neptune_project: str, neptune_client: NeptuneWriter
+) -> None:
+    for number in (1, 2):
+        registry.register(version_entry("ner", number))
+    registry.set_stage("ner", 2, "production", who="ann")
+    registry.set_stage("ner", 1, "production", who="ann")
+    # As after a kill between the promotion of the one and the archiving of the other.
+    second = next(one for one in neptune_client("list_versions", neptune_project) if one.endswith("-2"))
+    moved = {"sys/stage": "production", "registry/promoted_at": "2001-01-01T00:00:00+00:00"}
+    neptune_client("change_version", neptune_project, second, moved, {})
+    assert [version.stage for version in registry.versions("ner")] == ["archived", "production"]
+    assert registry.get("ner", "production").version == 1
+    assert registry.find(version_entry("ner", 2).artifact_digest)[0].stage == "archived"
+    registry.set_stage("ner", 1, "production", who="ann")
+    assert neptune_client("read_version", neptune_project, second)["sys"]["stage"] == "archived"
+    neptune_client("change_version", neptune_project, second, moved, {})
+    registry.set_stage("ner", 2, "production", who="bob")
+    assert [version.stage for version in registry.versions("ner")] == ["production", "archived"]
+    assert registry.promotions("ner", 2)[-1].who == "bob"
+
+
+def test_old_versions_without_a_digest_go_to_the_trash_and_others_stay(
+    registry: ModelRegistry, neptune_project: str, neptune_client: NeptuneWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.register(version_entry("ner", 1))
+    (first,) = neptune_client("list_versions", neptune_project)
+    key = first.rpartition("-")[0].partition("-")[2]
+    lost = neptune_client("make_version", neptune_project, key, {}, {}, {})
+    begun = neptune_client("make_version", neptune_project, key, {"registry/digest": "e" * 64}, {}, {})
+    registry.register(version_entry("ner", 2))
+    assert lost in neptune_client("list_versions", neptune_project)
+    monkeypatch.setattr(neptune_registry, "_LITTER_AGE_S", -60)
+    registry.register(version_entry("ner", 3))
+    left = neptune_client("list_versions", neptune_project)
+    assert lost not in left
+    assert not left.pop(begun)
+    assert list(left.values()) == [True] * 3
+
+
+def test_reason_that_neptune_would_cut_is_refused(registry: ModelRegistry) -> None:
+    registry.register(version_entry("ner", 1))
+    with pytest.raises(RegistryError, match="20000 characters"):
+        registry.set_stage("ner", 1, "staging", who="ann", reason="x" * 20_000)
+    assert registry.get("ner", 1).stage == "none"
+
+
+@pytest.mark.parametrize("uri", ["neptune:workspace/project", "neptune://project", "neptune://a/b/c"])
+def test_uri_that_names_no_project_is_refused(uri: str) -> None:
+    with pytest.raises(SpecError, match="no Neptune project"):
+        open_registry(uri)

@@ -1,0 +1,336 @@
+"""What network, server and user do to a registration in Neptune: each ends in time, nothing is left twice."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr
+
+from compileflow.errors import CompileflowError, RegistryError, RegistryUnavailableError
+from compileflow.neptune_client import process as client_process
+from compileflow.neptune_client.address import INSECURE, read_token
+from compileflow.neptune_client.process import ClientProcess, process_for
+from compileflow.registries.neptune_registry import NeptuneRegistry
+from compileflow.settings import Settings
+from compileflow.testing.processes import other_process, say
+from compileflow.testing.registries import version_entry, version_files
+from deployments.neptune_server.tokens import make_api_token
+from tests.leaks import leaks_below
+from tests.services import secrets
+from tests.services.fault_proxy import FaultProxy, Hang, LoseReply
+from tests.services.neptune import Neptune
+from tests.services.neptune_writer import NeptuneWriter
+
+# Importing the client on a busy machine; the bound of a call begins after it.
+START_S = 30.0
+TIMEOUT_S = 10.0
+
+
+@pytest.fixture(scope="module")
+def proxy(neptune_server: Neptune) -> Iterator[FaultProxy]:
+    with FaultProxy(neptune_server.url) as running:
+        yield running
+
+
+@pytest.fixture
+def faulty(
+    proxy: FaultProxy, neptune_server: Neptune, neptune_project: str, settings: Settings
+) -> NeptuneRegistry:
+    """The test's project as a client behind the proxy sees it, with the client started."""
+    chosen = settings_for(neptune_server.token_for(proxy.url), settings, TIMEOUT_S)
+    registry = NeptuneRegistry(f"neptune://{neptune_project}", chosen)
+    registry.versions()
+    return registry
+
+
+def settings_for(token: str, settings: Settings, timeout_s: float) -> Settings:
+    return Settings(home=settings.home, neptune_api_token=SecretStr(token), neptune_timeout_s=timeout_s)
+
+
+def process_of(settings: Settings) -> ClientProcess:
+    return process_for(read_token(settings, refused=RegistryError), settings)
+
+
+@contextmanager
+def ends_within(seconds: float, error: type[CompileflowError]) -> Iterator[pytest.ExceptionInfo[CompileflowError]]:
+    started = time.monotonic()
+    with pytest.raises(error) as caught:
+        yield caught
+    assert time.monotonic() - started < seconds
+    assert type(caught.value) is error
+    assert "\n" not in str(caught.value)
+    assert caught.value.hint
+
+
+def only_one_complete(client: NeptuneWriter, project: str) -> str:
+    found = [one for one, complete in client("list_versions", project).items() if complete]
+    assert len(found) == 1
+    return str(found[0])
+
+
+def test_server_that_is_down_is_unavailable(settings: Settings, neptune_server: Neptune) -> None:
+    # Nobody listens at the port of a proxy that has ended.
+    with FaultProxy(neptune_server.url) as ended:
+        token = neptune_server.token_for(ended.url)
+    registry = NeptuneRegistry("neptune://team/models", settings_for(token, settings, 4))
+    with ends_within(START_S + 4, RegistryUnavailableError) as caught:
+        registry.register(version_entry("ner", 1))
+    assert ended.url in str(caught.value)
+
+
+def test_hung_upload_ends_and_the_next_run_completes_the_version(
+    faulty: NeptuneRegistry, proxy: FaultProxy, neptune_client: NeptuneWriter, neptune_project: str, tmp_path: Path
+) -> None:
+    files = version_files(tmp_path / "given")
+    proxy.inject(Hang(60), path="file/upload", skip=2)
+    with ends_within(TIMEOUT_S, RegistryUnavailableError) as caught:
+        faulty.register(version_entry("ner", 1), files)
+    assert "uploading" in str(caught.value)
+    assert list(faulty.versions()) == []
+    version = faulty.register(version_entry("ner", 1), files)
+    assert list(faulty.versions()) == [version]
+    assert list(neptune_client("list_versions", neptune_project)) == [
+        only_one_complete(neptune_client, neptune_project)
+    ]
+
+
+def test_lost_reply_to_the_creation_of_a_version_leaves_one_that_counts(
+    faulty: NeptuneRegistry, proxy: FaultProxy, neptune_client: NeptuneWriter, neptune_project: str
+) -> None:
+    faulty.register(version_entry("ner", 1))
+    before = len(neptune_client("list_versions", neptune_project))
+    proxy.inject(LoseReply(), method="POST", path="/experiments")
+    version = faulty.register(version_entry("ner", 2))
+    # The client itself asked again: what it made first has no digest, and nobody sees it.
+    assert len(neptune_client("list_versions", neptune_project)) == before + 2
+    assert [one.artifact_digest for one in faulty.versions("ner")] == [
+        version_entry("ner", number).artifact_digest for number in (2, 1)
+    ]
+    assert faulty.register(version_entry("ner", 2)) == version
+
+
+def test_lost_reply_to_the_creation_of_a_model_leaves_one_model(
+    faulty: NeptuneRegistry, proxy: FaultProxy
+) -> None:
+    proxy.inject(LoseReply(), method="POST", path="/experiments")
+    assert faulty.register(version_entry("ner", 1)).version == 1
+    assert faulty.register(version_entry("ner", 2)).version == 2
+
+
+@pytest.mark.parametrize("moment", ["first field", pytest.param("upload", marks=pytest.mark.slow), "commit mark"])
+def test_killed_registration_is_completed_by_the_next_run(
+    moment: str,
+    faulty: NeptuneRegistry,
+    proxy: FaultProxy,
+    neptune_client: NeptuneWriter,
+    neptune_project: str,
+    neptune_server: Neptune,
+    settings: Settings,
+) -> None:
+    process = process_of(settings_for(neptune_server.token_for(proxy.url), settings, TIMEOUT_S))
+    path = "file/upload" if moment == "upload" else "attributes/operations"
+    skip = 0
+    if moment == "commit mark":
+        faulty.register(version_entry("keywords", 2))
+        proxy.seen.clear()
+        faulty.register(version_entry("keywords", 1))
+        # The model's own name is written once more for a new name.
+        skip = sum(path in request.path for request in proxy.seen) + 2 - 1
+    proxy.seen.clear()
+    proxy.inject(Hang(60), path=path, skip=skip)
+    killer = threading.Thread(target=kill_at, args=(process, proxy, path, skip))
+    killer.start()
+    with ends_within(TIMEOUT_S, RegistryUnavailableError):
+        faulty.register(version_entry("ner", 1))
+    killer.join()
+    assert list(faulty.find(version_entry("ner", 1).artifact_digest)) == (
+        list(faulty.versions("keywords"))[:1] if moment == "commit mark" else []
+    )
+    version = faulty.register(version_entry("ner", 1))
+    assert list(faulty.versions("ner")) == [version]
+    complete = [
+        one for one, is_complete in neptune_client("list_versions", neptune_project).items() if is_complete
+    ]
+    assert len([one for one in complete if one.split("-")[1].startswith("NER")]) == 1
+
+
+def kill_at(process: ClientProcess, proxy: FaultProxy, path: str, skip: int) -> None:
+    until = time.monotonic() + TIMEOUT_S
+    while sum(path in request.path for request in list(proxy.seen)) <= skip and time.monotonic() < until:
+        time.sleep(0.01)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+
+
+def test_client_that_does_nothing_is_killed_at_its_deadline_and_replaced(
+    neptune_project: str, neptune_server: Neptune, settings: Settings
+) -> None:
+    chosen = settings_for(neptune_server.token, settings, 1.5)
+    registry = NeptuneRegistry(f"neptune://{neptune_project}", chosen)
+    registry.versions()
+    stopped = process_of(chosen).pid
+    assert stopped is not None
+    os.kill(stopped, signal.SIGSTOP)
+    with ends_within(4, RegistryUnavailableError) as caught:
+        registry.versions()
+    assert "1.5 s" in str(caught.value)
+    with pytest.raises(ProcessLookupError):
+        os.kill(stopped, 0)
+    assert list(registry.versions()) == []
+    assert process_of(chosen).pid != stopped
+
+
+def test_token_that_the_server_did_not_give_is_refused(
+    neptune_project: str, neptune_server: Neptune, settings: Settings
+) -> None:
+    wrong = make_api_token(neptune_server.url, "not-its-key")
+    registry = NeptuneRegistry(f"neptune://{neptune_project}", settings_for(wrong, settings, 4))
+    with ends_within(START_S + 4, RegistryError) as caught:
+        registry.register(version_entry("ner", 1))
+    assert "NEPTUNE_API_TOKEN" in caught.value.hint
+    assert wrong not in str(caught.value)
+
+
+def test_unknown_project_lists_near_ones(neptune_project: str, settings: Settings) -> None:
+    registry = NeptuneRegistry(f"neptune://{neptune_project}x", Settings(home=settings.home))
+    with ends_within(START_S, RegistryError) as caught:
+        registry.register(version_entry("ner", 1))
+    assert f"{neptune_project}x" in caught.value.message
+    assert "tests/" in caught.value.hint
+
+
+def test_what_neptune_would_cut_or_drop_is_kept_whole(
+    neptune_project: str, neptune_client: NeptuneWriter, settings: Settings
+) -> None:
+    entry = version_entry("ner", 1).model_copy(
+        update={"figures": {"speedup": math.nan, "worst": math.inf}, "source_revision": "r" * 20_000}
+    )
+    NeptuneRegistry(f"neptune://{neptune_project}", Settings(home=settings.home)).register(entry)
+    identity = only_one_complete(neptune_client, neptune_project)
+    seen = neptune_client("read_version", neptune_project, identity)
+    assert seen["metrics"] == {"speedup": "NaN", "worst": "Infinity"}
+    assert seen["source"]["revision"].endswith("(cut)")
+    whole = json.loads(neptune_client.file(neptune_project, identity, "registry/entry"))
+    assert whole["source_revision"] == entry.source_revision
+    assert whole["figures"] == seen["metrics"]
+
+
+def test_two_machines_that_register_one_artifact_at_once_leave_one_version(
+    neptune_project: str, neptune_client: NeptuneWriter, settings: Settings
+) -> None:
+    # With homes of their own they share no lock.
+    homes = [Settings(home=settings.home_dir / name) for name in ("one", "two")]
+    registries = [NeptuneRegistry(f"neptune://{neptune_project}", home) for home in homes]
+    start = threading.Barrier(2)
+
+    def register(registry: NeptuneRegistry) -> None:
+        start.wait()
+        registry.register(version_entry("ner", 1))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(register, registries))
+    only_one_complete(neptune_client, neptune_project)
+    first, second = (registry.register(version_entry("ner", 1)) for registry in registries)
+    assert first == second
+
+
+def test_token_is_nowhere_but_in_the_clients_environment(
+    neptune_project: str, neptune_server: Neptune, settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    chosen = Settings(home=settings.home)
+    registry = NeptuneRegistry(f"neptune://{neptune_project}", chosen)
+    registry.register(version_entry("ner", 1))
+    with pytest.raises(RegistryError) as caught:
+        NeptuneRegistry("neptune://tests/none", chosen).versions()
+    pid = process_of(chosen).pid
+    told = [caplog.text, str(caught.value), process_of(chosen).log_text(), repr(chosen), repr(registry.__dict__)]
+    told.append(Path(f"/proc/{pid}/cmdline").read_text())
+    for secret in (neptune_server.token, secrets.NEPTUNE_API_KEY):
+        assert not any(secret in text for text in told)
+    assert list(leaks_below(settings.home_dir, secrets.ALL)) == []
+    assert list(leaks_below(neptune_server.folder, secrets.ALL)) == []
+    assert list(neptune_server.folder.rglob("*")) != []
+
+
+def test_log_of_the_client_holds_no_token(neptune_server: Neptune, settings: Settings) -> None:
+    token = read_token(settings_for(neptune_server.token, settings, 4), refused=RegistryError)
+    text = token.scrub(f"sent {neptune_server.token} with {secrets.NEPTUNE_API_KEY} to {neptune_server.url}")
+    assert text == f"sent *** with *** to {neptune_server.url}"
+
+
+def test_client_ends_with_the_process_that_started_it(neptune_project: str) -> None:
+    with other_process("tests.unit.test_neptune_faults:hold_a_client", neptune_project) as other:
+        pid = int(other.line())
+        os.kill(pid, 0)
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        state = Path(f"/proc/{pid}/stat")
+        # A zombie waits for whoever inherited it.
+        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.05)
+    pytest.fail(f"the client {pid} outlived its parent")
+
+
+def hold_a_client(project: str) -> None:
+    """Start a client, say its process id and wait to be killed; runs in another process."""
+    settings = Settings()
+    NeptuneRegistry(f"neptune://{project}", settings).versions()
+    say(process_of(settings).pid)
+    time.sleep(60)
+
+
+@pytest.mark.slow
+def test_idle_client_ends_and_the_next_call_starts_another(
+    neptune_project: str, neptune_server: Neptune, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_process, "_IDLE_S", 0.2)
+    chosen = settings_for(neptune_server.token, settings, 21)
+    registry = NeptuneRegistry(f"neptune://{neptune_project}", chosen)
+    registry.versions()
+    first = process_of(chosen).pid
+    time.sleep(1.5)
+    assert list(registry.versions()) == []
+    assert process_of(chosen).pid != first
+
+
+def test_client_that_is_not_installed_is_named(
+    neptune_server: Neptune, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without = "import sys; sys.modules['neptune'] = None; "
+    monkeypatch.setattr(client_process, "_ENTRY", without + client_process._ENTRY)
+    registry = NeptuneRegistry("neptune://team/models", settings_for(neptune_server.token, settings, 22))
+    with ends_within(START_S, RegistryError) as caught:
+        registry.versions()
+    assert "compileflow[neptune]" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [
+        (None, "no API token"),
+        ("not base64!", "no Neptune token"),
+        ("bm90IGpzb24=", "no Neptune token"),
+        (make_api_token("http://registry.example:8000", "key"), "plain http"),
+    ],
+)
+def test_token_that_cannot_be_used_is_refused_before_anything_is_asked(
+    token: str | None, message: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(INSECURE, raising=False)
+    monkeypatch.delenv("NEPTUNE_API_TOKEN", raising=False)
+    chosen = settings_for(token, settings, 4) if token else Settings(home=settings.home)
+    with ends_within(1, RegistryError) as caught:
+        NeptuneRegistry("neptune://team/models", chosen).versions()
+    assert message in caught.value.message

@@ -1,0 +1,151 @@
+"""registry:NAME@REF as a reference to a compiled model, and as the source model that it was compiled from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from compileflow.catalog import get_source, open_registry, open_store
+from compileflow.errors import RegistryError, SourceError, SpecError
+from compileflow.loading.references import Reference, parse_reference, resolve_reference
+from compileflow.settings import Settings
+from compileflow.spec import HfTask
+from compileflow.steps.fetch import fetch_source
+from compileflow.testing.registries import version_entry
+from compileflow.versions import ModelVersion
+from tests.conftest import ModelFactory
+from tests.unit.test_lazy_import import heavy_modules_after
+
+
+@pytest.fixture
+def versions(settings: Settings) -> list[ModelVersion]:
+    """Register three versions of `ner`, the second in production."""
+    registry = open_registry(settings.resolved_registry_uri(), settings)
+    made = [registry.register(version_entry("ner", n)) for n in (1, 2, 3)]
+    made[1] = registry.set_stage("ner", 2, "production", who="ann")
+    return made
+
+
+@pytest.mark.parametrize(
+    ("text", "reference"),
+    [
+        ("registry:ner", Reference(None, "ner", None)),
+        ("registry:ner.v2@production", Reference(None, "ner.v2", "production")),
+        ("registry:ner@3", Reference(None, "ner", 3)),
+        ("neptune://ws/project#ner@production", Reference("neptune://ws/project", "ner", "production")),
+        ("mlflow:http://u:p@h:5000#ner@3", Reference("mlflow:http://u:p@h:5000", "ner", 3)),
+        ("sqlite:////a#b/x.db#ner", Reference("sqlite:////a#b/x.db", "ner", None)),
+    ],
+)
+def test_reference_is_read(text: str, reference: Reference) -> None:
+    assert parse_reference(text) == reference
+
+
+@pytest.mark.parametrize(
+    "text", ["owner/name", "./folder", "/a#b", "hf://owner/name#x", "s3://bucket/x", "C#", ""]
+)
+def test_what_is_no_reference_is_left_alone(text: str, settings: Settings) -> None:
+    assert parse_reference(text) is None
+    with pytest.raises(SpecError, match="no reference") as caught:
+        resolve_reference(text, settings)
+    assert "registry:NAME@STAGE" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "text", ["registry:", "registry:a b", "registry:ner@", "mlflow:http://u:p@h#", "sqlite:x#-"]
+)
+def test_name_that_cannot_be_says_how_to_write_it(text: str) -> None:
+    with pytest.raises(SpecError, match="names no registered model") as caught:
+        parse_reference(text)
+    assert "REGISTRY_URI#NAME" in caught.value.hint
+    assert "u:p" not in str(caught.value)
+
+
+@pytest.mark.parametrize("ref", ["live", "0", "-1", "03", "1.5", "Production"])
+def test_ref_that_cannot_be_lists_the_stages(ref: str) -> None:
+    with pytest.raises(SpecError, match=f"'{ref}'") as caught:
+        parse_reference(f"registry:ner@{ref}")
+    assert "none, staging, production, archived" in caught.value.hint
+
+
+def test_reference_means_a_number_a_stage_or_the_newest(versions: list[ModelVersion], settings: Settings) -> None:
+    first, second, third = versions
+    elsewhere = f"{settings.resolved_registry_uri()}#ner@1"
+    asked = ["registry:ner@1", elsewhere, "registry:ner@production", "registry:ner"]
+    assert [resolve_reference(text, settings) for text in asked] == [first, first, second, third]
+
+
+def test_first_of_several_registries_is_read(versions: list[ModelVersion], settings: Settings) -> None:
+    uris = f"{settings.resolved_registry_uri()}, sqlite:////absent.db"
+    several = settings.model_copy(update={"registry_uri": uris})
+    assert resolve_reference("registry:ner@1", several) == versions[0]
+
+
+@pytest.mark.usefixtures("versions")
+def test_absent_version_lists_what_there_is(settings: Settings) -> None:
+    for ref, hint in (("4", "3, 2, 1"), ("staging", "production (2)")):
+        with pytest.raises(RegistryError, match=ref) as caught:
+            resolve_reference(f"registry:ner@{ref}", settings)
+        assert hint in caught.value.hint
+    with pytest.raises(RegistryError, match="'nerd'") as caught:
+        resolve_reference("registry:nerd", settings)
+    assert "ner" in caught.value.hint
+
+
+def test_parsing_imports_nothing_heavy() -> None:
+    assert (
+        heavy_modules_after("from compileflow.loading.references import parse_reference as p; p('registry:a')")
+        == []
+    )
+
+
+@pytest.fixture
+def stored(settings: Settings, tmp_path: Path) -> ModelVersion:
+    """Store a source model and register a version that was compiled from it."""
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "model" / name).write_bytes(name.encode())
+    digest = open_store(settings.resolved_store_uri(), settings).put_folder(tmp_path / "model").digest
+    entry = version_entry("ner", 1).model_copy(update={"source_digest": digest})
+    return open_registry(settings.resolved_registry_uri(), settings).register(entry)
+
+
+def test_source_is_the_model_that_the_version_was_compiled_from(
+    stored: ModelVersion, settings: Settings, tmp_path: Path
+) -> None:
+    source = get_source("registry", settings)
+    assert source.pin("registry:ner@1", None) == (stored.source_uri, None)
+    located = source.locate("registry:ner", None, tmp_path / "work")
+    assert (located.uri, located.revision) == (stored.source_uri, stored.source_revision)
+    assert located.hf_task is HfTask.TOKEN_CLASSIFICATION
+    assert {name: (located.folder / name).read_bytes() for name in located.files} == {
+        name: name.encode() for name in ("config.json", "model.safetensors")
+    }
+
+
+@pytest.mark.usefixtures("versions")
+def test_source_that_left_the_store_says_where_it_came_from(settings: Settings, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="ner 3 is not whole in the store") as caught:
+        get_source("registry", settings).locate("registry:ner", None, tmp_path / "work")
+    assert "hf://owner/name" in caught.value.hint
+
+
+@pytest.mark.usefixtures("stored")
+def test_registered_source_has_no_revision_of_its_own(settings: Settings) -> None:
+    with pytest.raises(SourceError, match="no revision 'main'"):
+        get_source("registry", settings).pin("registry:ner", "main")
+    with pytest.raises(SourceError, match="'live'"):
+        get_source("registry", settings).pin("registry:ner@live", None)
+
+
+def test_fetching_a_registered_source_keeps_its_lineage(settings: Settings, tiny_model: ModelFactory) -> None:
+    store_uri = settings.resolved_store_uri()
+    model = tiny_model(HfTask.TOKEN_CLASSIFICATION)
+    first = fetch_source(str(model), None, store_uri=store_uri, settings=settings)
+    source = {"source_uri": first.uri, "source_revision": first.revision, "source_digest": first.digest}
+    entry = version_entry("ner", 1).model_copy(update=source)
+    open_registry(settings.resolved_registry_uri(), settings).register(entry)
+    again = fetch_source("registry:ner@1", None, store_uri=store_uri, settings=settings)
+    assert (again.uri, again.revision, again.digest) == (first.uri, first.revision, first.digest)
+    assert again.hf_task is HfTask.TOKEN_CLASSIFICATION

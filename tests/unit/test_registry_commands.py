@@ -1,0 +1,199 @@
+"""promote, lineage, pull, gc: the commands that look at or change what is registered."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from compileflow.catalog import open_registry, open_store
+from compileflow.cli import app
+from compileflow.digests import folder_digest, list_files
+from compileflow.loading.artifacts import open_artifact
+from compileflow.settings import Settings, get_settings
+from compileflow.testing.registries import version_entry
+from compileflow.versions import ModelRegistry, VersionEntry
+
+OLD_ARTIFACT = Path(__file__).parents[1] / "artifacts" / "v2-openvino"
+
+
+@pytest.fixture
+def registry(settings: Settings) -> ModelRegistry:
+    return open_registry(settings.resolved_registry_uri())
+
+
+@pytest.fixture
+def both(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
+    """Two registries, the second of which has other numbers."""
+    uris = (f"sqlite:///{tmp_path / 'first.db'}", f"sqlite:///{tmp_path / 'second.db'}")
+    monkeypatch.setenv("COMPILEFLOW_REGISTRY_URI", ", ".join(uris))
+    get_settings.cache_clear()
+    open_registry(uris[1]).register(version_entry("ner", 99))
+    for uri in uris:
+        open_registry(uri).register(version_entry("ner", 1))
+    return uris
+
+
+def call(*words: str) -> Result:
+    return CliRunner().invoke(app, list(words))
+
+
+def one_line(result: Result, *parts: str) -> None:
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    for part in ("error: ", *parts):
+        assert part in result.stderr
+
+
+def stored(settings: Settings, name: str = "old") -> VersionEntry:
+    """Store an artifact and return the entry of it."""
+    there = open_store(settings.resolved_store_uri()).put_folder(OLD_ARTIFACT)
+    return version_entry(name, 1).model_copy(update={"artifact_uri": there.uri, "artifact_digest": there.digest})
+
+
+def test_promote_moves_the_same_artifact_in_every_registry(both: tuple[str, str]) -> None:
+    done = call("promote", "ner", "1", "--stage", "production", "--reason", "it is quicker")
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        f"ner version 1 is now production in {both[0]}",
+        f"ner version 2 is now production in {both[1]}",
+    ]
+    digest = version_entry("ner", 1).artifact_digest
+    for uri in both:
+        version = open_registry(uri).get("ner", "production")
+        assert version.artifact_digest == digest
+        (change,) = open_registry(uri).promotions("ner", version.version)
+        assert (change.stage, change.reason) == ("production", "it is quicker")
+        assert change.who
+
+
+def test_promote_leaves_out_a_registry_that_has_not_the_artifact(both: tuple[str, str]) -> None:
+    open_registry(both[0]).register(version_entry("ner", 5))
+    done = call("promote", "ner", "2", "--stage", "staging", "--json")
+    assert list(json.loads(done.stdout)) == [both[0]]
+
+
+def test_warned_version_is_promoted_only_by_force_and_with_a_reason(registry: ModelRegistry) -> None:
+    registry.register(version_entry("ner", 1).model_copy(update={"verdict": "warn"}))
+    words = ("promote", "ner", "1", "--stage", "production")
+    one_line(call(*words), "has the verdict warn", "takes only pass", "--force")
+    one_line(call(*words, "--force"), "without a reason")
+    assert registry.get("ner", 1).stage == "none"
+    assert call(*words, "--force", "--reason", "the old one is worse").exit_code == 0
+    assert registry.get("ner", "production").version == 1
+    # Taking it out of service needs no force.
+    assert call("promote", "ner", "1", "--stage", "archived").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (("promote", "ner", "1", "--stage", "live"), ("'live' is no stage", "staging, production")),
+        (("promote", "ner", "7", "--stage", "staging"), ("no version 7", "1")),
+        (("promote", "nor", "1", "--stage", "staging"), ("no model 'nor'", "ner")),
+        (("lineage", "ner", "7"), ("no version 7", "1")),
+        (("lineage", "ner", "production"), ("production",)),
+        (("pull", "ner@production", "out"), ("production",)),
+        (("pull", "ner@soon", "out"), ("'soon' is neither the number of a version nor a stage",)),
+        (("pull", "../ner", "out"), ("names no registered model",)),
+        (("mirror", "file:///a", "toaster:1"), ("Unknown artifact store 'toaster'", "s3")),
+    ],
+)
+def test_wrong_name_number_or_stage_is_one_line_that_says_what_there_is(
+    registry: ModelRegistry, words: tuple[str, ...], parts: tuple[str, ...]
+) -> None:
+    registry.register(version_entry("ner", 1))
+    one_line(call(*words), *parts)
+
+
+def test_lineage_shows_source_artifact_report_promotions_and_siblings(registry: ModelRegistry) -> None:
+    for number in (1, 2):
+        registry.register(version_entry("ner", number))
+    registry.set_stage("ner", 1, "staging", who="ann", reason="try it")
+    entry = version_entry("ner", 1)
+    tree = call("lineage", "ner", "staging").stdout
+    wanted = (
+        f"source {entry.source_uri} at {entry.source_revision}", f"digest {entry.source_digest}",
+        "ner version 1 for onnx-runtime, staging",
+        f"artifact {entry.artifact_uri}", f"digest {entry.artifact_digest}",
+        f"report {entry.report_uri}, verdict pass", f"digest {entry.report_digest}",
+        "ann made it staging: try it", "ner version 2 for onnx-runtime",
+    )  # fmt: skip
+    positions = [tree.find(words) for words in wanted]
+    assert -1 not in positions, tree
+    assert positions == sorted(positions)
+    found = json.loads(call("lineage", "ner", "1", "--json").stdout)
+    assert found["promotions"][0]["reason"] == "try it"
+    assert [each["version"] for each in found["siblings"]] == [2]
+
+
+@pytest.mark.parametrize("reference", ["old", "old@1", "old@production", "registry:old@production"])
+def test_pull_writes_the_artifact_that_was_registered(
+    settings: Settings, registry: ModelRegistry, tmp_path: Path, reference: str
+) -> None:
+    entry = stored(settings)
+    registry.register(entry)
+    registry.set_stage("old", 1, "production", who="ann")
+    done = call("pull", reference, str(tmp_path / "out"))
+    assert done.exit_code == 0, done.stderr
+    assert entry.artifact_digest in done.stdout
+    assert folder_digest(list_files(tmp_path / "out", only=names(OLD_ARTIFACT))) == entry.artifact_digest
+    one_line(call("pull", reference, str(tmp_path / "out")), "is not empty")
+
+
+def test_pull_refuses_what_is_not_the_registered_digest(
+    settings: Settings, registry: ModelRegistry, tmp_path: Path
+) -> None:
+    entry = stored(settings)
+    registry.register(entry.model_copy(update={"artifact_digest": "f" * 64}))
+    one_line(call("pull", "old", str(tmp_path / "out")), "asked for was ffffffffffff")
+    assert not (tmp_path / "out").exists()
+
+
+def test_registered_name_is_a_location_like_any_other(settings: Settings, registry: ModelRegistry) -> None:
+    entry = stored(settings)
+    registry.register(entry)
+    for location in ("registry:old", "registry:old@1", f"{settings.resolved_registry_uri()}#old"):
+        assert open_artifact(location).digest == entry.artifact_digest
+
+
+def test_gc_keeps_what_is_registered_in_any_registry_and_says_what_it_deleted(
+    settings: Settings, tmp_path: Path, both: tuple[str, str]
+) -> None:
+    store = open_store(settings.resolved_store_uri())
+    kept = stored(settings, "kept")
+    open_registry(both[1]).register(kept)
+    (tmp_path / "left").mkdir()
+    (tmp_path / "left" / "weights").write_bytes(bytes(2_000_000))
+    lost = store.put_folder(tmp_path / "left").digest
+    assert "would delete 1 folders and 1 blobs, 2.0 MB" in call("gc", "--min-age-days", "0", "--dry-run").stdout
+    assert "deleted 0 folders" in call("gc").stdout
+    assert store.exists(lost)
+    assert "deleted 1 folders and 1 blobs, 2.0 MB" in call("gc", "--min-age-days", "0").stdout
+    assert list(store.list()) == [kept.artifact_digest]
+
+
+def test_gc_stops_when_a_registry_cannot_be_asked(settings: Settings, tmp_path: Path) -> None:
+    store = open_store(settings.resolved_store_uri())
+    digest = store.put_folder(OLD_ARTIFACT).digest
+    broken = tmp_path / "registry.db"
+    broken.write_bytes(b"this is not a database" * 100)
+    one_line(call("gc", "--min-age-days", "0", "--registry", f"sqlite:///{broken}"), "not a database")
+    assert store.exists(digest)
+
+
+def test_mirror_copies_what_is_not_there_yet(settings: Settings, tmp_path: Path) -> None:
+    digest = open_store(settings.resolved_store_uri()).put_folder(OLD_ARTIFACT).digest
+    there = (tmp_path / "there").as_uri()
+    for _ in range(2):
+        done = call("mirror", settings.resolved_store_uri(), there)
+        assert done.exit_code == 0, done.stderr
+        assert "has 1 folders" in done.stdout
+    assert open_store(there).exists(digest)
+
+
+def names(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
