@@ -103,6 +103,10 @@ class IntegrityError(StoreError):
     """Bytes differ from their digest, a file is missing, or a path leaves its folder."""
 
 
+class SignatureError(CompileflowError):
+    """What is said of an artifact is not signed by a trusted key, is on another artifact, or was altered."""
+
+
 class ManifestError(CompileflowError):
     """A manifest.json is absent, unreadable or of an unknown schema_version."""
 

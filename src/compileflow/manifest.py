@@ -6,13 +6,15 @@ import json
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
 from compileflow.digests import SHA256, FileRecord, list_files, safe_relative_path
 from compileflow.errors import IntegrityError, ManifestError
 from compileflow.spec import CompileSpec, HfTask, Precision, ShapeBucket
 
 MANIFEST_NAME = "manifest.json"
+# What is said of an artifact travels beside its files and is none of them: it names the artifact's digest.
+ATTESTATIONS_NAME = "attestations.intoto.jsonl"
 SCHEMA_VERSION: Literal[3] = 3
 _READABLE = (1, 2, 3)
 
@@ -97,6 +99,13 @@ class ArtifactManifest(_Record):
     files: tuple[FileRecord, ...] = Field(description="Every file but manifest.json itself.")
     calibration: CalibrationRecord | None = Field(None, description="Where the precision was calibrated.")
 
+    @field_validator("files")
+    @classmethod
+    def _attestations_are_no_file(cls, files: tuple[FileRecord, ...]) -> tuple[FileRecord, ...]:
+        if any(record.path == ATTESTATIONS_NAME for record in files):
+            raise ValueError(f"{ATTESTATIONS_NAME} is no file of an artifact")
+        return files
+
     @property
     def hf_task(self) -> HfTask:
         """Hub task that the artifact serves."""
@@ -153,6 +162,8 @@ def read_manifest(folder: Path) -> ArtifactManifest:
 def verify_folder(folder: Path) -> tuple[ArtifactManifest, tuple[FileRecord, ...]]:
     """Check every file of an artifact against its manifest, before anything is deserialised.
 
+    The file of attestations is passed over, and changes no digest.
+
     Returns:
         The manifest, and the records of all files with manifest.json, whose digest is the artifact's.
 
@@ -163,6 +174,7 @@ def verify_folder(folder: Path) -> tuple[ArtifactManifest, tuple[FileRecord, ...
     manifest = read_manifest(folder)
     found = {record.path: record for record in list_files(folder)}
     own = found.pop(MANIFEST_NAME)
+    found.pop(ATTESTATIONS_NAME, None)
     hint = "Do not load this artifact; fetch it again."
     for record in manifest.files:
         have = found.pop(record.path, None)

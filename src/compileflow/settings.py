@@ -56,6 +56,9 @@ class Settings(BaseSettings):
     s3_secret_access_key: SecretStr | None = Field(None, description="Its secret; never logged.")
     s3_session_token: SecretStr | None = Field(None, description="Its session token, where it has one.")
     s3_files_at_once: int = Field(8, ge=1, le=64, description="Files that are sent or fetched at once.")
+    s3_lease_s: float = Field(
+        60.0, ge=1, description="Seconds after which a lock counts as free whose holder was killed."
+    )
     neptune_api_token: SecretStr | None = Field(
         None, validation_alias="NEPTUNE_API_TOKEN", description="Token of the Neptune server; never logged."
     )
@@ -71,6 +74,9 @@ class Settings(BaseSettings):
     signing_key_password: SecretStr | None = Field(None, description="Its password; never logged.")
     trusted_keys: str | None = Field(
         None, description="Public keys (PEM files, commas between) whose signatures count."
+    )
+    require_signature: bool = Field(
+        False, description="Load only artifacts whose provenance and verdict a trusted key signed."
     )
 
     @property

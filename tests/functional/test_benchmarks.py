@@ -1,4 +1,4 @@
-"""The benchmarks run, each on a small model, as they are run by hand: from the repository's root."""
+"""The benchmarks run, each on little, as they are run by hand: from the repository's root."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ SCRIPTS = {
     "exp_text_stream": ("--sentences", "50", "--among", "torchscript", "--tokens", str(MAX_TOKENS)),
     "exp_wrapper_overhead": ("--blocks", "2", "--calls", "4", "--target", "torchscript"),
 }
+S3_THROUGHPUT = "exp_s3_throughput"
 
 
 @pytest.mark.slow
@@ -29,16 +30,7 @@ def test_benchmark_runs_from_the_repository_and_prints_a_table_and_json(
     settings: Settings, tiny_model: ModelFactory, name: str
 ) -> None:
     model = tiny_model(HfTask.FEATURE_EXTRACTION)
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, f"benchmarks/{name}.py", "--model", str(model), *SCRIPTS[name]],
-        cwd=ROOT,
-        env=environment | {"COMPILEFLOW_HOME": str(settings.home_dir)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_benchmark(name, "--model", str(model), *SCRIPTS[name], settings=settings)
     answer = json.loads(done.stdout)
     assert answer["environment"]["torch"]
     compiled = [result for result in answer["results"] if "torchscript" in result]
@@ -47,5 +39,29 @@ def test_benchmark_runs_from_the_repository_and_prints_a_table_and_json(
         assert f"| {result} |" in done.stderr
 
 
+def test_s3_benchmark_compares_the_store_with_boto3_both_ways(settings: Settings) -> None:
+    done = run_benchmark(S3_THROUGHPUT, "--megabytes", "2", "--files", "10", "--rounds", "1", settings=settings)
+    answer = json.loads(done.stdout)
+    assert answer["environment"]["moto"]
+    assert answer["size_bytes"] == pytest.approx(2e6, abs=20)
+    assert all(answer["times_as_fast"][way] > 0 for way in ("up", "down"))
+    for result in answer["results"]:
+        assert f"| {result} |" in done.stderr
+
+
+def run_benchmark(name: str, *arguments: str, settings: Settings) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, f"benchmarks/{name}.py", *arguments],
+        cwd=ROOT,
+        env=environment | {"COMPILEFLOW_HOME": str(settings.home_dir)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 def test_every_benchmark_is_run_here() -> None:
-    assert set(SCRIPTS) == {path.stem for path in (ROOT / "benchmarks").glob("exp_*.py")}
+    assert {*SCRIPTS, S3_THROUGHPUT} == {path.stem for path in (ROOT / "benchmarks").glob("exp_*.py")}

@@ -5,7 +5,8 @@
         ...  # a client that talks to proxy.url
         assert sum(request.body_size for request in proxy.seen) < 2000
 
-Bodies are streamed: what is in memory is one block a connection.
+Bodies are streamed: what is in memory is one block a connection. Just over 300 lines, as the faults are of no use
+without the one handler that commits them.
 """
 
 from __future__ import annotations

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compileflow.catalog import get_target
 from compileflow.digests import list_files
 from compileflow.manifest import MANIFEST_NAME, read_manifest
 from compileflow.spec import CompileSpec, ComponentSpec, HfTask, ShapeBucket
-from compileflow.steps.build import build_artifact
 from compileflow.steps.prove import prove_artifact
+from tests.compiles import build_once
 
 BUCKETS = {
     modality: tuple(ShapeBucket(batch_size=rows, sequence_length=length) for rows, length in shapes)
@@ -39,12 +40,13 @@ class Proof:
 def compile_here(
     source_dir: Path, out_dir: Path, *, target: str, hf_task: HfTask, max_sequence_length: int | None = None
 ) -> Path:
-    """Compile for real, in this process, with one thread; `out_dir` must not exist."""
+    """Compile for real, once a run, in this process, with one thread; `out_dir` must not exist."""
     out_dir.mkdir(parents=True)
-    buckets = () if max_sequence_length else BUCKETS[hf_task.modality]
+    dynamic = get_target(target).capabilities.dynamic_axes
+    buckets = () if max_sequence_length or dynamic else BUCKETS[hf_task.modality]
     component = ComponentSpec(shape_buckets=buckets, max_sequence_length=max_sequence_length)
     spec = CompileSpec(target=target, hf_task=hf_task, components=(component,))
-    build_artifact(
+    build_once(
         {
             "source_dir": str(source_dir),
             "out_dir": str(out_dir),

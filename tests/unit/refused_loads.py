@@ -1,6 +1,7 @@
 """Loads that must be refused: what is wrong with each, what was asked, and what the error says.
 
-Nothing here imports a runtime, so that a fresh process can show that no refusal does.
+Nothing here imports a runtime, so that a fresh process can show that no refusal does. It is long since it is one
+table.
 """
 
 from __future__ import annotations
@@ -16,9 +17,18 @@ import pytest
 
 import compileflow
 from compileflow import cpu
-from compileflow.errors import CompileflowError, IntegrityError, LoadError, ManifestError, SpecError
-from compileflow.manifest import MANIFEST_NAME
+from compileflow.errors import (
+    CompileflowError,
+    IntegrityError,
+    LoadError,
+    ManifestError,
+    SignatureError,
+    SpecError,
+)
+from compileflow.manifest import ATTESTATIONS_NAME, MANIFEST_NAME
+from compileflow.provenance.envelopes import write_bundle
 from compileflow.spec import ShapeBucket
+from tests.unit.attested_artifacts import altered, attest, envelopes_for, make_keys, small_artifact
 
 GRAPH = "components/default/model.pt"
 KINDS = ("CompiledTokenizer", "CompiledModel", "CompiledPipeline")
@@ -43,6 +53,35 @@ def of_component(**record: Any) -> Callable[[Path], None]:
     return rewrite_manifest(lambda data: data["components"]["default"].update(record))
 
 
+def signed(by: str | None = "trusted", **said: Any) -> Callable[[Path], None]:
+    """Say of an artifact what a run would, signed by a new key; the trusted one's file is TRUSTED."""
+
+    def sign(folder: Path) -> None:
+        keys = {name: make_keys(folder.parent, name) for name in ("trusted", "stranger")}
+        attest(folder, keys[by] if by else None, **said)
+
+    return sign
+
+
+def signed_then(change: Callable[[Path], object]) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        signed()(folder)
+        change(folder)
+
+    return spoil
+
+
+def alter_verdict(folder: Path) -> None:
+    keys = make_keys(folder.parent, "trusted")
+    provenance, verdict = envelopes_for(folder, keys)
+    write_bundle(folder, [provenance, altered(verdict, '"failedTests":[]', '"failedTests":["rel_l2"]')])
+
+
+def sign_another(folder: Path) -> None:
+    keys = make_keys(folder.parent, "trusted")
+    write_bundle(folder, envelopes_for(small_artifact(folder.parent / "other"), keys))
+
+
 @dataclass(frozen=True)
 class Refusal:
     """A load that must be refused.
@@ -51,7 +90,7 @@ class Refusal:
         error: Its class.
         says: Pattern of its text.
         spoil: What is done to a sound artifact before.
-        asked: Arguments of from_pretrained.
+        asked: Arguments of from_pretrained; `require_signature` names a file beside the artifact.
         location: Given the artifact's folder, what is loaded.
         installed: Distributions that look installed in other versions than they are.
         flags: What the CPU can do, when it is another than this one.
@@ -68,6 +107,7 @@ class Refusal:
 
 
 TRUST = {"trust": True}
+TRUSTED = {"require_signature": "trusted.pub"}
 REFUSALS = {
     "no folder": Refusal(ManifestError, r"has no manifest\.json", location=lambda folder: f"{folder}/nothing"),
     "a file": Refusal(ManifestError, "is not a folder", location=lambda folder: f"{folder}/{GRAPH}"),
@@ -150,6 +190,39 @@ REFUSALS = {
         IntegrityError,
         "holds no folder",
         location=lambda folder: f"{(folder.parent / 'store').as_uri()}/manifests/sha256/{'a' * 64}.json",
+    ),
+    "attestations among the files": Refusal(
+        ManifestError,
+        "attestations.intoto.jsonl is no file of an artifact",
+        rewrite_manifest(lambda data: data["files"][0].update(path=ATTESTATIONS_NAME)),
+    ),
+    "nothing said": Refusal(
+        SignatureError,
+        "has no provenance statement.*COMPILEFLOW_SIGNING_KEY",
+        signed_then(lambda folder: (folder / ATTESTATIONS_NAME).unlink()),
+        TRUSTED,
+    ),
+    "not signed": Refusal(SignatureError, "no trusted key signed the provenance", signed(None), TRUSTED),
+    "signed by a stranger": Refusal(
+        SignatureError, "no trusted key signed the provenance; trusted are: ", signed("stranger"), TRUSTED
+    ),
+    "signed, on another artifact": Refusal(SignatureError, "is on another artifact", sign_another, TRUSTED),
+    "signed, and the verdict altered": Refusal(SignatureError, "The verdict was altered", alter_verdict, TRUSTED),
+    "signed, on another source model": Refusal(
+        SignatureError, "differ on the source model", signed(source="1" * 64), TRUSTED
+    ),
+    "signed, and failed": Refusal(SignatureError, "the signed verdict is FAILED", signed(outcome="fail"), TRUSTED),
+    "signed, and altered, trusted": Refusal(
+        SignatureError,
+        "is on another artifact.*Do not load",
+        signed_then(lambda folder: (folder / GRAPH).write_bytes(b"altered")),
+        {**TRUST, **TRUSTED},
+    ),
+    "no key to trust": Refusal(
+        SpecError, "no key is trusted.*COMPILEFLOW_TRUSTED_KEYS", signed(), {"require_signature": True}
+    ),
+    "no key": Refusal(
+        SpecError, "cannot be used as a public key", signed(), {"require_signature": "artifact/config.json"}
     ),
     "unknown component": Refusal(LoadError, r"no component 'word'.*It has: default", asked={"component": "word"}),
     "another task": Refusal(

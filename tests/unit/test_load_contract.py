@@ -26,6 +26,7 @@ from compileflow.stores.local import LocalStore
 from compileflow.testing.shared import shared_folder
 from compileflow.testing.targets import compiled_folder
 from tests.conftest import ModelFactory
+from tests.unit.attested_artifacts import attest, make_keys
 from tests.unit.refused_loads import GRAPH, REFUSALS, Refusal, attempt, pretend_installed, rewrite_manifest
 
 ROOT = Path(__file__).parents[2]
@@ -78,9 +79,12 @@ def prepared(sound: Path, root: Path, refusal: Refusal) -> dict[str, Any]:
         pretend_installed(root / "installed", name, version)
     if refusal.flags:
         (root / "cpuinfo").write_text(f"flags\t\t: {refusal.flags}\n", "utf-8")
+    asked = dict(refusal.asked)
+    if isinstance(asked.get("require_signature"), str):
+        asked["require_signature"] = str(root / asked["require_signature"])
     return {
         "location": refusal.location(folder),
-        "asked": dict(refusal.asked),
+        "asked": asked,
         "installed": str(root / "installed"),
         "cpuinfo": str(root / "cpuinfo" if refusal.flags else cpu.CPUINFO),
     }
@@ -191,10 +195,22 @@ def test_garbage_whose_digest_is_right_reaches_the_runtime(sound: Path, tmp_path
         CompiledModel.from_pretrained(folder)
 
 
+def test_signed_artifact_is_loaded_and_a_stranger_among_the_keys_does_no_harm(sound: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(sound, tmp_path / "artifact"))
+    keys = make_keys(tmp_path)
+    attest(folder, keys)
+    asked = {"require_signature": [make_keys(tmp_path, "stranger").public, keys.public]}
+    assert CompiledTokenizer.from_pretrained(folder, **asked)("a")["input_ids"]
+    pipeline = CompiledPipeline.from_pretrained(folder, **asked)
+    assert pipeline("the end") == CompiledPipeline.from_pretrained(sound)("the end")
+    again = CompiledModel.from_pretrained(pipeline.save_pretrained(tmp_path / "saved"), **asked)
+    assert again.artifact.attested == CompiledModel.from_pretrained(folder, **asked).artifact.attested
+
+
 def test_artifact_is_loaded_by_its_digest_or_the_beginning_of_it(
     sound: Path, settings: Settings, tmp_path: Path
 ) -> None:
-    stored = LocalStore((tmp_path / "store").as_uri()).put_folder(sound)
+    stored = LocalStore((tmp_path / "store").as_uri(), settings).put_folder(sound)
     for location in (sound, stored.uri):
         for digest in (stored.digest, stored.digest[:12]):
             assert open_artifact(location, digest=digest, settings=settings).digest == stored.digest
@@ -205,7 +221,7 @@ def test_artifact_is_loaded_by_its_digest_or_the_beginning_of_it(
 def test_altered_cache_is_refused_whoever_is_trusted(
     sound: Path, settings: Settings, tmp_path: Path, trust: bool
 ) -> None:
-    stored = LocalStore((tmp_path / "store").as_uri()).put_folder(sound)
+    stored = LocalStore((tmp_path / "store").as_uri(), settings).put_folder(sound)
     cached = open_artifact(stored.uri, settings=settings).folder
     # The manifest agrees with the files, so that only the digest in the URI can tell.
     rewrite_manifest(lambda data: data["source"].update(revision="another"))(cached)

@@ -406,7 +406,7 @@ def test_store_uri_is_fetched_once_into_the_local_cache(
     artifact: Path, settings: Settings, tmp_path: Path
 ) -> None:
     root = tmp_path / "store"
-    stored = LocalStore(root.as_uri()).put_folder(artifact)
+    stored = LocalStore(root.as_uri(), settings).put_folder(artifact)
     pipeline = CompiledPipeline.from_pretrained(stored.uri)
     cached = settings.home_dir / "artifacts" / stored.digest
     shutil.rmtree(root)

@@ -121,7 +121,9 @@ def pull(
 ) -> None:
     """Fetch a registered version's artifact into a folder, every byte checked."""
     from compileflow.loading.artifacts import copy_artifact, open_artifact
+    from compileflow.loading.attestations import attestations_of
     from compileflow.loading.references import parse_reference, resolve_reference
+    from compileflow.provenance.envelopes import write_bundle
     from compileflow.settings import get_settings
 
     settings = get_settings()
@@ -129,6 +131,8 @@ def pull(
     version = resolve_reference(text, settings)
     artifact = open_artifact(version.artifact_uri, digest=version.artifact_digest, settings=settings)
     out = copy_artifact(artifact, folder)
+    # What was fetched before its validation came without the verdict.
+    write_bundle(out, attestations_of(version.artifact_uri, settings=settings))
     if as_json:
         typer.echo(json.dumps({"folder": str(out), "version": version.model_dump(mode="json")}, indent=1))
     else:

@@ -12,10 +12,14 @@ from compileflow.catalog import get_target, open_store, target_names
 from compileflow.contracts import Device, Runner, Target
 from compileflow.cpu import missing_features
 from compileflow.errors import LoadError, ManifestError, SpecError, StoreError
+from compileflow.loading.references import parse_reference, resolve_reference
 from compileflow.loading.runtime import check_runtime
+from compileflow.loading.signatures import RequireSignature, check_signed, required_keys
 from compileflow.loading.verification import check_folder, check_is_digest, check_same
 from compileflow.manifest import ArtifactManifest, ComponentRecord
 from compileflow.process_state import undisturbed_process
+from compileflow.provenance.envelopes import stored_envelopes, write_bundle
+from compileflow.provenance.verify import Attested
 from compileflow.settings import Settings, get_settings
 from compileflow.workspace import os_errors, work_folder
 
@@ -35,12 +39,14 @@ class OpenArtifact:
         manifest: What was made.
         digest: The folder's own, of what is there.
         verified: False only with trust=True: a file was altered, or is not in the manifest.
+        attested: What trusted keys signed of it; None where no signature was required.
     """
 
     folder: Path
     manifest: ArtifactManifest
     digest: str
     verified: bool
+    attested: Attested | None = None
 
     def component(self, name: str) -> ComponentRecord:
         """Return one component's record.
@@ -115,36 +121,56 @@ def split_uri(uri: str) -> tuple[str, str]:
     if match is None:
         raise ManifestError(
             f"{uri!r} is neither an artifact folder nor an artifact URI.",
-            hint="Give a folder, or STORE/manifests/sha256/DIGEST.json as `compileflow versions` shows it.",
+            hint="Give a folder, registry:NAME, or STORE/manifests/sha256/DIGEST.json as `compileflow versions` has it.",
         )
     return match["store"], match["digest"]
 
 
 def open_artifact(
-    location: str | Path, *, digest: str | None = None, trust: bool = False, settings: Settings | None = None
+    location: str | Path,
+    *,
+    digest: str | None = None,
+    trust: bool = False,
+    require_signature: RequireSignature = None,
+    settings: Settings | None = None,
 ) -> OpenArtifact:
-    """Open an artifact by folder or by URI; a URI is fetched once and kept in the local cache.
+    """Open an artifact by folder, URI or registered name; what is not here is fetched once and kept in a cache.
 
     Args:
-        location: Folder, or STORE/manifests/sha256/DIGEST.json.
+        location: Folder, STORE/manifests/sha256/DIGEST.json, or a version's name as registry:NAME@production,
+            registry:NAME@3, or REGISTRY_URI#NAME@3; without @ the newest.
         digest: The artifact's own, or its first 12 digits and more. None: the one in the URI, if it is one.
         trust: Open it although files were altered or added, with a warning in the log. Compiled files are native
             code, which then runs with the caller's rights.
-        settings: Where the cache is. None: as configured.
+        require_signature: True refuses what no trusted key signed; so do public keys' PEM files, which are trusted
+            instead. None: as the settings say.
+        settings: Where the cache is, and which keys are trusted. None: as configured.
 
     Raises:
         ManifestError: there is no manifest, or of an unknown schema_version.
         IntegrityError: a file is missing, altered, unlisted or outside the folder, or the digest another.
-        SpecError: `digest` is no digest.
+        RegistryError: the registry has no such version, or did not answer.
+        SpecError: `digest` is no digest, or a signature is required and no key can be used.
+        SignatureError: one is required, and provenance or verdict lack it, are on another artifact, or the verdict
+            is neither PASSED nor WARNED.
     """
     text = str(location)
+    settings = settings or get_settings()
+    keys = required_keys(require_signature, settings)
+    store_uri = None
     if digest is not None:
         check_is_digest(digest)
+    if parse_reference(text) is not None:
+        version = resolve_reference(text, settings)
+        if digest is not None:
+            check_same(text, version.artifact_digest, digest, hint=_OTHER_DIGEST)
+        # Whatever stands at that URI, what was registered is this digest.
+        text, digest = version.artifact_uri, version.artifact_digest
     if "://" in text:
         store_uri, named = split_uri(text)
         if digest is not None:
             check_same(text, named, digest, hint=_OTHER_DIGEST)
-        folder = _fetched(store_uri, named, settings or get_settings())
+        folder = _fetched(store_uri, named, settings)
         checked = check_folder(folder, trust=trust, hint=_FETCH_CACHED)
         check_same(str(folder), checked.digest, named, hint=_FETCH_CACHED)
     else:
@@ -153,11 +179,14 @@ def open_artifact(
         checked = check_folder(folder, trust=trust, hint=_TRUST if digest is None else _FETCH)
         if digest is not None:
             check_same(str(folder), checked.digest, digest, hint=_OTHER_DIGEST)
-    return OpenArtifact(folder, checked.manifest, checked.digest, checked.verified)
+    attested = None
+    if keys is not None:
+        attested = check_signed(folder, checked, keys, store_uri=store_uri, settings=settings)
+    return OpenArtifact(folder, checked.manifest, checked.digest, checked.verified, attested)
 
 
 def copy_artifact(artifact: OpenArtifact, dest: str | Path) -> Path:
-    """Copy an artifact's files into `dest`, which must be empty or absent."""
+    """Copy an artifact's files, and what is said of it, into `dest`, which must be empty or absent."""
     out = Path(dest).expanduser().absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise StoreError(f"{out} is not empty.", hint="Choose another folder.")
@@ -166,12 +195,20 @@ def copy_artifact(artifact: OpenArtifact, dest: str | Path) -> Path:
     return out
 
 
+def cached_folder(digest: str, settings: Settings) -> Path:
+    """Return where the local cache has an artifact, if it has it."""
+    return settings.home_dir / "artifacts" / digest
+
+
 def _fetched(store_uri: str, digest: str, settings: Settings) -> Path:
-    folder = settings.home_dir / "artifacts" / digest
+    folder = cached_folder(digest, settings)
     if not folder.exists():
+        store = open_store(store_uri, settings)
         with work_folder(settings.work_dir, label="fetch") as work:
-            open_store(store_uri).get_folder(digest, work / "artifact")
+            store.get_folder(digest, work / "artifact")
+            said = stored_envelopes(store, digest)
             with os_errors(folder, "write to"):
+                write_bundle(work / "artifact", said)
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 try:
                     (work / "artifact").replace(folder)

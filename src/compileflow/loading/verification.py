@@ -7,9 +7,15 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from compileflow.digests import folder_digest, list_files
+from compileflow.digests import FileRecord, folder_digest, list_files
 from compileflow.errors import IntegrityError, SpecError
-from compileflow.manifest import MANIFEST_NAME, ArtifactManifest, read_manifest, verify_folder
+from compileflow.manifest import (
+    ATTESTATIONS_NAME,
+    MANIFEST_NAME,
+    ArtifactManifest,
+    read_manifest,
+    verify_folder,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +54,7 @@ def check_folder(folder: Path, *, trust: bool, hint: str) -> CheckedFolder:
         return CheckedFolder(manifest, folder_digest(files), verified=True)
     except IntegrityError as error:
         # Both raise again what no trust excuses: a path or a link that leaves the folder.
-        manifest, files = read_manifest(folder), list_files(folder)
+        manifest, files = read_manifest(folder), artifact_files(folder)
         listed = {record.path: record for record in manifest.files}
         if listed.keys() - {record.path for record in files}:
             raise
@@ -63,6 +69,11 @@ def check_folder(folder: Path, *, trust: bool, hint: str) -> CheckedFolder:
         ", ".join(unverified),
     )
     return CheckedFolder(manifest, folder_digest(files), verified=False)
+
+
+def artifact_files(folder: Path) -> tuple[FileRecord, ...]:
+    """Hash the files that an artifact's digest is made of: all but what is said of it."""
+    return tuple(record for record in list_files(folder) if record.path != ATTESTATIONS_NAME)
 
 
 def check_is_digest(text: str) -> None:

@@ -15,6 +15,7 @@ from compileflow.contracts import Arrays, Device
 from compileflow.errors import InputError, LoadError
 from compileflow.loading.artifacts import OpenArtifact, copy_artifact, open_artifact
 from compileflow.loading.graph import LoadedGraph
+from compileflow.loading.signatures import RequireSignature
 from compileflow.spec import ShapeBucket
 
 # What a transformers model takes besides tensors; True would need outputs that the graph does not have.
@@ -58,6 +59,7 @@ class CompiledModel:
         buckets: Sequence[ShapeBucket] | None = None,
         digest: str | None = None,
         trust: bool = False,
+        require_signature: RequireSignature = None,
     ) -> CompiledModel:
         """Load from an artifact's folder or URI, after checking every digest.
 
@@ -70,13 +72,15 @@ class CompiledModel:
             digest: The artifact's own, or its first 12 digits and more; any other is refused.
             trust: Load although files were altered or added, with a warning in the log. Compiled files are native
                 code, which then runs with your rights.
+            require_signature: True refuses an artifact whose provenance and verdict no trusted key signed; so do
+                public keys' PEM files, which are trusted instead. None: as COMPILEFLOW_REQUIRE_SIGNATURE says.
 
         Raises:
-            ManifestError, IntegrityError: refused before anything is deserialised.
+            ManifestError, IntegrityError, SignatureError: refused before anything is deserialised.
             LoadError: it cannot run here; the hint says what is missing.
         """
         return cls.from_artifact(
-            open_artifact(location, digest=digest, trust=trust),
+            open_artifact(location, digest=digest, trust=trust, require_signature=require_signature),
             component=component,
             device=device,
             threads=threads,

@@ -12,6 +12,7 @@ from typing import Any
 from compileflow.contracts import Device
 from compileflow.errors import LoadError, SpecError
 from compileflow.loading.artifacts import OpenArtifact, copy_artifact, open_artifact
+from compileflow.loading.signatures import RequireSignature
 from compileflow.serving.model import CompiledModel
 from compileflow.serving.question_answering import QuestionAnsweringPipeline
 from compileflow.serving.sentence_embedding import SentenceEmbeddingPipeline
@@ -110,6 +111,7 @@ class CompiledPipeline:
         buckets: Sequence[ShapeBucket] | None = None,
         digest: str | None = None,
         trust: bool = False,
+        require_signature: RequireSignature = None,
         **pipeline_settings: Any,
     ) -> CompiledPipeline:
         """Load from an artifact's folder or URI, after checking every digest.
@@ -125,13 +127,15 @@ class CompiledPipeline:
             digest: The artifact's own, or its first 12 digits and more; any other is refused.
             trust: Load although files were altered or added, with a warning in the log. Compiled files are native
                 code, which then runs with your rights.
+            require_signature: True refuses an artifact whose provenance and verdict no trusted key signed; so do
+                public keys' PEM files, which are trusted instead. None: as COMPILEFLOW_REQUIRE_SIGNATURE says.
             **pipeline_settings: As `transformers.pipeline` takes them, for example `batch_size` or `top_k`.
 
         Raises:
-            ManifestError, IntegrityError: refused before anything is deserialised.
+            ManifestError, IntegrityError, SignatureError: refused before anything is deserialised.
             LoadError: it cannot run here, or serves another task.
         """
-        artifact = open_artifact(location, digest=digest, trust=trust)
+        artifact = open_artifact(location, digest=digest, trust=trust, require_signature=require_signature)
         served = served_task(artifact, task)
         model = CompiledModel.from_artifact(
             artifact, component=component, device=device, threads=threads, buckets=buckets

@@ -12,6 +12,7 @@ from typing import Any
 
 from compileflow.errors import LoadError, SpecError, StoreError
 from compileflow.loading.artifacts import OpenArtifact, copy_artifact, open_artifact
+from compileflow.loading.signatures import RequireSignature, requires_signature
 from compileflow.manifest import MANIFEST_NAME
 from compileflow.sources.files import kind_of
 from compileflow.workspace import os_errors
@@ -77,7 +78,13 @@ class CompiledTokenizer:
 
     @classmethod
     def from_pretrained(
-        cls, location: str | Path, *, component: str = "default", digest: str | None = None, trust: bool = False
+        cls,
+        location: str | Path,
+        *,
+        component: str = "default",
+        digest: str | None = None,
+        trust: bool = False,
+        require_signature: RequireSignature = None,
     ) -> CompiledTokenizer:
         """Load from an artifact's folder or URI, after checking every digest, or from a saved tokenizer's folder.
 
@@ -86,17 +93,25 @@ class CompiledTokenizer:
             component: Whose longest input the tokenizer truncates to.
             digest: The artifact's own, or its first 12 digits and more; any other is refused.
             trust: Load although files were altered or added, with a warning in the log.
+            require_signature: True refuses an artifact whose provenance and verdict no trusted key signed, and a
+                saved tokenizer, which nobody signs; so do public keys' PEM files, which are trusted instead.
+                None: as COMPILEFLOW_REQUIRE_SIGNATURE says.
 
         Raises:
-            ManifestError, IntegrityError: it is neither, or was altered.
+            ManifestError, IntegrityError, SignatureError: it is neither, was altered, or is not signed.
             LoadError: the artifact has no tokenizer, or the saved settings cannot be read.
         """
         folder = Path(location).expanduser()
         # An artifact that lost its manifest is no saved tokenizer.
-        is_artifact = digest is not None or any((folder / name).exists() for name in (MANIFEST_NAME, "components"))
+        is_artifact = (
+            digest is not None
+            or requires_signature(require_signature)
+            or any((folder / name).exists() for name in (MANIFEST_NAME, "components"))
+        )
         if not is_artifact and (folder / "tokenizer_config.json").exists():
             return cls._from_folder(folder)
-        return cls.from_artifact(open_artifact(location, digest=digest, trust=trust), component=component)
+        artifact = open_artifact(location, digest=digest, trust=trust, require_signature=require_signature)
+        return cls.from_artifact(artifact, component=component)
 
     @classmethod
     def _from_folder(cls, folder: Path) -> CompiledTokenizer:

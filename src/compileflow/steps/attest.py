@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compileflow.contracts import ArtifactStore
+from compileflow.contracts import ArtifactStore, StoredFolder
 from compileflow.errors import SignatureError
 from compileflow.manifest import read_manifest
 from compileflow.provenance.envelopes import RECORDS, put_statement
@@ -25,7 +25,7 @@ from compileflow.provenance.statements import (
 )
 from compileflow.provenance.verify import Attested, verify_attestations
 from compileflow.settings import Settings
-from compileflow.validation.report import Report
+from compileflow.validation.report import REPORT_JSON, Report
 
 if TYPE_CHECKING:
     from securesystemslib.signer import CryptoSigner, SSlibKey
@@ -40,14 +40,12 @@ class Attester:
         signer: None leaves statements unsigned.
         trusted: Keys whose earlier statements stand, besides the signer's own.
         threads: Of the step.
-        started: When it began.
     """
 
     store: ArtifactStore
     signer: CryptoSigner | None
     trusted: tuple[SSlibKey, ...]
     threads: int
-    started: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     @classmethod
     def of(cls, store: ArtifactStore, settings: Settings) -> Attester:
@@ -61,20 +59,28 @@ class Attester:
         others = configured_keys(settings) if signer is not None else ()
         return cls(store, signer, load_public_keys(others) if others else (), settings.threads)
 
-    def compiled(self, folder: Path, digest: str) -> None:
+    def compiled(self, folder: Path, digest: str, *, started: datetime) -> None:
         """Say how the artifact in `folder`, stored already, was made."""
-        run = CompileRun(str(uuid.uuid4()), self.started, datetime.now(UTC), self.threads)
+        run = CompileRun(str(uuid.uuid4()), started, datetime.now(UTC), self.threads)
         put_statement(self.store, digest, provenance_statement(read_manifest(folder), digest, run), self.signer)
 
-    def validated(self, digest: str, report: Report, *, report_digest: str, report_uri: str) -> None:
-        """Say what the validation of an artifact found; the report is stored already."""
+    def validated(self, digest: str, report_dir: Path, *, stored: StoredFolder, source_digest: str) -> None:
+        """Say what the validation of an artifact found.
+
+        Args:
+            digest: The artifact's.
+            report_dir: With report.json.
+            stored: The same folder in the store.
+            source_digest: Of the source model that the artifact was compared with.
+        """
+        report = Report.model_validate_json((report_dir / REPORT_JSON).read_bytes())
         judged = Judged(
             outcome=report.verdict.outcome,
             gates={gate.gate: gate.outcome for gate in report.verdict.gates},
             suite_digest=report.suite_digest,
-            source_digest=report.subject.source_digest,
-            report_digest=report_digest,
-            report_uri=report_uri,
+            source_digest=source_digest,
+            report_digest=stored.digest,
+            report_uri=stored.uri,
         )
         put_statement(self.store, digest, verdict_statement(digest, judged), self.signer)
 
@@ -90,24 +96,32 @@ class Attester:
             report: Digest of the report that was found. A later validation may have had the last word since.
         """
         why, attested = self._lack(digest, VERDICT_TYPE)
-        if why or attested is None or attested.verdict is None or report_digest(attested.verdict.statement) == report:
+        if (
+            why
+            or attested is None
+            or attested.verdict is None
+            or report_digest(attested.verdict.statement) == report
+        ):
             return why
         signed = _record(self.store, digest, VERDICT_TYPE).get("signatures")
         return "" if signed and self.signer is None else "the last verdict on this artifact is another one"
 
     def _lack(self, digest: str, kind: str) -> tuple[str, Attested | None]:
-        name, envelope = RECORDS[kind], _record(self.store, digest, kind)
-        if not envelope:
-            return f"the store has no {name} statement of it", None
+        name = RECORDS[kind]
         own = (self.signer.public_key,) if self.signer is not None else ()
         try:
             attested = verify_attestations(
-                digest, [envelope], trusted_keys=(*own, *self.trusted), require_signature=False
+                digest,
+                filter(None, [_record(self.store, digest, kind)]),
+                trusted_keys=(*own, *self.trusted),
+                require_signature=False,
             )
         except SignatureError as error:
             return error.message.rstrip("."), None
-        if (own and not attested.signed_by) or (attested.provenance or attested.verdict) is None:
-            return f"its {name} statement is not signed by a key that is trusted here", None
+        if (attested.provenance or attested.verdict) is None:
+            return f"the store has no {name} statement on it", None
+        if own and not attested.signed_by:
+            return f"its {name} statement is not signed by this run's key or one that is trusted", None
         return "", attested
 
 

@@ -70,6 +70,7 @@ def find_or_make(
     make: Callable[[str], Value],
     say: Callable[[str], None],
     keep: Callable[[Value], bool] = lambda value: True,
+    lacks: Callable[[Value], str] = lambda value: "",
 ) -> tuple[Value, bool]:
     """Return the answer for a key and whether it was there; make it if not, once for all who ask.
 
@@ -81,9 +82,10 @@ def find_or_make(
         make: Makes the answer; given the reason why it was not there.
         say: Told in one line why there was no answer, or that another run is making it.
         keep: Says whether an answer may be given again to the next who asks.
+        lacks: Says why an answer that was there has to be made again; '' if it has not.
     """
     value = find(store, key, kind, digest_fields=digest_fields)
-    if value is not None:
+    if value is not None and not lacks(value):
         return value, True
 
     def say_waiting() -> None:
@@ -91,9 +93,10 @@ def find_or_make(
 
     with store.lock(f"{key.step}/{key.digest}", on_wait=say_waiting):
         value = find(store, key, kind, digest_fields=digest_fields)
-        if value is not None:
+        lack = "" if value is None else lacks(value)
+        if value is not None and not lack:
             return value, True
-        reason = why_missed(store, key)
+        reason = lack or why_missed(store, key)
         say(f"not cached: {reason}")
         value = make(reason)
         if not keep(value):

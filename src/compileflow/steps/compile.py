@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from compileflow.settings import Settings
 from compileflow.source_graph import task_of_architecture
 from compileflow.sources.files import kind_of
 from compileflow.spec import CompileSpec, ComponentSpec, HfTask, Precision
+from compileflow.steps.attest import Attester
 from compileflow.steps.cache import CacheKey, find, find_or_make, why_missed
 from compileflow.steps.calibration import Calibration, load_calibration
 from compileflow.steps.request import AUTO, CompileRequest
@@ -51,11 +53,13 @@ def compile_artifact(
         on_progress: Called with one line a stage.
 
     Raises:
-        SpecError: the request does not fit the target or the model.
+        SpecError: the request does not fit the target or the model, or the signing key cannot be used.
         CompileError, TargetUnavailableError: the toolchain refused or died, or is missing.
+        SignatureError: a signing key is set, and securesystemslib is missing.
         StepOffError: the step is off and the store has no such artifact.
     """
     store = open_store(store_uri, settings)
+    attester = Attester.of(store, settings)
     with store.open_folder(source.digest) as folder:
         spec = spec_of(request, folder, card_task=source.hf_task)
         target = checked_target(spec)
@@ -80,10 +84,16 @@ def compile_artifact(
                 "threads": settings.threads,
                 "calibration": calibration.to_json() if calibration else None,
             }
-            return _compile(store, child, key, reason, request.timeouts.compile_s, settings, on_progress)
+            return _compile(attester, child, key, reason, request.timeouts.compile_s, settings, on_progress)
 
         value, cached = find_or_make(
-            store, key, CompiledArtifact, digest_fields=("digest",), make=make, say=on_progress
+            store,
+            key,
+            CompiledArtifact,
+            digest_fields=("digest",),
+            make=make,
+            say=on_progress,
+            lacks=lambda found: attester.lacks_provenance(found.digest),
         )
     if cached:
         return value.model_copy(update={"cached": True, "why": "every part of its key is unchanged"})
@@ -197,7 +207,7 @@ def compile_key(
 
 
 def _compile(
-    store: ArtifactStore,
+    attester: Attester,
     child: Mapping[str, Any],
     key: CacheKey,
     reason: str,
@@ -205,6 +215,7 @@ def _compile(
     settings: Settings,
     on_progress: Callable[[str], None],
 ) -> CompiledArtifact:
+    started = datetime.now(UTC)
     with work_folder(settings.work_dir, label=STEP) as work:
         out_dir = work / "artifact"
         out_dir.mkdir()
@@ -224,7 +235,8 @@ def _compile(
                 f"The toolchain of {name} died: {error.message}", hint=error.hint, log_path=error.log_path
             ) from error
         on_progress("storing the artifact")
-        stored = store.put_folder(out_dir)
+        stored = attester.store.put_folder(out_dir)
+        attester.compiled(out_dir, stored.digest, started=started)
     return CompiledArtifact(
         uri=stored.uri,
         digest=stored.digest,

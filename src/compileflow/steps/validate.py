@@ -13,6 +13,7 @@ from compileflow.isolation import run_isolated
 from compileflow.manifest import read_manifest
 from compileflow.settings import Settings
 from compileflow.spec import HfTask
+from compileflow.steps.attest import Attester
 from compileflow.steps.cache import CacheKey, find_or_make
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
 from compileflow.toolchain import installed_versions
@@ -51,11 +52,13 @@ def validate_artifact(
     Raises:
         MeasurementError: the comparison could not be made.
         ProcessError: the compiled model took its process down.
+        SpecError, SignatureError: as `compile_artifact`, where a signing key is set.
         StepOffError: the step is off and the store has no report on this artifact.
     """
     store = open_store(store_uri, settings)
     if not enabled:
         return _reuse(store, artifact)
+    attester = Attester.of(store, settings)
     with ExitStack() as stack:
         source_dir = stack.enter_context(store.open_folder(source.digest))
         artifact_dir = stack.enter_context(store.open_folder(artifact.digest))
@@ -92,6 +95,7 @@ def validate_artifact(
                     on_progress=on_progress,
                 ).value
                 stored = store.put_folder(work / "report")
+                attester.validated(artifact.digest, work / "report", stored=stored, source_digest=source.digest)
             value = ValidatedArtifact(
                 artifact_digest=artifact.digest,
                 report_uri=stored.uri,
@@ -111,6 +115,7 @@ def validate_artifact(
             make=make,
             say=on_progress,
             keep=lambda made: made.outcome in ("pass", "warn"),
+            lacks=lambda found: attester.lacks_verdict(artifact.digest, found.report_digest),
         )
     if cached:
         return value.model_copy(update={"cached": True, "why": "every part of its key is unchanged"})

@@ -1,31 +1,28 @@
-"""file://: an artifact store in a folder.
-
-Layout: blobs/sha256/ab/<sha256>, manifests/sha256/<digest>.json (written last: the commit mark), and
-records/<kind>/<key>.json, small pointers that may be replaced. tmp/ holds unfinished work, locks/ lock files.
-"""
+"""file://: an artifact store in a folder, in the layout of all stores; tmp/ and locks/ belong to those at work."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
-from pydantic import JsonValue, ValidationError
+from pydantic import JsonValue
 
-from compileflow.contracts import StoredFolder
+from compileflow.contracts import Collected, StoredFolder
 from compileflow.digests import FileRecord, file_digest, folder_digest, list_files, listing_bytes
-from compileflow.errors import IntegrityError, SpecError, StoreError
+from compileflow.errors import IntegrityError, SpecError
 from compileflow.settings import Settings
+from compileflow.stores import layout
+from compileflow.stores.collecting import REFRESH_AFTER_S, Aged, collect
 from compileflow.workspace import file_lock, os_errors, work_folder
 
-_DIGEST = re.compile(r"[0-9a-f]{64}")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+# How often a put starts again when a collection took what it relied on.
+_PUTS = 5
 
 
 class LocalStore:
@@ -48,9 +45,17 @@ class LocalStore:
         files = list_files(folder)
         digest = folder_digest(files)
         with os_errors(self.root, "write to the store"), work_folder(self.root / "tmp", label="put") as work:
-            for number, record in enumerate(files):
-                self._put_blob(folder / record.path, record, work / str(number))
-            self._place(listing_bytes(files), self._listing_path(digest), work / "listing")
+            for _ in range(_PUTS):
+                refreshed = [
+                    self._put_blob(folder / record.path, record, work / str(number))
+                    for number, record in enumerate(files)
+                ]
+                refreshed.append(self._put_listing(listing_bytes(files), digest, work / "listing"))
+                # stores/collecting.py says why.
+                if not any(refreshed) or self.exists(digest):
+                    break
+            else:
+                raise layout.collected_meanwhile(self.uri, folder)
         return StoredFolder(self.folder_uri(digest), digest, sum(record.size_bytes for record in files))
 
     def get_folder(self, digest: str, dest: Path) -> tuple[FileRecord, ...]:
@@ -88,39 +93,90 @@ class LocalStore:
 
     def put_record(self, kind: str, key: str, value: Mapping[str, JsonValue]) -> None:
         """Write a pointer; readers see the old one or the new one, never a part."""
-        body = json.dumps(dict(value), sort_keys=True, indent=1).encode()
+        path = self.root / layout.record_key(kind, key)
         with (
             os_errors(self.root, "write to the store"),
             work_folder(self.root / "tmp", label="record") as work,
         ):
-            self._place(body, self._record_path(kind, key), work / "record", replace=True)
+            self._place(layout.record_body(dict(value)), path, work / "record")
 
     def get_record(self, kind: str, key: str) -> dict[str, JsonValue] | None:
         """Read a pointer. One that is not JSON counts as absent."""
         try:
-            data = json.loads(self._record_path(kind, key).read_bytes())
-        except (FileNotFoundError, NotADirectoryError, ValueError):
+            body = (self.root / layout.record_key(kind, key)).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        return data if isinstance(data, dict) else None
+        return layout.parse_record(body)
+
+    def list_records(self, kind: str) -> Iterator[str]:
+        """Yield the keys of all pointers of a kind, sorted."""
+        for path in sorted((self.root / layout.records_key(kind)).glob("*.json")):
+            yield path.stem
 
     def lock(self, key: str, *, on_wait: Callable[[], None]) -> AbstractContextManager[None]:
         """Hold a key alone among all processes that use this folder on this machine."""
         name = hashlib.sha256(key.encode()).hexdigest()[:32]
         return file_lock(self.root / "locks" / f"{name}.lock", on_wait=on_wait)
 
-    def _put_blob(self, path: Path, record: FileRecord, partial: Path) -> None:
-        if self._has_blob(record):
-            return
+    def gc(self, keep: Collection[str], *, min_age_s: float, dry_run: bool = False) -> Collected:
+        """Delete what nobody needs, in the order and with the ages that stores/collecting.py explains.
+
+        Raises:
+            IntegrityError: a listing cannot be read; nothing was deleted.
+            StoreError: the store cannot be written.
+        """
+        with os_errors(self.root, "collect garbage in"):
+            return collect(self, keep, min_age_s=min_age_s, dry_run=dry_run)
+
+    def aged_listings(self) -> Iterator[Aged]:
+        """Yield all listings."""
+        return self._aged(layout.LISTINGS, "*.json")
+
+    def aged_blobs(self) -> Iterator[Aged]:
+        """Yield all blobs."""
+        return self._aged(layout.BLOBS, "??/*")
+
+    def read_listing(self, digest: str) -> tuple[FileRecord, ...] | None:
+        """Return the files of a folder, or None when it has gone."""
+        path = self.root / layout.listing_key(digest)
+        try:
+            body = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return layout.parse_listing(body, digest, str(path))
+
+    def delete_listing(self, digest: str, *, min_age_s: float) -> bool:
+        """Delete a listing if it is still that old."""
+        return _delete_old(self.root / layout.listing_key(digest), min_age_s)
+
+    def delete_blob(self, sha256: str, *, min_age_s: float) -> bool:
+        """Delete a blob if it is still that old."""
+        return _delete_old(self._blob_path(sha256), min_age_s)
+
+    def _aged(self, below: str, pattern: str) -> Iterator[Aged]:
+        for path in sorted((self.root / below).glob(pattern)):
+            if layout.is_digest(path.stem) and (stat := _stat(path)) is not None:
+                yield Aged(path.stem, stat.st_size, time.time() - stat.st_mtime)
+
+    def _put_blob(self, path: Path, record: FileRecord, partial: Path) -> bool:
+        """Copy a file unless it is there, and say whether an old one was found and refreshed."""
+        blob = self._blob_path(record.sha256)
+        if self._has_blob(record) and (refreshed := _refreshed(blob)) is not None:
+            return refreshed
         shutil.copyfile(path, partial)
         if file_digest(partial) != record.sha256:
-            raise StoreError(
-                f"{path} changed while it was being stored.", hint="Run again when nothing writes to it."
-            )
-        self._move(partial, self._blob_path(record.sha256))
+            raise layout.changed_while_stored(path)
+        self._move(partial, blob)
+        return False
 
-    def _place(self, body: bytes, path: Path, partial: Path, *, replace: bool = False) -> None:
-        if path.exists() and not replace:
-            return
+    def _put_listing(self, body: bytes, digest: str, partial: Path) -> bool:
+        path = self.root / layout.listing_key(digest)
+        if path.exists() and (refreshed := _refreshed(path)) is not None:
+            return refreshed
+        self._place(body, path, partial)
+        return False
+
+    def _place(self, body: bytes, path: Path, partial: Path) -> None:
         partial.write_bytes(body)
         self._move(partial, path)
 
@@ -148,54 +204,53 @@ class LocalStore:
     def _write_file(self, record: FileRecord, out: Path, *, link: bool) -> None:
         blob = self._blob_path(record.sha256)
         if not self._has_blob(record) or file_digest(blob) != record.sha256:
-            raise IntegrityError(
-                f"{self.uri}: the blob of {record.path} is absent or altered.",
-                hint="Delete that blob and run again; it will be made anew.",
-            )
+            raise layout.bad_blob(self.uri, record)
         out.parent.mkdir(parents=True, exist_ok=True)
         if link:
-            _link_or_copy(blob, out)
+            layout.link_or_copy(blob, out)
         else:
             shutil.copyfile(blob, out)
 
     def _listing(self, digest: str) -> tuple[FileRecord, ...]:
-        path = self._listing_path(digest)
-        try:
-            body = path.read_bytes()
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise IntegrityError(
-                f"{self.uri} holds no folder {digest[:12]}...",
-                hint="Check the URI; `compileflow versions` lists.",
-            ) from error
-        if hashlib.sha256(body).hexdigest() != digest:
-            raise IntegrityError(f"{path} was altered.", hint="Delete it and run again; it will be made anew.")
-        try:
-            data = json.loads(body)
-            return tuple(FileRecord.model_validate(record) for record in data["files"])
-        except (ValueError, KeyError, TypeError, ValidationError) as error:
-            raise IntegrityError(f"{path} is no listing: {error}.", hint="Do not use this store.") from error
+        files = self.read_listing(digest)
+        if files is None:
+            raise layout.no_folder(self.uri, digest)
+        return files
 
     def _has_blob(self, record: FileRecord) -> bool:
         path = self._blob_path(record.sha256)
         return path.is_file() and path.stat().st_size == record.size_bytes
 
     def _blob_path(self, sha256: str) -> Path:
-        return self.root / "blobs" / "sha256" / sha256[:2] / sha256
-
-    def _listing_path(self, digest: str) -> Path:
-        if not _DIGEST.fullmatch(digest):
-            raise IntegrityError(f"{digest!r} is no digest.", hint="A digest is 64 hex digits.")
-        return self.root / "manifests" / "sha256" / f"{digest}.json"
-
-    def _record_path(self, kind: str, key: str) -> Path:
-        if not _NAME.fullmatch(kind) or not _NAME.fullmatch(key):
-            raise StoreError(f"{kind}/{key} is no record's name.", hint="Use letters, digits, '.', '_' and '-'.")
-        return self.root / "records" / kind / f"{key}.json"
+        return self.root / layout.blob_key(sha256)
 
 
-def _link_or_copy(blob: Path, out: Path) -> None:
+def _stat(path: Path) -> os.stat_result | None:
     try:
-        out.hardlink_to(blob)
-    except OSError:
-        # Another file system, or one without links.
-        shutil.copyfile(blob, out)
+        return path.stat()
+    except FileNotFoundError:
+        # Collected this moment.
+        return None
+
+
+def _refreshed(path: Path) -> bool | None:
+    """Make an old file young again and say whether it was old; None: it cannot be relied on, write it anew."""
+    stat = _stat(path)
+    if stat is None:
+        return None
+    if time.time() - stat.st_mtime < REFRESH_AFTER_S:
+        return False
+    try:
+        os.utime(path)
+    except (FileNotFoundError, PermissionError):
+        # Collected, too, or another user's.
+        return None
+    return True
+
+
+def _delete_old(path: Path, min_age_s: float) -> bool:
+    stat = _stat(path)
+    if stat is None or time.time() - stat.st_mtime < min_age_s:
+        return False
+    path.unlink(missing_ok=True)
+    return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,8 @@ def make_once(folder: Path, make: Callable[[Path], object]) -> Path:
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             made = folder.with_name(f"{folder.name}.made-here")
+            # Of one that failed.
+            shutil.rmtree(made, ignore_errors=True)
             made.mkdir(parents=True)
             make(made)
             made.rename(folder)

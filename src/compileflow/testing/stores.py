@@ -7,10 +7,12 @@ Over 300 lines, because a suite that is inherited is one class.
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
@@ -18,19 +20,20 @@ from urllib.parse import unquote, urlparse
 
 import pytest
 
-from compileflow.contracts import ArtifactStore
-from compileflow.digests import folder_digest, list_files
+from compileflow.contracts import ArtifactStore, Collected
+from compileflow.digests import FileRecord, folder_digest, list_files, listing_bytes
 from compileflow.errors import IntegrityError, StoreError
 from compileflow.testing.processes import at_once, other_process, resolve, say
 
 FILES = {"manifest.json": b'{"schema_version": 1}\n', "default/model.bin": bytes(range(256)) * 400, "empty": b""}
+DAY_S = 86400.0
 
 
 class StoreConformance:
     """Inherit it, and define the fixture `store_uri`: the URI of a new, empty store.
 
     A store that is not in the catalog sets `opener`. A store whose objects are no files below the URI's path
-    also overrides the four `*_object*` methods; their keys are those of the layout, for example
+    also overrides the four `*_object*` methods and `make_old`; their keys are those of the layout, for example
     manifests/sha256/<digest>.json.
     """
 
@@ -75,6 +78,12 @@ class StoreConformance:
     def delete_object(self, uri: str, key: str) -> None:
         """Delete an object, past the store."""
         (_root(uri) / key).unlink()
+
+    def make_old(self, uri: str, key: str, *, seconds: float) -> None:
+        """Let an object look as if it had been put so long ago, past the store."""
+        path = _root(uri) / key
+        then = path.stat().st_mtime - seconds
+        os.utime(path, (then, then))
 
     def test_a_folder_comes_back_as_it_was_put(self, store: ArtifactStore, folder: Path, tmp_path: Path) -> None:
         stored = store.put_folder(folder)
@@ -245,6 +254,84 @@ class StoreConformance:
         with pytest.raises(StoreError, match="record's name"):
             store.put_record(kind, key, {})
 
+    def test_records_are_listed_by_kind(self, store: ArtifactStore) -> None:
+        assert list(store.list_records("cache")) == []
+        for kind, key in (("cache", "a.b"), ("cache", "c"), ("cache-latest", "d")):
+            store.put_record(kind, key, {})
+        assert sorted(store.list_records("cache")) == ["a.b", "c"]
+        with pytest.raises(StoreError, match="record's name"):
+            list(store.list_records("../cache"))
+
+    def test_collection_takes_what_is_old_and_needed_by_nobody(
+        self, store: ArtifactStore, store_uri: str, folder: Path, tmp_path: Path
+    ) -> None:
+        kept = store.put_folder(folder).digest
+        (folder / "added").write_bytes(b"added")
+        gone = store.put_folder(folder)
+        self._make_all_old(store_uri)
+        (folder / "added").write_bytes(b"young")
+        young = store.put_folder(folder).digest
+        before = self.object_stamps(store_uri)
+        would = store.gc({kept}, min_age_s=DAY_S, dry_run=True)
+        assert self.object_stamps(store_uri) == before
+        assert store.gc({kept}, min_age_s=DAY_S) == would
+        assert sorted(store.list()) == sorted([kept, young])
+        assert (would.folders, would.blobs) == (1, 1)
+        assert would.size_bytes == len(b"added") + len(listing_bytes(_with_added(folder, b"added", tmp_path)))
+        store.get_folder(kept, tmp_path / "out")
+        assert store.exists(young)
+        assert not store.exists(gone.digest)
+
+    def test_collection_leaves_what_is_young(self, store: ArtifactStore, store_uri: str, folder: Path) -> None:
+        digest = store.put_folder(folder).digest
+        for key in self.object_stamps(store_uri):
+            self.make_old(store_uri, key, seconds=0.9 * DAY_S)
+        assert store.gc((), min_age_s=DAY_S) == Collected(folders=0, blobs=0, size_bytes=0)
+        assert store.exists(digest)
+
+    def test_collection_without_a_minimum_age_takes_everything_else(
+        self, store: ArtifactStore, store_uri: str, folder: Path
+    ) -> None:
+        store.put_folder(folder)
+        collected = store.gc((), min_age_s=0)
+        assert (collected.folders, collected.blobs) == (1, len(FILES))
+        assert [key for key in self.object_stamps(store_uri) if not key.startswith(("tmp/", "locks/"))] == []
+
+    def test_listing_that_cannot_be_read_stops_the_collection(
+        self, store: ArtifactStore, store_uri: str, folder: Path
+    ) -> None:
+        kept = store.put_folder(folder).digest
+        (folder / "added").write_bytes(b"added")
+        store.put_folder(folder)
+        self.write_object(store_uri, f"manifests/sha256/{kept}.json", b"{")
+        self._make_all_old(store_uri)
+        before = self.object_stamps(store_uri)
+        with pytest.raises(IntegrityError, match=kept):
+            store.gc({kept}, min_age_s=DAY_S)
+        assert self.object_stamps(store_uri) == before
+
+    def test_folder_put_while_garbage_is_collected_is_whole(
+        self, store: ArtifactStore, store_uri: str, folder: Path
+    ) -> None:
+        digest = store.put_folder(folder).digest
+        for _ in range(3):
+            self._make_all_old(store_uri)
+            with ThreadPoolExecutor(2) as threads:
+                collecting = threads.submit(store.gc, (), min_age_s=DAY_S)
+                putting = threads.submit(store.put_folder, folder)
+                collecting.result()
+                assert putting.result().digest == digest
+            assert store.exists(digest)
+
+    def test_put_makes_old_objects_young_so_that_a_later_collection_leaves_them(
+        self, store: ArtifactStore, store_uri: str, folder: Path
+    ) -> None:
+        digest = store.put_folder(folder).digest
+        self._make_all_old(store_uri)
+        store.put_folder(folder)
+        assert store.gc((), min_age_s=DAY_S) == Collected(folders=0, blobs=0, size_bytes=0)
+        assert store.exists(digest)
+
     def test_lock_excludes_another_process_until_it_is_killed(self, store: ArtifactStore, store_uri: str) -> None:
         with other_process("compileflow.testing.stores:hold", self.opener, store_uri, "key") as other:
             assert other.line() == "held"
@@ -271,10 +358,20 @@ class StoreConformance:
         with store.lock("key", on_wait=lambda: waits.append("second")):
             assert waits == []
 
+    def _make_all_old(self, uri: str) -> None:
+        for key in self.object_stamps(uri):
+            self.make_old(uri, key, seconds=2 * DAY_S)
+
     @staticmethod
     def _blob_key(folder: Path, name: str) -> str:
         sha256 = next(record.sha256 for record in list_files(folder, only=[name]))
         return f"blobs/sha256/{sha256[:2]}/{sha256}"
+
+
+def _with_added(folder: Path, body: bytes, tmp_path: Path) -> tuple[FileRecord, ...]:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "added").write_bytes(body)
+    return list_files(copy)
 
 
 def put(opener: str, uri: str, folder: str) -> None:

@@ -28,7 +28,7 @@ import pytest
 
 from compileflow.catalog import get_target
 from compileflow.contracts import Arrays, Runner, Target, TargetOptions
-from compileflow.digests import json_digest, list_files
+from compileflow.digests import list_files
 from compileflow.errors import InputError, LoadError, SpecError
 from compileflow.isolation import run_isolated
 from compileflow.loading.artifacts import OpenArtifact, open_artifact
@@ -36,10 +36,10 @@ from compileflow.manifest import ComponentRecord
 from compileflow.signals import frames_of, shortest_input
 from compileflow.source_graph import SourceGraph, example_inputs, load_source_graph
 from compileflow.spec import GRAPH_TASKS, CompileSpec, ComponentSpec, HfTask, ShapeBucket
-from compileflow.steps.build import build_artifact
 from compileflow.steps.compile import checked_target
+from compileflow.testing.compiles import compile_once
 from compileflow.testing.pipelines import assert_pipeline_answers_like_the_source_models
-from compileflow.testing.shared import make_once, shared_folder
+from compileflow.testing.shared import shared_folder
 from compileflow.testing.state import unchanged_process
 
 TinyModel = Callable[[HfTask], Path]
@@ -87,14 +87,7 @@ def compiled_folder(source_dir: Path, target_name: str, hf_task: HfTask, parent:
         hf_task: Task to compile for.
         parent: Existing folder, the same for all who want to share.
     """
-    request = compile_request(source_dir, target_name, hf_task)
-
-    def make(made: Path) -> None:
-        # Each first compile of a run is looked at: one more would cost as long again.
-        with unchanged_process():
-            build_artifact(request | {"out_dir": str(made)})
-
-    return make_once(parent / f"{source_dir.name}-{target_name}-{json_digest(request)[:12]}", make)
+    return compile_once(compile_request(source_dir, target_name, hf_task), parent)
 
 
 def compile_request(source_dir: Path, target_name: str, hf_task: HfTask) -> dict[str, object]:

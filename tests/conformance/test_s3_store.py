@@ -1,0 +1,51 @@
+"""The S3 store: the suite for all stores, against moto's server over HTTP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from compileflow.settings import get_settings
+from compileflow.testing.stores import StoreConformance
+from tests.services.moto_server import Moto
+
+PREFIX = "some/prefix/"
+
+
+class TestS3Store(StoreConformance):
+    moto: Moto
+    client: Any
+    bucket: str
+
+    @pytest.fixture(autouse=True)
+    def _served(self, moto: Moto, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        # One test waits for the lease of a holder that it killed.
+        monkeypatch.setenv("COMPILEFLOW_S3_LEASE_S", "1")
+        get_settings.cache_clear()
+        type(self).moto, type(self).bucket, type(self).client = moto, bucket, moto.client()
+
+    @pytest.fixture
+    def store_uri(self, bucket: str) -> str:
+        return f"s3://{bucket}/{PREFIX}"
+
+    def object_stamps(self, uri: str) -> dict[str, object]:
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket)
+        return {
+            one["Key"].removeprefix(PREFIX): (one["ETag"], one["LastModified"])
+            for page in pages
+            for one in page.get("Contents", ())
+        }
+
+    def read_object(self, uri: str, key: str) -> bytes:
+        body: bytes = self.client.get_object(Bucket=self.bucket, Key=PREFIX + key)["Body"].read()
+        return body
+
+    def write_object(self, uri: str, key: str, body: bytes) -> None:
+        self.client.put_object(Bucket=self.bucket, Key=PREFIX + key, Body=body)
+
+    def delete_object(self, uri: str, key: str) -> None:
+        self.client.delete_object(Bucket=self.bucket, Key=PREFIX + key)
+
+    def make_old(self, uri: str, key: str, *, seconds: float) -> None:
+        self.moto.age(self.bucket, PREFIX + key, seconds=seconds)

@@ -1,0 +1,237 @@
+"""What is said of an artifact, where it is: beside the files, in the store; and all of it verified at once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compileflow.digests import folder_digest, list_files
+from compileflow.errors import IntegrityError, ManifestError, StoreUnavailableError
+from compileflow.loading import attestations as attestations_module
+from compileflow.loading.artifacts import open_artifact
+from compileflow.loading.attestations import attestations_of, verify_artifact
+from compileflow.loading.verification import artifact_files
+from compileflow.manifest import ATTESTATIONS_NAME, verify_folder
+from compileflow.provenance.envelopes import put_statement, read_bundle, stored_envelopes
+from compileflow.settings import Settings
+from compileflow.stores.local import LocalStore
+from tests.unit.attested_artifacts import (
+    Keys,
+    altered,
+    attest,
+    digest_of,
+    envelopes_for,
+    make_keys,
+    small_artifact,
+    statement_of,
+)
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Keys:
+    return make_keys(tmp_path)
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    return small_artifact(tmp_path / "artifact")
+
+
+@pytest.fixture
+def store(tmp_path: Path, settings: Settings) -> LocalStore:
+    return LocalStore((tmp_path / "store").as_uri(), settings)
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> Path:
+    folder = tmp_path / "report"
+    folder.mkdir()
+    (folder / "report.json").write_text('{"outcome": "pass"}', "utf-8")
+    return folder
+
+
+class TestBesideTheFiles:
+    def test_digest_is_the_same_with_and_without_them(self, artifact: Path) -> None:
+        before = digest_of(artifact)
+        assert before == folder_digest(list_files(artifact))
+        attest(artifact, None)
+        _, files = verify_folder(artifact)
+        assert folder_digest(files) == before == open_artifact(artifact).digest
+        assert folder_digest(list_files(artifact)) != before
+
+    def test_nothing_reads_them_where_no_signature_is_required(self, artifact: Path, settings: Settings) -> None:
+        (artifact / ATTESTATIONS_NAME).write_bytes(b"\xff{")
+        opened = open_artifact(artifact, settings=settings)
+        assert opened.verified
+        assert opened.attested is None
+
+    def test_manifest_that_lists_them_is_refused(self, artifact: Path) -> None:
+        attest(artifact, None)
+        manifest = json.loads((artifact / "manifest.json").read_text("utf-8"))
+        manifest["files"] += [record.model_dump() for record in list_files(artifact, only=[ATTESTATIONS_NAME])]
+        (artifact / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+        with pytest.raises(ManifestError, match=r"files: .*is no file of an artifact"):
+            verify_folder(artifact)
+
+    def test_link_out_under_their_name_is_refused(self, artifact: Path, tmp_path: Path) -> None:
+        (tmp_path / "secret").write_text("secret", "utf-8")
+        (artifact / ATTESTATIONS_NAME).symlink_to(tmp_path / "secret")
+        with pytest.raises(IntegrityError, match="link out of the folder"):
+            verify_folder(artifact)
+
+    def test_same_name_below_a_component_is_a_file_like_any_other(self, artifact: Path) -> None:
+        (artifact / "default" / ATTESTATIONS_NAME).write_text("{}", "utf-8")
+        with pytest.raises(IntegrityError, match="is not in the manifest"):
+            verify_folder(artifact)
+
+    def test_stored_artifact_of_which_nothing_is_said_is_fetched_without_them(
+        self, artifact: Path, store: LocalStore, settings: Settings
+    ) -> None:
+        opened = open_artifact(store.put_folder(artifact).uri, settings=settings)
+        assert artifact_files(opened.folder) == list_files(opened.folder)
+
+
+class TestWhereTheyAre:
+    def test_those_of_a_uri_are_the_stores_and_of_a_folder_its_own(
+        self, artifact: Path, store: LocalStore, settings: Settings, tmp_path: Path
+    ) -> None:
+        stored = store.put_folder(artifact)
+        assert attestations_of(stored.uri, settings=settings) == ()
+        keys = make_keys(tmp_path)
+        for statement in map(statement_of, envelopes_for(artifact, None)):
+            put_statement(store, stored.digest, statement, keys.signer)
+        attest(artifact, None)
+        assert attestations_of(stored.uri, settings=settings) == stored_envelopes(store, stored.digest)
+        assert [each["signatures"] for each in attestations_of(artifact)] == [[], []]
+
+    def test_those_that_were_fetched_do_where_the_store_lost_its_own(
+        self, artifact: Path, store: LocalStore, settings: Settings
+    ) -> None:
+        stored = store.put_folder(artifact)
+        for statement in map(statement_of, envelopes_for(artifact, None)):
+            put_statement(store, stored.digest, statement, None)
+        said = stored_envelopes(store, stored.digest)
+        open_artifact(stored.uri, settings=settings)
+        for kind in ("provenance", "verdict"):
+            (store.root / "records" / kind / f"{stored.digest}.json").unlink()
+        assert attestations_of(stored.uri, settings=settings) == said
+
+
+class TestVerifyArtifact:
+    @pytest.fixture
+    def stored(self, artifact: Path, store: LocalStore, keys: Keys, report: Path) -> str:
+        """A signed artifact in the store, with its report."""
+        uri = store.put_folder(artifact).uri
+        kept = store.put_folder(report)
+        for statement in map(statement_of, envelopes_for(artifact, None, report=kept.digest)):
+            put_statement(store, digest_of(artifact), statement, keys.signer)
+        return uri
+
+    def verify(self, location: str | Path, settings: Settings, keys: Keys, **asked: Any) -> Any:
+        return verify_artifact(location, settings=settings, keys=[keys.public], **asked)
+
+    def test_signed_artifact_of_a_store_is_sound(
+        self, stored: str, artifact: Path, settings: Settings, keys: Keys
+    ) -> None:
+        found = self.verify(stored, settings, keys, require_signature=True)
+        assert (found.digest, found.files) == (digest_of(artifact), 2)
+        assert found.intact
+        assert found.attested
+        assert found.report_intact
+        assert (found.signed_by, found.verdict, found.problems) == ((keys.id,), "PASSED", ())
+
+    def test_folder_is_sound_with_its_report(
+        self, artifact: Path, settings: Settings, keys: Keys, report: Path
+    ) -> None:
+        attest(artifact, keys, report=digest_of(report))
+        assert self.verify(artifact, settings, keys).report_intact is None
+        assert self.verify(artifact, settings, keys, report=report).report_intact is True
+        (report / "report.html").write_text("more", "utf-8")
+        found = self.verify(artifact, settings, keys, report=report)
+        assert found.report_intact is False
+        assert "the verdict stands on" in found.problems[0]
+
+    def test_altered_file_is_found_in_store_and_folder(
+        self, stored: str, artifact: Path, store: LocalStore, settings: Settings, keys: Keys
+    ) -> None:
+        for blob in (store.root / "blobs").rglob("*"):
+            if blob.is_file() and blob.read_bytes() == b"graph":
+                blob.chmod(0o644)
+                blob.write_bytes(b"grapH")
+        in_store = self.verify(stored, settings, keys)
+        assert not in_store.intact
+        assert in_store.signed_by == (keys.id,)
+        assert "model.onnx is absent or altered" in in_store.problems[0]
+        attest(artifact, keys)
+        (artifact / "default" / "model.onnx").write_bytes(b"grapH")
+        in_folder = self.verify(artifact, settings, keys)
+        assert not in_folder.intact
+        file, statements = in_folder.problems
+        assert "model.onnx was altered" in file
+        assert "is on another artifact" in statements
+
+    def test_altered_manifest_is_another_artifact(self, artifact: Path, settings: Settings, keys: Keys) -> None:
+        attest(artifact, keys)
+        manifest = json.loads((artifact / "manifest.json").read_text("utf-8"))
+        manifest["source"]["revision"] = "main"
+        (artifact / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+        found = self.verify(artifact, settings, keys)
+        assert found.intact
+        assert not found.attested
+        assert "is on another artifact" in found.problems[0]
+
+    def test_altered_report_is_found(
+        self, stored: str, store: LocalStore, settings: Settings, keys: Keys, report: Path
+    ) -> None:
+        for blob in (store.root / "blobs").rglob("*"):
+            if blob.is_file() and blob.read_bytes() == (report / "report.json").read_bytes():
+                blob.chmod(0o644)
+                blob.write_bytes(b'{"outcome": "PASS"}')
+        found = self.verify(stored, settings, keys)
+        assert found.report_intact is False
+        assert found.intact
+        assert "report.json is absent or altered" in found.problems[0]
+
+    def test_altered_verdict_is_found(
+        self, stored: str, artifact: Path, store: LocalStore, settings: Settings, keys: Keys
+    ) -> None:
+        record = dict(store.get_record("verdict", digest_of(artifact)) or {})
+        changed = altered(record, '"failedTests":[]', '"failedTests":["x"]')
+        store.put_record("verdict", digest_of(artifact), changed)
+        found = self.verify(stored, settings, keys)
+        assert not found.attested
+        assert "The verdict was altered" in found.problems[0]
+
+    def test_what_is_missing_is_a_problem_only_where_it_is_required(
+        self, artifact: Path, settings: Settings, keys: Keys
+    ) -> None:
+        attest(artifact, None)
+        found = self.verify(artifact, settings, keys)
+        assert found.attested
+        assert (found.signed_by, found.verdict, found.problems) == ((), "PASSED", ())
+        enforced = settings.model_copy(update={"require_signature": True})
+        required = self.verify(artifact, enforced, keys)
+        assert required.attested
+        assert "no trusted key signed the provenance" in required.problems[0]
+
+    def test_what_is_no_artifact_is_an_error(self, tmp_path: Path, settings: Settings, keys: Keys) -> None:
+        with pytest.raises(ManifestError, match="has no manifest"):
+            self.verify(tmp_path, settings, keys)
+
+    def test_store_that_does_not_answer_leaves_what_was_fetched(
+        self, stored: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        fetched = read_bundle(open_artifact(stored, settings=settings).folder)
+
+        def unavailable(*_: Any) -> Any:
+            raise StoreUnavailableError("The store did not answer.")
+
+        monkeypatch.setattr(attestations_module, "open_store", unavailable)
+        assert attestations_of(stored, settings=settings) == fetched
+        shutil.rmtree(settings.home_dir / "artifacts")
+        with pytest.raises(StoreUnavailableError):
+            attestations_of(stored, settings=settings)

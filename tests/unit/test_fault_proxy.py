@@ -1,0 +1,135 @@
+"""The proxy does to a real client what each fault says, and nothing else."""
+
+from __future__ import annotations
+
+import http.client
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.services.fault_proxy import Answer, Corrupt, CutRequest, CutResponse, FaultProxy, Hang, LoseReply
+
+BODY = bytes(range(256)) * 2000
+
+
+class _Echo(BaseHTTPRequestHandler):
+    """Answers with the body that came in, and keeps it."""
+
+    protocol_version = "HTTP/1.1"
+    kept: list[bytes]
+
+    def do_PUT(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.kept.append(body)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def kept() -> list[bytes]:
+    return []
+
+
+@pytest.fixture
+def proxy(kept: list[bytes]) -> Iterator[FaultProxy]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Echo", (_Echo,), {"kept": kept}))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        with FaultProxy(f"http://127.0.0.1:{server.server_port}") as started:
+            yield started
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@contextmanager
+def connection(proxy: FaultProxy) -> Iterator[http.client.HTTPConnection]:
+    parts = urlsplit(proxy.url)
+    opened = http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=10)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+def put(opened: http.client.HTTPConnection, path: str = "/a?b=c", body: object = BODY) -> tuple[int, bytes]:
+    opened.request("PUT", path, body=body)
+    reply = opened.getresponse()
+    return reply.status, reply.read()
+
+
+def test_without_a_fault_everything_passes_on_one_connection(proxy: FaultProxy, kept: list[bytes]) -> None:
+    with connection(proxy) as opened:
+        assert [put(opened), put(opened)] == [(200, BODY)] * 2
+    assert [(one.method, one.path, one.body_size) for one in proxy.seen] == [("PUT", "/a?b=c", len(BODY))] * 2
+    assert kept == [BODY] * 2
+
+
+def test_cut_request_never_reaches_the_server(proxy: FaultProxy, kept: list[bytes]) -> None:
+    proxy.inject(CutRequest(after_bytes=1000))
+    with connection(proxy) as opened, pytest.raises(ConnectionError):
+        put(opened)
+    assert kept == []
+    assert [one.body_size for one in proxy.seen] == [1000]
+
+
+def test_lost_reply_comes_after_the_server_did_it(proxy: FaultProxy, kept: list[bytes]) -> None:
+    proxy.inject(LoseReply())
+    with connection(proxy) as opened, pytest.raises(ConnectionError):
+        put(opened)
+    assert kept == [BODY]
+
+
+def test_cut_reply_ends_before_its_length(proxy: FaultProxy) -> None:
+    proxy.inject(CutResponse(after_bytes=1000))
+    with connection(proxy) as opened, pytest.raises((ConnectionError, http.client.IncompleteRead)):
+        put(opened)
+
+
+def test_corrupted_reply_differs_in_one_byte(proxy: FaultProxy) -> None:
+    proxy.inject(Corrupt())
+    with connection(proxy) as opened:
+        assert put(opened) == (200, b"\xff" + BODY[1:])
+        assert put(opened) == (200, BODY)
+
+
+def test_answer_is_given_without_the_server(proxy: FaultProxy, kept: list[bytes]) -> None:
+    proxy.inject(Answer(503, b"slow down", {"Retry-After": "1"}))
+    with connection(proxy) as opened:
+        assert put(opened) == (503, b"slow down")
+        assert put(opened) == (200, BODY)
+    assert kept == [BODY]
+
+
+def test_hung_request_is_answered_when_its_time_is_over(proxy: FaultProxy) -> None:
+    proxy.inject(Hang(seconds=0.3))
+    began = time.monotonic()
+    with connection(proxy) as opened:
+        assert put(opened) == (200, BODY)
+    assert time.monotonic() - began >= 0.3
+
+
+def test_fault_meets_only_what_it_was_meant_for(proxy: FaultProxy) -> None:
+    proxy.inject(Answer(500), method="GET", times=9)
+    proxy.inject(Answer(500), path="/other", times=9)
+    proxy.inject(Answer(418), path="b=c", times=2, skip=1)
+    with connection(proxy) as opened:
+        assert [put(opened)[0] for _ in range(4)] == [200, 418, 418, 200]
+        assert put(opened, "/other")[0] == 500
+
+
+def test_server_that_is_down_is_a_reset() -> None:
+    with FaultProxy("http://127.0.0.1:9") as proxy, connection(proxy) as opened, pytest.raises(ConnectionError):
+        put(opened)

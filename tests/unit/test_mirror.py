@@ -1,0 +1,119 @@
+"""A mirror has the folders and what is recorded on them, checked on the way; a second run sends nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from compileflow.catalog import open_store
+from compileflow.contracts import ArtifactStore
+from compileflow.digests import list_files
+from compileflow.errors import IntegrityError, SpecError
+from compileflow.settings import Settings, get_settings
+from compileflow.steps.mirror import mirror_store
+from tests.services.fault_proxy import FaultProxy
+from tests.services.moto_server import Moto
+
+
+@pytest.fixture
+def source(settings: Settings, tmp_path: Path) -> ArtifactStore:
+    return open_store((tmp_path / "from").as_uri(), settings)
+
+
+@pytest.fixture
+def to_uri(tmp_path: Path) -> str:
+    return (tmp_path / "to").as_uri()
+
+
+def stored(store: ArtifactStore, tmp_path: Path, text: str) -> str:
+    folder = tmp_path / f"made-{text}"
+    folder.mkdir()
+    (folder / "file").write_text(text)
+    return store.put_folder(folder).digest
+
+
+def report_on(store: ArtifactStore, artifact: str, report: str) -> None:
+    value = {"artifact_digest": artifact, "report_digest": report, "report_uri": store.folder_uri(report)}
+    store.put_record("report-of", artifact, value)
+
+
+def test_second_run_to_s3_sends_nothing(
+    source: ArtifactStore, tmp_path: Path, moto: Moto, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact, report = stored(source, tmp_path, "artifact"), stored(source, tmp_path, "report")
+    report_on(source, artifact, report)
+    to_uri = f"s3://{bucket}/mirror"
+    with FaultProxy(moto.url) as proxy:
+        monkeypatch.setenv("COMPILEFLOW_S3_ENDPOINT_URL", proxy.url)
+        get_settings.cache_clear()
+        assert mirror_store(source.uri, to_uri, settings=get_settings()) == 2
+        sent = [one for one in proxy.seen if one.method == "PUT"]
+        # Two blobs, two listings, one record.
+        assert len(sent) == 5
+        assert mirror_store(source.uri, to_uri, settings=get_settings()) == 2
+        assert [one for one in proxy.seen if one.method == "PUT"] == sent
+        mirror = open_store(to_uri, get_settings())
+        assert sorted(mirror.list()) == sorted([artifact, report])
+        record = mirror.get_record("report-of", artifact)
+        assert record is not None
+        assert record["report_uri"] == mirror.folder_uri(report)
+        mirror.get_folder(artifact, tmp_path / "out")
+    assert list_files(tmp_path / "out") == list_files(tmp_path / "made-artifact")
+
+
+def test_one_folder_brings_the_report_on_it_and_nothing_else(
+    source: ArtifactStore, tmp_path: Path, to_uri: str, settings: Settings
+) -> None:
+    artifact, report = stored(source, tmp_path, "artifact"), stored(source, tmp_path, "report")
+    other = stored(source, tmp_path, "other")
+    report_on(source, artifact, report)
+    report_on(source, other, report)
+    lines: list[str] = []
+    assert mirror_store(source.uri, to_uri, settings=settings, digests=[artifact], on_progress=lines.append) == 2
+    mirror = open_store(to_uri, settings)
+    assert sorted(mirror.list()) == sorted([artifact, report])
+    assert list(mirror.list_records("report-of")) == [artifact]
+    assert lines == [f"folder 1 of 2: {artifact[:12]}", f"folder 2 of 2: {report[:12]}"]
+
+
+def test_cache_records_stay_where_they_were_made(
+    source: ArtifactStore, tmp_path: Path, to_uri: str, settings: Settings
+) -> None:
+    artifact = stored(source, tmp_path, "artifact")
+    for kind in ("compile", "compile-latest", "provenance", "verdict"):
+        source.put_record(kind, artifact, {"kind": kind})
+    mirror_store(source.uri, to_uri, settings=settings)
+    mirror = open_store(to_uri, settings)
+    assert mirror.get_record("provenance", artifact) == {"kind": "provenance"}
+    assert mirror.get_record("verdict", artifact) == {"kind": "verdict"}
+    assert mirror.get_record("compile", artifact) is None
+
+
+def test_signed_statement_is_not_replaced_by_one_that_is_not(
+    source: ArtifactStore, tmp_path: Path, to_uri: str, settings: Settings
+) -> None:
+    artifact = stored(source, tmp_path, "artifact")
+    mirror = open_store(to_uri, settings)
+    signed = {"payload": "a", "signatures": [{"sig": "s"}]}
+    mirror.put_record("provenance", artifact, signed)
+    source.put_record("provenance", artifact, {"payload": "b", "signatures": []})
+    mirror_store(source.uri, to_uri, settings=settings)
+    assert mirror.get_record("provenance", artifact) == signed
+
+
+def test_altered_folder_is_not_copied(
+    source: ArtifactStore, tmp_path: Path, to_uri: str, settings: Settings
+) -> None:
+    digest = stored(source, tmp_path, "artifact")
+    blob = next(path for path in (tmp_path / "from" / "blobs").rglob("*") if path.is_file())
+    blob.chmod(0o644)
+    blob.write_text("ARTIFACT")
+    with pytest.raises(IntegrityError, match="altered"):
+        mirror_store(source.uri, to_uri, settings=settings)
+    assert not open_store(to_uri, settings).exists(digest)
+
+
+def test_store_is_no_mirror_of_itself(source: ArtifactStore, settings: Settings) -> None:
+    with pytest.raises(SpecError, match="into itself"):
+        mirror_store(source.uri, f"{source.uri}/", settings=settings)

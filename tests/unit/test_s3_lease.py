@@ -1,0 +1,89 @@
+"""The lock on S3 is kept as long as its holder lives, by the server's clock, and its loss is told."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+import pytest
+
+from compileflow.settings import get_settings
+from compileflow.stores.s3 import S3Store
+from tests.services.fault_proxy import FaultProxy, LoseReply
+from tests.services.moto_server import Moto
+
+
+@pytest.fixture
+def store(bucket: str, monkeypatch: pytest.MonkeyPatch) -> S3Store:
+    monkeypatch.setenv("COMPILEFLOW_S3_LEASE_S", "1")
+    get_settings.cache_clear()
+    return S3Store(f"s3://{bucket}/p", get_settings())
+
+
+def leases(store: S3Store) -> list[str]:
+    return [found.key for found in store._objects.list("locks/")]
+
+
+def test_lease_is_renewed_for_longer_than_it_lasts(store: S3Store) -> None:
+    waits: list[str] = []
+    got = threading.Event()
+
+    def take() -> None:
+        with store.lock("key", on_wait=lambda: waits.append("waits")):
+            got.set()
+
+    with store.lock("key", on_wait=lambda: waits.append("first")):
+        other = threading.Thread(target=take)
+        other.start()
+        # More than twice the lease, whose age the server tells to the second.
+        assert not got.wait(3.2)
+    other.join()
+    assert waits == ["waits"]
+    assert leases(store) == []
+
+
+def test_holder_that_loses_its_lease_is_told_goes_on_and_leaves_the_new_one(
+    store: S3Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING), store.lock("key", on_wait=lambda: None):
+        (key,) = leases(store)
+        store._objects.write(key, b'{"holder": "another"}')
+        until = time.monotonic() + 10
+        while "taken over" not in caplog.text:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+    read = store._objects.read(key)
+    assert read is not None
+    assert read[0] == b'{"holder": "another"}'
+
+
+def test_lease_too_old_by_the_servers_clock_is_taken_over(store: S3Store, moto: Moto, bucket: str) -> None:
+    with store.lock("key", on_wait=lambda: None):
+        (key,) = leases(store)
+    store._objects.write(key, b'{"holder": "dead"}')
+    moto.age(bucket, f"p/{key}", seconds=60)
+    waits: list[str] = []
+    with store.lock("key", on_wait=lambda: waits.append("waits")):
+        assert waits == []
+        assert len(leases(store)) == 1
+    assert leases(store) == []
+
+
+def test_lost_replies_do_not_cost_the_lease(
+    store: S3Store, moto: Moto, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with FaultProxy(moto.url) as proxy:
+        monkeypatch.setenv("COMPILEFLOW_S3_ENDPOINT_URL", proxy.url)
+        get_settings.cache_clear()
+        proxied = S3Store(store.uri, get_settings())
+        # The first takes it, the second renews it.
+        proxy.inject(LoseReply(), method="PUT", path="/locks/", times=1)
+        proxy.inject(LoseReply(), method="PUT", path="/locks/", times=1, skip=1)
+        with proxied.lock("key", on_wait=lambda: pytest.fail("it waits for itself")):
+            until = time.monotonic() + 10
+            while sum(one.method == "PUT" for one in proxy.seen) < 5:
+                assert time.monotonic() < until
+                time.sleep(0.05)
+    assert caplog.text == ""
+    assert leases(store) == []

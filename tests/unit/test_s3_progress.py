@@ -1,0 +1,45 @@
+"""A transfer shows itself on a terminal once it has taken a while, and nowhere else."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+
+from compileflow.stores import s3_progress
+from compileflow.stores.s3_progress import TransferProgress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def transfer() -> None:
+    with TransferProgress("storing", 2_000_000) as progress:
+        progress.add(1_000_000)
+        progress.add(1_000_000)
+
+
+def test_terminal_shows_bytes_and_rate_of_a_long_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3_progress, "SHOW_AFTER_S", 0.0)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    transfer()
+    shown = sys.stderr.getvalue()
+    assert "storing" in shown
+    assert "2.0/2.0 MB" in shown
+    assert "/s" in shown
+
+
+def test_short_transfer_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    transfer()
+    assert sys.stderr.getvalue() == ""
+
+
+def test_log_file_gets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3_progress, "SHOW_AFTER_S", 0.0)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    transfer()
+    assert sys.stderr.getvalue() == ""

@@ -1,0 +1,305 @@
+"""Signatures: what is detected, what is refused where one is required, and what a key may be."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+
+from compileflow.errors import IntegrityError, SignatureError, SpecError
+from compileflow.provenance.envelopes import seal
+from compileflow.provenance.keys import load_public_keys, load_signer
+from compileflow.provenance.verify import check_report, verify_attestations
+from compileflow.settings import Settings
+from tests.services.secrets import SIGNING_PASSWORD
+from tests.unit.attested_artifacts import (
+    Envelope,
+    Keys,
+    altered,
+    digest_of,
+    envelopes_for,
+    make_keys,
+    signed_by_both,
+    small_artifact,
+    statement_of,
+)
+
+Change = Callable[[list[Envelope]], list[Envelope]]
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Keys:
+    return make_keys(tmp_path)
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    return small_artifact(tmp_path / "artifact")
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> Path:
+    folder = tmp_path / "report"
+    folder.mkdir()
+    (folder / "report.json").write_text('{"outcome": "pass"}', "utf-8")
+    return folder
+
+
+def check(folder: Path, envelopes: list[Envelope], keys: Keys, *, required: bool = True) -> Any:
+    return verify_attestations(digest_of(folder), envelopes, trusted_keys=keys.trusted, require_signature=required)
+
+
+@pytest.mark.parametrize("kind", ["ed25519", "ecdsa", "rsa"])
+@pytest.mark.parametrize("password", [None, SIGNING_PASSWORD], ids=["bare", "encrypted"])
+def test_statements_that_a_trusted_key_signed_are_accepted(
+    artifact: Path, tmp_path: Path, kind: str, password: str | None
+) -> None:
+    keys = make_keys(tmp_path, kind, kind=kind, password=password)
+    attested = check(artifact, envelopes_for(artifact, keys), keys)
+    assert attested.complete
+    assert attested.signed_by == (keys.id,)
+
+
+def test_warned_artifact_is_accepted(artifact: Path, keys: Keys) -> None:
+    assert check(artifact, envelopes_for(artifact, keys, outcome="warn"), keys).result == "WARNED"
+
+
+def test_two_steps_may_sign_with_two_keys(artifact: Path, keys: Keys, tmp_path: Path) -> None:
+    other = make_keys(tmp_path, "other")
+    envelopes = [envelopes_for(artifact, keys)[0], envelopes_for(artifact, other)[1]]
+    trusted = (*keys.trusted, *other.trusted)
+    attested = verify_attestations(digest_of(artifact), envelopes, trusted_keys=trusted, require_signature=True)
+    assert attested.signed_by == tuple(sorted((keys.id, other.id)))
+    with pytest.raises(SignatureError, match="no trusted key signed the verdict"):
+        check(artifact, envelopes, keys)
+
+
+def test_envelope_with_two_signatures_needs_one_that_is_trusted(
+    artifact: Path, keys: Keys, tmp_path: Path
+) -> None:
+    stranger = make_keys(tmp_path, "stranger")
+    pairs = zip(envelopes_for(artifact, stranger), envelopes_for(artifact, keys), strict=True)
+    envelopes = [signed_by_both(theirs, [ours]) for theirs, ours in pairs]
+    assert [len(envelope["signatures"]) for envelope in envelopes] == [2, 2]
+    assert check(artifact, envelopes, keys).signed_by == (keys.id,)
+    assert check(artifact, envelopes, stranger).signed_by == (stranger.id,)
+    with pytest.raises(SignatureError, match="no trusted key signed the provenance"):
+        check(artifact, envelopes, make_keys(tmp_path, "third"))
+
+
+def test_key_id_is_only_a_hint(artifact: Path, keys: Keys) -> None:
+    envelopes = envelopes_for(artifact, keys)
+    for envelope in envelopes:
+        for signature in envelope["signatures"]:
+            del signature["keyid"]
+    assert check(artifact, envelopes, keys).signed_by == (keys.id,)
+
+
+def test_envelopes_of_other_kinds_are_passed_over(artifact: Path, keys: Keys) -> None:
+    scan = statement_of(envelopes_for(artifact, None)[0]) | {"predicateType": "https://example.com/scan/v1"}
+    strangers = [dict(seal(scan, keys.signer)), {**envelopes_for(artifact, keys)[0], "payloadType": "text/plain"}]
+    assert check(artifact, [*strangers, *envelopes_for(artifact, keys)], keys).complete
+    with pytest.raises(SignatureError, match="has no provenance statement"):
+        check(artifact, strangers, keys)
+
+
+def forged(name: str, change: Callable[[Envelope], Envelope]) -> Change:
+    """Change one of the two envelopes."""
+    number = ("provenance", "verdict").index(name)
+    return lambda envelopes: [change(each) if n == number else each for n, each in enumerate(envelopes)]
+
+
+# Detected whether or not a signature is required.
+FORGERIES: dict[str, tuple[Change, str]] = {
+    "altered verdict": (
+        forged("verdict", lambda each: altered(each, '"result":"PASSED"', '"result":"WARNED"')),
+        "The verdict was altered: the signature of the key",
+    ),
+    "altered provenance": (
+        forged("provenance", lambda each: altered(each, '"threads":2', '"threads":4')),
+        "The provenance was altered",
+    ),
+    "signature of the other payload": (
+        lambda envelopes: [envelopes[0], {**envelopes[1], "signatures": envelopes[0]["signatures"]}],
+        "The verdict was altered",
+    ),
+    "no signature at all under a trusted key's name": (
+        forged(
+            "verdict",
+            lambda each: {**each, "signatures": [{"keyid": each["signatures"][0]["keyid"], "sig": "!"}]},
+        ),
+        "The verdict was altered",
+    ),
+    "two verdicts": (lambda envelopes: [*envelopes, envelopes[1]], "There are two statements of the kind verdict"),
+    "no base64": (forged("verdict", lambda each: {**each, "payload": "?"}), "is no DSSE envelope"),
+    "no payload": (forged("verdict", lambda each: {"signatures": []}), "is no DSSE envelope: KeyError"),
+    "no JSON": (forged("verdict", lambda each: {**each, "payload": "ew=="}), "payload is no JSON"),
+}
+
+
+@pytest.mark.parametrize("required", [False, True])
+@pytest.mark.parametrize("name", FORGERIES)
+def test_forgery_is_detected(artifact: Path, keys: Keys, name: str, required: bool) -> None:
+    change, says = FORGERIES[name]
+    with pytest.raises(SignatureError, match=says):
+        check(artifact, change(envelopes_for(artifact, keys)), keys, required=required)
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_statements_on_another_artifact_are_detected(
+    artifact: Path, keys: Keys, tmp_path: Path, required: bool
+) -> None:
+    other = small_artifact(tmp_path / "other", graph=b"another")
+    says = f"it names {digest_of(other)[:12]}..., this one is {digest_of(artifact)[:12]}"
+    with pytest.raises(SignatureError, match=says):
+        check(artifact, envelopes_for(other, keys), keys, required=required)
+
+
+def test_verdict_on_another_source_model_is_detected(artifact: Path, keys: Keys) -> None:
+    with pytest.raises(SignatureError, match=r"differ on the source model: provenance 5{12}\.\.\., verdict 1{12}"):
+        check(artifact, envelopes_for(artifact, keys, source="1" * 64), keys)
+    with pytest.raises(
+        SignatureError, match=r"differ on the source model: manifest 2{12}\.\.\., provenance 5{12}"
+    ):
+        verify_attestations(
+            digest_of(artifact),
+            envelopes_for(artifact, keys),
+            trusted_keys=keys.trusted,
+            require_signature=True,
+            manifest_source="2" * 64,
+        )
+
+
+def test_verdict_on_no_source_model_is_detected(artifact: Path, keys: Keys) -> None:
+    statement = statement_of(envelopes_for(artifact, None)[1])
+    statement["predicate"]["configuration"] = []
+    envelopes = [envelopes_for(artifact, keys)[0], dict(seal(statement, keys.signer))]
+    with pytest.raises(SignatureError, match=r"differ on the source model: .*verdict none"):
+        check(artifact, envelopes, keys)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda envelopes: [], "has no provenance statement"),
+        (lambda envelopes: envelopes[:1], "has no verdict statement"),
+        (lambda envelopes: envelopes[1:], "has no provenance statement"),
+        (
+            lambda envelopes: [{**each, "signatures": []} for each in envelopes],
+            "no trusted key signed the provenance",
+        ),
+        (lambda envelopes: [envelopes[0], {**envelopes[1], "signatures": "none"}], "signed the verdict"),
+    ],
+)
+def test_what_is_missing_is_refused_only_where_it_is_required(
+    artifact: Path, keys: Keys, change: Change, says: str
+) -> None:
+    envelopes = change(envelopes_for(artifact, keys))
+    check(artifact, envelopes, keys, required=False)
+    with pytest.raises(SignatureError, match=says):
+        check(artifact, envelopes, keys)
+
+
+def test_untrusted_keys_signature_counts_for_nothing(artifact: Path, keys: Keys, tmp_path: Path) -> None:
+    envelopes = envelopes_for(artifact, make_keys(tmp_path, "stranger"))
+    assert check(artifact, envelopes, keys, required=False).signed_by == ()
+    with pytest.raises(SignatureError, match=f"trusted are: {keys.id[:12]}"):
+        check(artifact, envelopes, keys)
+
+
+@pytest.mark.parametrize("outcome", ["fail", "error"])
+def test_signed_verdict_that_does_not_pass_is_refused(artifact: Path, keys: Keys, outcome: Any) -> None:
+    with pytest.raises(SignatureError, match="the signed verdict is FAILED"):
+        check(artifact, envelopes_for(artifact, keys, outcome=outcome), keys)
+
+
+class TestReport:
+    def test_altered_report_is_detected(self, artifact: Path, keys: Keys, report: Path) -> None:
+        attested = check(artifact, envelopes_for(artifact, keys, report=digest_of(report)), keys)
+        check_report(report, attested.verdict.statement)
+        check_report(digest_of(report), attested.verdict.statement)
+        (report / "report.json").write_text('{"outcome": "PASS"}', "utf-8")
+        for altered_report in (report, "0" * 64):
+            with pytest.raises(IntegrityError, match="the verdict stands on"):
+                check_report(altered_report, attested.verdict.statement)
+
+
+class TestKeys:
+    @pytest.mark.parametrize("password", [None, "not-the-password"])
+    def test_wrong_password_is_refused_and_not_shown(self, tmp_path: Path, password: str | None) -> None:
+        path = make_keys(tmp_path, password=SIGNING_PASSWORD).private
+        settings = Settings(signing_key=path, signing_key_password=SecretStr(password) if password else None)
+        with pytest.raises(SpecError, match=r"cannot be used as a private key.*SIGNING_KEY_PASSWORD") as caught:
+            load_signer(settings)
+        assert SIGNING_PASSWORD not in str(caught.value)
+        assert password is None or password not in f"{caught.value} {caught.value.__cause__}"
+
+    def test_password_of_a_key_that_has_none_is_refused(self, keys: Keys) -> None:
+        settings = Settings(signing_key=keys.private, signing_key_password=SecretStr(SIGNING_PASSWORD))
+        with pytest.raises(SpecError, match=r"is not encrypted.*to nothing if it has none"):
+            load_signer(settings)
+
+    def test_file_that_is_no_key_is_refused(self, keys: Keys, tmp_path: Path) -> None:
+        (tmp_path / "notes.txt").write_text("mine", "utf-8")
+        for path in (tmp_path / "notes.txt", keys.public):
+            with pytest.raises(SpecError, match=r"as a private key: .*ed25519, ecdsa or rsa"):
+                load_signer(Settings(signing_key=path))
+        for path in (tmp_path / "notes.txt", keys.private):
+            with pytest.raises(SpecError, match=r"as a public key: .*openssl pkey"):
+                load_public_keys([path])
+
+    def test_key_of_a_kind_that_cannot_sign_is_refused(self, tmp_path: Path) -> None:
+        from cryptography.hazmat.primitives import serialization
+        from cryptography.hazmat.primitives.asymmetric import x25519
+
+        pem = x25519.X25519PrivateKey.generate().private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+        (tmp_path / "x25519.pem").write_bytes(pem)
+        with pytest.raises(SpecError, match="unsupported key"):
+            load_signer(Settings(signing_key=tmp_path / "x25519.pem"))
+
+    def test_absent_file_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(SpecError, match=r"private key .*absent\.pem cannot be read"):
+            load_signer(Settings(signing_key=tmp_path / "absent.pem"))
+        with pytest.raises(SpecError, match=r"public key .*absent\.pub cannot be read"):
+            load_public_keys([tmp_path / "absent.pub"])
+
+    def test_private_key_that_all_can_read_gives_a_warning(
+        self, keys: Keys, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with caplog.at_level(logging.WARNING, "compileflow"):
+            load_signer(keys.settings)
+            assert caplog.messages == []
+            keys.private.chmod(0o644)
+            load_signer(keys.settings)
+        (warning,) = caplog.messages
+        assert "can be read by every user" in warning
+        assert f"chmod 600 {keys.private}" in warning
+
+
+class TestWithoutTheLibrary:
+    @pytest.fixture(autouse=True)
+    def absent(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in list(sys.modules):
+            if name.partition(".")[0] == "securesystemslib":
+                monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, "securesystemslib", None)
+
+    def test_unsigned_statements_are_written_and_checked(self, artifact: Path) -> None:
+        attested = verify_attestations(
+            digest_of(artifact), envelopes_for(artifact, None), trusted_keys=(), require_signature=False
+        )
+        assert attested.complete
+        assert attested.signed_by == ()
+
+    def test_key_that_is_set_says_what_to_install(self, tmp_path: Path) -> None:
+        keys = make_keys(tmp_path)
+        for use in (lambda: load_signer(keys.settings), lambda: load_public_keys([keys.public])):
+            with pytest.raises(SignatureError, match=r"pip install 'compileflow\[signing\]'"):
+                use()
