@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from compileflow.isolation import skip_slow_grammar
 from compileflow.settings import Settings
 from compileflow.workspace import os_errors
 
@@ -43,3 +44,4 @@ def set_embedded_defaults(settings: Settings, *, progress: bool) -> None:
     defaults["PREFECT_LOGGING_LEVEL"] = "INFO" if progress else "CRITICAL"
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    skip_slow_grammar()

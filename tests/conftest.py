@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from compileflow.isolation import skip_slow_grammar
 from compileflow.settings import Settings, get_settings
 from compileflow.spec import HfTask
 from compileflow.testing.shared import make_once, shared_folder
@@ -20,6 +21,7 @@ from tests.services.moto_server import Moto, serve_moto, store_environment
 from tests.services.neptune import Neptune, serve_neptune
 from tests.services.neptune_writer import NeptuneWriter, neptune_writer
 
+skip_slow_grammar()
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Two tests run at once on a small machine; threads that spin for one another would only slow both.
 os.environ["OMP_NUM_THREADS"] = "1"

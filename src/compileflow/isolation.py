@@ -134,9 +134,18 @@ def report_progress(text: str) -> None:
         sys.stdout.flush()
 
 
+def skip_slow_grammar() -> None:
+    """Keep jsonschema from building a grammar of internationalised URLs, which takes two seconds.
+
+    Neptune's client brings it. Prefect, Great Expectations and Neptune import jsonschema; none checks such URLs.
+    """
+    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
+
+
 def child_main() -> None:
     """Entry of the child process."""
     request = json.loads(sys.stdin.buffer.readline())
+    skip_slow_grammar()
     if os.fork() == 0:
         _end_with_parent()
     module, _, name = request["function"].partition(":")

@@ -1,20 +1,23 @@
-"""One Prefect test server for all flow tests."""
+"""Flow tests run in this process, against the test run's Prefect server."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
-from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
-from prefect.testing.utilities import prefect_test_harness
+from prefect.events.worker import EventsWorker
+from prefect.logging.handlers import APILogWorker
+from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+
+from tests.functional.prefect_server import PrefectServer
 
 
 @pytest.fixture(scope="session", autouse=True)
-def prefect_server() -> Iterator[None]:
-    """Start an ephemeral server on a database of its own."""
-    with (
-        prefect_test_harness(server_startup_timeout=120),
-        # Each run would wait a second for its heartbeat thread.
-        temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}),
-    ):
+def flows_on_the_server(prefect_server: PrefectServer) -> Iterator[None]:
+    """Let flows that tests call talk to the server."""
+    # Each run would wait a second for its heartbeat thread.
+    with temporary_settings({PREFECT_API_URL: prefect_server.api_url, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
         yield
+        # What is still under way would find no server.
+        APILogWorker.drain_all()
+        EventsWorker.drain_all()

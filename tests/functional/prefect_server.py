@@ -1,4 +1,4 @@
-"""A real Prefect server and worker on loopback, for as long as a test needs them."""
+"""A real Prefect server on loopback, one for a whole test run, and workers for as long as a test needs them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,15 +85,40 @@ class PrefectServer:
 
 
 @contextmanager
-def running_server(folder: Path, environment: dict[str, str]) -> Iterator[PrefectServer]:
-    """Start a server on a free port and wait until it answers."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    (folder / "prefect").mkdir()
+def shared_server(folder: Path) -> Iterator[PrefectServer]:
+    """Give the one server of a test run: whoever asks first starts it, and the last who leaves ends it.
+
+    A start takes longer than any flow of the tests, as it makes a database with Prefect's whole history.
+
+    Args:
+        folder: The same for all of the run's processes, for this alone.
+    """
+    running, users = folder / "running.json", folder / "users"
+    users.mkdir(parents=True, exist_ok=True)
+    own = users / str(os.getpid())
+    with FileLock(folder / "lock"):
+        if not running.exists():
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            pid = _start(_server_on(port, folder), port)
+            running.write_text(json.dumps({"port": port, "pid": pid}), "utf-8")
+        own.touch()
+    found = json.loads(running.read_text("utf-8"))
+    try:
+        yield _server_on(found["port"], folder)
+    finally:
+        with FileLock(folder / "lock"):
+            own.unlink()
+            # A worker of pytest that was killed has not signed off.
+            if not any(Path(f"/proc/{user.name}").exists() for user in users.iterdir()):
+                running.unlink()
+                os.killpg(found["pid"], signal.SIGKILL)
+
+
+def _server_on(port: int, folder: Path) -> PrefectServer:
     url = f"http://127.0.0.1:{port}/api"
-    own = os.environ | environment
-    own |= {
+    own = os.environ | {
         "PREFECT_HOME": str(folder / "prefect"),
         "PREFECT_API_URL": url,
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -100,16 +127,30 @@ def running_server(folder: Path, environment: dict[str, str]) -> Iterator[Prefec
         "PREFECT_CLI_PROMPT": "false",
         "NO_COLOR": "1",
     }
-    server = PrefectServer(url, own, folder)
-    words = ("server", "start", "--host", "127.0.0.1", "--port", str(port))
-    with server._process("server", *words) as process:
-        deadline = time.monotonic() + 120
-        while True:
-            assert process.poll() is None, (folder / "server.log").read_text()
-            try:
-                if server.call("GET", "/health")[0] == 200:
-                    break
-            except (urllib.error.URLError, ConnectionError):
-                assert time.monotonic() < deadline, (folder / "server.log").read_text()
-            time.sleep(0.3)
-        yield server
+    return PrefectServer(url, own, folder)
+
+
+def _start(server: PrefectServer, port: int) -> int:
+    """Start the server's process, wait until it answers, and return the process's number."""
+    log = server.logs / "server.log"
+    words = ("-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port))
+    to_log = (os.POSIX_SPAWN_OPEN, 1, str(log), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    # Popen would complain of a process that outlives the worker which started it.
+    pid = os.posix_spawn(
+        sys.executable,
+        [sys.executable, *words],
+        server.environment,
+        file_actions=[to_log, (os.POSIX_SPAWN_DUP2, 1, 2)],
+        setpgroup=0,
+    )
+    deadline = time.monotonic() + 120
+    while True:
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0), log.read_text()
+        try:
+            if server.call("GET", "/health")[0] == 200:
+                return pid
+        except (urllib.error.URLError, ConnectionError) as error:
+            if time.monotonic() > deadline:
+                os.killpg(pid, signal.SIGKILL)
+                raise AssertionError(log.read_text()) from error
+        time.sleep(0.3)

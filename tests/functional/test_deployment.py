@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from compileflow.catalog import open_registry
 from compileflow.serving.pipeline import CompiledPipeline
 from compileflow.settings import Settings
 from compileflow.spec import HfTask
-from tests.functional.prefect_server import PrefectServer, running_server
+from tests.functional.prefect_server import PrefectServer
 from tests.models import build_model
 
 pytestmark = pytest.mark.functional
@@ -26,13 +27,15 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]:
-    environment = {"COMPILEFLOW_HOME": str(home), "HF_HUB_OFFLINE": "1"}
-    with running_server(tmp_path_factory.mktemp("prefect"), environment) as running:
-        running.prefect("work-pool", "create", POOL, "--type", "process")
-        running.prefect("--no-prompt", "deploy", "--all", "--prefect-file", "deployments/prefect.yaml")
-        with running.worker(POOL):
-            yield running
+def server(
+    prefect_server: PrefectServer, home: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[PrefectServer]:
+    environment = prefect_server.environment | {"COMPILEFLOW_HOME": str(home)}
+    running = replace(prefect_server, environment=environment, logs=tmp_path_factory.mktemp("worker"))
+    running.prefect("work-pool", "create", POOL, "--type", "process")
+    running.prefect("--no-prompt", "deploy", "--all", "--prefect-file", "deployments/prefect.yaml")
+    with running.worker(POOL):
+        yield running
 
 
 @pytest.fixture(scope="module")

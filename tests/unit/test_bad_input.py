@@ -19,6 +19,7 @@ from compileflow.catalog import open_store
 from compileflow.errors import CompileError, CompileflowError, SpecError, TargetUnavailableError
 from compileflow.settings import Settings
 from compileflow.spec import HfTask
+from compileflow.steps import compile as compile_step
 from compileflow.steps.cache import latest
 from compileflow.steps.compile import compile_artifact
 from compileflow.steps.fetch import fetch_source
@@ -58,6 +59,8 @@ def odd(x):
 """
 DYING = """
 import os, signal, time
+from pathlib import Path
+from types import SimpleNamespace
 from compileflow.contracts import TargetOptions
 from compileflow.targets.torchscript import TorchScriptTarget
 
@@ -80,6 +83,10 @@ class DyingTarget(TorchScriptTarget):
             time.sleep(600)
         os.kill(os.getpid(), getattr(signal, how))
         time.sleep(600)
+
+def compile_alone(request):
+    component = SimpleNamespace(options=request["spec"]["target_options"])
+    DyingTarget().compile(Path(request["source_dir"]), component, Path(request["out_dir"]))
 """
 
 Refused = Callable[..., CompileflowError]
@@ -196,13 +203,15 @@ def dying(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ("SIGABRT", "was killed by SIGABRT", "crashed in native code"),
         ("SIGKILL", "was killed by SIGKILL", "ran out of memory"),
         ("memory", "ran out of memory (MemoryError)", "more memory"),
-        ("hang", "ran past its limit of 8 s", "Raise the step's timeout"),
+        ("hang", "ran past its limit of 4 s", "Raise the step's timeout"),
     ],
 )
 def test_toolchain_that_dies_is_a_compile_error_that_says_how(
-    refused: Refused, model: Path, how: str, says: str, hint: str
+    refused: Refused, model: Path, monkeypatch: pytest.MonkeyPatch, how: str, says: str, hint: str
 ) -> None:
-    timeouts = {"compile_s": 8} if how == "hang" else {}
+    # The child reads no model first, which takes seconds and is seen in the two tests below.
+    monkeypatch.setattr(compile_step, "_CHILD", "dying_plugin:compile_alone")
+    timeouts = {"compile_s": 4} if how == "hang" else {}
     error = refused(model, CompileError, target="dying", target_options={"how": how}, timeouts=timeouts)
     assert error.message.startswith("The toolchain of dying died: ")
     assert says in error.message
@@ -218,7 +227,7 @@ def test_error_of_the_toolchains_own_kind_is_its_first_line(refused: Refused, mo
     assert "the toolchain's last words" in log_of(error)
 
 
-@pytest.mark.usefixtures("dying")
+@pytest.mark.usefixtures("dying", "flows_on_server")
 def test_command_line_prints_the_toolchains_words_when_asked(settings: Settings, model: Path) -> None:
     words = (
         "flows", "compile", "--model", str(model), "--target", "dying", "--option", 'how="SIGSEGV"',

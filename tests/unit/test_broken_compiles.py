@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from compileflow.steps.validate import validate_artifact
 from compileflow.steps.values import CompiledArtifact
 from compileflow.validation.settings import ValidationSettings
 from tests.conftest import ModelFactory
+from tests.steps import in_process
 from tests.unit.proving import compile_here, reseal, validate_here
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:.*torch\.jit\..*deprecated")
@@ -241,7 +242,7 @@ class Stored:
 
 
 @pytest.fixture
-def stored(healthy: Compiled, settings: Settings) -> Stored:
+def stored(healthy: Compiled, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stored]:
     settings = settings.model_copy(update={"threads": 1})
     store_uri, registry_uri = settings.resolved_store_uri(), settings.resolved_registry_uri()
     source = fetch_source(str(healthy.source_dir), None, store_uri=store_uri, settings=settings)
@@ -275,7 +276,8 @@ def stored(healthy: Compiled, settings: Settings) -> Stored:
             settings=settings,
         )
 
-    return Stored(validate, register, put)
+    with in_process(settings, monkeypatch):
+        yield Stored(validate, register, put)
 
 
 @pytest.mark.parametrize("healthy", ["onnx-runtime"], indirect=True)

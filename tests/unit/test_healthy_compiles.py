@@ -38,7 +38,9 @@ def test_a_healthy_compile_passes_every_gate(
     assert ("mask_respected" in judged) is (hf_task is not HfTask.IMAGE_CLASSIFICATION)
 
 
-@pytest.mark.parametrize(("longest", "target"), [(12, "onnx-runtime"), (4, "torchscript")])
+@pytest.mark.parametrize(
+    ("longest", "target"), [pytest.param(12, "onnx-runtime", marks=pytest.mark.slow), (4, "torchscript")]
+)
 def test_a_maximum_below_the_usual_lengths_passes(
     tiny_model: ModelFactory, tmp_path: Path, longest: int, target: str
 ) -> None:

@@ -8,8 +8,9 @@ import pytest
 import compileflow
 
 HEAVY = (
-    "boto3", "cryptography", "fastapi", "great_expectations", "huggingface_hub", "mlflow", "neptune", "onnx", "onnxruntime",
-    "openvino", "pandas", "prefect", "safetensors", "securesystemslib", "sqlalchemy", "torch", "transformers",
+    "boto3", "cryptography", "fastapi", "great_expectations", "huggingface_hub", "mlflow", "neptune", "onnx",
+    "onnxruntime", "openvino", "pandas", "prefect", "safetensors", "securesystemslib", "sqlalchemy", "torch",
+    "transformers",
 )  # fmt: skip
 
 

@@ -32,8 +32,8 @@ from compileflow.serving import local_compile
 from compileflow.serving.source_comparison import Tolerance, check_output
 from compileflow.settings import get_settings
 from compileflow.source_graph import AUTO_CLASSES
-from compileflow.steps.build import build_artifact
 from compileflow.testing.targets import hide_distributions
+from tests.compiles import build_once
 from tests.conftest import ModelFactory
 from tests.doubles.fixtures import vendor_doubles as vendor_doubles
 from tests.models import MAX_TOKENS, sentences
@@ -71,7 +71,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A local cache for this file; compiles run in this process, but where a test says otherwise."""
 
     def build(function: str, request: Any, **_: Any) -> Isolated:
-        return Isolated(build_artifact(request), 0.1, 1)
+        return Isolated(build_once(request), 0.1, 1)
 
     folder = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patched:

@@ -19,9 +19,9 @@ from compileflow.catalog import get_target
 from compileflow.contracts import Arrays, Runner
 from compileflow.loading.artifacts import OpenArtifact, open_artifact
 from compileflow.spec import CompileSpec, ComponentSpec, HfTask, Precision, ShapeBucket
-from compileflow.steps.build import build_artifact
 from compileflow.steps.calibration import CalibrationSettings, calibration_batches, load_calibration
 from compileflow.validation.metrics import rel_l2
+from tests.compiles import build_once
 from tests.conftest import ModelFactory
 from tests.models import sentences
 
@@ -66,7 +66,7 @@ def build(
     if calibration is None and get_target(target).Options.model_validate(options).needs_calibration(precision):
         calibration = load_calibration(task, CalibrationSettings(max_examples=64)).to_json()
     out_dir.mkdir()
-    build_artifact(
+    build_once(
         {
             "source_dir": str(source_dir),
             "out_dir": str(out_dir),

@@ -121,7 +121,7 @@ def split_uri(uri: str) -> tuple[str, str]:
     if match is None:
         raise ManifestError(
             f"{uri!r} is neither an artifact folder nor an artifact URI.",
-            hint="Give a folder, registry:NAME, or STORE/manifests/sha256/DIGEST.json as `compileflow versions` has it.",
+            hint="Give a folder, registry:NAME, or STORE/manifests/sha256/DIGEST.json.",
         )
     return match["store"], match["digest"]
 

@@ -62,8 +62,7 @@ def _read_requests(requests: queue.SimpleQueue[dict[str, Any]]) -> None:
 
 
 def _open_session(request_s: float, on_bytes: Callable[[], None]) -> Any:
-    # A grammar that jsonschema would build to check addresses: half of the import's time, and never used.
-    sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
+    skip_slow_grammar()
     from compileflow.neptune_client.operations import Session
 
     _bound_requests(request_s)
