@@ -17,6 +17,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from compileflow.isolation import skip_slow_grammar
+
 # Each opened object leaves hooks in the process for good; after so many a new process is cheaper.
 _MOST_OBJECTS = 500
 
