@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
@@ -55,10 +55,20 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def list_files(folder: Path, *, only: Iterable[str] | None = None, at_once: int = 1) -> tuple[FileRecord, ...]:
+def list_files(
+    folder: Path,
+    *,
+    only: Iterable[str] | None = None,
+    at_once: int = 1,
+    digest_of: Callable[[Path], str] = file_digest,
+) -> tuple[FileRecord, ...]:
     """Hash every file below `folder`, sorted by path; `only` narrows it to those relative paths.
 
-    `at_once` files are hashed in threads of their own: SHA-256 leaves Python's lock alone.
+    Args:
+        folder: Where the files are.
+        only: Relative paths. None: all.
+        at_once: Files that are hashed in threads of their own: SHA-256 leaves Python's lock alone.
+        digest_of: Reads a file and returns its SHA-256, for those who want its bytes, too.
 
     Raises:
         IntegrityError: there is no such folder, or something below it is neither a file nor a folder, is a
@@ -70,7 +80,7 @@ def list_files(folder: Path, *, only: Iterable[str] | None = None, at_once: int 
     names = sorted(only) if only is not None else sorted(_walk(root))
     try:
         with ThreadPoolExecutor(at_once) as threads:
-            return tuple(threads.map(lambda name: _record(root, name), names))
+            return tuple(threads.map(lambda name: _record(root, name, digest_of), names))
     except ValidationError as error:
         first = error.errors()[0]
         raise IntegrityError(
@@ -90,9 +100,9 @@ def folder_digest(files: Iterable[FileRecord]) -> str:
     return hashlib.sha256(listing_bytes(files)).hexdigest()
 
 
-def _record(root: Path, name: str) -> FileRecord:
+def _record(root: Path, name: str, digest_of: Callable[[Path], str]) -> FileRecord:
     path = root / name
-    return FileRecord(path=name, size_bytes=path.stat().st_size, sha256=file_digest(path))
+    return FileRecord(path=name, size_bytes=path.stat().st_size, sha256=digest_of(path))
 
 
 def _walk(root: Path) -> list[str]:

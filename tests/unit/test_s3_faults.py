@@ -239,7 +239,7 @@ def test_file_that_changed_before_its_parts_were_sent_is_refused(store: S3Store,
     record = next(one for one in list_files(folder) if one.path == "weights")
     (folder / "weights").write_bytes(os.urandom(12 * MIB))
     with pytest.raises(StoreError, match="changed while"):
-        in_parts(store)._uploads.put(folder / "weights", record, None, lambda size: None)
+        in_parts(store)._uploads.put_file(folder / "weights", record, None, lambda size: None)
     assert not list(store._objects.list("blobs/"))
     assert "Uploads" not in moto.client().list_multipart_uploads(Bucket=store._objects.bucket)
 

@@ -5,23 +5,22 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, MutableSequence, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
 from urllib.parse import urlparse
 
 from pydantic import JsonValue
 
 from compileflow.contracts import Collected, StoredFolder
-from compileflow.digests import FileRecord, folder_digest, list_files, listing_bytes
+from compileflow.digests import FileRecord, folder_digest, listing_bytes
 from compileflow.errors import IntegrityError, SpecError
 from compileflow.settings import Settings
 from compileflow.stores import layout
 from compileflow.stores.collecting import REFRESH_AFTER_S, Aged, collect
 from compileflow.stores.s3_downloads import BlobCache, fetch_blob
+from compileflow.stores.s3_folders import FolderUpload, each, find_blobs
 from compileflow.stores.s3_lease import lease
 from compileflow.stores.s3_objects import Found, S3Objects
 from compileflow.stores.s3_progress import TransferProgress
@@ -31,12 +30,7 @@ from compileflow.workspace import os_errors, work_folder
 _BUCKET = re.compile(r"[a-z0-9A-Z][a-zA-Z0-9._-]{1,62}")
 # How often a put starts again when a collection took what it relied on.
 _PUTS = 5
-# From so many blobs on, one listing of a small store costs less than asking for each.
-_LIST_FROM = 8
 _STALE_UPLOAD = timedelta(days=7)
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 class S3Store:
@@ -66,10 +60,11 @@ class S3Store:
             StoreError: refused, or the folder changed meanwhile.
             StoreUnavailableError: no answer; the next put sends only what is missing.
         """
-        files = list_files(folder, at_once=self._at_once)
-        digest = folder_digest(files)
         for _ in range(_PUTS):
-            refreshed = self._put_blobs(folder, _distinct(files)) + self._put_listing(listing_bytes(files), digest)
+            upload = FolderUpload(folder, self._objects, self._uploads, at_once=self._at_once)
+            files = upload.send()
+            digest = folder_digest(files)
+            refreshed = self._put_listing(listing_bytes(files), digest) or upload.refreshed > 0
             # stores/collecting.py says why.
             if not refreshed or self.exists(digest):
                 return StoredFolder(self.folder_uri(digest), digest, sum(record.size_bytes for record in files))
@@ -97,7 +92,7 @@ class S3Store:
                         else:
                             fetch_blob(self._objects, record, out, progress.add)
 
-                    self._each(get, sorted(files, key=lambda record: -record.size_bytes))
+                    each(get, sorted(files, key=lambda record: -record.size_bytes), at_once=self._at_once)
             except BaseException:
                 # A half-written folder would stand in the way of the next try.
                 shutil.rmtree(dest, ignore_errors=True)
@@ -128,7 +123,7 @@ class S3Store:
             blobs = _distinct(self._listing(digest))
         except IntegrityError:
             return False
-        there = self._find(blobs)
+        there = find_blobs(self._objects, blobs, at_once=self._at_once)
         return all(_fits(there[record.sha256], record) for record in blobs)
 
     def list(self) -> Iterator[str]:
@@ -194,31 +189,6 @@ class S3Store:
         """Delete a blob if it is still that old."""
         return self._delete_old(layout.blob_key(sha256), min_age_s)
 
-    def _put_blobs(self, folder: Path, blobs: Sequence[FileRecord]) -> int:
-        """Send what is not there, and return how many old ones were found and refreshed."""
-        there = self._find(blobs)
-        with TransferProgress("storing", sum(record.size_bytes for record in blobs)) as progress:
-
-            def put(record: FileRecord) -> bool:
-                return self._put_blob(folder / record.path, record, there[record.sha256], progress.add)
-
-            return sum(self._each(put, blobs))
-
-    def _put_blob(
-        self, path: Path, record: FileRecord, there: Found | None, on_bytes: Callable[[int], None]
-    ) -> bool:
-        """Send a file unless it is there, and say whether an old one was found and refreshed."""
-        if there is not None and _fits(there, record):
-            if there.age_s < REFRESH_AFTER_S:
-                on_bytes(record.size_bytes)
-                return False
-            if self._objects.refresh(there, blob=True):
-                on_bytes(record.size_bytes)
-                return True
-            there = None
-        self._uploads.put(path, record, there, on_bytes)
-        return False
-
     def _put_listing(self, body: bytes, digest: str) -> bool:
         key = layout.listing_key(digest)
         for _ in range(_PUTS):
@@ -231,16 +201,6 @@ class S3Store:
             elif self._objects.write_if(key, body, etag=there.etag if there is not None else None):
                 return False
         raise layout.collected_meanwhile(self.uri, digest)
-
-    def _find(self, blobs: Sequence[FileRecord]) -> dict[str, Found | None]:
-        """Look which blobs are there, whatever their size."""
-        if len(blobs) >= _LIST_FROM:
-            page, following = self._objects.page(layout.BLOBS)
-            if following is None:
-                there = {found.key: found for found in page}
-                return {record.sha256: there.get(layout.blob_key(record.sha256)) for record in blobs}
-        found = self._each(lambda record: self._objects.head(layout.blob_key(record.sha256)), blobs)
-        return dict(zip((record.sha256 for record in blobs), found, strict=True))
 
     def _cached(self, files: Sequence[FileRecord], work: Path) -> Sequence[Path]:
         """Return each distinct blob's file in the cache; what it lacks is fetched by way of `work`."""
@@ -255,7 +215,7 @@ class S3Store:
                 fetch_blob(self._objects, record, work / record.sha256, progress.add)
                 return self._cache.add(record, work / record.sha256)
 
-            return self._each(get, blobs)
+            return each(get, blobs, at_once=self._at_once)
 
     def _listing(self, digest: str) -> tuple[FileRecord, ...]:
         files = self.read_listing(digest)
@@ -272,14 +232,6 @@ class S3Store:
     def _delete_old(self, key: str, min_age_s: float) -> bool:
         found = self._objects.head(key)
         return found is not None and found.age_s >= min_age_s and self._objects.delete(key)
-
-    def _each(self, work: Callable[[Item], Result], items: Sequence[Item]) -> MutableSequence[Result]:
-        """Do it for all, several at once; after an error nothing new is begun."""
-        pool = ThreadPoolExecutor(self._at_once)
-        try:
-            return [*pool.map(work, items)]
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _distinct(files: Sequence[FileRecord]) -> tuple[FileRecord, ...]:

@@ -45,6 +45,7 @@ def make_client(settings: Settings) -> Any:
         import boto3
         from botocore.config import Config
         from botocore.exceptions import BotoCoreError
+        from botocore.handlers import add_expect_header
     except ImportError as error:
         raise StoreError(
             "Stores on S3 need boto3, which is not installed.", hint="pip install 'compileflow[s3]'"
@@ -61,7 +62,7 @@ def make_client(settings: Settings) -> Any:
         s3={"addressing_style": settings.s3_addressing, "payload_signing_enabled": False},
     )
     try:
-        return boto3.session.Session().client(
+        client = boto3.session.Session().client(
             "s3",
             endpoint_url=settings.s3_endpoint_url,
             region_name=settings.s3_region,
@@ -70,6 +71,9 @@ def make_client(settings: Settings) -> Any:
             aws_session_token=_plain(settings.s3_session_token),
             config=config,
         )
+        # boto3 asks beforehand whether a body would be taken: a round trip more, and the store looks anyway.
+        client.meta.events.unregister("before-call.s3", add_expect_header)
+        return client
     except (BotoCoreError, ValueError) as error:
         raise StoreError(
             f"{endpoint(settings)} cannot be opened as configured: {type(error).__name__}.",

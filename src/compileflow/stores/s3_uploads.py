@@ -35,12 +35,21 @@ class BlobUploads:
 
     def __init__(self, objects: S3Objects, *, single_bytes: int = SINGLE_BYTES, part_bytes: int = PART_BYTES):
         self._objects = objects
-        self._single_bytes = single_bytes
+        self.single_bytes = single_bytes
         self._part_bytes = part_bytes
         self._memory = _Memory(_MEMORY_BYTES)
 
-    def put(self, path: Path, record: FileRecord, there: Found | None, on_bytes: Callable[[int], None]) -> None:
-        """Send a file.
+    @contextmanager
+    def read(self, path: Path) -> Iterator[tuple[bytes, str]]:
+        """Give a file's bytes and their SHA-256, once there is memory for them."""
+        with self._memory.held(path.stat().st_size):
+            body = path.read_bytes()
+            yield body, hashlib.sha256(body).hexdigest()
+
+    def put_file(
+        self, path: Path, record: FileRecord, there: Found | None, on_bytes: Callable[[int], None]
+    ) -> None:
+        """Send a file in parts, from the disk.
 
         Args:
             path: The file.
@@ -52,8 +61,28 @@ class BlobUploads:
             StoreError: refused, or the file changed.
             StoreUnavailableError: no answer; parts that arrived stay, and the next put goes on after them.
         """
+        self._put(
+            record, there, lambda place, condition: self._multipart(path, record, place, condition, on_bytes)
+        )
+
+    def put_body(
+        self, body: bytes, record: FileRecord, there: Found | None, on_bytes: Callable[[int], None]
+    ) -> None:
+        """Send bytes that are in memory with one request; arguments and errors are those of `put_file`."""
+        arguments = object_arguments(self._objects.settings, blob=True)
+        checksum = b64encode(bytes.fromhex(record.sha256)).decode()
+
+        def send(place: dict[str, str], condition: dict[str, str]) -> None:
+            self._objects.client.put_object(Body=body, ChecksumSHA256=checksum, **place, **condition, **arguments)
+            on_bytes(len(body))
+
+        self._put(record, there, send)
+
+    def _put(
+        self, record: FileRecord, there: Found | None, send: Callable[[dict[str, str], dict[str, str]], None]
+    ) -> None:
         for _ in range(_TRIES):
-            if self._put(path, record, there, on_bytes):
+            if self._try(record, there, send):
                 return
             # Somebody else was faster, or our own earlier request was, whose reply was lost.
             there = self._objects.head(blob_key(record.sha256))
@@ -64,15 +93,15 @@ class BlobUploads:
             hint="Try again later.",
         )
 
-    def _put(self, path: Path, record: FileRecord, there: Found | None, on_bytes: Callable[[int], None]) -> bool:
+    def _try(
+        self, record: FileRecord, there: Found | None, send: Callable[[dict[str, str], dict[str, str]], None]
+    ) -> bool:
         from botocore.exceptions import ClientError
 
         condition = {"IfMatch": there.etag} if there is not None else {"IfNoneMatch": "*"}
-        place = self._objects.place(blob_key(record.sha256))
-        send = self._single if record.size_bytes <= self._single_bytes else self._multipart
         with s3_errors(self._objects.uri, "write to"):
             try:
-                send(path, record, place, condition, on_bytes)
+                send(self._objects.place(blob_key(record.sha256)), condition)
             except ClientError as error:
                 if status_of(error) in CONFLICTS or code_of(error) in ("NoSuchUpload", "NoSuchKey"):
                     return False
@@ -81,23 +110,6 @@ class BlobUploads:
                 if there is None or there.size_bytes != record.size_bytes:
                     raise
         return True
-
-    def _single(
-        self,
-        path: Path,
-        record: FileRecord,
-        place: dict[str, str],
-        condition: dict[str, str],
-        on_bytes: Callable[[int], None],
-    ) -> None:
-        with self._memory.held(record.size_bytes):
-            body = path.read_bytes()
-            if hashlib.sha256(body).hexdigest() != record.sha256:
-                raise changed_while_stored(path)
-            arguments = object_arguments(self._objects.settings, blob=True)
-            checksum = b64encode(bytes.fromhex(record.sha256)).decode()
-            self._objects.client.put_object(Body=body, ChecksumSHA256=checksum, **place, **condition, **arguments)
-            on_bytes(len(body))
 
     def _multipart(
         self,
