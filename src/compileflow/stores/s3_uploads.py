@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +29,7 @@ _MOST_PARTS = 9000
 _PARTS_AT_ONCE = 4
 _MEMORY_BYTES = 192 * 2**20
 _TRIES = 4
+_APPEARS_WITHIN_S = (0.0, 0.2, 0.8)
 
 
 class BlobUploads:
@@ -105,11 +107,18 @@ class BlobUploads:
             except ClientError as error:
                 if status_of(error) in CONFLICTS or code_of(error) in ("NoSuchUpload", "NoSuchKey"):
                     return False
-                # Some servers break when another writer completes the upload that both send parts to.
-                there = self._objects.head(blob_key(record.sha256)) if status_of(error) >= 500 else None
-                if there is None or there.size_bytes != record.size_bytes:
+                if status_of(error) < 500 or not self._appears(record):
                     raise
         return True
+
+    def _appears(self, record: FileRecord) -> bool:
+        """Say whether a blob is there all the same: some servers break while another completes the same upload."""
+        for pause_s in _APPEARS_WITHIN_S:
+            time.sleep(pause_s)
+            there = self._objects.head(blob_key(record.sha256))
+            if there is not None and there.size_bytes == record.size_bytes:
+                return True
+        return False
 
     def _multipart(
         self,
