@@ -48,8 +48,9 @@ def _aws_settings(name: str) -> dict[str, object]:
     asked = {
         "s3_access_key_id": SecretStr(keys.access_key),
         "s3_secret_access_key": SecretStr(keys.secret_key),
-        "s3_session_token": SecretStr(keys.token) if keys.token else None,
         "s3_region": session.region_name,
         "s3_endpoint_url": block.aws_client_parameters.endpoint_url,
     }
-    return {field: value for field, value in asked.items() if value is not None}
+    # A token belongs to its key: with the block's key, the worker's own token would be refused.
+    token = {"s3_session_token": SecretStr(keys.token) if keys.token else None}
+    return {field: value for field, value in asked.items() if value is not None} | token

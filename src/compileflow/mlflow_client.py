@@ -178,6 +178,15 @@ def _reason(error: Exception) -> str:
     return re.sub(r"HTTPS?Connection(Pool)?\([^)]*\): ", "", caused[1]) if caused else first_line(error)
 
 
+def _forget() -> None:
+    """In a forked process: no thread is there that would let go of the parent's lock."""
+    global _ONE_AT_A_TIME
+    _ONE_AT_A_TIME = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
 @contextmanager
 def _quiet_loggers() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in _LOGGERS]

@@ -7,8 +7,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+
+from compileflow.errors import SpecError
 
 
 class Settings(BaseSettings):
@@ -105,5 +107,17 @@ class Settings(BaseSettings):
 
 @lru_cache(maxsize=1)
 def get_settings() -> Settings:
-    """Return this process's settings, read once. Tests call `get_settings.cache_clear()`."""
-    return Settings()
+    """Return this process's settings, read once. Tests call `get_settings.cache_clear()`.
+
+    Raises:
+        SpecError: a variable holds what it cannot.
+    """
+    hint = "Correct it in the environment or in .env; docs/configuration.md lists what each one takes."
+    try:
+        return Settings()
+    except ValidationError as error:
+        # What was found is not repeated: it may be a secret that was put under a wrong name.
+        first = error.errors(include_input=False, include_url=False)[0]
+        raise SpecError(f"The setting {'.'.join(map(str, first['loc']))}: {first['msg']}.", hint=hint) from error
+    except SettingsError as error:
+        raise SpecError(f"The settings cannot be read: {error}.", hint=hint) from error

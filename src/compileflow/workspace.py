@@ -29,14 +29,17 @@ def work_folder(parent: Path, *, label: str) -> Iterator[Path]:
         parent.mkdir(parents=True, exist_ok=True)
         sweep(parent)
         folder = parent / f"{label}-{uuid.uuid4().hex[:12]}"
+        owner = os.getpid()
         lock = _lock_for(folder)
     try:
         with os_errors(parent, "make a work folder in"):
             folder.mkdir()
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        Path(f"{folder}{_LOCK_SUFFIX}").unlink(missing_ok=True)
+        # A process that was forked meanwhile comes by here at its own end.
+        if os.getpid() == owner:
+            shutil.rmtree(folder, ignore_errors=True)
+            Path(f"{folder}{_LOCK_SUFFIX}").unlink(missing_ok=True)
         os.close(lock)
 
 
@@ -107,8 +110,8 @@ def os_errors(path: Path, doing: str, *, kind: type[CompileflowError] = StoreErr
         hints = {
             "ENOSPC": "Free some space there, or set COMPILEFLOW_HOME to a larger disk.",
             "EDQUOT": "Free some of your quota, or set COMPILEFLOW_HOME to another disk.",
-            "EACCES": "Give this user the right to write there, or choose another folder.",
-            "EPERM": "Give this user the right to write there, or choose another folder.",
+            "EACCES": "Give this user the right to do so, or choose another folder.",
+            "EPERM": "Give this user the right to do so, or choose another folder.",
             "EROFS": "That file system is read-only; choose another folder.",
             "ENOTDIR": "A part of that path is a file; choose another folder.",
             "EEXIST": "A part of that path is a file; choose another folder.",

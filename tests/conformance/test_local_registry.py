@@ -48,6 +48,19 @@ def test_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
         open_registry(f"sqlite:///{path}").versions()
 
 
+@pytest.mark.parametrize("entry", ["{", "[]", '{"name": "ner", "new": 1}'])
+def test_row_that_holds_no_entry_is_one_clear_error(tmp_path: Path, entry: str) -> None:
+    path = tmp_path / "registry.db"
+    registry = open_registry(f"sqlite:///{path}")
+    registry.register(version_entry("ner", 1))
+    with sqlite3.connect(path) as db:
+        db.execute("UPDATE version SET entry = ?", (entry,))
+    db.close()
+    with pytest.raises(RegistryError, match="version 1 of the registry's file holds no entry") as caught:
+        registry.versions("ner")
+    assert "\n" not in str(caught.value)
+
+
 def test_newer_schema_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "registry.db"
     open_registry(f"sqlite:///{path}").register(version_entry("ner", 1))

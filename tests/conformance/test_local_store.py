@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import os
 import subprocess
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from compileflow.catalog import open_store
-from compileflow.errors import SpecError, StoreError
-from compileflow.testing.stores import StoreConformance
+from compileflow.errors import IntegrityError, ManifestError, SpecError, StoreError
+from compileflow.loading.artifacts import OpenArtifact, copy_artifact, split_uri
+from compileflow.manifest import read_manifest
+from compileflow.stores import layout
+from tests.conformance.collection_races import CollectionRaces
+from tests.unit.attested_artifacts import digest_of, small_artifact
 
 
-class TestLocalStore(StoreConformance):
+class TestLocalStore(CollectionRaces):
     @pytest.fixture
     def store_uri(self, tmp_path: Path) -> str:
         return (tmp_path / "store").as_uri()
@@ -122,3 +128,77 @@ def test_store_whose_path_has_a_space_works(tmp_path: Path) -> None:
 def test_uri_that_names_no_folder_here_is_refused(uri: str) -> None:
     with pytest.raises(SpecError, match="file:///absolute/path"):
         open_store(uri)
+
+
+def test_full_disk_leaves_no_half_of_a_pulled_artifact(small_disk: Path, tmp_path: Path) -> None:
+    folder = small_artifact(tmp_path / "artifact", graph=os.urandom(2_000_000))
+    artifact = OpenArtifact(folder, read_manifest(folder), digest_of(folder), verified=True)
+    (small_disk / "there").mkdir()
+    for name in ("absent", "there"):
+        with pytest.raises(StoreError, match="ENOSPC") as caught:
+            copy_artifact(artifact, small_disk / name)
+        assert "Free some space" in caught.value.hint
+    assert [path.name for path in small_disk.rglob("*")] == ["there"]
+
+
+def test_blob_that_is_collected_while_it_is_read_is_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store((tmp_path / "store").as_uri())
+    digest = store.put_folder(model_folder(tmp_path, size_bytes=10)).digest
+
+    def collected(blob: Path, out: Path) -> None:
+        blob.unlink()
+        linking(blob, out)
+
+    linking = layout.link_or_copy
+    monkeypatch.setattr(layout, "link_or_copy", collected)
+    with pytest.raises(IntegrityError, match="absent or altered"), store.open_folder(digest):
+        pass
+
+
+def test_record_that_cannot_be_read_is_one_clear_error(tmp_path: Path) -> None:
+    store = open_store((tmp_path / "store").as_uri())
+    for key in ("records/cache/key.json", f"manifests/sha256/{'a' * 64}.json"):
+        (tmp_path / "store" / key).mkdir(parents=True)
+    for act in (lambda: store.get_record("cache", "key"), lambda: store.exists("a" * 64)):
+        with pytest.raises(StoreError, match=r"Cannot read .*EISDIR"):
+            act()
+
+
+def test_listings_that_this_user_may_not_see_stop_a_collection() -> None:
+    """Their blobs would be garbage. Not below tmp_path, which nobody else may enter."""
+    with tempfile.TemporaryDirectory() as parent:
+        Path(parent).chmod(0o755)
+        store = open_store((Path(parent) / "store").as_uri())
+        digest = store.put_folder(model_folder(Path(parent), size_bytes=10)).digest
+        for path in (Path(parent) / "store").rglob("*"):
+            path.chmod(0o777 if path.is_dir() else 0o666)
+        listings = Path(parent) / "store" / "manifests" / "sha256"
+        listings.chmod(0o300)
+        with as_nobody():
+            for act in (lambda: store.gc((), min_age_s=0), lambda: list(store.list())):
+                with pytest.raises(StoreError, match="EACCES"):
+                    act()
+        listings.chmod(0o700)
+        assert store.exists(digest)
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """Lose root's right to read everything, where there is one."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+@pytest.mark.parametrize("uri", ["s3://AKIA:se/cret@bucket/x", "https://me:se/cret@host/x.json"])
+def test_uri_with_credentials_is_not_repeated(uri: str) -> None:
+    with pytest.raises(ManifestError, match="neither an artifact folder nor an artifact URI") as caught:
+        split_uri(uri)
+    assert "se/cret" not in str(caught.value)

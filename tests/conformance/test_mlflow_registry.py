@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -181,6 +182,35 @@ def test_aliases_that_someone_moved_in_mlflow_count(registry: ModelRegistry, fil
         client.set_registered_model_alias("ner", "production", "2")
         client.set_registered_model_alias("ner", "champion", "1")
     assert [version.stage for version in registry.versions("ner")] == ["production", "none"]
+
+
+def test_tags_that_someone_changed_are_one_clear_error(registry: ModelRegistry, file_uri: str) -> None:
+    registry.register(version_entry("ner", 1))
+    with raw(file_uri) as client:
+        client.set_model_version_tag("ner", "1", "compileflow.entry.0000", '{"name": "ner"}')
+    with pytest.raises(RegistryError, match="ner 1 in MLflow holds no entry") as caught:
+        registry.versions("ner")
+    assert "\n" not in str(caught.value)
+
+
+def test_process_forked_during_a_call_can_call() -> None:
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with mlflow_client._ONE_AT_A_TIME:
+            held.set()
+            done.wait(10)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(10)
+    child = os.fork()
+    if not child:
+        os._exit(0 if mlflow_client._ONE_AT_A_TIME.acquire(timeout=1) else 1)
+    status = os.waitpid(child, 0)[1]
+    done.set()
+    thread.join()
+    assert status == 0
 
 
 def test_reading_an_absent_file_does_not_make_one(settings: Settings, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -126,13 +127,28 @@ def test_source_version_lists_what_was_compiled_from_it_and_keeps_what_others_wr
 
 
 def test_source_that_cannot_list_its_compiled_versions_is_a_warning(
-    registry: ModelRegistry, neptune_project: str, caplog: pytest.LogCaptureFixture
+    registry: ModelRegistry,
+    neptune_project: str,
+    neptune_client: NeptuneWriter,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    uri = f"neptune://{neptune_project}/GONE-1"
-    entry = version_entry("ner", 1).model_copy(update={"source_uri": uri})
-    assert registry.register(entry).version == 1
-    (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
-    assert "GONE-1" in warning.message
+    (tmp_path / "list").write_bytes(b"\xff\xfe\xfd")
+    (tmp_path / "deep").write_text("[" * 100_000)
+    path = "model/compiled_model_versions"
+    others = [
+        neptune_client("make_version", neptune_project, "SRC", {}, {path: str(tmp_path / name)}, {})
+        for name in ("list", "deep")
+    ]
+    for number, named in enumerate((f"/{others[0]}", f"/{others[1]}", "/GONE-1", "#ner@3"), 1):
+        caplog.clear()
+        entry = version_entry("ner", number).model_copy(
+            update={"source_uri": f"neptune://{neptune_project}{named}"}
+        )
+        assert registry.register(entry).version == number
+        (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+        assert named in warning.message
+        assert "\n" not in warning.message
 
 
 def test_of_two_complete_versions_of_one_artifact_the_first_one_stays(
@@ -148,6 +164,32 @@ def test_of_two_complete_versions_of_one_artifact_the_first_one_stays(
     assert set(neptune_client("list_versions", neptune_project)) == {first, second}
     assert registry.register(version_entry("ner", 1)) == kept
     assert list(neptune_client("list_versions", neptune_project)) == [first]
+
+
+def test_version_that_another_machine_completed_meanwhile_stays_though_it_is_the_second(
+    registry: ModelRegistry,
+    neptune_project: str,
+    neptune_client: NeptuneWriter,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    other = open_registry(f"neptune://{neptune_project}", Settings(home=settings.home_dir / "other"))
+    assert isinstance(other, neptune_registry.NeptuneRegistry)
+    fill = neptune_registry.NeptuneRegistry._fill
+
+    def slowly(self: neptune_registry.NeptuneRegistry, model: str, identity: str, *rest: Any) -> None:
+        monkeypatch.setattr(neptune_registry.NeptuneRegistry, "_fill", fill)
+        # The other one sees no digest yet, makes its own version, and is in production before this one is done.
+        self._client.write(identity, {"registry/digest": "e" * 64})
+        assert other.register(version_entry("ner", 1)).version == 2
+        other.set_stage("ner", 2, "production", who="ann")
+        self._client.write(identity, {"registry/digest": version_entry("ner", 1).artifact_digest})
+        fill(self, model, identity, *rest)
+
+    monkeypatch.setattr(neptune_registry.NeptuneRegistry, "_fill", slowly)
+    assert registry.register(version_entry("ner", 1)).version == 2
+    assert registry.get("ner", "production").version == 2
+    assert [one.rpartition("-")[2] for one in neptune_client("list_versions", neptune_project)] == ["2"]
 
 
 def test_of_two_versions_in_production_the_last_promoted_counts(

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 
 from compileflow.settings import get_settings
-from compileflow.testing.stores import StoreConformance
+from tests.conformance.collection_races import CollectionRaces
 from tests.services.moto_server import Moto
 
 PREFIX = "some/prefix/"
 
 
-class TestS3Store(StoreConformance):
+class TestS3Store(CollectionRaces):
     moto: Moto
     client: Any
     bucket: str

@@ -129,6 +129,11 @@ class FaultProxy:
         with self._changing:
             self._rules.append(_Rule(fault, method, path, times, skip))
 
+    def heal(self) -> None:
+        """Forget all that was injected."""
+        with self._changing:
+            self._rules.clear()
+
     def fault_for(self, request: Request) -> Fault | None:
         """Note a request and say what is to happen to it."""
         with self._changing:

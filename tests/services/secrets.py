@@ -1,6 +1,6 @@
 """The secrets that tests use. Whoever finds one of them in a log, a manifest or a report has found a leak.
 
-`tests/conftest.py` searches everything that a test run wrote for these.
+`tests/leaks.py` searches everything that a test run wrote for these.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -9,9 +11,18 @@ import pytest
 from compileflow.catalog import open_registry, open_store
 from compileflow.contracts import ArtifactStore
 from compileflow.errors import RegistryError, SpecError
+from compileflow.provenance.envelopes import put_statement
+from compileflow.provenance.statements import verdict_statement
 from compileflow.settings import Settings
+from compileflow.steps import collect
 from compileflow.steps.collect import collect_garbage
+from compileflow.steps.register import register_version
+from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
+from compileflow.stores.local import LocalStore
 from compileflow.testing.registries import version_entry
+from tests.unit.attested_artifacts import judged, small_artifact
+
+DAY_S = 86400.0
 
 
 @pytest.fixture
@@ -55,6 +66,64 @@ def test_artifact_report_and_source_of_every_registry_stay(
     assert all(store.exists(digest) for digest in digests[:4])
 
 
+def test_last_report_on_a_registered_artifact_stays(
+    store: ArtifactStore, settings: Settings, tmp_path: Path
+) -> None:
+    """A validation after the registration has the last word; what it is a record of must not vanish."""
+    names = ("artifact", "recorded", "signed", "other")
+    artifact, recorded, signed, other = (stored(store, tmp_path, text) for text in names)
+    store.put_record("report-of", artifact, {"report_digest": recorded})
+    put_statement(store, artifact, verdict_statement(artifact, judged(report=signed)), None)
+    store.put_record("report-of", "e" * 64, {"report_digest": other})
+    store.put_record("provenance", artifact, {"payload": "no envelope"})
+    uri = registered(tmp_path, settings, "first", artifact_digest=artifact)
+    collect_garbage(store.uri, (uri,), settings=settings, min_age_s=0)
+    assert sorted(store.list()) == sorted([artifact, recorded, signed])
+
+
+def test_old_artifact_that_is_registered_stays_although_the_collection_began_before(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """A run that finds its artifact, compiled long ago, registers it after the collector asked the registries."""
+    store = LocalStore(settings.resolved_store_uri(), settings)
+    artifact = store.put_folder(small_artifact(tmp_path / "artifact"))
+    report = store.put_folder(small_artifact(tmp_path / "report", graph=b"report"))
+    left = stored(store, tmp_path, "garbage")
+    then = time.time() - 3 * DAY_S
+    for path in store.root.rglob("*"):
+        os.utime(path, (then, then))
+    version = register_version(
+        FetchedSource(uri="hf://a/b", revision="main", stored_uri="", digest="5" * 64, size_bytes=1, cached=True),
+        CompiledArtifact(
+            uri=artifact.uri, digest=artifact.digest, cache_key="6" * 64, size_bytes=1, compile_duration_s=1.0,
+            peak_rss_bytes=1, cached=True, why="",
+        ),
+        ValidatedArtifact(
+            artifact_digest=artifact.digest, report_uri=report.uri, report_digest=report.digest, outcome="pass",
+            reason="", figures={}, cached=True, why="",
+        ),
+        name="old", allow_warn=False, store_uri=store.uri, registry_uri=settings.resolved_registry_uri(),
+        settings=settings,
+    )  # fmt: skip
+    store.gc((), min_age_s=DAY_S)
+    assert store.exists(version.artifact_digest)
+    assert store.exists(version.report_digest)
+    assert not store.exists(left)
+
+
+def test_error_does_not_show_a_registrys_password(
+    store: ArtifactStore, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Empty:
+        def versions(self) -> list[object]:
+            return []
+
+    monkeypatch.setattr(collect, "open_registry", lambda *_: Empty())
+    with pytest.raises(RegistryError, match=r"mlflow:http://host:5000") as caught:
+        collect_garbage(store.uri, ("mlflow:http://me:hunter2@host:5000",), settings=settings)
+    assert "hunter2" not in str(caught.value)
+
+
 def test_what_is_younger_than_a_day_stays_unless_said_otherwise(
     store: ArtifactStore, settings: Settings, tmp_path: Path
 ) -> None:
@@ -69,9 +138,9 @@ def test_registry_that_is_not_there_is_an_error_and_nothing_is_deleted(
 ) -> None:
     digest = stored(store, tmp_path, "artifact")
     there = registered(tmp_path, settings, "first")
-    mistyped = f"sqlite:///{tmp_path / 'frist'}.db"
-    with pytest.raises(RegistryError, match="frist"):
-        collect_garbage(store.uri, (there, mistyped), settings=settings, min_age_s=0)
+    for mistyped in (f"sqlite:///{tmp_path / 'frist'}.db", f"mlflow:sqlite:///{tmp_path / 'frist'}.db"):
+        with pytest.raises(RegistryError, match="frist"):
+            collect_garbage(store.uri, (there, mistyped), settings=settings, min_age_s=0)
     assert store.exists(digest)
     assert not (tmp_path / "frist.db").exists()
 
@@ -89,3 +158,25 @@ def test_registry_without_versions_does_not_empty_the_store(
 def test_no_registry_at_all_is_refused(store: ArtifactStore, settings: Settings) -> None:
     with pytest.raises(SpecError, match="No registry"):
         collect_garbage(store.uri, (), settings=settings)
+
+
+def test_listing_that_is_written_while_others_are_deleted_keeps_its_blobs(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the age of its blobs: a put may take longer than anybody thought."""
+    store = LocalStore(settings.resolved_store_uri(), settings)
+    doomed, late = (stored(store, tmp_path, text) for text in ("doomed", "late"))
+    listing = store.root / "manifests" / "sha256" / f"{late}.json"
+    body = listing.read_bytes()
+    listing.unlink()
+    deleting = store.delete_listing
+
+    def written_meanwhile(digest: str, *, min_age_s: float) -> bool:
+        listing.write_bytes(body)
+        return deleting(digest, min_age_s=min_age_s)
+
+    monkeypatch.setattr(store, "delete_listing", written_meanwhile)
+    assert store.gc((), min_age_s=0).folders == 1
+    assert list(store.list()) == [late]
+    assert store.exists(late)
+    assert not store.exists(doomed)

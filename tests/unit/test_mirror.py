@@ -10,10 +10,13 @@ from compileflow.catalog import open_store
 from compileflow.contracts import ArtifactStore
 from compileflow.digests import list_files
 from compileflow.errors import IntegrityError, SpecError
+from compileflow.provenance.envelopes import put_statement
+from compileflow.provenance.statements import verdict_statement
 from compileflow.settings import Settings, get_settings
 from compileflow.steps.mirror import mirror_store
 from tests.services.fault_proxy import FaultProxy
 from tests.services.moto_server import Moto
+from tests.unit.attested_artifacts import judged
 
 
 @pytest.fixture
@@ -112,6 +115,26 @@ def test_altered_folder_is_not_copied(
     with pytest.raises(IntegrityError, match="altered"):
         mirror_store(source.uri, to_uri, settings=settings)
     assert not open_store(to_uri, settings).exists(digest)
+
+
+def test_report_that_a_verdict_stands_on_comes_with_its_artifact(
+    source: ArtifactStore, to_uri: str, settings: Settings, tmp_path: Path
+) -> None:
+    """Where a run without the key validated again, the signed verdict and the last record name two reports."""
+    artifact, said, last = (stored(source, tmp_path, text) for text in ("artifact", "said", "last"))
+    put_statement(source, artifact, verdict_statement(artifact, judged(report=said)), None)
+    report_on(source, artifact, last)
+    assert mirror_store(source.uri, to_uri, settings=settings, digests=[artifact]) == 3
+    assert sorted(open_store(to_uri, settings).list()) == sorted([artifact, said, last])
+
+
+def test_store_without_a_folder_is_not_taken_for_one_that_was_copied(
+    source: ArtifactStore, to_uri: str, settings: Settings
+) -> None:
+    """A mistyped prefix would look like a backup that was made."""
+    with pytest.raises(SpecError, match="holds no folder") as caught:
+        mirror_store(source.uri, to_uri, settings=settings)
+    assert "URI" in caught.value.hint
 
 
 def test_store_is_no_mirror_of_itself(source: ArtifactStore, settings: Settings) -> None:

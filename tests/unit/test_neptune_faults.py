@@ -19,6 +19,7 @@ from pydantic import SecretStr
 from compileflow.errors import CompileflowError, RegistryError, RegistryUnavailableError
 from compileflow.neptune_client import process as client_process
 from compileflow.neptune_client.address import INSECURE, read_token
+from compileflow.neptune_client.client import NeptuneClient
 from compileflow.neptune_client.process import ClientProcess, process_for
 from compileflow.registries.neptune_registry import NeptuneRegistry
 from compileflow.settings import Settings
@@ -27,7 +28,7 @@ from compileflow.testing.registries import version_entry, version_files
 from deployments.neptune_server.tokens import make_api_token
 from tests.leaks import leaks_below
 from tests.services import secrets
-from tests.services.fault_proxy import FaultProxy, Hang, LoseReply
+from tests.services.fault_proxy import Answer, FaultProxy, Hang, LoseReply
 from tests.services.neptune import Neptune
 from tests.services.neptune_writer import NeptuneWriter
 
@@ -47,6 +48,7 @@ def faulty(
     proxy: FaultProxy, neptune_server: Neptune, neptune_project: str, settings: Settings
 ) -> NeptuneRegistry:
     """The test's project as a client behind the proxy sees it, with the client started."""
+    proxy.heal()
     chosen = settings_for(neptune_server.token_for(proxy.url), settings, TIMEOUT_S)
     registry = NeptuneRegistry(f"neptune://{neptune_project}", chosen)
     registry.versions()
@@ -78,14 +80,119 @@ def only_one_complete(client: NeptuneWriter, project: str) -> str:
     return str(found[0])
 
 
-def test_server_that_is_down_is_unavailable(settings: Settings, neptune_server: Neptune) -> None:
+def test_server_that_is_down_is_unavailable_and_the_next_run_registers_one_version(
+    settings: Settings, neptune_server: Neptune, neptune_client: NeptuneWriter, neptune_project: str
+) -> None:
     # Nobody listens at the port of a proxy that has ended.
     with FaultProxy(neptune_server.url) as ended:
         token = neptune_server.token_for(ended.url)
-    registry = NeptuneRegistry("neptune://team/models", settings_for(token, settings, 4))
+    uri = f"neptune://{neptune_project}"
     with ends_within(START_S + 4, RegistryUnavailableError) as caught:
-        registry.register(version_entry("ner", 1))
+        NeptuneRegistry(uri, settings_for(token, settings, 4)).register(version_entry("ner", 1))
     assert ended.url in str(caught.value)
+    assert neptune_client("list_versions", neptune_project) == {}
+    NeptuneRegistry(uri, Settings(home=settings.home)).register(version_entry("ner", 1))
+    only_one_complete(neptune_client, neptune_project)
+
+
+def test_server_that_fails_for_a_while_is_asked_again(
+    faulty: NeptuneRegistry, proxy: FaultProxy, neptune_client: NeptuneWriter, neptune_project: str
+) -> None:
+    for status, path in ((500, "attributes/operations"), (503, "entries/search"), (503, "file/upload")):
+        proxy.inject(Answer(status), path=path)
+    version = faulty.register(version_entry("ner", 1))
+    assert list(faulty.versions()) == [version]
+    only_one_complete(neptune_client, neptune_project)
+
+
+def test_server_that_goes_on_failing_is_unavailable_and_the_next_run_completes(
+    faulty: NeptuneRegistry, proxy: FaultProxy, neptune_client: NeptuneWriter, neptune_project: str
+) -> None:
+    proxy.inject(Answer(503), path="file/upload", times=20)
+    with ends_within(TIMEOUT_S, RegistryUnavailableError) as caught:
+        faulty.register(version_entry("ner", 1))
+    assert "did not answer while uploading" in str(caught.value)
+    assert list(faulty.versions()) == []
+    proxy.heal()
+    faulty.register(version_entry("ner", 1))
+    only_one_complete(neptune_client, neptune_project)
+
+
+def test_server_that_is_slow_but_goes_on_is_waited_for(
+    proxy: FaultProxy, neptune_server: Neptune, neptune_project: str, settings: Settings
+) -> None:
+    registry = NeptuneRegistry(
+        f"neptune://{neptune_project}", settings_for(neptune_server.token_for(proxy.url), settings, 2.5)
+    )
+    registry.versions()
+    proxy.inject(Hang(0.2), path="attributes/operations", times=25)
+    started = time.monotonic()
+    # One call writes all fields, and takes longer than a call may be silent.
+    assert registry.register(version_entry("ner", 1)).version == 1
+    assert time.monotonic() - started > 2.5
+    proxy.heal()
+
+
+@pytest.mark.slow
+def test_reply_that_is_lost_at_any_request_leaves_one_complete_version(
+    faulty: NeptuneRegistry, proxy: FaultProxy, neptune_client: NeptuneWriter, neptune_project: str, tmp_path: Path
+) -> None:
+    files = version_files(tmp_path / "given")
+    faulty.register(version_entry("ner", 0), files)
+    proxy.seen.clear()
+    faulty.register(version_entry("ner", 1), files)
+    requests = len(proxy.seen)
+    for skip in range(0, requests, 3):
+        proxy.inject(LoseReply(), skip=skip)
+        version = faulty.register(version_entry("ner", 2 + skip), files)
+        assert faulty.register(version_entry("ner", 2 + skip), files) == version
+        proxy.heal()
+    complete = [one for one, whole in neptune_client("list_versions", neptune_project).items() if whole]
+    assert len(complete) == 2 + len(range(0, requests, 3))
+
+
+@pytest.mark.slow
+def test_registration_that_is_killed_at_any_request_is_completed_by_the_next(
+    faulty: NeptuneRegistry,
+    proxy: FaultProxy,
+    neptune_client: NeptuneWriter,
+    neptune_project: str,
+    neptune_server: Neptune,
+    settings: Settings,
+    tmp_path: Path,
+) -> None:
+    files = version_files(tmp_path / "given")
+    process = process_of(settings_for(neptune_server.token_for(proxy.url), settings, TIMEOUT_S))
+    faulty.register(version_entry("ner", 0), files)
+    proxy.seen.clear()
+    faulty.register(version_entry("ner", 1), files)
+    points = range(0, len(proxy.seen), 12)
+    for skip in points:
+        proxy.seen.clear()
+        proxy.inject(Hang(60), skip=skip)
+        killer = threading.Thread(target=kill_at, args=(process, proxy, "", skip))
+        killer.start()
+        with ends_within(TIMEOUT_S, RegistryUnavailableError):
+            faulty.register(version_entry("ner", 2 + skip), files)
+        killer.join()
+        proxy.heal()
+        version = faulty.register(version_entry("ner", 2 + skip), files)
+        assert list(faulty.find(version.artifact_digest)) == [version]
+    complete = [one for one, whole in neptune_client("list_versions", neptune_project).items() if whole]
+    assert len(complete) == 2 + len(points)
+
+
+def test_disk_that_cannot_be_written_is_not_called_a_server_that_does_not_answer(
+    neptune_project: str, settings: Settings, tmp_path: Path
+) -> None:
+    chosen = Settings(home=settings.home)
+    NeptuneRegistry(f"neptune://{neptune_project}", chosen).register(version_entry("ner", 1))
+    client = NeptuneClient(neptune_project, chosen, refused=RegistryError, unavailable=RegistryUnavailableError)
+    (found,) = client.find("version", "")
+    with ends_within(START_S, RegistryError) as caught:
+        client.download(str(found["sys/id"]), "registry/entry", tmp_path / "absent" / "entry.json")
+    assert "No such file" in caught.value.message
+    assert "disk" in caught.value.hint
 
 
 def test_hung_upload_ends_and_the_next_run_completes_the_version(
@@ -191,7 +298,7 @@ def test_client_that_does_nothing_is_killed_at_its_deadline_and_replaced(
 
 
 def test_token_that_the_server_did_not_give_is_refused(
-    neptune_project: str, neptune_server: Neptune, settings: Settings
+    neptune_project: str, neptune_server: Neptune, neptune_client: NeptuneWriter, settings: Settings
 ) -> None:
     wrong = make_api_token(neptune_server.url, "not-its-key")
     registry = NeptuneRegistry(f"neptune://{neptune_project}", settings_for(wrong, settings, 4))
@@ -199,6 +306,9 @@ def test_token_that_the_server_did_not_give_is_refused(
         registry.register(version_entry("ner", 1))
     assert "NEPTUNE_API_TOKEN" in caught.value.hint
     assert wrong not in str(caught.value)
+    assert neptune_client("list_versions", neptune_project) == {}
+    NeptuneRegistry(registry.uri, Settings(home=settings.home)).register(version_entry("ner", 1))
+    only_one_complete(neptune_client, neptune_project)
 
 
 def test_unknown_project_lists_near_ones(neptune_project: str, settings: Settings) -> None:
@@ -322,6 +432,7 @@ def test_client_that_is_not_installed_is_named(
         (None, "no API token"),
         ("not base64!", "no Neptune token"),
         ("bm90IGpzb24=", "no Neptune token"),
+        (make_api_token("https://registry.example:port", "key"), "no Neptune token"),
         (make_api_token("http://registry.example:8000", "key"), "plain http"),
     ],
 )

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from compileflow.digests import file_digest
 from compileflow.errors import SourceError, SourceUnavailableError
 from compileflow.settings import Settings
+from compileflow.sources import files as source_files
 from compileflow.sources.neptune_version import NeptuneSource
 from compileflow.spec import HfTask
 from deployments.neptune_server.tokens import make_api_token
@@ -167,8 +168,19 @@ def test_incomplete_version_is_one_clear_error(
 
 
 def test_card_that_is_no_json_is_one_clear_error(team: Team, source: NeptuneSource, tmp_path: Path) -> None:
-    uri = team.version(card=None, **{"model/model_card": "{not json"})
-    with pytest.raises(SourceError, match="no JSON"):
+    for number, card in enumerate(("{not json", "[" * 16_000)):
+        uri = team.version(card=None, **{"model/model_card": card})
+        with pytest.raises(SourceError, match="no JSON") as caught:
+            source.locate(uri, None, tmp_path / str(number))
+        assert "\n" not in str(caught.value)
+
+
+def test_card_that_is_too_large_to_read_is_refused(
+    team: Team, source: NeptuneSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source_files, "_LONGEST_JSON_BYTES", 100)
+    uri = team.version(card=team.card())
+    with pytest.raises(SourceError, match="at most 100"):
         source.locate(uri, None, tmp_path / "work")
 
 
@@ -193,6 +205,53 @@ def test_nothing_is_written_and_no_path_leaves_the_folder(
     with pytest.raises(SourceError, match="leaves its folder"):
         source.locate(uri, None, tmp_path / "again")
     assert not list(tmp_path.rglob("outside.txt"))
+    for number, broken in enumerate((encrypted(), damaged(), same_name_as_a_folder())):
+        proxy.inject(Answer(200, broken, {"Content-Disposition": "filename=a.zip"}), path="fileset/zip/download")
+        with pytest.raises(SourceError, match="broken archive") as caught:
+            source.locate(uri, None, tmp_path / f"broken-{number}")
+        assert "\n" not in str(caught.value)
+
+
+def zipped(*members: tuple[str, bytes]) -> bytes:
+    body = io.BytesIO()
+    with zipfile.ZipFile(body, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members:
+            archive.writestr(name, content)
+    return body.getvalue()
+
+
+def encrypted() -> bytes:
+    body = bytearray(zipped(("config.json", b"{}" * 100)))
+    # The flags of the entry, and of its line in the directory.
+    body[6] |= 1
+    body[body.index(b"PK\x01\x02") + 8] |= 1
+    return bytes(body)
+
+
+def damaged() -> bytes:
+    body = bytearray(zipped(("config.json", bytes(range(256)) * 100)))
+    body[45] ^= 0xFF
+    body[46] ^= 0xFF
+    return bytes(body)
+
+
+def same_name_as_a_folder() -> bytes:
+    return zipped(("a", b"file"), ("a/b/c", b"file below it"))
+
+
+def test_two_fields_of_one_file_name_are_one_clear_error(
+    team: Team, source: NeptuneSource, tmp_path: Path
+) -> None:
+    files = {f"model/artifact/{path.name}": path for path in team.model.iterdir() if path.is_file()}
+    # A file `a.d` as the client names it, and a folder of that name.
+    inner = team.folder / "inner"
+    inner.write_text("x")
+    outer = team.folder / "outer.d"
+    outer.write_text("x")
+    files |= {"model/artifact/a.d/inner.txt": inner, "model/artifact/a": outer}
+    with pytest.raises(SourceError, match="two files") as caught:
+        source.locate(team.version(card=team.card(), files=files), None, tmp_path / "work")
+    assert "a.d" in caught.value.message
 
 
 def test_unknown_project_is_told(source: NeptuneSource) -> None:

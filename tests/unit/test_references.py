@@ -12,6 +12,7 @@ from compileflow.loading.references import Reference, parse_reference, resolve_r
 from compileflow.settings import Settings
 from compileflow.spec import HfTask
 from compileflow.steps.fetch import fetch_source
+from compileflow.steps.register import default_name
 from compileflow.testing.registries import version_entry
 from compileflow.versions import ModelVersion
 from tests.conftest import ModelFactory
@@ -149,3 +150,35 @@ def test_fetching_a_registered_source_keeps_its_lineage(settings: Settings, tiny
     again = fetch_source("registry:ner@1", None, store_uri=store_uri, settings=settings)
     assert (again.uri, again.revision, again.digest) == (first.uri, first.revision, first.digest)
     assert again.hf_task is HfTask.TOKEN_CLASSIFICATION
+    # With the step switched off, too, and out of the store that the run uses, whichever is configured.
+    bare = settings.model_copy(update={"store_uri": (settings.home_dir / "unused").as_uri()})
+    assert fetch_source("registry:ner@1", None, store_uri=store_uri, settings=bare).digest == first.digest
+    off = fetch_source("registry:ner@1", None, store_uri=store_uri, settings=bare, enabled=False)
+    assert (off.digest, off.cached) == (first.digest, True)
+
+
+def test_source_comes_from_the_store_of_its_artifact_where_the_run_uses_another(
+    stored: ModelVersion, settings: Settings, tmp_path: Path
+) -> None:
+    there = settings.resolved_store_uri()
+    entry = stored.entry.model_copy(
+        update={"artifact_digest": "a" * 64, "artifact_uri": f"{there}/manifests/sha256/{'a' * 64}.json"}
+    )
+    open_registry(settings.resolved_registry_uri(), settings).register(entry)
+    elsewhere = settings.model_copy(update={"store_uri": (tmp_path / "elsewhere").as_uri()})
+    located = get_source("registry", elsewhere).locate("registry:ner", None, tmp_path / "work")
+    assert sorted(located.files) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("uri", "name"),
+    [
+        ("hf://owner/name", "name"),
+        ("file:///models/my%20model/", "my-20model"),
+        ("neptune://workspace/project/KEY-3", "KEY-3"),
+        ("mlflow:http://host:5000#ner@3", "ner"),
+        ("mlflow:sqlite:////srv/mlflow.db#ner@3", "ner"),
+    ],
+)
+def test_name_to_register_under_is_the_models_own(uri: str, name: str) -> None:
+    assert default_name(uri) == name

@@ -12,6 +12,7 @@ import pytest
 from compileflow.catalog import open_store
 from compileflow.digests import list_files
 from compileflow.errors import MeasurementError
+from compileflow.serving.registered_predictions import answers_to
 from compileflow.settings import Settings
 from compileflow.spec import HfTask
 from compileflow.steps.report_file import read_report
@@ -98,6 +99,7 @@ def test_predictions_that_are_not_given_again_only_warn_and_say_how_many(
         (1, 1.0, True),
         (True, 1, True),
         (0.5, None, False),
+        (10**400, 0.5, False),
     ],
 )
 def test_words_must_be_equal_and_numbers_near(was: Any, now: Any, same: bool) -> None:
@@ -125,6 +127,23 @@ def test_questions_with_contexts_are_natural_examples_of_their_task() -> None:
 def test_malformed_test_files_are_one_clear_error(files: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(MeasurementError, match=message):
         read_registered_tests(write(tmp_path / "t", **files))
+
+
+def test_one_answer_an_input_is_what_counts() -> None:
+    two = RegisteredTests(("a", "b"), {"top_k": 1}, None)
+    assert answers_to(two, lambda inputs, top_k: [(one, top_k) for one in inputs]) == [["a", 1], ["b", 1]]
+    assert answers_to(RegisteredTests(("a",), {}, None), lambda inputs: {"answer": "x"}) == [{"answer": "x"}]
+    with pytest.raises(MeasurementError, match="one answer each"):
+        answers_to(two, lambda inputs, top_k: ["a"])
+
+
+def test_test_files_that_the_pipeline_does_not_take_are_one_clear_error() -> None:
+    def pipeline(inputs: list[str]) -> list[str]:
+        return inputs
+
+    with pytest.raises(MeasurementError, match="unexpected keyword argument 'temperature'") as caught:
+        answers_to(RegisteredTests(("a",), {"temperature": 1}, None), pipeline)
+    assert "inference_params.json" in caught.value.hint
 
 
 def test_not_a_number_is_written_as_json_has_it(tmp_path: Path) -> None:

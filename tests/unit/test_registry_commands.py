@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,16 @@ from typer.testing import CliRunner, Result
 from compileflow.catalog import open_registry, open_store
 from compileflow.cli import app
 from compileflow.digests import folder_digest, list_files
+from compileflow.errors import RegistryUnavailableError
 from compileflow.loading.artifacts import open_artifact
+from compileflow.manifest import read_manifest
+from compileflow.provenance.envelopes import put_statement
+from compileflow.provenance.statements import verdict_statement
+from compileflow.registries.local import LocalRegistry
 from compileflow.settings import Settings, get_settings
 from compileflow.testing.registries import version_entry
 from compileflow.versions import ModelRegistry, VersionEntry
+from tests.unit.attested_artifacts import judged
 
 OLD_ARTIFACT = Path(__file__).parents[1] / "artifacts" / "v2-openvino"
 
@@ -142,6 +149,89 @@ def test_pull_writes_the_artifact_that_was_registered(
     assert entry.artifact_digest in done.stdout
     assert folder_digest(list_files(tmp_path / "out", only=names(OLD_ARTIFACT))) == entry.artifact_digest
     one_line(call("pull", reference, str(tmp_path / "out")), "is not empty")
+
+
+def test_pull_reads_the_registry_that_is_named(settings: Settings, tmp_path: Path) -> None:
+    entry = stored(settings)
+    elsewhere = f"sqlite:///{tmp_path / 'elsewhere.db'}"
+    open_registry(elsewhere).register(entry)
+    for number, reference in enumerate(("old", "registry:old")):
+        done = call("pull", reference, str(tmp_path / str(number)), "--registry", elsewhere)
+        assert done.exit_code == 0, done.stderr
+        assert entry.artifact_digest in done.stdout
+
+
+def test_user_without_a_name_can_promote(registry: ModelRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs under a number."""
+    registry.register(version_entry("ner", 1))
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def unknown(number: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    done = call("promote", "ner", "1", "--stage", "staging")
+    assert done.exit_code == 0, done.stderr
+    (change,) = registry.promotions("ner", 1)
+    assert change.who == f"uid {os.getuid()}"
+
+
+def test_promote_that_fails_in_the_only_registry_says_what_to_do(
+    registry: ModelRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.register(version_entry("ner", 1))
+
+    def busy(*_: object, **__: object) -> None:
+        raise RegistryUnavailableError("It is busy.", hint="Wait for the other writer.")
+
+    monkeypatch.setattr(LocalRegistry, "set_stage", busy)
+    one_line(call("promote", "ner", "1", "--stage", "staging"), "error: It is busy. Wait for the other writer.")
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect"])
+def test_version_whose_uri_was_bent_to_another_artifact_is_refused(
+    settings: Settings, registry: ModelRegistry, command: str
+) -> None:
+    registry.register(stored(settings).model_copy(update={"artifact_digest": "f" * 64}))
+    one_line(call(command, "registry:old"), "asked for was ffffffffffff", "somebody changed it")
+
+
+def test_verify_refuses_what_failed_after_it_was_registered(settings: Settings, registry: ModelRegistry) -> None:
+    entry = stored(settings)
+    registry.register(entry)
+    assert call("verify", entry.artifact_uri).exit_code == 0
+    store = open_store(settings.resolved_store_uri())
+    manifest = read_manifest(OLD_ARTIFACT)
+    report = store.put_folder(OLD_ARTIFACT).digest
+    failed = judged("fail", source=manifest.source.digest, report=report)
+    put_statement(store, entry.artifact_digest, verdict_statement(entry.artifact_digest, failed), None)
+    done = call("verify", entry.artifact_uri)
+    assert done.exit_code == 1
+    assert "last validation failed" in done.stderr
+    assert call("verify", entry.artifact_uri, "--integrity-only").exit_code == 0
+
+
+def test_report_of_another_version_is_one_line(settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "report.json").write_text('{"schema_version": 999}')
+    uri = open_store(settings.resolved_store_uri()).put_folder(tmp_path / "report").uri
+    one_line(call("inspect", uri), "cannot be read", "compileflow that wrote it")
+
+
+def test_record_of_a_report_that_cannot_be_read_counts_as_absent(settings: Settings) -> None:
+    entry = stored(settings)
+    store = open_store(settings.resolved_store_uri())
+    store.put_record("report-of", entry.artifact_digest, {"report_digest": 5})
+    done = call("verify", entry.artifact_uri)
+    assert done.exit_code == 1
+    assert "No passing verdict" in done.stderr
+
+
+def test_wrong_setting_is_one_line(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMPILEFLOW_THREADS", "many")
+    get_settings.cache_clear()
+    one_line(call("versions"), "threads", "docs/configuration.md")
 
 
 def test_pull_refuses_what_is_not_the_registered_digest(

@@ -88,7 +88,7 @@ def test_no_key_to_trust_is_an_error_before_anything_else(settings: Settings, tm
 
 
 def test_verdict_that_came_after_the_fetch_is_asked_of_the_store(
-    artifact: Path, store: LocalStore, settings: Settings, keys: Keys
+    artifact: Path, store: LocalStore, settings: Settings, keys: Keys, tmp_path: Path
 ) -> None:
     stored = store.put_folder(artifact)
     provenance, verdict = map(statement_of, envelopes_for(artifact, None))
@@ -98,6 +98,12 @@ def test_verdict_that_came_after_the_fetch_is_asked_of_the_store(
         open_artifact(stored.uri, require_signature=keys.public, settings=settings)
     put_statement(store, stored.digest, verdict, keys.signer)
     assert len(read_bundle(cached)) == 1
+    # What was verified loads, too, where the answer cannot be kept.
+    unwritable = settings.model_copy(update={"home": tmp_path / "read-only"})
+    (unwritable.home / "artifacts").mkdir(parents=True)
+    shutil.copytree(cached, unwritable.home / "artifacts" / stored.digest)
+    unwritable.work_dir.write_text("no folder")
+    assert open_artifact(stored.uri, require_signature=keys.public, settings=unwritable).attested is not None
     assert open_artifact(stored.uri, require_signature=keys.public, settings=settings).attested is not None
     assert read_bundle(cached) == stored_envelopes(store, stored.digest)
     # By now the store is not needed any more.

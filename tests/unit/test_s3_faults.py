@@ -11,14 +11,18 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+from botocore.response import StreamingBody
+from urllib3.exceptions import SSLError
 
 from compileflow.digests import folder_digest, list_files
 from compileflow.errors import IntegrityError, SpecError, StoreError, StoreUnavailableError
 from compileflow.settings import Settings, get_settings
 from compileflow.stores import s3_client, s3_downloads, s3_uploads
 from compileflow.stores.s3 import S3Store
+from compileflow.stores.s3_uploads import BlobUploads
 from compileflow.testing.processes import other_process
 from tests.services.fault_proxy import (
     Answer,
@@ -134,6 +138,28 @@ def test_download_that_breaks_off_goes_on_where_it_broke_off(
     )
     assert list_files_of(store, digest, tmp_path / "out") == list_files(folder)
     assert any(one.startswith("bytes=") and one != "bytes=0-" for one in asked)
+
+
+def test_reply_whose_encryption_breaks_is_asked_for_again(
+    store: S3Store, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What TLS finds wrong in a body is no error of boto3's."""
+    digest = store.put_folder(folder).digest
+    reading, broken = StreamingBody.read, 0
+
+    def read(self: StreamingBody, amt: int | None = None) -> bytes:
+        nonlocal broken
+        if broken < 2:
+            broken += 1
+            raise SSLError("decryption failed or bad record mac")
+        return reading(self, amt)
+
+    monkeypatch.setattr(StreamingBody, "read", read)
+    assert list_files_of(store, digest, tmp_path / "out") == list_files(folder)
+    assert broken == 2
+    broken = -99
+    with pytest.raises(StoreUnavailableError, match="SSLError"):
+        store.exists(digest)
 
 
 def test_download_that_always_breaks_off_leaves_nothing(
@@ -372,6 +398,29 @@ def test_missing_credentials_and_a_missing_boto3_say_what_to_do(
     with pytest.raises(StoreError, match="boto3") as caught:
         list(S3Store("s3://bucket/p", bare).list())
     assert "compileflow[s3]" in caught.value.hint
+
+
+@pytest.mark.parametrize("url", ["localhost:9000", "http://me:secret@host:1x", "ftp://host", "http://", "//host"])
+def test_endpoint_that_is_no_url_is_refused(settings: Settings, url: str) -> None:
+    wrong = settings.model_copy(update={"s3_endpoint_url": url})
+    with pytest.raises(StoreError, match="COMPILEFLOW_S3_ENDPOINT_URL is no server's URL") as caught:
+        S3Store("s3://bucket/p", wrong).exists("0" * 64)
+    assert "http://host:port" in caught.value.hint
+    assert "secret" not in str(caught.value)
+
+
+def test_file_that_vanishes_while_it_is_put_is_one_clear_error(
+    store: S3Store, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(self: BlobUploads, path: Path) -> Any:
+        path.unlink()
+        return reading(self, path)
+
+    reading = BlobUploads.read
+    monkeypatch.setattr(BlobUploads, "read", read)
+    with pytest.raises(StoreError, match="ENOENT"):
+        store.put_folder(folder)
+    assert list(store.list()) == []
 
 
 @pytest.mark.parametrize("uri", ["s3://", "s3:///prefix", "s3://user:secret@bucket", "s3://b/p?versionId=1"])

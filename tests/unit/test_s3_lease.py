@@ -10,6 +10,7 @@ import pytest
 
 from compileflow.settings import get_settings
 from compileflow.stores.s3 import S3Store
+from compileflow.stores.s3_lease import _Lease
 from tests.services.fault_proxy import FaultProxy, LoseReply
 from tests.services.moto_server import Moto
 
@@ -86,4 +87,16 @@ def test_lost_replies_do_not_cost_the_lease(
                 assert time.monotonic() < until
                 time.sleep(0.05)
     assert caplog.text == ""
+    assert leases(store) == []
+
+
+def test_holder_that_did_not_notice_its_loss_leaves_the_new_one(store: S3Store) -> None:
+    """As one that was stopped for a while and ends before it renews."""
+    late, new = (_Lease(store._objects, "locks/key.json", 60) for _ in range(2))
+    assert late.take()
+    store._objects.delete("locks/key.json")
+    assert new.take()
+    late.free()
+    assert leases(store) == ["locks/key.json"]
+    new.free()
     assert leases(store) == []

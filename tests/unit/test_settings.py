@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from compileflow.settings import Settings
+from compileflow.errors import SpecError
+from compileflow.settings import Settings, get_settings
 
 
 @pytest.fixture(autouse=True)
@@ -48,3 +49,22 @@ def test_callers_choice_wins_over_the_configured_one() -> None:
     settings = Settings(store_uri="file:///configured", registry_uri="sqlite:////configured.db")
     assert settings.resolved_store_uri("file:///given") == "file:///given"
     assert settings.resolved_registry_uri("sqlite:////given.db") == "sqlite:////given.db"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("COMPILEFLOW_THREADS", "hf_secret", "threads"),
+        ("COMPILEFLOW_S3_TAGS", "{hf_secret", "s3_tags"),
+        ("COMPILEFLOW_S3_ADDRESSING", "hf_secret", "s3_addressing"),
+    ],
+)
+def test_wrong_value_is_one_line_that_names_the_variable_and_not_its_value(
+    name: str, value: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    get_settings.cache_clear()
+    with pytest.raises(SpecError, match=says) as caught:
+        get_settings()
+    assert "docs/configuration.md" in caught.value.hint
+    assert "hf_secret" not in str(caught.value)

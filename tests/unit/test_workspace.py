@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -153,3 +154,21 @@ def test_errors_of_ours_pass_unchanged(tmp_path: Path) -> None:
     with pytest.raises(SourceError) as caught, os_errors(tmp_path, "write to"):
         raise error
     assert caught.value is error
+
+
+FORKING = """
+import os, sys
+from pathlib import Path
+from compileflow.workspace import work_folder
+with work_folder(Path(sys.argv[1]), label="mine") as folder:
+    if not (child := os.fork()):
+        sys.exit(0)
+    os.waitpid(child, 0)
+    print(folder.is_dir(), Path(f"{folder}.lock").is_file())
+"""
+
+
+def test_forked_process_that_ends_leaves_its_parents_folder(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FORKING, str(tmp_path)]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "True True\n"
+    assert list(tmp_path.iterdir()) == []

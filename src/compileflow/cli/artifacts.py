@@ -139,7 +139,9 @@ def verify(
     found = verify_artifact(location, settings=settings, keys=key or (), require_signature=require_signature)
     proof = _proof(location, found.digest) if found.intact else None
     problems = list(found.problems)
-    if proof is None and found.intact and not integrity_only:
+    if found.verdict == "FAILED" and not integrity_only:
+        problems.append("Its last validation failed, whatever passed before. Do not serve it; read the report.")
+    elif proof is None and found.intact and not integrity_only:
         problems.append(
             "No passing verdict on this digest is known to the store or to the registry "
             f"{without_credentials(settings.resolved_registry_uri())}. "

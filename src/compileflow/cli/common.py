@@ -35,11 +35,23 @@ def one_line_errors(command: Callable[Parameters, None]) -> Callable[Parameters,
 
 
 def artifact_location(text: str) -> str:
-    """Return the URI of a registered version's artifact, and any other location as it is."""
+    """Return the URI of a registered version's artifact, and any other location as it is.
+
+    Raises:
+        IntegrityError: the version's URI names another artifact than was registered.
+    """
+    from compileflow.loading.artifacts import split_uri
     from compileflow.loading.references import parse_reference, resolve_reference
+    from compileflow.loading.verification import check_same
     from compileflow.settings import get_settings
 
-    return resolve_reference(text, get_settings()).artifact_uri if parse_reference(text) else text
+    if parse_reference(text) is None:
+        return text
+    version = resolve_reference(text, get_settings())
+    where = f"{version.name} version {version.version} has a URI that"
+    hint = "Do not use this version; somebody changed it in the registry."
+    check_same(where, split_uri(version.artifact_uri)[1], version.artifact_digest, hint=hint)
+    return version.artifact_uri
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from getpass import getuser
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -68,8 +70,6 @@ def promote(
     as_json: AsJson = False,
 ) -> None:
     """Move a version to a stage, in every registry that has its artifact; only pass may serve."""
-    from getpass import getuser
-
     from compileflow.settings import get_settings
     from compileflow.steps.promote import promote_version
 
@@ -80,7 +80,7 @@ def promote(
         stage,
         registry_uris=settings.resolved_registry_uris(registry or ()),
         settings=settings,
-        who=getuser(),
+        who=_who(),
         reason=reason,
         force=force,
     )
@@ -125,18 +125,31 @@ def pull(
     from compileflow.loading.references import parse_reference, resolve_reference
     from compileflow.provenance.envelopes import write_bundle
     from compileflow.settings import get_settings
+    from compileflow.workspace import os_errors
 
     settings = get_settings()
+    # The option counts for registry:NAME, too.
+    reference = reference.removeprefix("registry:")
     text = reference if parse_reference(reference) else f"{settings.resolved_registry_uri(registry)}#{reference}"
     version = resolve_reference(text, settings)
     artifact = open_artifact(version.artifact_uri, digest=version.artifact_digest, settings=settings)
     out = copy_artifact(artifact, folder)
     # What was fetched before its validation came without the verdict.
-    write_bundle(out, attestations_of(version.artifact_uri, settings=settings))
+    said = attestations_of(version.artifact_uri, settings=settings)
+    with os_errors(out, "write to"):
+        write_bundle(out, said)
     if as_json:
         typer.echo(json.dumps({"folder": str(out), "version": version.model_dump(mode="json")}, indent=1))
     else:
         typer.echo(f"{version.name} version {version.version}, digest {artifact.digest}, is in {out}")
+
+
+def _who() -> str:
+    """Return the user's name, or the number of one that has none, as in a container."""
+    try:
+        return getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"
 
 
 def _tree(found: Lineage) -> Tree:

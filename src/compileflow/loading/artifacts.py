@@ -120,7 +120,7 @@ def split_uri(uri: str) -> tuple[str, str]:
     match = _URI.fullmatch(uri)
     if match is None:
         raise ManifestError(
-            f"{uri!r} is neither an artifact folder nor an artifact URI.",
+            f"{_shown(uri)!r} is neither an artifact folder nor an artifact URI.",
             hint="Give a folder, registry:NAME, or STORE/manifests/sha256/DIGEST.json.",
         )
     return match["store"], match["digest"]
@@ -188,11 +188,30 @@ def open_artifact(
 def copy_artifact(artifact: OpenArtifact, dest: str | Path) -> Path:
     """Copy an artifact's files, and what is said of it, into `dest`, which must be empty or absent."""
     out = Path(dest).expanduser().absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise StoreError(f"{out} is not empty.", hint="Choose another folder.")
     with os_errors(out, "write to"):
-        shutil.copytree(artifact.folder, out, dirs_exist_ok=True, copy_function=shutil.copyfile)
+        was_there = out.exists()
+        if was_there and (not out.is_dir() or any(out.iterdir())):
+            raise StoreError(f"{out} is not empty.", hint="Choose another folder.")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            for path in sorted(artifact.folder.rglob("*")):
+                copy = out / path.relative_to(artifact.folder)
+                if path.is_dir():
+                    copy.mkdir()
+                else:
+                    shutil.copyfile(path, copy)
+        except BaseException:
+            # Half of an artifact would stand in the way of the next try.
+            shutil.rmtree(out, ignore_errors=True)
+            if was_there:
+                out.mkdir(exist_ok=True)
+            raise
     return out
+
+
+def _shown(uri: str) -> str:
+    # Whatever stands before an @ may be a secret, also one with a slash in it.
+    return re.sub(r"//.*@", "//...@", uri)
 
 
 def cached_folder(digest: str, settings: Settings) -> Path:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from compileflow.catalog import open_store
-from compileflow.contracts import LocatedSource
-from compileflow.errors import IntegrityError, SourceError, SpecError
+from compileflow.contracts import ArtifactStore, LocatedSource
+from compileflow.errors import IntegrityError, ManifestError, SourceError, SpecError
+from compileflow.loading.artifacts import split_uri
 from compileflow.loading.references import resolve_reference
 from compileflow.settings import Settings
 from compileflow.spec import HfTask
@@ -36,7 +37,7 @@ class RegisteredSource:
             RegistryError: there is no such version.
         """
         version = self._version(location, revision)
-        store = open_store(self._settings.resolved_store_uri(), self._settings)
+        store = self._store(version)
         folder = work_dir / "source"
         try:
             records = store.get_folder(version.source_digest, folder)
@@ -53,6 +54,16 @@ class RegisteredSource:
             files=tuple(record.path for record in records),
             hf_task=_task(version),
         )
+
+    def _store(self, version: ModelVersion) -> ArtifactStore:
+        """Open the configured store or, where that lacks the source model, the one that the artifact went to."""
+        store = open_store(self._settings.resolved_store_uri(), self._settings)
+        if store.exists(version.source_digest):
+            return store
+        try:
+            return open_store(split_uri(version.artifact_uri)[0], self._settings)
+        except (ManifestError, SpecError):
+            return store
 
     def _version(self, location: str, revision: str | None) -> ModelVersion:
         if revision is not None:

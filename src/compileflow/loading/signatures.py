@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compileflow.catalog import open_store
-from compileflow.errors import SignatureError
+from compileflow.errors import SignatureError, StoreError
 from compileflow.loading.verification import CheckedFolder
 from compileflow.manifest import ATTESTATIONS_NAME
 from compileflow.provenance.envelopes import Envelope, read_bundle, stored_envelopes, write_bundle
@@ -84,7 +84,7 @@ def check_signed(
     envelopes = stored_envelopes(open_store(store_uri, settings), checked.digest)
     attested = check(envelopes)
     # The answer stands without the copy, and somebody else may own the cache.
-    with suppress(OSError), work_folder(settings.work_dir, label="attestations") as work:
+    with suppress(OSError, StoreError), work_folder(settings.work_dir, label="attestations") as work:
         write_bundle(work, envelopes)
         (work / ATTESTATIONS_NAME).replace(folder / ATTESTATIONS_NAME)
     return attested

@@ -87,12 +87,14 @@ def read_token(settings: Settings, *, refused: type[CompileflowError]) -> Token:
         addresses = [content["api_address"], *filter(None, [content.get("api_url")])]
         hosts = [urlsplit(address if "://" in address else f"https://{address}") for address in addresses]
         names = [host.hostname or "" for host in hosts]
+        shown = hosts[-1]
+        port = f":{shown.port}" if shown.port else ""
     except (binascii.Error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise refused(
             f"NEPTUNE_API_TOKEN holds no Neptune token ({type(error).__name__}).",
             hint="Copy the whole token, as the Neptune server gave it.",
         ) from error
-    secrets = (value, *filter(None, [str(content.get("api_key") or "")]))
+    secrets = (value, *filter(None, [str(content.get("api_key") or ""), *(host.password for host in hosts)]))
     plain = [name for name, host in zip(names, hosts, strict=True) if host.scheme == "http"]
     asked = os.environ.get(INSECURE) == "1"
     far = [name for name in plain if not _is_loopback(name)]
@@ -101,8 +103,6 @@ def read_token(settings: Settings, *, refused: type[CompileflowError]) -> Token:
             f"The token's server, {far[0]}, is reached over plain http, which shows the token to the network.",
             hint=f"Use https, or set {INSECURE}=1 where that network is trusted.",
         )
-    shown = hosts[-1]
-    port = f":{shown.port}" if shown.port else ""
     return Token(value, f"{shown.scheme}://{shown.hostname}{port}", secrets, bool(plain) or asked)
 
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from compileflow.errors import CompileflowError
+from compileflow.errors import CompileflowError, first_line
 from compileflow.neptune_client.address import Token, read_token
 from compileflow.neptune_client.operations import Kind, Value
 from compileflow.neptune_client.process import Ended, Overdue, process_for
 from compileflow.settings import Settings
 
-# Slower than this an upload is taken for hung, beside the time that every call has.
-_SLOWEST_BYTES_PER_S = 256 * 1024
+# Slower than this on the whole an upload is given up, however it goes on.
+_SLOWEST_BYTES_PER_S = 16 * 1024
 _LISTED = 8
+_KEPT_LOGS = 20
 
 
 class NeptuneClient:
@@ -83,14 +86,15 @@ class NeptuneClient:
         return str(self._call("create_version", f"making a version of {model}", model=model))
 
     def write(self, identity: str, fields: Mapping[str, Value], *, kind: Kind = "version") -> None:
-        """Write fields in their order; None is left out."""
+        """Write fields in their order; None is left out. It may take long as long as it goes on."""
         self._call("write", f"writing to {identity}", kind=kind, identity=identity, fields=dict(fields))
 
     def upload(self, identity: str, path: str, file: Path) -> None:
-        """Upload a file as a File field; the deadline grows with its size."""
+        """Upload a file as a File field; it may take long as long as bytes go out, at 16 KiB/s at least."""
         size = file.stat().st_size
         doing = f"uploading {path} of {identity}, {size} bytes"
-        self._call("upload", doing, size_bytes=size, identity=identity, path=path, file=str(file.absolute()))
+        most_s = self._settings.neptune_timeout_s + size / _SLOWEST_BYTES_PER_S
+        self._call("upload", doing, most_s=most_s, identity=identity, path=path, file=str(file.absolute()))
 
     def change_stage(self, identity: str, stage: str) -> None:
         """Change a version's stage."""
@@ -122,15 +126,15 @@ class NeptuneClient:
         """Close what is held open in Neptune."""
         self._call("release", "closing", project=None)
 
-    def _call(self, operation: str, doing: str, *, size_bytes: int = 0, **arguments: Any) -> Any:
+    def _call(self, operation: str, doing: str, *, most_s: float = math.inf, **arguments: Any) -> Any:
         token = read_token(self._settings, refused=self._refused)
         process = process_for(token, self._settings)
-        timeout_s = self._settings.neptune_timeout_s + size_bytes / _SLOWEST_BYTES_PER_S
+        timeout_s = self._settings.neptune_timeout_s
         chosen = {"project": self.project} | arguments
         if chosen["project"] is None:
             del chosen["project"]
         try:
-            answer = process.ask(operation, chosen, timeout_s=timeout_s)
+            answer = process.ask(operation, chosen, timeout_s=timeout_s, most_s=most_s)
         except Overdue as error:
             raise self._unavailable(
                 f"Neptune at {token.address} did not finish {doing} in {error.args[0]:g} s; "
@@ -144,6 +148,11 @@ class NeptuneClient:
                 f"The Neptune client ended while {doing}.",
                 hint="Run again; its last words are in the log.",
                 log_path=self._keep_log(process.log_text()),
+            ) from error
+        except OSError as error:
+            raise self._unavailable(
+                f"The Neptune client could not be started: {first_line(error)}.",
+                hint="Free some memory or processes on this machine, and run again.",
             ) from error
         if "missing" in answer:
             raise self._refused(
@@ -178,6 +187,11 @@ class NeptuneClient:
                 f"Neptune at {token.address} has no project {self.project!r}, or this token has no access to it.",
                 hint=f"It shows: {', '.join(near)}." if near else "It shows no project to this token.",
             )
+        if kind == "local":
+            return self._refused(
+                f"This machine could not go on {doing} ({text}).",
+                hint="Check the disk and the rights there, and run again.",
+            )
         if kind == "absent":
             return self._refused(
                 f"{self.project} in Neptune lost what was to be found while {doing} ({text}).",
@@ -190,7 +204,10 @@ class NeptuneClient:
         )
 
     def _keep_log(self, text: str) -> str:
-        """Write what the client printed to this process's own file, anew each time; '' when it said nothing."""
+        """Write what the client printed to this process's own file, anew each time; '' when it said nothing.
+
+        Of earlier processes' files the newest stay.
+        """
         if not text:
             return ""
         path = self._settings.home_dir / "logs" / f"neptune-{os.getpid()}.log"
@@ -199,4 +216,10 @@ class NeptuneClient:
             path.write_text(text, "utf-8")
         except OSError:
             return ""
+        # Another process may be at it, too.
+        with suppress(OSError):
+            for old in sorted(path.parent.glob("neptune-*.log"), key=lambda one: -one.stat().st_mtime)[
+                _KEPT_LOGS:
+            ]:
+                old.unlink()
         return str(path)

@@ -5,6 +5,7 @@ Everything is asked of the public interface but one thing: the versions of all m
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -15,6 +16,17 @@ Kind = Literal["model", "version"]
 Value = str | int | float | bool | None
 _FIELD_TYPES: dict[type, str] = {str: "String", bool: "Boolean", int: "Integer", float: "Float"}
 _STYLES = re.compile(r"\x1b\[[0-9;]*m")
+# Of this machine's disk, not of the network.
+_LOCAL = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EIO,
+)
 
 
 class Session:
@@ -35,6 +47,7 @@ class Session:
             def __exit__(self, *raised: object) -> None:
                 """Let errors pass."""
 
+        self._on_bytes = on_bytes
         self._progress = Progress
         self._neptune = neptune
         self._version_type = ContainerType.MODEL_VERSION
@@ -71,7 +84,13 @@ class Session:
 
         Sorted by id, since the client cannot sort an empty project by anything else.
         """
-        opened = self._project(project)
+        from neptune.common.backends.utils import with_api_exceptions_handler
+
+        # Of all its requests, the client does not repeat these when the server fails for a moment.
+        find: Callable[..., list[dict[str, Value]]] = with_api_exceptions_handler(self._find)  # type: ignore[no-untyped-call]
+        return find(self._project(project), kind, query, columns)
+
+    def _find(self, opened: Any, kind: Kind, query: str, columns: list[str]) -> list[dict[str, Value]]:
         common = {"columns": columns, "sort_by": "sys/id", "ascending": True, "progress_bar": False}
         if kind == "model":
             table = opened.fetch_models_table(query=query, **common)
@@ -106,9 +125,10 @@ class Session:
         return identity
 
     def do_write(self, project: str, kind: Kind, identity: str, fields: dict[str, Value]) -> None:
-        """Write fields in their order; one of another type makes room first."""
+        """Write fields in their order, a request or two each; one of another type makes room first."""
         target = self._open(project, kind, identity, "sync")
         for path, value in fields.items():
+            self._on_bytes()
             if value is not None:
                 self._make_room(target, path, _FIELD_TYPES[type(value)])
                 target[path] = value
@@ -185,7 +205,7 @@ class Session:
 
 
 def kind_of_error(error: BaseException) -> str:
-    """Sort the client's errors: unavailable, token, forbidden, project, absent, or refused."""
+    """Sort the client's errors: unavailable, token, forbidden, project, absent, local, or refused."""
     import requests
     from bravado.exception import BravadoConnectionError, BravadoTimeoutError, HTTPServerError
     from neptune.common import exceptions as common
@@ -206,6 +226,9 @@ def kind_of_error(error: BaseException) -> str:
             ),
         ),
     )  # fmt: skip
+    # What requests raises is an OSError, too, but has no number.
+    if isinstance(error, OSError) and error.errno in _LOCAL:
+        return "local"
     return next((kind for kind, classes in kinds if isinstance(error, classes)), "refused")
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import atexit
 import json
 import logging
+import math
 import os
 import queue
+import select
 import signal
 import subprocess
 import sys
@@ -52,13 +54,16 @@ class ClientProcess:
         self._child: _Child | None = None
         self._last_log = ""
 
-    def ask(self, operation: str, arguments: Mapping[str, Any], *, timeout_s: float) -> dict[str, Any]:
+    def ask(
+        self, operation: str, arguments: Mapping[str, Any], *, timeout_s: float, most_s: float = math.inf
+    ) -> dict[str, Any]:
         """Let the child do an operation and return its answer, an object with "value", "error" or "missing".
 
         Args:
             operation: Name of a `Session.do_*`.
             arguments: For it; JSON values.
             timeout_s: Seconds without an answer or a sign of life after which the child is killed.
+            most_s: Seconds after which it is killed whatever it says.
 
         Raises:
             Overdue, Ended: there is no answer, and no child any more.
@@ -73,7 +78,7 @@ class ClientProcess:
                     self._stop()
                     return child.greeting
                 try:
-                    answer = child.ask({"operation": operation, "arguments": dict(arguments)}, timeout_s)
+                    answer = child.ask({"operation": operation, "arguments": dict(arguments)}, timeout_s, most_s)
                 except BaseException:
                     # Also when the user interrupts: what the child is at is unknown.
                     self._stop()
@@ -89,7 +94,11 @@ class ClientProcess:
         return child.log_text() if child is not None else self._last_log
 
     def close(self) -> None:
-        """End the child, if there is one."""
+        """End the child, if there is one, whatever it is at."""
+        child = self._child
+        if child is not None:
+            # Before the lock, which a thread that waits for an answer would keep up to its bound.
+            child.kill()
         with self._lock:
             self._stop()
 
@@ -127,42 +136,51 @@ class _Child:
         folder = self._stack.enter_context(work_folder(work_dir, label="neptune"))
         self._answers: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._log: deque[str] = deque(maxlen=_LOG_LINES)
-        self.popen = subprocess.Popen(
-            [sys.executable, "-P", "-c", _ENTRY],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=_environment(token, folder, request_s),
-            start_new_session=True,
-        )
+        try:
+            self.popen = subprocess.Popen(
+                [sys.executable, "-P", "-c", _ENTRY],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=_environment(token, folder, request_s),
+                start_new_session=True,
+            )
+        except BaseException:
+            self._stack.close()
+            raise
         self._readers = [threading.Thread(target=read, daemon=True) for read in (self._read, self._read_log)]
         for reader in self._readers:
             reader.start()
-        self._send({"request_s": request_s, "idle_s": _IDLE_S})
+        self._send({"request_s": request_s, "idle_s": _IDLE_S}, _START_S)
 
-    def ask(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        self._send(request)
-        return self.wait(timeout_s)
+    def ask(self, request: dict[str, Any], timeout_s: float, most_s: float) -> dict[str, Any]:
+        self._send(request, timeout_s)
+        return self.wait(timeout_s, most_s)
 
-    def wait(self, timeout_s: float) -> dict[str, Any]:
-        until = time.monotonic() + timeout_s
+    def wait(self, timeout_s: float, most_s: float = math.inf) -> dict[str, Any]:
+        last = time.monotonic() + most_s
+        limit_s, until = timeout_s, time.monotonic() + timeout_s
         while True:
             try:
                 answer = self._answers.get(timeout=max(0.0, until - time.monotonic()))
             except queue.Empty as error:
-                raise Overdue(timeout_s) from error
+                raise Overdue(limit_s) from error
             if "ended" in answer:
                 raise Ended
             if "alive" not in answer:
                 return answer
-            until = time.monotonic() + timeout_s
+            limit_s, until = min((timeout_s, time.monotonic() + timeout_s), (most_s, last), key=lambda one: one[1])
 
-    def end(self) -> None:
+    def kill(self) -> None:
         """Kill the child and all that it started."""
         # Not by a number that may be another process's by now.
         if self.popen.poll() is None:
             with suppress(ProcessLookupError):
                 os.killpg(self.popen.pid, signal.SIGKILL)
+
+    def end(self) -> None:
+        """Kill the child, wait for it, and clear its folder away."""
+        self.kill()
         self.popen.wait()
         for reader in self._readers:
             reader.join(timeout=2)
@@ -174,11 +192,20 @@ class _Child:
     def log_text(self) -> str:
         return "".join(list(self._log))
 
-    def _send(self, value: dict[str, Any]) -> None:
+    def _send(self, value: dict[str, Any], timeout_s: float) -> None:
+        """Write a line to the child; one that does not read would otherwise hold its writer for ever."""
         assert self.popen.stdin is not None  # noqa: S101 - a pipe was asked for
+        pipe = self.popen.stdin.fileno()
+        ready = select.poll()
+        ready.register(pipe, select.POLLOUT)
+        left = json.dumps(value).encode() + b"\n"
+        until = time.monotonic() + timeout_s
         try:
-            self.popen.stdin.write(json.dumps(value).encode() + b"\n")
-            self.popen.stdin.flush()
+            while left:
+                if not ready.poll(1000 * max(0.0, until - time.monotonic())):
+                    raise Overdue(timeout_s)
+                # No more than surely fits.
+                left = left[os.write(pipe, left[: select.PIPE_BUF]) :]
         except BrokenPipeError:
             logger.debug("the Neptune client ended before it was asked")
 

@@ -6,6 +6,7 @@ bounds then. Standard output is kept for answers: whatever the client prints goe
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ import queue
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +23,9 @@ from compileflow.isolation import skip_slow_grammar
 
 # Each opened object leaves hooks in the process for good; after so many a new process is cheaper.
 _MOST_OBJECTS = 500
+# Seconds between two signs of life.
+_SIGN_S = 0.1
+_BLOCK = 64 * 1024
 
 
 def main() -> None:
@@ -67,7 +72,8 @@ def _open_session(request_s: float, on_bytes: Callable[[], None]) -> Any:
     skip_slow_grammar()
     from compileflow.neptune_client.operations import Session
 
-    _bound_requests(request_s)
+    on_bytes = _now_and_then(on_bytes)
+    _bound_requests(request_s, on_bytes)
     session = Session(on_bytes)
     # The client sets its own level when it is imported.
     logging.getLogger("neptune").setLevel(logging.ERROR)
@@ -82,8 +88,35 @@ def _run(session: Any, request: dict[str, Any]) -> dict[str, Any]:
         return {"error": session.describe(error)}
 
 
-def _bound_requests(limit_s: float) -> None:
-    """Give every request a limit: the client itself gives none to uploads, downloads and tokens."""
+class _Sent(io.BytesIO):
+    """A body that is sent in blocks, each with a limit of its own, and says when one is fetched."""
+
+    def __init__(self, body: bytes, on_bytes: Callable[[], None]):
+        super().__init__(body)
+        self._on_bytes = on_bytes
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self._on_bytes()
+        return super().read(size)
+
+
+def _now_and_then(call: Callable[[], None]) -> Callable[[], None]:
+    next_at = 0.0
+
+    def throttled() -> None:
+        nonlocal next_at
+        if time.monotonic() >= next_at:
+            next_at = time.monotonic() + _SIGN_S
+            call()
+
+    return throttled
+
+
+def _bound_requests(limit_s: float, on_bytes: Callable[[], None]) -> None:
+    """Give every request a limit: the client itself gives none to uploads, downloads and tokens.
+
+    The limit is that of a silence. A body of bytes would have to be sent whole within it, over a slow line, too.
+    """
     from requests.adapters import HTTPAdapter
 
     send = HTTPAdapter.send
@@ -94,6 +127,14 @@ def _bound_requests(limit_s: float) -> None:
         # The client sends uploads past the place where requests itself would look at the environment.
         if options.get("verify", True) is True and bundle:
             options["verify"] = bundle
-        return send(self, request, **options)
+        body = request.body
+        if not isinstance(body, bytes) or len(body) <= _BLOCK:
+            return send(self, request, **options)
+        request.body = _Sent(body, on_bytes)
+        try:
+            return send(self, request, **options)
+        finally:
+            # Whoever sends it again, after a redirect, begins at its start.
+            request.body = body
 
     HTTPAdapter.send = bounded  # type: ignore[method-assign, assignment]

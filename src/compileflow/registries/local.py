@@ -9,7 +9,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from compileflow.errors import SpecError
-from compileflow.registries.lookup import check_stage, choose_version, is_exclusive, replaced_by, unknown_name
+from compileflow.registries.lookup import (
+    check_stage,
+    choose_version,
+    is_exclusive,
+    read_version,
+    replaced_by,
+    unknown_name,
+)
 from compileflow.registries.sqlite_file import reading, write_transaction
 from compileflow.settings import Settings
 from compileflow.versions import ModelVersion, Promotion, Stage, VersionEntry, VersionFiles
@@ -149,4 +156,4 @@ def _now() -> str:
 def _version(row: tuple[int, str, str, Stage]) -> ModelVersion:
     number, created_at, entry, stage = row
     added = {"version": number, "created_at": created_at, "stage": stage}
-    return ModelVersion.model_validate(json.loads(entry) | added)
+    return read_version(entry, f"A version {number} of the registry's file", added)

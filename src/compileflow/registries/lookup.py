@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 
 from compileflow.errors import RegistryError
@@ -36,6 +37,26 @@ def choose_version(name: str, found: Sequence[ModelVersion], version: int | str)
         f"{version!r} is neither a number nor a stage of {name}.",
         hint=f"Stages are {', '.join(STAGES)}; it has: {stages}.",
     )
+
+
+def read_version(text: str, where: str, added: Mapping[str, object]) -> ModelVersion:
+    """Make a version of an entry's JSON and what the registry keeps beside it.
+
+    Args:
+        text: The entry as it was registered.
+        where: For the error, for example "ner 3 in sqlite:////reg.db".
+        added: Number, time and stage.
+
+    Raises:
+        RegistryError: the JSON is no entry of this compileflow.
+    """
+    try:
+        return ModelVersion.model_validate(json.loads(text) | dict(added))
+    except (ValueError, TypeError) as error:
+        raise RegistryError(
+            f"{where} holds no entry that this compileflow can read ({type(error).__name__}).",
+            hint="Use the compileflow that registered it, or delete that version.",
+        ) from error
 
 
 def unknown_name(uri: str, name: str, names: Iterable[str]) -> RegistryError:

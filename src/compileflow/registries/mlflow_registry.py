@@ -75,6 +75,11 @@ class MlflowRegistry:
                         entry.name, source=source, run_id=run_id, tags=entry_tags(entry), await_creation_for=0
                     )
                 found = self._of_artifact(entry)
+            if not found:
+                raise RegistryUnavailableError(
+                    f"MLflow at {self.uri} does not list the version of {entry.name} that it just made.",
+                    hint="Somebody may have deleted it; run again.",
+                )
             self._delete(found[1:])
             return found[0].version
 
@@ -162,7 +167,7 @@ class MlflowRegistry:
         found = []
         for row in rows:
             mine = aliases.get((row.name, int(row.version)), frozenset())
-            version = read_version(int(row.version), row.creation_timestamp, row.tags, aliases=mine)
+            version = read_version(row.name, int(row.version), row.creation_timestamp, row.tags, aliases=mine)
             # A model of that name may hold versions that others registered.
             if version is not None:
                 found.append(_Held(version, dict(row.tags), mine))

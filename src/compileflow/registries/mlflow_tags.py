@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Mapping
 from datetime import UTC, datetime
 
+from compileflow.registries import lookup
 from compileflow.versions import ModelVersion, Promotion, Stage, VersionEntry
 
 SCHEMA = "compileflow.schema_version"
@@ -53,15 +54,19 @@ def source_key(source_uri: str) -> str:
 
 
 def read_version(
-    number: int, created_ms: int, tags: Mapping[str, str], *, aliases: frozenset[str]
+    name: str, number: int, created_ms: int, tags: Mapping[str, str], *, aliases: frozenset[str]
 ) -> ModelVersion | None:
     """Return the version that these tags hold; None where compileflow did not register it.
 
     Args:
+        name: Of the model, for the error.
         number: MLflow's number.
         created_ms: Milliseconds since 1970, as MLflow has it.
         tags: All of the version's.
         aliases: Those that point at it.
+
+    Raises:
+        RegistryError: somebody changed the tags, and they hold no entry any more.
     """
     if tags.get(SCHEMA) != SCHEMA_VERSION:
         return None
@@ -69,7 +74,7 @@ def read_version(
     created_at = datetime.fromtimestamp(created_ms / 1000, UTC).isoformat(timespec="seconds")
     stage = next((alias for alias in ALIASES if alias in aliases), "archived" if ARCHIVED in tags else "none")
     added = {"version": number, "created_at": created_at, "stage": stage}
-    return ModelVersion.model_validate(json.loads(body) | added)
+    return lookup.read_version(body, f"{name} {number} in MLflow", added)
 
 
 def promotion_tag(stage: Stage, who: str, reason: str) -> tuple[str, str]:

@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import JsonValue
 
 from compileflow.digests import json_digest
-from compileflow.errors import RegistryError
+from compileflow.registries.lookup import read_version
 from compileflow.versions import ModelVersion, VersionEntry, VersionFiles
 
 DIGEST, COMPLETE, NAME = "registry/digest", "registry/complete", "registry/name"
@@ -157,21 +157,13 @@ def to_version(identity: str, text: str, *, stage: str, created_at: str) -> Mode
     Raises:
         RegistryError: the JSON is no entry of this compileflow.
     """
-    try:
-        moment = datetime.fromisoformat(created_at).astimezone(UTC)
-        return ModelVersion.model_validate(
-            json.loads(text)
-            | {
-                "version": number_of(identity),
-                "created_at": moment.isoformat(timespec="milliseconds"),
-                "stage": stage or "none",
-            }
-        )
-    except (ValueError, TypeError) as error:
-        raise RegistryError(
-            f"{identity} in Neptune holds no entry that this compileflow can read ({type(error).__name__}).",
-            hint="Use the compileflow that registered it, or trash that version.",
-        ) from error
+    moment = datetime.fromisoformat(created_at).astimezone(UTC)
+    added = {
+        "version": number_of(identity),
+        "created_at": moment.isoformat(timespec="milliseconds"),
+        "stage": stage or "none",
+    }
+    return read_version(text, f"{identity} in Neptune", added)
 
 
 def _gates(report: JsonValue) -> list[dict[str, Any]]:

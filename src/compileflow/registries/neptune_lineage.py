@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from compileflow.digests import json_digest
-from compileflow.errors import RegistryError, RegistryUnavailableError
+from compileflow.errors import RegistryError, RegistryUnavailableError, SpecError, first_line
 from compileflow.neptune_client.address import parse_version
 from compileflow.neptune_client.client import NeptuneClient
 from compileflow.registries.neptune_fields import COMPILED, LONGEST_STRING
@@ -47,10 +47,10 @@ def list_in_source(source_uri: str, settings: Settings, *, project: str, model: 
         "with_id": identity,
         "time_stamp": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    source_project, text = parse_version(source_uri)
-    client = NeptuneClient(source_project, settings, refused=RegistryError, unavailable=RegistryUnavailableError)
-    lock = settings.home_dir / "locks" / f"neptune-{json_digest([source_project, text])[:32]}.lock"
     try:
+        source, text = parse_version(source_uri)
+        client = NeptuneClient(source, settings, refused=RegistryError, unavailable=RegistryUnavailableError)
+        lock = settings.home_dir / "locks" / f"neptune-{json_digest([source, text])[:32]}.lock"
         with (
             file_lock(lock, on_wait=lambda: logger.info("another process writes to %s", source_uri)),
             work_folder(settings.work_dir, label="lineage") as work,
@@ -58,7 +58,7 @@ def list_in_source(source_uri: str, settings: Settings, *, project: str, model: 
             _add(client, client.version_id(text), entry, work / "compiled_model_versions.json")
     except RegistryUnavailableError:
         raise
-    except RegistryError as error:
+    except (RegistryError, SpecError) as error:
         logger.warning("%s does not list %s, which was compiled from it: %s", source_uri, identity, error)
 
 
@@ -87,17 +87,17 @@ def _read(client: NeptuneClient, source: str, kind: str | None, file: Path) -> l
     if kind is None:
         return []
     if kind == "String":
-        text = str(client.fetch(source, COMPILED))
+        body: str | bytes = str(client.fetch(source, COMPILED))
     elif kind == "File":
         client.download(source, COMPILED, file)
-        text = file.read_text("utf-8")
+        body = file.read_bytes()
     else:
         raise RegistryError(f"{COMPILED} of {source} is a {kind}.", hint="Make it a JSON file with a list.")
     try:
-        found = json.loads(text)
-    except ValueError as error:
+        found = json.loads(body)
+    except (ValueError, RecursionError) as error:
         raise RegistryError(
-            f"{COMPILED} of {source} holds no JSON ({error}).", hint="Mend it, or delete it."
+            f"{COMPILED} of {source} holds no JSON ({first_line(error)}).", hint="Mend it, or delete it."
         ) from error
     # Whoever had one version to list may have left the brackets out.
     return found if isinstance(found, list) else [found]

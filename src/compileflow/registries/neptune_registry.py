@@ -72,6 +72,12 @@ class NeptuneRegistry:
             self._make_model(model, entry.name)
             identity = self._begin(model, entry)
             self._fill(model, identity, entry, files)
+            # While files were uploaded, another machine may have completed its own: that one may be in use by now.
+            kept = self._kept(model, entry.artifact_digest)
+            if kept is not None and kept.version != layout.number_of(identity):
+                client.release()
+                client.trash([identity])
+                return kept
             client.write(identity, {layout.COMPLETE: True})
             client.release()
             self._sweep(model, entry.artifact_digest)
@@ -79,7 +85,8 @@ class NeptuneRegistry:
 
     def find(self, artifact_digest: str) -> Sequence[ModelVersion]:
         """Return every version of an artifact, newest first."""
-        return self._listing.settled(self._listing.rows(layout.equals(layout.DIGEST, artifact_digest)))
+        rows = self._listing.rows(layout.equals(layout.DIGEST, artifact_digest))
+        return self._listing.settled(row for row in rows if row.version.artifact_digest == artifact_digest)
 
     def compiled_from(self, source_uri: str) -> Sequence[ModelVersion]:
         """Return every version that was compiled from that source model, newest first."""

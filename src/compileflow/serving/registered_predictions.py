@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from compileflow.errors import CompileflowError, MeasurementError, first_line
 from compileflow.serving.pipeline import CompiledPipeline
 from compileflow.steps.prove import prove_artifact
 from compileflow.validation.registered_tests import RegisteredTests, plain
@@ -26,8 +27,32 @@ def prove_with_predictions(request: Mapping[str, Any]) -> dict[str, Any]:
             threads=int(request["threads"]),
             require_signature=False,
         )
-        answers = plain(pipeline(list(tests.inputs), **tests.parameters))
-        # A lone question's answer comes without a list.
-        return answers if isinstance(answers, list) and len(answers) == len(tests.inputs) else [answers]
+        return answers_to(tests, pipeline)
 
     return prove_artifact(request, predict)
+
+
+def answers_to(tests: RegisteredTests, pipeline: Callable[..., Any]) -> list[Any]:
+    """Return what a pipeline answers, one item an input.
+
+    Raises:
+        MeasurementError: it does not take these inputs or parameters, or answers more or less.
+    """
+    hint = "Correct inputs.json and inference_params.json of the source version."
+    try:
+        answers = plain(pipeline(list(tests.inputs), **tests.parameters))
+    except CompileflowError:
+        raise
+    except Exception as error:
+        raise MeasurementError(
+            f"The source version's test inputs cannot be answered: {type(error).__name__}: {first_line(error)}.",
+            hint=hint,
+        ) from error
+    if isinstance(answers, list) and len(answers) == len(tests.inputs):
+        return answers
+    # A lone question's answer comes without a list.
+    if len(tests.inputs) == 1:
+        return [answers]
+    raise MeasurementError(
+        f"The source version's {len(tests.inputs)} test inputs do not have one answer each.", hint=hint
+    )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-from compileflow.errors import SourceError
+from compileflow.errors import SourceError, first_line
 
 SAFE_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 LEGACY_WEIGHTS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
@@ -19,6 +20,8 @@ TOKENIZER = (
     "merges.txt", "*.model", "*.jinja", "spiece*", "bpe.codes", "sentencepiece*",
 )  # fmt: skip
 CODE = ("*.py",)
+# What is larger is no card and no test file, and would have to be in memory whole.
+_LONGEST_JSON_BYTES = 64 * 2**20
 # Other exports of the same weights, and a training run's leftovers.
 _SKIPPED_FOLDERS = ("onnx", "openvino", "coreml", "checkpoint-*", "runs", ".*", "__pycache__")
 
@@ -91,6 +94,27 @@ def check_weights(folder: Path, names: tuple[str, ...]) -> None:
                     f"{name} is truncated or not safetensors ({size} bytes): {error}.",
                     hint="Copy or download the model again.",
                 ) from error
+
+
+def read_json(path: Path, where: str) -> Any:
+    """Read a JSON file that others wrote: a card, a test file.
+
+    Args:
+        path: The file.
+        where: What it is, for the error.
+
+    Raises:
+        SourceError: it is larger than 64 MiB, no UTF-8, no JSON, or nested too deeply.
+    """
+    size = path.stat().st_size
+    if size > _LONGEST_JSON_BYTES:
+        raise SourceError(
+            f"{where} has {size} bytes; at most {_LONGEST_JSON_BYTES} are read.", hint="Upload a smaller one."
+        )
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{where} is no JSON: {first_line(error)}.", hint="Upload it as JSON.") from error
 
 
 def _shards(index: Path) -> set[str]:

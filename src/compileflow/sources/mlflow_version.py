@@ -7,7 +7,6 @@ is.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from compileflow.contracts import LocatedSource
+from compileflow.digests import safe_relative_path
 from compileflow.errors import SourceError, SourceUnavailableError, SpecError, first_line
 from compileflow.mlflow_client import SCHEME, MlflowPlace, error_code, parse_place
 from compileflow.settings import Settings
-from compileflow.sources.files import choose_files
+from compileflow.sources.files import choose_files, read_json
 from compileflow.spec import HfTask
 from compileflow.workspace import os_errors
 
@@ -153,7 +153,13 @@ def _merged(root: Path, flavor: Mapping[str, Any], uri: str) -> Path:
         raise SourceError(
             f"{uri} is an adapter without its base model.", hint="Merge it (merge_and_unload) and log the result."
         )
-    folder = root / str(flavor.get("model_binary") or "model")
+    named = str(flavor.get("model_binary") or "model")
+    try:
+        folder = root / safe_relative_path(named)
+    except ValueError as error:
+        raise SourceError(
+            f"MLmodel of {uri} names a folder that cannot be: {error}.", hint="Log it again."
+        ) from error
     if not folder.is_dir():
         base = flavor.get("source_model_name") or flavor.get("local_base_model_path") or "the base model"
         revision = flavor.get("source_model_revision")
@@ -177,12 +183,7 @@ def _model_folder(root: Path) -> Path:
 def _card(root: Path, folder: Path, uri: str) -> dict[str, Any]:
     for path in (root / _CARD, folder / _CARD):
         if path.is_file():
-            try:
-                card = json.loads(path.read_text("utf-8"))
-            except ValueError as error:
-                raise SourceError(
-                    f"{_CARD} of {uri} is no JSON: {first_line(error)}.", hint="Log it as JSON."
-                ) from error
+            card = read_json(path, f"{_CARD} of {uri}")
             return card if isinstance(card, dict) else {}
     return {}
 

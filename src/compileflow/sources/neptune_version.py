@@ -6,7 +6,8 @@ files. The files are a file set at that path, or single files below it. Nothing 
 
 from __future__ import annotations
 
-import json
+import struct
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,16 @@ from compileflow.errors import SourceError, SourceUnavailableError, SpecError, f
 from compileflow.neptune_client.address import parse_version
 from compileflow.neptune_client.client import NeptuneClient
 from compileflow.settings import Settings
-from compileflow.sources.files import choose_files
+from compileflow.sources.files import choose_files, read_json
 from compileflow.spec import HfTask
 from compileflow.workspace import os_errors
 
 _CARD = "model/model_card"
 _TEST_FILES = ("inputs", "inference_params", "predictions")
+# What zipfile raises of an archive that is damaged, encrypted, or has one name twice.
+_BROKEN = (
+    BadZipFile, FileExistsError, NotADirectoryError, EOFError, zlib.error, RuntimeError, struct.error, ValueError,
+)  # fmt: skip
 
 
 class NeptuneSource:
@@ -93,7 +98,7 @@ class _Version:
 
     def card(self) -> dict[str, Any]:
         """Return the model card; it may be a JSON file or a string."""
-        card = _json(self._text(_CARD, "model card", ""), f"{_CARD} of {self.uri}")
+        card = self._json(_CARD, "model card", "", self._work_dir / "model_card.json")
         if not isinstance(card, dict):
             raise SourceError(f"{_CARD} of {self.uri} is no JSON object.", hint="Upload it as a JSON object.")
         return card
@@ -130,27 +135,23 @@ class _Version:
             return None
         out.mkdir()
         for kind, path in paths.items():
-            text = self._text(path, f"test file {kind}", "model_test_files of its card names it. ")
-            _json(text, f"{path} of {self.uri}")
-            (out / f"{kind}.json").write_text(text, "utf-8")
+            self._json(path, f"test file {kind}", "model_test_files of its card names it. ", out / f"{kind}.json")
         return out
 
-    def _text(self, path: str, what: str, why: str) -> str:
+    def _json(self, path: str, what: str, why: str, file: Path) -> Any:
+        """Bring a JSON file or string to `file`, and return what it holds."""
         kind = self._types.get(path)
         if kind == "String":
-            return str(self._client.fetch(self._identity, path))
-        if kind != "File":
+            file.write_text(str(self._client.fetch(self._identity, path)), "utf-8", "replace")
+        elif kind == "File":
+            self._download(path, file)
+        else:
             near = _listed({one: kind for one, kind in self._types.items() if kind in ("File", "String")})
             raise SourceError(
                 f"{self.uri} has no {what} at {path!r}.",
                 hint=f"{why}Upload it there. There is: {near or 'nothing'}.",
             )
-        file = self._work_dir / "downloaded.json"
-        self._download(path, file)
-        try:
-            return file.read_text("utf-8")
-        except UnicodeDecodeError as error:
-            raise SourceError(f"{path} of {self.uri} is no text.", hint="Upload it as JSON.") from error
+        return read_json(file, f"{path} of {self.uri}")
 
     def _with_extension(self, path: str, relative: str) -> str:
         """Return the file's name; whoever uploads `config.json` as `config` leaves the rest to Neptune."""
@@ -160,7 +161,16 @@ class _Version:
         return f"{relative}.{extension}" if extension else relative
 
     def _download(self, path: str, out: Path) -> None:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            # Into a folder of that name the client would write by the name that the server gives.
+            if out.exists():
+                raise FileExistsError
+        except (FileExistsError, NotADirectoryError) as error:
+            raise SourceError(
+                f"{self.uri} holds two files, or a file and a folder, of one name; one of them is {path!r}.",
+                hint="Upload the model's folder again.",
+            ) from error
         self._client.download(self._identity, path, out)
 
     def _unpack(self, path: str, out: Path) -> None:
@@ -175,7 +185,7 @@ class _Version:
                         with opened.open(member) as stream, file.open("xb") as written:
                             while block := stream.read(1 << 20):
                                 written.write(block)
-        except (BadZipFile, FileExistsError, EOFError) as error:
+        except _BROKEN as error:
             raise SourceError(
                 f"The files at {path} of {self.uri} came as a broken archive: {first_line(error)}.",
                 hint="Run again; if it stays, upload the model's folder again.",
@@ -222,13 +232,6 @@ def _named_test_files(named: Any, uri: str) -> dict[str, str]:
             hint=f"Name the attribute paths of {', '.join(_TEST_FILES)}.",
         )
     return {kind: str(named[kind]).strip("/") for kind in _TEST_FILES if named and named.get(kind)}
-
-
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise SourceError(f"{where} is no JSON: {first_line(error)}.", hint="Upload it as JSON.") from error
 
 
 def _listed(types: Mapping[str, str]) -> str:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from compileflow.catalog import open_registry, open_store
-from compileflow.contracts import Collected
-from compileflow.errors import RegistryError, SpecError
+from compileflow.contracts import ArtifactStore, Collected
+from compileflow.errors import RegistryError, SignatureError, SpecError
+from compileflow.provenance.envelopes import statement_in, stored_envelopes
+from compileflow.provenance.statements import report_digest
 from compileflow.settings import Settings
+from compileflow.versions import without_credentials
 
 _DAY_S = 86400.0
-_LOCAL = "sqlite:///"
+_FILES = ("sqlite:///", "mlflow:sqlite:///")
 
 
 def collect_garbage(
@@ -23,6 +27,8 @@ def collect_garbage(
     dry_run: bool = False,
 ) -> Collected:
     """Delete folders that no version names as its artifact, report or source, and what only they needed.
+
+    The last report on a registered artifact stays, too: its verdict, which may be signed, stands on it.
 
     Args:
         store_uri: The store.
@@ -44,19 +50,35 @@ def collect_garbage(
     for uri in registry_uris:
         keep |= _needed(uri, settings)
     if not keep:
+        names = ", ".join(map(without_credentials, registry_uris))
         raise RegistryError(
-            f"There is no version in {', '.join(registry_uris)}: all of {store_uri} would be garbage.",
+            f"There is no version in {names}: all of {store_uri} would be garbage.",
             hint="Check the registry's URI. A store that nobody needs is deleted as a whole, without this.",
         )
-    return open_store(store_uri, settings).gc(keep, min_age_s=min_age_s, dry_run=dry_run)
+    store = open_store(store_uri, settings)
+    keep |= reports_on(store, keep)
+    return store.gc(keep, min_age_s=min_age_s, dry_run=dry_run)
 
 
 def _needed(registry_uri: str, settings: Settings) -> set[str]:
     # A mistyped path would otherwise be an empty registry, and cost everything.
-    if registry_uri.startswith(_LOCAL) and not Path(registry_uri.removeprefix(_LOCAL)).exists():
-        raise RegistryError(f"There is no registry {registry_uri}.", hint="Check its path.")
+    for prefix in _FILES:
+        if registry_uri.startswith(prefix) and not Path(registry_uri.removeprefix(prefix)).exists():
+            raise RegistryError(f"There is no registry {registry_uri}.", hint="Check its path.")
     return {
         digest
         for version in open_registry(registry_uri, settings).versions()
         for digest in (version.artifact_digest, version.report_digest, version.source_digest)
     }
+
+
+def reports_on(store: ArtifactStore, digests: Collection[str]) -> set[str]:
+    """Return the reports that the store's records name for these artifacts; some are younger than the versions."""
+    found: set[object] = set()
+    for digest in {key for kind in ("report-of", "verdict") for key in store.list_records(kind)} & set(digests):
+        found.add((store.get_record("report-of", digest) or {}).get("report_digest"))
+        for envelope in stored_envelopes(store, digest):
+            # What is no statement keeps nothing, and is told by whoever verifies it.
+            with suppress(SignatureError):
+                found.add(report_digest(statement_in(envelope) or {}))
+    return {digest for digest in found if isinstance(digest, str)}

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from compileflow.catalog import get_source, open_store
-from compileflow.contracts import ArtifactStore, LocatedSource
+from compileflow.contracts import ArtifactStore, LocatedSource, Source
 from compileflow.digests import folder_digest, list_files
 from compileflow.errors import StepOffError
 from compileflow.settings import Settings
@@ -50,9 +50,10 @@ def fetch_source(
         StepOffError: the step is off and the store has none.
     """
     store = open_store(store_uri, settings)
-    source = get_source(scheme_of(model), settings)
+    # registry: gives what is in this store, whichever is the configured one.
+    source = get_source(scheme_of(model), settings.model_copy(update={"store_uri": store_uri}))
     if not enabled:
-        return _reuse(store, model, scheme_of(model))
+        return _reuse(store, source, model, revision)
     uri, commit = source.pin(model, revision)
     with work_folder(settings.work_dir, label="fetch") as work:
         if commit is None:
@@ -116,11 +117,15 @@ def _card_parts(located: LocatedSource) -> dict[str, str]:
     return parts
 
 
-def _reuse(store: ArtifactStore, model: str, scheme: str) -> FetchedSource:
+def _reuse(store: ArtifactStore, source: Source, model: str, revision: str | None) -> FetchedSource:
+    scheme = scheme_of(model)
     if scheme == "file":
         uri = Path(model.removeprefix("file://")).expanduser().absolute().as_uri()
+    elif scheme == "hf":
+        # Whichever commit it was; the Hub is not asked.
+        uri = f"hf://{model.removeprefix('hf://')}"
     else:
-        uri = f"hf://{model.removeprefix('hf://')}" if scheme == "hf" else model
+        uri = source.pin(model, revision)[0]
     last = latest(store, STEP, uri)
     parts = last.get("parts") if last else None
     if isinstance(parts, dict):

@@ -10,6 +10,7 @@ from compileflow.catalog import open_store
 from compileflow.contracts import ArtifactStore
 from compileflow.errors import IntegrityError, SpecError
 from compileflow.settings import Settings
+from compileflow.steps.collect import reports_on
 
 # Records by an artifact's digest. Cache records stay: they say what one store's users have made.
 _KINDS = ("report-of", "provenance", "verdict")
@@ -38,7 +39,7 @@ def mirror_store(
         How many of the folders `to_uri` has now: all that were asked for.
 
     Raises:
-        SpecError: both are the same store.
+        SpecError: both are the same store, or there is nothing in the first, which looks like the wrong one.
         IntegrityError: a folder is absent or altered.
         StoreError: one of the stores refused; StoreUnavailableError when it did not answer.
     """
@@ -46,6 +47,8 @@ def mirror_store(
     if source.uri == mirror.uri:
         raise SpecError(f"{from_uri} cannot be copied into itself.", hint="Name another store.")
     wanted = list(source.list()) if digests is None else _with_reports(source, digests)
+    if not wanted:
+        raise SpecError(f"{from_uri} holds no folder that could be copied.", hint="Check the URI of that store.")
     for number, digest in enumerate(wanted, start=1):
         if mirror.exists(digest):
             continue
@@ -65,9 +68,7 @@ def mirror_store(
 
 def _with_reports(source: ArtifactStore, digests: Collection[str]) -> list[str]:
     """Add the reports that the records point at: a mirror whose records point nowhere is none."""
-    records = (source.get_record("report-of", digest) or {} for digest in digests)
-    reports = (str(record["report_digest"]) for record in records if "report_digest" in record)
-    return list(dict.fromkeys([*digests, *reports]))
+    return list(dict.fromkeys([*digests, *sorted(reports_on(source, digests))]))
 
 
 def _copy_record(source: ArtifactStore, mirror: ArtifactStore, kind: str, digest: str) -> None:

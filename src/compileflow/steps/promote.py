@@ -60,17 +60,20 @@ def promote_version(
         if same:
             todo[uri] = same[0].version
     done: dict[str, ModelVersion] = {}
-    errors: list[str] = []
+    errors: dict[str, CompileflowError] = {}
     for uri, number in todo.items():
         try:
             done[without_credentials(uri)] = open_registry(uri, settings).set_stage(
                 name, number, stage, who=who, reason=reason
             )
         except CompileflowError as error:
-            errors.append(f"{without_credentials(uri)}: {error.message}")
+            errors[without_credentials(uri)] = error
+    if len(errors) == 1 and not done:
+        raise next(iter(errors.values()))
     if errors:
+        failed = "; ".join(f"{uri}: {error.message}" for uri, error in errors.items())
         raise RegistryError(
-            f"Promoted in {', '.join(done) or 'none'}, but not in {'; '.join(errors)}",
+            f"Promoted in {', '.join(done) or 'none'}, but not in {failed}",
             hint="Run the same command again.",
         )
     return done

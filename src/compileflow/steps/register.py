@@ -75,6 +75,9 @@ def register_version(
         # Not every registry can refuse a second writer of one digest; every store can.
         lock = f"register/{registry_uri}/{wanted}/{artifact.digest}"
         stack.enter_context(store.lock(lock, on_wait=lambda: logger.info("another run registers it; waiting")))
+        # An artifact that was found, not made, may be older than what a collection that runs now leaves alone.
+        for folder in (files.artifact, files.report):
+            store.put_folder(folder)
         return open_registry(registry_uri, settings).register(entry, files)
 
 
@@ -103,11 +106,16 @@ def find_version(
 
 
 def default_name(source_uri: str) -> str:
-    """Make a registry name of the last part of a model's URI.
+    """Make a registry name of the last part of a model's URI, or of its name in another registry.
 
     >>> default_name("hf://sentence-transformers/all-MiniLM-L6-v2")
     'all-MiniLM-L6-v2'
+    >>> default_name("mlflow:http://host:5000#ner@3")
+    'ner'
     """
+    before, hash_sign, registered = source_uri.rpartition("#")
+    if hash_sign and before.startswith("mlflow:"):
+        source_uri = registered.partition("@")[0]
     last = source_uri.rstrip("/").rpartition("/")[2]
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", last).lstrip("._-")
     return name[:128] or "model"

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 
+from pydantic import ValidationError
+
 from compileflow.catalog import get_target, open_store
 from compileflow.contracts import ArtifactStore
 from compileflow.errors import MeasurementError, StepOffError
@@ -127,7 +129,11 @@ def report_on(store: ArtifactStore, artifact_digest: str) -> ValidatedArtifact |
     record = store.get_record("report-of", artifact_digest)
     if record is None:
         return None
-    value = ValidatedArtifact.model_validate(record)
+    try:
+        value = ValidatedArtifact.model_validate(record)
+    except ValidationError:
+        logger.warning("%s: the record on %s is not readable; it counts as absent", STEP, artifact_digest[:12])
+        return None
     return value if store.exists(value.report_digest) else None
 
 

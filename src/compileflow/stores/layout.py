@@ -83,7 +83,8 @@ def parse_listing(body: bytes, digest: str, where: str) -> tuple[FileRecord, ...
 def no_folder(store_uri: str, digest: str) -> IntegrityError:
     """Return the error for a folder that a store does not hold."""
     return IntegrityError(
-        f"{store_uri} holds no folder {digest[:12]}...", hint="Check the URI; `compileflow versions` lists."
+        f"{store_uri} holds no folder {digest[:12]}...",
+        hint="Check the URI; `compileflow versions` lists. A new run makes what was deleted.",
     )
 
 
@@ -117,7 +118,7 @@ def parse_record(body: bytes) -> dict[str, JsonValue] | None:
     """Return what a record says; None where it is no JSON object, which counts as absent."""
     try:
         data = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return data if isinstance(data, dict) else None
 

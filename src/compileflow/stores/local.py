@@ -6,9 +6,10 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from stat import S_ISREG
 from urllib.parse import unquote, urlparse
 
 from pydantic import JsonValue
@@ -42,7 +43,8 @@ class LocalStore:
         Raises:
             StoreError: the store cannot be written, or the folder changed while it was copied.
         """
-        files = list_files(folder)
+        with os_errors(folder, "read"):
+            files = list_files(folder)
         digest = folder_digest(files)
         with os_errors(self.root, "write to the store"), work_folder(self.root / "tmp", label="put") as work:
             for _ in range(_PUTS):
@@ -84,8 +86,11 @@ class LocalStore:
 
     def list(self) -> Iterator[str]:
         """Yield the digests of all folders, sorted."""
-        for path in sorted((self.root / "manifests" / "sha256").glob("*.json")):
-            yield path.stem
+        with os_errors(self.root, "read the store"):
+            found = _below(self.root / layout.LISTINGS)
+        for path in found:
+            if path.suffix == ".json":
+                yield path.stem
 
     def folder_uri(self, digest: str) -> str:
         """Return the URI of the folder's listing."""
@@ -102,16 +107,16 @@ class LocalStore:
 
     def get_record(self, kind: str, key: str) -> dict[str, JsonValue] | None:
         """Read a pointer. One that is not JSON counts as absent."""
-        try:
-            body = (self.root / layout.record_key(kind, key)).read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        return layout.parse_record(body)
+        body = self._read(self.root / layout.record_key(kind, key))
+        return layout.parse_record(body) if body is not None else None
 
     def list_records(self, kind: str) -> Iterator[str]:
         """Yield the keys of all pointers of a kind, sorted."""
-        for path in sorted((self.root / layout.records_key(kind)).glob("*.json")):
-            yield path.stem
+        with os_errors(self.root, "read the store"):
+            found = _below(self.root / layout.records_key(kind))
+        for path in found:
+            if path.suffix == ".json":
+                yield path.stem
 
     def lock(self, key: str, *, on_wait: Callable[[], None]) -> AbstractContextManager[None]:
         """Hold a key alone among all processes that use this folder on this machine."""
@@ -130,20 +135,17 @@ class LocalStore:
 
     def aged_listings(self) -> Iterator[Aged]:
         """Yield all listings."""
-        return self._aged(layout.LISTINGS, "*.json")
+        return _aged(_below(self.root / layout.LISTINGS))
 
     def aged_blobs(self) -> Iterator[Aged]:
         """Yield all blobs."""
-        return self._aged(layout.BLOBS, "??/*")
+        return _aged(path for part in _below(self.root / layout.BLOBS) for path in _below(part))
 
     def read_listing(self, digest: str) -> tuple[FileRecord, ...] | None:
         """Return the files of a folder, or None when it has gone."""
         path = self.root / layout.listing_key(digest)
-        try:
-            body = path.read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        return layout.parse_listing(body, digest, str(path))
+        body = self._read(path)
+        return layout.parse_listing(body, digest, str(path)) if body is not None else None
 
     def delete_listing(self, digest: str, *, min_age_s: float) -> bool:
         """Delete a listing if it is still that old."""
@@ -153,10 +155,12 @@ class LocalStore:
         """Delete a blob if it is still that old."""
         return _delete_old(self._blob_path(sha256), min_age_s)
 
-    def _aged(self, below: str, pattern: str) -> Iterator[Aged]:
-        for path in sorted((self.root / below).glob(pattern)):
-            if layout.is_digest(path.stem) and (stat := _stat(path)) is not None:
-                yield Aged(path.stem, stat.st_size, time.time() - stat.st_mtime)
+    def _read(self, path: Path) -> bytes | None:
+        with os_errors(path, "read"):
+            try:
+                return path.read_bytes()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
 
     def _put_blob(self, path: Path, record: FileRecord, partial: Path) -> bool:
         """Copy a file unless it is there, and say whether an old one was found and refreshed."""
@@ -203,13 +207,20 @@ class LocalStore:
 
     def _write_file(self, record: FileRecord, out: Path, *, link: bool) -> None:
         blob = self._blob_path(record.sha256)
-        if not self._has_blob(record) or file_digest(blob) != record.sha256:
+        if not self._has_blob(record):
             raise layout.bad_blob(self.uri, record)
         out.parent.mkdir(parents=True, exist_ok=True)
-        if link:
-            layout.link_or_copy(blob, out)
-        else:
-            shutil.copyfile(blob, out)
+        try:
+            if link:
+                layout.link_or_copy(blob, out)
+            else:
+                shutil.copyfile(blob, out)
+        except FileNotFoundError as error:
+            # Collected this moment.
+            raise layout.bad_blob(self.uri, record) from error
+        # Of what is given away, not of what was there a moment before.
+        if file_digest(out) != record.sha256:
+            raise layout.bad_blob(self.uri, record)
 
     def _listing(self, digest: str) -> tuple[FileRecord, ...]:
         files = self.read_listing(digest)
@@ -218,17 +229,32 @@ class LocalStore:
         return files
 
     def _has_blob(self, record: FileRecord) -> bool:
-        path = self._blob_path(record.sha256)
-        return path.is_file() and path.stat().st_size == record.size_bytes
+        stat = _stat(self._blob_path(record.sha256))
+        return stat is not None and S_ISREG(stat.st_mode) and stat.st_size == record.size_bytes
 
     def _blob_path(self, sha256: str) -> Path:
         return self.root / layout.blob_key(sha256)
 
 
+def _below(folder: Path) -> Sequence[Path]:
+    """Return what is in a folder, sorted; nothing where there is none."""
+    try:
+        # Not a glob, which passes over what this user may not read.
+        return sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return ()
+
+
+def _aged(paths: Iterable[Path]) -> Iterator[Aged]:
+    for path in paths:
+        if layout.is_digest(path.stem) and (stat := _stat(path)) is not None:
+            yield Aged(path.stem, stat.st_size, time.time() - stat.st_mtime)
+
+
 def _stat(path: Path) -> os.stat_result | None:
     try:
         return path.stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         # Collected this moment.
         return None
 

@@ -62,7 +62,8 @@ class S3Store:
         """
         for _ in range(_PUTS):
             upload = FolderUpload(folder, self._objects, self._uploads, at_once=self._at_once)
-            files = upload.send()
+            with os_errors(folder, "read"):
+                files = upload.send()
             digest = folder_digest(files)
             refreshed = self._put_listing(listing_bytes(files), digest) or upload.refreshed > 0
             # stores/collecting.py says why.

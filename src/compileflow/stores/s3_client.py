@@ -41,6 +41,7 @@ def make_client(settings: Settings) -> Any:
     Raises:
         StoreError: boto3 is missing, or the configuration is none that it takes.
     """
+    _check_endpoint(settings.s3_endpoint_url)
     try:
         import boto3
         from botocore.config import Config
@@ -81,6 +82,20 @@ def make_client(settings: Settings) -> Any:
         ) from error
 
 
+def _check_endpoint(url: str | None) -> None:
+    # boto3 takes some of these, and fails later with the name of a rule set.
+    try:
+        parts = urlsplit(url or "https://aws")
+        right = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        right = False
+    if not right:
+        # Not repeated, as it may hold a password.
+        raise StoreError(
+            "COMPILEFLOW_S3_ENDPOINT_URL is no server's URL.", hint="Write it as https://host or http://host:port."
+        )
+
+
 def object_arguments(settings: Settings, *, blob: bool) -> dict[str, str]:
     """Return what every object that is written gets: encryption and tags, and blobs their storage class."""
     arguments: dict[str, str] = {}
@@ -117,6 +132,7 @@ def s3_errors(where: str, doing: str) -> Iterator[None]:
     """
     from boto3.exceptions import Boto3Error
     from botocore import exceptions as boto
+    from urllib3.exceptions import HTTPError
 
     try:
         yield
@@ -129,7 +145,7 @@ def s3_errors(where: str, doing: str) -> Iterator[None]:
             f"Cannot {doing} {where}: its certificate was not accepted.",
             hint="Set AWS_CA_BUNDLE to the authority that signed it, or correct the endpoint.",
         ) from error
-    except (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError) as error:
+    except (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, HTTPError) as error:
         # Not the error's own text, which holds the whole URL.
         raise StoreUnavailableError(
             f"Cannot {doing} {where}: {type(error).__name__}.",

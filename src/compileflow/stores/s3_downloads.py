@@ -53,6 +53,7 @@ def fetch_blob(objects: S3Objects, record: FileRecord, out: Path, on_bytes: Call
 def _stream(objects: S3Objects, record: FileRecord, out: BinaryIO, on_bytes: Callable[[int], None]) -> str:
     """Write a blob's bytes and return their SHA-256."""
     from botocore.exceptions import BotoCoreError
+    from urllib3.exceptions import HTTPError
 
     done = hashlib.sha256()
     have = 0
@@ -68,7 +69,8 @@ def _stream(objects: S3Objects, record: FileRecord, out: BinaryIO, on_bytes: Cal
                 out.write(block)
                 on_bytes(len(block))
             return done.hexdigest()
-        except BotoCoreError as error:
+        # What TLS finds wrong in a body comes past boto3 as it is.
+        except (BotoCoreError, HTTPError) as error:
             if attempt + 1 == _TRIES:
                 raise StoreUnavailableError(
                     f"{objects.uri}: {record.path} broke off after {have} of {record.size_bytes} bytes, "

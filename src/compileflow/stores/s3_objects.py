@@ -104,6 +104,7 @@ class S3Objects:
     def read(self, key: str) -> tuple[bytes, Found] | None:
         """Read a small object whole; None when it is not there."""
         from botocore.exceptions import BotoCoreError, ClientError
+        from urllib3.exceptions import HTTPError
 
         tries = 3
         with s3_errors(self.uri, "read"):
@@ -115,7 +116,7 @@ class S3Objects:
                     if code_of(error) == "NoSuchKey":
                         return None
                     raise
-                except BotoCoreError:
+                except (BotoCoreError, HTTPError):
                     # boto3 itself tries again only until the body begins.
                     tries -= 1
                     if tries == 0:

@@ -25,13 +25,16 @@ class OtherProcess:
             text=True,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
-        assert self.line() == "ready"  # noqa: S101 - the suites are tests
 
     def go(self) -> None:
-        """Let the function start."""
+        """Let the function start, once `ready` has returned."""
         assert self._popen.stdin is not None  # noqa: S101 - a pipe was asked for
         self._popen.stdin.write("go\n")
         self._popen.stdin.flush()
+
+    def ready(self) -> None:
+        """Wait until the process has come up."""
+        assert self.line() == "ready"  # noqa: S101 - the suites are tests
 
     def line(self) -> str:
         """Wait for the next line that the function prints; '' when the process has ended."""
@@ -55,8 +58,9 @@ class OtherProcess:
 def other_process(function: str, *arguments: str) -> Iterator[OtherProcess]:
     """Give a running process; it is killed at the end of the block if it is still there."""
     process = OtherProcess(function, *arguments)
-    process.go()
     try:
+        process.ready()
+        process.go()
         yield process
     finally:
         process.kill()
@@ -69,6 +73,8 @@ def at_once(function: str, *each: tuple[str, ...]) -> list[str]:
         for arguments in each:
             processes.append(OtherProcess(function, *arguments))
             stack.callback(processes[-1].kill)
+        for process in processes:
+            process.ready()
         for process in processes:
             process.go()
         return [process.rest()[-1] for process in processes]

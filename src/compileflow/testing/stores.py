@@ -238,6 +238,14 @@ class StoreConformance:
         assert store.get_record("cache", "key") == {"digest": "b"}
         assert store.get_record("other", "key") is None
 
+    @pytest.mark.parametrize("body", [b"{", b"[1]", b"[" * 100_000], ids=["cut", "list", "deep"])
+    def test_record_that_is_no_json_object_counts_as_absent(
+        self, store: ArtifactStore, store_uri: str, body: bytes
+    ) -> None:
+        store.put_record("cache", "key", {})
+        self.write_object(store_uri, "records/cache/key.json", body)
+        assert store.get_record("cache", "key") is None
+
     def test_reader_sees_whole_records_while_another_process_replaces_them(
         self, store: ArtifactStore, store_uri: str
     ) -> None:

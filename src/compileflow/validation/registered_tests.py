@@ -106,7 +106,11 @@ def _agree(was: Any, now: Any) -> bool:
         return len(was) == len(now) and all(_agree(*pair) for pair in zip(was, now, strict=True))
     numbers = [each for each in (was, now) if isinstance(each, (int, float)) and not isinstance(each, bool)]
     if len(numbers) == 2 and float in map(type, numbers):
-        return math.isclose(was, now, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
+        try:
+            return math.isclose(was, now, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
+        except OverflowError:
+            # JSON has integers that no float holds.
+            return False
     return bool(was == now)
 
 
