@@ -65,7 +65,7 @@ class Settings(BaseSettings):
         None, validation_alias="NEPTUNE_API_TOKEN", description="Token of the Neptune server; never logged."
     )
     neptune_timeout_s: float = Field(
-        120.0, gt=0, description="Seconds after which one call of the Neptune client is killed."
+        120.0, gt=0, description="Seconds of silence after which a call of the Neptune client is killed."
     )
     neptune_upload_weights: bool = Field(
         False, description="Upload the artifact's files to Neptune, too, for those who pull from there."
