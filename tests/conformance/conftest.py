@@ -9,10 +9,15 @@ from tests.doubles.fixtures import vendor_doubles
 __all__ = ["vendor_doubles"]
 
 _AUDIO = ("audio-classification", "automatic-speech-recognition")
-# Native code takes g++ half a minute each time, and so do the converters for audio.
+# Native code takes g++ half a minute each time, and so do the converters for audio. What a target leaves behind is
+# shown by those that run here; the vendors' doubles share their code.
+_LONG = ("answers_like_the_source_model[fill-mask", "answers_like_the_source_model[question-answering")
 _SLOW = {
-    "TestOnnxRuntime": (*_AUDIO, "test_nothing_is_left"),
-    "TestOpenVino": _AUDIO,
+    "TestOnnxRuntime": (*_AUDIO, *_LONG, "test_nothing_is_left"),
+    "TestOpenVino": (*_AUDIO, *_LONG),
+    "TestBlade": ("test_nothing_is_left",),
+    "TestHyperdex": ("test_nothing_is_left",),
+    "TestNeuron": ("test_nothing_is_left",),
     # Each process takes seconds to import mlflow; what keeps them apart is shown by four with a server.
     "TestMlflowFile": ("processes", "killed"),
     "TestMlflowServer": ("test_two_processes",),
@@ -22,6 +27,7 @@ _SLOW = {
         "image-classification",
         "question-answering",
         "test_nothing_is_left",
+        "test_package_is_unpacked",
         "test_two_graphs",
         "text-classification",
         "token-classification",

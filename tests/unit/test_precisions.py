@@ -33,7 +33,9 @@ WEIGHTS = {"onnx-runtime": "model.onnx.data", "openvino": "model.bin", "torchscr
 # Target, precision, options, and the relative error that is allowed: about three times what was measured.
 LOWERED = [
     pytest.param("onnx-runtime", INT8, {"quantization": "dynamic"}, 0.12, id="onnx-runtime-dynamic"),
-    pytest.param("onnx-runtime", INT8, {"quantization": "static"}, 0.2, id="onnx-runtime-static"),
+    pytest.param(
+        "onnx-runtime", INT8, {"quantization": "static"}, 0.2, id="onnx-runtime-static", marks=pytest.mark.slow
+    ),
     pytest.param("openvino", INT8, {"quantization": "dynamic"}, 0.1, id="openvino-dynamic"),
     pytest.param("openvino", INT8, {"quantization": "static"}, 0.7, id="openvino-static"),
     pytest.param("openvino", INT8, {"quantization": "weights"}, 0.1, id="openvino-weights"),
