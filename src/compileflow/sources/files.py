@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from compileflow.errors import SourceError, first_line
+from compileflow.spec import HfTask
 
 SAFE_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 LEGACY_WEIGHTS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
@@ -115,6 +117,26 @@ def read_json(path: Path, where: str) -> Any:
         return json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{where} is no JSON: {first_line(error)}.", hint="Upload it as JSON.") from error
+
+
+def card_task(card: Mapping[str, Any], uri: str, otherwise: str | None = None) -> HfTask | None:
+    """Return the task that a version's model card names, or else the one that its registry does.
+
+    Raises:
+        SourceError: it is none that is known.
+    """
+    parameters = card.get("model_params")
+    named = parameters.get("huggingface_pipeline_task") if isinstance(parameters, dict) else None
+    name = named or otherwise
+    if name is None:
+        return None
+    try:
+        return HfTask(name)
+    except ValueError as error:
+        raise SourceError(
+            f"{uri} says that its task is {name!r}, which cannot be compiled.",
+            hint=f"Tasks are: {', '.join(HfTask)}.",
+        ) from error
 
 
 def _shards(index: Path) -> set[str]:

@@ -18,8 +18,7 @@ from compileflow.digests import safe_relative_path
 from compileflow.errors import SourceError, SourceUnavailableError, SpecError, first_line
 from compileflow.mlflow_client import SCHEME, MlflowPlace, error_code, parse_place
 from compileflow.settings import Settings
-from compileflow.sources.files import choose_files, read_json
-from compileflow.spec import HfTask
+from compileflow.sources.files import card_task, choose_files, read_json
 from compileflow.workspace import os_errors
 
 _TEST_FILES = ("inputs.json", "inference_params.json", "predictions.json")
@@ -65,7 +64,7 @@ class MlflowSource:
             revision="",
             folder=folder,
             files=choose_files(names, uri),
-            hf_task=_task(_card(root, folder, uri), flavor, version.tags, uri),
+            hf_task=card_task(_card(root, folder, uri), uri, flavor.get("task") or version.tags.get("hf_task")),
             test_files=_test_files(root, folder, work_dir / "test_files"),
         )
 
@@ -186,21 +185,6 @@ def _card(root: Path, folder: Path, uri: str) -> dict[str, Any]:
             card = read_json(path, f"{_CARD} of {uri}")
             return card if isinstance(card, dict) else {}
     return {}
-
-
-def _task(card: Mapping[str, Any], flavor: Mapping[str, Any], tags: Mapping[str, str], uri: str) -> HfTask | None:
-    parameters = card.get("model_params")
-    named = parameters.get("huggingface_pipeline_task") if isinstance(parameters, dict) else None
-    name = named or flavor.get("task") or tags.get("hf_task")
-    if name is None:
-        return None
-    try:
-        return HfTask(name)
-    except ValueError as error:
-        raise SourceError(
-            f"{uri} says that its task is {name!r}, which cannot be compiled.",
-            hint=f"Tasks are: {', '.join(HfTask)}.",
-        ) from error
 
 
 def _test_files(root: Path, folder: Path, out: Path) -> Path | None:

@@ -19,8 +19,7 @@ from compileflow.errors import SourceError, SourceUnavailableError, SpecError, f
 from compileflow.neptune_client.address import parse_version
 from compileflow.neptune_client.client import NeptuneClient
 from compileflow.settings import Settings
-from compileflow.sources.files import choose_files, read_json
-from compileflow.spec import HfTask
+from compileflow.sources.files import card_task, choose_files, read_json
 from compileflow.workspace import os_errors
 
 _CARD = "model/model_card"
@@ -68,7 +67,7 @@ class NeptuneSource:
             revision="",
             folder=folder,
             files=choose_files(names, version.uri),
-            hf_task=_task(card, version.uri),
+            hf_task=card_task(card, version.uri),
             test_files=test_files,
         )
 
@@ -206,20 +205,6 @@ def _model_folder(root: Path) -> Path:
     """Return the folder with config.json: whoever uploads a folder by its own name has one more level."""
     inner = [path for path in root.iterdir() if (path / "config.json").is_file()]
     return inner[0] if len(inner) == 1 and not (root / "config.json").is_file() else root
-
-
-def _task(card: Mapping[str, Any], uri: str) -> HfTask | None:
-    parameters = card.get("model_params")
-    name = parameters.get("huggingface_pipeline_task") if isinstance(parameters, dict) else None
-    if name is None:
-        return None
-    try:
-        return HfTask(name)
-    except ValueError as error:
-        raise SourceError(
-            f"The card of {uri} names the task {name!r}, which cannot be compiled.",
-            hint=f"Tasks are: {', '.join(HfTask)}.",
-        ) from error
 
 
 def _named_test_files(named: Any, uri: str) -> dict[str, str]:
