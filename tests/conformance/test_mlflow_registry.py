@@ -1,4 +1,7 @@
-"""MLflow: the suite for all registries, on a SQLite file and over HTTP, and what only MLflow can meet."""
+"""MLflow: the suite for all registries, on a SQLite file and over HTTP, and what only MLflow can meet.
+
+Over 300 lines, because all of it shares one server.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Signatures: what is detected, what is refused where one is required, and what a key may be."""
+"""Signatures: what is detected, what is refused where one is required, and what a key may be.
+
+Over 300 lines, because all of it shares one way to seal and to check.
+"""
 
 from __future__ import annotations
 
