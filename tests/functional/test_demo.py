@@ -17,7 +17,7 @@ def test_demo_model_is_the_one_on_the_hub() -> None:
 
 @pytest.mark.parametrize(
     "target",
-    [pytest.param(each, marks=pytest.mark.slow if each == "onnx-runtime" else ()) for each in demo.TARGETS],
+    [pytest.param(each, marks=pytest.mark.slow) for each in demo.TARGETS],
 )
 def test_demo_model_compiles_passes_and_loads_by_the_lines_that_are_shown(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], target: str

@@ -56,7 +56,8 @@ def assert_next_run_completes(settings: Settings, model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "place", ["compile", *(pytest.param(f"upload:{n}", marks=pytest.mark.slow) for n in (3, 9)), "register"]
+    "place",
+    ["compile", *(pytest.param(place, marks=pytest.mark.slow) for place in ("upload:3", "upload:9", "register"))],
 )
 def test_run_killed_in_the_middle_leaves_nothing_that_verify_accepts_and_the_next_completes(
     settings: Settings, tiny_model: ModelFactory, place: str

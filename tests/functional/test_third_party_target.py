@@ -93,6 +93,7 @@ def test_page_shows_every_file_of_the_example_as_it_is() -> None:
     assert page_files() == files
 
 
+@pytest.mark.slow
 def test_installed_target_passes_the_suite_for_one_task_and_is_listed(
     installed: Installed, commands: list[list[str]], tmp_path: Path
 ) -> None:

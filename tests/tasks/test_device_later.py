@@ -24,7 +24,7 @@ def pipeline(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pi
         yield made
 
 
-@pytest.mark.parametrize("target", ["neuron", "neuronx"])
+@pytest.mark.parametrize("target", ["neuron", pytest.param("neuronx", marks=pytest.mark.slow)])
 def test_artifact_is_validated_and_registered_where_the_device_is(
     pipeline: Pipeline, tiny_model: ModelFactory, vendor_doubles: Path, target: str
 ) -> None:

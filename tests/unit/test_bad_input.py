@@ -159,7 +159,12 @@ def odd_model(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
             "The OpenVINO exporter refused the model: .*odd.op",
             marks=pytest.mark.slow,
         ),
-        ("torchscript", DYNAMO, "torch.jit.trace refused the model: .*dynamo-optimized function"),
+        pytest.param(
+            "torchscript",
+            DYNAMO,
+            "torch.jit.trace refused the model: .*dynamo-optimized function",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["aot-inductor", "onnx-runtime", "openvino", "torchscript"],
 )

@@ -121,6 +121,7 @@ def test_server_that_goes_on_failing_is_unavailable_and_the_next_run_completes(
     only_one_complete(neptune_client, neptune_project)
 
 
+@pytest.mark.slow
 def test_server_that_is_slow_but_goes_on_is_waited_for(
     proxy: FaultProxy, neptune_server: Neptune, neptune_project: str, settings: Settings
 ) -> None:

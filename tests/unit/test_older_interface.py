@@ -449,6 +449,7 @@ class TestTargets:
             }
             assert same(each(TEXTS[:3]), original(TEXTS[:3], truncation=True, max_length=LENGTH))
 
+    @pytest.mark.slow
     def test_any_other_target_can_be_named(self, source: Sources, tmp_path: Path) -> None:
         original = source("bert")
         pipeline = CompiledPipeline.from_pipeline(original, LENGTH, batch_size=2, target="openvino")

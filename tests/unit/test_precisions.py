@@ -38,7 +38,9 @@ LOWERED = [
     ),
     pytest.param("openvino", INT8, {"quantization": "dynamic"}, 0.1, id="openvino-dynamic"),
     pytest.param("openvino", INT8, {"quantization": "static"}, 0.7, id="openvino-static"),
-    pytest.param("openvino", INT8, {"quantization": "weights"}, 0.1, id="openvino-weights"),
+    pytest.param(
+        "openvino", INT8, {"quantization": "weights"}, 0.1, id="openvino-weights", marks=pytest.mark.slow
+    ),
     pytest.param("torchscript", BF16, {}, 0.03, id="torchscript-bf16"),
 ]
 
