@@ -84,6 +84,7 @@ def test_winner_is_an_ordinary_registered_artifact(
     assert all(each.label in page for each in comparison.candidates)
 
 
+@pytest.mark.slow
 def test_second_run_measures_nothing_again_and_gives_the_same_version(
     pipeline: Pipeline, tiny_model: ModelFactory
 ) -> None:

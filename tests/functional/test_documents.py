@@ -57,8 +57,19 @@ def test_python_of_the_readme_runs(
     assert pipeline.counts == {"compile": 1, "validate": 1}
 
 
-@pytest.mark.parametrize("auto", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_commands_of_the_readme_run(settings: Settings, workspace: Path, auto: bool) -> None:
+@pytest.mark.parametrize(
+    ("auto", "server"),
+    [
+        pytest.param(False, "the run's", id="the run's server"),
+        pytest.param(False, "embedded", id="embedded server", marks=pytest.mark.slow),
+        pytest.param(True, "embedded", id="auto", marks=pytest.mark.slow),
+    ],
+)
+def test_commands_of_the_readme_run(
+    settings: Settings, workspace: Path, request: pytest.FixtureRequest, auto: bool, server: str
+) -> None:
+    if server != "embedded":
+        request.getfixturevalue("flows_on_server")
     environment = os.environ | {"COMPILEFLOW_HOME": str(settings.home_dir), "PYTHONPATH": str(ROOT)}
     ran = []
     for block in blocks(ROOT / "README.md", "console"):

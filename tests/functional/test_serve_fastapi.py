@@ -263,6 +263,7 @@ def test_full_queue_refuses_and_sigterm_answers_all_that_wait(serve: Callable[..
     assert_answers(responses, reference(texts))
 
 
+@pytest.mark.slow
 def test_nothing_accepted_is_lost_when_sigterm_meets_50_busy_callers(
     serve: Callable[..., Any], reference: Any
 ) -> None:
