@@ -24,10 +24,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from compileflow.catalog import target_names
 from compileflow.errors import CompileflowError
+from compileflow.selection.auto import plan_candidates
 from compileflow.serving.model import CompiledModel
 from compileflow.settings import get_settings
-from compileflow.source_graph import SourceGraph, load_source_graph
-from compileflow.steps.auto import plan_candidates
+from compileflow.source_model.interface import SourceModel
+from compileflow.source_model.load import load_source_model
 from compileflow.steps.compile import compile_artifact, detect_task
 from compileflow.steps.fetch import fetch_source
 from compileflow.steps.request import AUTO, CompileRequest
@@ -98,7 +99,7 @@ def cost_of(artifact: CompiledArtifact) -> dict[str, Any]:
     }
 
 
-def torch_compile(graph: SourceGraph) -> Contestant:
+def torch_compile(graph: SourceModel) -> Contestant:
     """Return the peer that compiles while it runs, once a shape."""
     import torch
 
@@ -183,7 +184,7 @@ def main() -> None:
             model = bert_base(Path(folder) / "bert-base")
         else:
             model = Path(given.model)
-        graph = load_source_graph(model, detect_task(model))
+        graph = load_source_model(model, detect_task(model))
         racers = [
             Contestant("eager fp32", graph.run, {}),
             torch_compile(graph),

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from compileflow.artifact.runtime import runtime_needs
 from compileflow.catalog import get_target, target_names
 from compileflow.errors import CompileflowError
-from compileflow.loading.runtime import runtime_needs
 from compileflow.settings import Settings
 from compileflow.spec import GRAPH_TASKS, HfTask, Precision
 from compileflow.validation.suite import gates_for, load_suite

@@ -13,12 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from compileflow.catalog import target_names
-from compileflow.errors import CompileflowError, SpecError
+from compileflow.errors import CompileflowError, SpecError, first_problem
+from compileflow.selection.comparison import plot_text
+from compileflow.selection.comparison_file import export_comparison, read_comparison
 from compileflow.settings import get_settings
 from compileflow.spec import TARGET_ALIASES, HfTask, Precision
-from compileflow.steps.report_file import export_comparison, export_report, read_comparison
+from compileflow.steps.report_file import export_report
 from compileflow.steps.request import AUTO, CompileRequest
-from compileflow.validation.comparison import plot_text
 from flows.environment import set_embedded_defaults
 
 if TYPE_CHECKING:
@@ -182,11 +183,7 @@ def _request(raw: dict[str, Any]) -> CompileRequest:
     try:
         return CompileRequest.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        if not first["loc"]:
-            raise SpecError(f"{first['msg']}.") from error
-        where = ".".join(str(part) for part in first["loc"])
-        raise SpecError(f"{where}: {first['msg']} (found {first['input']!r}).") from error
+        raise SpecError(f"{first_problem(error, show_input=True)}.") from error
 
 
 def _bucket(text: str) -> dict[str, int]:

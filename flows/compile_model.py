@@ -9,13 +9,13 @@ from prefect.runtime import flow_run
 from prefect.states import Failed, State
 from pydantic import BaseModel
 
+from compileflow.contracts import ModelVersion
 from compileflow.errors import CompileflowError, VerdictError
+from compileflow.selection.auto import failed_candidate, measured_candidate
 from compileflow.spec import Precision
-from compileflow.steps.auto import failed_candidate, measured_candidate
 from compileflow.steps.register import check_verdict, default_name
 from compileflow.steps.request import AUTO, CompileRequest
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
-from compileflow.versions import ModelVersion
 from flows.registration import Versions, as_error, find_everywhere, register_everywhere
 from tasks.auto import compare, plan
 from tasks.compile import compile_source

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from compileflow.digests import file_digest
+from compileflow.contracts.digests import file_digest
 from compileflow.errors import SourceError
 
 TARGETS = ("onnx-runtime", "torchscript")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
-from compileflow.isolation import skip_slow_grammar
+from compileflow._process.child import skip_slow_grammar
+from compileflow._process.folders import os_errors
 from compileflow.settings import Settings
-from compileflow.workspace import os_errors
 
 _DEFAULTS = {
     # Nothing leaves the machine.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from compileflow.errors import CompileflowError, ProcessError, RegistryError
+from compileflow.contracts import ModelVersion, without_credentials
+from compileflow.errors import CompileflowError, ProcessError
+from compileflow.registries.several import check_all_succeeded
 from compileflow.settings import get_settings
 from compileflow.steps.request import CompileRequest
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
-from compileflow.versions import ModelVersion, without_credentials
 from tasks.register import look_up, register
 
 Versions = dict[str, ModelVersion]
@@ -32,14 +33,8 @@ def register_everywhere(
             versions[without_credentials(uri)] = outcome
         else:
             errors[without_credentials(uri)] = as_error(outcome)
-    if len(errors) == 1 and not versions:
-        raise next(iter(errors.values()))
-    if errors:
-        failed = "; ".join(f"{uri}: {error.message}" for uri, error in errors.items())
-        raise RegistryError(
-            f"Registered in {', '.join(versions) or 'none'}, but not in {failed}",
-            hint="Run again when that is mended; what is registered stays as it is.",
-        )
+    hint = "Correct the cause and run again; registered versions stay as they are."
+    check_all_succeeded("Registered", versions, errors, hint=hint)
     return versions
 
 

@@ -6,11 +6,11 @@ from prefect import get_run_logger, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from compileflow.steps.auto import CandidatePlan, ComparedCandidates, compare_candidates, plan_candidates
-from compileflow.steps.report_file import read_comparison
+from compileflow.selection.auto import CandidatePlan, ComparedCandidates, compare_candidates, plan_candidates
+from compileflow.selection.candidates import Candidate
+from compileflow.selection.comparison_file import read_comparison
 from compileflow.steps.request import CompileRequest
 from compileflow.steps.values import FetchedSource
-from compileflow.validation.candidates import Candidate
 from tasks.policies import prefect_key
 from tasks.settings import settings_for
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from prefect import get_run_logger, task
 from prefect.runtime import flow_run
 
+from compileflow.contracts import ModelVersion, without_credentials
 from compileflow.steps.register import find_version, register_version
 from compileflow.steps.request import CompileRequest
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
-from compileflow.versions import ModelVersion, without_credentials
 from tasks.policies import RETRIES
 from tasks.settings import settings_for
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compileflow.manifest import SourceRecord, read_manifest
+from compileflow.artifact.manifest import SourceRecord, read_manifest
 from compileflow.steps.build import build_artifact
 from compileflow.testing.compiles import compile_once
 

@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from compileflow.source_graph import AUTO_CLASSES
+from compileflow.source_model.tasks import AUTO_CLASSES
 from compileflow.spec import GRAPH_TASKS, HfTask
 
 ARCHITECTURES = ("bert", "distilbert", "roberta")

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from compileflow.isolation import Isolated
+from compileflow._process.child import Isolated
+from compileflow.contracts import ModelVersion
 from compileflow.settings import Settings
 from compileflow.steps import compile as compile_step
 from compileflow.steps import validate as validate_step
@@ -24,7 +25,6 @@ from compileflow.steps.request import CompileRequest
 from compileflow.steps.validate import validate_artifact
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
 from compileflow.testing.processes import resolve
-from compileflow.versions import ModelVersion
 from tests.compiles import build_once
 
 _BUILD = "compileflow.steps.build:build_artifact"

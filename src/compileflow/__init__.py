@@ -9,9 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from compileflow.artifact.manifest import ArtifactManifest
     from compileflow.errors import CompileflowError
-    from compileflow.manifest import ArtifactManifest
-    from compileflow.serving.adapters import optimize, pipeline
+    from compileflow.local.api import optimize, pipeline
     from compileflow.serving.model import CompiledModel
     from compileflow.serving.pipeline import CompiledPipeline
     from compileflow.serving.tokenizer import CompiledTokenizer
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ArtifactManifest": "compileflow.manifest",
+    "ArtifactManifest": "compileflow.artifact.manifest",
     "CompileSpec": "compileflow.spec",
     "CompiledModel": "compileflow.serving.model",
     "CompiledPipeline": "compileflow.serving.pipeline",
@@ -30,8 +30,8 @@ _HOMES = {
     "HfTask": "compileflow.spec",
     "Precision": "compileflow.spec",
     "ShapeBucket": "compileflow.spec",
-    "optimize": "compileflow.serving.adapters",
-    "pipeline": "compileflow.serving.adapters",
+    "optimize": "compileflow.local.api",
+    "pipeline": "compileflow.local.api",
 }
 
 __all__ = [

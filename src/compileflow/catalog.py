@@ -8,11 +8,12 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
-from compileflow.contracts import ArtifactStore, Source, Target
+from compileflow.contracts import ArtifactStore, ModelRegistry, ModelVersion, Source, Target
 from compileflow.errors import SpecError
+from compileflow.registries import references
+from compileflow.registries.references import Reference
 from compileflow.settings import Settings, get_settings
 from compileflow.spec import TARGET_ALIASES
-from compileflow.versions import ModelRegistry
 
 TARGETS: Mapping[str, str] = {
     "aot-inductor": "compileflow.targets.aot_inductor:AotInductorTarget",
@@ -29,16 +30,16 @@ SOURCES: Mapping[str, str] = {
     "hf": "compileflow.sources.hub:HubSource",
     "mlflow": "compileflow.sources.mlflow_version:MlflowSource",
     "neptune": "compileflow.sources.neptune_version:NeptuneSource",
-    "registry": "compileflow.loading.registered_source:RegisteredSource",
+    "registry": "compileflow.sources.registered_version:RegisteredVersionSource",
 }
 STORES: Mapping[str, str] = {
     "file": "compileflow.stores.local:LocalStore",
-    "s3": "compileflow.stores.s3:S3Store",
+    "s3": "compileflow.stores.s3.store:S3Store",
 }
 REGISTRIES: Mapping[str, str] = {
-    "mlflow": "compileflow.registries.mlflow_registry:MlflowRegistry",
-    "neptune": "compileflow.registries.neptune_registry:NeptuneRegistry",
-    "sqlite": "compileflow.registries.local:LocalRegistry",
+    "mlflow": "compileflow.registries.mlflow.registry:MlflowRegistry",
+    "neptune": "compileflow.registries.neptune.registry:NeptuneRegistry",
+    "sqlite": "compileflow.registries.sqlite:LocalRegistry",
 }
 
 
@@ -59,7 +60,12 @@ def get_target(name: str) -> Target:
 
 def get_source(scheme: str, settings: Settings) -> Source:
     """Return the source for a URI scheme, for example "hf"."""
-    source: Source = _load("source", scheme, SOURCES)(settings)
+    kind = _load("source", scheme, SOURCES)
+    if scheme == "registry":
+        # This source stands on registries and stores, which it can only name through the catalog above it.
+        source: Source = kind(settings, resolve_reference=resolve_reference, open_store=open_store)
+    else:
+        source = kind(settings)
     return source
 
 
@@ -80,6 +86,32 @@ def open_registry(uri: str, settings: Settings | None = None) -> ModelRegistry:
 def registry_schemes() -> tuple[str, ...]:
     """Return the schemes of all registries' URIs, ours and third parties', sorted."""
     return tuple(sorted(_with_entry_points("registries")))
+
+
+def parse_reference(text: str) -> Reference | None:
+    """Read a reference to a registered version; see `references.parse_reference`.
+
+    Raises:
+        SpecError: the text is a reference, and its name, stage or number is not possible.
+    """
+    return references.parse_reference(text, registry_schemes())
+
+
+def resolve_reference(text: str, settings: Settings) -> ModelVersion:
+    """Ask the registry which version a reference means now.
+
+    Raises:
+        SpecError: it is no reference.
+        RegistryError: there is no such name, number or stage; the hint lists what there is.
+        RegistryUnavailableError: the registry did not answer.
+    """
+    reference = parse_reference(text)
+    if reference is None:
+        raise SpecError(f"{text!r} is no reference to a registered model.", hint=f"Write {references.FORMS}.")
+    registry = open_registry(reference.registry_uri or settings.resolved_registry_uri(), settings)
+    if reference.ref is None:
+        return registry.versions(reference.name)[0]
+    return registry.get(reference.name, reference.ref)
 
 
 def _scheme(uri: str) -> str:

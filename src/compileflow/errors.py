@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class CompileflowError(Exception):
@@ -150,6 +153,20 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an error's text that says something, cut to 300 characters, without a full stop."""
     lines = (line.strip() for line in str(error).splitlines())
     return next(filter(None, lines), type(error).__name__)[:300].rstrip(".:")
+
+
+def first_problem(error: ValidationError, *, show_input: bool = False) -> str:
+    """Return the first problem of a pydantic error as "field.path: message", without a full stop.
+
+    Args:
+        error: What pydantic raised.
+        show_input: Append the offending value. Leave it off where the value may be a secret.
+    """
+    problem = error.errors(include_url=False, include_input=show_input)[0]
+    path = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ").rstrip(".")
+    got = f", got {problem['input']!r}" if show_input and path else ""
+    return f"{path}: {message}{got}" if path else message
 
 
 def _rebuild(name: str, message: str, hint: str, log_path: str) -> CompileflowError:

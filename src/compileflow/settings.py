@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
-from compileflow.errors import SpecError
+from compileflow.errors import SpecError, first_problem
 
 
 class Settings(BaseSettings):
@@ -91,6 +91,10 @@ class Settings(BaseSettings):
         """Folder for unfinished work; may be deleted whenever nothing runs."""
         return self.home_dir / "work"
 
+    def log_path(self, name: str) -> Path:
+        """Return the file for what a child process prints, for example of "compile-0a1b2c"."""
+        return self.home_dir / "logs" / f"{name}.log"
+
     def resolved_store_uri(self, override: str | None = None) -> str:
         """Return the store to use: the caller's, else the configured one, else the embedded one."""
         return override or self.store_uri or (self.home_dir / "store").as_uri()
@@ -117,7 +121,6 @@ def get_settings() -> Settings:
         return Settings()
     except ValidationError as error:
         # What was found is not repeated: it may be a secret that was put under a wrong name.
-        first = error.errors(include_input=False, include_url=False)[0]
-        raise SpecError(f"The setting {'.'.join(map(str, first['loc']))}: {first['msg']}.", hint=hint) from error
+        raise SpecError(f"The setting {first_problem(error)}.", hint=hint) from error
     except SettingsError as error:
         raise SpecError(f"The settings cannot be read: {error}.", hint=hint) from error

@@ -13,6 +13,7 @@ TARGET_ALIASES: Mapping[str, str] = {"generic": "torchscript"}
 TargetName = Annotated[str, AfterValidator(lambda name: TARGET_ALIASES.get(name, name))]
 
 
+Goal = Literal["latency", "throughput", "size"]
 Modality = Literal["text", "image", "audio"]
 
 
@@ -136,3 +137,34 @@ class CompileSpec(BaseModel):
         if len(set(names)) != len(names):
             raise ValueError(f"two components share a name: {', '.join(sorted(names))}; rename one")
         return self
+
+
+class Objective(BaseModel):
+    """What a candidate is chosen for, and what it may cost."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    goal: Goal = Field(
+        "latency",
+        title="Goal",
+        description="latency: the least time a call, as a fraction of eager's. throughput: the most rows a "
+        "second. size: the smallest artifact.",
+    )
+    max_accuracy_loss: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        title="Accuracy loss at most",
+        description="Share of decisions that may change, 0 to 1. Empty: the gates alone decide.",
+    )
+    max_serving_memory_bytes: int | None = Field(
+        None, ge=1, title="Serving memory at most", description="Bytes. Empty: no limit."
+    )
+    max_size_bytes: int | None = Field(
+        None, ge=1, title="Size at most", description="Bytes of the artifact. Empty: no limit."
+    )
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether there is a limit besides the gates."""
+        return (self.max_accuracy_loss, self.max_serving_memory_bytes, self.max_size_bytes) != (None,) * 3

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from compileflow import CompiledModel, CompiledPipeline, CompiledTokenizer
-from compileflow.loading.artifacts import open_artifact
-from compileflow.manifest import SCHEMA_VERSION, ArtifactManifest, verify_folder
+from compileflow.artifact.manifest import SCHEMA_VERSION, ArtifactManifest, verify_folder
+from compileflow.artifact.open import open_artifact
 from compileflow.spec import Precision
 
 FOLDER = Path(__file__).parent

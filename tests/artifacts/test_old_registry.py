@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from compileflow.catalog import open_registry
+from compileflow.contracts import ModelRegistry
 from compileflow.errors import RegistryError
 from compileflow.registries.sqlite_file import SCHEMA_VERSION
 from compileflow.testing.registries import version_entry
-from compileflow.versions import ModelRegistry
 
 FOLDER = Path(__file__).parent
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from compileflow.digests import list_files
+from compileflow.contracts.digests import list_files
 from compileflow.stores.collecting import Aged
 from compileflow.testing.stores import DAY_S, StoreConformance
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from compileflow.artifact.open import OpenArtifact
 from compileflow.contracts import Target
 from compileflow.errors import LoadError
-from compileflow.loading.artifacts import OpenArtifact
 from compileflow.spec import HfTask
 from compileflow.testing.targets import Load, TargetConformance
 

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from compileflow.artifact.manifest import read_manifest
+from compileflow.artifact.open import OpenArtifact, copy_artifact
 from compileflow.catalog import open_store
 from compileflow.errors import IntegrityError, ManifestError, SpecError, StoreError
-from compileflow.loading.artifacts import OpenArtifact, copy_artifact, split_uri
-from compileflow.manifest import read_manifest
 from compileflow.stores import layout
+from compileflow.stores.layout import split_uri
 from tests.conformance.collection_races import CollectionRaces
 from tests.unit.attested_artifacts import digest_of, small_artifact
 

@@ -17,11 +17,12 @@ from typing import Any
 
 import pytest
 
-from compileflow import mlflow_client
 from compileflow.catalog import get_source, open_registry
+from compileflow.contracts import ModelRegistry
 from compileflow.errors import RegistryError, RegistryUnavailableError, SpecError
-from compileflow.mlflow_client import parse_place
-from compileflow.registries.mlflow_tags import ARCHIVED, entry_tags
+from compileflow.registries.mlflow import client as mlflow_client
+from compileflow.registries.mlflow.client import parse_place
+from compileflow.registries.mlflow.tags import ARCHIVED, entry_tags
 from compileflow.settings import Settings
 from compileflow.testing.registries import (
     ARTIFACT_FILES,
@@ -32,7 +33,6 @@ from compileflow.testing.registries import (
     version_entry,
     version_files,
 )
-from compileflow.versions import ModelRegistry
 from tests.services.fault_proxy import Answer, CutResponse, FaultProxy, Hang, LoseReply
 from tests.services.mlflow import MlflowServer, migrated_file, serve_mlflow
 from tests.services.secrets import MLFLOW_PASSWORD

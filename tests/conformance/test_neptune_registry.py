@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from compileflow.catalog import open_registry
+from compileflow.contracts import ModelRegistry
 from compileflow.errors import RegistryError, SpecError
-from compileflow.registries import neptune_registry
+from compileflow.registries.neptune import registry as neptune_registry
 from compileflow.settings import Settings
 from compileflow.testing.registries import RegistryConformance, version_entry, version_files
-from compileflow.versions import ModelRegistry
 from tests.services.neptune_writer import NeptuneWriter
 
 REPORT = {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from compileflow import vendor_toolchain
+from compileflow.targets._vendor import toolchain as vendor_toolchain
 
 DOUBLES = Path(__file__).parent
 _MODULES = ("double_graphs", "hyperdex", "neuroncc", "neuronxcc", "torch_blade", "torch_neuron", "torch_neuronx")

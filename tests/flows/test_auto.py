@@ -13,10 +13,10 @@ from prefect.states import State
 from compileflow import catalog
 from compileflow.catalog import open_registry
 from compileflow.errors import SpecError, VerdictError
+from compileflow.selection.comparison_file import export_comparison, read_comparison
 from compileflow.serving.model import CompiledModel
 from compileflow.settings import Settings
 from compileflow.spec import HfTask
-from compileflow.steps.report_file import export_comparison, read_comparison
 from flows.compile_model import CompileResult, compile_model
 from tests.conftest import ModelFactory
 from tests.steps import Pipeline, in_process

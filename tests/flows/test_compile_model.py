@@ -14,7 +14,7 @@ from prefect.states import State
 
 from compileflow.catalog import open_registry
 from compileflow.errors import RegistryUnavailableError, VerdictError
-from compileflow.registries.local import LocalRegistry
+from compileflow.registries.sqlite import LocalRegistry
 from compileflow.settings import Settings
 from compileflow.spec import HfTask
 from flows.compile_model import CompileResult, compile_model

@@ -17,11 +17,11 @@ from prefect_aws.client_parameters import AwsClientParameters
 from pydantic import SecretStr
 
 from compileflow import CompiledPipeline
+from compileflow.admin.lineage import lineage_of
 from compileflow.catalog import open_registry, open_store
-from compileflow.loading.artifacts import split_uri
 from compileflow.settings import Settings, get_settings
 from compileflow.spec import HfTask
-from compileflow.steps.lineage import lineage_of
+from compileflow.stores.layout import split_uri
 from flows.compile_model import CompileResult, compile_model
 from tests.conftest import ModelFactory
 from tests.leaks import leaked

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from compileflow.digests import file_digest
+from compileflow.contracts.digests import file_digest
 from compileflow.settings import Settings
 from flows import demo
 from tests.steps import in_process

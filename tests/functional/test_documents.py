@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from compileflow.loading.artifacts import copy_artifact, open_artifact
+from compileflow.artifact.open import copy_artifact, open_artifact
 from compileflow.settings import Settings
 from compileflow.spec import HfTask
 from tests.conftest import ModelFactory

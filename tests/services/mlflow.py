@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from compileflow.errors import RegistryError
-from compileflow.mlflow_client import parse_place
+from compileflow.registries.mlflow.client import parse_place
 from compileflow.testing.shared import make_once, shared_folder
 
 _START_TIMEOUT_S = 60

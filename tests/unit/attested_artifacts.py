@@ -12,25 +12,19 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from compileflow.digests import folder_digest, list_files
-from compileflow.loading.verification import artifact_files
-from compileflow.manifest import (
-    ArtifactManifest,
-    ComponentRecord,
-    SourceRecord,
-    TargetRecord,
-    TensorRecord,
-    read_manifest,
-)
-from compileflow.provenance.envelopes import seal, write_bundle
-from compileflow.provenance.keys import load_public_keys, load_signer
-from compileflow.provenance.statements import (
+from compileflow.artifact.attestations.envelopes import seal, write_bundle
+from compileflow.artifact.attestations.keys import load_public_keys, load_signer
+from compileflow.artifact.attestations.statements import (
     CompileRun,
     Judged,
     Outcome,
     provenance_statement,
     verdict_statement,
 )
+from compileflow.artifact.integrity import artifact_files
+from compileflow.artifact.manifest import ArtifactManifest, SourceRecord, TargetRecord, read_manifest
+from compileflow.contracts import ComponentRecord, TensorRecord
+from compileflow.contracts.digests import folder_digest, list_files
 from compileflow.settings import Settings
 from compileflow.spec import CompileSpec, HfTask
 

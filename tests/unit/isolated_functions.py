@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from compileflow._process.child import report_progress
 from compileflow.errors import TargetUnavailableError
-from compileflow.isolation import report_progress
 
 MIB = 2**20
 Json = dict[str, Any]

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compileflow.artifact.manifest import MANIFEST_NAME, read_manifest
 from compileflow.catalog import get_target
-from compileflow.digests import list_files
-from compileflow.manifest import MANIFEST_NAME, read_manifest
+from compileflow.contracts.digests import list_files
 from compileflow.spec import CompileSpec, ComponentSpec, HfTask, ShapeBucket
 from compileflow.steps.prove import prove_artifact
 from tests.compiles import build_once

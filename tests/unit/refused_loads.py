@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 
 import compileflow
-from compileflow import cpu
+from compileflow._process import cpu
+from compileflow.artifact.attestations.envelopes import write_bundle
+from compileflow.artifact.manifest import ATTESTATIONS_NAME, MANIFEST_NAME
 from compileflow.errors import (
     CompileflowError,
     IntegrityError,
@@ -25,8 +27,6 @@ from compileflow.errors import (
     SignatureError,
     SpecError,
 )
-from compileflow.manifest import ATTESTATIONS_NAME, MANIFEST_NAME
-from compileflow.provenance.envelopes import write_bundle
 from compileflow.spec import ShapeBucket
 from tests.unit.attested_artifacts import altered, attest, envelopes_for, make_keys, small_artifact
 

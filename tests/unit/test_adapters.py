@@ -15,9 +15,9 @@ import transformers
 import compileflow
 from compileflow import CompiledPipeline, HfTask
 from compileflow.errors import InputError, LoadError, SpecError, TargetUnavailableError, VerdictError
-from compileflow.serving.adapters import LOCAL_TARGETS, local_target
+from compileflow.local.api import LOCAL_TARGETS, local_target
 from compileflow.settings import Settings, get_settings
-from compileflow.source_graph import AUTO_CLASSES
+from compileflow.source_model.tasks import AUTO_CLASSES
 from compileflow.spec import Precision
 from compileflow.testing.targets import hide_distributions
 from compileflow.validation.settings import ValidationSettings

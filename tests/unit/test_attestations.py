@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from compileflow.digests import folder_digest, list_files
+from compileflow.artifact.attestations import verification as attestations_module
+from compileflow.artifact.attestations.envelopes import put_statement, read_bundle, stored_envelopes
+from compileflow.artifact.attestations.verification import attestations_of, verify_artifact
+from compileflow.artifact.integrity import artifact_files
+from compileflow.artifact.manifest import ATTESTATIONS_NAME, verify_folder
+from compileflow.artifact.open import open_artifact
+from compileflow.contracts.digests import folder_digest, list_files
 from compileflow.errors import IntegrityError, ManifestError, StoreUnavailableError
-from compileflow.loading import attestations as attestations_module
-from compileflow.loading.artifacts import open_artifact
-from compileflow.loading.attestations import attestations_of, verify_artifact
-from compileflow.loading.verification import artifact_files
-from compileflow.manifest import ATTESTATIONS_NAME, verify_folder
-from compileflow.provenance.envelopes import put_statement, read_bundle, stored_envelopes
 from compileflow.settings import Settings
 from compileflow.stores.local import LocalStore
 from tests.unit.attested_artifacts import (

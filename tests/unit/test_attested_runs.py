@@ -12,13 +12,13 @@ import pytest
 from pydantic import BaseModel
 
 from compileflow import CompiledTokenizer
+from compileflow.artifact.attestations.envelopes import put_statement, read_bundle, stored_envelopes
+from compileflow.artifact.attestations.statements import verdict_statement
+from compileflow.artifact.attestations.verify import verify_attestations
+from compileflow.artifact.manifest import ATTESTATIONS_NAME, read_manifest
+from compileflow.artifact.open import copy_artifact, open_artifact
 from compileflow.catalog import open_store
 from compileflow.contracts import ArtifactStore
-from compileflow.loading.artifacts import copy_artifact, open_artifact
-from compileflow.manifest import ATTESTATIONS_NAME, read_manifest
-from compileflow.provenance.envelopes import put_statement, read_bundle, stored_envelopes
-from compileflow.provenance.statements import verdict_statement
-from compileflow.provenance.verify import verify_attestations
 from compileflow.settings import Settings, get_settings
 from compileflow.spec import HfTask
 from compileflow.steps.attest import Attester

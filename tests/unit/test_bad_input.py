@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from compileflow import catalog, cpu
+from compileflow import catalog
+from compileflow._process import cpu
 from compileflow.catalog import open_store
 from compileflow.errors import CompileError, CompileflowError, SpecError, TargetUnavailableError
 from compileflow.settings import Settings

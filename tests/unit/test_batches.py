@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from compileflow.contracts import Arrays
-from compileflow.manifest import ComponentRecord, TensorRecord
+from compileflow.contracts import Arrays, ComponentRecord, TensorRecord
 from compileflow.serving.batches import may_pad, plan_batches, split_row, stack_rows
 from compileflow.spec import ShapeBucket
 

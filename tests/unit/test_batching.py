@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from compileflow.contracts import Arrays
+from compileflow.contracts import Arrays, ComponentRecord, TensorRecord
 from compileflow.errors import InputError
-from compileflow.loading.batching import complete_inputs, pad_to, plan_calls, run_fitted
-from compileflow.manifest import ComponentRecord, TensorRecord
+from compileflow.serving.padding import complete_inputs, pad_to, plan_calls, run_fitted
 from compileflow.spec import ShapeBucket
 
 PAD = 9

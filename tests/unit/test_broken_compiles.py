@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 
+from compileflow.artifact.manifest import read_manifest
 from compileflow.catalog import open_registry, open_store
 from compileflow.errors import VerdictError
-from compileflow.manifest import read_manifest
 from compileflow.settings import Settings
 from compileflow.spec import HfTask
 from compileflow.steps.fetch import fetch_source

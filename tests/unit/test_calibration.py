@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from compileflow.digests import file_digest
+from compileflow.artifact.open import open_artifact
+from compileflow.contracts.digests import file_digest
 from compileflow.errors import CompileError
-from compileflow.loading.artifacts import open_artifact
 from compileflow.settings import Settings
 from compileflow.spec import TEXT_TASKS, HfTask, Precision
 from compileflow.steps.calibration import (

@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from compileflow.errors import MeasurementError
-from compileflow.validation.comparison import (
+from compileflow.selection.comparison import (
     Candidate,
     CandidateLatency,
     Objective,

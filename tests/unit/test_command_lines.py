@@ -81,7 +81,7 @@ def test_reading_commands_agree_about_a_registered_version(settings: Settings, r
 
 
 def test_verify_refuses_an_altered_copy(settings: Settings, registered: Any, tmp_path: Path) -> None:
-    from compileflow.loading.artifacts import copy_artifact, open_artifact
+    from compileflow.artifact.open import copy_artifact, open_artifact
 
     folder = copy_artifact(open_artifact(registered.artifact_uri, settings=settings), tmp_path / "copy")
     assert call(settings, "compileflow.cli", "verify", str(folder)).returncode == 0

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from compileflow.selection.choice import choose, pareto_front
+from compileflow.selection.comparison import Candidate, Comparison, Objective, plot_text, write_comparison
+from compileflow.selection.pareto import key, scatter
 from compileflow.spec import HfTask
-from compileflow.validation.choice import choose, pareto_front
-from compileflow.validation.comparison import Candidate, Comparison, Objective, plot_text, write_comparison
-from compileflow.validation.pareto import key, scatter
 from tests.unit.test_choice import candidate
 
 ATTACK = "<script>alert('x')</script> & \"more\""

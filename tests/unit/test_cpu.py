@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
-from compileflow import CompiledModel, cpu
+from compileflow import CompiledModel
+from compileflow._process import cpu
+from compileflow.artifact.manifest import MANIFEST_NAME, read_manifest
+from compileflow.artifact.open import open_artifact
 from compileflow.catalog import get_target
 from compileflow.contracts import Availability
 from compileflow.errors import LoadError, TargetUnavailableError
-from compileflow.loading.artifacts import open_artifact
-from compileflow.loading.graph import LoadedGraph
-from compileflow.manifest import MANIFEST_NAME, read_manifest
+from compileflow.serving.component import LoadedComponent
 from compileflow.spec import HfTask, Precision
 from compileflow.steps.compile import check_available
 from compileflow.targets.torchscript import TorchScriptTarget
@@ -124,7 +125,7 @@ def artifact(tiny_model: ModelFactory, tmp_path_factory: pytest.TempPathFactory,
 
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Change the manifest, and let it agree with the files; its own bytes are what its digest is of."""
-    from compileflow.digests import list_files
+    from compileflow.contracts.digests import list_files
 
     path = folder / MANIFEST_NAME
     data = json.loads(path.read_text("utf-8"))
@@ -173,7 +174,7 @@ def test_target_without_its_runtime_is_refused_before_the_cpu_is_asked(
     )
     monkeypatch.setattr(TorchScriptTarget, "probe", lambda self: absent)
     with pytest.raises(LoadError, match=r"cannot run here: torch is not installed\. Try: pip install torch"):
-        LoadedGraph.load(open_artifact(artifact))
+        LoadedComponent.load(open_artifact(artifact))
 
 
 @pytest.mark.parametrize("name", ["torchscript", "aot-inductor"])

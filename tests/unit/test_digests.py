@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from compileflow.digests import canonical_json, folder_digest, json_digest, list_files, safe_relative_path
+from compileflow.contracts.digests import (
+    canonical_json,
+    folder_digest,
+    json_digest,
+    list_files,
+    safe_relative_path,
+)
 from compileflow.errors import IntegrityError
 
 

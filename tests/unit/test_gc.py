@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from compileflow.admin import collect
+from compileflow.admin.collect import collect_garbage
+from compileflow.artifact.attestations.envelopes import put_statement
+from compileflow.artifact.attestations.statements import verdict_statement
 from compileflow.catalog import open_registry, open_store
 from compileflow.contracts import ArtifactStore
 from compileflow.errors import RegistryError, SpecError
-from compileflow.provenance.envelopes import put_statement
-from compileflow.provenance.statements import verdict_statement
 from compileflow.settings import Settings
-from compileflow.steps import collect
-from compileflow.steps.collect import collect_garbage
 from compileflow.steps.register import register_version
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
 from compileflow.stores.local import LocalStore

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from compileflow._process.child import Isolated, run_isolated
 from compileflow.errors import (
     CompileError,
     OutOfMemoryError,
@@ -19,7 +20,6 @@ from compileflow.errors import (
     ProcessTimeoutError,
     TargetUnavailableError,
 )
-from compileflow.isolation import Isolated, run_isolated
 
 MIB = 2**20
 FUNCTIONS = "tests.unit.isolated_functions"
@@ -226,7 +226,7 @@ def test_peak_memory_does_not_count_the_parents(run: Run) -> None:
 def test_child_and_grandchild_end_when_the_parent_is_killed(tmp_path: Path, *, hold_gil: bool) -> None:
     pids = tmp_path / "pids"
     code = (
-        "from pathlib import Path; from compileflow.isolation import run_isolated; "
+        "from pathlib import Path; from compileflow._process.child import run_isolated; "
         f"folder = Path({str(tmp_path)!r}); "
         f"request = {{'path': {str(pids)!r}, 'hold_gil': {hold_gil}}}; "
         f"run_isolated('{FUNCTIONS}:family', request, work_dir=folder, log_path=folder / 'log')"

@@ -6,8 +6,8 @@ from itertools import combinations
 
 import pytest
 
-from compileflow.validation.labels import Spot, place_labels
-from compileflow.validation.pareto import key, ticks
+from compileflow.selection.labels import Spot, place_labels
+from compileflow.selection.pareto import key, ticks
 
 
 def test_labels_hide_neither_one_another_nor_a_circle() -> None:

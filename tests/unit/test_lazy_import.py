@@ -27,7 +27,8 @@ def heavy_modules_after(code: str) -> list[str]:
     "code",
     [
         "import compileflow",
-        "import compileflow.errors, compileflow.manifest, compileflow.settings, compileflow.isolation",
+        "import compileflow.errors, compileflow.artifact.manifest, compileflow.settings",
+        "import compileflow._process.child",
         "from compileflow import ArtifactManifest, CompileSpec, CompileflowError, ShapeBucket",
     ],
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from compileflow.process_state import resident_bytes
+from compileflow._process.state import resident_bytes
 from compileflow.settings import Settings
 from compileflow.spec import HfTask
 from tests.models import build_model

@@ -16,10 +16,11 @@ from typing import Any
 
 import pytest
 
-from compileflow import CompiledModel, CompiledPipeline, CompiledTokenizer, cpu
-from compileflow.digests import file_digest
+from compileflow import CompiledModel, CompiledPipeline, CompiledTokenizer
+from compileflow._process import cpu
+from compileflow.artifact.open import open_artifact
+from compileflow.contracts.digests import file_digest
 from compileflow.errors import IntegrityError, LoadError
-from compileflow.loading.artifacts import open_artifact
 from compileflow.settings import Settings
 from compileflow.spec import HfTask
 from compileflow.stores.local import LocalStore

@@ -7,18 +7,17 @@ from typing import Any
 
 import pytest
 
-from compileflow.digests import folder_digest, list_files
-from compileflow.errors import IntegrityError, ManifestError
-from compileflow.manifest import (
+from compileflow.artifact.manifest import (
     MANIFEST_NAME,
     ArtifactManifest,
-    ComponentRecord,
     SourceRecord,
     TargetRecord,
-    TensorRecord,
     read_manifest,
     verify_folder,
 )
+from compileflow.contracts import ComponentRecord, TensorRecord
+from compileflow.contracts.digests import folder_digest, list_files
+from compileflow.errors import IntegrityError, ManifestError
 from compileflow.spec import CompileSpec, HfTask
 
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from compileflow.admin.mirror import mirror_store
+from compileflow.artifact.attestations.envelopes import put_statement
+from compileflow.artifact.attestations.statements import verdict_statement
 from compileflow.catalog import open_store
 from compileflow.contracts import ArtifactStore
-from compileflow.digests import list_files
+from compileflow.contracts.digests import list_files
 from compileflow.errors import IntegrityError, SpecError
-from compileflow.provenance.envelopes import put_statement
-from compileflow.provenance.statements import verdict_statement
 from compileflow.settings import Settings, get_settings
-from compileflow.steps.mirror import mirror_store
 from tests.services.fault_proxy import FaultProxy
 from tests.services.moto_server import Moto
 from tests.unit.attested_artifacts import judged

@@ -15,7 +15,7 @@ import pytest
 from compileflow.catalog import get_source
 from compileflow.contracts import LocatedSource
 from compileflow.errors import SourceError, SourceUnavailableError
-from compileflow.mlflow_client import parse_place
+from compileflow.registries.mlflow.client import parse_place
 from compileflow.settings import Settings
 from compileflow.sources.files import check_weights
 from compileflow.spec import HfTask

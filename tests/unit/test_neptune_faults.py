@@ -20,11 +20,11 @@ import pytest
 from pydantic import SecretStr
 
 from compileflow.errors import CompileflowError, RegistryError, RegistryUnavailableError
-from compileflow.neptune_client import process as client_process
-from compileflow.neptune_client.address import INSECURE, read_token
-from compileflow.neptune_client.client import NeptuneClient
-from compileflow.neptune_client.process import ClientProcess, process_for
-from compileflow.registries.neptune_registry import NeptuneRegistry
+from compileflow.registries.neptune import process as client_process
+from compileflow.registries.neptune.address import INSECURE, read_token
+from compileflow.registries.neptune.client import NeptuneClient
+from compileflow.registries.neptune.process import ClientProcess, process_for
+from compileflow.registries.neptune.registry import NeptuneRegistry
 from compileflow.settings import Settings
 from compileflow.testing.processes import other_process, say
 from compileflow.testing.registries import version_entry, version_files

@@ -18,11 +18,11 @@ from pydantic import SecretStr
 from requests.adapters import HTTPAdapter
 
 from compileflow.errors import RegistryError, RegistryUnavailableError
-from compileflow.neptune_client import process as client_process
-from compileflow.neptune_client import worker
-from compileflow.neptune_client.address import read_token
-from compileflow.neptune_client.client import NeptuneClient
-from compileflow.neptune_client.process import ClientProcess, Ended, Overdue
+from compileflow.registries.neptune import process as client_process
+from compileflow.registries.neptune import worker
+from compileflow.registries.neptune.address import read_token
+from compileflow.registries.neptune.client import NeptuneClient
+from compileflow.registries.neptune.process import ClientProcess, Ended, Overdue
 from compileflow.settings import Settings
 from deployments.neptune_server.tokens import make_api_token
 

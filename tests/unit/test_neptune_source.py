@@ -14,7 +14,7 @@ import pytest
 from pydantic import SecretStr
 from safetensors.numpy import save_file
 
-from compileflow.digests import file_digest
+from compileflow.contracts.digests import file_digest
 from compileflow.errors import SourceError, SourceUnavailableError
 from compileflow.settings import Settings
 from compileflow.sources import files as source_files

@@ -18,6 +18,8 @@ import torch
 import transformers
 
 from compileflow import CompiledModel, CompiledPipeline, CompiledTokenizer, HfTask
+from compileflow._process.child import Isolated, run_isolated
+from compileflow.contracts import TensorRecord
 from compileflow.errors import (
     InputError,
     LoadError,
@@ -26,12 +28,10 @@ from compileflow.errors import (
     TargetUnavailableError,
     VerdictError,
 )
-from compileflow.isolation import Isolated, run_isolated
-from compileflow.manifest import TensorRecord
-from compileflow.serving import local_compile
-from compileflow.serving.source_comparison import Tolerance, check_output
+from compileflow.local import in_memory as local_compile
+from compileflow.local.comparison import Tolerance, check_output
 from compileflow.settings import get_settings
-from compileflow.source_graph import AUTO_CLASSES
+from compileflow.source_model.tasks import AUTO_CLASSES
 from compileflow.testing.targets import hide_distributions
 from tests.compiles import build_once
 from tests.conftest import ModelFactory

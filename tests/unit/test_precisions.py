@@ -15,9 +15,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compileflow import CompiledTokenizer
+from compileflow.artifact.open import OpenArtifact, open_artifact
 from compileflow.catalog import get_target
 from compileflow.contracts import Arrays, Runner
-from compileflow.loading.artifacts import OpenArtifact, open_artifact
 from compileflow.spec import CompileSpec, ComponentSpec, HfTask, Precision, ShapeBucket
 from compileflow.steps.calibration import CalibrationSettings, calibration_batches, load_calibration
 from compileflow.validation.metrics import rel_l2

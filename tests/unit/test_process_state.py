@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from compileflow.process_state import environment, resident_bytes, torch_threads, undisturbed_process
+from compileflow._process.state import environment, resident_bytes, torch_threads, undisturbed_process
 from compileflow.testing.state import process_state, unchanged_process
 
 
@@ -102,7 +102,7 @@ def test_random_numbers_go_on_as_if_the_block_had_not_been() -> None:
 def test_process_without_torch_stays_without_it() -> None:
     code = (
         "import sys\n"
-        "from compileflow.process_state import undisturbed_process\n"
+        "from compileflow._process.state import undisturbed_process\n"
         "with undisturbed_process():\n"
         "    assert 'torch' not in sys.modules\n"
         "assert 'torch' not in sys.modules\n"

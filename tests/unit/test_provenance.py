@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import compileflow
-from compileflow.manifest import CalibrationRecord, read_manifest
-from compileflow.provenance.statements import Outcome, provenance_statement, verdict_statement
+from compileflow.artifact.attestations.statements import Outcome, provenance_statement, verdict_statement
+from compileflow.artifact.manifest import CalibrationRecord, read_manifest
 from tests.unit.attested_artifacts import (
     REPORT,
     RUN,

@@ -21,8 +21,8 @@ import transformers
 from compileflow import CompiledModel, CompiledPipeline, CompiledTokenizer, HfTask
 from compileflow.contracts import Arrays
 from compileflow.errors import InputError, LoadError
-from compileflow.loading.graph import LoadedGraph
 from compileflow.serving.answer_spans import AnswerSettings, Window, best_answers, best_spans
+from compileflow.serving.component import LoadedComponent
 from compileflow.serving.question_answering import QuestionAnsweringPipeline
 from compileflow.testing.shared import shared_folder
 from compileflow.testing.targets import compiled_folder
@@ -139,7 +139,7 @@ def test_objects_and_iterators_are_answered_like_dicts(pipeline: QuestionAnsweri
 class Watched:
     """A graph that remembers the shape of each batch."""
 
-    def __init__(self, graph: LoadedGraph):
+    def __init__(self, graph: LoadedComponent):
         self.graph, self.record = graph, graph.record
         self.shapes: list[tuple[int, ...]] = []
 

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from compileflow.catalog import get_source, open_registry, open_store
+from compileflow.catalog import get_source, open_registry, open_store, parse_reference, resolve_reference
+from compileflow.contracts import ModelVersion
 from compileflow.errors import RegistryError, SourceError, SpecError
-from compileflow.loading.references import Reference, parse_reference, resolve_reference
+from compileflow.registries.references import Reference
 from compileflow.settings import Settings
 from compileflow.spec import HfTask
 from compileflow.steps.fetch import fetch_source
 from compileflow.steps.register import default_name
 from compileflow.testing.registries import version_entry
-from compileflow.versions import ModelVersion
 from tests.conftest import ModelFactory
 from tests.unit.test_lazy_import import heavy_modules_after
 
@@ -95,10 +95,7 @@ def test_absent_version_lists_what_there_is(settings: Settings) -> None:
 
 
 def test_parsing_imports_nothing_heavy() -> None:
-    assert (
-        heavy_modules_after("from compileflow.loading.references import parse_reference as p; p('registry:a')")
-        == []
-    )
+    assert heavy_modules_after("from compileflow.catalog import parse_reference as p; p('registry:a')") == []
 
 
 @pytest.fixture

@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 
 from compileflow.catalog import open_store
-from compileflow.digests import list_files
+from compileflow.contracts.digests import list_files
 from compileflow.errors import MeasurementError
-from compileflow.serving.registered_predictions import answers_to
 from compileflow.settings import Settings
 from compileflow.spec import HfTask
 from compileflow.steps.report_file import read_report
 from compileflow.steps.values import FetchedSource, ValidatedArtifact
-from compileflow.validation.registered_tests import RegisteredTests, plain, read_registered_tests
+from compileflow.validation.registered_tests import RegisteredTests, answers_to, plain, read_registered_tests
 from tests.conftest import ModelFactory
 from tests.steps import Pipeline, in_process
 

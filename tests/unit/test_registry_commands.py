@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from compileflow.artifact.attestations.envelopes import put_statement
+from compileflow.artifact.attestations.statements import verdict_statement
+from compileflow.artifact.manifest import read_manifest
+from compileflow.artifact.open import open_artifact
 from compileflow.catalog import open_registry, open_store
 from compileflow.cli import app
-from compileflow.digests import folder_digest, list_files
+from compileflow.contracts import ModelRegistry, VersionEntry
+from compileflow.contracts.digests import folder_digest, list_files
 from compileflow.errors import RegistryUnavailableError
-from compileflow.loading.artifacts import open_artifact
-from compileflow.manifest import read_manifest
-from compileflow.provenance.envelopes import put_statement
-from compileflow.provenance.statements import verdict_statement
-from compileflow.registries.local import LocalRegistry
+from compileflow.registries.sqlite import LocalRegistry
 from compileflow.settings import Settings, get_settings
 from compileflow.testing.registries import version_entry
-from compileflow.versions import ModelRegistry, VersionEntry
 from tests.unit.attested_artifacts import judged
 
 OLD_ARTIFACT = Path(__file__).parents[1] / "artifacts" / "v2-openvino"

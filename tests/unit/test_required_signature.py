@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from compileflow import CompiledModel, CompiledPipeline, CompiledTokenizer
+from compileflow.artifact.attestations.envelopes import put_statement, read_bundle, stored_envelopes, write_bundle
+from compileflow.artifact.manifest import ATTESTATIONS_NAME
+from compileflow.artifact.open import open_artifact
 from compileflow.errors import ManifestError, SignatureError, SpecError
-from compileflow.loading.artifacts import open_artifact
-from compileflow.manifest import ATTESTATIONS_NAME
-from compileflow.provenance.envelopes import put_statement, read_bundle, stored_envelopes, write_bundle
 from compileflow.settings import Settings, get_settings
 from compileflow.stores.local import LocalStore
 from tests.unit.attested_artifacts import (

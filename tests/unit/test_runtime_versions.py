@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from compileflow.artifact.runtime import check_runtime, runtime_needs
 from compileflow.catalog import TARGETS, get_target
 from compileflow.contracts import Capabilities
 from compileflow.errors import LoadError, ManifestError
-from compileflow.loading.runtime import check_runtime, runtime_needs
 from compileflow.spec import Precision
 from compileflow.testing.targets import hide_distributions
 from tests.unit.refused_loads import pretend_installed

@@ -17,12 +17,14 @@ import pytest
 from botocore.response import StreamingBody
 from urllib3.exceptions import SSLError
 
-from compileflow.digests import folder_digest, list_files
+from compileflow.contracts.digests import folder_digest, list_files
 from compileflow.errors import IntegrityError, SpecError, StoreError, StoreUnavailableError
 from compileflow.settings import Settings, get_settings
-from compileflow.stores import s3_client, s3_downloads, s3_uploads
-from compileflow.stores.s3 import S3Store
-from compileflow.stores.s3_uploads import BlobUploads
+from compileflow.stores.s3 import client as s3_client
+from compileflow.stores.s3 import downloads as s3_downloads
+from compileflow.stores.s3 import uploads as s3_uploads
+from compileflow.stores.s3.store import S3Store
+from compileflow.stores.s3.uploads import BlobUploads
 from compileflow.testing.processes import other_process
 from tests.services.fault_proxy import (
     Answer,

@@ -9,8 +9,8 @@ import time
 import pytest
 
 from compileflow.settings import get_settings
-from compileflow.stores.s3 import S3Store
-from compileflow.stores.s3_lease import _Lease
+from compileflow.stores.s3.lease import _Lease
+from compileflow.stores.s3.store import S3Store
 from tests.services.fault_proxy import FaultProxy, LoseReply
 from tests.services.moto_server import Moto
 

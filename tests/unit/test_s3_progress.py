@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from compileflow.stores import s3_progress
-from compileflow.stores.s3_progress import TransferProgress
+from compileflow.stores.s3 import progress as s3_progress
+from compileflow.stores.s3.progress import TransferProgress
 
 
 class Terminal(io.StringIO):

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from compileflow import CompiledPipeline, HfTask
+from compileflow.artifact.manifest import read_manifest
 from compileflow.errors import InputError, LoadError
-from compileflow.manifest import read_manifest
 from compileflow.serving.embedding_recipe import POOLINGS, EmbeddingRecipe, read_recipe
 from compileflow.testing.targets import compiled_folder
 from tests.models import sentences

@@ -19,10 +19,10 @@ import torch
 import transformers
 
 from compileflow import CompiledModel, CompiledPipeline, CompiledTokenizer, HfTask
+from compileflow.artifact.manifest import MANIFEST_NAME
 from compileflow.errors import InputError, LoadError, StoreError
-from compileflow.manifest import MANIFEST_NAME
 from compileflow.settings import Settings
-from compileflow.source_graph import AUTO_CLASSES
+from compileflow.source_model.tasks import AUTO_CLASSES
 from compileflow.stores.local import LocalStore
 from compileflow.testing.pipelines import assert_same_result
 from compileflow.testing.shared import shared_folder

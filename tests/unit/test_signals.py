@@ -12,24 +12,20 @@ import pytest
 import torch
 
 from compileflow import CompiledPipeline
+from compileflow.artifact.open import open_artifact
 from compileflow.catalog import get_target
 from compileflow.errors import InputError, MeasurementError, SourceError, SpecError
-from compileflow.loading.artifacts import open_artifact
-from compileflow.loading.graph import LoadedGraph
-from compileflow.signals import (
-    LONGEST_S,
-    frame_convolutions,
-    frames_of,
-    load_processor,
-    longest_signal,
-    shortest_input,
-)
-from compileflow.source_graph import example_inputs, load_source_graph, task_of_architecture
+from compileflow.serving.component import LoadedComponent
+from compileflow.source_model.examples import example_inputs
+from compileflow.source_model.lengths import frame_convolutions, frames_of, shortest_input
+from compileflow.source_model.load import load_source_model
+from compileflow.source_model.processor import LONGEST_S, load_processor, longest_signal
+from compileflow.source_model.tasks import task_of_architecture
 from compileflow.spec import CompileSpec, ComponentSpec, HfTask
 from compileflow.steps.build import build_artifact
 from compileflow.steps.compile import detect_task
 from compileflow.testing.pipelines import assert_same_result
-from compileflow.validation.signals import generated_signals, load_signals, signals_digest
+from compileflow.validation.signal_cases import generated_signals, load_signals, signals_digest
 from tests.conftest import ModelFactory
 from tests.models import SIGNAL_TASKS
 from tests.unit.proving import compile_here, reseal, validate_here
@@ -88,7 +84,7 @@ def test_task_is_read_off_a_saved_model(tiny_model: ModelFactory, hf_task: HfTas
 
 def test_speech_model_has_no_head_for_text(tiny_model: ModelFactory) -> None:
     with pytest.raises(SpecError, match="has no head for feature-extraction") as caught:
-        load_source_graph(tiny_model(SPEECH), HfTask.FEATURE_EXTRACTION)
+        load_source_model(tiny_model(SPEECH), HfTask.FEATURE_EXTRACTION)
     assert "automatic-speech-recognition" in caught.value.hint
     assert "text" not in caught.value.hint
 
@@ -104,7 +100,7 @@ def test_model_without_its_processor_is_refused(tiny_model: ModelFactory, tmp_pa
     folder = Path(shutil.copytree(tiny_model(IMAGES), tmp_path / "model"))
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(SourceError, match="image processor cannot be loaded"):
-        load_source_graph(folder, IMAGES)
+        load_source_model(folder, IMAGES)
 
 
 def without_mask(source: Path, folder: Path) -> Path:
@@ -155,8 +151,8 @@ def speech(tiny_model: ModelFactory, tmp_path_factory: pytest.TempPathFactory) -
 def test_padded_speech_is_answered_with_as_many_frames_as_the_bare_one(
     tiny_model: ModelFactory, speech: Path
 ) -> None:
-    source = load_source_graph(tiny_model(SPEECH), SPEECH)
-    graph = LoadedGraph.load(open_artifact(speech))
+    source = load_source_model(tiny_model(SPEECH), SPEECH)
+    graph = LoadedComponent.load(open_artifact(speech))
     for rows, length in ((1, 8000), (1, 5003), (3, 12_345), (9, 777)):
         inputs = example_inputs(source.inputs, rows, length, 0, 0)
         answer, reference = graph.run(inputs)["logits"], source.run(inputs)["logits"]
@@ -182,14 +178,14 @@ def test_audio_that_does_not_fit_is_refused_with_what_is_needed(
     speech: Path, inputs: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(InputError, match=says):
-        LoadedGraph.load(open_artifact(speech)).run(inputs)
+        LoadedComponent.load(open_artifact(speech)).run(inputs)
 
 
 def test_speech_that_mishears_one_letter_fails_and_the_report_names_it(
     tiny_model: ModelFactory, speech: Path, tmp_path: Path
 ) -> None:
     heard = (
-        LoadedGraph.load(open_artifact(speech))
+        LoadedComponent.load(open_artifact(speech))
         .run({"input_values": np.random.default_rng(1).standard_normal((1, 40_000), dtype=np.float32)})["logits"]
         .argmax(-1)
     )
@@ -282,16 +278,16 @@ class TestComponentsOfOneGraph:
 
     def test_each_component_keeps_its_own_lengths(self, tiny_model: ModelFactory, tmp_path: Path) -> None:
         folder = self.compile(tiny_model, tmp_path / "both", "torchscript", "word document")
-        source = load_source_graph(tiny_model(HfTask.TEXT_CLASSIFICATION), HfTask.TEXT_CLASSIFICATION)
+        source = load_source_model(tiny_model(HfTask.TEXT_CLASSIFICATION), HfTask.TEXT_CLASSIFICATION)
         artifact = open_artifact(folder)
         inputs = example_inputs(source.inputs, 2, 8, source.vocab_size, source.pad_token_id)
         for component in ("word", "document"):
-            answer = LoadedGraph.load(artifact, component=component).run(inputs)
+            answer = LoadedComponent.load(artifact, component=component).run(inputs)
             np.testing.assert_allclose(answer["logits"], source.run(inputs)["logits"], rtol=0, atol=1e-5)
         longer = example_inputs(source.inputs, 1, 9, source.vocab_size, source.pad_token_id)
         with pytest.raises(InputError, match=r"9 tokens.*at most 8"):
-            LoadedGraph.load(artifact, component="word").run(longer)
-        LoadedGraph.load(artifact, component="document").run(longer)
+            LoadedComponent.load(artifact, component="word").run(longer)
+        LoadedComponent.load(artifact, component="document").run(longer)
 
     @staticmethod
     def compile(tiny_model: ModelFactory, out_dir: Path, target: str, names: str) -> Path:

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
+from compileflow.artifact.attestations.envelopes import seal
+from compileflow.artifact.attestations.keys import load_public_keys, load_signer
+from compileflow.artifact.attestations.verify import check_report, verify_attestations
 from compileflow.errors import IntegrityError, SignatureError, SpecError
-from compileflow.provenance.envelopes import seal
-from compileflow.provenance.keys import load_public_keys, load_signer
-from compileflow.provenance.verify import check_report, verify_attestations
 from compileflow.settings import Settings
 from tests.services.secrets import SIGNING_PASSWORD
 from tests.unit.attested_artifacts import (

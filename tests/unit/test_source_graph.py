@@ -13,16 +13,12 @@ import torch
 import transformers
 
 from compileflow import CompiledModel, CompileSpec, HfTask
+from compileflow.artifact.manifest import read_manifest
 from compileflow.errors import SourceError, SpecError
-from compileflow.manifest import read_manifest
-from compileflow.source_graph import (
-    as_tuple_module,
-    example_inputs,
-    load_config,
-    load_source_graph,
-    maximum_length,
-    tasks_of,
-)
+from compileflow.source_model.examples import example_inputs
+from compileflow.source_model.interface import as_tuple_module, maximum_length
+from compileflow.source_model.load import load_config, load_source_model
+from compileflow.source_model.tasks import tasks_of
 from compileflow.spec import TEXT_TASKS, ComponentSpec, ShapeBucket
 from compileflow.steps.build import build_artifact, default_buckets
 from compileflow.steps.compile import detect_task
@@ -90,7 +86,7 @@ def test_task_without_a_head_is_refused_with_the_tasks_there_are(tmp_path: Path)
     folder = config_folder(tmp_path / "model", model_type="gpt2")
 
     with pytest.raises(SpecError, match="gpt2 has no head for fill-mask") as caught:
-        load_source_graph(folder, HfTask.FILL_MASK)
+        load_source_model(folder, HfTask.FILL_MASK)
 
     assert caught.value.hint == (
         "Choose one of: feature-extraction, sentence-similarity, text-classification, zero-shot-classification, "
@@ -103,7 +99,7 @@ def test_task_without_a_head_is_refused_with_the_tasks_there_are(tmp_path: Path)
 )
 def test_model_without_the_tasks_head_is_refused(tiny_model: TinyModel, hf_task: HfTask) -> None:
     with pytest.raises(SpecError, match=r"hold no (classifier|qa_outputs)\.bias.*saved as BertModel") as caught:
-        load_source_graph(tiny_model(HfTask.FEATURE_EXTRACTION), hf_task)
+        load_source_model(tiny_model(HfTask.FEATURE_EXTRACTION), hf_task)
 
     assert hf_task.value in caught.value.message
     assert "fine-tuned" in caught.value.hint
@@ -118,7 +114,7 @@ def test_head_of_another_size_is_refused(tiny_model: TinyModel, tmp_path: Path) 
     (folder / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
 
     with pytest.raises(SourceError, match=r"classifier\.(bias|weight) .*\(3.*\(7"):
-        load_source_graph(folder, HfTask.TEXT_CLASSIFICATION)
+        load_source_model(folder, HfTask.TEXT_CLASSIFICATION)
 
 
 def test_weights_that_are_no_weights_are_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
@@ -126,17 +122,17 @@ def test_weights_that_are_no_weights_are_refused(tiny_model: TinyModel, tmp_path
     folder = config_folder(tmp_path / "model", **json.loads((source / "config.json").read_text("utf-8")))
 
     with pytest.raises(SourceError, match="weights cannot be loaded"):
-        load_source_graph(folder, HfTask.TEXT_CLASSIFICATION)
+        load_source_model(folder, HfTask.TEXT_CLASSIFICATION)
 
     (folder / "model.safetensors").write_bytes(b"garbage")
     with pytest.raises(SourceError, match="weights cannot be loaded"):
-        load_source_graph(folder, HfTask.TEXT_CLASSIFICATION)
+        load_source_model(folder, HfTask.TEXT_CLASSIFICATION)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("hf_task", TEXT_GRAPHS)
 def test_interface_is_the_source_models(tiny_model: TinyModel, hf_task: HfTask, architecture: str) -> None:
-    graph = load_source_graph(tiny_model(hf_task, architecture), hf_task)
+    graph = load_source_model(tiny_model(hf_task, architecture), hf_task)
 
     inputs = ["input_ids", "attention_mask"] + (["token_type_ids"] if architecture == "bert" else [])
     assert [record.name for record in graph.inputs] == inputs
@@ -169,7 +165,7 @@ def test_model_without_pooler_weights_has_no_pooler_output(tiny_model: TinyModel
     model.save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(source).save_pretrained(folder)
 
-    graph = load_source_graph(folder, HfTask.FEATURE_EXTRACTION)
+    graph = load_source_model(folder, HfTask.FEATURE_EXTRACTION)
     assert [record.name for record in graph.outputs] == ["last_hidden_state"]
 
     shape = ShapeBucket(batch_size=1, sequence_length=8)
@@ -203,7 +199,7 @@ def test_longest_input_is_what_there_are_positions_for(
 
 
 def test_roberta_runs_at_its_longest_and_not_beyond(tiny_model: TinyModel) -> None:
-    graph = load_source_graph(tiny_model(HfTask.TEXT_CLASSIFICATION, "roberta"), HfTask.TEXT_CLASSIFICATION)
+    graph = load_source_model(tiny_model(HfTask.TEXT_CLASSIFICATION, "roberta"), HfTask.TEXT_CLASSIFICATION)
     longest = maximum_length(graph.model.config, None)
     ids = np.full((1, longest + 1), 7, dtype=np.int64)
     mask = np.ones_like(ids)
@@ -271,7 +267,7 @@ def test_remote_code_does_not_run_unless_trusted(tmp_path: Path, monkeypatch: py
     (folder / "configuration_remote.py").write_text(REMOTE_CONFIG.format(marker=str(marker)), "utf-8")
 
     with pytest.raises(SpecError, match=r"own Python code, and trust_remote_code is off.*Read that code"):
-        load_source_graph(folder, HfTask.TEXT_CLASSIFICATION)
+        load_source_model(folder, HfTask.TEXT_CLASSIFICATION)
     assert not marker.exists()
 
     assert load_config(folder, trust_remote_code=True).model_type == "remote-kind"
@@ -279,7 +275,7 @@ def test_remote_code_does_not_run_unless_trusted(tmp_path: Path, monkeypatch: py
 
 
 def test_examples_are_ragged_full_once_and_always_the_same(tiny_model: TinyModel) -> None:
-    records = load_source_graph(tiny_model(HfTask.FEATURE_EXTRACTION), HfTask.FEATURE_EXTRACTION).inputs
+    records = load_source_model(tiny_model(HfTask.FEATURE_EXTRACTION), HfTask.FEATURE_EXTRACTION).inputs
 
     first, second = (example_inputs(records, 4, 8, 600, 0) for _ in range(2))
 

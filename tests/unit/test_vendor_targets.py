@@ -17,16 +17,16 @@ import numpy as np
 import pytest
 import torch
 
-from compileflow import vendor_toolchain
 from compileflow.catalog import get_target
-from compileflow.contracts import CompiledGraph, ComponentPlan, Runner
-from compileflow.digests import list_files
+from compileflow.contracts import CompiledComponent, ComponentPlan, ComponentRecord, Runner
+from compileflow.contracts.digests import list_files
 from compileflow.errors import CompileError, InputError, LoadError, SpecError, TargetUnavailableError
-from compileflow.manifest import ComponentRecord
-from compileflow.source_graph import example_inputs, load_source_graph
+from compileflow.source_model.examples import example_inputs
+from compileflow.source_model.load import load_source_model
 from compileflow.spec import HfTask, Precision, ShapeBucket
 from compileflow.steps.compile import check_available
 from compileflow.targets import neuron, neuronx
+from compileflow.targets._vendor import toolchain as vendor_toolchain
 from compileflow.testing.targets import hide_distributions
 from tests.doubles.fixtures import vendor_doubles as vendor_doubles
 
@@ -35,7 +35,7 @@ TASK = HfTask.TEXT_CLASSIFICATION
 FP32, BF16, FP16 = Precision.FP32, Precision.BF16, Precision.FP16
 BUCKET = ShapeBucket(batch_size=2, sequence_length=8)
 
-Compile = Callable[..., tuple[CompiledGraph, Path]]
+Compile = Callable[..., tuple[CompiledComponent, Path]]
 doubled = pytest.mark.usefixtures("vendor_doubles")
 
 
@@ -51,7 +51,7 @@ def compiled(tiny_model: Callable[..., Path], tmp_path: Path) -> Compile:
         buckets: Sequence[ShapeBucket] = (BUCKET,),
         hf_task: HfTask = TASK,
         threads: int = 1,
-    ) -> tuple[CompiledGraph, Path]:
+    ) -> tuple[CompiledComponent, Path]:
         folder = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
         plan = ComponentPlan(
@@ -62,7 +62,7 @@ def compiled(tiny_model: Callable[..., Path], tmp_path: Path) -> Compile:
     return make
 
 
-def record_of(graph: CompiledGraph, *, dynamic: bool = False) -> ComponentRecord:
+def record_of(graph: CompiledComponent, *, dynamic: bool = False) -> ComponentRecord:
     return ComponentRecord(
         folder="components/default",
         inputs=graph.inputs,
@@ -81,7 +81,7 @@ def calls(module: str) -> list[dict[str, Any]]:
     return found
 
 
-def inputs_of(graph: CompiledGraph, rows: int, length: int) -> dict[str, Any]:
+def inputs_of(graph: CompiledComponent, rows: int, length: int) -> dict[str, Any]:
     return example_inputs(graph.inputs, rows, length, 100, graph.pad_token_id)
 
 
@@ -94,7 +94,7 @@ def tensor_bytes(path: Path) -> int:
         return sum(entry.file_size for entry in entries)
 
 
-def run(name: str, graph: CompiledGraph, folder: Path, rows: int = 2, length: int = 8) -> tuple[Runner, Any]:
+def run(name: str, graph: CompiledComponent, folder: Path, rows: int = 2, length: int = 8) -> tuple[Runner, Any]:
     target = get_target(name)
     record = record_of(graph, dynamic=target.capabilities.dynamic_axes)
     runner = target.load(folder, record, device=target.capabilities.devices[0], threads=None)
@@ -426,7 +426,7 @@ def test_neuronx_stores_tied_weights_once(compiled: Compile, tiny_model: Callabl
     tied = graph.load_options["tied_weights"]
     assert isinstance(tied, dict)
     assert any("decoder.weight" in name for name in tied)
-    source = load_source_graph(tiny_model(HfTask.FILL_MASK), HfTask.FILL_MASK)
+    source = load_source_model(tiny_model(HfTask.FILL_MASK), HfTask.FILL_MASK)
     size = sum(parameter.nbytes for parameter in source.model.parameters())
     assert size <= (folder / "weights.safetensors").stat().st_size < 1.2 * size
     _, outputs = run("neuronx", graph, folder)
@@ -454,7 +454,7 @@ def test_graph_loads_only_once_the_runtime_is_imported(compiled: Compile, name: 
 import sys, torch
 from pathlib import Path
 from compileflow.catalog import get_target
-from compileflow.manifest import ComponentRecord
+from compileflow.contracts import ComponentRecord
 folder, record = Path(sys.argv[1]), ComponentRecord.model_validate_json(sys.argv[2])
 try:
     torch.jit.load(folder / "bucket_2x8.pt")

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from compileflow._process.folders import file_lock, os_errors, work_folder
 from compileflow.errors import SourceError, StoreError
 from compileflow.testing.processes import at_once, other_process, say
-from compileflow.workspace import file_lock, os_errors, work_folder
 
 HERE = __name__
 
@@ -159,7 +159,7 @@ def test_errors_of_ours_pass_unchanged(tmp_path: Path) -> None:
 FORKING = """
 import os, sys
 from pathlib import Path
-from compileflow.workspace import work_folder
+from compileflow._process.folders import work_folder
 with work_folder(Path(sys.argv[1]), label="mine") as folder:
     if not (child := os.fork()):
         sys.exit(0)

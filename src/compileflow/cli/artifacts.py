@@ -13,7 +13,7 @@ from rich.table import Column, Table
 from compileflow.cli.common import AsJson, artifact_location, one_line_errors, stored_folder
 
 if TYPE_CHECKING:
-    from compileflow.loading.attestations import Verification
+    from compileflow.artifact.attestations.verification import Verification
 
 
 @one_line_errors
@@ -70,8 +70,8 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show what an artifact is, or what a report says. Reads the manifest and opens no compiled file."""
+    from compileflow.artifact.manifest import read_manifest
     from compileflow.errors import ManifestError
-    from compileflow.manifest import read_manifest
 
     with stored_folder(artifact) as folder:
         try:
@@ -130,9 +130,9 @@ def verify(
     """
     from dataclasses import asdict
 
-    from compileflow.loading.attestations import verify_artifact
+    from compileflow.artifact.attestations.verification import verify_artifact
+    from compileflow.contracts import without_credentials
     from compileflow.settings import get_settings
-    from compileflow.versions import without_credentials
 
     settings = get_settings()
     location = artifact_location(artifact)
@@ -187,8 +187,8 @@ def _inspect_report(uri: str, as_json: bool) -> None:
 
 
 def _inspect_comparison(uri: str, as_json: bool) -> None:
+    from compileflow.selection.comparison_file import export_comparison, read_comparison
     from compileflow.settings import get_settings
-    from compileflow.steps.report_file import export_comparison, read_comparison
 
     comparison = read_comparison(uri)
     if as_json:
@@ -206,9 +206,9 @@ def _inspect_comparison(uri: str, as_json: bool) -> None:
 def _proof(location: str, digest: str) -> str | None:
     """Say what proves an artifact: a registered version, or else a passing report in its store."""
     from compileflow.catalog import open_registry, open_store
-    from compileflow.loading.artifacts import split_uri
     from compileflow.settings import get_settings
     from compileflow.steps.validate import report_on
+    from compileflow.stores.layout import split_uri
 
     settings = get_settings()
     registered: Sequence[Any] = open_registry(settings.resolved_registry_uri()).find(digest)

@@ -40,10 +40,10 @@ def artifact_location(text: str) -> str:
     Raises:
         IntegrityError: the version's URI names another artifact than was registered.
     """
-    from compileflow.loading.artifacts import split_uri
-    from compileflow.loading.references import parse_reference, resolve_reference
-    from compileflow.loading.verification import check_same
+    from compileflow.artifact.integrity import check_same
+    from compileflow.catalog import parse_reference, resolve_reference
     from compileflow.settings import get_settings
+    from compileflow.stores.layout import split_uri
 
     if parse_reference(text) is None:
         return text
@@ -58,7 +58,7 @@ def artifact_location(text: str) -> str:
 def stored_folder(location: str) -> Iterator[Path]:
     """Give a local folder as it is, and a stored or registered one as a verified copy."""
     from compileflow.catalog import open_store
-    from compileflow.loading.artifacts import split_uri
+    from compileflow.stores.layout import split_uri
 
     location = artifact_location(location)
     if "://" not in location:

@@ -22,8 +22,8 @@ def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Delete nothing; say what would go.")] = False,
 ) -> None:
     """Delete what no registered version and nothing young refers to."""
+    from compileflow.admin.collect import collect_garbage
     from compileflow.settings import get_settings
-    from compileflow.steps.collect import collect_garbage
 
     settings = get_settings()
     gone = collect_garbage(
@@ -46,8 +46,8 @@ def mirror(
     digest: Annotated[list[str] | None, typer.Option(help="Only this folder. Repeat. Default: all.")] = None,
 ) -> None:
     """Copy an artifact store into another, or what of it is not there yet; every byte is checked."""
+    from compileflow.admin.mirror import mirror_store
     from compileflow.settings import get_settings
-    from compileflow.steps.mirror import mirror_store
 
     count = mirror_store(
         from_store,

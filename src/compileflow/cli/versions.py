@@ -16,7 +16,7 @@ from compileflow.cli.common import AsJson, RegistryUri, one_line_errors
 if TYPE_CHECKING:
     from rich.tree import Tree
 
-    from compileflow.steps.lineage import Lineage
+    from compileflow.admin.lineage import Lineage
 
 _TREE_WIDTH = 240
 
@@ -70,8 +70,8 @@ def promote(
     as_json: AsJson = False,
 ) -> None:
     """Move a version to a stage, in every registry that has its artifact; only pass may serve."""
+    from compileflow.admin.promote import promote_version
     from compileflow.settings import get_settings
-    from compileflow.steps.promote import promote_version
 
     settings = get_settings()
     done = promote_version(
@@ -99,9 +99,9 @@ def lineage(
     as_json: AsJson = False,
 ) -> None:
     """Show what a version was made of, what proves it and where it went, with digests."""
+    from compileflow.admin.lineage import lineage_of
     from compileflow.catalog import open_registry
     from compileflow.settings import get_settings
-    from compileflow.steps.lineage import lineage_of
 
     opened = open_registry(get_settings().resolved_registry_uri(registry))
     found = lineage_of(opened, name, int(version) if version.isdecimal() else version)
@@ -120,12 +120,12 @@ def pull(
     as_json: AsJson = False,
 ) -> None:
     """Fetch a registered version's artifact into a folder, every byte checked."""
-    from compileflow.loading.artifacts import copy_artifact, open_artifact
-    from compileflow.loading.attestations import attestations_of
-    from compileflow.loading.references import parse_reference, resolve_reference
-    from compileflow.provenance.envelopes import write_bundle
+    from compileflow._process.folders import os_errors
+    from compileflow.artifact.attestations.envelopes import write_bundle
+    from compileflow.artifact.attestations.verification import attestations_of
+    from compileflow.artifact.open import copy_artifact, open_artifact
+    from compileflow.catalog import parse_reference, resolve_reference
     from compileflow.settings import get_settings
-    from compileflow.workspace import os_errors
 
     settings = get_settings()
     # The option counts for registry:NAME, too.

@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 
+from compileflow.contracts import STAGES, ModelVersion, Stage
 from compileflow.errors import RegistryError
-from compileflow.versions import STAGES, ModelVersion, Stage
 
 
 def choose_version(name: str, found: Sequence[ModelVersion], version: int | str) -> ModelVersion:

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from compileflow._process.folders import os_errors
 from compileflow.errors import RegistryError, RegistryUnavailableError
-from compileflow.workspace import os_errors
 
 SCHEMA_VERSION = 2
 _WAIT_S = 30.0

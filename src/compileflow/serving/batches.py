@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from compileflow.contracts import Arrays
+from compileflow.contracts import Arrays, ComponentRecord
 from compileflow.errors import InputError
-from compileflow.loading.batching import cut_back
-from compileflow.manifest import ComponentRecord
-from compileflow.signals import call_sizes
+from compileflow.serving.padding import cut_back
+from compileflow.source_model.lengths import call_sizes
 
 DEFAULT_BATCH_SIZE = 8
 # Model types whose tokens see the padding in spite of the mask: they shorten or hash the sequence, or look at

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compileflow.digests import safe_relative_path
+from compileflow.contracts.digests import safe_relative_path
 from compileflow.errors import LoadError
 
 POOLINGS = ("mean", "cls", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")

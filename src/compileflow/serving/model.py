@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from compileflow.artifact.attestations.required import RequireSignature
+from compileflow.artifact.open import OpenArtifact, copy_artifact, open_artifact
 from compileflow.contracts import Arrays, Device
 from compileflow.errors import InputError, LoadError
-from compileflow.loading.artifacts import OpenArtifact, copy_artifact, open_artifact
-from compileflow.loading.graph import LoadedGraph
-from compileflow.loading.signatures import RequireSignature
+from compileflow.serving.component import LoadedComponent
+from compileflow.serving.from_memory import in_memory
 from compileflow.spec import ShapeBucket
 
 # What a transformers model takes besides tensors; True would need outputs that the graph does not have.
@@ -32,7 +33,7 @@ class CompiledModel:
     base_model_prefix = "model"
     generation_config = None
 
-    def __init__(self, graph: LoadedGraph, config: Any):
+    def __init__(self, graph: LoadedComponent, config: Any):
         import torch
 
         self.graph = graph
@@ -99,7 +100,9 @@ class CompiledModel:
     ) -> CompiledModel:
         """Load from an artifact that is open already."""
         _output_module(artifact.component(component).output_class)
-        graph = LoadedGraph.load(artifact, component=component, device=device, threads=threads, buckets=buckets)
+        graph = LoadedComponent.load(
+            artifact, component=component, device=device, threads=threads, buckets=buckets
+        )
         # After the checks: what is refused imports nothing.
         from transformers import AutoConfig
 
@@ -146,17 +149,15 @@ class CompiledModel:
             CompileError: the toolchain refused the model.
             VerdictError: an output differs by more than the tolerance; nothing is left behind.
         """
-        # Here, since nobody who only loads compiled models needs what compiling imports.
-        from compileflow.serving.local_compile import compile_in_memory, older_target
-        from compileflow.serving.source_comparison import Tolerance
+        local = in_memory()
 
-        artifact = compile_in_memory(
+        artifact = local.compile_in_memory(
             model,
-            target=older_target(target, neuron=neuron),
+            target=local.older_target(target, neuron=neuron),
             batch_size=batch_size,
             max_length=max_length,
             options=tracing_kwargs,
-            tolerance=Tolerance(validation_rtol, validation_atol) if validate_compilation else None,
+            tolerance=local.Tolerance(validation_rtol, validation_atol) if validate_compilation else None,
         )
         return cls.from_artifact(artifact)
 

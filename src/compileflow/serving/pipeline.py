@@ -9,10 +9,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from compileflow.artifact.attestations.required import RequireSignature
+from compileflow.artifact.open import OpenArtifact, copy_artifact, open_artifact
 from compileflow.contracts import Device
 from compileflow.errors import LoadError, SpecError
-from compileflow.loading.artifacts import OpenArtifact, copy_artifact, open_artifact
-from compileflow.loading.signatures import RequireSignature
+from compileflow.serving.from_memory import in_memory
 from compileflow.serving.model import CompiledModel
 from compileflow.serving.question_answering import QuestionAnsweringPipeline
 from compileflow.serving.sentence_embedding import SentenceEmbeddingPipeline
@@ -76,19 +77,17 @@ class CompiledPipeline:
             SpecError: a pipeline, a shape, a setting or a target that is not possible.
             TargetUnavailableError, CompileError, VerdictError: see `CompiledModel.from_model`.
         """
-        # Here, since nobody who only loads compiled models needs what compiling imports.
-        from compileflow.serving.local_compile import compile_in_memory, older_target, resolved_length
-        from compileflow.serving.source_comparison import Tolerance
+        local = in_memory()
 
-        length = resolved_length(pipeline.model.config, max_length)
+        length = local.resolved_length(pipeline.model.config, max_length)
         tokenizer = _fitting_tokenizer(pipeline, length, tokenizer_settings)
-        artifact = compile_in_memory(
+        artifact = local.compile_in_memory(
             pipeline.model,
-            target=older_target(target, neuron=neuron),
+            target=local.older_target(target, neuron=neuron),
             batch_size=batch_size,
             max_length=length,
             options=model_tracing_settings,
-            tolerance=Tolerance(validation_rtol, validation_atol) if validate_compilation else None,
+            tolerance=local.Tolerance(validation_rtol, validation_atol) if validate_compilation else None,
             hf_task=_task_of(pipeline),
             tokenizer=tokenizer,
         )

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from compileflow.errors import InputError, LoadError
-from compileflow.loading.batching import complete_inputs
 from compileflow.serving.answer_spans import AnswerSettings, Floats, Window, best_answers
 from compileflow.serving.batches import may_pad, plan_batches, split_row, stack_rows
+from compileflow.serving.padding import complete_inputs
 from compileflow.spec import HfTask
 
 # How many questions are tokenized and sorted at a time.

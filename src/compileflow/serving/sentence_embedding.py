@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from compileflow.contracts import Arrays
 from compileflow.errors import InputError, LoadError
-from compileflow.loading.batching import complete_inputs
 from compileflow.serving.batches import checked_batch_size, may_pad, plan_batches, stack_rows
 from compileflow.serving.embedding_recipe import checked_poolings, read_recipe
+from compileflow.serving.padding import complete_inputs
 
 Embeddings = NDArray[np.float32]
 

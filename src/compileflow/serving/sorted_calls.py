@@ -15,9 +15,9 @@ from typing import Any
 
 from compileflow.contracts import Arrays
 from compileflow.errors import InputError
-from compileflow.loading.batching import complete_inputs
-from compileflow.loading.graph import LoadedGraph
 from compileflow.serving.batches import checked_batch_size, may_pad, plan_batches, split_row, stack_rows
+from compileflow.serving.component import LoadedComponent
+from compileflow.serving.padding import complete_inputs
 
 # How much of a list is looked at and sorted at a time, whichever comes first.
 _WINDOW_ITEMS = 1024
@@ -64,7 +64,7 @@ class _Asked(Exception):  # noqa: N818 - no error
 class _Relay:
     """Stands in for a loaded graph: raises what is asked of it, or hands out the answer that it was given."""
 
-    def __init__(self, graph: LoadedGraph):
+    def __init__(self, graph: LoadedComponent):
         self.graph = graph
         self.collecting = False
         self.answer: Arrays | None = None

@@ -10,12 +10,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from compileflow._process.folders import os_errors
+from compileflow.artifact.attestations.required import RequireSignature, requires_signature
+from compileflow.artifact.manifest import MANIFEST_NAME
+from compileflow.artifact.open import OpenArtifact, copy_artifact, open_artifact
 from compileflow.errors import LoadError, SpecError, StoreError
-from compileflow.loading.artifacts import OpenArtifact, copy_artifact, open_artifact
-from compileflow.loading.signatures import RequireSignature, requires_signature
-from compileflow.manifest import MANIFEST_NAME
 from compileflow.sources.files import kind_of
-from compileflow.workspace import os_errors
 
 SETTINGS_FILE = "tokenization_settings.json"
 _TEXTS = ("self", "text", "text_pair", "text_target", "text_pair_target", "kwargs")

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from compileflow._process.folders import os_errors
 from compileflow.contracts import LocatedSource
 from compileflow.errors import SourceError, SourceUnavailableError
 from compileflow.settings import Settings
 from compileflow.sources.files import choose_files
-from compileflow.workspace import os_errors
 
 
 class HubSource:

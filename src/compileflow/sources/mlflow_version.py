@@ -13,15 +13,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from compileflow._process.folders import os_errors
 from compileflow.contracts import LocatedSource
-from compileflow.digests import safe_relative_path
+from compileflow.contracts.digests import safe_relative_path
+from compileflow.contracts.sources import TEST_FILES
 from compileflow.errors import SourceError, SourceUnavailableError, SpecError, first_line
-from compileflow.mlflow_client import SCHEME, MlflowPlace, error_code, parse_place
+from compileflow.registries.mlflow.client import SCHEME, MlflowPlace, error_code, parse_place
 from compileflow.settings import Settings
 from compileflow.sources.files import card_task, choose_files, read_json
-from compileflow.workspace import os_errors
 
-_TEST_FILES = ("inputs.json", "inference_params.json", "predictions.json")
 _CARD = "model_card.json"
 
 
@@ -189,10 +189,10 @@ def _card(root: Path, folder: Path, uri: str) -> dict[str, Any]:
 
 def _test_files(root: Path, folder: Path, out: Path) -> Path | None:
     for place in (root, root / "test_files", folder):
-        if (place / _TEST_FILES[0]).is_file():
+        if (place / TEST_FILES[0]).is_file():
             with os_errors(out, "write to"):
                 out.mkdir()
-                for name in _TEST_FILES:
+                for name in TEST_FILES:
                     if (place / name).is_file():
                         shutil.copyfile(place / name, out / name)
             return out

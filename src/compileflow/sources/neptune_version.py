@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
 
+from compileflow._process.folders import os_errors
 from compileflow.contracts import LocatedSource
-from compileflow.digests import safe_relative_path
+from compileflow.contracts.digests import safe_relative_path
 from compileflow.errors import SourceError, SourceUnavailableError, SpecError, first_line
-from compileflow.neptune_client.address import parse_version
-from compileflow.neptune_client.client import NeptuneClient
+from compileflow.registries.neptune.address import parse_version
+from compileflow.registries.neptune.client import NeptuneClient
 from compileflow.settings import Settings
 from compileflow.sources.files import card_task, choose_files, read_json
-from compileflow.workspace import os_errors
 
 _CARD = "model/model_card"
 _TEST_FILES = ("inputs", "inference_params", "predictions")

@@ -9,12 +9,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compileflow.contracts import ArtifactStore, StoredFolder
-from compileflow.errors import SignatureError
-from compileflow.manifest import read_manifest
-from compileflow.provenance.envelopes import RECORDS, put_statement
-from compileflow.provenance.keys import configured_keys, load_public_keys, load_signer
-from compileflow.provenance.statements import (
+from compileflow.artifact.attestations.envelopes import RECORDS, put_statement
+from compileflow.artifact.attestations.keys import configured_keys, load_public_keys, load_signer
+from compileflow.artifact.attestations.statements import (
     PROVENANCE_TYPE,
     VERDICT_TYPE,
     CompileRun,
@@ -23,7 +20,10 @@ from compileflow.provenance.statements import (
     report_digest,
     verdict_statement,
 )
-from compileflow.provenance.verify import Attested, verify_attestations
+from compileflow.artifact.attestations.verify import Attested, verify_attestations
+from compileflow.artifact.manifest import read_manifest
+from compileflow.contracts import ArtifactStore, StoredFolder
+from compileflow.errors import SignatureError
 from compileflow.settings import Settings
 from compileflow.validation.report import REPORT_JSON, Report
 

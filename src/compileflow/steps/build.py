@@ -12,15 +12,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from compileflow._process.child import report_progress
+from compileflow._process.state import undisturbed_process
+from compileflow.artifact.manifest import ArtifactManifest, SourceRecord, TargetRecord
 from compileflow.catalog import get_target
-from compileflow.contracts import ComponentPlan, Target
-from compileflow.digests import list_files
+from compileflow.contracts import ComponentPlan, ComponentRecord, Target
+from compileflow.contracts.digests import list_files
 from compileflow.errors import CompileError, SourceError, SpecError
-from compileflow.isolation import report_progress
-from compileflow.manifest import ArtifactManifest, ComponentRecord, SourceRecord, TargetRecord
-from compileflow.process_state import undisturbed_process
-from compileflow.signals import LONGEST_S, load_processor, longest_signal, probe_signals
-from compileflow.source_graph import load_config, maximum_length
+from compileflow.source_model.interface import maximum_length
+from compileflow.source_model.load import load_config
+from compileflow.source_model.processor import LONGEST_S, load_processor, longest_signal, probe_signals
 from compileflow.sources.files import kind_of
 from compileflow.spec import CompileSpec, ComponentSpec, ShapeBucket
 from compileflow.steps.calibration import Calibration, calibration_batches

@@ -14,7 +14,7 @@ from typing import TypeVar
 from pydantic import BaseModel, JsonValue, ValidationError
 
 from compileflow.contracts import ArtifactStore
-from compileflow.digests import json_digest
+from compileflow.contracts.digests import json_digest
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from compileflow.artifact.manifest import CalibrationRecord
 from compileflow.contracts import Arrays
 from compileflow.errors import CompileError, MeasurementError
-from compileflow.manifest import CalibrationRecord
 from compileflow.spec import HfTask
 from compileflow.validation.cases import CaseBuilder, agreement_cases, load_examples
 

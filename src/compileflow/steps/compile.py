@@ -11,14 +11,22 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from compileflow._process.child import run_isolated
+from compileflow._process.folders import work_folder
+from compileflow.artifact.manifest import SCHEMA_VERSION
 from compileflow.catalog import get_target, open_store
-from compileflow.contracts import ArtifactStore, Target
-from compileflow.digests import FileRecord, json_digest, list_files
-from compileflow.errors import CompileError, ProcessError, SpecError, StepOffError, TargetUnavailableError
-from compileflow.isolation import run_isolated
-from compileflow.manifest import SCHEMA_VERSION
+from compileflow.contracts import ArtifactStore, FileRecord, Target
+from compileflow.contracts.digests import json_digest, list_files
+from compileflow.errors import (
+    CompileError,
+    ProcessError,
+    SpecError,
+    StepOffError,
+    TargetUnavailableError,
+    first_problem,
+)
 from compileflow.settings import Settings
-from compileflow.source_graph import task_of_architecture
+from compileflow.source_model.tasks import task_of_architecture
 from compileflow.sources.files import kind_of
 from compileflow.spec import CompileSpec, ComponentSpec, HfTask, Precision
 from compileflow.steps.attest import Attester
@@ -26,7 +34,6 @@ from compileflow.steps.cache import CacheKey, find, find_or_make, why_missed
 from compileflow.steps.calibration import Calibration, load_calibration
 from compileflow.steps.request import AUTO, CompileRequest
 from compileflow.steps.values import CompiledArtifact, FetchedSource
-from compileflow.workspace import work_folder
 
 logger = logging.getLogger(__name__)
 STEP = "compile"
@@ -117,7 +124,7 @@ def spec_of(request: CompileRequest, source_dir: Path, *, card_task: HfTask | No
             trust_remote_code=request.trust_remote_code,
         )
     except ValidationError as error:
-        raise SpecError(error.errors()[0]["msg"], hint="Correct the request.") from error
+        raise SpecError(f"{first_problem(error)}.", hint="Correct the request.") from error
 
 
 def detect_task(source_dir: Path) -> HfTask:
@@ -156,11 +163,9 @@ def checked_target(spec: CompileSpec) -> Target:
     try:
         target.Options.model_validate(spec.target_options)
     except ValidationError as error:
-        first = error.errors()[0]
         options = ", ".join(target.Options.model_fields) or "none"
-        where = ".".join(str(part) for part in first["loc"])
         raise SpecError(
-            f"{target.name} option {where!r}: {first['msg']}.", hint=f"Its options are: {options}."
+            f"{target.name} option {first_problem(error)}.", hint=f"Its options are: {options}."
         ) from error
     return target
 
@@ -224,7 +229,7 @@ def _compile(
                 _CHILD,
                 {**child, "out_dir": str(out_dir)},
                 work_dir=work,
-                log_path=settings.home_dir / "logs" / f"{STEP}-{key.digest[:12]}.log",
+                log_path=settings.log_path(f"{STEP}-{key.digest[:12]}"),
                 timeout_s=timeout_s,
                 threads=settings.threads,
                 on_progress=on_progress,

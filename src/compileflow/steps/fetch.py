@@ -7,15 +7,15 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from compileflow._process.folders import os_errors, work_folder
 from compileflow.catalog import get_source, open_store
 from compileflow.contracts import ArtifactStore, LocatedSource, Source
-from compileflow.digests import folder_digest, list_files
+from compileflow.contracts.digests import folder_digest, list_files
 from compileflow.errors import StepOffError
 from compileflow.settings import Settings
 from compileflow.sources.files import check_weights
 from compileflow.steps.cache import CacheKey, find, find_or_make, latest
 from compileflow.steps.values import FetchedSource
-from compileflow.workspace import os_errors, work_folder
 
 logger = logging.getLogger(__name__)
 STEP = "fetch"

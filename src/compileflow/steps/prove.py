@@ -10,22 +10,26 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from compileflow._process.child import report_progress
+from compileflow._process.state import resident_bytes
+from compileflow.artifact.open import OpenArtifact, open_artifact
 from compileflow.catalog import get_target
-from compileflow.contracts import Arrays
-from compileflow.isolation import report_progress
-from compileflow.loading.artifacts import OpenArtifact, open_artifact
-from compileflow.loading.graph import LoadedGraph
-from compileflow.manifest import ComponentRecord
-from compileflow.process_state import resident_bytes
-from compileflow.signals import LONGEST_S, load_processor, longest_signal
-from compileflow.source_graph import SourceGraph, example_inputs, load_config, load_source_graph
-from compileflow.steps.evidence import gather_evidence, timed_shapes
+from compileflow.contracts import OUTCOMES, Arrays, ComponentRecord
+from compileflow.serving.component import LoadedComponent
+from compileflow.serving.pipeline import CompiledPipeline
+from compileflow.source_model.examples import example_inputs
+from compileflow.source_model.interface import SourceModel
+from compileflow.source_model.load import load_config, load_source_model
+from compileflow.source_model.processor import LONGEST_S, load_processor, longest_signal
+from compileflow.spec import CompileSpec
 from compileflow.validation import measure as measuring
 from compileflow.validation.cases import Case
 from compileflow.validation.decisions import Decisions
+from compileflow.validation.evidence import gather_evidence, timed_shapes
 from compileflow.validation.judge import judge
 from compileflow.validation.registered_tests import (
     RegisteredTests,
+    answers_to,
     read_registered_tests,
     write_registered_tests,
 )
@@ -40,16 +44,13 @@ from compileflow.validation.report import (
 from compileflow.validation.settings import ValidationSettings
 from compileflow.validation.suite import suite_digest
 
-Predict = Callable[[RegisteredTests], list[Any]]
 
-
-def prove_artifact(request: Mapping[str, Any], predict: Predict | None = None) -> dict[str, Any]:
+def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
     """Measure, judge and write the report. Runs in a fresh process.
 
     Args:
-        request: See `steps.validate`.
-        predict: Answers the registered tests below request["tests_dir"] with the compiled model; its answers are
-            compared with those that were registered, and kept with the report.
+        request: See `steps.validate`. With a "tests_dir", the compiled pipeline answers the tests registered with
+            the source version; its answers are compared with the registered ones and kept with the report.
     """
     import torch
 
@@ -62,12 +63,12 @@ def prove_artifact(request: Mapping[str, Any], predict: Predict | None = None) -
     spec = artifact.manifest.spec
     # Before the source model comes into memory, so that what memory they add is their own.
     loaded = {each.name: _load(artifact, each.name, validation, threads) for each in spec.components}
-    graph = load_source_graph(Path(request["source_dir"]), spec.hf_task, trust_remote_code=spec.trust_remote_code)
+    graph = load_source_model(Path(request["source_dir"]), spec.hf_task, trust_remote_code=spec.trust_remote_code)
     tests = read_registered_tests(Path(request["tests_dir"])) if request.get("tests_dir") else None
     registered: dict[str, float] = {}
-    if tests is not None and predict is not None:
+    if tests is not None:
         report_progress("answering the source version's own test inputs")
-        predictions = predict(tests)
+        predictions = _predictions(tests, request["artifact_dir"], spec, threads)
         write_registered_tests(tests, predictions, Path(request["report_dir"]) / TEST_FILES)
         if tests.predictions is not None:
             registered["registered_disagreement"] = tests.disagreement(predictions)
@@ -87,7 +88,7 @@ def prove_artifact(request: Mapping[str, Any], predict: Predict | None = None) -
         reports.append(report.model_copy(update={"figures": figures}))
         compiled.close()
     # The worst component's verdict is the artifact's.
-    report = max(reports, key=lambda r: ("pass", "warn", "fail", "error").index(r.verdict.outcome))
+    report = max(reports, key=lambda r: OUTCOMES.index(r.verdict.outcome))
     report_progress("writing the report")
     write_report(report, Path(request["report_dir"]))
     return {
@@ -97,14 +98,22 @@ def prove_artifact(request: Mapping[str, Any], predict: Predict | None = None) -
     }
 
 
+def _predictions(tests: RegisteredTests, artifact_dir: str, spec: CompileSpec, threads: int) -> list[Any]:
+    """Answer the registered tests with the first component that the spec names."""
+    pipeline = CompiledPipeline.from_pretrained(
+        artifact_dir, component=spec.components[0].name, threads=threads, require_signature=False
+    )
+    return answers_to(tests, pipeline)
+
+
 def _load(
     artifact: OpenArtifact, component: str, validation: ValidationSettings, threads: int
-) -> tuple[LoadedGraph, int]:
+) -> tuple[LoadedComponent, int]:
     """Load a component, call it once at each shape that is timed, and return it with the memory that this took."""
     record = artifact.component(component)
     before = resident_bytes()
     vocab_size = getattr(_config(artifact), "vocab_size", None) or 0
-    compiled = LoadedGraph.load(artifact, component=component, threads=threads)
+    compiled = LoadedComponent.load(artifact, component=component, threads=threads)
     for rows, length in _timed_shapes(artifact, record, validation):
         # One that raises is left to the gates.
         measuring.candidate_answer(
@@ -128,8 +137,8 @@ def _timed_shapes(
 
 
 def _prove_component(
-    graph: SourceGraph,
-    compiled: LoadedGraph,
+    graph: SourceModel,
+    compiled: LoadedComponent,
     source_dir: Path,
     validation: ValidationSettings,
     threads: int,
@@ -209,7 +218,7 @@ def _prove_component(
     )
 
 
-def _noise_variants(graph: SourceGraph, threads: int) -> dict[str, Callable[[Case], Arrays]]:
+def _noise_variants(graph: SourceModel, threads: int) -> dict[str, Callable[[Case], Arrays]]:
     """Return runs of the source model that should all give the same answer."""
     import copy
 

@@ -7,13 +7,13 @@ import re
 from contextlib import ExitStack
 from dataclasses import replace
 
+from compileflow.artifact.manifest import read_manifest
 from compileflow.catalog import open_registry, open_store
+from compileflow.contracts import ModelVersion, VersionEntry, VersionFiles
 from compileflow.errors import VerdictError
-from compileflow.manifest import read_manifest
 from compileflow.settings import Settings
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
 from compileflow.validation.report import TEST_FILES
-from compileflow.versions import ModelVersion, VersionEntry, VersionFiles
 
 logger = logging.getLogger(__name__)
 

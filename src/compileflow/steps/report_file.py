@@ -1,4 +1,4 @@
-"""Take a report or a comparison out of the store, as a file that a browser opens or as its values."""
+"""Read a report from the store: its values, or a page that a browser opens."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from compileflow._process.folders import os_errors
 from compileflow.catalog import open_store
 from compileflow.errors import ManifestError, first_line
-from compileflow.loading.artifacts import split_uri
 from compileflow.settings import Settings
-from compileflow.validation.comparison import COMPARISON_HTML, COMPARISON_JSON, Comparison
+from compileflow.stores.layout import split_uri
 from compileflow.validation.report import REPORT_HTML, REPORT_JSON, Report
-from compileflow.workspace import os_errors
 
 Kind = TypeVar("Kind", bound=BaseModel)
 
@@ -25,32 +24,23 @@ def export_report(report_uri: str, settings: Settings) -> Path:
         ManifestError: the URI is not a report's.
         IntegrityError: the report is absent or altered.
     """
-    return _export(report_uri, REPORT_HTML, settings)
-
-
-def export_comparison(comparison_uri: str, settings: Settings) -> Path:
-    """Copy comparison.html out of the store to HOME/reports and return its path.
-
-    Raises as `export_report` does.
-    """
-    return _export(comparison_uri, COMPARISON_HTML, settings)
+    return export_page(report_uri, REPORT_HTML, settings)
 
 
 def read_report(report_uri: str, settings: Settings | None = None) -> Report:
     """Read report.json out of the store. Raises as `export_report` does."""
-    store_uri, digest = split_uri(report_uri)
+    return read_values(Report, report_uri, REPORT_JSON, settings)
+
+
+def read_values(kind: type[Kind], uri: str, name: str, settings: Settings | None) -> Kind:
+    """Read the JSON file `name` of a stored folder as a `kind`. Raises as `export_report` does."""
+    store_uri, digest = split_uri(uri)
     with open_store(store_uri, settings).open_folder(digest) as folder:
-        return _parsed(Report, _member(folder, REPORT_JSON, report_uri), report_uri)
+        return _parsed(kind, _member(folder, name, uri), uri)
 
 
-def read_comparison(comparison_uri: str, settings: Settings | None = None) -> Comparison:
-    """Read comparison.json out of the store. Raises as `export_report` does."""
-    store_uri, digest = split_uri(comparison_uri)
-    with open_store(store_uri, settings).open_folder(digest) as folder:
-        return _parsed(Comparison, _member(folder, COMPARISON_JSON, comparison_uri), comparison_uri)
-
-
-def _export(uri: str, name: str, settings: Settings) -> Path:
+def export_page(uri: str, name: str, settings: Settings) -> Path:
+    """Copy the page `name` of a stored folder to HOME/reports and return its path."""
     store_uri, digest = split_uri(uri)
     out = settings.home_dir / "reports" / f"{digest[:12]}.html"
     with open_store(store_uri, settings).open_folder(digest) as folder, os_errors(out, "write to"):

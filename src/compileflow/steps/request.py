@@ -8,9 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 from pydantic.dataclasses import dataclass
 
 from compileflow.catalog import target_names
-from compileflow.spec import TARGET_ALIASES, ComponentSpec, HfTask, Precision, ShapeBucket, TargetName
+from compileflow.spec import TARGET_ALIASES, ComponentSpec, HfTask, Objective, Precision, ShapeBucket, TargetName
 from compileflow.steps.calibration import CalibrationSettings
-from compileflow.validation.candidates import Objective
 from compileflow.validation.settings import ValidationSettings
 
 AUTO = "auto"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
-from compileflow.validation.candidates import megabytes
+from compileflow.validation.report import megabytes
 
 
 def summary_markdown(source: FetchedSource, artifact: CompiledArtifact, validated: ValidatedArtifact) -> str:

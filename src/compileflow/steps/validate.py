@@ -8,30 +8,28 @@ from contextlib import ExitStack
 
 from pydantic import ValidationError
 
+from compileflow._process.child import run_isolated
+from compileflow._process.folders import work_folder
+from compileflow._process.packages import installed_versions
+from compileflow.artifact.manifest import read_manifest
 from compileflow.catalog import get_target, open_store
 from compileflow.contracts import ArtifactStore
 from compileflow.errors import MeasurementError, StepOffError
-from compileflow.isolation import run_isolated
-from compileflow.manifest import read_manifest
 from compileflow.settings import Settings
 from compileflow.spec import HfTask
 from compileflow.steps.attest import Attester
 from compileflow.steps.cache import CacheKey, find_or_make
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
-from compileflow.toolchain import installed_versions
 from compileflow.validation.cases import load_examples
 from compileflow.validation.settings import ValidationSettings
-from compileflow.validation.signals import signals_digest
+from compileflow.validation.signal_cases import signals_digest
 from compileflow.validation.suite import suite_digest
-from compileflow.workspace import work_folder
 
 logger = logging.getLogger(__name__)
 STEP = "validate"
 # Raised when what is measured, or how, changes.
 MEASUREMENT_VERSION = 2
 _CHILD = "compileflow.steps.prove:prove_artifact"
-# Answers the source version's test inputs, too, with the compiled pipeline, which stands above the steps.
-_CHILD_WITH_TESTS = "compileflow.serving.registered_predictions:prove_with_predictions"
 _LIBRARIES = ("torch", "transformers", "numpy", "great_expectations")
 
 
@@ -80,7 +78,7 @@ def validate_artifact(
             with work_folder(settings.work_dir, label=STEP) as work:
                 (work / "report").mkdir()
                 answer = run_isolated(
-                    _CHILD if tests_dir is None else _CHILD_WITH_TESTS,
+                    _CHILD,
                     {
                         "source_dir": str(source_dir),
                         "tests_dir": str(tests_dir) if tests_dir else None,
@@ -91,7 +89,7 @@ def validate_artifact(
                         "threads": settings.threads,
                     },
                     work_dir=work,
-                    log_path=settings.home_dir / "logs" / f"{STEP}-{key.digest[:12]}.log",
+                    log_path=settings.log_path(f"{STEP}-{key.digest[:12]}"),
                     timeout_s=timeout_s,
                     threads=settings.threads,
                     on_progress=on_progress,

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import BaseModel, ConfigDict, Field
 
-from compileflow.digests import SHA256
+from compileflow.contracts import SHA256, Outcome
 from compileflow.spec import HfTask
-
-Outcome = Literal["pass", "warn", "fail", "error"]
 
 
 class _Value(BaseModel):

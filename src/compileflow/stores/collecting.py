@@ -23,8 +23,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from compileflow.contracts import Collected
-from compileflow.digests import FileRecord
+from compileflow.contracts import Collected, FileRecord
 
 REFRESH_AFTER_S = 43200.0
 

@@ -14,12 +14,13 @@ from pathlib import Path
 
 from pydantic import JsonValue, ValidationError
 
-from compileflow.digests import FileRecord
-from compileflow.errors import IntegrityError, StoreError, StoreUnavailableError
+from compileflow.contracts import FileRecord
+from compileflow.errors import IntegrityError, ManifestError, StoreError, StoreUnavailableError
 
 BLOBS = "blobs/sha256/"
 LISTINGS = "manifests/sha256/"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_URI = re.compile(r"(?P<store>[a-z0-9]+://.+)/manifests/sha256/(?P<digest>[0-9a-f]{64})\.json")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -130,3 +131,23 @@ def link_or_copy(blob: Path, out: Path) -> None:
     except OSError:
         # Another file system, or one without links.
         shutil.copyfile(blob, out)
+
+
+def split_uri(uri: str) -> tuple[str, str]:
+    """Split a stored folder's URI into the store's URI and the digest.
+
+    Raises:
+        ManifestError: it is not such a URI.
+    """
+    match = _URI.fullmatch(uri)
+    if match is None:
+        raise ManifestError(
+            f"{_shown(uri)!r} is neither an artifact folder nor an artifact URI.",
+            hint="Give a folder, registry:NAME, or STORE/manifests/sha256/DIGEST.json.",
+        )
+    return match["store"], match["digest"]
+
+
+def _shown(uri: str) -> str:
+    # Whatever stands before an @ may be a secret, also one with a slash in it.
+    return re.sub(r"//.*@", "//...@", uri)

@@ -14,13 +14,13 @@ from urllib.parse import unquote, urlparse
 
 from pydantic import JsonValue
 
-from compileflow.contracts import Collected, StoredFolder
-from compileflow.digests import FileRecord, file_digest, folder_digest, list_files, listing_bytes
+from compileflow._process.folders import file_lock, os_errors, work_folder
+from compileflow.contracts import Collected, FileRecord, StoredFolder
+from compileflow.contracts.digests import file_digest, folder_digest, list_files, listing_bytes
 from compileflow.errors import IntegrityError, SpecError
 from compileflow.settings import Settings
 from compileflow.stores import layout
 from compileflow.stores.collecting import REFRESH_AFTER_S, Aged, collect
-from compileflow.workspace import file_lock, os_errors, work_folder
 
 # How often a put starts again when a collection took what it relied on.
 _PUTS = 5

@@ -18,28 +18,34 @@ from compileflow.contracts import (
     Arrays,
     Availability,
     Capabilities,
-    CompiledGraph,
+    CompiledComponent,
     ComponentPlan,
+    ComponentRecord,
     Device,
     Runner,
     TargetOptions,
+    TensorRecord,
 )
-from compileflow.cpu import cpu_features, lacking_precisions
+from compileflow.contracts.toolkit import (
+    cpu_features,
+    environment,
+    installed_versions,
+    lacking_precisions,
+    report_progress,
+    torch_threads,
+    undisturbed_process,
+)
 from compileflow.errors import CompileError, InputError, LoadError, first_line
-from compileflow.isolation import report_progress
-from compileflow.manifest import ComponentRecord, TensorRecord
-from compileflow.process_state import environment, torch_threads, undisturbed_process
-from compileflow.signals import call_sizes, frames_of, shortest_input
-from compileflow.source_graph import (
-    SourceGraph,
+from compileflow.source_model import (
+    SourceModel,
     as_tuple_module,
     example_inputs,
     example_length,
     free_axes,
-    load_source_graph,
+    load_source_model,
 )
+from compileflow.source_model.lengths import call_sizes, frames_of, shortest_input
 from compileflow.spec import HfTask, Precision
-from compileflow.toolchain import installed_versions
 
 _FILE = "model.pt2"
 _LARGEST_BATCH = 4096
@@ -107,17 +113,17 @@ class AotInductorTarget:
         """Return this CPU's instruction sets: the generated code uses whatever there is."""
         return cpu_features()
 
-    def compile(self, source_dir: Path, component: ComponentPlan, out_dir: Path) -> CompiledGraph:
+    def compile(self, source_dir: Path, component: ComponentPlan, out_dir: Path) -> CompiledComponent:
         """Export with dynamic batch and sequence axes, compile to native code, package it with the weights."""
         options = AotInductorOptions.model_validate(dict(component.options))
         report_progress("loading the source model")
-        graph = load_source_graph(source_dir, component.hf_task, trust_remote_code=component.trust_remote_code)
+        graph = load_source_model(source_dir, component.hf_task, trust_remote_code=component.trust_remote_code)
         with torch_threads(component.threads):
             report_progress("exporting the graph")
             program = _export(graph, component)
             report_progress("generating and compiling native code")
             _package(program, out_dir / _FILE, options)
-        return CompiledGraph(
+        return CompiledComponent(
             (_FILE,),
             graph.inputs,
             graph.outputs,
@@ -199,7 +205,7 @@ class _AotInductorRunner:
         return np.pad(array, missing, constant_values=fill)
 
 
-def _export(graph: SourceGraph, component: ComponentPlan) -> Any:
+def _export(graph: SourceModel, component: ComponentPlan) -> Any:
     import torch
 
     longest = component.max_sequence_length

@@ -14,20 +14,19 @@ from pydantic import Field
 from compileflow.contracts import (
     Availability,
     Capabilities,
-    CompiledGraph,
+    CompiledComponent,
     ComponentPlan,
+    ComponentRecord,
     Device,
     Runner,
     TargetOptions,
 )
+from compileflow.contracts.toolkit import installed_versions, report_progress
 from compileflow.errors import CompileError, LoadError, TargetUnavailableError
-from compileflow.isolation import report_progress
-from compileflow.manifest import ComponentRecord
-from compileflow.source_graph import as_tuple_module, load_source_graph
+from compileflow.source_model import as_tuple_module, load_source_model
 from compileflow.spec import TEXT_TASKS, Precision
-from compileflow.toolchain import installed_versions
-from compileflow.traced_buckets import TracedRunner, compile_buckets, load_buckets
-from compileflow.vendor_toolchain import VendorToolchain, contradiction
+from compileflow.targets._vendor.buckets import TracedRunner, compile_buckets, load_buckets
+from compileflow.targets._vendor.toolchain import VendorToolchain, contradiction
 
 # A wheel that is built without CUDA has another name.
 _DISTRIBUTIONS = ("torch_blade", "torch_blade-cpu")
@@ -97,7 +96,7 @@ class BladeTarget:
         """Return (): BladeDISC does not document which CPU its code is for."""
         return ()
 
-    def compile(self, source_dir: Path, component: ComponentPlan, out_dir: Path) -> CompiledGraph:
+    def compile(self, source_dir: Path, component: ComponentPlan, out_dir: Path) -> CompiledComponent:
         """Trace and optimise one graph a shape bucket; each carries its weights."""
         options = BladeOptions.model_validate(dict(component.options))
         if options.fp16_fallback_op_ratio and component.precision is not Precision.FP16:
@@ -111,7 +110,7 @@ class BladeTarget:
         _check_cuda(options.device)
         config = _config(torch_blade, options, component.precision)
         report_progress("loading the source model")
-        graph = load_source_graph(source_dir, component.hf_task, trust_remote_code=component.trust_remote_code)
+        graph = load_source_model(source_dir, component.hf_task, trust_remote_code=component.trust_remote_code)
         module = as_tuple_module(graph).to(options.device)
 
         def trace(tensors: tuple[Any, ...], work: Path) -> Any:
@@ -120,7 +119,7 @@ class BladeTarget:
                 return torch_blade.optimize(module, allow_tracing=True, model_inputs=inputs)
 
         files = compile_buckets(graph, component, out_dir, compiler="torch_blade.optimize", trace=trace)
-        return CompiledGraph(
+        return CompiledComponent(
             files,
             graph.inputs,
             graph.outputs,

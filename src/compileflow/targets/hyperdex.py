@@ -21,21 +21,19 @@ from compileflow.contracts import (
     Arrays,
     Availability,
     Capabilities,
-    CompiledGraph,
+    CompiledComponent,
     ComponentPlan,
+    ComponentRecord,
     Device,
     Runner,
     TargetOptions,
 )
-from compileflow.digests import list_files
+from compileflow.contracts.digests import list_files
+from compileflow.contracts.toolkit import installed_versions, report_progress, torch_threads
 from compileflow.errors import CompileError, InputError, LoadError, SpecError, first_line
-from compileflow.isolation import report_progress
-from compileflow.manifest import ComponentRecord
-from compileflow.process_state import torch_threads
-from compileflow.source_graph import AUTO_CLASSES, HEADS, SourceGraph, load_config, load_source_graph
+from compileflow.source_model import AUTO_CLASSES, HEADS, SourceModel, load_config, load_source_model
 from compileflow.spec import TEXT_TASKS, Precision
-from compileflow.toolchain import installed_versions
-from compileflow.vendor_toolchain import VendorToolchain, vendor_call
+from compileflow.targets._vendor.toolchain import VendorToolchain, vendor_call
 
 _FOLDER = "model"
 _PARTS = {"hyperdex": ("hyperdex-toolchain",)}
@@ -92,7 +90,7 @@ class HyperdexTarget:
         """Return (): the code is the device's."""
         return ()
 
-    def compile(self, source_dir: Path, component: ComponentPlan, out_dir: Path) -> CompiledGraph:
+    def compile(self, source_dir: Path, component: ComponentPlan, out_dir: Path) -> CompiledComponent:
         """Copy the model's folder and let HyperDex compile it there.
 
         Everything in that folder is kept: which files the runtime reads is not documented.
@@ -113,7 +111,7 @@ class HyperdexTarget:
                 hint="Choose another target: HyperAccel documents AutoModelForCausalLM alone.",
             )
         report_progress("loading the source model")
-        graph = load_source_graph(source_dir, component.hf_task, trust_remote_code=component.trust_remote_code)
+        graph = load_source_model(source_dir, component.hf_task, trust_remote_code=component.trust_remote_code)
         folder = out_dir / _FOLDER
         before = list_files(source_dir)
         for record in before:
@@ -197,8 +195,8 @@ def _check_head(source_dir: Path, component: ComponentPlan) -> None:
             )
 
 
-def _compiled(graph: SourceGraph, out_dir: Path, load_options: Mapping[str, Any]) -> CompiledGraph:
-    return CompiledGraph(
+def _compiled(graph: SourceModel, out_dir: Path, load_options: Mapping[str, Any]) -> CompiledComponent:
+    return CompiledComponent(
         tuple(record.path for record in list_files(out_dir)),
         graph.inputs,
         graph.outputs,

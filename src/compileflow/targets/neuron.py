@@ -15,19 +15,18 @@ from pydantic import Field
 from compileflow.contracts import (
     Availability,
     Capabilities,
-    CompiledGraph,
+    CompiledComponent,
     ComponentPlan,
+    ComponentRecord,
     Device,
     Runner,
     TargetOptions,
 )
-from compileflow.isolation import report_progress
-from compileflow.manifest import ComponentRecord
-from compileflow.source_graph import as_tuple_module, load_source_graph
+from compileflow.contracts.toolkit import installed_versions, report_progress
+from compileflow.source_model import as_tuple_module, load_source_model
 from compileflow.spec import TEXT_TASKS, Precision
-from compileflow.toolchain import installed_versions
-from compileflow.traced_buckets import TracedRunner, compile_buckets, load_buckets
-from compileflow.vendor_toolchain import VendorToolchain, contradiction
+from compileflow.targets._vendor.buckets import TracedRunner, compile_buckets, load_buckets
+from compileflow.targets._vendor.toolchain import VendorToolchain, contradiction
 
 _TOOLCHAIN = VendorToolchain(
     compiler={"torch_neuron": ("torch-neuron",), "neuroncc": ("neuron-cc",)},
@@ -99,13 +98,13 @@ class NeuronTarget:
         """Return (): the code is the device's."""
         return ()
 
-    def compile(self, source_dir: Path, component: ComponentPlan, out_dir: Path) -> CompiledGraph:
+    def compile(self, source_dir: Path, component: ComponentPlan, out_dir: Path) -> CompiledComponent:
         """Trace one graph a shape bucket; each carries its weights."""
         options = NeuronOptions.model_validate(dict(component.options))
         arguments = compiler_arguments(options.compiler_args, component.precision)
         torch_neuron = _TOOLCHAIN.import_module("torch_neuron")
         report_progress("loading the source model")
-        graph = load_source_graph(source_dir, component.hf_task, trust_remote_code=component.trust_remote_code)
+        graph = load_source_model(source_dir, component.hf_task, trust_remote_code=component.trust_remote_code)
         module = as_tuple_module(graph)
 
         def trace(tensors: tuple[Any, ...], work: Path) -> Any:
@@ -119,7 +118,7 @@ class NeuronTarget:
             )
 
         files = compile_buckets(graph, component, out_dir, compiler="torch_neuron.trace", trace=trace)
-        return CompiledGraph(
+        return CompiledComponent(
             files,
             graph.inputs,
             graph.outputs,

@@ -17,20 +17,19 @@ from pydantic import Field
 from compileflow.contracts import (
     Availability,
     Capabilities,
-    CompiledGraph,
+    CompiledComponent,
     ComponentPlan,
+    ComponentRecord,
     Device,
     Runner,
     TargetOptions,
 )
+from compileflow.contracts.toolkit import installed_versions, report_progress
 from compileflow.errors import CompileError, LoadError, SpecError, first_line
-from compileflow.isolation import report_progress
-from compileflow.manifest import ComponentRecord
-from compileflow.source_graph import as_tuple_module, load_source_graph
+from compileflow.source_model import as_tuple_module, load_source_model
 from compileflow.spec import TEXT_TASKS, Precision
-from compileflow.toolchain import installed_versions
-from compileflow.traced_buckets import TracedRunner, compile_buckets, load_buckets
-from compileflow.vendor_toolchain import VendorToolchain, contradiction
+from compileflow.targets._vendor.buckets import TracedRunner, compile_buckets, load_buckets
+from compileflow.targets._vendor.toolchain import VendorToolchain, contradiction
 
 _WEIGHTS = "weights.safetensors"
 # The first of the NeuronCores that NEURON_RT_VISIBLE_CORES leaves to the process.
@@ -120,7 +119,7 @@ class NeuronxTarget:
         """Return (): the code is the device's."""
         return ()
 
-    def compile(self, source_dir: Path, component: ComponentPlan, out_dir: Path) -> CompiledGraph:
+    def compile(self, source_dir: Path, component: ComponentPlan, out_dir: Path) -> CompiledComponent:
         """Trace one graph a shape bucket on the CPU, and store the weights once."""
         options = NeuronxOptions.model_validate(dict(component.options))
         arguments = compiler_arguments(options, component.precision)
@@ -131,7 +130,7 @@ class NeuronxTarget:
                 hint=f"Run: {_TOOLCHAIN.install}",
             )
         report_progress("loading the source model")
-        graph = load_source_graph(source_dir, component.hf_task, trust_remote_code=component.trust_remote_code)
+        graph = load_source_model(source_dir, component.hf_task, trust_remote_code=component.trust_remote_code)
         module = as_tuple_module(graph)
         stand_ins = {
             name: weight.new_zeros(()).expand(weight.shape) for name, weight in module.state_dict().items()
@@ -164,7 +163,7 @@ class NeuronxTarget:
             report_progress("writing the weights")
             tied = _write_weights(module.state_dict(), out_dir / _WEIGHTS)
             files = (*files, _WEIGHTS)
-        return CompiledGraph(
+        return CompiledComponent(
             files,
             graph.inputs,
             graph.outputs,

@@ -15,26 +15,24 @@ from compileflow.contracts import (
     Arrays,
     Availability,
     Capabilities,
-    CompiledGraph,
+    CompiledComponent,
     ComponentPlan,
+    ComponentRecord,
     Device,
     Runner,
     TargetOptions,
 )
+from compileflow.contracts.toolkit import installed_versions, report_progress, torch_threads
 from compileflow.errors import CompileError, InputError, LoadError, TargetUnavailableError
-from compileflow.isolation import report_progress
-from compileflow.manifest import ComponentRecord
-from compileflow.process_state import torch_threads
-from compileflow.source_graph import (
-    SourceGraph,
+from compileflow.source_model import (
+    SourceModel,
     calibration_tensors,
     example_inputs,
     example_length,
     free_axes,
-    load_source_graph,
+    load_source_model,
 )
 from compileflow.spec import HfTask, Precision
-from compileflow.toolchain import installed_versions
 
 _FILE = "model.onnx"
 _NEEDS = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
@@ -100,11 +98,11 @@ class OnnxRuntimeTarget:
         """Return (): ONNX Runtime chooses its kernels when it loads."""
         return ()
 
-    def compile(self, source_dir: Path, component: ComponentPlan, out_dir: Path) -> CompiledGraph:
+    def compile(self, source_dir: Path, component: ComponentPlan, out_dir: Path) -> CompiledComponent:
         """Export one graph with dynamic batch and sequence axes."""
         options = OnnxRuntimeOptions.model_validate(dict(component.options))
         report_progress("loading the source model")
-        graph = load_source_graph(source_dir, component.hf_task, trust_remote_code=component.trust_remote_code)
+        graph = load_source_model(source_dir, component.hf_task, trust_remote_code=component.trust_remote_code)
         # A batch of one would be taken for a constant, and the file would refuse a batch of two.
         length = example_length(graph.inputs, component.max_sequence_length)
         example = example_inputs(graph.inputs, 3, length, graph.vocab_size, graph.pad_token_id)
@@ -123,7 +121,7 @@ class OnnxRuntimeTarget:
         import onnx_ir
 
         onnx_ir.save(model, str(out_dir / _FILE), external_data=f"{_FILE}.data")
-        return CompiledGraph(
+        return CompiledComponent(
             (_FILE, f"{_FILE}.data"),
             graph.inputs,
             graph.outputs,
@@ -174,7 +172,7 @@ class _OnnxRuntimeRunner:
         self._session = None
 
 
-def _quantizer(options: OnnxRuntimeOptions, component: ComponentPlan, graph: SourceGraph) -> Any:
+def _quantizer(options: OnnxRuntimeOptions, component: ComponentPlan, graph: SourceModel) -> Any:
     """Quantise what multiplies by weights, one scale a column: products of two activations lose most."""
     if options.quantization == "static":
         return _static_quantizer(options, calibration_tensors(graph, component))
@@ -223,7 +221,7 @@ def _static_quantizer(options: OnnxRuntimeOptions, samples: list[dict[str, Any]]
     return Quantizer(config, calibration_dataset=samples)
 
 
-def _export(graph: SourceGraph, example: Arrays, options: OnnxRuntimeOptions, quantizer: Any) -> Any:
+def _export(graph: SourceModel, example: Arrays, options: OnnxRuntimeOptions, quantizer: Any) -> Any:
     import torch
     from transformers.exporters import OnnxConfig, OnnxExporter
 

@@ -18,27 +18,31 @@ from compileflow.contracts import (
     Arrays,
     Availability,
     Capabilities,
-    CompiledGraph,
+    CompiledComponent,
     ComponentPlan,
+    ComponentRecord,
     Device,
     Runner,
     TargetOptions,
 )
-from compileflow.cpu import lacking_precisions
+from compileflow.contracts.toolkit import (
+    environment,
+    installed_versions,
+    lacking_precisions,
+    report_progress,
+    torch_threads,
+    undisturbed_process,
+)
 from compileflow.errors import CompileError, InputError, LoadError, first_line
-from compileflow.isolation import report_progress
-from compileflow.manifest import ComponentRecord
-from compileflow.process_state import environment, torch_threads, undisturbed_process
-from compileflow.source_graph import (
-    SourceGraph,
+from compileflow.source_model import (
+    SourceModel,
     calibration_tensors,
     example_inputs,
     example_length,
     free_axes,
-    load_source_graph,
+    load_source_model,
 )
 from compileflow.spec import HfTask, Precision
-from compileflow.toolchain import installed_versions
 
 _FILE = "model.xml"
 _FILES = (_FILE, "model.bin")
@@ -111,11 +115,11 @@ class OpenVinoTarget:
         """Return (): OpenVINO chooses its kernels when it loads."""
         return ()
 
-    def compile(self, source_dir: Path, component: ComponentPlan, out_dir: Path) -> CompiledGraph:
+    def compile(self, source_dir: Path, component: ComponentPlan, out_dir: Path) -> CompiledComponent:
         """Export one graph with dynamic batch and sequence axes, and quantise it where int8 is asked for."""
         options = OpenVinoOptions.model_validate(dict(component.options))
         report_progress("loading the source model")
-        graph = load_source_graph(source_dir, component.hf_task, trust_remote_code=component.trust_remote_code)
+        graph = load_source_model(source_dir, component.hf_task, trust_remote_code=component.trust_remote_code)
         length = example_length(graph.inputs, component.max_sequence_length)
         example = example_inputs(graph.inputs, 3, length, graph.vocab_size, graph.pad_token_id)
         calibration = calibration_tensors(graph, component)
@@ -135,7 +139,7 @@ class OpenVinoTarget:
             openvino.save_model(
                 model, str(out_dir / _FILE), compress_to_fp16=component.precision is Precision.FP16
             )
-        return CompiledGraph(
+        return CompiledComponent(
             _FILES,
             graph.inputs,
             graph.outputs,
@@ -206,7 +210,7 @@ class _OpenVinoRunner:
 
 
 def _export(
-    graph: SourceGraph, example: Arrays, precision: Precision, quantization: str, calibration: list[Any]
+    graph: SourceModel, example: Arrays, precision: Precision, quantization: str, calibration: list[Any]
 ) -> Any:
     import torch
     from transformers.exporters import OpenVINOConfig, OpenVINOExporter

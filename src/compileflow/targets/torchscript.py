@@ -17,21 +17,18 @@ from compileflow.contracts import (
     Arrays,
     Availability,
     Capabilities,
-    CompiledGraph,
+    CompiledComponent,
     ComponentPlan,
+    ComponentRecord,
     Device,
     Runner,
     TargetOptions,
 )
-from compileflow.cpu import lacking_precisions
+from compileflow.contracts.toolkit import installed_versions, lacking_precisions, report_progress, torch_threads
 from compileflow.errors import CompileError, InputError, LoadError
-from compileflow.isolation import report_progress
-from compileflow.manifest import ComponentRecord
-from compileflow.process_state import torch_threads
-from compileflow.signals import call_sizes
-from compileflow.source_graph import as_tuple_module, example_inputs, load_source_graph
+from compileflow.source_model import as_tuple_module, example_inputs, load_source_model
+from compileflow.source_model.lengths import call_sizes
 from compileflow.spec import HfTask, Precision, ShapeBucket
-from compileflow.toolchain import installed_versions
 
 _FILE = "model.pt"
 
@@ -69,12 +66,12 @@ class TorchScriptTarget:
         """Return (): a traced graph names operators, the CPU is chosen when it runs."""
         return ()
 
-    def compile(self, source_dir: Path, component: ComponentPlan, out_dir: Path) -> CompiledGraph:
+    def compile(self, source_dir: Path, component: ComponentPlan, out_dir: Path) -> CompiledComponent:
         """Trace one graph a shape bucket and save them all in one file."""
         import torch
 
         report_progress("loading the source model")
-        graph = load_source_graph(source_dir, component.hf_task, trust_remote_code=component.trust_remote_code)
+        graph = load_source_model(source_dir, component.hf_task, trust_remote_code=component.trust_remote_code)
         module = as_tuple_module(graph, component.precision)
 
         class Buckets(torch.nn.Module):
@@ -92,7 +89,7 @@ class TorchScriptTarget:
         with warnings.catch_warnings():
             _silence_deprecation()
             torch.jit.save(torch.jit.script(holder), str(out_dir / _FILE))
-        return CompiledGraph(
+        return CompiledComponent(
             (_FILE,),
             graph.inputs,
             graph.outputs,

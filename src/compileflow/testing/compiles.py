@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from compileflow.catalog import get_target
-from compileflow.digests import json_digest, list_files
+from compileflow.contracts.digests import json_digest, list_files
 from compileflow.steps.build import build_artifact
 from compileflow.testing.shared import make_once
 from compileflow.testing.state import unchanged_process

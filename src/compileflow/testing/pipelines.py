@@ -13,15 +13,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from compileflow.artifact.open import OpenArtifact
 from compileflow.contracts import Arrays
-from compileflow.loading.artifacts import OpenArtifact
-from compileflow.loading.graph import LoadedGraph
+from compileflow.serving.component import LoadedComponent
 from compileflow.serving.model import CompiledModel
 from compileflow.serving.pipeline import CompiledPipeline
 from compileflow.serving.question_answering import QuestionAnsweringPipeline
 from compileflow.serving.sentence_embedding import SentenceEmbeddingPipeline
 from compileflow.serving.tokenizer import CompiledTokenizer
-from compileflow.source_graph import SourceGraph, load_config, load_source_graph
+from compileflow.source_model.interface import SourceModel
+from compileflow.source_model.load import load_config, load_source_model
 from compileflow.spec import HfTask
 
 SCORE_ATOL = 1e-4
@@ -46,7 +47,7 @@ _BEYOND = 40_000
 class _EagerRunner:
     """The source model in the place of a compiled graph."""
 
-    def __init__(self, source: SourceGraph):
+    def __init__(self, source: SourceModel):
         self._source = source
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
@@ -125,9 +126,9 @@ def _reference(artifact: OpenArtifact, source_dir: Path, task: HfTask) -> Any:
         from transformers import pipeline
 
         return pipeline(task.value, model=str(source_dir), device="cpu")
-    source = load_source_graph(source_dir, task)
+    source = load_source_model(source_dir, task)
     record = artifact.component("default").model_copy(update={"dynamic_axes": True, "shape_buckets": ()})
-    graph = LoadedGraph(replace(artifact), "default", record, _EagerRunner(source))
+    graph = LoadedComponent(replace(artifact), "default", record, _EagerRunner(source))
     model = CompiledModel(graph, load_config(source_dir, trust_remote_code=False))
     tokenizer = CompiledTokenizer.from_artifact(artifact)
     if task is HfTask.QUESTION_ANSWERING:

@@ -16,9 +16,9 @@ from typing import ClassVar, cast
 
 import pytest
 
+from compileflow.contracts import ModelRegistry, Stage, VersionEntry, VersionFiles
 from compileflow.errors import RegistryError
 from compileflow.testing.processes import at_once, other_process, resolve, say
-from compileflow.versions import ModelRegistry, Stage, VersionEntry, VersionFiles
 
 ARTIFACT_FILES = {"manifest.json": b'{"schema_version": 2}\n', "default/model.bin": bytes(range(256)) * 64}
 REPORT_FILES = {"report.json": b'{"verdict": "pass"}\n', "report.html": b"<!doctype html><p>pass</p>\n"}

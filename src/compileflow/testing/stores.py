@@ -20,8 +20,8 @@ from urllib.parse import unquote, urlparse
 
 import pytest
 
-from compileflow.contracts import ArtifactStore, Collected
-from compileflow.digests import FileRecord, folder_digest, list_files, listing_bytes
+from compileflow.contracts import ArtifactStore, Collected, FileRecord
+from compileflow.contracts.digests import folder_digest, list_files, listing_bytes
 from compileflow.errors import IntegrityError, StoreError
 from compileflow.testing.processes import at_once, other_process, resolve, say
 

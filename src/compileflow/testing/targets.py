@@ -26,15 +26,16 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
+from compileflow._process.child import run_isolated
+from compileflow.artifact.open import OpenArtifact, open_artifact
 from compileflow.catalog import get_target
-from compileflow.contracts import Arrays, Runner, Target, TargetOptions
-from compileflow.digests import list_files
+from compileflow.contracts import Arrays, ComponentRecord, Runner, Target, TargetOptions
+from compileflow.contracts.digests import list_files
 from compileflow.errors import InputError, LoadError, SpecError
-from compileflow.isolation import run_isolated
-from compileflow.loading.artifacts import OpenArtifact, open_artifact
-from compileflow.manifest import ComponentRecord
-from compileflow.signals import frames_of, shortest_input
-from compileflow.source_graph import SourceGraph, example_inputs, load_source_graph
+from compileflow.source_model.examples import example_inputs
+from compileflow.source_model.interface import SourceModel
+from compileflow.source_model.lengths import frames_of, shortest_input
+from compileflow.source_model.load import load_source_model
 from compileflow.spec import GRAPH_TASKS, CompileSpec, ComponentSpec, HfTask, ShapeBucket
 from compileflow.steps.compile import checked_target
 from compileflow.testing.compiles import compile_once
@@ -43,7 +44,7 @@ from compileflow.testing.shared import shared_folder
 from compileflow.testing.state import unchanged_process
 
 TinyModel = Callable[[HfTask], Path]
-Load = Callable[[HfTask], tuple[Runner, ComponentRecord, SourceGraph]]
+Load = Callable[[HfTask], tuple[Runner, ComponentRecord, SourceModel]]
 
 BUCKETS = {
     modality: tuple(ShapeBucket(batch_size=rows, sequence_length=length) for rows, length in shapes)
@@ -148,10 +149,10 @@ class TargetConformance:
     def load(self, target: Target, artifact: Callable[[HfTask], OpenArtifact], tiny_model: TinyModel) -> Load:
         """Give a fresh runner, its record, and the source model that it must equal."""
 
-        def make(hf_task: HfTask) -> tuple[Runner, ComponentRecord, SourceGraph]:
+        def make(hf_task: HfTask) -> tuple[Runner, ComponentRecord, SourceModel]:
             opened = artifact(hf_task)
             runner = opened.load(opened.component("default"), device=target.capabilities.devices[0], threads=None)
-            source = load_source_graph(tiny_model(hf_task), hf_task)
+            source = load_source_model(tiny_model(hf_task), hf_task)
             return runner, opened.manifest.components["default"], source
 
         return make
@@ -279,7 +280,7 @@ class TargetConformance:
 
         hf_task = target.capabilities.hf_tasks[0]
         opened = artifact(hf_task)
-        source = load_source_graph(tiny_model(hf_task), hf_task)
+        source = load_source_model(tiny_model(hf_task), hf_task)
         record = opened.manifest.components["default"]
         inputs = _inputs(record, source, *_shapes(record)[1])
         reference = source.run(inputs)
@@ -361,7 +362,7 @@ def _shapes(record: ComponentRecord) -> list[tuple[int, int]]:
     return [(bucket.batch_size, bucket.sequence_length) for bucket in record.shape_buckets]
 
 
-def _inputs(record: ComponentRecord, source: SourceGraph, rows: int, length: int) -> Arrays:
+def _inputs(record: ComponentRecord, source: SourceModel, rows: int, length: int) -> Arrays:
     return example_inputs(record.inputs, rows, length, source.vocab_size, source.pad_token_id)
 
 

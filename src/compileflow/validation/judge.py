@@ -11,12 +11,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from compileflow.contracts import Outcome
 from compileflow.errors import MeasurementError
 from compileflow.spec import GRAPH_TASKS, HfTask, Precision
 from compileflow.validation.measure import Measurements
 from compileflow.validation.suite import Gate, gates_for
-
-Outcome = Literal["pass", "warn", "fail", "error"]
 
 
 class GateResult(BaseModel):

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from compileflow.contracts import Arrays
+from compileflow.contracts import Arrays, TensorRecord
 from compileflow.errors import MeasurementError
-from compileflow.manifest import TensorRecord
 from compileflow.validation import metrics
 from compileflow.validation.cases import Case, CaseBuilder
 from compileflow.validation.decisions import Decisions

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compileflow.errors import MeasurementError
+from compileflow.contracts.sources import INPUTS_FILE, PARAMETERS_FILE, PREDICTIONS_FILE
+from compileflow.errors import CompileflowError, MeasurementError, first_line
 from compileflow.spec import HfTask
 
-INPUTS, PARAMETERS, PREDICTIONS = "inputs.json", "inference_params.json", "predictions.json"
 # Above the noise between versions of torch and CPUs, below what anyone would see in a score.
 _TOLERANCE = 1e-2
 
@@ -57,18 +57,18 @@ def read_registered_tests(folder: Path) -> RegisteredTests:
     Raises:
         MeasurementError: a file is no JSON, or has not the form of a test file.
     """
-    inputs = _read(folder / INPUTS, list)
-    predictions = _read(folder / PREDICTIONS, list) if (folder / PREDICTIONS).exists() else None
+    inputs = _read(folder / INPUTS_FILE, list)
+    predictions = _read(folder / PREDICTIONS_FILE, list) if (folder / PREDICTIONS_FILE).exists() else None
     if not inputs:
         raise MeasurementError(
-            f"The source version's {INPUTS} holds nothing.", hint="Register it with some inputs."
+            f"The source version's {INPUTS_FILE} holds nothing.", hint="Register it with some inputs."
         )
     if predictions is not None and len(predictions) != len(inputs):
         raise MeasurementError(
             f"The source version has {len(inputs)} test inputs and {len(predictions)} predictions.",
             hint="Register as many predictions as inputs.",
         )
-    parameters = _read(folder / PARAMETERS, dict) if (folder / PARAMETERS).exists() else {}
+    parameters = _read(folder / PARAMETERS_FILE, dict) if (folder / PARAMETERS_FILE).exists() else {}
     return RegisteredTests(tuple(inputs), parameters, None if predictions is None else tuple(predictions))
 
 
@@ -76,9 +76,9 @@ def write_registered_tests(tests: RegisteredTests, predictions: list[Any], folde
     """Write the same inputs and parameters, with what the compiled model answers, into a new folder."""
     folder.mkdir()
     for name, value in (
-        (INPUTS, list(tests.inputs)),
-        (PARAMETERS, dict(tests.parameters)),
-        (PREDICTIONS, predictions),
+        (INPUTS_FILE, list(tests.inputs)),
+        (PARAMETERS_FILE, dict(tests.parameters)),
+        (PREDICTIONS_FILE, predictions),
     ):
         (folder / name).write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
@@ -125,3 +125,29 @@ def _read(path: Path, kind: type) -> Any:
         form = "list" if kind is list else "object"
         raise MeasurementError(f"The source version's {path.name} is no JSON {form}.", hint="Register it again.")
     return value
+
+
+def answers_to(tests: RegisteredTests, pipeline: Callable[..., Any]) -> list[Any]:
+    """Return what a pipeline answers, one item an input.
+
+    Raises:
+        MeasurementError: it does not take these inputs or parameters, or answers more or less.
+    """
+    hint = "Correct inputs.json and inference_params.json of the source version."
+    try:
+        answers = plain(pipeline(list(tests.inputs), **tests.parameters))
+    except CompileflowError:
+        raise
+    except Exception as error:
+        raise MeasurementError(
+            f"The source version's test inputs cannot be answered: {type(error).__name__}: {first_line(error)}.",
+            hint=hint,
+        ) from error
+    if isinstance(answers, list) and len(answers) == len(tests.inputs):
+        return answers
+    # A lone question's answer comes without a list.
+    if len(tests.inputs) == 1:
+        return [answers]
+    raise MeasurementError(
+        f"The source version's {len(tests.inputs)} test inputs do not have one answer each.", hint=hint
+    )

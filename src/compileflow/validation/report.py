@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from compileflow.toolchain import installed_versions
+from compileflow._process.packages import installed_versions
 from compileflow.validation.flips import Flip
 from compileflow.validation.judge import Verdict
 from compileflow.validation.latency import Latency
@@ -103,7 +103,13 @@ def write_report(report: Report, folder: Path) -> None:
 
 
 def write_page(
-    folder: Path, value: BaseModel, *, json_name: str, html_name: str, values: Mapping[str, Any]
+    folder: Path,
+    value: BaseModel,
+    *,
+    json_name: str,
+    html_name: str,
+    values: Mapping[str, Any],
+    package: str = "compileflow.validation",
 ) -> None:
     """Write a value as JSON, and as a page that opens offline, by the template of the page's name.
 
@@ -113,6 +119,7 @@ def write_page(
         json_name: Of the JSON file.
         html_name: Of the page; its template is this name and `.j2`.
         values: What the template is given, besides the style.
+        package: Package that holds the template.
     """
     import jinja2
     from markupsafe import Markup
@@ -120,12 +127,11 @@ def write_page(
     (folder / json_name).write_text(
         json.dumps(value.model_dump(mode="json"), indent=1, sort_keys=True, allow_nan=False) + "\n", "utf-8"
     )
-    resources = files("compileflow.validation")
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True).from_string(
-        (resources / f"{html_name}.j2").read_text("utf-8")
+        (files(package) / f"{html_name}.j2").read_text("utf-8")
     )
     # Our own file, and it has characters that a style must keep as they are.
-    style = Markup((resources / "page.css").read_text("utf-8"))  # noqa: S704
+    style = Markup((files("compileflow.validation") / "page.css").read_text("utf-8"))  # noqa: S704
     (folder / html_name).write_text(template.render(style=style, **values), "utf-8")
 
 
@@ -140,3 +146,13 @@ def _processor() -> str:
         return platform.processor() or "unknown"
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else "unknown"
+
+
+def percent(share: float) -> str:
+    """Return a share for people."""
+    return f"{share * 100:.3g} %"
+
+
+def megabytes(size_bytes: float) -> str:
+    """Return a size for people, in MB of 10**6 bytes."""
+    return f"{size_bytes / 1e6:.1f} MB"

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from compileflow.source_graph import AUTO_CLASSES
+from compileflow.source_model import AUTO_CLASSES
 from compileflow.spec import HfTask
 
 MAX_TOKENS = 64

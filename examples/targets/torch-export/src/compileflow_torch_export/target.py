@@ -13,19 +13,17 @@ from compileflow.contracts import (
     Arrays,
     Availability,
     Capabilities,
-    CompiledGraph,
+    CompiledComponent,
     ComponentPlan,
+    ComponentRecord,
     Device,
     Runner,
     TargetOptions,
 )
+from compileflow.contracts.toolkit import installed_versions, report_progress, torch_threads
 from compileflow.errors import CompileError, InputError, LoadError
-from compileflow.isolation import report_progress
-from compileflow.manifest import ComponentRecord
-from compileflow.process_state import torch_threads
-from compileflow.source_graph import SourceGraph, as_tuple_module, example_inputs, load_source_graph
+from compileflow.source_model import SourceModel, as_tuple_module, example_inputs, load_source_model
 from compileflow.spec import TEXT_TASKS, Precision
-from compileflow.toolchain import installed_versions
 
 _FILE = "model.pt2"
 _NEEDS = ("torch", "transformers")
@@ -76,14 +74,14 @@ class TorchExportTarget:
         """Return (): a program names operators, the CPU is chosen when it runs."""
         return ()
 
-    def compile(self, source_dir: Path, component: ComponentPlan, out_dir: Path) -> CompiledGraph:
+    def compile(self, source_dir: Path, component: ComponentPlan, out_dir: Path) -> CompiledComponent:
         """Export one graph with dynamic batch and sequence axes."""
         import torch
 
         torch.set_num_threads(component.threads)
         options = TorchExportOptions.model_validate(dict(component.options))
         report_progress("loading the source model")
-        graph = load_source_graph(
+        graph = load_source_model(
             source_dir,
             component.hf_task,
             attention=options.attention,
@@ -93,7 +91,7 @@ class TorchExportTarget:
         program = _export(graph, min(16, component.max_sequence_length))
         report_progress("writing the graph")
         torch.export.save(program, out_dir / _FILE)
-        return CompiledGraph((_FILE,), graph.inputs, graph.outputs, graph.output_class, graph.pad_token_id)
+        return CompiledComponent((_FILE,), graph.inputs, graph.outputs, graph.output_class, graph.pad_token_id)
 
     def load(
         self, component_dir: Path, component: ComponentRecord, *, device: Device, threads: int | None
@@ -135,7 +133,7 @@ class _TorchExportRunner:
         self._module = None
 
 
-def _export(graph: SourceGraph, length: int) -> Any:
+def _export(graph: SourceModel, length: int) -> Any:
     import torch
 
     # Sizes of 0 and 1 in an example are taken for constants: the program would refuse every other batch.

@@ -1,0 +1,144 @@
+"""Work folders and temporary files that cannot outlive their owner unnoticed, and file locks."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from compileflow.errors import CompileflowError, StoreError
+
+_LOCK_SUFFIX = ".lock"
+
+
+@contextmanager
+def work_folder(parent: Path, *, label: str) -> Iterator[Path]:
+    """Give an empty folder below `parent` and delete it afterwards, whatever happens.
+
+    A folder whose owner was killed is deleted by the next caller: its lock file is no longer locked.
+
+    Raises:
+        StoreError: `parent` cannot be written.
+    """
+    with os_errors(parent, "make a work folder in"):
+        parent.mkdir(parents=True, exist_ok=True)
+        sweep(parent)
+        folder = parent / f"{label}-{uuid.uuid4().hex[:12]}"
+        owner = os.getpid()
+        lock = _lock_for(folder)
+    try:
+        with os_errors(parent, "make a work folder in"):
+            folder.mkdir()
+        yield folder
+    finally:
+        # A process that was forked meanwhile comes by here at its own end.
+        if os.getpid() == owner:
+            shutil.rmtree(folder, ignore_errors=True)
+            Path(f"{folder}{_LOCK_SUFFIX}").unlink(missing_ok=True)
+        os.close(lock)
+
+
+def _lock_for(folder: Path) -> int:
+    while True:
+        lock = os.open(f"{folder}{_LOCK_SUFFIX}", os.O_RDWR | os.O_CREAT, 0o644)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        # Between open and flock a sweeper may have taken the new lock file for a dead owner's.
+        if os.fstat(lock).st_nlink:
+            return lock
+        os.close(lock)
+
+
+def sweep(parent: Path) -> None:
+    """Delete what dead owners left below `parent`."""
+    for lock_path in parent.glob(f"*{_LOCK_SUFFIX}"):
+        try:
+            handle = os.open(lock_path, os.O_RDWR)
+        except FileNotFoundError:
+            continue
+        try:
+            with suppress(BlockingIOError):
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # The name may have been taken over between open and flock: only the locked inode may go.
+                if lock_path.exists() and os.fstat(handle).st_ino == lock_path.stat().st_ino:
+                    shutil.rmtree(lock_path.with_suffix(""), ignore_errors=True)
+                    lock_path.unlink(missing_ok=True)
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def file_lock(path: Path, *, on_wait: Callable[[], None], poll_s: float = 0.1) -> Iterator[None]:
+    """Hold an exclusive lock on `path`; the kernel frees it when the holder dies, killed or not.
+
+    Args:
+        path: Lock file; made when absent and left in place.
+        on_wait: Called once if someone else holds the lock.
+        poll_s: Seconds between tries.
+    """
+    with os_errors(path, "lock"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        waited = False
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not waited:
+                    on_wait()
+                    waited = True
+                time.sleep(poll_s)
+        yield
+    finally:
+        os.close(handle)
+
+
+def move_into_place(folder: Path, dest: Path) -> None:
+    """Move a finished folder to its content-addressed place; a folder that is already there stays.
+
+    Two processes may make the same folder at once. The first one wins, and the caller verifies what it finds.
+
+    Raises:
+        StoreError: `dest` cannot be written.
+    """
+    with os_errors(dest, "write to"):
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.replace(dest)
+        except OSError:
+            if not dest.exists():
+                raise
+
+
+@contextmanager
+def os_errors(path: Path, doing: str, *, kind: type[CompileflowError] = StoreError) -> Iterator[None]:
+    """Turn an operating-system error about `path` into one line that says what to do."""
+    try:
+        yield
+    except CompileflowError:
+        raise
+    except OSError as error:
+        hints = {
+            "ENOSPC": "Free some space there, or set COMPILEFLOW_HOME to a larger disk.",
+            "EDQUOT": "Free some of your quota, or set COMPILEFLOW_HOME to another disk.",
+            "EACCES": "Give this user the right to do so, or choose another folder.",
+            "EPERM": "Give this user the right to do so, or choose another folder.",
+            "EROFS": "That file system is read-only; choose another folder.",
+            "ENOTDIR": "A part of that path is a file; choose another folder.",
+            "EEXIST": "A part of that path is a file; choose another folder.",
+        }
+        name = _errno_name(error.errno)
+        hint = hints.get(name, "Check that folder.")
+        raise kind(f"Cannot {doing} {path}: {error.strerror or error} ({name}).", hint=hint) from error
+
+
+def _errno_name(number: int | None) -> str:
+    import errno
+
+    return errno.errorcode.get(number or 0, "unknown error")

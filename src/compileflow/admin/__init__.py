@@ -1,0 +1,1 @@
+"""Operations on stores and registries: collect garbage, mirror, promote, pull, show lineage."""

@@ -1,0 +1,1 @@
+"""Signed statements about an artifact: how they are made, sealed, stored and verified."""

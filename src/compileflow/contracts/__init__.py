@@ -1,0 +1,65 @@
+"""The protocols that targets, sources, stores and registries implement, and the values that they exchange."""
+
+from __future__ import annotations
+
+from compileflow.contracts.digests import SHA256, FileRecord
+from compileflow.contracts.records import Axis, ComponentRecord, TensorRecord
+from compileflow.contracts.registries import (
+    STAGES,
+    ModelRegistry,
+    ModelVersion,
+    Promotion,
+    Stage,
+    VersionEntry,
+    VersionFiles,
+    without_credentials,
+)
+from compileflow.contracts.sources import LocatedSource, Source
+from compileflow.contracts.stores import ArtifactStore, Collected, StoredFolder
+from compileflow.contracts.targets import (
+    Arrays,
+    Availability,
+    Capabilities,
+    CompiledComponent,
+    CompiledGraph,
+    ComponentPlan,
+    Device,
+    Runner,
+    Target,
+    TargetOptions,
+)
+from compileflow.contracts.verdicts import OUTCOMES, AcceptedOutcome, Outcome
+
+__all__ = [
+    "OUTCOMES",
+    "SHA256",
+    "STAGES",
+    "AcceptedOutcome",
+    "Arrays",
+    "ArtifactStore",
+    "Availability",
+    "Axis",
+    "Capabilities",
+    "Collected",
+    "CompiledComponent",
+    "CompiledGraph",
+    "ComponentPlan",
+    "ComponentRecord",
+    "Device",
+    "FileRecord",
+    "LocatedSource",
+    "ModelRegistry",
+    "ModelVersion",
+    "Outcome",
+    "Promotion",
+    "Runner",
+    "Source",
+    "Stage",
+    "StoredFolder",
+    "Target",
+    "TargetOptions",
+    "TensorRecord",
+    "VersionEntry",
+    "VersionFiles",
+    "without_credentials",
+]

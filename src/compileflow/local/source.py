@@ -1,0 +1,110 @@
+"""Where an adapter's model comes from: a task's default, a folder, the Hub or memory; each goes into the store."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from compileflow._process.folders import work_folder
+from compileflow.catalog import open_store
+from compileflow.contracts.digests import list_files
+from compileflow.errors import SpecError
+from compileflow.local.in_memory import save_model
+from compileflow.serving.tokenizer import write_tokenizer
+from compileflow.settings import Settings
+from compileflow.sources.files import kind_of
+from compileflow.spec import HfTask
+from compileflow.steps.fetch import fetch_source
+from compileflow.steps.values import FetchedSource
+
+
+def known_task(task: str) -> HfTask:
+    """Return a task by its name or by transformers' alias for it.
+
+    Raises:
+        SpecError: compileflow compiles no such task.
+    """
+    from transformers.pipelines import TASK_ALIASES
+
+    known = {alias: name for alias, name in TASK_ALIASES.items() if name in list(HfTask)}
+    name = known.get(task, task)
+    if name not in list(HfTask):
+        raise SpecError(
+            f"There is no task {task!r} that is compiled.", hint=f"Choose one of: {', '.join([*HfTask, *known])}."
+        )
+    return HfTask(name)
+
+
+def default_model(hf_task: HfTask) -> tuple[str, str]:
+    """Return the Hub id and the revision of transformers' default model for a task.
+
+    Raises:
+        SpecError: transformers has none.
+    """
+    from transformers.pipelines import SUPPORTED_TASKS
+
+    default = SUPPORTED_TASKS.get(hf_task.value, {}).get("default")
+    if default is None:
+        raise SpecError(f"transformers has no default model for {hf_task.value}.", hint="Give model=.")
+    name, revision = default["model"]
+    return name, revision
+
+
+def fetch_local(model: Any, tokenizer: Any, revision: str | None, settings: Settings) -> FetchedSource:
+    """Put a model's files into the local store, with another tokenizer where one is given.
+
+    Args:
+        model: Folder, Hub id, or a transformers model in memory.
+        tokenizer: None is the model's own; else a tokenizer, its folder or Hub id.
+        revision: Branch, tag or commit of a Hub model.
+        settings: Store, work folder, Hub.
+
+    Raises:
+        SourceError: there is no such model, or it is not whole.
+        SpecError: a model in memory without a tokenizer.
+    """
+    store_uri = settings.resolved_store_uri()
+    if isinstance(model, str | Path):
+        source = fetch_source(str(model), revision, store_uri=store_uri, settings=settings)
+        # As many services write it: the tokenizer is the model's own.
+        if tokenizer is None or str(tokenizer) == str(model):
+            return source
+        uri = source.uri
+    elif tokenizer is None:
+        raise SpecError("A model in memory has no tokenizer.", hint="Give tokenizer=.")
+    else:
+        source, uri = None, f"memory://{type(model).__name__}"
+    with work_folder(settings.work_dir, label="source") as work:
+        folder = work / "source"
+        folder.mkdir()
+        if source is None:
+            save_model(model, folder)
+        else:
+            with open_store(store_uri).open_folder(source.digest) as stored:
+                _copy_all_but_tokenizer(stored, folder)
+        write_tokenizer(_loaded(tokenizer), folder)
+        stored_folder = open_store(store_uri).put_folder(folder)
+    return FetchedSource(
+        uri=uri,
+        revision=source.revision if source else stored_folder.digest,
+        stored_uri=stored_folder.uri,
+        digest=stored_folder.digest,
+        size_bytes=stored_folder.size_bytes,
+        cached=False,
+    )
+
+
+def _loaded(tokenizer: Any) -> Any:
+    if not isinstance(tokenizer, str | Path):
+        return tokenizer
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tokenizer)
+
+
+def _copy_all_but_tokenizer(stored: Path, folder: Path) -> None:
+    for record in list_files(stored):
+        if kind_of(record.path) != "tokenizer":
+            (folder / record.path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(stored / record.path, folder / record.path)

@@ -1,0 +1,1 @@
+"""The MLflow registry, and the client that it shares with the MLflow source."""

@@ -1,0 +1,270 @@
+"""neptune: a project of a Neptune server as model registry, through Neptune's own client.
+
+Neptune knows no transaction, so a version is built in an order that a kill at any point leaves readable:
+its digest first, all else, `registry/complete` last. What is not complete is not seen, and the next call with
+the same entry goes on with it. Two machines that register one artifact at the same moment may both complete
+theirs: the smaller number stays, the other one goes to the trash.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import JsonValue
+
+from compileflow._process.folders import file_lock, work_folder
+from compileflow.contracts import ModelVersion, Promotion, Stage, VersionEntry, VersionFiles
+from compileflow.contracts.digests import json_digest
+from compileflow.errors import RegistryError, RegistryUnavailableError
+from compileflow.registries.lookup import check_stage, choose_version, is_exclusive, replaced_by
+from compileflow.registries.neptune import fields as layout
+from compileflow.registries.neptune.address import parse_project
+from compileflow.registries.neptune.client import NeptuneClient
+from compileflow.registries.neptune.lineage import list_in_source
+from compileflow.registries.neptune.listing import Listing, Row, settle
+from compileflow.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+# A version without a digest may be one that another process is just making.
+_LITTER_AGE_S = 15 * 60
+_SHOWN_WITHIN_S = 10.0
+
+
+class NeptuneRegistry:
+    """Versions of a Neptune project: a model per name, a model version per artifact."""
+
+    def __init__(self, uri: str, settings: Settings):
+        """Take neptune://workspace/project. The server is asked at the first call."""
+        self._project = parse_project(uri)
+        self.uri = f"neptune://{self._project}"
+        self._settings = settings
+        self._client = NeptuneClient(
+            self._project, settings, refused=RegistryError, unavailable=RegistryUnavailableError
+        )
+        self._listing = Listing(self._client, self.uri, settings)
+
+    def register(self, entry: VersionEntry, files: VersionFiles | None = None) -> ModelVersion:
+        """Add a version, or return the one that holds this artifact under this name already.
+
+        With `files`, the manifest, the report, the test files and, where the settings say so, the artifact
+        itself are uploaded; without, the version points at the store.
+
+        Raises:
+            RegistryUnavailableError: the server did not answer in time; the same call again goes on.
+            RegistryError: the server refused.
+        """
+        entry = VersionEntry.model_validate(entry.model_dump(include=set(VersionEntry.model_fields)))
+        client = self._client
+        with self._alone(entry.name, entry.artifact_digest):
+            model = f"{client.project_key()}-{layout.model_key(entry.name)}"
+            if (kept := self._kept(model, entry.artifact_digest)) is not None:
+                return kept
+            self._make_model(model, entry.name)
+            identity = self._begin(model, entry)
+            self._fill(model, identity, entry, files)
+            # While files were uploaded, another machine may have completed its own: that one may be in use by now.
+            kept = self._kept(model, entry.artifact_digest)
+            if kept is not None and kept.version != layout.number_of(identity):
+                client.release()
+                client.trash([identity])
+                return kept
+            client.write(identity, {layout.COMPLETE: True})
+            client.release()
+            self._sweep(model, entry.artifact_digest)
+            return self._read_back(model, identity, entry.artifact_digest)
+
+    def find(self, artifact_digest: str) -> Sequence[ModelVersion]:
+        """Return every version of an artifact, newest first."""
+        rows = self._listing.rows(layout.equals(layout.DIGEST, artifact_digest))
+        return self._listing.settled(row for row in rows if row.version.artifact_digest == artifact_digest)
+
+    def compiled_from(self, source_uri: str) -> Sequence[ModelVersion]:
+        """Return every version that was compiled from that source model, newest first."""
+        rows = self._listing.rows(layout.equals("source/uri", source_uri))
+        return self._listing.settled(row for row in rows if row.version.source_uri == source_uri)
+
+    def get(self, name: str, version: int | str) -> ModelVersion:
+        """Return one version, by its number or by the stage it is in.
+
+        Raises:
+            RegistryError: no such name, number or stage; the hint lists what there is.
+        """
+        return choose_version(name, self.versions(name), version)
+
+    def versions(self, name: str | None = None) -> Sequence[ModelVersion]:
+        """Return all versions of one name, or of all names, newest first.
+
+        Raises:
+            RegistryError: there is no such name; the hint lists near ones.
+        """
+        if name is None:
+            return settle(self._listing.rows(""))
+        found = settle(self._listing.named(name))
+        return sorted(found, key=lambda one: one.version, reverse=True)
+
+    def set_stage(self, name: str, version: int, stage: Stage, *, who: str, reason: str = "") -> ModelVersion:
+        """Move a version to a stage. The one that was in staging or production before it is archived.
+
+        The new one is moved first: where a kill leaves two in a stage, the one that was moved last counts.
+
+        Raises:
+            RegistryError: no such name, number or stage, or the reason is longer than Neptune keeps.
+        """
+        check_stage(stage)
+        with self._alone(name, "stage"):
+            rows = self._listing.named(name)
+            chosen = choose_version(name, [row.version for row in reversed(rows)], version)
+            counted = {one.version: one.stage for one in settle(rows)}
+            for row in rows:
+                if row.version is chosen and counted[version] != stage:
+                    self._move(row, stage, who, reason)
+            for row in rows:
+                if is_exclusive(stage) and row.version.stage == stage and row.version is not chosen:
+                    self._move(row, "archived", who, replaced_by(version, stage))
+            self._client.release()
+            return self.get(name, version)
+
+    def promotions(self, name: str, version: int) -> Sequence[Promotion]:
+        """Return every change of a version's stage, oldest first."""
+        rows = self._listing.named(name)
+        chosen = choose_version(name, [row.version for row in reversed(rows)], version)
+        row = next(row for row in rows if row.version is chosen)
+        if not row.promoted_at:
+            return []
+        kept = self._client.fetch(row.identity, layout.PROMOTIONS)
+        self._client.release()
+        return [Promotion.model_validate_json(kept[moment]) for moment in sorted(kept)]
+
+    def _kept(self, model: str, digest: str) -> ModelVersion | None:
+        """Return the complete version of an artifact; of several the first one, and trash the others."""
+        query = layout.all_of(layout.equals("sys/model_id", model), layout.equals(layout.DIGEST, digest))
+        rows = self._listing.rows(query, duplicates=True)
+        for row in rows[1:]:
+            logger.warning("%s repeats %s and goes to the trash", row.identity, rows[0].identity)
+        self._client.trash([row.identity for row in rows[1:]])
+        return self._listing.settled(rows[:1])[0] if rows else None
+
+    def _make_model(self, model: str, name: str) -> None:
+        query = layout.equals("sys/id", model)
+        rows = self._client.find("model", query, [layout.NAME])
+        if not rows:
+            made = self._client.create_model(layout.model_key(name), name)
+            # Made by somebody else at this moment, when it is not in the trash.
+            rows = [{}] if made else _shown(lambda: self._client.find("model", query, [layout.NAME]))
+        if not rows:
+            raise RegistryError(
+                f"The model {model} of {name!r} is in the trash of {self.uri}.",
+                hint="Restore it there, or delete it from the trash.",
+            )
+        known = rows[0].get(layout.NAME)
+        if known is None:
+            self._client.write(model, {layout.NAME: name}, kind="model")
+        elif known != name:
+            raise RegistryError(
+                f"The model {model} in {self.uri} is that of {known!r}, not of {name!r}.",
+                hint="Register under another name.",
+            )
+
+    def _begin(self, model: str, entry: VersionEntry) -> str:
+        """Return the version that an earlier call left unfinished, or a new one that holds its digest."""
+        query = layout.all_of(
+            layout.equals("sys/model_id", model), layout.equals(layout.DIGEST, entry.artifact_digest)
+        )
+        unfinished = sorted(
+            (str(row["sys/id"]) for row in self._client.find("version", query)), key=layout.number_of
+        )
+        if unfinished:
+            logger.info("going on with %s, which an earlier run left unfinished", unfinished[0])
+            return unfinished[0]
+        identity = self._client.create_version(model)
+        self._client.write(identity, {layout.DIGEST: entry.artifact_digest, layout.NAME: entry.name})
+        return identity
+
+    def _fill(self, model: str, identity: str, entry: VersionEntry, files: VersionFiles | None) -> None:
+        weights = self._settings.neptune_upload_weights and files is not None
+        chosen = {} if files is None else layout.uploads(files, weights=weights)
+        kinds = [] if files is None else list(layout.given_test_files(files))
+        fields = layout.entry_fields(entry, _json_file(chosen.get("report/json")))
+        if not weights:
+            reference = {"uri": entry.artifact_uri, "digest": entry.artifact_digest}
+            fields[f"{layout.ARTIFACT}/reference"] = layout.cut(json.dumps(reference))
+        self._client.write(identity, {layout.NAME: entry.name, "sys/name": entry.name, **fields})
+        with work_folder(self._settings.work_dir, label="registered") as work:
+            card = layout.model_card(entry, kinds, weights=weights)
+            (work / "model_card.json").write_text(json.dumps(card, indent=1), "utf-8")
+            (work / "entry.json").write_text(layout.entry_json(entry), "utf-8")
+            ours = {layout.CARD: work / "model_card.json", layout.ENTRY_FILE: work / "entry.json"}
+            for path, file in (chosen | ours).items():
+                self._client.upload(identity, path, file)
+        list_in_source(entry.source_uri, self._settings, project=self._project, model=model, identity=identity)
+
+    def _read_back(self, model: str, identity: str, digest: str) -> ModelVersion:
+        kept = _shown(lambda: self._kept(model, digest))
+        if kept is None:
+            raise RegistryUnavailableError(
+                f"{identity} was written to {self.uri}, which does not list it after {_SHOWN_WITHIN_S:g} s.",
+                hint="Run again; it goes on from there.",
+            )
+        return kept
+
+    def _sweep(self, model: str, digest: str) -> None:
+        """Trash what lost replies and kills left: old versions without a digest, or unfinished with this one."""
+        rows = self._client.find(
+            "version", layout.equals("sys/model_id", model), ["sys/creation_time", layout.DIGEST, layout.COMPLETE]
+        )
+        oldest = datetime.now(UTC).timestamp() - _LITTER_AGE_S
+        self._client.trash(
+            [
+                str(row["sys/id"])
+                for row in rows
+                if not row[layout.COMPLETE]
+                and row[layout.DIGEST] in (None, digest)
+                and datetime.fromisoformat(str(row["sys/creation_time"])).timestamp() < oldest
+            ]
+        )
+
+    def _move(self, row: Row, stage: Stage, who: str, reason: str) -> None:
+        now = time.time_ns()
+        at = datetime.fromtimestamp(now / 1e9, UTC).isoformat(timespec="microseconds")
+        text = Promotion(at=at, stage=stage, who=who, reason=reason).model_dump_json()
+        if len(text) > layout.LONGEST_STRING:
+            raise RegistryError(
+                f"The reason has {len(reason)} characters; Neptune keeps {layout.LONGEST_STRING} in all.",
+                hint="Give a shorter reason.",
+            )
+        self._client.write(row.identity, {f"{layout.PROMOTIONS}/{now:020d}": text, layout.PROMOTED_AT: at})
+        self._client.change_stage(row.identity, stage)
+
+    def _alone(self, *key: str) -> AbstractContextManager[None]:
+        name = json_digest([self._project, *key])[:32]
+        path = self._settings.home_dir / "locks" / f"neptune-{name}.lock"
+        return file_lock(path, on_wait=lambda: logger.info("another process registers %s; waiting", key[0]))
+
+
+def _shown(look: Callable[[], _T]) -> _T:
+    """Look until there is something: a hosted server lists what was written some seconds later."""
+    until = time.monotonic() + _SHOWN_WITHIN_S
+    while not (found := look()) and time.monotonic() < until:
+        time.sleep(0.5)
+    return found
+
+
+def _json_file(path: Path | None) -> JsonValue:
+    if path is None:
+        return None
+    try:
+        value: JsonValue = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        logger.warning("%s is no JSON; its gates are not registered as fields", path.name)
+        return None
+    return value

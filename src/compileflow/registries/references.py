@@ -1,0 +1,74 @@
+"""References to registered versions: registry:NAME, registry:NAME@production, REGISTRY_URI#NAME@3."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from compileflow.contracts import STAGES, Stage, VersionEntry
+from compileflow.errors import SpecError
+
+_CONFIGURED = "registry:"
+FORMS = f"{_CONFIGURED}NAME, {_CONFIGURED}NAME@STAGE, {_CONFIGURED}NAME@NUMBER, or REGISTRY_URI#NAME and the same"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Which registered version is meant.
+
+    Attributes:
+        registry_uri: The registry; None is the configured one.
+        name: The model's name there.
+        ref: A number, or a stage; None is the newest version.
+    """
+
+    registry_uri: str | None
+    name: str
+    ref: int | Stage | None
+
+
+def parse_reference(text: str, schemes: Collection[str]) -> Reference | None:
+    """Read a reference; None for any other text, for example a folder or a Hub id.
+
+    Args:
+        text: What the user wrote.
+        schemes: Schemes of the registry URIs that are known here.
+
+    Raises:
+        SpecError: it is meant as one, and its name, stage or number cannot be.
+
+    >>> parse_reference("registry:ner@production", ())
+    Reference(registry_uri=None, name='ner', ref='production')
+    >>> parse_reference("neptune://workspace/project#ner@3", ("neptune",))
+    Reference(registry_uri='neptune://workspace/project', name='ner', ref=3)
+    """
+    if text.startswith(_CONFIGURED):
+        registry_uri, version = None, text.removeprefix(_CONFIGURED)
+    else:
+        # The last one: a registry may be a file with that sign in its path, and no name has it.
+        registry_uri, hash_sign, version = text.rpartition("#")
+        if not hash_sign or registry_uri.partition(":")[0] not in schemes:
+            return None
+    name, at, ref = version.partition("@")
+    if not _is_name(name) or (at and not ref):
+        # The registry's URI is not repeated, as it may hold a password.
+        raise SpecError(f"{version!r} names no registered model.", hint=f"Write {FORMS}.")
+    return Reference(registry_uri, name, _parse_ref(ref) if at else None)
+
+
+def _is_name(name: str) -> bool:
+    rule = VersionEntry.model_fields["name"]
+    patterns = [getattr(part, "pattern", None) for part in rule.metadata]
+    return all(re.fullmatch(pattern, name) for pattern in patterns if pattern)
+
+
+def _parse_ref(ref: str) -> int | Stage:
+    if ref in STAGES:
+        return ref
+    if re.fullmatch(r"[1-9][0-9]*", ref):
+        return int(ref)
+    raise SpecError(
+        f"{ref!r} is neither the number of a version nor a stage.",
+        hint=f"Stages are: {', '.join(STAGES)}. Numbers start at 1.",
+    )

@@ -1,0 +1,102 @@
+"""Candidates: the ways of compiling one model, what was measured of each, and what one is chosen for."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from compileflow.contracts import Outcome
+from compileflow.errors import MeasurementError
+from compileflow.spec import Precision
+from compileflow.validation.latency import Latency
+
+_AGREEMENTS = ("label_agreement", "exact_span", "neighbour_overlap", "entity_f1")
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class CandidateLatency(_Value):
+    """One candidate's timing at one shape, in turn with eager."""
+
+    shape: str = Field(description="Batch x tokens, for example 8 x 128.")
+    batch_size: int = Field(ge=1)
+    latency_p50_ms: float = Field(gt=0)
+    reference_p50_ms: float = Field(gt=0)
+    ratio: float = Field(gt=0, description="Fraction of eager's latency.")
+    ratio_low: float
+    ratio_high: float
+
+    @classmethod
+    def of(cls, latency: Latency) -> CandidateLatency:
+        """Take over what a report has."""
+        return cls(
+            shape=latency.shape,
+            batch_size=int(latency.shape.partition(" ")[0]),
+            latency_p50_ms=latency.candidate_p50_ms,
+            reference_p50_ms=latency.reference_p50_ms,
+            ratio=latency.ratio,
+            ratio_low=latency.ratio_low,
+            ratio_high=latency.ratio_high,
+        )
+
+
+class Candidate(_Value):
+    """One way of compiling the model, and what came of it. What was not measured is None."""
+
+    target: str
+    precision: Precision
+    options: dict[str, JsonValue] = Field(default_factory=dict)
+    outcome: Outcome | Literal["unavailable"]
+    reason: str = Field(description="One line: the verdict's reason, or why there is none.")
+    latencies: tuple[CandidateLatency, ...] = ()
+    accuracy_loss: float | None = Field(None, ge=0, le=1, description="Share of decisions that changed.")
+    rel_l2: float | None = None
+    size_bytes: int | None = Field(None, ge=0)
+    serving_memory_bytes: int | None = Field(None, ge=0)
+    compile_duration_s: float | None = Field(None, ge=0)
+    artifact_uri: str | None = None
+    report_uri: str | None = None
+    cached: bool = False
+
+    @property
+    def label(self) -> str:
+        """Target, precision and options: "openvino int8 quantization=static"."""
+        options = (
+            f"{name}={value if isinstance(value, str) else json.dumps(value)}"
+            for name, value in sorted(self.options.items())
+        )
+        return " ".join((self.target, self.precision.value, *options))
+
+    @property
+    def latency_ratio(self) -> float | None:
+        """Latency as a fraction of eager's, the geometric mean over the shapes."""
+        if not self.latencies:
+            return None
+        return math.exp(math.fsum(math.log(each.ratio) for each in self.latencies) / len(self.latencies))
+
+    @property
+    def throughput_per_s(self) -> float | None:
+        """Rows a second at the shape where there are most."""
+        return max((each.batch_size * 1000 / each.latency_p50_ms for each in self.latencies), default=None)
+
+
+def accuracy_loss_of(figures: Mapping[str, float]) -> float:
+    """Return the share of decisions that changed: 1 less the worst agreement in `Measurements.figures()`.
+
+    Raises:
+        MeasurementError: there is no agreement among the figures.
+    """
+    found = [figures[name] for name in _AGREEMENTS if name in figures]
+    if not found:
+        raise MeasurementError(
+            f"The figures have no agreement, only {', '.join(sorted(figures)) or 'nothing'}.",
+            hint=f"Measure one of: {', '.join(_AGREEMENTS)}.",
+        )
+    # 1 - 0.99 is a little more than 0.01 in floating point, and a budget of 0.01 allows it.
+    return round(1.0 - min(found), 12)

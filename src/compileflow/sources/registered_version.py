@@ -1,0 +1,89 @@
+"""registry: the source model that a registered version was compiled from, its bytes from the artifact store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from compileflow.contracts import ArtifactStore, LocatedSource, ModelVersion
+from compileflow.errors import IntegrityError, ManifestError, SourceError, SpecError
+from compileflow.settings import Settings
+from compileflow.spec import HfTask
+from compileflow.stores.layout import split_uri
+
+
+class RegisteredVersionSource:
+    """Gives a version's source model as it was, so that what is compiled of it has the same lineage."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        resolve_reference: Callable[[str, Settings], ModelVersion],
+        open_store: Callable[[str, Settings], ArtifactStore],
+    ):
+        self._settings = settings
+        self._resolve_reference = resolve_reference
+        self._open_store = open_store
+
+    def pin(self, location: str, revision: str | None) -> tuple[str, str | None]:
+        """Return where the source model came from first. There is no commit: the bytes are those in the store.
+
+        Raises:
+            SourceError: a revision was given.
+            RegistryError: there is no such version.
+        """
+        return self._version(location, revision).source_uri, None
+
+    def locate(self, location: str, revision: str | None, work_dir: Path) -> LocatedSource:
+        """Fetch the source model from the store below `work_dir`; URI and revision are the original ones.
+
+        Raises:
+            SourceError: the store does not have it whole, or a revision was given.
+            RegistryError: there is no such version.
+        """
+        version = self._version(location, revision)
+        store = self._store(version)
+        folder = work_dir / "source"
+        try:
+            records = store.get_folder(version.source_digest, folder)
+        except IntegrityError as error:
+            raise SourceError(
+                f"The source model of {version.name} {version.version} is not whole in the store {store.uri}: "
+                f"{error.message}",
+                hint=f"Compile it from where it came from: {version.source_uri}",
+            ) from error
+        return LocatedSource(
+            uri=version.source_uri,
+            revision=version.source_revision,
+            folder=folder,
+            files=tuple(record.path for record in records),
+            hf_task=_task(version),
+        )
+
+    def _store(self, version: ModelVersion) -> ArtifactStore:
+        """Open the configured store or, where that lacks the source model, the one that the artifact went to."""
+        store = self._open_store(self._settings.resolved_store_uri(), self._settings)
+        if store.exists(version.source_digest):
+            return store
+        try:
+            return self._open_store(split_uri(version.artifact_uri)[0], self._settings)
+        except (ManifestError, SpecError):
+            return store
+
+    def _version(self, location: str, revision: str | None) -> ModelVersion:
+        if revision is not None:
+            raise SourceError(
+                f"{location} is a registered version, and has no revision {revision!r}.",
+                hint="Leave the revision empty, and write the number or the stage behind an @.",
+            )
+        try:
+            return self._resolve_reference(location, self._settings)
+        except SpecError as error:
+            raise SourceError(error.message, hint=error.hint) from error
+
+
+def _task(version: ModelVersion) -> HfTask | None:
+    """Return the task that the version was compiled for, where its spec says it."""
+    name = version.spec.get("hf_task")
+    return HfTask(name) if isinstance(name, str) and name in set(HfTask) else None

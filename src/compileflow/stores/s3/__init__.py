@@ -1,0 +1,1 @@
+"""The S3 store: one layout with the local store, over boto3."""

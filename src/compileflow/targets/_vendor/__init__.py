@@ -1,0 +1,1 @@
+"""What the targets of AWS Neuron, BladeDISC and HyperDex share."""
