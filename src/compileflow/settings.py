@@ -116,7 +116,7 @@ def get_settings() -> Settings:
     Raises:
         SpecError: a variable holds what it cannot.
     """
-    hint = "Correct it in the environment or in .env; docs/configuration.md lists what each one takes."
+    hint = "Correct it in the environment or in .env; docs/reference/settings.md lists what each one takes."
     try:
         return Settings()
     except ValidationError as error:

@@ -66,5 +66,5 @@ def test_wrong_value_is_one_line_that_names_the_variable_and_not_its_value(
     get_settings.cache_clear()
     with pytest.raises(SpecError, match=says) as caught:
         get_settings()
-    assert "docs/configuration.md" in caught.value.hint
+    assert "docs/reference/settings.md" in caught.value.hint
     assert "hf_secret" not in str(caught.value)

@@ -20,7 +20,7 @@ from compileflow.contracts import Outcome
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PROVENANCE_TYPE = "https://slsa.dev/provenance/v1"
 VERDICT_TYPE = "https://in-toto.io/attestation/test-result/v0.1"
-# They name what docs/provenance.md describes, and rest on no host name.
+# They name what docs/how-to/sign-and-verify.md describes, and rest on no host name.
 BUILD_TYPE = "urn:compileflow:compile:v1"
 BUILDER_ID = "pkg:pypi/compileflow"
 # Names of resource descriptors.
