@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
+
+import typer
 
 from compileflow.artifact.runtime import runtime_needs
 from compileflow.catalog import get_target, target_names
+from compileflow.cli import app
 from compileflow.errors import CompileflowError
 from compileflow.settings import Settings
 from compileflow.spec import GRAPH_TASKS, HfTask, Precision
-from compileflow.validation.suite import gates_for, load_suite
+from compileflow.validation.judge.suite import gates_for, load_suite
 
 ROOT = Path(__file__).parents[1]
 PAGES = (
     "README.md",
-    "docs/artifact-format.md",
-    "docs/configuration.md",
-    "docs/operations.md",
-    "docs/adding-a-target.md",
-    "docs/tasks.md",
+    "docs/reference/cli.md",
+    "docs/reference/errors.md",
+    "docs/reference/gates.md",
+    "docs/reference/settings.md",
+    "docs/reference/targets.md",
+    "docs/reference/tasks.md",
+    "docs/explanation/artifact-format.md",
 )
-# Targets whose toolchains run on an ordinary machine; the others' cells would rest on doubles.
+# Targets whose toolchains run on an ordinary machine; the others were only tested against doubles.
 REAL_TARGETS = ("aot-inductor", "onnx-runtime", "openvino", "torchscript")
 _BLOCK = re.compile(r"(<!-- table: (?P<name>[a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -36,20 +44,68 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def targets() -> str:
-    """Return every known target."""
+    """Return every known target in short."""
     rows = []
     for name in target_names():
         target = get_target(name)
-        can = target.capabilities
-        options = ", ".join(f"`{option}`" for option in target.Options.model_fields) or "none"
-        axes = "any shape" if can.dynamic_axes else "shape buckets"
-        precisions = ", ".join(precision.value for precision in can.precisions)
-        rows.append((f"`{name}`", target.summary, precisions, axes, options))
-    return table(("target", "what it is", "precisions", "inputs", "options"), rows)
+        precisions = ", ".join(precision.value for precision in target.capabilities.precisions)
+        rows.append((f"`{name}`", target.summary, precisions))
+    return table(("target", "what it is", "precisions"), rows)
+
+
+def target_inputs() -> str:
+    """Return the shapes and devices of every known target."""
+    rows = []
+    for name in target_names():
+        capabilities = get_target(name).capabilities
+        inputs = "any shape" if capabilities.dynamic_axes else "shape buckets"
+        rows.append((f"`{name}`", inputs, ", ".join(capabilities.devices)))
+    return table(("target", "inputs", "devices"), rows)
+
+
+def target_options() -> str:
+    """Return the options of every target that has some, one table for each."""
+    sections = []
+    for name in target_names():
+        fields = get_target(name).Options.model_fields
+        rows = [
+            (
+                f"`{option}`",
+                f"`{json.dumps(field.get_default(call_default_factory=True))}`",
+                field.description or "",
+            )
+            for option, field in fields.items()
+        ]
+        if rows:
+            sections.append(f"### {name}\n\n{table(('option', 'default', 'what it does'), rows)}")
+    return "\n".join(sections)
+
+
+def commands() -> str:
+    """Return every command of `compileflow` with its arguments and options."""
+    group: Any = typer.main.get_command(app)
+    sections = []
+    for name, command in sorted(group.commands.items()):
+        usage, rows = [f"compileflow {name}"], []
+        for parameter in command.params:
+            if getattr(parameter, "hidden", False):
+                continue
+            description = (getattr(parameter, "help", None) or "").strip()
+            if parameter.param_type_name == "argument":
+                usage.append(parameter.human_readable_name.upper())
+                rows.append((f"`{parameter.human_readable_name.upper()}`", description))
+            else:
+                spellings = [*parameter.opts, *parameter.secondary_opts]
+                rows.append((" ".join(f"`{spelling}`" for spelling in spellings), description))
+        text = inspect.cleandoc(command.help or "").split("\f")[0].strip()
+        sections.append(f"## compileflow {name}\n\n{text}\n\n```text\n{' '.join(usage)} [OPTIONS]\n```\n")
+        if rows:
+            sections.append(table(("argument or option", "what it does"), rows))
+    return "\n".join(sections)
 
 
 def runtimes() -> str:
-    """Return which versions of its runtime each target needs."""
+    """Return the runtime versions that each target loads with."""
     rows = []
     for name in target_names():
         rules = get_target(name).capabilities.runtime
@@ -58,22 +114,15 @@ def runtimes() -> str:
     return table(("target", "distribution", "loads with"), rows)
 
 
-def main_settings() -> str:
-    """Return the settings that are not one service's own."""
-    return settings(leave_out=("s3_", "neptune_", "signing_", "trusted_", "require_"))
-
-
-def settings(leave_out: tuple[str, ...] = ()) -> str:
-    """Return every setting with the variable that sets it, but those whose names begin with `leave_out`."""
+def settings() -> str:
+    """Return every setting with the variable that sets it."""
     rows = []
     for name, field in Settings.model_fields.items():
-        if name.startswith(leave_out):
-            continue
         variable = field.validation_alias or f"COMPILEFLOW_{name.upper()}"
         value = field.get_default(call_default_factory=True)
         default = "" if value is None else f"`{value}`"
         rows.append((f"`{variable}`", default, field.description or ""))
-    return table(("variable", "default", "what it is"), rows)
+    return table(("variable", "default", "what it sets"), rows)
 
 
 def errors() -> str:
@@ -81,51 +130,54 @@ def errors() -> str:
     rows: list[tuple[str, str, str]] = []
 
     def walk(kind: type[CompileflowError]) -> None:
-        words = (kind.__doc__ or "").splitlines()[0]
-        rows.append((f"`{kind.__name__}`", "yes" if kind.retryable else "no", words))
+        summary = (kind.__doc__ or "").splitlines()[0]
+        rows.append((f"`{kind.__name__}`", "yes" if kind.retryable else "no", summary))
         for child in kind.__subclasses__():
             walk(child)
 
     walk(CompileflowError)
-    return table(("error", "retried", "means"), rows)
+    return table(("error", "retried", "meaning"), rows)
 
 
 def gates() -> str:
-    """Return every gate with its limit for each precision, and for the tasks that have their own."""
+    """Return every gate with its limit for each precision and the tasks that it holds for."""
     rows = []
-    tasks = {task: {gate.entry.gate for gate in gates_for(Precision.FP32, task, {})} for task in GRAPH_TASKS}
+    gate_names = {task: {gate.entry.gate for gate in gates_for(Precision.FP32, task, {})} for task in GRAPH_TASKS}
     for entry in load_suite().gates:
-        holders = [task for task, names in tasks.items() if entry.gate in names]
-        limits = []
+        gate_tasks = [task for task, names in gate_names.items() if entry.gate in names]
+        cells = []
         for precision in Precision:
-            found = {
+            limits = {
                 f"{gate.limit:g}{' (warns)' if gate.severity == 'warning' else ''}"
-                for task in holders
+                for task in gate_tasks
                 for gate in gates_for(precision, task, {})
                 if gate.entry.gate == entry.gate
             }
-            limits.append(" or ".join(sorted(found)) or "none")
-        where = "all" if len(holders) == len(GRAPH_TASKS) else ", ".join(holders) or "when asked"
-        rows.append((f"`{entry.gate}`", entry.says, where, *limits))
-    return table(("gate", "what it says", "tasks", *(precision.value for precision in Precision)), rows)
+            cells.append(" or ".join(sorted(limits)) or "none")
+        scope = "all" if len(gate_tasks) == len(GRAPH_TASKS) else ", ".join(gate_tasks) or "on request"
+        rows.append((f"`{entry.gate}`", entry.says, scope, *cells))
+    return table(("gate", "what it checks", "tasks", *(precision.value for precision in Precision)), rows)
 
 
 def tasks() -> str:
-    """Return every task: what a pipeline takes, whose pipeline answers, and the targets that compile it."""
-    own = (HfTask.SENTENCE_SIMILARITY, HfTask.QUESTION_ANSWERING)
-    able = {name: get_target(name).capabilities.hf_tasks for name in target_names()}
+    """Return every task with its input, the pipeline that answers, and the targets that compile it."""
+    compileflow_pipelines = (HfTask.SENTENCE_SIMILARITY, HfTask.QUESTION_ANSWERING)
+    supported_tasks = {name: get_target(name).capabilities.hf_tasks for name in target_names()}
     rows = []
     for task in HfTask:
-        cells = ["yes" if task in able[name] else "" for name in REAL_TARGETS]
-        rows.append((f"`{task}`", task.modality, "compileflow's own" if task in own else "transformers'", *cells))
-    return table(("task", "takes", "pipeline", *(f"`{name}`" for name in REAL_TARGETS)), rows)
+        cells = ["yes" if task in supported_tasks[name] else "" for name in REAL_TARGETS]
+        pipeline = "compileflow" if task in compileflow_pipelines else "transformers"
+        rows.append((f"`{task}`", task.modality, pipeline, *cells))
+    return table(("task", "input", "pipeline", *(f"`{name}`" for name in REAL_TARGETS)), rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
     "targets": targets,
+    "target-inputs": target_inputs,
+    "target-options": target_options,
+    "commands": commands,
     "tasks": tasks,
     "runtimes": runtimes,
-    "main-settings": main_settings,
     "settings": settings,
     "errors": errors,
     "gates": gates,
@@ -133,13 +185,13 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def rendered(page: str) -> str:
-    """Return a page with its tables made anew."""
+    """Return a page with its tables written again."""
     text = (ROOT / page).read_text("utf-8")
     return _BLOCK.sub(lambda match: f"{match[1]}{TABLES[match['name']]()}{match[3]}", text)
 
 
 def main() -> int:
-    """Write the pages, or with --check only say which are stale."""
+    """Write the pages, or with --check name the stale ones and return 1."""
     stale = [page for page in PAGES if rendered(page) != (ROOT / page).read_text("utf-8")]
     if "--check" in sys.argv:
         sys.stderr.writelines(f"{page} is stale; run: python docs/tables.py\n" for page in stale)

@@ -18,7 +18,7 @@ from compileflow.selection.comparison import (
     choose,
     pareto_front,
 )
-from compileflow.validation.latency import Latency
+from compileflow.validation.measure.latency import Latency
 
 
 def candidate(

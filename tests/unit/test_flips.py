@@ -12,8 +12,8 @@ import pytest
 from compileflow.contracts import Arrays
 from compileflow.spec import HfTask
 from compileflow.validation.cases import Case
-from compileflow.validation.decisions import Decisions
-from compileflow.validation.flips import Flip
+from compileflow.validation.measure.decisions import Decisions
+from compileflow.validation.measure.flips import Flip
 from tests.conftest import ModelFactory
 from tests.models import build_model
 from tests.unit.proving import compile_here, validate_here

@@ -9,10 +9,10 @@ import pytest
 
 from compileflow.errors import MeasurementError
 from compileflow.spec import HfTask, Precision
-from compileflow.validation import judge as judging
+from compileflow.validation.judge import verdict as judging
 from compileflow.validation.judge import GateResult, Verdict, judge
 from compileflow.validation.measure import Measurements
-from compileflow.validation.metrics import compare
+from compileflow.validation.measure.metrics import compare
 
 CLASSIFY, TAG, EMBED = HfTask.TEXT_CLASSIFICATION, HfTask.TOKEN_CLASSIFICATION, HfTask.FEATURE_EXTRACTION
 NAN = float("nan")

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from compileflow.validation.latency import time_pairs
+from compileflow.validation.measure.latency import time_pairs
 
 
 def _work(size: int) -> object:

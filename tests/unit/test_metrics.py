@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from compileflow.validation import metrics
+from compileflow.validation.measure import metrics
 
 
 def test_doctests_of_the_metrics_hold() -> None:

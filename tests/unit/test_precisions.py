@@ -20,7 +20,7 @@ from compileflow.catalog import get_target
 from compileflow.contracts import Arrays, Runner
 from compileflow.spec import CompileSpec, ComponentSpec, HfTask, Precision, ShapeBucket
 from compileflow.steps.calibration import CalibrationSettings, calibration_batches, load_calibration
-from compileflow.validation.metrics import rel_l2
+from compileflow.validation.measure.metrics import rel_l2
 from tests.compiles import build_once
 from tests.conftest import ModelFactory
 from tests.models import sentences

@@ -13,11 +13,11 @@ import pytest
 
 from compileflow.spec import HfTask, Precision
 from compileflow.validation.cases import Case
-from compileflow.validation.flips import Flip
+from compileflow.validation.measure.flips import Flip
 from compileflow.validation.judge import judge
-from compileflow.validation.latency import Latency
+from compileflow.validation.measure.latency import Latency
 from compileflow.validation.measure import Measurements, measure_noise
-from compileflow.validation.metrics import compare
+from compileflow.validation.measure.metrics import compare
 from compileflow.validation.report import (
     Report,
     ReportSubject,

@@ -25,7 +25,7 @@ from compileflow.spec import CompileSpec, ComponentSpec, HfTask
 from compileflow.steps.build import build_artifact
 from compileflow.steps.compile import detect_task
 from compileflow.testing.pipelines import assert_same_result
-from compileflow.validation.signal_cases import generated_signals, load_signals, signals_digest
+from compileflow.validation.cases import generated_signals, load_signals, signals_digest
 from tests.conftest import ModelFactory
 from tests.models import SIGNAL_TASKS
 from tests.unit.proving import compile_here, reseal, validate_here

@@ -12,10 +12,10 @@ from pydantic import ValidationError
 
 from compileflow.errors import MeasurementError
 from compileflow.spec import GRAPH_TASKS, HfTask, Precision
-from compileflow.validation import suite
+from compileflow.validation.judge import suite
 from compileflow.validation.judge import judge
 from compileflow.validation.measure import Measurements
-from compileflow.validation.suite import SuiteFile, gates_for, load_suite
+from compileflow.validation.judge.suite import SuiteFile, gates_for, load_suite
 
 FP32, FP16, BF16, INT8 = Precision.FP32, Precision.FP16, Precision.BF16, Precision.INT8
 # The limits that were decided on, written out here a second time on purpose.

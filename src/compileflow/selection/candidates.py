@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from compileflow.contracts import Outcome
 from compileflow.errors import MeasurementError
 from compileflow.spec import Precision
-from compileflow.validation.latency import Latency
+from compileflow.validation.measure.latency import Latency
 
 _AGREEMENTS = ("label_agreement", "exact_span", "neighbour_overlap", "entity_f1")
 

@@ -24,7 +24,7 @@ from compileflow.source_model.processor import LONGEST_S, load_processor, longes
 from compileflow.spec import CompileSpec
 from compileflow.validation import measure as measuring
 from compileflow.validation.cases import Case
-from compileflow.validation.decisions import Decisions
+from compileflow.validation.measure.decisions import Decisions
 from compileflow.validation.evidence import gather_evidence, timed_shapes
 from compileflow.validation.judge import judge
 from compileflow.validation.registered_tests import (
@@ -42,7 +42,7 @@ from compileflow.validation.report import (
     write_report,
 )
 from compileflow.validation.settings import ValidationSettings
-from compileflow.validation.suite import suite_digest
+from compileflow.validation.judge.suite import suite_digest
 
 
 def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from compileflow.steps.cache import CacheKey, find_or_make
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
 from compileflow.validation.cases import load_examples
 from compileflow.validation.settings import ValidationSettings
-from compileflow.validation.signal_cases import signals_digest
-from compileflow.validation.suite import suite_digest
+from compileflow.validation.cases import signals_digest
+from compileflow.validation.judge.suite import suite_digest
 
 logger = logging.getLogger(__name__)
 STEP = "validate"

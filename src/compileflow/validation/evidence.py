@@ -10,12 +10,12 @@ from typing import Any
 from compileflow.contracts import Arrays, ComponentRecord
 from compileflow.source_model.processor import load_processor
 from compileflow.spec import CompileSpec, HfTask
-from compileflow.validation import measure as measuring
-from compileflow.validation.cases import Case, CaseBuilder, agreement_cases, load_examples, shape_cases
-from compileflow.validation.measure import Measurements, Model
+from compileflow.validation.measure import outputs as measuring
+from compileflow.validation.cases.text import Case, CaseBuilder, agreement_cases, load_examples, shape_cases
+from compileflow.validation.measure.outputs import Measurements, Model
 from compileflow.validation.registered_tests import RegisteredTests
 from compileflow.validation.settings import ValidationSettings
-from compileflow.validation.signal_cases import SignalCases, load_signals
+from compileflow.validation.cases.signals import SignalCases, load_signals
 
 # Where a graph is dynamic, lengths at which kernels are wont to change.
 _DYNAMIC_EDGES = (8, 16, 32, 64, 128, 256)

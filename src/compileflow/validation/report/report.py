@@ -13,9 +13,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from compileflow._process.packages import installed_versions
-from compileflow.validation.flips import Flip
-from compileflow.validation.judge import Verdict
-from compileflow.validation.latency import Latency
+from compileflow.validation.measure.flips import Flip
+from compileflow.validation.judge.verdict import Verdict
+from compileflow.validation.measure.latency import Latency
 
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
 # Beside them: a registered source version's test inputs, with what the compiled model answers.
@@ -109,7 +109,7 @@ def write_page(
     json_name: str,
     html_name: str,
     values: Mapping[str, Any],
-    package: str = "compileflow.validation",
+    package: str = "compileflow.validation.report",
 ) -> None:
     """Write a value as JSON, and as a page that opens offline, by the template of the page's name.
 
@@ -131,7 +131,7 @@ def write_page(
         (files(package) / f"{html_name}.j2").read_text("utf-8")
     )
     # Our own file, and it has characters that a style must keep as they are.
-    style = Markup((files("compileflow.validation") / "page.css").read_text("utf-8"))  # noqa: S704
+    style = Markup((files("compileflow.validation.report") / "page.css").read_text("utf-8"))  # noqa: S704
     (folder / html_name).write_text(template.render(style=style, **values), "utf-8")
 
 

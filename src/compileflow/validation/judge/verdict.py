@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict
 from compileflow.contracts import Outcome
 from compileflow.errors import MeasurementError
 from compileflow.spec import GRAPH_TASKS, HfTask, Precision
-from compileflow.validation.measure import Measurements
-from compileflow.validation.suite import Gate, gates_for
+from compileflow.validation.measure.outputs import Measurements
+from compileflow.validation.judge.suite import Gate, gates_for
 
 
 class GateResult(BaseModel):
@@ -141,7 +141,7 @@ def _judge_table(table: Any, gates: Sequence[Gate], examples: Mapping[str, int])
 def _expectation(gate: Gate) -> Any:
     from great_expectations.expectations.expectation_configuration import ExpectationConfiguration
 
-    from compileflow.validation.expectations import EXPECTATIONS
+    from compileflow.validation.judge.expectations import EXPECTATIONS
 
     known = {kind.expectation_type for kind in EXPECTATIONS}
     if gate.entry.type not in known:

@@ -12,7 +12,7 @@ from great_expectations.execution_engine import PandasExecutionEngine
 from great_expectations.expectations.expectation import ColumnAggregateExpectation
 from great_expectations.expectations.metrics import ColumnAggregateMetricProvider, column_aggregate_value
 
-from compileflow.validation.metrics import trials_to_decide, wilson_interval
+from compileflow.validation.measure.metrics import trials_to_decide, wilson_interval
 
 
 class _Extremes(ColumnAggregateMetricProvider):  # type: ignore[misc]

@@ -11,9 +11,9 @@ import numpy as np
 
 from compileflow.contracts import Arrays
 from compileflow.spec import HfTask
-from compileflow.validation import metrics
-from compileflow.validation.cases import Case
-from compileflow.validation.flips import (
+from compileflow.validation.measure import metrics
+from compileflow.validation.cases.text import Case
+from compileflow.validation.measure.flips import (
     SURE_MARGIN,
     Change,
     Decode,

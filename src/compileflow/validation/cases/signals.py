@@ -17,7 +17,7 @@ from compileflow.errors import MeasurementError
 from compileflow.source_model.lengths import call_sizes, frames_of, shortest_input
 from compileflow.source_model.processor import Processor
 from compileflow.spec import Modality
-from compileflow.validation.cases import Case
+from compileflow.validation.cases.text import Case
 
 Signal = NDArray[Any]
 

@@ -11,10 +11,10 @@ import numpy as np
 
 from compileflow.contracts import Arrays, TensorRecord
 from compileflow.errors import MeasurementError
-from compileflow.validation import metrics
-from compileflow.validation.cases import Case, CaseBuilder
-from compileflow.validation.decisions import Decisions
-from compileflow.validation.latency import Latency, time_pairs
+from compileflow.validation.measure import metrics
+from compileflow.validation.cases.text import Case, CaseBuilder
+from compileflow.validation.measure.decisions import Decisions
+from compileflow.validation.measure.latency import Latency, time_pairs
 
 Model = Callable[[Arrays], Arrays]
 

@@ -1,0 +1,8 @@
+"""Judge: the suite's gates turn measurements into a verdict. Nothing else in compileflow does."""
+
+from __future__ import annotations
+
+from compileflow.validation.judge.suite import gates_for, load_suite, suite_digest
+from compileflow.validation.judge.verdict import GateResult, Verdict, judge
+
+__all__ = ["GateResult", "Verdict", "gates_for", "judge", "load_suite", "suite_digest"]

@@ -1,0 +1,31 @@
+"""Report: what a validation leaves behind, as JSON and as a page that opens offline."""
+
+from __future__ import annotations
+
+from compileflow.validation.report.report import (
+    REPORT_HTML,
+    REPORT_JSON,
+    TEST_FILES,
+    Report,
+    ReportSubject,
+    environment,
+    megabytes,
+    percent,
+    worst_rows,
+    write_page,
+    write_report,
+)
+
+__all__ = [
+    "REPORT_HTML",
+    "REPORT_JSON",
+    "TEST_FILES",
+    "Report",
+    "ReportSubject",
+    "environment",
+    "megabytes",
+    "percent",
+    "worst_rows",
+    "write_page",
+    "write_report",
+]
