@@ -1,1 +1,1 @@
-"""A model-registry server that the `neptune` 1.x client talks to (docs/neptune-server.md)."""
+"""A model registry on this machine for code that uses the `neptune` 1.x client; see docs/neptune-server.md."""

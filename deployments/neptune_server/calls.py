@@ -1,66 +1,66 @@
-"""One request as the handlers see it, and what they answer besides JSON."""
+"""A request as the API's functions see it, and the file that a response may be."""
 
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
-from deployments.neptune_server.blobs import PIECE, Reader
+from deployments.neptune_server.blobs import BLOCK_BYTES, Reader
 from deployments.neptune_server.errors import bad_request
 from deployments.neptune_server.registry import Registry
 from deployments.neptune_server.tokens import Tokens
 
 # Fields come as JSON, files never do.
-_LONGEST_JSON = 64 << 20
+_MAX_JSON_BYTES = 64 << 20
 
 
 class Body:
-    """A request's body: as many bytes as were announced, read a piece at a time.
+    """The body of a request, read block by block.
 
     Args:
         file: The connection.
-        size: Bytes announced.
+        size: Number of bytes that the request announces.
     """
 
     def __init__(self, file: Reader, size: int):
         self._file = file
         self.size = size
-        self.left = size
+        self._remaining = size
 
     def read(self, size: int = -1, /) -> bytes:
-        """Return up to `size` bytes; -1: all that is left.
+        """Return up to `size` bytes, or all remaining bytes if `size` is -1.
 
         Raises:
-            ConnectionAbortedError: the client went away.
+            ConnectionAbortedError: The client closed the connection before the end.
         """
-        wanted = self.left if size < 0 else min(size, self.left)
-        piece = self._file.read(wanted)
-        if len(piece) < wanted:
-            raise ConnectionAbortedError(f"The client went away, {self.left - len(piece)} bytes before the end.")
-        self.left -= len(piece)
-        return piece
+        count = self._remaining if size < 0 else min(size, self._remaining)
+        block = self._file.read(count)
+        if len(block) < count:
+            missing = self._remaining - len(block)
+            raise ConnectionAbortedError(f"The client closed the connection {missing} bytes before the end.")
+        self._remaining -= len(block)
+        return block
 
     def skip(self) -> None:
-        """Read what is left and forget it."""
-        while self.read(PIECE):
+        """Read the remaining bytes and discard them."""
+        while self.read(BLOCK_BYTES):
             pass
 
 
 @dataclass(frozen=True)
-class FileAnswer:
-    """A file to send.
+class FileResponse:
+    """A response that is a file.
 
     Attributes:
-        file: At its start; the server closes it.
-        name: To save it under.
-        media_type: For example application/zip.
+        file: The open file, at its start; the server closes it.
+        name: Name under which the client saves the file.
     """
 
     file: IO[bytes]
     name: str
-    media_type: str = "application/octet-stream"
 
 
 @dataclass(frozen=True)
@@ -68,71 +68,81 @@ class Call:
     """One request.
 
     Attributes:
-        registry: What there is.
-        tokens: To make session tokens.
-        create_projects: Make a project when it is asked for and absent.
-        query: The URL's parameters.
-        headers: The request's.
-        body: Its body.
-        url: The address by which the client reaches this server.
+        registry: The registry that the server serves.
+        tokens: Creates session tokens.
+        query: Parameters in the URL.
+        headers: Headers of the request.
+        body: Body of the request.
+        url: Address by which the client reaches this server.
     """
 
     registry: Registry
     tokens: Tokens
-    create_projects: bool
     query: Mapping[str, Sequence[str]]
     headers: Mapping[str, str]
     body: Body
     url: str
 
+    @property
+    def db(self) -> sqlite3.Connection:
+        """This thread's database connection, for reading."""
+        return self.registry.database.reading
+
     def text(self, name: str) -> str:
         """Return a parameter.
 
         Raises:
-            ApiError: 400, it is absent.
+            ApiError: 400, the request does not have the parameter.
         """
         if name not in self.query:
-            raise bad_request(f"The parameter {name!r} is absent.")
+            raise bad_request(f"The request has no parameter {name!r}.")
         return self.query[name][0]
 
+    def texts(self, name: str) -> Sequence[str]:
+        """Return all values of a parameter that may be repeated."""
+        return self.query.get(name, ())
+
     def optional(self, name: str) -> str | None:
-        """Return a parameter, or None where it is absent."""
+        """Return a parameter, or None if the request does not have it."""
         return self.query[name][0] if name in self.query else None
 
-    def number(self, name: str, default: int | None = None) -> int:
-        """Return a parameter that is a whole number, not negative.
+    def number(self, name: str) -> int:
+        """Return a parameter that is a whole number and not negative.
 
         Raises:
-            ApiError: 400, it is absent or no such number.
+            ApiError: 400, the request does not have the parameter, or it is not such a number.
         """
-        text = self.text(name) if default is None else self.optional(name) or str(default)
+        text = self.text(name)
         if not text.isdecimal():
-            raise bad_request(f"The parameter {name!r} is a number, not {text!r}.")
+            raise bad_request(f"Parameter {name!r}: expected a number, got {text!r}.")
         return int(text)
 
-    def json(self) -> Any:
-        """Return the body, which is JSON.
+    def json_object(self) -> dict[str, Any]:
+        """Return the body, a JSON object.
 
         Raises:
-            ApiError: 400, it is not, or it is too long.
+            ApiError: 400, the body is not a JSON object, or it is too long.
         """
-        if self.body.size > _LONGEST_JSON:
-            raise bad_request(f"A JSON body has at most {_LONGEST_JSON} bytes, this one {self.body.size}.")
+        value = self._json() or {}
+        if not isinstance(value, dict):
+            raise bad_request(f"Body: expected a JSON object, got {type(value).__name__}.")
+        return value
+
+    def json_list(self) -> list[Any]:
+        """Return the body, a JSON list.
+
+        Raises:
+            ApiError: 400, the body is not a JSON list, or it is too long.
+        """
+        value = self._json() or []
+        if not isinstance(value, list):
+            raise bad_request(f"Body: expected a JSON list, got {type(value).__name__}.")
+        return value
+
+    def _json(self) -> Any:
+        if self.body.size > _MAX_JSON_BYTES:
+            raise bad_request(f"Body: expected at most {_MAX_JSON_BYTES} bytes of JSON, got {self.body.size}.")
         try:
             return json.loads(self.body.read() or b"null")
         except ValueError as error:
-            raise bad_request(f"The body is no JSON: {error}.") from error
-
-    def json_object(self) -> dict[str, Any]:
-        """Return the body, which is a JSON object."""
-        found = self.json() or {}
-        if not isinstance(found, dict):
-            raise bad_request("The body is no JSON object.")
-        return found
-
-    def json_list(self) -> list[Any]:
-        """Return the body, which is a JSON list."""
-        found = self.json() or []
-        if not isinstance(found, list):
-            raise bad_request("The body is no JSON list.")
-        return found
+            raise bad_request(f"Body: expected JSON: {error}.") from error

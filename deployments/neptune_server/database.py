@@ -1,4 +1,4 @@
-"""The server's SQLite file: its tables, one connection per thread, one writer at a time."""
+"""The server's SQLite database: its tables, one connection per thread, one writer at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _SCHEMA_VERSION = 1
-_WAIT_S = 30.0
+_LOCK_TIMEOUT_S = 30.0
 _SCHEMA = """
 CREATE TABLE setting(name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE project(
@@ -59,13 +59,13 @@ CREATE TABLE artifact(
 
 
 class Database:
-    """The tables in one file, for the threads of one process.
+    """One SQLite file for the threads of one process.
 
     Args:
-        path: The SQLite file; made when absent.
+        path: The SQLite file. It is created if it does not exist.
 
     Raises:
-        ValueError: the file is of another version of this server.
+        ValueError: The file has the schema of another version of this server.
     """
 
     def __init__(self, path: Path):
@@ -73,27 +73,30 @@ class Database:
         self._local = threading.local()
         self._writers = threading.Lock()
         with self.writing() as db:
-            found = int(db.execute("PRAGMA user_version").fetchone()[0])
-            if found == 0:
+            version = int(db.execute("PRAGMA user_version").fetchone()[0])
+            if version == 0:
                 for statement in _SCHEMA.split(";"):
                     db.execute(statement)
                 db.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
-            elif found != _SCHEMA_VERSION:
-                raise ValueError(f"{path} has schema {found}, this server knows {_SCHEMA_VERSION}")
+            elif version != _SCHEMA_VERSION:
+                raise ValueError(
+                    f"{path}: expected schema version {_SCHEMA_VERSION}, got {version}. "
+                    "Start the version of the server that created it."
+                )
 
     @property
     def reading(self) -> sqlite3.Connection:
         """This thread's connection."""
-        found: sqlite3.Connection | None = getattr(self._local, "connection", None)
-        if found is None:
-            found = self._local.connection = self._connect()
-        return found
+        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
+        if connection is None:
+            connection = self._local.connection = self._connect()
+        return connection
 
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
-        """Give this thread's connection in a transaction, kept on disk once the block has ended."""
+        """Yield this thread's connection in a transaction, which is on disk when the block ends."""
         db = self.reading
-        # SQLite's own waiting is not fair; twenty writers would starve one another.
+        # SQLite does not serve waiting writers in order; twenty writers would starve each other.
         with self._writers:
             db.execute("BEGIN IMMEDIATE")
             try:
@@ -105,13 +108,13 @@ class Database:
 
     def close(self) -> None:
         """Close this thread's connection."""
-        found: sqlite3.Connection | None = getattr(self._local, "connection", None)
-        if found is not None:
+        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
+        if connection is not None:
             self._local.connection = None
-            found.close()
+            connection.close()
 
     def _connect(self) -> sqlite3.Connection:
-        db = sqlite3.connect(self._path, isolation_level=None, timeout=_WAIT_S)
+        db = sqlite3.connect(self._path, isolation_level=None, timeout=_LOCK_TIMEOUT_S)
         db.row_factory = sqlite3.Row
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")

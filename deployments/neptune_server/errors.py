@@ -1,4 +1,4 @@
-"""What the server answers when it cannot do what was asked."""
+"""The errors that the server sends to a client."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ class ApiError(Exception):
 
     Args:
         status: HTTP status.
-        title: One line for whoever reads it; "Syntax error" alone makes the client say that the query is wrong.
-        kind: Neptune's `errorType`, which the client turns into an exception of its own.
-        detail: What was found and what to do.
+        title: One line. The client raises NeptuneInvalidQueryException if it is "Syntax error".
+        kind: Neptune's `errorType`, which the client turns into an exception of that kind.
+        detail: What the client asked for, what the server has, and what to do.
     """
 
     def __init__(self, status: int, title: str, *, kind: str = "", detail: str = ""):
@@ -20,16 +20,16 @@ class ApiError(Exception):
         self.detail = detail
         super().__init__(status, title, detail)
 
-    def answer(self) -> dict[str, object]:
-        """Return the body of the reply."""
+    def to_json(self) -> dict[str, object]:
+        """Return the body of the response."""
         body = {"code": self.status, "title": self.title, "errorType": self.kind, "detail": self.detail}
         return {name: value for name, value in body.items() if value}
 
 
 class FieldError(Exception):
-    """One field cannot take what was written to it; the client raises it as MetadataInconsistency."""
+    """A field cannot take a value or a file; the client raises MetadataInconsistency."""
 
 
 def bad_request(detail: str) -> ApiError:
-    """Return the error for a request that no client of this API makes."""
+    """Return the error for a request that is malformed."""
     return ApiError(400, "Bad request", detail=detail)

@@ -1,4 +1,4 @@
-"""Fields of models and versions: what may be written to them, and how they are read."""
+"""Fields of models and versions: which values they take, and how the client reads them."""
 
 from __future__ import annotations
 
@@ -9,17 +9,13 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from deployments.neptune_server.containers import STAGES, Container, iso_time, now
+from deployments.neptune_server.containers import STAGES, SYSTEM_FIELDS, Container, iso_time, now
 from deployments.neptune_server.errors import ApiError, FieldError, bad_request
 
-# The client cuts strings at this many characters, so a longer one comes from somewhere else.
-LONGEST_STRING = 16_384
-# The server's own: a client that writes them is mistaken.
-READ_ONLY = frozenset(
-    f"sys/{name}"
-    for name in ("id", "model_id", "owner", "creation_time", "modification_time", "ping_time", "trashed", "size")
-)
-_ASSIGNED = {
+# The client cuts strings at this number of characters.
+MAX_STRING_LENGTH = 16_384
+_READ_ONLY = SYSTEM_FIELDS.keys() - {"sys/name", "sys/tags", "sys/stage"}
+_ASSIGNMENTS = {
     "assignFloat": "float",
     "assignInt": "int",
     "assignBool": "bool",
@@ -27,23 +23,27 @@ _ASSIGNED = {
     "assignDatetime": "datetime",
     "assignArtifact": "artifact",
 }
-_ACCEPTED: dict[str, type | tuple[type, ...]] = {"assignFloat": (int, float), "assignInt": int, "assignBool": bool}
-_SETS = ("insertStrings", "removeStrings", "clearStringSet")
-_SERIES = {"logFloats": "floatSeries", "logStrings": "stringSeries"}
-_CLEARED = {"clearFloatSeries": "floatSeries", "clearStringSeries": "stringSeries"}
+_PYTHON_TYPES: dict[str, type | tuple[type, ...]] = {
+    "assignFloat": (int, float),
+    "assignInt": int,
+    "assignBool": bool,
+}
+_SET_CHANGES = ("insertStrings", "removeStrings", "clearStringSet")
+_LOGS = {"logFloats": "floatSeries", "logStrings": "stringSeries"}
+_CLEARS = {"clearFloatSeries": "floatSeries", "clearStringSeries": "stringSeries"}
 
 
 def execute(db: sqlite3.Connection, container: Container, operations: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Write fields, in order; what one field cannot take does not keep the others from being written.
+    """Write fields in order. A field that cannot take its value does not stop the others.
 
     Returns:
-        What could not be written, one line each.
+        An error message for each operation that failed.
     """
     errors = []
     for operation in operations:
         names = [name for name in operation if name != "path"]
         if len(names) != 1 or not operation.get("path"):
-            raise bad_request(f"An operation has a path and one thing to do; found {sorted(operation)}.")
+            raise bad_request(f"An operation has a path and one action, got {sorted(operation)}.")
         try:
             _execute(db, container, operation["path"], names[0], operation[names[0]] or {})
         except FieldError as error:
@@ -55,45 +55,59 @@ def execute(db: sqlite3.Connection, container: Container, operations: Sequence[M
 
 
 def touch(db: sqlite3.Connection, container: Container) -> None:
-    """Note that something was written."""
-    _put(db, container, "sys/modification_time", "datetime", now())
+    """Set the time at which the container was last changed."""
+    put(db, container, "sys/modification_time", "datetime", now())
 
 
-def check_type(db: sqlite3.Connection, container: Container, path: str, kind: str) -> None:
-    """Refuse what would change a field's type.
-
-    Raises:
-        FieldError: the field has another type.
-    """
-    found = _find(db, container, path)
-    if found is not None and found["type"] != kind:
-        raise FieldError(f"Field {path!r} is of type {found['type']}; {kind} was written. Delete it first.")
-
-
-def read(db: sqlite3.Connection, container: Container, path: str, kind: str) -> dict[str, Any]:
-    """Return one field as the API has it.
+def check_type(db: sqlite3.Connection, container: Container, path: str, field_type: str) -> None:
+    """Check that a write does not change the type of a field.
 
     Raises:
-        ApiError: 404, there is none of that type.
+        FieldError: The field has another type.
     """
     row = _find(db, container, path)
-    if row is None or row["type"] != kind:
+    if row is not None and row["type"] != field_type:
+        raise FieldError(f"Field {path!r}: expected type {row['type']}, got {field_type}. Delete the field first.")
+
+
+def read(db: sqlite3.Connection, container: Container, path: str, field_type: str) -> dict[str, Any]:
+    """Return the value of a field in the form of the API.
+
+    Raises:
+        ApiError: 404, the container has no such field of that type.
+    """
+    row = _find(db, container, path)
+    if row is None or row["type"] != field_type:
         raise no_field(container, path)
-    return properties(row["type"], row["value"])
+    return _properties(field_type, row["value"])
 
 
-def read_all(db: sqlite3.Connection, container_id: str) -> list[dict[str, Any]]:
-    """Return all fields as the API has them, by name."""
+def read_all(
+    db: sqlite3.Connection, container_id: str, paths: frozenset[str] = frozenset()
+) -> list[dict[str, Any]]:
+    """Return fields in the form of the API, by name: those at `paths`, or all fields if there are no paths."""
     rows = db.execute("SELECT * FROM attribute WHERE container = ? ORDER BY path", (container_id,))
-    return [attribute(row) for row in rows]
+    return [
+        {
+            "name": row["path"],
+            "type": row["type"],
+            f"{row['type']}Properties": _properties(row["type"], row["value"]),
+        }
+        for row in rows
+        if not paths or row["path"] in paths
+    ]
 
 
 def read_points(
     db: sqlite3.Connection, container: Container, path: str, *, offset: int, limit: int
 ) -> dict[str, Any]:
-    """Return points of a series, oldest first, and how many there are."""
+    """Return points of a series, oldest first, and the number of all its points.
+
+    Raises:
+        ApiError: 404, the container has no such series.
+    """
     row = _find(db, container, path)
-    if row is None or row["type"] not in _SERIES.values():
+    if row is None or row["type"] not in _LOGS.values():
         raise no_field(container, path)
     where = "FROM point WHERE container = ? AND path = ?"
     total = db.execute(f"SELECT COUNT(*) AS n {where}", (container.id, path)).fetchone()["n"]
@@ -101,38 +115,28 @@ def read_points(
         f"SELECT timestamp_ms, step, value {where} ORDER BY position LIMIT ? OFFSET ?",
         (container.id, path, limit, offset),
     )
-    values = [{"timestampMillis": one["timestamp_ms"], "step": one["step"], "value": one["value"]} for one in rows]
+    values = [{"timestampMillis": row["timestamp_ms"], "step": row["step"], "value": row["value"]} for row in rows]
     return {"totalItemCount": total, "values": values}
 
 
-def attribute(row: sqlite3.Row) -> dict[str, Any]:
-    """Return a row of the table `attribute` as the API has it."""
-    kind, path = row["type"], row["path"]
-    own = {"attributeName": path, "attributeType": kind, **properties(kind, row["value"])}
-    return {"name": path, "type": kind, f"{kind}Properties": own}
-
-
-def properties(kind: str, value: Any) -> dict[str, Any]:
-    """Return a field's value as the API has it."""
-    if kind == "stringSet":
-        return {"values": json.loads(value)}
-    if kind == "file":
-        return dict(json.loads(value))
-    if kind in _SERIES.values():
-        return {"last": value}
-    return {{"fileSet": "size", "artifact": "hash"}.get(kind, "value"): bool(value) if kind == "bool" else value}
-
-
 def no_field(container: Container, path: str) -> ApiError:
-    """Return the error for a field that is not there."""
-    return ApiError(
-        404, "Field not found", kind="ATTRIBUTE_NOT_FOUND", detail=f"{container.short_id} has no such {path!r}."
+    """Return the error for a field that does not exist or has another type."""
+    return ApiError(404, "Field not found", detail=f"{container.short_id} has no field {path!r} of that type.")
+
+
+def put(db: sqlite3.Connection, container: Container, path: str, field_type: str, value: Any) -> None:
+    """Write a field of any type."""
+    # INSERT OR REPLACE would delete the row, and with it the field's points and files.
+    db.execute(
+        "INSERT INTO attribute VALUES (?, ?, ?, ?) "
+        "ON CONFLICT(container, path) DO UPDATE SET type = excluded.type, value = excluded.value",
+        (container.id, path, field_type, value),
     )
 
 
-def put_file_field(db: sqlite3.Connection, container: Container, path: str, kind: str, value: Any) -> None:
-    """Write a field whose files are kept already."""
-    _put(db, container, path, kind, value)
+def put_file_field(db: sqlite3.Connection, container: Container, path: str, field_type: str, value: Any) -> None:
+    """Write a field that has files, and update the size of the container."""
+    put(db, container, path, field_type, value)
     db.execute(
         "UPDATE attribute SET value = (SELECT CAST(COALESCE(SUM(size), 0) AS REAL) FROM file WHERE container = ?) "
         "WHERE container = ? AND path = 'sys/size'",
@@ -140,69 +144,94 @@ def put_file_field(db: sqlite3.Connection, container: Container, path: str, kind
     )
 
 
-def _execute(db: sqlite3.Connection, container: Container, path: str, name: str, given: Mapping[str, Any]) -> None:
-    if path in READ_ONLY:
-        raise FieldError(f"Field {path!r} is the server's own.")
-    if name == "deleteAttribute":
+def set_size(db: sqlite3.Connection, container: Container, path: str) -> int:
+    """Return the size of all files of a file set, in bytes."""
+    row = db.execute(
+        "SELECT COALESCE(SUM(size), 0) AS size FROM file WHERE container = ? AND path = ?", (container.id, path)
+    ).fetchone()
+    return int(row["size"])
+
+
+def _properties(field_type: str, value: Any) -> dict[str, Any]:
+    match field_type:
+        case "bool":
+            return {"value": bool(value)}
+        case "stringSet":
+            return {"values": json.loads(value)}
+        case "floatSeries" | "stringSeries":
+            return {"last": value}
+        case "file":
+            return dict(json.loads(value))
+        case "fileSet":
+            return {"size": value}
+        case "artifact":
+            return {"hash": value}
+    return {"value": value}
+
+
+def _execute(
+    db: sqlite3.Connection, container: Container, path: str, action: str, arguments: Mapping[str, Any]
+) -> None:
+    if path in _READ_ONLY:
+        raise FieldError(f"Field {path!r} is read-only: the server sets it.")
+    if action == "deleteAttribute":
         db.execute("DELETE FROM attribute WHERE container = ? AND path = ?", (container.id, path))
-    elif name in _ASSIGNED:
-        check_type(db, container, path, _ASSIGNED[name])
-        value = _assigned(path, name, given)
+    elif action in _ASSIGNMENTS:
+        check_type(db, container, path, _ASSIGNMENTS[action])
+        value = _assigned_value(path, action, arguments)
         if value is not None:
-            _put(db, container, path, _ASSIGNED[name], value)
-    elif name in _SETS:
-        _change_set(db, container, path, name, given)
-    elif name in _SERIES:
-        _log(db, container, path, _SERIES[name], given["entries"])
-    elif name in _CLEARED:
-        check_type(db, container, path, _CLEARED[name])
+            put(db, container, path, _ASSIGNMENTS[action], value)
+    elif action in _SET_CHANGES:
+        _change_set(db, container, path, action, arguments)
+    elif action in _LOGS:
+        _log(db, container, path, _LOGS[action], arguments["entries"])
+    elif action in _CLEARS:
+        check_type(db, container, path, _CLEARS[action])
         db.execute("DELETE FROM point WHERE container = ? AND path = ?", (container.id, path))
-        _put(db, container, path, _CLEARED[name], None)
-    elif name == "clearArtifact":
-        check_type(db, container, path, "artifact")
-        _put(db, container, path, "artifact", None)
-    elif name == "deleteFiles":
-        _delete_files(db, container, path, given["filePaths"])
-    elif name != "configFloatSeries":  # it says how a chart looks, and there are none
-        raise FieldError(f"Field {path!r}: this server has no {name}.")
+        put(db, container, path, _CLEARS[action], None)
+    elif action == "deleteFiles":
+        _delete_files(db, container, path, arguments["filePaths"])
+    elif action != "configFloatSeries":  # the settings of a chart, and there are no charts
+        raise FieldError(f"Field {path!r}: this server does not support {action}.")
 
 
-def _assigned(path: str, name: str, given: Mapping[str, Any]) -> Any:
-    if name == "assignDatetime":
-        return iso_time(datetime.fromtimestamp(given["valueMilliseconds"] / 1000, UTC))
-    value = given["hash" if name == "assignArtifact" else "value"]
-    if not isinstance(value, _ACCEPTED.get(name, str)):
-        raise TypeError(f"{value!r} is none")
+def _assigned_value(path: str, action: str, arguments: Mapping[str, Any]) -> Any:
+    """Return the value to store, or None if there is nothing to store."""
+    if action == "assignDatetime":
+        return iso_time(datetime.fromtimestamp(arguments["valueMilliseconds"] / 1000, UTC))
+    value = arguments["hash" if action == "assignArtifact" else "value"]
+    if not isinstance(value, _PYTHON_TYPES.get(action, str)):
+        raise TypeError(f"expected {_ASSIGNMENTS[action]}, got {value!r}")
     if path == "sys/stage" and value not in STAGES:
-        raise FieldError(f"{value!r} is no stage: use one of {', '.join(STAGES)}.")
-    if isinstance(value, str) and len(value) > LONGEST_STRING:
+        raise FieldError(f"{value!r} is not a stage. Use one of {', '.join(STAGES)}.")
+    if isinstance(value, str) and len(value) > MAX_STRING_LENGTH:
         raise FieldError(
-            f"Field {path!r}: {len(value)} characters, at most {LONGEST_STRING}. Upload it as a file."
+            f"Field {path!r}: expected at most {MAX_STRING_LENGTH} characters, got {len(value)}. "
+            "Upload the text as a file."
         )
-    if isinstance(value, float) and not math.isfinite(value):
-        return None  # as Neptune does: it keeps no NaN and no infinity, and does not complain
-    return value
+    # Neptune drops NaN and infinities without an error.
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _change_set(
-    db: sqlite3.Connection, container: Container, path: str, name: str, given: Mapping[str, Any]
+    db: sqlite3.Connection, container: Container, path: str, action: str, arguments: Mapping[str, Any]
 ) -> None:
     check_type(db, container, path, "stringSet")
-    found = _find(db, container, path)
-    members = set(json.loads(found["value"])) if found is not None and name != "clearStringSet" else set()
-    if name == "insertStrings":
-        members |= set(given["values"])
-    elif name == "removeStrings":
-        members -= set(given["values"])
-    _put(db, container, path, "stringSet", json.dumps(sorted(members)))
+    row = _find(db, container, path)
+    members = set(json.loads(row["value"])) if row is not None and action != "clearStringSet" else set()
+    if action == "insertStrings":
+        members |= set(arguments["values"])
+    elif action == "removeStrings":
+        members -= set(arguments["values"])
+    put(db, container, path, "stringSet", json.dumps(sorted(members)))
 
 
 def _log(
-    db: sqlite3.Connection, container: Container, path: str, kind: str, entries: Sequence[Mapping[str, Any]]
+    db: sqlite3.Connection, container: Container, path: str, field_type: str, entries: Sequence[Mapping[str, Any]]
 ) -> None:
-    check_type(db, container, path, kind)
+    check_type(db, container, path, field_type)
     if _find(db, container, path) is None:
-        _put(db, container, path, kind, None)
+        put(db, container, path, field_type, None)
     row = db.execute(
         "SELECT step FROM point WHERE container = ? AND path = ? ORDER BY position DESC LIMIT 1",
         (container.id, path),
@@ -217,7 +246,7 @@ def _log(
             "INSERT INTO point(container, path, step, timestamp_ms, value) VALUES (?, ?, ?, ?, ?)",
             (container.id, path, step, entry["timestampMilliseconds"], value),
         )
-        _put(db, container, path, kind, value)
+        put(db, container, path, field_type, value)
 
 
 def _delete_files(db: sqlite3.Connection, container: Container, path: str, names: Sequence[str]) -> None:
@@ -230,25 +259,8 @@ def _delete_files(db: sqlite3.Connection, container: Container, path: str, names
     put_file_field(db, container, path, "fileSet", set_size(db, container, path))
 
 
-def set_size(db: sqlite3.Connection, container: Container, path: str) -> int:
-    """Return the size of all files of a file set, in bytes."""
-    row = db.execute(
-        "SELECT COALESCE(SUM(size), 0) AS size FROM file WHERE container = ? AND path = ?", (container.id, path)
-    ).fetchone()
-    return int(row["size"])
-
-
 def _find(db: sqlite3.Connection, container: Container, path: str) -> sqlite3.Row | None:
     row: sqlite3.Row | None = db.execute(
         "SELECT * FROM attribute WHERE container = ? AND path = ?", (container.id, path)
     ).fetchone()
     return row
-
-
-def _put(db: sqlite3.Connection, container: Container, path: str, kind: str, value: Any) -> None:
-    # Not INSERT OR REPLACE: that would delete the row, and with it the field's points and files.
-    db.execute(
-        "INSERT INTO attribute VALUES (?, ?, ?, ?) "
-        "ON CONFLICT(container, path) DO UPDATE SET type = excluded.type, value = excluded.value",
-        (container.id, path, kind, value),
-    )

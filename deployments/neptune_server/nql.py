@@ -1,15 +1,16 @@
-"""NQL, Neptune's query language, turned into a condition of SQL.
+"""NQL, Neptune's query language, compiled to a condition in SQL.
 
     query      = and { OR and }
     and        = not { AND not }
     not        = [ NOT ] ( "(" query ")" | comparison )
-    comparison = name ":" type operator value
-    name       = `any text` | word | last(...) and the like of a floatSeries
+    comparison = ( name ":" type | aggregate "(" name ":" type ")" ) operator value
+    name       = `any text` | word
+    aggregate  = last | min | max | average, of a floatSeries
 
-`=` and `!=` go with every type but stringSet, `<` `<=` `>` `>=` with numbers, times and strings, CONTAINS with
-strings (part of it) and sets of strings (member), `=~` (regular expression, anywhere) with strings. A comparison
-with a field that an object has not, or has with another type, is false; NOT of it is true. Times are ISO 8601, or
-"-2h", "-7d": so long ago.
+`=` and `!=` compare all types except stringSet. `<`, `<=`, `>` and `>=` compare numbers, times and strings.
+CONTAINS looks for a part of a string or a member of a stringSet. `=~` looks for a regular expression anywhere in a
+string. If an object does not have the field, or has it with another type, the comparison is false and NOT of it is
+true. A time is in ISO 8601, or it is a span before now such as "-2h" or "-7d".
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from datetime import UTC, datetime, timedelta
 from deployments.neptune_server.containers import iso_time
 from deployments.neptune_server.errors import ApiError
 
-_LONGEST = 1 << 16
-_DEEPEST = 100
-_MOST = 500
+_MAX_CHARACTERS = 1 << 16
+_MAX_DEPTH = 100
+_MAX_COMPARISONS = 500
 _TOKEN = re.compile(
     r"""\s*(?:
         (?P<quoted>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')
@@ -42,7 +43,7 @@ _AGGREGATES = {"last": None, "min": "MIN", "max": "MAX", "average": "AVG"}
 
 @dataclass(frozen=True)
 class Condition:
-    """A condition on a row `c` of the table `container`, and the values of its question marks."""
+    """A condition on a row `c` of the table `container`, and the values for its question marks."""
 
     sql: str
     values: tuple[object, ...] = ()
@@ -50,25 +51,25 @@ class Condition:
 
 @dataclass(frozen=True)
 class _Type:
-    stored: tuple[str, ...]
+    stored_types: tuple[str, ...]
     operators: tuple[str, ...]
     convert: Callable[[str], object]
 
 
 def compile_query(text: str) -> Condition:
-    """Return the condition that a query stands for; an empty query is always true.
+    """Return the condition of a query. The condition of an empty query is always true.
 
     Raises:
-        ApiError: 400, "Syntax error", and where.
+        ApiError: 400, "Syntax error"; the detail says what was expected and what came.
     """
-    if len(text) > _LONGEST:
-        raise _syntax_error(f"a query has at most {_LONGEST} characters")
+    if len(text) > _MAX_CHARACTERS:
+        raise _syntax_error(f"expected at most {_MAX_CHARACTERS} characters, got {len(text)}")
     parser = _Parser(_tokens(text))
     if parser.at_end:
         return Condition("1")
     condition = parser.query(0)
     if not parser.at_end:
-        raise parser.expected("AND, OR or the end")
+        raise parser.expected("AND, OR or the end of the query")
     return condition
 
 
@@ -76,35 +77,35 @@ Token = tuple[str, str]
 
 
 def _tokens(text: str) -> list[Token]:
-    found: list[Token] = []
-    at = 0
+    tokens: list[Token] = []
+    position = 0
     end = len(text.rstrip())
-    while at < end:
-        match = _TOKEN.match(text, at)
+    while position < end:
+        match = _TOKEN.match(text, position)
         if match is None:
-            raise _syntax_error(f"cannot read {text[at : at + 20]!r}")
+            raise _syntax_error(f"expected a name, an operator or a value, got {text[position : position + 20]!r}")
         kind = str(match.lastgroup)
-        found.append((kind, match[kind]))
-        at = match.end()
-    return found
+        tokens.append((kind, match[kind]))
+        position = match.end()
+    return tokens
 
 
 class _Parser:
     def __init__(self, tokens: list[Token]):
         self._tokens = tokens
-        self._at = 0
-        self._compared = 0
+        self._position = 0
+        self._comparisons = 0
 
     @property
     def at_end(self) -> bool:
-        return self._at == len(self._tokens)
+        return self._position == len(self._tokens)
 
     def query(self, depth: int) -> Condition:
         return self._joined("OR", lambda: self._joined("AND", lambda: self._not(depth)))
 
     def expected(self, what: str) -> ApiError:
-        found = "the end" if self.at_end else repr(self._tokens[self._at][1])
-        return _syntax_error(f"expected {what}, found {found}")
+        token = "the end of the query" if self.at_end else repr(self._tokens[self._position][1])
+        return _syntax_error(f"expected {what}, got {token}")
 
     def _joined(self, word: str, part: Callable[[], Condition]) -> Condition:
         parts = [part()]
@@ -112,12 +113,12 @@ class _Parser:
             parts.append(part())
         if len(parts) == 1:
             return parts[0]
-        values = tuple(value for one in parts for value in one.values)
-        return Condition("(" + f" {word} ".join(one.sql for one in parts) + ")", values)
+        values = tuple(value for condition in parts for value in condition.values)
+        return Condition("(" + f" {word} ".join(condition.sql for condition in parts) + ")", values)
 
     def _not(self, depth: int) -> Condition:
-        if depth > _DEEPEST:
-            raise _syntax_error(f"parentheses are at most {_DEEPEST} deep")
+        if depth > _MAX_DEPTH:
+            raise _syntax_error(f"expected parentheses at most {_MAX_DEPTH} deep, got more")
         if self._take("word", "NOT"):
             inner = self._not(depth + 1)
             return Condition(f"NOT {inner.sql}", inner.values)
@@ -128,9 +129,9 @@ class _Parser:
         return self._comparison()
 
     def _comparison(self) -> Condition:
-        self._compared += 1
-        if self._compared > _MOST:
-            raise _syntax_error(f"a query has at most {_MOST} comparisons")
+        self._comparisons += 1
+        if self._comparisons > _MAX_COMPARISONS:
+            raise _syntax_error(f"expected at most {_MAX_COMPARISONS} comparisons, got more")
         name = self._name()
         aggregate = None
         if self._take("mark", "("):
@@ -140,14 +141,14 @@ class _Parser:
         if aggregate is not None:
             self._need("mark", ")")
         operator = self._operator()
-        if self.at_end or self._tokens[self._at][0] not in ("quoted", "word"):
+        if self.at_end or self._tokens[self._position][0] not in ("quoted", "word"):
             raise self.expected("a value")
-        value = _value(*self._tokens[self._at])
-        self._at += 1
+        value = _value(*self._tokens[self._position])
+        self._position += 1
         return _compare(name, kind, operator, value, aggregate)
 
     def _name(self) -> str:
-        if not self.at_end and self._tokens[self._at][0] == "name":
+        if not self.at_end and self._tokens[self._position][0] == "name":
             return self._next("name", "a name")[1:-1]
         return self._next("word", "a field's name")
 
@@ -157,8 +158,11 @@ class _Parser:
         return self._next("operator", "an operator")
 
     def _take(self, kind: str, text: str) -> bool:
-        if not self.at_end and (self._tokens[self._at][0], self._tokens[self._at][1].upper()) == (kind, text):
-            self._at += 1
+        if not self.at_end and (self._tokens[self._position][0], self._tokens[self._position][1].upper()) == (
+            kind,
+            text,
+        ):
+            self._position += 1
             return True
         return False
 
@@ -167,28 +171,30 @@ class _Parser:
             raise self.expected(repr(text))
 
     def _next(self, kind: str, what: str) -> str:
-        if self.at_end or self._tokens[self._at][0] != kind:
+        if self.at_end or self._tokens[self._position][0] != kind:
             raise self.expected(what)
-        self._at += 1
-        return self._tokens[self._at - 1][1]
+        self._position += 1
+        return self._tokens[self._position - 1][1]
 
 
 def _compare(name: str, kind: str, operator: str, text: str, aggregate: str | None) -> Condition:
     if kind not in _TYPES:
         raise _syntax_error(f"unknown type {kind!r}, use one of {', '.join(_TYPES)}")
-    known = _TYPES[kind]
-    if operator not in known.operators:
-        raise _syntax_error(f"{kind} has no {operator}, use one of {', '.join(known.operators)}")
+    field_type = _TYPES[kind]
+    if operator not in field_type.operators:
+        operators = ", ".join(field_type.operators)
+        raise _syntax_error(f"{kind} does not support {operator}, use one of {operators}")
     if aggregate is not None and (aggregate not in _AGGREGATES or kind != "floatSeries"):
-        raise _syntax_error(f"{aggregate}() is one of {', '.join(_AGGREGATES)}, of a floatSeries")
+        aggregates = ", ".join(_AGGREGATES)
+        raise _syntax_error(f"expected one of {aggregates} of a floatSeries, got {aggregate} of {kind}")
     try:
-        value = _pattern(text) if operator == "=~" else known.convert(text)
+        value = _pattern(text) if operator == "=~" else field_type.convert(text)
     except ValueError as error:
-        raise _syntax_error(f"{text!r} is no {kind}") from error
+        raise _syntax_error(f"{text!r} is not a {'pattern' if operator == '=~' else kind}") from error
     function = _AGGREGATES.get(aggregate or "last")
-    found = "a.value"
+    operand = "a.value"
     if function:
-        found = f"(SELECT {function}(value) FROM point p WHERE p.container = a.container AND p.path = a.path)"  # noqa: S608
+        operand = f"(SELECT {function}(value) FROM point p WHERE p.container = a.container AND p.path = a.path)"  # noqa: S608
     if kind == "stringSet":
         test = "EXISTS(SELECT 1 FROM json_each(a.value) WHERE json_each.value = ?)"
     elif operator == "CONTAINS":
@@ -196,13 +202,13 @@ def _compare(name: str, kind: str, operator: str, text: str, aggregate: str | No
     elif operator == "=~":
         test = "regexp(?, a.value)"
     else:
-        test = f"{found} {operator} ?"
-    stored = ", ".join("?" * len(known.stored))
+        test = f"{operand} {operator} ?"
+    placeholders = ", ".join("?" * len(field_type.stored_types))
     sql = (
-        "EXISTS(SELECT 1 FROM attribute a WHERE a.container = c.id AND a.path = ? "  # noqa: S608 - of our own pieces
-        f"AND a.type IN ({stored}) AND {test})"
+        "EXISTS(SELECT 1 FROM attribute a WHERE a.container = c.id AND a.path = ? "  # noqa: S608 - no text of the client
+        f"AND a.type IN ({placeholders}) AND {test})"
     )
-    return Condition(sql, (name, *known.stored, value))
+    return Condition(sql, (name, *field_type.stored_types, value))
 
 
 def _value(kind: str, text: str) -> str:
@@ -216,9 +222,9 @@ def _flag(text: str) -> int:
 
 
 def _time(text: str) -> str:
-    ago = _AGO.fullmatch(text)
-    if ago:
-        hours = int(ago[1]) * {"h": 1, "d": 24}[ago[2]]
+    match = _AGO.fullmatch(text)
+    if match:
+        hours = int(match[1]) * {"h": 1, "d": 24}[match[2]]
         return iso_time(datetime.now(UTC) - timedelta(hours=hours))
     moment = datetime.fromisoformat(text)
     return iso_time(moment if moment.tzinfo else moment.replace(tzinfo=UTC))

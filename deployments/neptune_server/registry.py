@@ -1,39 +1,37 @@
-"""All that the server keeps, in one folder that one server at a time holds."""
+"""The registry: one folder with all of the server's data, open in one server at a time."""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import secrets
-import sqlite3
 from pathlib import Path
 
 from deployments.neptune_server.blobs import Blobs
-from deployments.neptune_server.containers import find_project, make_project
+from deployments.neptune_server.containers import create_project, find_project
 from deployments.neptune_server.database import Database
 from deployments.neptune_server.errors import ApiError
 from deployments.neptune_server.files import Files
-from deployments.neptune_server.uploads import Uploads
 
 
 class InUseError(Exception):
-    """Another server holds the folder."""
+    """Another server has the folder open."""
 
 
 class Registry:
     """The folder's contents: registry.db, blobs/, unfinished/, token, lock.
 
     Args:
-        root: The folder; made when absent, readable to its owner only.
+        root: The folder. It is created if it does not exist; only its owner can read it.
 
     Raises:
-        InUseError: another server holds it.
+        InUseError: Another server has the folder open.
     """
 
     def __init__(self, root: Path):
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.root = root
-        # Held until the process ends, however it does.
+        # The operating system releases the lock when the process ends, even after SIGKILL.
         self._lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -43,7 +41,6 @@ class Registry:
         self.database = Database(root / "registry.db")
         self.blobs = Blobs(root / "blobs", root / "unfinished")
         self.files = Files(self.database, self.blobs)
-        self.uploads = Uploads(self.database, self.blobs, self.files)
 
     @property
     def token_path(self) -> Path:
@@ -51,31 +48,28 @@ class Registry:
         return self.root / "token"
 
     def secret(self) -> bytes:
-        """Return what session tokens are signed with; made once."""
+        """Return the key that signs session tokens; the first call creates it."""
         with self.database.writing() as db:
             db.execute("INSERT OR IGNORE INTO setting VALUES ('session_secret', ?)", (secrets.token_hex(32),))
             row = db.execute("SELECT value FROM setting WHERE name = 'session_secret'").fetchone()
             return bytes.fromhex(row["value"])
 
-    def ensure_project(self, qualified: str) -> None:
-        """Make a project "workspace/name" unless it is there."""
+    def ensure_project(self, name: str) -> None:
+        """Create the project "workspace/name" unless it exists."""
         with self.database.writing() as db:
             try:
-                find_project(db, qualified)
+                find_project(db, name)
             except ApiError:
-                make_project(db, qualified)
+                create_project(db, name)
 
     def sweep(self) -> int:
-        """Delete what a kill or deleted versions left on disk; return the number of files."""
-        uploads = self.uploads.forget_old()
-        return self.blobs.sweep(used=_used(self.database.reading), uploads=uploads)
+        """Delete the files that a kill or a deleted version left on disk; return their number."""
+        uploads = self.files.forget_old_uploads()
+        used = {row["sha256"] for row in self.database.reading.execute("SELECT DISTINCT sha256 FROM file")}
+        return self.blobs.sweep(used=used, uploads=uploads)
 
     def close(self) -> None:
-        """Write the log into the database file and let go of the folder."""
+        """Write the database's log into its file, and release the folder."""
         self.database.reading.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self.database.close()
         os.close(self._lock)
-
-
-def _used(db: sqlite3.Connection) -> set[str]:
-    return {row["sha256"] for row in db.execute("SELECT DISTINCT sha256 FROM file")}

@@ -1,4 +1,4 @@
-"""Table queries: which models or versions of a project match, sorted, a page at a time, with which columns."""
+"""Table queries: the models or versions of a project that match a query, sorted, one page at a time."""
 
 from __future__ import annotations
 
@@ -6,83 +6,58 @@ import sqlite3
 from collections.abc import Sequence
 from typing import Any
 
-from deployments.neptune_server.containers import Project
+from deployments.neptune_server.containers import SYSTEM_FIELDS, Project
 from deployments.neptune_server.errors import bad_request
-from deployments.neptune_server.fields import attribute
+from deployments.neptune_server.fields import read_all
 from deployments.neptune_server.nql import compile_query
 
-TYPES = ("model", "modelVersion")
-# As the hosted service had it; the client goes on from there by the last value.
-_LARGEST_PAGE = 10_000
-# Columns that every model and version has; the client asks for them in an empty project, too.
-_ALWAYS = {
-    "sys/id": "string",
-    "sys/name": "string",
-    "sys/creation_time": "datetime",
-    "sys/modification_time": "datetime",
-    "sys/ping_time": "datetime",
-    "sys/size": "float",
-    "sys/trashed": "bool",
-    "sys/stage": "string",
-    "sys/model_id": "string",
-}
+# The limit of the hosted service. For more entries, the client adds a condition on the last value.
+_MAX_PAGE = 10_000
 
 
 def search(
-    db: sqlite3.Connection, project: Project, types: Sequence[str], given: dict[str, Any]
+    db: sqlite3.Connection, project: Project, types: Sequence[str], request: dict[str, Any]
 ) -> dict[str, Any]:
     """Return one page of a table.
 
     Args:
-        db: To read from.
-        project: Whose models and versions.
-        types: "model", "modelVersion", or both.
-        given: The request: `query` (NQL), `sorting`, `pagination`, `attributeFilters` (columns; none: all).
+        db: Connection to read from.
+        project: Project whose models and versions are searched.
+        types: Types of container: "model", "modelVersion". The server has no others.
+        request: The client's request: `query` in NQL, `sorting`, `pagination`, and `attributeFilters`, the columns
+            of the table. Without columns, the table has all fields.
     """
-    condition = compile_query((given.get("query") or {}).get("query") or "")
-    sorting = given.get("sorting") or {"sortBy": {"name": "sys/creation_time"}, "dir": "descending"}
-    page = given.get("pagination") or {}
+    condition = compile_query((request.get("query") or {}).get("query") or "")
+    sorting = request.get("sorting") or {"sortBy": {"name": "sys/creation_time"}, "dir": "descending"}
+    page = request.get("pagination") or {}
     limit, offset = int(page.get("limit", 100)), int(page.get("offset", 0))
-    if not (0 <= limit <= _LARGEST_PAGE and offset >= 0):
-        raise bad_request(f"A page is of 0 to {_LARGEST_PAGE} entries from 0 on; asked: {limit} from {offset}.")
-    kinds = _types(types)
-    where = f"c.project = ? AND c.type IN ({', '.join('?' * len(kinds))}) AND {condition.sql}"
-    values = (project.id, *kinds, *condition.values)
-    count = f"SELECT COUNT(*) AS n FROM container c WHERE {where}"  # noqa: S608 - of our own pieces
+    if not (0 <= limit <= _MAX_PAGE and offset >= 0):
+        raise bad_request(f"Expected a page of 0 to {_MAX_PAGE} entries, got limit {limit} and offset {offset}.")
+    where = f"c.project = ? AND c.type IN ({', '.join('?' * len(types))}) AND {condition.sql}"
+    values = (project.id, *types, *condition.values)
+    count = f"SELECT COUNT(*) AS n FROM container c WHERE {where}"  # noqa: S608 - no text of the client
     total = db.execute(count, values).fetchone()["n"]
-    way = "ASC" if sorting.get("dir") == "ascending" else "DESC"
-    # Who has no such field comes last either way; of two alike, the newer counts as greater.
+    direction = "ASC" if sorting.get("dir") == "ascending" else "DESC"
+    # Entries without the field come last in both directions. Of equal values, the newer one counts as greater.
     rows = db.execute(
         "SELECT c.id FROM container c LEFT JOIN attribute s ON s.container = c.id AND s.path = ? "  # noqa: S608
-        f"WHERE {where} ORDER BY s.value IS NULL, s.value {way}, c.number {way} LIMIT ? OFFSET ?",
+        f"WHERE {where} ORDER BY s.value IS NULL, s.value {direction}, c.number {direction} LIMIT ? OFFSET ?",
         (sorting["sortBy"]["name"], *values, limit, offset),
     )
-    columns = {one["path"] for one in given.get("attributeFilters") or ()}
-    entries = [{"experimentId": row["id"], "attributes": _attributes(db, row["id"], columns)} for row in rows]
-    return {"matchingItemCount": total, "totalItemCount": total, "entries": entries}
+    columns = frozenset(column["path"] for column in request.get("attributeFilters") or ())
+    entries = [{"experimentId": row["id"], "attributes": read_all(db, row["id"], columns)} for row in rows]
+    return {"matchingItemCount": total, "entries": entries}
 
 
-def column_types(
-    db: sqlite3.Connection, project: Project, types: Sequence[str], column: str
-) -> list[dict[str, str]]:
-    """Return which types a column has in a project's models or versions."""
-    kinds = _types(types)
+def column_types(db: sqlite3.Connection, project: Project, types: Sequence[str], column: str) -> list[str]:
+    """Return the types of a column in a project's models or versions."""
     rows = db.execute(
         "SELECT DISTINCT a.type FROM attribute a JOIN container c ON c.id = a.container "  # noqa: S608
-        f"WHERE c.project = ? AND a.path = ? AND c.type IN ({', '.join('?' * len(kinds))})",
-        (project.id, column, *kinds),
+        f"WHERE c.project = ? AND a.path = ? AND c.type IN ({', '.join('?' * len(types))})",
+        (project.id, column, *types),
     )
-    found = {row["type"] for row in rows} | ({_ALWAYS[column]} if column in _ALWAYS else set())
-    return [{"name": column, "type": kind} for kind in sorted(found)]
-
-
-def _types(types: Sequence[str]) -> Sequence[str]:
-    unknown = set(types) - {*TYPES, "run", "project"}
-    if unknown:
-        raise bad_request(f"Unknown types {sorted(unknown)}; there are {', '.join(TYPES)}.")
-    return types or TYPES
-
-
-def _attributes(db: sqlite3.Connection, container: str, columns: set[str]) -> list[dict[str, Any]]:
-    rows = db.execute("SELECT * FROM attribute WHERE container = ? ORDER BY path", (container,))
-    return [attribute(row) for row in rows if not columns or row["path"] in columns]
+    field_types = {row["type"] for row in rows}
+    # The client sorts by a system field even in an empty project.
+    if column in SYSTEM_FIELDS:
+        field_types.add(SYSTEM_FIELDS[column])
+    return sorted(field_types)

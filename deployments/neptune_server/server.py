@@ -1,4 +1,4 @@
-"""The HTTP side: connections, routes, who may call, and answers."""
+"""The HTTP side of the server: connections, routes, authorization and responses."""
 
 from __future__ import annotations
 
@@ -13,48 +13,49 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from deployments.neptune_server import file_handlers, handlers  # noqa: F401 - they fill HANDLERS
-from deployments.neptune_server.api import APIS, ROUTES, Operation, swagger
-from deployments.neptune_server.calls import Body, Call, FileAnswer
-from deployments.neptune_server.dispatch import HANDLERS
+from deployments.neptune_server.api import ARTIFACTS, BACKEND, LEADERBOARD, OPERATIONS
+from deployments.neptune_server.calls import Body, Call, FileResponse
 from deployments.neptune_server.errors import ApiError, FieldError, bad_request
 from deployments.neptune_server.registry import Registry
+from deployments.neptune_server.swagger import API_TOKEN_HEADER, Operation, swagger
 from deployments.neptune_server.tokens import Tokens
 
 logger = logging.getLogger(__name__)
 
 _IDLE_S = 300.0
 _DRAIN_S = 10.0
-_SWAGGER = {f"/api/{api}/swagger.json": api for api in APIS}
+_SWAGGER = {
+    "/api/backend/swagger.json": BACKEND,
+    "/api/leaderboard/swagger.json": LEADERBOARD,
+    "/api/artifacts/swagger.json": ARTIFACTS,
+}
 _REFRESH = "/auth/realms/neptune/protocol/openid-connect/token"
-# These two come before there is a session.
-_WITH_API_TOKEN = ("getClientConfig", "exchangeApiToken")
 
 
 class Server(ThreadingHTTPServer):
-    """Serves one registry; a thread per connection.
+    """Serves a registry with one thread per connection.
 
     Args:
-        address: Host and port; port 0: any that is free.
-        registry: What to serve.
-        tokens: Who may call; set it before `serve_forever`.
-        create_projects: Make a project when it is asked for and absent.
+        address: Host and port; port 0 means any free port.
+        registry: The registry to serve.
+
+    Attributes:
+        tokens: Checks who may call. Set it before `serve_forever`.
     """
 
     daemon_threads = True
     request_queue_size = 128
+    tokens: Tokens
 
-    def __init__(self, address: tuple[str, int], registry: Registry, *, create_projects: bool = False):
+    def __init__(self, address: tuple[str, int], registry: Registry):
         super().__init__(address, _Handler)
         self.registry = registry
-        self.tokens: Tokens | None = None
-        self.create_projects = create_projects
         self._busy = 0
         self._changed = threading.Condition()
 
     @contextmanager
     def answering(self) -> Iterator[None]:
-        """Count a request, so that the server does not end in the middle of it."""
+        """Count a request while the server answers it."""
         with self._changed:
             self._busy += 1
         try:
@@ -65,12 +66,12 @@ class Server(ThreadingHTTPServer):
                 self._changed.notify_all()
 
     def drain(self) -> None:
-        """Wait until requests that have begun are answered, ten seconds at most."""
+        """Wait until all requests in progress are answered, for ten seconds at most."""
         with self._changed:
             self._changed.wait_for(lambda: self._busy == 0, timeout=_DRAIN_S)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Note an error outside of any request: a client that went away."""
+        """Log an error outside a request: the client closed the connection."""
         logger.debug("connection of %s ended", client_address[0], exc_info=True)
 
 
@@ -80,7 +81,7 @@ class _Handler(BaseHTTPRequestHandler):
     server_version = "compileflow-registry"
     sys_version = ""
     timeout = _IDLE_S
-    # A reply in one packet: otherwise each waits for the acknowledgement of its first half.
+    # Send a response in one packet: a second packet would wait until the first is acknowledged.
     wbufsize = -1
     disable_nagle_algorithm = True
 
@@ -89,102 +90,95 @@ class _Handler(BaseHTTPRequestHandler):
         with self.server.answering():
             self._handle()
 
-    do_POST = do_GET  # noqa: N815 - the base class looks for it
+    do_POST = do_GET  # noqa: N815 - the base class looks for this name
 
     def finish(self) -> None:
-        """Close the thread's database connection with the client's."""
+        """Close the thread's database connection together with the client's connection."""
         try:
             super().finish()
         finally:
             self.server.registry.database.close()
 
     def log_message(self, format: str, *arguments: Any) -> None:  # noqa: A002 - the base class's name
-        """Leave it to `_handle`, which does not write queries or headers down."""
+        """Log nothing here: the base class logs parameters; `_handle` does not."""
 
     def _handle(self) -> None:
-        began = time.monotonic()
-        route = urlsplit(self.path).path
+        start = time.monotonic()
+        path = urlsplit(self.path).path
         body = Body(self.rfile, 0)
         status = 200
         try:
             body = self._body()
-            answer = self._answer(route, body)
+            response = self._respond(path, body)
             body.skip()
-            if isinstance(answer, FileAnswer):
-                self._send_file(answer)
+            if isinstance(response, FileResponse):
+                self._send_file(response)
             else:
-                self._send(200, answer)
+                self._send(200, response)
         except (ConnectionError, TimeoutError) as error:
             status, self.close_connection = 499, True
-            logger.debug("%s %s: %s", self.command, route, error)
+            logger.debug("%s %s: %s", self.command, path, error)
         except (ApiError, FieldError) as error:
-            found = error if isinstance(error, ApiError) else bad_request(str(error))
-            status = found.status
-            self._refuse(body, found)
-        except Exception:  # whatever it is, the client gets an answer and the log a trace
+            api_error = error if isinstance(error, ApiError) else bad_request(str(error))
+            status = api_error.status
+            self._refuse(body, api_error)
+        except Exception:  # the client gets a response, and the log gets the traceback
             status = 500
-            logger.exception("%s %s failed", self.command, route)
+            logger.exception("%s %s failed", self.command, path)
             self._refuse(body, ApiError(500, "Internal error", detail="See the server's log."))
-        logger.debug("%s %s %d %.0f ms", self.command, route, status, 1000 * (time.monotonic() - began))
+        logger.debug("%s %s %d %.0f ms", self.command, path, status, 1000 * (time.monotonic() - start))
 
     def _body(self) -> Body:
         if "Transfer-Encoding" in self.headers:
             self.close_connection = True
-            raise ApiError(411, "Length required", detail="Send a Content-Length.")
+            raise ApiError(411, "Length required", detail="Send a Content-Length instead of a Transfer-Encoding.")
         length = self.headers.get("Content-Length") or "0"
         if not length.isdecimal():
             self.close_connection = True
-            raise bad_request(f"Content-Length {length!r} is no number.")
+            raise bad_request(f"Content-Length: expected a number, got {length!r}.")
         return Body(self.rfile, int(length))
 
-    def _answer(self, route: str, body: Body) -> Any:
-        if self.command == "GET" and route in _SWAGGER:
-            return swagger(_SWAGGER[route])
-        if self.command == "GET" and route == "/health":
-            return {"status": "ok"}
-        if (self.command, route) == ("POST", _REFRESH):
+    def _respond(self, path: str, body: Body) -> Any:
+        if self.command == "GET" and path in _SWAGGER:
+            prefix = _SWAGGER[path]
+            return swagger(operation for operation in OPERATIONS.values() if operation.path.startswith(prefix))
+        if (self.command, path) == ("POST", _REFRESH):
             return self._refresh(body)
-        operation = ROUTES.get((self.command, route))
+        operation = OPERATIONS.get((self.command, path))
         if operation is None:
-            raise ApiError(404, "No such operation", detail=f"{self.command} {route}")
-        query = parse_qs(urlsplit(self.path).query, keep_blank_values=True)
+            raise ApiError(404, "Unknown operation", detail=f"The API has no {self.command} {path}.")
         call = Call(
-            self.server.registry,
-            self._tokens,
-            self.server.create_projects,
-            query,
-            self.headers,  # type: ignore[arg-type]  # a Message, which has get()
-            body,
-            self._authorized(operation),
+            registry=self.server.registry,
+            tokens=self.server.tokens,
+            query=parse_qs(urlsplit(self.path).query, keep_blank_values=True),
+            headers=self.headers,  # type: ignore[arg-type]  # a Message, which has get()
+            body=body,
+            url=self._authorize(operation),
         )
-        return HANDLERS[operation.name](call)
+        return operation.handler(call)
 
-    def _authorized(self, operation: Operation) -> str:
-        if operation.name in _WITH_API_TOKEN:
-            return self._tokens.check_api_token(self.headers.get("X-Neptune-Api-Token"))
-        return self._tokens.check_access(self.headers.get("Authorization"))
-
-    @property
-    def _tokens(self) -> Tokens:
-        if self.server.tokens is None:
-            raise ApiError(503, "Starting")
-        return self.server.tokens
+    def _authorize(self, operation: Operation) -> str:
+        """Check the token of a request and return the server's address in it."""
+        if API_TOKEN_HEADER in operation.parameters:
+            return self.server.tokens.check_api_token(self.headers.get(API_TOKEN_HEADER))
+        return self.server.tokens.check_access(self.headers.get("Authorization"))
 
     def _refresh(self, body: Body) -> dict[str, object]:
-        given = parse_qs(body.read().decode("ascii", "replace"))
-        access, refresh = self._tokens.session(self._tokens.check_refresh(given.get("refresh_token", [""])[0]))
+        form = parse_qs(body.read().decode("ascii", "replace"))
+        url = self.server.tokens.check_refresh(form.get("refresh_token", [""])[0])
+        access, refresh = self.server.tokens.session(url)
         return {"access_token": access, "refresh_token": refresh, "expires_in": 3600, "token_type": "bearer"}
 
     def _refuse(self, body: Body, error: ApiError) -> None:
         try:
-            # An answer before the whole request has come is lost to most clients.
+            # Most clients lose a response that arrives before they have sent the whole request.
             body.skip()
-            self._send(error.status, error.answer())
+            self._send(error.status, error.to_json())
         except (ConnectionError, TimeoutError):
             self.close_connection = True
 
-    def _send(self, status: int, answer: object) -> None:
-        data = json.dumps(answer).encode()
+    def _send(self, status: int, response: object) -> None:
+        data = json.dumps(response).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
@@ -192,13 +186,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
         self.wfile.flush()
 
-    def _send_file(self, answer: FileAnswer) -> None:
-        with answer.file as file:
+    def _send_file(self, response: FileResponse) -> None:
+        with response.file as file:
             self.send_response(200)
-            self.send_header("Content-Type", answer.media_type)
+            self.send_header("Content-Type", "application/octet-stream")
             self.send_header("Content-Length", str(os.fstat(file.fileno()).st_size))
             name = "".join(
-                one if one.isascii() and one.isprintable() and one != '"' else "_" for one in answer.name
+                character if character.isascii() and character.isprintable() and character != '"' else "_"
+                for character in response.name
             )
             self.send_header("Content-Disposition", f'attachment; filename="{name}"')
             self.end_headers()

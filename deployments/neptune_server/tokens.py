@@ -1,4 +1,4 @@
-"""Tokens: the API token that a client is given, and the short-lived session tokens that it exchanges it for."""
+"""Tokens: the API token of a client, and the short-lived session tokens that the client exchanges it for."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _REFRESH_S = 30 * 86_400
 
 
 def make_api_token(url: str, api_key: str) -> str:
-    """Return what goes into NEPTUNE_API_TOKEN: base64 of JSON with the server's address and the key."""
+    """Return the value of NEPTUNE_API_TOKEN: base64 of JSON with the server's address and the key."""
     fields = {"api_address": url, "api_url": url, "api_key": api_key}
     return base64.b64encode(json.dumps(fields).encode()).decode()
 
 
 def read_api_token(token: str) -> dict[str, str]:
-    """Return the token's fields; none when it is no such token."""
+    """Return the fields of a token, or no fields if it is not such a token."""
     try:
         fields = json.loads(base64.b64decode(token.strip(), validate=True))
     except (ValueError, binascii.Error):
@@ -33,53 +33,52 @@ def read_api_token(token: str) -> dict[str, str]:
     return {str(name): str(value) for name, value in fields.items()} if isinstance(fields, dict) else {}
 
 
-def keep_api_token(path: Path, url: str, *, api_key: str | None) -> tuple[str, bool]:
-    """Put the token for `url` into its file, mode 0600.
+def write_api_token(path: Path, url: str, *, api_key: str | None) -> tuple[str, bool]:
+    """Write the token for `url` to a file that only its owner can read.
 
     Args:
-        path: The file.
-        url: The server's address as clients reach it.
-        api_key: Key to use; None: the one that the file has, else a new one.
+        path: The token file.
+        url: Address by which clients reach the server.
+        api_key: Key of the token. If None, the key in the file is used, or a new key if there is no file.
 
     Returns:
-        The key, and whether it was made just now.
+        The key, and whether the key is new.
     """
-    kept = read_api_token(path.read_text("ascii")).get("api_key") if path.exists() else None
-    key = api_key or kept or secrets.token_urlsafe(32)
-    token = make_api_token(url, key)
-    # A new file, never the old one opened: its mode would stay what it was.
-    fresh = path.with_suffix(".new")
-    fresh.unlink(missing_ok=True)
-    with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(token + "\n")
+    stored_key = read_api_token(path.read_text("ascii")).get("api_key") if path.exists() else None
+    key = api_key or stored_key or secrets.token_urlsafe(32)
+    # The mode of an existing file would stay as it is, so write another file and move it into place.
+    new_path = path.with_suffix(".new")
+    new_path.unlink(missing_ok=True)
+    with os.fdopen(os.open(new_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(make_api_token(url, key) + "\n")
         os.fsync(file.fileno())
-    fresh.replace(path)
-    return key, not api_key and not kept
+    new_path.replace(path)
+    return key, not api_key and not stored_key
 
 
 class Tokens:
-    """Checks tokens; of the API key it keeps the SHA-256 only.
+    """Creates and checks tokens. It stores only the SHA-256 of the API key.
 
     Args:
-        api_key: The key that the API token must hold.
-        secret: Signs session tokens. Kept over a restart, so that clients go on without noticing.
+        api_key: Key that the API token must contain.
+        secret: Key that signs session tokens. With the same secret, sessions survive a restart of the server.
     """
 
     def __init__(self, api_key: str, *, secret: bytes):
         self._key_digest = hashlib.sha256(api_key.encode()).digest()
-        # With another key, the sessions of the old one end.
+        # The signature depends on the API key, so a new key ends all sessions.
         self._secret = hmac.digest(secret, self._key_digest, "sha256")
 
     def check_api_token(self, token: str | None) -> str:
-        """Return the address by which the client reaches this server: the one in its token.
+        """Return the address in an API token, by which the client reaches this server.
 
         Raises:
-            ApiError: 401, the token is absent or not this server's.
+            ApiError: 401, the token is absent or belongs to another server.
         """
         fields = read_api_token(token or "")
         digest = hashlib.sha256(fields.get("api_key", "").encode()).digest()
         if not hmac.compare_digest(digest, self._key_digest):
-            raise _unauthorized("The API token is not this server's.")
+            raise _unauthorized("The API token is absent or belongs to another server.")
         return (fields.get("api_url") or fields.get("api_address", "")).rstrip("/")
 
     def session(self, url: str) -> tuple[str, str]:
@@ -90,7 +89,7 @@ class Tokens:
         """Return the address in the access token of an Authorization header.
 
         Raises:
-            ApiError: 401, the header is absent, forged or expired.
+            ApiError: 401, the token is absent, forged or expired.
         """
         return self._check("access", (authorization or "").removeprefix("Bearer "))
 
@@ -98,7 +97,7 @@ class Tokens:
         """Return the address in a refresh token.
 
         Raises:
-            ApiError: 401, it is forged or expired.
+            ApiError: 401, the token is forged or expired.
         """
         return self._check("refresh", token)
 
@@ -116,7 +115,7 @@ class Tokens:
     def _check(self, kind: str, token: str) -> str:
         head, _, signature = token.encode().rpartition(b".")
         if not hmac.compare_digest(signature, self._signature(head)):
-            raise _unauthorized("The session token is not this server's.")
+            raise _unauthorized("The session token is absent or belongs to another server.")
         claims = json.loads(_decode(head.partition(b".")[2]))
         if claims["typ"] != kind or claims["exp"] < time.time():
             raise _unauthorized("The session has expired.")
@@ -135,4 +134,6 @@ def _decode(data: bytes) -> bytes:
 
 
 def _unauthorized(detail: str) -> ApiError:
-    return ApiError(401, "Unauthorized", detail=f"{detail} Set NEPTUNE_API_TOKEN to the one in its token file.")
+    return ApiError(
+        401, "Unauthorized", detail=f"{detail} Set NEPTUNE_API_TOKEN to the content of this server's token file."
+    )

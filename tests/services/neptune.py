@@ -1,20 +1,21 @@
-"""A Neptune-compatible server in a process of its own, for as long as tests need it."""
+"""A Neptune-compatible server that runs in a separate process while tests need it."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
+import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from deployments.neptune_server.__main__ import API_KEY_VARIABLE
+from deployments.neptune_server.api import BACKEND
 from deployments.neptune_server.tokens import make_api_token
 from tests.services.secrets import NEPTUNE_API_KEY
 
@@ -24,7 +25,7 @@ _WAIT_S = 30
 
 
 class Neptune:
-    """The server: its folder, its process, and what its clients need to know."""
+    """The server: its folder, its process, and the settings of its clients."""
 
     def __init__(self, folder: Path, *options: str):
         self.folder = folder
@@ -35,18 +36,18 @@ class Neptune:
 
     @property
     def token(self) -> str:
-        """What a client has in NEPTUNE_API_TOKEN."""
+        """The value of NEPTUNE_API_TOKEN for a client."""
         return self.token_for(self.url)
 
     @property
     def pid(self) -> int:
-        """The server's process."""
+        """The id of the server's process."""
         assert self._process is not None
         return self._process.pid
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a client's process has in its environment: the token, and that plain http will do."""
+        """The environment of a client's process: the token, permission to use plain http, and no proxy."""
         return {
             "NEPTUNE_API_TOKEN": self.token,
             "OAUTHLIB_INSECURE_TRANSPORT": "1",
@@ -55,11 +56,11 @@ class Neptune:
         }
 
     def token_for(self, url: str) -> str:
-        """Return a token with which clients reach this server at `url`, a proxy in front of it."""
+        """Return a token for clients that reach this server at `url`, the address of a proxy."""
         return make_api_token(url, NEPTUNE_API_KEY)
 
     def start(self) -> None:
-        """Start the server; again after `stop`, it is at the same port."""
+        """Start the server; after `stop`, it starts on the same port."""
         port = self.url.rpartition(":")[2] or "0"
         with self.log.open("a") as log:
             self._process = subprocess.Popen(
@@ -78,11 +79,11 @@ class Neptune:
         assert words, self.log.read_text("utf-8")
         self.url = next(word for word in words if word.startswith("http")).rstrip(",")
 
-    def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
-        """End the server and return its exit status."""
+    def stop(self) -> int:
+        """End the server with SIGTERM and return its exit status."""
         assert self._process is not None
         assert self._process.stdout is not None
-        self._process.send_signal(how)
+        self._process.terminate()
         try:
             return self._process.wait(_WAIT_S)
         finally:
@@ -93,42 +94,42 @@ class Neptune:
 
     @property
     def running(self) -> bool:
-        """Whether there is a process."""
+        """Whether the server's process exists."""
         return self._process is not None
 
     def project(self, name: str = "project") -> str:
-        """Make a project that nobody else uses and return it as "workspace/name"."""
-        fresh = f"{name}-{uuid4().hex[:8]}"
-        self.call("POST", "/api/backend/v1/projects", {"organizationId": WORKSPACE, "name": fresh})
-        return f"{WORKSPACE}/{fresh}"
+        """Create a project with a unique name and return it as "workspace/name"."""
+        unique_name = f"{name}-{uuid4().hex[:8]}"
+        self.call("POST", f"{BACKEND}/projects", {"organizationId": WORKSPACE, "name": unique_name})
+        return f"{WORKSPACE}/{unique_name}"
 
     def call(self, method: str, path: str, body: Any = None, *, data: bytes | None = None, **headers: str) -> Any:
-        """Send one request without the client, with a session of its own; return the decoded answer.
+        """Send one request without the client, in a new session; return the decoded response.
 
         Raises:
-            urllib.error.HTTPError: the server refused.
+            urllib.error.HTTPError: The server refused the request.
         """
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-        sent = json.dumps(body).encode() if data is None else data
-        return json.loads(self.send(method, path, sent, self.session() | named) or b"null")
+        extra_headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        encoded_body = json.dumps(body).encode() if data is None else data
+        return json.loads(self.send(method, path, encoded_body, self.session() | extra_headers) or b"null")
 
     def session(self) -> dict[str, str]:
-        """Exchange the token; return the header that goes with other requests."""
-        given = {"X-Neptune-Api-Token": self.token}
-        answer = json.loads(self.send("GET", "/api/backend/v1/authorization/oauth-token", None, given))
-        return {"Authorization": f"Bearer {answer['accessToken']}"}
+        """Exchange the API token; return the header that authorizes other requests."""
+        api_token = {"X-Neptune-Api-Token": self.token}
+        tokens = json.loads(self.send("GET", f"{BACKEND}/authorization/oauth-token", None, api_token))
+        return {"Authorization": f"Bearer {tokens['accessToken']}"}
 
     def send(self, method: str, path: str, data: bytes | None, headers: dict[str, str]) -> bytes:
-        """Send one request as it is; return the answer's body."""
+        """Send one request unchanged; return the body of the response."""
         request = urllib.request.Request(self.url + path, data, headers, method=method)  # noqa: S310 - our own server
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(request, timeout=_WAIT_S) as answer:
-            return bytes(answer.read())
+        with opener.open(request, timeout=_WAIT_S) as response:
+            return bytes(response.read())
 
 
 @contextmanager
 def serve_neptune(folder: Path, *options: str) -> Iterator[Neptune]:
-    """Run a server on a free port until the block ends; its folder is kept, its log beside it as NAME.log."""
+    """Run a server on a free port until the block ends. Its log is beside its folder, as NAME.log."""
     server = Neptune(folder, *options)
     server.start()
     try:
@@ -136,3 +137,11 @@ def serve_neptune(folder: Path, *options: str) -> Iterator[Neptune]:
     finally:
         if server.running:
             server.stop()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait until a condition is true."""
+    deadline = time.monotonic() + _WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""Calls of the Neptune API without the client, for tests that want to see the server's own answers."""
+"""Calls of the Neptune API without the client, for tests of the server's responses."""
 
 from __future__ import annotations
 
@@ -8,35 +8,34 @@ import urllib.error
 from typing import Any
 from urllib.parse import urlencode
 
+from deployments.neptune_server.api import BACKEND, LEADERBOARD
 from tests.services.neptune import Neptune
-
-LEADERBOARD = "/api/leaderboard/v1"
 
 
 def make_model(server: Neptune, project: str) -> str:
-    identifier = server.call("GET", f"/api/backend/v1/projects/get?projectIdentifier={project}")["id"]
-    made = {"projectIdentifier": identifier, "parentId": identifier, "type": "model", "key": "KEY"}
-    return str(server.call("POST", f"{LEADERBOARD}/experiments", made)["id"])
+    identifier = server.call("GET", f"{BACKEND}/projects/get?projectIdentifier={project}")["id"]
+    body = {"projectIdentifier": identifier, "parentId": identifier, "type": "model", "key": "KEY"}
+    return str(server.call("POST", f"{LEADERBOARD}/experiments", body)["id"])
 
 
 def make_version(server: Neptune, project: str, model: str = "") -> str:
     parent = model or make_model(server, project)
-    made = {"projectIdentifier": project, "parentId": parent, "type": "modelVersion"}
-    return str(server.call("POST", f"{LEADERBOARD}/experiments", made)["id"])
+    body = {"projectIdentifier": project, "parentId": parent, "type": "modelVersion"}
+    return str(server.call("POST", f"{LEADERBOARD}/experiments", body)["id"])
 
 
 def write(server: Neptune, version: str, *operations: dict[str, Any]) -> list[dict[str, str]]:
     path = f"{LEADERBOARD}/attributes/operations?experimentId={version}"
-    answer: list[dict[str, str]] = server.call("POST", path, list(operations))
-    return answer
+    errors: list[dict[str, str]] = server.call("POST", path, list(operations))
+    return errors
 
 
 def field(server: Neptune, version: str, kind: str, path: str) -> Any:
     return server.call("GET", f"{LEADERBOARD}/attributes/{kind}?experimentId={version}&attribute={path}")
 
 
-def where(version: str, path: str, **others: object) -> str:
-    return urlencode({"experimentIdentifier": version, "attribute": path, **others})
+def upload_query(version: str, path: str, **parameters: object) -> str:
+    return urlencode({"experimentIdentifier": version, "attribute": path, **parameters})
 
 
 def download(server: Neptune, version: str, path: str) -> bytes:
@@ -54,10 +53,10 @@ def status_of(server: Neptune, method: str, path: str, headers: dict[str, str], 
 
 
 def tar_of(files: dict[str, bytes]) -> bytes:
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w|gz") as archive:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w|gz") as archive:
         for name, body in files.items():
             entry = tarfile.TarInfo(name)
             entry.size = len(body)
             archive.addfile(entry, io.BytesIO(body))
-    return packed.getvalue()
+    return buffer.getvalue()

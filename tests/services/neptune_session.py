@@ -1,7 +1,7 @@
-"""What the real client does with a server, all in one process since importing it takes seconds.
+"""A session of the real client with a server, in one process because importing the client takes seconds.
 
-`python -m tests.services.neptune_session PROJECT FOLDER` writes what it saw to FOLDER/seen.json, and prints a line
-and waits for one whenever the test has to do something meanwhile.
+`python -m tests.services.neptune_session PROJECT FOLDER` writes its observations to FOLDER/observations.json. When
+the test has to do something meanwhile, the session prints a line and waits for a line.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-Seen = dict[str, Any]
+Observations = dict[str, Any]
 MOMENT = dt.datetime(2026, 3, 5, 12, 30, tzinfo=dt.UTC)
 SMALL_BYTES = 100_000
 LARGE_BYTES = 20_000_000
@@ -27,65 +27,67 @@ HUGE_BYTES = 200_000_000
 
 
 def main(project: str, folder: Path) -> None:
-    """Run every scene."""
+    """Run all parts of the session."""
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     import neptune
 
-    seen: Seen = {}
+    observations: Observations = {}
     model = neptune.init_model(key="KEY", name="a model", project=project, mode="sync")
     model_id = model["sys/id"].fetch()
 
-    def make() -> Any:
+    def create_version() -> Any:
         return neptune.init_model_version(model=model_id, project=project, mode="sync")
 
-    seen["collision"] = error_of(lambda: neptune.init_model(key="KEY", project=project, mode="sync"))
-    version = make()
-    seen["ids"] = [model_id, version["sys/id"].fetch()]
-    seen["fields"] = fields(version)
-    seen["series"] = series(version)
-    seen["stages"] = stages(version)
-    seen["files"] = files(version, folder)
-    seen["sets"] = file_sets(version, folder)
-    seen["tracked"] = tracked(version, folder)
-    seen["table"] = table(model, make)
-    seen["restart"] = upload_over_a_restart(version, folder)
-    seen["trash"] = trash(project, model, make)
-    seen["projects"] = projects(project)
-    seen["wrong token"] = error_of(
+    observations["collision"] = error_of(lambda: neptune.init_model(key="KEY", project=project, mode="sync"))
+    version = create_version()
+    observations["ids"] = [model_id, version["sys/id"].fetch()]
+    observations["fields"] = fields(version)
+    observations["series"] = series(version)
+    observations["stages"] = stages(version)
+    observations["files"] = files(version, folder)
+    observations["sets"] = file_sets(version, folder)
+    observations["tracked"] = tracked(version, folder)
+    observations["table"] = table(model, create_version)
+    observations["restart"] = upload_over_a_restart(version, folder)
+    observations["trash"] = trash(project, model, create_version)
+    observations["projects"] = projects(project)
+    observations["wrong token"] = error_of(
         lambda: neptune.init_model(key="X", project=project, mode="sync", api_token=os.environ["WRONG_TOKEN"])
     )
-    seen["plain http"] = over_plain_http(project)
+    observations["plain http"] = over_plain_http(project)
     version.stop()
     model.stop()
-    (folder / "seen.json").write_text(json.dumps(seen), "utf-8")
+    (folder / "observations.json").write_text(json.dumps(observations), "utf-8")
 
 
-def fields(version: Any) -> Seen:
-    """Write each type of field, change some, delete one."""
-    given = {"string": "text", "long": "é" * 20_000, "float": 0.5, "int": 3, "bool": True, "time": MOMENT}
-    for name, value in given.items():
+def fields(version: Any) -> Observations:
+    """Write a field of each type, change some, delete one, and read all."""
+    values = {"string": "text", "long": "é" * 20_000, "float": 0.5, "int": 3, "bool": True, "time": MOMENT}
+    for name, value in values.items():
         version[f"fields/{name}"] = value
     version["fields/nan"] = float("nan")
-    version["fields/gone"] = 1
+    version["fields/deleted"] = 1
     version["fields/string"] = "other text"
-    del version["fields/gone"]
+    del version["fields/deleted"]
     version["sys/tags"].add(["one", "two", "three"])
     version["sys/tags"].remove("two")
     version.sync()
-    found: Seen = version["fields"].fetch()
+    namespace: Observations = version["fields"].fetch()
+    short_names = ("string", "float", "int", "bool")
     return {
-        **{name: found[name] for name in ("string", "float", "int", "bool")},
-        "time": found["time"].isoformat(),
-        "long": len(found["long"]),
-        "names": sorted(found),
+        **{name: namespace[name] for name in short_names},
+        "time": namespace["time"].isoformat(),
+        "long": len(namespace["long"]),
+        "names": sorted(namespace),
+        "one by one": [version[f"fields/{name}"].fetch() == namespace[name] for name in (*short_names, "time")],
         "tags": sorted(version["sys/tags"].fetch()),
         "other type": error_of(lambda: version["fields/float"].upload(__file__)),
         "absent": error_of(lambda: version["sys/nothing"].fetch()),
     }
 
 
-def series(version: Any) -> Seen:
+def series(version: Any) -> Observations:
     """Log numbers and strings."""
     version["series/loss"].extend([1.0, 0.5, 0.25])
     version["series/loss"].append(0.125, step=10)
@@ -96,70 +98,81 @@ def series(version: Any) -> Seen:
         "steps": values["step"].tolist(),
         "values": values["value"].tolist(),
         "text": version["series/text"].fetch_values(progress_bar=False)["value"].tolist(),
+        "last text": version["series/text"].fetch_last(),
     }
 
 
-def stages(version: Any) -> Seen:
-    """Change the stage, by its call and past it."""
+def stages(version: Any) -> Observations:
+    """Change the stage, with its method and as a field."""
     before = version["sys/stage"].fetch()
     version.change_stage("production")
     return {
         "before": before,
         "after": version["sys/stage"].fetch(),
         "unknown": error_of(lambda: version["sys/stage"].assign("live")),
-        "own": error_of(lambda: version["sys/id"].assign("X-1")),
+        "read-only": error_of(lambda: version["sys/id"].assign("X-1")),
     }
 
 
-def files(version: Any, folder: Path) -> Seen:
-    """Upload files whole and in parts, download them again."""
+def files(version: Any, folder: Path) -> Observations:
+    """Upload files whole and in parts, and download them again."""
     sizes = {"empty": 0, "small": SMALL_BYTES, "large": LARGE_BYTES, "huge": HUGE_BYTES}
-    same = {}
+    equal = {}
     for name, size in sizes.items():
         path = fill(folder / f"{name}.bin", size)
         version[f"files/{name}"].upload(str(path), wait=True)
         target = folder / f"{name}.back"
         version[f"files/{name}"].download(str(target), progress_bar=False)
-        same[name] = digest(target) == digest(path)
+        equal[name] = digest(target) == digest(path)
         target.unlink()
-    # The same field again: the newer file counts.
+    # The second file replaces the first.
     version["files/small"].upload(str(fill(folder / "small.bin", 10)), wait=True)
-    version["files/small"].download(str(folder / "again"), progress_bar=False)
-    return {"same": same, "again": (folder / "again").stat().st_size}
+    version["files/small"].download(str(folder / "replaced"), progress_bar=False)
+    return {
+        "equal": equal,
+        "replaced": (folder / "replaced").stat().st_size,
+        "extension": version["files/small"].fetch_extension(),
+    }
 
 
-def file_sets(version: Any, folder: Path) -> Seen:
-    """Upload a folder: small files, which come as one tar, and a large one, which comes in parts."""
+def file_sets(version: Any, folder: Path) -> Observations:
+    """Upload a large file of a set, which comes in parts, small files, which come in a tar, and a single file."""
     weights = folder / "weights"
     (weights / "sub").mkdir(parents=True)
     fill(weights / "model.bin", LARGE_BYTES)
     (weights / "config.json").write_text("{}")
     (weights / "sub" / "vocabulary.txt").write_text("a\nb\n")
     version["set"].upload_files(f"{weights}/**/*.*", wait=True)
-    found = unzipped(version, folder)
+    version["small set"].upload_files([str(weights / "config.json"), str(weights / "sub" / "*.txt")], wait=True)
+    version["single"].upload_files(str(weights / "config.json"), wait=True)
+    bodies = unzipped(version, folder)
     version["set"].delete_files(["sub/vocabulary.txt"], wait=True)
     return {
-        "same": {name: hashlib.sha256(body).hexdigest() == digest(weights / name) for name, body in found.items()},
-        "entries": [[one.name, one.size, one.file_type] for one in version["set"].list_fileset_files()],
-        "after": sorted(unzipped(version, folder)),
+        "equal": {
+            name: hashlib.sha256(body).hexdigest() == digest(weights / name) for name, body in bodies.items()
+        },
+        "entries": [[entry.name, entry.size, entry.file_type] for entry in version["set"].list_fileset_files()],
+        "after deletion": sorted(unzipped(version, folder)),
+        "small": [entry.name for entry in version["small set"].list_fileset_files("sub")],
+        "single file": [entry.name for entry in version["single"].list_fileset_files()],
         "absent": error_of(lambda: version["files/nothing"].download(str(folder / "x"))),
     }
 
 
 def tracked(version: Any, folder: Path) -> list[str]:
-    """Track files that stay where they are, and one more."""
+    """Track a file that stays where it is, then the files of a folder."""
     version["tracked"].track_files(str(folder / "weights" / "config.json"))
     version["tracked"].track_files(str(folder / "weights" / "sub"))
-    return sorted(one.file_path for one in version["tracked"].fetch_files_list())
+    return sorted(file.file_path for file in version["tracked"].fetch_files_list())
 
 
-def table(model: Any, make: Callable[[], Any]) -> Seen:
-    """Ask for tables: with a query, sorted, in pages."""
+def table(model: Any, create_version: Callable[[], Any]) -> Observations:
+    """Fetch tables: with a query, sorted, in pages."""
     for number in range(6):
-        made = make()
-        made["score"] = number / 10
-        made["registry/digest"] = f"sha256:{number}"
-        made.stop()
+        version = create_version()
+        version["score"] = number / 10
+        version["registry/digest"] = f"sha256:{number}"
+        version.stop()
 
     def ids(query: str, **options: Any) -> list[str]:
         rows = model.fetch_model_versions_table(query=query, progress_bar=False, **options).to_rows()
@@ -177,7 +190,7 @@ def table(model: Any, make: Callable[[], Any]) -> Seen:
 
 
 def upload_over_a_restart(version: Any, folder: Path) -> bool:
-    """Upload in parts while the test restarts the server between two of them."""
+    """Upload a file in parts while the test restarts the server between two parts."""
     from neptune.common.storage.datastream import FileChunker
 
     generate = FileChunker.generate
@@ -197,51 +210,51 @@ def upload_over_a_restart(version: Any, folder: Path) -> bool:
     return digest(folder / "restarted") == digest(folder / "large.bin")
 
 
-def trash(project: str, model: Any, make: Callable[[], Any]) -> Seen:
-    """Trash a version, then delete it for good."""
+def trash(project: str, model: Any, create_version: Callable[[], Any]) -> Observations:
+    """Move a version to the trash, then delete it."""
     from neptune import init_model_version, management
 
-    made = make()
-    identifier = made["sys/id"].fetch()
-    made.stop()
+    version = create_version()
+    identifier = version["sys/id"].fetch()
+    version.stop()
 
-    def found() -> bool:
+    def is_listed() -> bool:
         query = f'(`sys/id`:string = "{identifier}")'
         return bool(model.fetch_model_versions_table(query=query, progress_bar=False).to_rows())
 
-    def there() -> str:
+    def error_of_opening() -> str:
         return error_of(lambda: init_model_version(with_id=identifier, project=project, mode="read-only").stop())
 
-    seen: Seen = {"before": found()}
+    observations: Observations = {"before": is_listed()}
     management.delete_objects_from_trash(project, identifier)
-    seen["not in the trash"] = there()
+    observations["not in the trash"] = error_of_opening()
     management.trash_objects(project, identifier)
-    seen |= {"trashed": found(), "in the trash": there()}
+    observations |= {"trashed": is_listed(), "in the trash": error_of_opening()}
     management.clear_trash(project)
-    seen["deleted"] = there()
-    newer = make()
-    seen["number comes again"] = newer["sys/id"].fetch() == identifier
-    newer.stop()
-    return seen
+    observations["deleted"] = error_of_opening()
+    next_version = create_version()
+    observations["number is reused"] = next_version["sys/id"].fetch() == identifier
+    next_version.stop()
+    return observations
 
 
-def projects(project: str) -> Seen:
-    """Make a project, look for one that is not there."""
+def projects(project: str) -> Observations:
+    """Create a project, and open one that does not exist."""
     import neptune
     from neptune import management
 
     workspace = project.partition("/")[0]
-    name = f"{project}-made"
-    made = management.create_project(name, key="MADE")
+    name = f"{project}-new"
+    created_name = management.create_project(name, key="NEW")
     return {
-        "made": made == name and name in management.get_project_list(),
+        "created": created_name == name and name in management.get_project_list(),
         "unknown": error_of(lambda: neptune.init_model(key="X", project=f"{workspace}/nothing", mode="sync")),
         "model key": error_of(lambda: neptune.init_model(key="lower case", project=project, mode="sync")),
     }
 
 
 def over_plain_http(project: str) -> list[str]:
-    """Connect at an address with which there is no session yet, without leave to use plain http, then with it."""
+    """Connect at an address that has no session yet, without permission to use plain http, then with it."""
     import neptune
 
     token = os.environ["OTHER_ADDRESS_TOKEN"]
@@ -250,24 +263,24 @@ def over_plain_http(project: str) -> list[str]:
         neptune.init_project(project=project, mode="read-only", api_token=token).stop()
 
     del os.environ["OAUTHLIB_INSECURE_TRANSPORT"]
-    without = error_of(connect)
+    error = error_of(connect)
     os.environ["OAUTHLIB_INSECURE_TRANSPORT"] = "1"
-    return [without, error_of(connect)]
+    return [error, error_of(connect)]
 
 
-def ask(what: str) -> None:
-    """Let the test do something, and wait until it is done."""
-    sys.stdout.write(f"{what}\n")
+def ask(action: str) -> None:
+    """Ask the test for an action, and wait until it is done."""
+    sys.stdout.write(f"{action}\n")
     sys.stdout.flush()
     sys.stdin.readline()
 
 
 def error_of(action: Callable[[], object]) -> str:
-    """Return the name of the error that a call raises; empty when it raises none."""
+    """Return the name of the error that an action raises, or an empty string if it raises none."""
     with contextlib.redirect_stderr(None):
         try:
             action()
-        except Exception as error:  # noqa: BLE001 - which one it is, is the question
+        except Exception as error:  # noqa: BLE001 - the test checks the kind
             return type(error).__name__
     return ""
 
@@ -281,7 +294,7 @@ def unzipped(version: Any, folder: Path) -> dict[str, bytes]:
 
 
 def fill(path: Path, size: int) -> Path:
-    """Write `size` bytes of which no two megabytes are alike."""
+    """Write `size` bytes in which every megabyte is different."""
     with path.open("wb") as file:
         for start in range(0, size, 1_000_000):
             file.write(hashlib.sha256(f"{path}{start}".encode()).digest() * 31_250)

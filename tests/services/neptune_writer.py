@@ -1,4 +1,4 @@
-"""The real Neptune client in a process of its own, as other teams use it, with nothing of compileflow."""
+"""The real Neptune client in a separate process, used as other teams use it, without compileflow."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-# The grammar is half of the import's time, and never used.
+# Importing the grammar takes half of the time of the import, and nothing uses it.
 _PROGRAM = (
     "import sys; sys.modules['rfc3987_syntax'] = None; from tests.services.neptune_writer import main; main()"
 )
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class NeptuneWriter:
-    """Calls functions of this module in the other process, one at a time."""
+    """Calls functions of this module in the other process."""
 
     def __init__(self, environment: Mapping[str, str], folder: Path):
         self._folder = folder
@@ -40,9 +40,9 @@ class NeptuneWriter:
         assert self._popen.stdout is not None
         self._popen.stdin.write(json.dumps([function, arguments]) + "\n")
         self._popen.stdin.flush()
-        answer = json.loads(self._popen.stdout.readline() or '{"error": "the process ended"}')
-        assert "error" not in answer, answer["error"]
-        return answer["value"]
+        response = json.loads(self._popen.stdout.readline() or '{"error": "the process ended"}')
+        assert "error" not in response, response["error"]
+        return response["value"]
 
     def file(self, project: str, identity: str, path: str) -> bytes:
         """Return the bytes of a File field."""
@@ -59,7 +59,7 @@ class NeptuneWriter:
 
 @contextmanager
 def neptune_writer(environment: Mapping[str, str], folder: Path) -> Iterator[NeptuneWriter]:
-    """Give such a process until the block ends."""
+    """Run such a process until the block ends."""
     folder.mkdir(parents=True, exist_ok=True)
     writer = NeptuneWriter(environment, folder)
     try:
@@ -71,22 +71,22 @@ def neptune_writer(environment: Mapping[str, str], folder: Path) -> Iterator[Nep
 def make_version(
     project: str, key: str, fields: dict[str, Any], files: dict[str, str], sets: dict[str, str]
 ) -> str:
-    """Make a version of a model, which is made when absent, and return its id.
+    """Create a version of a model, and the model unless it exists; return the id of the version.
 
     Args:
-        project: As workspace/project.
-        key: Of the model.
-        fields: Values by attribute path.
-        files: Files to upload by attribute path.
-        sets: Globs of files to upload as a file set by attribute path.
+        project: Name of the project, as workspace/project.
+        key: Key of the model.
+        fields: Values by path of the field.
+        files: Files to upload, by path of the field.
+        sets: Globs of the files to upload as a file set, by path of the field.
     """
     import neptune
     from neptune.exceptions import NeptuneModelKeyAlreadyExistsError
 
     with suppress(NeptuneModelKeyAlreadyExistsError):
         neptune.init_model(project=project, key=key, mode="sync").stop()
-    with neptune.init_project(project=project, mode="read-only") as opened:
-        model = f"{opened['sys/id'].fetch()}-{key}"
+    with neptune.init_project(project=project, mode="read-only") as container:
+        model = f"{container['sys/id'].fetch()}-{key}"
     with neptune.init_model_version(project=project, model=model, mode="sync") as version:
         identity = version["sys/id"].fetch()
         write(version, fields, files, sets)
@@ -94,7 +94,7 @@ def make_version(
 
 
 def change_version(project: str, identity: str, fields: dict[str, Any], files: dict[str, str]) -> None:
-    """Write to a version."""
+    """Write fields and files of a version."""
     import neptune
 
     with neptune.init_model_version(project=project, with_id=identity, mode="sync") as version:
@@ -114,7 +114,7 @@ def write(version: Any, fields: dict[str, Any], files: dict[str, str], sets: dic
 
 
 def read_version(project: str, identity: str) -> dict[str, Any]:
-    """Return a version's values, nested by its paths."""
+    """Return the values of a version, nested like their paths."""
     import neptune
 
     with neptune.init_model_version(project=project, with_id=identity, mode="read-only") as version:
@@ -130,34 +130,36 @@ def download(project: str, identity: str, path: str, out: str) -> None:
 
 
 def list_versions(project: str) -> dict[str, bool]:
-    """Return the ids of all versions that are not in the trash, and whether each is complete."""
+    """Return for each version that is not in the trash, by its id, whether it is complete."""
     import neptune
 
-    found = {}
-    with neptune.init_project(project=project, mode="read-only") as opened:
-        models = [row["sys/id"].get() for row in opened.fetch_models_table(sort_by="sys/id", progress_bar=False)]
+    complete = {}
+    with neptune.init_project(project=project, mode="read-only") as container:
+        models = [
+            row["sys/id"].get() for row in container.fetch_models_table(sort_by="sys/id", progress_bar=False)
+        ]
     for identity in models:
         with neptune.init_model(project=project, with_id=identity, mode="read-only") as model:
             columns = ["sys/id", "registry/complete"]
             for row in model.fetch_model_versions_table(columns=columns, sort_by="sys/id", progress_bar=False):
                 try:
-                    found[row["sys/id"].get()] = bool(row["registry/complete"].get())
+                    complete[row["sys/id"].get()] = bool(row["registry/complete"].get())
                 except ValueError:
-                    found[row["sys/id"].get()] = False
-    return found
+                    complete[row["sys/id"].get()] = False
+    return complete
 
 
 def main() -> None:
-    """Entry of the other process."""
+    """Run the other process: read calls from standard input and write their results to standard output."""
     import os
 
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    # The client prints to standard output.
+    responses = os.fdopen(os.dup(1), "w", buffering=1)
+    # The client prints to standard output; send that to standard error.
     os.dup2(2, 1)
     for line in sys.stdin:
         function, arguments = json.loads(line)
         try:
-            answer = {"value": globals()[function](*arguments)}
-        except Exception:  # noqa: BLE001 - the test shows it
-            answer = {"error": traceback.format_exc()}
-        answers.write(json.dumps(answer) + "\n")
+            response = {"value": globals()[function](*arguments)}
+        except Exception:  # noqa: BLE001 - the test shows the traceback
+            response = {"error": traceback.format_exc()}
+        responses.write(json.dumps(response) + "\n")

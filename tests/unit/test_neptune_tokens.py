@@ -1,4 +1,4 @@
-"""Tokens of the Neptune-compatible server: whose they are, how long they hold, where they are kept."""
+"""Tokens of the Neptune-compatible server: their server, their lifetime and their file."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from pathlib import Path
 import pytest
 
 from deployments.neptune_server.errors import ApiError
-from deployments.neptune_server.tokens import Tokens, keep_api_token, make_api_token, read_api_token
+from deployments.neptune_server.tokens import Tokens, make_api_token, read_api_token, write_api_token
 
 URL = "http://127.0.0.1:8765"
 SECRET = b"s" * 32
 
 
-def test_session_outlives_the_server_but_not_the_key() -> None:
+def test_session_survives_a_restart_of_the_server_but_not_a_new_key() -> None:
     access, refresh = Tokens("key", secret=SECRET).session(URL)
-    again = Tokens("key", secret=SECRET)
-    assert again.check_access(f"Bearer {access}") == URL
-    assert again.check_refresh(refresh) == URL
+    restarted = Tokens("key", secret=SECRET)
+    assert restarted.check_access(f"Bearer {access}") == URL
+    assert restarted.check_refresh(refresh) == URL
     for other in (Tokens("other", secret=SECRET), Tokens("key", secret=b"t" * 32)):
         with pytest.raises(ApiError, match="Unauthorized"):
             other.check_access(f"Bearer {access}")
 
 
-def test_session_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_session_expires(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = Tokens("key", secret=SECRET)
     access, refresh = tokens.session(URL)
     later = time.time() + 3601
@@ -33,12 +33,12 @@ def test_session_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ApiError) as caught:
         tokens.check_access(f"Bearer {access}")
     assert "expired" in caught.value.detail
-    # With the other one the client gets new ones.
+    # The refresh token, with which the client gets new tokens, is still valid.
     assert tokens.check_refresh(refresh) == URL
 
 
 @pytest.mark.parametrize("kind", ["access", "refresh"])
-def test_one_kind_of_token_is_no_other(kind: str) -> None:
+def test_access_and_refresh_tokens_are_not_interchangeable(kind: str) -> None:
     tokens = Tokens("key", secret=SECRET)
     access, refresh = tokens.session(URL)
     with pytest.raises(ApiError, match="Unauthorized"):
@@ -53,14 +53,14 @@ def test_one_kind_of_token_is_no_other(kind: str) -> None:
         "x",
         "ANONYMOUS",
         "ä",
-        base64.b64encode(b"no JSON").decode(),
+        base64.b64encode(b"not JSON").decode(),
         base64.b64encode(b"[1]").decode(),
         base64.b64encode(b"{}").decode(),
         make_api_token(URL, ""),
         make_api_token(URL, "kez"),
     ],
 )
-def test_what_is_no_token_of_this_server_is_refused(token: str | None) -> None:
+def test_token_of_another_server_is_refused(token: str | None) -> None:
     tokens = Tokens("key", secret=SECRET)
     with pytest.raises(ApiError) as caught:
         tokens.check_api_token(token)
@@ -71,14 +71,14 @@ def test_what_is_no_token_of_this_server_is_refused(token: str | None) -> None:
             tokens.check_access(session)
 
 
-def test_token_file_keeps_its_key_at_another_address_and_takes_a_given_one(tmp_path: Path) -> None:
+def test_token_file_keeps_its_key_for_a_new_address_until_another_key_is_set(tmp_path: Path) -> None:
     path = tmp_path / "token"
-    key, made = keep_api_token(path, URL, api_key=None)
-    assert made
+    key, is_new = write_api_token(path, URL, api_key=None)
+    assert is_new
     path.chmod(0o644)
-    assert keep_api_token(path, "https://elsewhere", api_key=None) == (key, False)
+    assert write_api_token(path, "https://elsewhere", api_key=None) == (key, False)
     assert path.stat().st_mode & 0o777 == 0o600
     assert read_api_token(path.read_text())["api_address"] == "https://elsewhere"
-    assert keep_api_token(path, URL, api_key="own") == ("own", False)
-    assert read_api_token(path.read_text())["api_key"] == "own"
+    assert write_api_token(path, URL, api_key="chosen") == ("chosen", False)
+    assert read_api_token(path.read_text())["api_key"] == "chosen"
     assert [file.name for file in tmp_path.iterdir()] == ["token"]

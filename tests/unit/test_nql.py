@@ -1,4 +1,4 @@
-"""NQL against a small table: which versions a query finds, and what it refuses."""
+"""NQL queries on a small table: which versions a query finds, and which queries are refused."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ DAY_MS = 86_400_000
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Database, Project]]:
-    """Versions 1 to 4: score 0.1 to 0.4, count 1 to 4; some have more."""
+    """Versions 1 to 4 with scores 0.1 to 0.4 and counts 1 to 4. Some have more fields."""
     database = Database(tmp_path_factory.mktemp("nql") / "registry.db")
     with database.writing() as db:
-        project = containers.make_project(db, "tests/nql")
-        model = containers.make_model(db, project, "KEY")
+        project = containers.create_project(db, "tests/nql")
+        model = containers.create_model(db, project, "KEY")
         for number in range(1, 5):
-            version = containers.make_model_version(db, project, model.id)
+            version = containers.create_model_version(db, project, model.id)
             operations: list[dict[str, object]] = [
                 {"path": "score", "assignFloat": {"value": number / 10}},
                 {"path": "count", "assignInt": {"value": number}},
@@ -47,14 +47,20 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Database, 
     database.close()
 
 
-def found(table: tuple[Database, Project], query: str, **given: object) -> str:
+def versions(table: tuple[Database, Project], query: str, **options: object) -> str:
+    """Return the numbers of the versions that a query finds."""
     database, project = table
-    asked = {"query": {"query": query}, "sorting": {"sortBy": {"name": "sys/id"}, "dir": "ascending"}, **given}
-    answer = search.search(database.reading, project, ["modelVersion"], asked)
+    request = {
+        "query": {"query": query},
+        "sorting": {"sortBy": {"name": "sys/id"}, "dir": "ascending"},
+        "pagination": {"offset": 0, "limit": 100},
+        **options,
+    }
+    page = search.search(database.reading, project, ["modelVersion"], request)
     numbers = []
-    for entry in answer["entries"]:
-        named = {one["name"]: one for one in entry["attributes"]}
-        numbers.append(named["sys/id"]["stringProperties"]["value"][-1])
+    for entry in page["entries"]:
+        fields_by_name = {field["name"]: field for field in entry["attributes"]}
+        numbers.append(fields_by_name["sys/id"]["stringProperties"]["value"][-1])
     return "".join(numbers)
 
 
@@ -91,10 +97,10 @@ def found(table: tuple[Database, Project], query: str, **given: object) -> str:
         ("(last(loss:floatSeries) = 2)", "3"),
         ("min(`loss`:floatSeries) = 1 AND max(`loss`:floatSeries) = 3", "3"),
         ("average(loss:floatSeries) > 2", ""),
-        # Another type is another field.
+        # A comparison looks only at fields of its type.
         ("mixed:string = 1", "3"),
         ("mixed:int = 1", "4"),
-        # Who has no such field is found by NOT alone.
+        # Only NOT finds a version without the field.
         ("text:string != x", "3"),
         ("NOT (text:string CONTAINS hi)", "124"),
         ("NOT NOT count:int = 1", "1"),
@@ -107,94 +113,99 @@ def found(table: tuple[Database, Project], query: str, **given: object) -> str:
     ],
 )
 def test_query_finds(table: tuple[Database, Project], query: str, expected: str) -> None:
-    assert found(table, query) == expected
+    assert versions(table, query) == expected
 
 
 @pytest.mark.parametrize(
-    ("query", "said"),
+    ("query", "message"),
     [
-        ("score", "expected ':', found the end"),
-        ("score:float", "expected an operator, found the end"),
-        ("score:float =", "expected a value, found the end"),
-        ("score:float = 1 2", "expected AND, OR or the end, found '2'"),
-        ("(score:float = 1", "expected ')', found the end"),
-        ("score:float = 1)", "found ')'"),
-        ("AND", "expected ':', found the end"),
+        ("score", "expected ':', got the end of the query"),
+        ("score:float", "expected an operator, got the end of the query"),
+        ("score:float =", "expected a value, got the end of the query"),
+        ("score:float = 1 2", "expected AND, OR or the end of the query, got '2'"),
+        ("(score:float = 1", "expected ')', got the end of the query"),
+        ("score:float = 1)", "got ')'"),
+        ("AND", "expected ':', got the end of the query"),
         ("score:number = 1", "unknown type 'number', use one of string, int"),
-        ("score:float = text", "'text' is no float"),
-        ("score:float CONTAINS 1", "float has no CONTAINS, use one of ="),
-        ("even:bool = 1", "'1' is no bool"),
-        ("at:datetime > yesterday", "'yesterday' is no datetime"),
-        ("text:string =~ '('", "'(' is no string"),
-        ("median(loss:floatSeries) > 1", "median() is one of last, min"),
-        ("last(score:float) > 1", "last() is one of"),
-        ('text:string = "open', "cannot read"),
+        ("score:float = text", "'text' is not a float"),
+        ("score:float CONTAINS 1", "float does not support CONTAINS, use one of ="),
+        ("even:bool = 1", "'1' is not a bool"),
+        ("at:datetime > yesterday", "'yesterday' is not a datetime"),
+        ("text:string =~ '('", "'(' is not a pattern"),
+        (
+            "median(loss:floatSeries) > 1",
+            "expected one of last, min, max, average of a floatSeries, got median of floatSeries",
+        ),
+        ("last(score:float) > 1", "got last of float"),
+        ('text:string = "open', "expected a name, an operator or a value, got"),
         ("(" * 200 + "score:float = 1" + ")" * 200, "at most 100 deep"),
         (" AND ".join(["score:float = 1"] * 501), "at most 500 comparisons"),
         ("x" * 70_000, "at most 65536 characters"),
     ],
 )
-def test_query_that_is_none_is_refused_with_what_was_expected(query: str, said: str) -> None:
+def test_invalid_query_is_refused_with_a_message(query: str, message: str) -> None:
     with pytest.raises(ApiError) as caught:
         compile_query(query)
-    # The client makes its own error of exactly this title.
+    # The client recognizes a wrong query by this title.
     assert (caught.value.status, caught.value.title) == (400, "Syntax error")
-    assert said in caught.value.detail
+    assert message in caught.value.detail
 
 
-def test_longest_query_that_is_taken_runs(table: tuple[Database, Project]) -> None:
-    assert found(table, " OR ".join(["count:int = 1"] * 500)) == "1"
-    assert found(table, "(" * 90 + "NOT " * 8 + "count:int = 1" + ")" * 90) == "1"
+def test_query_at_the_limits_runs(table: tuple[Database, Project]) -> None:
+    assert versions(table, " OR ".join(["count:int = 1"] * 500)) == "1"
+    assert versions(table, "(" * 90 + "NOT " * 8 + "count:int = 1" + ")" * 90) == "1"
 
 
-def test_value_that_looks_like_sql_is_a_value(table: tuple[Database, Project]) -> None:
-    assert found(table, 'text:string = "\' OR 1=1 --"') == ""
-    assert found(table, "`x' OR '1'='1`:string = x") == ""
+def test_sql_in_a_value_is_not_executed(table: tuple[Database, Project]) -> None:
+    assert versions(table, 'text:string = "\' OR 1=1 --"') == ""
+    assert versions(table, "`x' OR '1'='1`:string = x") == ""
 
 
 @pytest.mark.parametrize(
-    ("way", "column", "expected"),
+    ("direction", "column", "expected"),
     [
         ("ascending", "score", "1234"),
         ("descending", "score", "4321"),
-        # Who has no such field comes last, whichever way; the newest of them first when descending.
+        # Versions without the field come last in both directions, the newest of them first if descending.
         ("ascending", "text", "3124"),
         ("descending", "text", "3421"),
         ("descending", "sys/trashed", "4321"),
     ],
 )
 def test_table_is_sorted_by_any_field(
-    table: tuple[Database, Project], way: str, column: str, expected: str
+    table: tuple[Database, Project], direction: str, column: str, expected: str
 ) -> None:
-    assert found(table, "", sorting={"sortBy": {"name": column}, "dir": way}) == expected
+    assert versions(table, "", sorting={"sortBy": {"name": column}, "dir": direction}) == expected
 
 
-def test_pages_join_into_the_whole_table(table: tuple[Database, Project]) -> None:
-    pages = [found(table, "", pagination={"offset": offset, "limit": 3}) for offset in (0, 3, 6)]
+def test_pages_together_are_the_whole_table(table: tuple[Database, Project]) -> None:
+    pages = [versions(table, "", pagination={"offset": offset, "limit": 3}) for offset in (0, 3, 6)]
     assert pages == ["123", "4", ""]
     with pytest.raises(ApiError, match="Bad request"):
-        found(table, "", pagination={"offset": 0, "limit": 10_001})
+        versions(table, "", pagination={"offset": 0, "limit": 10_001})
 
 
-def test_columns_are_those_asked_for_and_types_are_known_in_an_empty_project(
+def test_table_has_the_requested_columns(
     table: tuple[Database, Project],
 ) -> None:
     database, project = table
-    asked = {"attributeFilters": [{"path": "score"}]}
-    (first, *_) = search.search(database.reading, project, ["modelVersion"], asked)["entries"]
-    assert [one["name"] for one in first["attributes"]] == ["score"]
-    types = search.column_types(database.reading, project, ["modelVersion"], "mixed")
-    assert [one["type"] for one in types] == ["int", "string"]
+    request = {"attributeFilters": [{"path": "score"}]}
+    (entry, *_) = search.search(database.reading, project, ["modelVersion"], request)["entries"]
+    assert [field["name"] for field in entry["attributes"]] == ["score"]
+
+
+def test_types_of_system_fields_are_known_in_an_empty_project(table: tuple[Database, Project]) -> None:
+    database, project = table
+    assert search.column_types(database.reading, project, ["modelVersion"], "mixed") == ["int", "string"]
     with database.writing() as db:
-        empty = containers.make_project(db, "tests/empty")
-    assert search.column_types(database.reading, empty, ["modelVersion"], "sys/creation_time") == [
-        {"name": "sys/creation_time", "type": "datetime"}
-    ]
+        empty_project = containers.create_project(db, "tests/empty")
+    types = search.column_types(database.reading, empty_project, ["modelVersion"], "sys/creation_time")
+    assert types == ["datetime"]
 
 
-def test_file_of_another_version_of_the_server_is_refused(tmp_path: Path) -> None:
+def test_database_of_another_version_of_the_server_is_refused(tmp_path: Path) -> None:
     database = Database(tmp_path / "registry.db")
     database.reading.execute("PRAGMA user_version = 99")
     database.close()
-    with pytest.raises(ValueError, match="has schema 99, this server knows 1"):
+    with pytest.raises(ValueError, match="expected schema version 1, got 99"):
         Database(tmp_path / "registry.db")
