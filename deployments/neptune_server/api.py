@@ -123,7 +123,7 @@ def _create_container(call: Call) -> Any:
         if body.get("type") == "modelVersion":
             return containers.create_model_version(db, project, str(body.get("parentId"))).to_json()
     raise bad_request(
-        f"Expected type 'model' or 'modelVersion', got {body.get('type')!r}. There are no runs here."
+        f"Expected type 'model' or 'modelVersion', got {body.get('type')!r}. This server does not support runs."
     )
 
 

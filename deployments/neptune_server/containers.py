@@ -149,7 +149,7 @@ def find_project(db: sqlite3.Connection, identifier: str) -> Project:
         raise ApiError(
             404,
             "Project not found",
-            detail=f"There is no project {identifier!r}. Create it with --project or management.create_project.",
+            detail=f"The project {identifier!r} does not exist. Create it with --project or management.create_project.",
         )
     return Project(**row)
 
@@ -216,7 +216,7 @@ def find_container(db: sqlite3.Connection, identifier: str) -> Container:
             404,
             "Not found",
             kind="EXPERIMENT_NOT_FOUND",
-            detail=f"There is no project, model or model version {identifier!r}.",
+            detail=f"A project, model or model version {identifier!r} does not exist.",
         )
     trashed = db.execute(
         "SELECT value FROM attribute WHERE container = ? AND path = 'sys/trashed'", (row["id"],)

@@ -85,7 +85,7 @@ def read(db: sqlite3.Connection, container: Container, path: str, field_type: st
 def read_all(
     db: sqlite3.Connection, container_id: str, paths: frozenset[str] = frozenset()
 ) -> list[dict[str, Any]]:
-    """Return fields in the form of the API, by name: those at `paths`, or all fields if there are no paths."""
+    """Return fields in the form of the API, by name: those at `paths`, or all fields if `paths` is empty."""
     rows = db.execute("SELECT * FROM attribute WHERE container = ? ORDER BY path", (container_id,))
     return [
         {
@@ -191,7 +191,7 @@ def _execute(
         put(db, container, path, _CLEARS[action], None)
     elif action == "deleteFiles":
         _delete_files(db, container, path, arguments["filePaths"])
-    elif action != "configFloatSeries":  # the settings of a chart, and there are no charts
+    elif action != "configFloatSeries":  # the settings of a chart, which this server does not draw
         raise FieldError(f"Field {path!r}: this server does not support {action}.")
 
 

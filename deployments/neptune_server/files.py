@@ -280,7 +280,9 @@ def _safe_path(name: str) -> str:
 def _find_upload(db: sqlite3.Connection, upload: str) -> sqlite3.Row:
     row: sqlite3.Row | None = db.execute("SELECT * FROM upload WHERE id = ?", (upload,)).fetchone()
     if row is None:
-        raise ApiError(404, "Upload not found", detail=f"There is no upload {upload!r}. Start the upload again.")
+        raise ApiError(
+            404, "Upload not found", detail=f"The upload {upload!r} does not exist. Start the upload again."
+        )
     return row
 
 

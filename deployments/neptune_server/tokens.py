@@ -39,7 +39,7 @@ def write_api_token(path: Path, url: str, *, api_key: str | None) -> tuple[str, 
     Args:
         path: The token file.
         url: Address by which clients reach the server.
-        api_key: Key of the token. If None, the key in the file is used, or a new key if there is no file.
+        api_key: Key of the token. If None, the key in the file is used, or a new key if the file does not exist.
 
     Returns:
         The key, and whether the key is new.
