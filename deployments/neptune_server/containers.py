@@ -149,7 +149,7 @@ def find_project(db: sqlite3.Connection, identifier: str) -> Project:
         raise ApiError(
             404,
             "Project not found",
-            detail=f"Project {identifier!r} does not exist. Create it with --project or management.create_project.",
+            detail=f"Project {identifier!r} does not exist. Create it: --project or management.create_project.",
         )
     return Project(**row)
 
