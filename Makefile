@@ -1,52 +1,57 @@
-# Bare `make` prints the targets. Each environment is made once and again when pyproject.toml or the pins change.
+# Bare `make` prints the targets. Each environment is built once, and again when pyproject.toml or the pins change.
 PYTHON ?= python3
 DEMO := .venv-demo
 DEV := .venv-dev
 PIP := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-# A file's tests stay together: they share servers and compiled models.
-# In the files' own order, since the last ones are short: nobody waits long for the other worker.
-AT_ONCE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# The tests of a file stay together, because they share servers and compiled models. The files run in their own
+# order: the last ones are short, so that both workers finish at about the same time.
+PYTEST := $(DEV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo neptune test test-all check format clean
+.PHONY: help demo neptune check docs test test-slow format clean
 
 help: ## Print the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: $(DEMO)/installed ## Compile a real model for two targets, prove it and register it; needs no account
+demo: $(DEMO)/installed ## Compile a real model for two targets, validate it and register it; needs no account
 	@COMPILEFLOW_HOME=.demo $(DEMO)/bin/python -m flows demo
 
-neptune: $(DEV)/installed ## Start the Neptune-compatible registry server on port 8765; its data is in .neptune
+neptune: $(DEV)/installed ## Start the Neptune-compatible registry server on port 8765, with its data in .neptune
 	@$(DEV)/bin/python -m deployments.neptune_server --root .neptune --project compileflow/models
 
-test: $(DEV)/installed ## Run the tests
-	@$(DEV)/bin/python -m pytest $(AT_ONCE) -m "not slow"
-
-test-all: $(DEV)/installed ## Run the tests, the slow ones too
-	@$(DEV)/bin/python -m pytest $(AT_ONCE)
-
-check: $(DEV)/installed ## Lint, format, types, one-way imports
+check: $(DEV)/installed ## Check code style, types, import directions, language and generated tables
 	@$(DEV)/bin/ruff check .
 	@$(DEV)/bin/ruff format --check .
 	@$(DEV)/bin/mypy
 	@$(DEV)/bin/lint-imports
+	@$(DEV)/bin/python docs/language.py
+	@$(DEV)/bin/python docs/tables.py --check
 
-format: $(DEV)/installed ## Put the code into its format
+docs: $(DEV)/installed ## Build the documentation into site/
+	@NO_MKDOCS_2_WARNING=1 $(DEV)/bin/mkdocs build --quiet --strict
+
+test: $(DEV)/installed ## Run the tests that are not marked slow
+	@$(PYTEST) -m "not slow"
+
+test-slow: $(DEV)/installed ## Run the tests that are marked slow
+	@$(PYTEST) -m slow
+
+format: $(DEV)/installed ## Format the code
 	@$(DEV)/bin/ruff format .
 	@$(DEV)/bin/ruff check --fix .
 
-clean: ## Delete environments, the demo's results and caches
-	@rm -rf $(DEMO) $(DEV) .demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist
+clean: ## Delete the environments, the demo's results, the site and all caches
+	@rm -rf $(DEMO) $(DEV) .demo site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(DEMO)/installed: pyproject.toml constraints.txt
-	@echo "installing into $(DEMO); a few minutes, once"
+	@echo "installing into $(DEMO); this takes a few minutes, once"
 	@$(PYTHON) -m venv --clear $(DEMO)
 	@$(DEMO)/bin/python $(PIP) --editable '.[demo]'
 	@touch $@
 
 $(DEV)/installed: pyproject.toml constraints.txt
-	@echo "installing into $(DEV); a few minutes, once"
+	@echo "installing into $(DEV); this takes a few minutes, once"
 	@$(PYTHON) -m venv --clear $(DEV)
 	@$(DEV)/bin/python $(PIP) --editable '.[dev]'
 	@touch $@

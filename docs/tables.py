@@ -91,9 +91,9 @@ def commands() -> str:
             if getattr(parameter, "hidden", False):
                 continue
             description = (getattr(parameter, "help", None) or "").strip()
-            if parameter.param_type_name == "argument":
-                usage.append(parameter.human_readable_name.upper())
-                rows.append((f"`{parameter.human_readable_name.upper()}`", description))
+            if isinstance(parameter, typer.core.TyperArgument):
+                usage.append(parameter.name.upper())
+                rows.append((f"`{parameter.name.upper()}`", description))
             else:
                 spellings = [*parameter.opts, *parameter.secondary_opts]
                 rows.append((" ".join(f"`{spelling}`" for spelling in spellings), description))
