@@ -56,7 +56,7 @@ def test_architecture_whose_frames_its_configuration_does_not_explain_is_refused
         model_type = "strange"
         conv_kernel, conv_stride = (10,), (5,)
 
-    with pytest.raises(SpecError, match=r"strange makes 7 frames of 100.*19"):
+    with pytest.raises(SpecError, match=r"Expected 19 frames for an input of length 100.*got 7 from strange"):
         frame_convolutions(Config(), [(100, 7)])
 
 

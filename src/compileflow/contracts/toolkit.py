@@ -1,18 +1,100 @@
-"""Helpers for targets, ours and third parties': progress, threads, environment, versions, CPU features."""
+"""Helpers for targets, built in or third-party: probing, progress, threads, CPU features and errors."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from compileflow._process.child import report_progress
 from compileflow._process.cpu import cpu_features, lacking_precisions
 from compileflow._process.packages import installed_versions
 from compileflow._process.state import environment, torch_threads, undisturbed_process
+from compileflow.contracts.targets import Availability
+from compileflow.errors import CompileError, InputError, LoadError, first_line
+from compileflow.spec import Precision
 
 __all__ = [
     "cpu_features",
     "environment",
     "installed_versions",
     "lacking_precisions",
+    "load_error",
+    "probe_installed",
+    "refusal",
     "report_progress",
+    "require_open",
     "torch_threads",
     "undisturbed_process",
 ]
+
+Loaded = TypeVar("Loaded")
+
+
+def probe_installed(
+    compile_needs: Sequence[str],
+    run_needs: Sequence[str],
+    *,
+    install: str,
+    lacking: Mapping[Precision, str] | None = None,
+) -> Availability:
+    """Answer `Target.probe` for a toolchain that consists of Python distributions alone.
+
+    Args:
+        compile_needs: Distributions that a compile imports.
+        run_needs: Distributions that a loaded component imports.
+        install: Command that installs them.
+        lacking: Precisions that this machine cannot run, each with the reason.
+    """
+    installed = installed_versions((*compile_needs, *run_needs))
+    missing = [name for name in dict.fromkeys((*run_needs, *compile_needs)) if name not in installed]
+    if not missing:
+        return Availability(can_compile=True, can_run=True, lacking=lacking or {})
+    verb = "is" if len(missing) == 1 else "are"
+    return Availability(
+        can_compile=installed.keys() >= set(compile_needs),
+        can_run=installed.keys() >= set(run_needs),
+        reason=f"{', '.join(missing)} {verb} not installed",
+        hint=install,
+        lacking=lacking or {},
+    )
+
+
+def refusal(compiler: str, error: BaseException, *, reason: str = "", hint: str = "") -> CompileError:
+    """Return the error for a model that a compiler refused.
+
+    Args:
+        compiler: The compiler, as the subject of a sentence.
+        error: What it raised.
+        reason: The part of the error's text that explains it; empty for the first line.
+        hint: What to do; empty for "try another target".
+    """
+    return CompileError(
+        f"{compiler} refused the model: {type(error).__name__}: {reason or first_line(error)}.",
+        hint=hint or "Try another target; `compileflow targets` lists them.",
+    )
+
+
+def load_error(name: str, runtime: str, error: BaseException, *, reason: str = "") -> LoadError:
+    """Return the error for a file that a runtime cannot load.
+
+    Args:
+        name: Name of the file.
+        runtime: The runtime with its version.
+        error: What it raised.
+        reason: The part of the error's text that explains it; empty for the first line.
+    """
+    return LoadError(
+        f"{name} cannot be loaded by {runtime}: {reason or first_line(error)}.",
+        hint="Use the versions that the manifest names, or compile again.",
+    )
+
+
+def require_open(loaded: Loaded | None) -> Loaded:
+    """Return what a runner has loaded.
+
+    Raises:
+        InputError: The runner was closed, and set it to None.
+    """
+    if loaded is None:
+        raise InputError("This compiled model was closed.", hint="Load it again.")
+    return loaded

@@ -1,9 +1,16 @@
-"""The uncompiled model: its tasks, how it is loaded, its interface, its examples and its processor."""
+"""The uncompiled model: its tasks, how it is loaded, its interface, its example inputs and its processor."""
 
 from __future__ import annotations
 
 from compileflow.source_model.examples import calibration_tensors, example_inputs, example_length
-from compileflow.source_model.interface import SourceModel, as_tuple_module, free_axes, maximum_length
+from compileflow.source_model.interface import (
+    SourceModel,
+    as_tuple_module,
+    free_axes,
+    length_limit,
+    maximum_length,
+    tokenizer_maximum,
+)
 from compileflow.source_model.load import load_config, load_source_model
 from compileflow.source_model.tasks import AUTO_CLASSES, HEADS, task_of_architecture, tasks_of
 
@@ -16,9 +23,11 @@ __all__ = [
     "example_inputs",
     "example_length",
     "free_axes",
+    "length_limit",
     "load_config",
     "load_source_model",
     "maximum_length",
     "task_of_architecture",
     "tasks_of",
+    "tokenizer_maximum",
 ]

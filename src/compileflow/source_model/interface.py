@@ -1,18 +1,27 @@
-"""SourceModel: the loaded model with its inputs, its outputs and their axes."""
+"""SourceModel: a loaded model with its inputs, its outputs, their axes, and the longest input that it takes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from compileflow.contracts import Arrays, TensorRecord
-from compileflow.source_model.lengths import Convolutions
+from pydantic import JsonValue
+
+from compileflow.contracts import Arrays, Axis, CompiledComponent, TensorRecord
+from compileflow.errors import CompileError, SourceError
+from compileflow.source_model.examples import example_inputs, example_length
+from compileflow.source_model.lengths import Convolutions, frame_convolutions
 from compileflow.spec import Precision
 
 if TYPE_CHECKING:
     import torch
 
+# Two lengths of text that a model is probed with.
+TEXT_PROBES = (7, 11)
+# transformers writes an integer near 1e30 where a tokenizer has no maximum length.
+_NO_MAXIMUM = 1_000_000
 # Model types whose embeddings number positions with transformers' create_position_ids_from_input_ids.
 _POSITIONS_AFTER_PADDING = (
     "camembert",
@@ -31,7 +40,17 @@ _POSITIONS_AFTER_PADDING = (
 
 @dataclass(frozen=True)
 class SourceModel:
-    """A source model in evaluation mode with the interface that a compiled graph must keep."""
+    """A source model in evaluation mode, with the interface that its compiled component must keep.
+
+    Attributes:
+        model: The transformers model.
+        inputs: Inputs in the order of the compiled graph.
+        outputs: Outputs in the order of the compiled graph.
+        output_class: Class of the model's answer, as module:Class.
+        pad_token_id: Token id beyond the end of a row.
+        vocab_size: Number of token ids; 0 for images and audio.
+        frame_convolutions: (kernel, stride) of each convolution between the sequence axis and the frames.
+    """
 
     model: Any
     inputs: tuple[TensorRecord, ...]
@@ -42,18 +61,149 @@ class SourceModel:
     frame_convolutions: Convolutions = ()
 
     def run(self, inputs: Mapping[str, Any]) -> Arrays:
-        """Run the source model: named arrays, of the inputs' axes, to named float arrays."""
+        """Run the source model on named arrays with the axes of `inputs`, and return named float arrays."""
         import torch
 
         with torch.inference_mode():
             answer = self.model(**{name: torch.as_tensor(value) for name, value in inputs.items()})
         return {record.name: answer[record.name].numpy() for record in self.outputs}
 
+    def example_tensors(self, batch_size: int, sequence_length: int) -> dict[str, torch.Tensor]:
+        """Return example inputs as tensors, in the order of `inputs`."""
+        import torch
+
+        arrays = example_inputs(self.inputs, batch_size, sequence_length, self.vocab_size, self.pad_token_id)
+        return {record.name: torch.as_tensor(arrays[record.name]) for record in self.inputs}
+
+    def export_tensors(self, longest: int) -> dict[str, torch.Tensor]:
+        """Return the example that a graph with free axes is exported with.
+
+        It has three rows, because torch.export takes a size of 1 for a constant.
+
+        Args:
+            longest: Longest row that the component must take.
+        """
+        return self.example_tensors(3, example_length(self.inputs, longest))
+
+    def check_outputs(self, names: Collection[str], exporter: str) -> None:
+        """Check that an exported graph has all outputs.
+
+        Raises:
+            CompileError: The exporter dropped an output.
+        """
+        for record in self.outputs:
+            if record.name not in names:
+                raise CompileError(
+                    f"Expected the output {record.name!r} from {exporter}, got {', '.join(sorted(names))}.",
+                    hint="Report this model's architecture; another target may compile it.",
+                )
+
+    def compiled_to(
+        self, files: Sequence[str], load_options: Mapping[str, JsonValue] | None = None
+    ) -> CompiledComponent:
+        """Return what `Target.compile` answers: the written files with this model's interface.
+
+        Args:
+            files: Paths of the written files, relative to the component's folder.
+            load_options: Values that `Target.load` gets back.
+        """
+        return CompiledComponent(
+            files=tuple(files),
+            inputs=self.inputs,
+            outputs=self.outputs,
+            output_class=self.output_class,
+            pad_token_id=self.pad_token_id,
+            load_options=load_options or {},
+            frame_convolutions=self.frame_convolutions,
+        )
+
+
+def probe_model(
+    model: Any,
+    config: Any,
+    inputs: Sequence[TensorRecord],
+    lengths: tuple[int, int],
+    *,
+    ignored_outputs: Sequence[str] = (),
+) -> SourceModel:
+    """Run a model on two batches of different shapes, and read its outputs and their axes off the answers.
+
+    Args:
+        model: A transformers model in evaluation mode.
+        config: Configuration of the model.
+        inputs: Inputs of the model.
+        lengths: Sequence lengths of the two batches.
+        ignored_outputs: Names of outputs that the compiled component does not have.
+
+    Raises:
+        SpecError: The configuration does not explain the number of frames.
+    """
+    import torch
+
+    vocab_size, pad_token_id = getattr(config, "vocab_size", None) or 0, getattr(config, "pad_token_id", None) or 0
+    answers = []
+    for batch_size, length in zip((2, 3), lengths, strict=True):
+        example = example_inputs(inputs, batch_size, length, vocab_size, pad_token_id)
+        with torch.inference_mode():
+            answers.append(model(**{name: torch.as_tensor(value) for name, value in example.items()}))
+    outputs = []
+    frames: list[tuple[int, int]] = []
+    for name, tensor in answers[0].items():
+        if name in ignored_outputs or not isinstance(tensor, torch.Tensor):
+            continue
+        axes: list[Axis] = []
+        for sizes in zip(tensor.shape, answers[1][name].shape, strict=True):
+            if sizes[0] == sizes[1]:
+                axes.append(sizes[0])
+            elif sizes == (2, 3):
+                axes.append("batch")
+            elif sizes == lengths:
+                axes.append("sequence")
+            else:
+                axes.append("frames")
+                frames = list(zip(lengths, sizes, strict=True))
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        outputs.append(TensorRecord(name=name, dtype=dtype, axes=tuple(axes)))
+    answer_class = type(answers[0])
+    return SourceModel(
+        model=model,
+        inputs=tuple(inputs),
+        outputs=tuple(outputs),
+        output_class=f"{answer_class.__module__}:{answer_class.__qualname__}",
+        pad_token_id=pad_token_id,
+        vocab_size=int(vocab_size),
+        frame_convolutions=frame_convolutions(config, frames) if "sequence" in inputs[0].axes else (),
+    )
+
+
+def text_inputs(model: Any, config: Any) -> tuple[TensorRecord, ...]:
+    """Return the inputs of a text model: those of the usual three that its `forward` takes.
+
+    Raises:
+        SourceError: `forward` does not take input_ids.
+    """
+    parameters = list(inspect.signature(model.forward).parameters)
+    if "input_ids" not in parameters:
+        raise SourceError(
+            f"{type(model).__name__}.forward has no parameter input_ids; it has {', '.join(parameters)}.",
+            hint="Name the inputs in the signature of forward: a compiled graph needs named inputs.",
+        )
+    names = ["input_ids", "attention_mask"]
+    if getattr(config, "type_vocab_size", 0) > 1:
+        names.append("token_type_ids")
+    return tuple(
+        TensorRecord(name=name, dtype="int64", axes=("batch", "sequence")) for name in names if name in parameters
+    )
+
 
 def maximum_length(config: Any, tokenizer_maximum: int | None) -> int:
-    """Return the longest input that a model has positions for, in tokens.
+    """Return the longest input, in tokens, for which a model has positions and its tokenizer has room.
 
     RoBERTa-like models number positions from pad_token_id + 1, and lose that many.
+
+    Args:
+        config: Configuration of the model.
+        tokenizer_maximum: Longest input of the tokenizer; None where it has no maximum.
     """
     positions = getattr(config, "max_position_embeddings", None) or 512
     if config.model_type in _POSITIONS_AFTER_PADDING:
@@ -63,42 +213,52 @@ def maximum_length(config: Any, tokenizer_maximum: int | None) -> int:
     return int(positions)
 
 
+def tokenizer_maximum(tokenizer: Any) -> int | None:
+    """Return the longest input of a tokenizer in tokens; None without a maximum or without a tokenizer."""
+    return length_limit(getattr(tokenizer, "model_max_length", None))
+
+
+def length_limit(value: float | None) -> int | None:
+    """Return a maximum length as transformers stores it; None where it means "no maximum"."""
+    return None if value is None or value >= _NO_MAXIMUM else int(value)
+
+
 def free_axes(inputs: Sequence[TensorRecord], batch: Any, sequence: Any) -> dict[str, dict[int, Any]]:
-    """Return torch.export's dynamic_shapes: for each input, its axes that are free, and what each is."""
-    dims = {"batch": batch, "sequence": sequence}
+    """Return the argument dynamic_shapes of torch.export: for each input, its free axes and their dimensions."""
+    dimensions = {"batch": batch, "sequence": sequence}
     return {
-        record.name: {n: dims[axis] for n, axis in enumerate(record.axes) if isinstance(axis, str)}
+        record.name: {number: dimensions[axis] for number, axis in enumerate(record.axes) if isinstance(axis, str)}
         for record in inputs
     }
 
 
-def as_tuple_module(graph: SourceModel, precision: Precision = Precision.FP32) -> torch.nn.Module:
-    """Wrap the model: positional inputs in the graph's order, a tuple of outputs in the graph's order.
+def as_tuple_module(source_model: SourceModel, precision: Precision = Precision.FP32) -> torch.nn.Module:
+    """Wrap a source model: it takes inputs by position and returns a tuple of float32 outputs.
 
-    At bf16 and fp16 matrix products are in that format, and what sums over many elements (layer normalisation,
-    softmax, the residual stream) stays in fp32, as torch.autocast has it: of MiniLM's ten nearest neighbours
-    99.4 % stay, against 98.9 % where every operator is in bf16. Outputs are float32.
+    At bf16 and fp16, torch.autocast computes matrix products in that format. It keeps what sums over many elements
+    (layer normalisation, softmax, the residual stream) in fp32. MiniLM then keeps 99.4 % of its ten nearest
+    neighbours, against 98.9 % with every operator in bf16.
     """
     import torch
 
     formats = {Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
-    lowered = formats.get(precision)
+    autocast_dtype = formats.get(precision)
 
-    input_names = [record.name for record in graph.inputs]
-    output_names = [record.name for record in graph.outputs]
+    input_names = [record.name for record in source_model.inputs]
+    output_names = [record.name for record in source_model.outputs]
 
     class TupleModule(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.model = graph.model
+            self.model = source_model.model
 
         def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            named = dict(zip(input_names, tensors, strict=True))
-            if lowered is None:
-                answer = self.model(**named)
+            named_tensors = dict(zip(input_names, tensors, strict=True))
+            if autocast_dtype is None:
+                answer = self.model(**named_tensors)
             else:
-                with torch.autocast("cpu", lowered, cache_enabled=False):
-                    answer = self.model(**named)
+                with torch.autocast("cpu", autocast_dtype, cache_enabled=False):
+                    answer = self.model(**named_tensors)
             return tuple(answer[name].float() for name in output_names)
 
     return TupleModule().eval()

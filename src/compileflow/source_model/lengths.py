@@ -1,4 +1,4 @@
-"""Rows, lengths and frames of a call: how they follow from the shape of its main input."""
+"""Rows, lengths and frames of a call, computed from the shape of its main input."""
 
 from __future__ import annotations
 
@@ -14,43 +14,45 @@ Convolutions = tuple[tuple[int, int], ...]
 
 
 def call_sizes(main_input: TensorRecord, value: NDArray[Any]) -> tuple[int, int]:
-    """Return rows and length of a call, the batch and sequence axes of its main input; length 1 without one."""
+    """Return the rows and the length of a call: the batch and sequence axes of its main input.
+
+    The length is 1 where the input has no sequence axis.
+    """
     axes = main_input.axes
     return value.shape[0], value.shape[axes.index("sequence")] if "sequence" in axes else 1
 
 
 def frame_convolutions(config: Any, observed: Sequence[tuple[int, int]]) -> Convolutions:
-    """Return (kernel, stride) of each convolution between a graph's input and its frames.
+    """Return (kernel, stride) of each convolution between a model's input and its frames.
 
     Args:
-        config: The source model's.
-        observed: Lengths of inputs, and the number of frames that the model made of each; empty where no
-            output has frames.
+        config: Configuration of the source model.
+        observed: (length of an input, number of frames of the answer) pairs; empty where no output has frames.
 
     Raises:
-        SpecError: the configuration's convolutions do not give these numbers.
+        SpecError: The convolutions of the configuration do not give these numbers of frames.
     """
     kernels, strides = getattr(config, "conv_kernel", None) or (), getattr(config, "conv_stride", None) or ()
-    rule = tuple((int(k), int(s)) for k, s in zip(kernels, strides, strict=True))
+    convolutions = tuple((int(k), int(s)) for k, s in zip(kernels, strides, strict=True))
     for length, frames in observed:
-        if frames_of(rule, length) != frames:
+        if frames_of(convolutions, length) != frames:
             raise SpecError(
-                f"{config.model_type} makes {frames} frames of {length}, and its configuration's convolutions "
-                f"{frames_of(rule, length)}: answers could not be cut to their length.",
-                hint="This architecture cannot be compiled yet; report it.",
+                f"Expected {frames_of(convolutions, length)} frames for an input of length {length} from the "
+                f"convolutions in config.json, got {frames} from {config.model_type}.",
+                hint="compileflow cannot cut the padded answers of this architecture yet. Please report it.",
             )
-    return rule
+    return convolutions
 
 
 def frames_of(convolutions: Convolutions, length: int) -> int:
-    """Return how many frames a chain of unpadded convolutions makes: floor((n - kernel) / stride) + 1 each."""
+    """Return the frames after a chain of unpadded convolutions: floor((n - kernel) / stride) + 1 each."""
     for kernel, stride in convolutions:
         length = max(0, (length - kernel) // stride + 1)
     return length
 
 
 def shortest_input(convolutions: Convolutions, frames: int = 1) -> int:
-    """Return the shortest input that still gives so many frames; `frames` itself without convolutions."""
+    """Return the shortest input that gives this many frames; without convolutions, `frames` itself."""
     length = frames
     for kernel, stride in reversed(convolutions):
         length = (length - 1) * stride + kernel

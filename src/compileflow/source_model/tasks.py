@@ -1,14 +1,11 @@
-"""Hub tasks and architectures: which model class serves which task, and which task a class serves."""
+"""Hub tasks and architectures: the model class of each task, and the task of each model class."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from compileflow.spec import HfTask, Modality
-
-if TYPE_CHECKING:
-    pass
 
 AUTO_CLASSES: Mapping[HfTask, str] = {
     HfTask.FEATURE_EXTRACTION: "AutoModel",
@@ -22,7 +19,7 @@ AUTO_CLASSES: Mapping[HfTask, str] = {
     HfTask.AUDIO_CLASSIFICATION: "AutoModelForAudioClassification",
     HfTask.SPEECH_RECOGNITION: "AutoModelForCTC",
 }
-# Endings of class names in config.json's "architectures", for reading the task off a model.
+# Endings of the class names in config.json's "architectures", with the task that each stands for.
 HEADS: Mapping[str, HfTask] = {
     "ForSequenceClassification": HfTask.TEXT_CLASSIFICATION,
     "ForTokenClassification": HfTask.TOKEN_CLASSIFICATION,
@@ -35,7 +32,7 @@ HEADS: Mapping[str, HfTask] = {
 }
 # Speech encoders call a classifier of whole recordings ForSequenceClassification, as text models do.
 _SPEECH_ENCODERS = ("Data2VecAudio", "Hubert", "SEW", "UniSpeech", "Wav2Vec2", "WavLM")
-# What a model's main input says about it.
+# Modality of a model by the name of its main input.
 _MODALITIES: Mapping[str, Modality] = {
     "input_ids": "text",
     "pixel_values": "image",
@@ -45,28 +42,28 @@ _MODALITIES: Mapping[str, Modality] = {
 
 
 def tasks_of(config: Any) -> tuple[HfTask, ...]:
-    """Return the tasks that an architecture has a head for."""
+    """Return the tasks for which the architecture of a configuration has a head."""
     import transformers
 
-    found = []
+    tasks = []
     for task, auto_class in AUTO_CLASSES.items():
-        heads = getattr(transformers, auto_class)._model_mapping
+        model_classes = getattr(transformers, auto_class)._model_mapping
         if auto_class in getattr(config, "auto_map", {}):
-            found.append(task)
-        elif type(config) in heads:
-            # Speech encoders and vision models have an AutoModel, too; it takes no text.
-            head = heads[type(config)]
-            main_input = (head[0] if isinstance(head, tuple) else head).main_input_name
+            tasks.append(task)
+        elif type(config) in model_classes:
+            # Speech encoders and vision models also have an AutoModel, but it does not take text.
+            classes = model_classes[type(config)]
+            main_input = (classes[0] if isinstance(classes, tuple) else classes).main_input_name
             if _MODALITIES.get(main_input) == task.modality:
-                found.append(task)
-    return tuple(found)
+                tasks.append(task)
+    return tuple(tasks)
 
 
 def task_of_architecture(name: str) -> HfTask | None:
-    """Read the task off the name of a model class; None when its ending is unknown."""
+    """Return the task that the name of a model class stands for; None when its ending is unknown."""
     if name.startswith(_SPEECH_ENCODERS) and name.endswith("ForSequenceClassification"):
         return HfTask.AUDIO_CLASSIFICATION
     if name.endswith(("HeadModel", "HeadsModel")):
-        # GPT2LMHeadModel generates; it has no hidden states to give.
+        # GPT2LMHeadModel generates text. It returns no hidden states.
         return None
     return next((task for ending, task in HEADS.items() if name.endswith(ending)), None)

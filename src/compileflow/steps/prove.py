@@ -1,6 +1,6 @@
-"""Prove an artifact: run it beside its source model, measure, judge, write the report.
+"""Prove an artifact: measure it against its source model, judge the differences, write the report.
 
-This is the validate step's part that runs in a fresh process, with both models in memory.
+The validate step runs this module in a child process, with both models in memory.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 from compileflow._process.child import report_progress
 from compileflow._process.state import resident_bytes
 from compileflow.artifact.open import OpenArtifact, open_artifact
-from compileflow.catalog import get_target
 from compileflow.contracts import OUTCOMES, Arrays, ComponentRecord
 from compileflow.serving.component import LoadedComponent
 from compileflow.serving.pipeline import CompiledPipeline
@@ -24,9 +23,10 @@ from compileflow.source_model.processor import LONGEST_S, load_processor, longes
 from compileflow.spec import CompileSpec
 from compileflow.validation import measure as measuring
 from compileflow.validation.cases import Case
-from compileflow.validation.measure.decisions import Decisions
 from compileflow.validation.evidence import gather_evidence, timed_shapes
 from compileflow.validation.judge import judge
+from compileflow.validation.judge.suite import suite_digest
+from compileflow.validation.measure.decisions import Decisions
 from compileflow.validation.registered_tests import (
     RegisteredTests,
     answers_to,
@@ -42,15 +42,17 @@ from compileflow.validation.report import (
     write_report,
 )
 from compileflow.validation.settings import ValidationSettings
-from compileflow.validation.judge.suite import suite_digest
 
 
 def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Measure, judge and write the report. Runs in a fresh process.
+    """Measure, judge and write the report. Runs in a child process.
 
     Args:
-        request: See `steps.validate`. With a "tests_dir", the compiled pipeline answers the tests registered with
-            the source version; its answers are compared with the registered ones and kept with the report.
+        request: What `steps.validate` sends. With a "tests_dir", the compiled pipeline answers the tests that are
+            registered with the source version. The report keeps its answers, compared with the registered ones.
+
+    Returns:
+        The outcome, the reason and the figures of the worst component.
     """
     import torch
 
@@ -58,37 +60,39 @@ def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(threads)
     validation = ValidationSettings.model_validate(request["validation"])
     report_progress("loading the source model and the compiled model")
-    # The verdict that a signature would be on is what comes of this.
+    # The artifact cannot be signed yet: the signature covers the verdict that this function returns.
     artifact = open_artifact(request["artifact_dir"], require_signature=False)
     spec = artifact.manifest.spec
-    # Before the source model comes into memory, so that what memory they add is their own.
-    loaded = {each.name: _load(artifact, each.name, validation, threads) for each in spec.components}
-    graph = load_source_model(Path(request["source_dir"]), spec.hf_task, trust_remote_code=spec.trust_remote_code)
+    # Components load before the source model, so that the growth in memory is due to them alone.
+    loaded_components = [_load(artifact, component.name, validation, threads) for component in spec.components]
+    source_model = load_source_model(
+        Path(request["source_dir"]), spec.hf_task, trust_remote_code=spec.trust_remote_code
+    )
     tests = read_registered_tests(Path(request["tests_dir"])) if request.get("tests_dir") else None
-    registered: dict[str, float] = {}
+    registered_scalars: dict[str, float] = {}
     if tests is not None:
-        report_progress("answering the source version's own test inputs")
+        report_progress("answering the test inputs that are registered with the source version")
         predictions = _predictions(tests, request["artifact_dir"], spec, threads)
         write_registered_tests(tests, predictions, Path(request["report_dir"]) / TEST_FILES)
         if tests.predictions is not None:
-            registered["registered_disagreement"] = tests.disagreement(predictions)
+            registered_scalars["registered_disagreement"] = tests.disagreement(predictions)
     reports = []
-    for compiled, serving_memory_bytes in loaded.values():
+    for compiled, serving_memory_bytes in loaded_components:
         report = _prove_component(
-            graph,
+            source_model,
             compiled,
             Path(request["source_dir"]),
             validation,
             threads,
             request["artifact_uri"],
             tests=tests,
-            known=registered,
+            registered_scalars=registered_scalars,
         )
         figures = report.figures | {"serving_memory_bytes": float(serving_memory_bytes)}
         reports.append(report.model_copy(update={"figures": figures}))
         compiled.close()
     # The worst component's verdict is the artifact's.
-    report = max(reports, key=lambda r: OUTCOMES.index(r.verdict.outcome))
+    report = max(reports, key=lambda report: OUTCOMES.index(report.verdict.outcome))
     report_progress("writing the report")
     write_report(report, Path(request["report_dir"]))
     return {
@@ -99,7 +103,7 @@ def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _predictions(tests: RegisteredTests, artifact_dir: str, spec: CompileSpec, threads: int) -> list[Any]:
-    """Answer the registered tests with the first component that the spec names."""
+    """Answer the registered tests with the first component of the spec."""
     pipeline = CompiledPipeline.from_pretrained(
         artifact_dir, component=spec.components[0].name, threads=threads, require_signature=False
     )
@@ -109,17 +113,17 @@ def _predictions(tests: RegisteredTests, artifact_dir: str, spec: CompileSpec, t
 def _load(
     artifact: OpenArtifact, component: str, validation: ValidationSettings, threads: int
 ) -> tuple[LoadedComponent, int]:
-    """Load a component, call it once at each shape that is timed, and return it with the memory that this took."""
+    """Load a component and call it once at each timed shape; return it with the bytes of memory that this took."""
     record = artifact.component(component)
-    before = resident_bytes()
+    bytes_before = resident_bytes()
     vocab_size = getattr(_config(artifact), "vocab_size", None) or 0
     compiled = LoadedComponent.load(artifact, component=component, threads=threads)
     for rows, length in _timed_shapes(artifact, record, validation):
-        # One that raises is left to the gates.
+        # The gates judge a call that raises.
         measuring.candidate_answer(
             compiled.run, example_inputs(record.inputs, rows, length, vocab_size, record.pad_token_id)
         )
-    return compiled, max(0, resident_bytes() - before)
+    return compiled, max(0, resident_bytes() - bytes_before)
 
 
 def _config(artifact: OpenArtifact) -> Any:
@@ -137,7 +141,7 @@ def _timed_shapes(
 
 
 def _prove_component(
-    graph: SourceModel,
+    source_model: SourceModel,
     compiled: LoadedComponent,
     source_dir: Path,
     validation: ValidationSettings,
@@ -145,7 +149,7 @@ def _prove_component(
     artifact_uri: str,
     *,
     tests: RegisteredTests | None,
-    known: Mapping[str, float],
+    registered_scalars: Mapping[str, float],
 ) -> Report:
     manifest, record = compiled.artifact.manifest, compiled.record
     spec, config = manifest.spec, _config(compiled.artifact)
@@ -156,39 +160,41 @@ def _prove_component(
         labels=dict(evidence.tokens) or labels,
         multi_label=config.problem_type == "multi_label_classification",
     )
-    found = measuring.measure(
-        graph.run,
+    measurements = measuring.measure(
+        source_model.run,
         compiled.run,
-        outputs=graph.outputs,
+        outputs=source_model.outputs,
         decisions=decisions,
         cases=evidence.generated + evidence.natural,
         progress=report_progress,
     )
-    found.scalars |= known
-    if "misplaced_labels" in found.scalars:
-        before, after = graph.model.config.id2label, config.id2label
-        # Right logits under a wrong name are as wrong as misplaced ones.
-        found.scalars["misplaced_labels"] += sum(before.get(n) != after.get(n) for n in before | after)
-    report_progress("probing what must not change the answers, and what must")
+    measurements.scalars |= registered_scalars
+    if "misplaced_labels" in measurements.scalars:
+        source_labels, compiled_labels = source_model.model.config.id2label, config.id2label
+        # A correct logit under the wrong label is as wrong as a misplaced logit.
+        measurements.scalars["misplaced_labels"] += sum(
+            source_labels.get(number) != compiled_labels.get(number) for number in source_labels | compiled_labels
+        )
+    report_progress("probing padding, masks and token types")
     for probe in evidence.probes:
-        probe(found, graph.run, compiled.run)
-    report_progress("measuring the source model's own noise")
-    few = evidence.natural[:: max(1, len(evidence.natural) // 3)][:3]
-    measuring.measure_noise(found, _noise_variants(graph, threads), graph.run, few)
+        probe(measurements, source_model.run, compiled.run)
+    report_progress("measuring the noise of the source model")
+    noise_cases = evidence.natural[:: max(1, len(evidence.natural) // 3)][:3]
+    measuring.measure_noise(measurements, _noise_variants(source_model, threads), source_model.run, noise_cases)
     report_progress("timing both models in turn")
     measuring.measure_latency(
-        found,
-        graph.run,
+        measurements,
+        source_model.run,
         compiled.run,
         evidence.timed,
         shapes=_timed_shapes(compiled.artifact, record, validation),
         pairs=validation.latency_pairs,
     )
-    overrides = dict(get_target(spec.target).default_gates.get(spec.precision, {}))
+    overrides: dict[str, float] = {}
     if validation.max_latency_ratio is not None:
         overrides["latency_ratio"] = validation.max_latency_ratio
     report_progress("judging with Great Expectations")
-    verdict = judge(found, precision=spec.precision, hf_task=spec.hf_task, overrides=overrides)
+    verdict = judge(measurements, precision=spec.precision, hf_task=spec.hf_task, overrides=overrides)
     return Report(
         subject=ReportSubject(
             source_uri=manifest.source.uri,
@@ -204,11 +210,11 @@ def _prove_component(
             toolchain=manifest.target.toolchain,
         ),
         verdict=verdict,
-        figures=found.figures(),
-        noise=found.noise,
-        latencies=tuple(found.latencies),
-        worst=worst_rows(found.comparisons),
-        families=dict(Counter(row["family"] for row in found.comparisons)),
+        figures=measurements.figures(),
+        noise=measurements.noise,
+        latencies=tuple(measurements.latencies),
+        worst=worst_rows(measurements.comparisons),
+        families=dict(Counter(row["family"] for row in measurements.comparisons)),
         examples_origin=evidence.origin,
         examples_count=evidence.examples_count,
         suite_digest=suite_digest(),
@@ -218,24 +224,26 @@ def _prove_component(
     )
 
 
-def _noise_variants(graph: SourceModel, threads: int) -> dict[str, Callable[[Case], Arrays]]:
-    """Return runs of the source model that should all give the same answer."""
+def _noise_variants(source_model: SourceModel, threads: int) -> dict[str, Callable[[Case], Arrays]]:
+    """Return functions that run the source model in ways that should all give the same answer."""
     import copy
 
     import numpy as np
     import torch
 
-    exact = copy.deepcopy(graph.model).double()
+    float64_model = copy.deepcopy(source_model.model).double()
 
     def in_float64(case: Case) -> Arrays:
         with torch.inference_mode():
             tensors = {name: torch.as_tensor(value) for name, value in case.inputs.items()}
-            answer = exact(**{name: t.double() if t.is_floating_point() else t for name, t in tensors.items()})
-        return {record.name: answer[record.name].numpy() for record in graph.outputs}
+            answer = float64_model(
+                **{name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
+            )
+        return {record.name: answer[record.name].numpy() for record in source_model.outputs}
 
     def row_by_row(case: Case) -> Arrays:
         rows = [
-            graph.run({name: value[row : row + 1] for name, value in case.inputs.items()})
+            source_model.run({name: value[row : row + 1] for name, value in case.inputs.items()})
             for row in range(len(case.texts))
         ]
         return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
@@ -243,7 +251,7 @@ def _noise_variants(graph: SourceModel, threads: int) -> dict[str, Callable[[Cas
     def with_one_thread(case: Case) -> Arrays:
         torch.set_num_threads(1)
         try:
-            return graph.run(case.inputs)
+            return source_model.run(case.inputs)
         finally:
             torch.set_num_threads(threads)
 

@@ -1,1 +1,1 @@
-"""Targets, one file each."""
+"""The built-in targets, one file each."""

@@ -1,11 +1,11 @@
-"""blade: BladeDISC's torch_blade optimises one traced graph a shape bucket. Written from its documentation.
+"""blade: BladeDISC's torch_blade optimizes one traced graph for each shape bucket.
 
-BladeDISC itself takes dynamic shapes; graphs traced from transformers do not, so each shape bucket has its own.
+Written from BladeDISC's documentation. BladeDISC itself takes dynamic shapes, but graphs traced from transformers
+do not, so each shape bucket has its own graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -25,49 +25,57 @@ from compileflow.contracts.toolkit import installed_versions, report_progress
 from compileflow.errors import CompileError, LoadError, TargetUnavailableError
 from compileflow.source_model import as_tuple_module, load_source_model
 from compileflow.spec import TEXT_TASKS, Precision
-from compileflow.targets._vendor.buckets import TracedRunner, compile_buckets, load_buckets
-from compileflow.targets._vendor.toolchain import VendorToolchain, contradiction
+from compileflow.targets._traced import TracedRunner
+from compileflow.targets._vendor.buckets import compile_buckets, load_buckets
+from compileflow.targets._vendor.toolchain import VendorToolchain, precision_conflict
 
-# A wheel that is built without CUDA has another name.
+# A wheel built without CUDA has a different name.
 _DISTRIBUTIONS = ("torch_blade", "torch_blade-cpu")
 _TOOLCHAIN = VendorToolchain(
     compiler={"torch_blade": _DISTRIBUTIONS},
     runtime={"torch_blade": _DISTRIBUTIONS},
     install="bash ./ci_build/build_pytorch_blade.sh && python setup.py bdist_wheel && python -m pip install"
     " dist/*.whl, in pytorch_blade/ of a checkout of https://github.com/alibaba/BladeDISC",
-    note="there is no wheel on PyPI, and each wheel is for the PyTorch that it was built with",
+    note="PyPI has no wheel, and each wheel needs the PyTorch version that it was built with",
 )
 
 
 class BladeOptions(TargetOptions):
-    """Options of the blade target; but for `device`, named as in torch_blade.Config."""
+    """Options of the blade target. All except `device` have the names of torch_blade.Config."""
 
-    device: Literal["cpu", "cuda"] = Field("cpu", description="What the graphs are compiled for, and run on.")
-    optimization_pipeline: Literal["DISC", "TensorRT"] = Field("DISC", description="Compiler behind torch_blade.")
+    device: Literal["cpu", "cuda"] = Field(
+        "cpu", description="Device that the graphs are compiled for and run on."
+    )
+    optimization_pipeline: Literal["DISC", "TensorRT"] = Field(
+        "DISC", description="Compiler that torch_blade uses."
+    )
     disc_cpu_fast_math_level: int = Field(
-        0, ge=0, le=4, description="Liberties with arithmetic on the CPU: 0 none, 4 all. torch_blade's own is 4."
+        0,
+        ge=0,
+        le=4,
+        description="Inexact arithmetic allowed on the CPU: 0 none, 4 all. The default of torch_blade is 4.",
     )
     fp16_fallback_op_ratio: float = Field(
-        0.0, ge=0, le=1, description="Fraction of operators that stay in fp32 at fp16."
+        0.0, ge=0, le=1, description="At fp16: fraction of operators that stay in fp32."
     )
     enable_static_shape: bool = Field(
-        False, description="Let the compiler take the bucket's shape for a constant."
+        False, description="Let the compiler treat the shape of the bucket as a constant."
     )
-    freeze_module: bool = Field(True, description="Make weights constants of the graph.")
+    freeze_module: bool = Field(True, description="Turn weights into constants of the graph.")
     disc_cluster_max_iter_count: int = Field(10, ge=1, description="Rounds of merging operators into subgraphs.")
     disc_compile_for_multi_cuda_targets: bool = Field(
-        True, description="Generate code for several CUDA compute capabilities; compiles longer."
+        True, description="Generate code for several CUDA compute capabilities; compiling takes longer."
     )
     customize_op_white_list: tuple[str, ...] = Field(
-        (), description="TorchScript operators to compile besides those that are known, as aten::flatten."
+        (), description="Additional TorchScript operators to compile, for example aten::flatten."
     )
     customize_op_black_list: tuple[str, ...] = Field(
-        (), description="TorchScript operators to leave to torch, as aten::flatten."
+        (), description="TorchScript operators to leave to torch, for example aten::flatten."
     )
 
 
 class BladeTarget:
-    """Optimise with BladeDISC, for the CPU or for CUDA."""
+    """Optimize with BladeDISC, for the CPU or for CUDA."""
 
     name: ClassVar[str] = "blade"
     version: ClassVar[int] = 1
@@ -78,14 +86,13 @@ class BladeTarget:
         precisions=(Precision.FP32, Precision.FP16),
         devices=("cpu", "cuda"),
         dynamic_axes=False,
-        # A wheel is for the PyTorch that it was built with, and nothing is documented about other versions.
+        # A wheel needs the PyTorch that it was built with. The documentation does not mention other versions.
         runtime=dict.fromkeys((*_DISTRIBUTIONS, "torch"), "=={minor}.*"),
-        runtime_install="pip install {}, torch_blade from a wheel that was built for this torch",
+        runtime_install="pip install {}, with torch_blade from a wheel that was built for this torch",
     )
-    default_gates: ClassVar[Mapping[Precision, Mapping[str, float]]] = {}
 
     def probe(self) -> Availability:
-        """Look for torch_blade, without importing it. The default device, the CPU, is always there."""
+        """Check whether torch_blade is installed, without importing it."""
         return _TOOLCHAIN.probe()
 
     def toolchain(self) -> dict[str, str]:
@@ -93,52 +100,50 @@ class BladeTarget:
         return installed_versions((*_DISTRIBUTIONS, "torch", "transformers"))
 
     def cpu_features(self) -> tuple[str, ...]:
-        """Return (): BladeDISC does not document which CPU its code is for."""
+        """Return (): BladeDISC does not document which CPU its code needs."""
         return ()
 
     def compile(self, source_dir: Path, component: ComponentPlan, out_dir: Path) -> CompiledComponent:
-        """Trace and optimise one graph a shape bucket; each carries its weights."""
+        """Trace and optimize one graph for each shape bucket; every graph carries its weights."""
         options = BladeOptions.model_validate(dict(component.options))
         if options.fp16_fallback_op_ratio and component.precision is not Precision.FP16:
-            raise contradiction(
+            raise precision_conflict(
                 "blade",
                 f"fp16_fallback_op_ratio {options.fp16_fallback_op_ratio:g}",
                 component.precision.value,
-                "Leave it out, or ask for fp16.",
+                "Omit the option, or request fp16.",
             )
         torch_blade = _TOOLCHAIN.import_module("torch_blade")
         _check_cuda(options.device)
         config = _config(torch_blade, options, component.precision)
         report_progress("loading the source model")
-        graph = load_source_model(source_dir, component.hf_task, trust_remote_code=component.trust_remote_code)
-        module = as_tuple_module(graph).to(options.device)
+        source_model = load_source_model(
+            source_dir, component.hf_task, trust_remote_code=component.trust_remote_code
+        )
+        module = as_tuple_module(source_model).to(options.device)
 
         def trace(tensors: tuple[Any, ...], work: Path) -> Any:
             inputs = tuple(tensor.to(options.device) for tensor in tensors)
             with config:
                 return torch_blade.optimize(module, allow_tracing=True, model_inputs=inputs)
 
-        files = compile_buckets(graph, component, out_dir, compiler="torch_blade.optimize", trace=trace)
-        return CompiledComponent(
-            files,
-            graph.inputs,
-            graph.outputs,
-            graph.output_class,
-            graph.pad_token_id,
-            load_options={"device": options.device},
-        )
+        files = compile_buckets(source_model, component, out_dir, compiler="torch_blade.optimize", trace=trace)
+        return source_model.compiled_to(files, {"device": options.device})
 
     def load(
         self, component_dir: Path, component: ComponentRecord, *, device: Device, threads: int | None
     ) -> Runner:
-        """Load every shape bucket. Calls wait for one another, as no page says that they need not."""
+        """Load the graph of every shape bucket.
+
+        Calls queue, because BladeDISC does not document whether its graphs are thread-safe.
+        """
         compiled_for = str(component.load_options["device"])
         if device != compiled_for:
             raise LoadError(
-                f"The graphs were compiled for {compiled_for}, and {device} was asked for.",
+                f"Cannot load on {device}: the graphs were compiled for {compiled_for}.",
                 hint=f"Load with device={compiled_for!r}, or compile with the option device={device!r}.",
             )
-        # It registers the classes that the graphs consist of.
+        # The import registers the classes of the graphs.
         _TOOLCHAIN.import_module("torch_blade")
         _check_cuda(device)
         graphs = load_buckets(component_dir, component, runtime="torch_blade", map_location=device)
@@ -146,7 +151,7 @@ class BladeTarget:
 
 
 def _config(torch_blade: Any, options: BladeOptions, precision: Precision) -> Any:
-    """Return torch_blade's configuration; what nobody asked for stays as this torch_blade has it."""
+    """Return torch_blade's configuration; options that the user leaves out keep torch_blade's defaults."""
     settings: dict[str, Any] = {
         name: list(value) if isinstance(value := getattr(options, name), tuple) else value
         for name in options.model_fields_set - {"device"}
@@ -158,11 +163,11 @@ def _config(torch_blade: Any, options: BladeOptions, precision: Precision) -> An
         if not hasattr(config, name):
             raise CompileError(
                 f"This torch_blade has no setting {name!r}.",
-                hint="Leave the option out, or use a newer torch_blade.",
+                hint="Omit the option, or install a newer torch_blade.",
             )
         try:
             setattr(config, name, value)
-        # It checks its settings with assert.
+        # torch_blade checks its settings with assert.
         except (AssertionError, ValueError) as error:
             raise CompileError(
                 f"torch_blade refused {name} {value!r}: {error}", hint="Choose another value."
@@ -175,6 +180,6 @@ def _check_cuda(device: str) -> None:
 
     if device == "cuda" and not torch.cuda.is_available():
         raise TargetUnavailableError(
-            "The graphs are for cuda, and torch finds no CUDA device here.",
+            "The graphs need cuda, but torch finds no CUDA device on this machine.",
             hint="Use a machine with an NVIDIA GPU, or compile with the option device='cpu'.",
         )

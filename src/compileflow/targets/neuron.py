@@ -1,12 +1,12 @@
-"""neuron: torch_neuron traces one graph a shape bucket for Inf1. Written from AWS's documentation.
+"""neuron: torch_neuron traces one graph for each shape bucket, for AWS Inf1. Written from AWS's documentation.
 
-fp32 compiles with `--fast-math none`, the most exact that Inf1 has: AWS documents it as matrix products in BF16,
-all else in FP32, and lossless transposes.
+fp32 compiles with `--fast-math none`, the most exact mode of Inf1: AWS documents it as matrix products in BF16,
+other operators in FP32, and lossless transposes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,15 +25,16 @@ from compileflow.contracts import (
 from compileflow.contracts.toolkit import installed_versions, report_progress
 from compileflow.source_model import as_tuple_module, load_source_model
 from compileflow.spec import TEXT_TASKS, Precision
-from compileflow.targets._vendor.buckets import TracedRunner, compile_buckets, load_buckets
-from compileflow.targets._vendor.toolchain import VendorToolchain, contradiction
+from compileflow.targets._traced import TracedRunner
+from compileflow.targets._vendor.buckets import compile_buckets, load_buckets
+from compileflow.targets._vendor.toolchain import VendorToolchain, precision_conflict
 
 _TOOLCHAIN = VendorToolchain(
     compiler={"torch_neuron": ("torch-neuron",), "neuroncc": ("neuron-cc",)},
     runtime={"torch_neuron": ("torch-neuron",)},
     install="python -m pip install torch-neuron==1.13.1.2.11.13.0 'neuron-cc[tensorflow]' protobuf"
     " --extra-index-url https://pip.repos.neuron.amazonaws.com",
-    note="its last release is for PyTorch 1.13.1 and Python 3.10",
+    note="the last release is for PyTorch 1.13.1 and Python 3.10",
     device="neuron[0-9]*",
     device_hint="compile here, and load the artifact on an Inf1 instance with the driver aws-neuronx-dkms",
 )
@@ -42,7 +43,7 @@ _FAST_MATH = {
     Precision.BF16: "fp32-cast-all",
     Precision.FP16: "fp32-cast-all-fp16",
 }
-# What neuron-cc casts FP32 operators to, for each value of --fast-math that casts.
+# Format that neuron-cc casts FP32 operators to, for each value of --fast-math that casts.
 _CASTS = {
     "fp32-cast-all": Precision.BF16,
     "fp32-cast-all-fp16": Precision.FP16,
@@ -57,10 +58,10 @@ class NeuronOptions(TargetOptions):
 
     dynamic_batch_size: bool = Field(
         False,
-        description="Let each graph take any number of rows; it works through them in parts of its own size.",
+        description="Let each graph take any number of rows; it processes them in groups of its batch size.",
     )
     fallback: bool = Field(
-        True, description="Run operators that Inf1 lacks on the CPU. Off: such a model is refused."
+        True, description="Run operators that Inf1 lacks on the CPU. Off: refuse a model that has any."
     )
     compiler_args: tuple[str, ...] = Field(
         (),
@@ -84,28 +85,29 @@ class NeuronTarget:
         runtime={"torch-neuron": ">={release}"},
         runtime_install="python -m pip install {} --extra-index-url https://pip.repos.neuron.amazonaws.com",
     )
-    default_gates: ClassVar[Mapping[Precision, Mapping[str, float]]] = {}
 
     def probe(self) -> Availability:
-        """Look for torch_neuron, neuron-cc and a Neuron device, without importing anything."""
+        """Check for torch_neuron, neuron-cc and a Neuron device, without importing anything."""
         return _TOOLCHAIN.probe()
 
     def toolchain(self) -> dict[str, str]:
-        """Return the versions of torch-neuron, its compiler, torch and transformers."""
+        """Return the versions of torch-neuron, neuron-cc, torch and transformers."""
         return installed_versions(("torch-neuron", "neuron-cc", "torch", "transformers"))
 
     def cpu_features(self) -> tuple[str, ...]:
-        """Return (): the code is the device's."""
+        """Return (): the code runs on the Neuron device."""
         return ()
 
     def compile(self, source_dir: Path, component: ComponentPlan, out_dir: Path) -> CompiledComponent:
-        """Trace one graph a shape bucket; each carries its weights."""
+        """Trace one graph for each shape bucket; every graph carries its weights."""
         options = NeuronOptions.model_validate(dict(component.options))
         arguments = compiler_arguments(options.compiler_args, component.precision)
         torch_neuron = _TOOLCHAIN.import_module("torch_neuron")
         report_progress("loading the source model")
-        graph = load_source_model(source_dir, component.hf_task, trust_remote_code=component.trust_remote_code)
-        module = as_tuple_module(graph)
+        source_model = load_source_model(
+            source_dir, component.hf_task, trust_remote_code=component.trust_remote_code
+        )
+        module = as_tuple_module(source_model)
 
         def trace(tensors: tuple[Any, ...], work: Path) -> Any:
             return torch_neuron.trace(
@@ -117,33 +119,26 @@ class NeuronTarget:
                 dynamic_batch_size=options.dynamic_batch_size,
             )
 
-        files = compile_buckets(graph, component, out_dir, compiler="torch_neuron.trace", trace=trace)
-        return CompiledComponent(
-            files,
-            graph.inputs,
-            graph.outputs,
-            graph.output_class,
-            graph.pad_token_id,
-            load_options={"dynamic_batch_size": options.dynamic_batch_size},
-        )
+        files = compile_buckets(source_model, component, out_dir, compiler="torch_neuron.trace", trace=trace)
+        return source_model.compiled_to(files, {"dynamic_batch_size": options.dynamic_batch_size})
 
     def load(
         self, component_dir: Path, component: ComponentRecord, *, device: Device, threads: int | None
     ) -> Runner:
-        """Load every shape bucket; the runtime places each on a NeuronCore that this process may use."""
-        # It registers the operators that the graphs consist of.
+        """Load the graph of every shape bucket; the runtime chooses a NeuronCore for each."""
+        # The import registers the operators of the graphs.
         _TOOLCHAIN.import_module("torch_neuron")
         graphs = load_buckets(component_dir, component, runtime="torch_neuron")
         return TracedRunner(graphs, component, any_batch=bool(component.load_options["dynamic_batch_size"]))
 
 
-def compiler_arguments(given: Sequence[str], precision: Precision) -> tuple[str, ...]:
-    """Return neuron-cc's arguments: those given, and the precision's cast where they name none.
+def compiler_arguments(user_arguments: Sequence[str], precision: Precision) -> tuple[str, ...]:
+    """Return the arguments of neuron-cc: the user's, and the cast of the precision where they name no cast.
 
     Raises:
-        SpecError: those given cast to another precision.
+        SpecError: The user's arguments cast to another precision.
     """
-    arguments = tuple(word for argument in given for word in argument.split())
+    arguments = tuple(word for argument in user_arguments for word in argument.split())
     fast_math, fp32_cast = _values(arguments, "--fast-math"), _values(arguments, "--fp32-cast")
     if fast_math is None and fp32_cast is None:
         return (*arguments, "--fast-math", _FAST_MATH[precision])
@@ -151,30 +146,30 @@ def compiler_arguments(given: Sequence[str], precision: Precision) -> tuple[str,
     casts = [f"fp32-cast-{value}" for value in fp32_cast or ()]
     casts = casts or [value for value in fast_math or () if value.startswith("fp32-cast-")]
     if casts:
-        # A value that is not documented is left to the compiler to refuse.
-        computed = {_CASTS.get(value, precision) for value in casts}
+        # The compiler itself refuses values that AWS does not document.
+        cast_precisions = {_CASTS.get(value, precision) for value in casts}
     else:
-        computed = {Precision.FP32 if "none" in (fast_math or ()) else Precision.BF16}
-    if computed != {precision}:
-        raise contradiction(
+        cast_precisions = {Precision.FP32 if "none" in (fast_math or ()) else Precision.BF16}
+    if cast_precisions != {precision}:
+        raise precision_conflict(
             "neuron",
             f"compiler_args {' '.join(arguments)!r}",
             precision.value,
-            f"Leave out --fast-math and --fp32-cast, or ask for {min(computed - {precision}).value}.",
+            f"Omit --fast-math and --fp32-cast, or request {min(cast_precisions - {precision}).value}.",
         )
     return arguments
 
 
 def _values(arguments: Sequence[str], flag: str) -> list[str] | None:
-    """Return the values of a flag, written with a space or with '='; None where it is absent."""
+    """Return the values of a flag, written with a space or with '='; None where the flag is absent."""
     values: list[str] | None = None
-    taking = False
+    in_flag = False
     for argument in arguments:
         if argument.startswith("--"):
             name, _, value = argument.partition("=")
-            taking = name == flag
-            if taking:
+            in_flag = name == flag
+            if in_flag:
                 values = (values or []) + ([value] if value else [])
-        elif taking and values is not None:
+        elif in_flag and values is not None:
             values.append(argument)
     return values

@@ -1,9 +1,9 @@
-"""neuronx: torch_neuronx traces one graph a shape bucket for Inf2 and Trn1. Written from AWS's documentation.
+"""neuronx: torch_neuronx traces one graph for each shape bucket, for AWS Inf2 and Trn1.
 
-Weights stay outside the graphs and are stored once, in a safetensors file. The graphs are saved with stand-ins of
-the same shapes that hold one number each, and get the weights when they are loaded; both times it is
-torch_neuronx.replace_weights that does it. Whether graphs with the same tensors share them on the device, too, is
-not documented.
+Written from AWS's documentation. Weights stay outside the graphs and are stored once, in a safetensors file.
+torch_neuronx.replace_weights exchanges the weights twice: before saving, for placeholders of the same shapes that
+hold one number each; after loading, for the weights of the file. AWS does not document whether graphs with the
+same tensors share them on the device.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from compileflow.contracts.toolkit import installed_versions, report_progress
 from compileflow.errors import CompileError, LoadError, SpecError, first_line
 from compileflow.source_model import as_tuple_module, load_source_model
 from compileflow.spec import TEXT_TASKS, Precision
-from compileflow.targets._vendor.buckets import TracedRunner, compile_buckets, load_buckets
-from compileflow.targets._vendor.toolchain import VendorToolchain, contradiction
+from compileflow.targets._traced import TracedRunner
+from compileflow.targets._vendor.buckets import compile_buckets, load_buckets
+from compileflow.targets._vendor.toolchain import VendorToolchain, precision_conflict
 
 _WEIGHTS = "weights.safetensors"
-# The first of the NeuronCores that NEURON_RT_VISIBLE_CORES leaves to the process.
+# The first of the NeuronCores that NEURON_RT_VISIBLE_CORES lets the process use.
 _CORE = 0
 _TOOLCHAIN = VendorToolchain(
     compiler={"torch_neuronx": ("torch-neuronx",), "neuronxcc": ("neuronx-cc",)},
@@ -42,13 +43,14 @@ _TOOLCHAIN = VendorToolchain(
     device="neuron[0-9]*",
     device_hint="compile here, and load the artifact on an Inf2 or Trn1 instance with the driver aws-neuronx-dkms",
 )
-# Which --auto-cast-type keeps each precision's promise; the first is the default.
+# Values of --auto-cast-type that compute in each precision; the first is the default.
 _CAST_TYPES: Mapping[Precision, tuple[str | None, ...]] = {
     Precision.FP32: (None, "tf32"),
     Precision.BF16: ("bf16",),
     Precision.FP16: ("fp16",),
 }
-_OWN_FLAGS = {
+# Flags of neuronx-cc that an option of this target sets.
+_OPTION_FLAGS = {
     "--auto-cast": "auto_cast",
     "--auto-cast-type": "auto_cast_type",
     "--target": "instance_type",
@@ -68,25 +70,28 @@ class NeuronxOptions(TargetOptions):
         "inf2", description="Instance family that the graphs will run on; neuronx-cc calls it --target."
     )
     auto_cast: Literal["none", "matmult", "all"] | None = Field(
-        None, description="Which FP32 operators are cast. Empty: none at fp32, matmult at bf16 and fp16."
+        None, description="FP32 operators to cast. Empty: none at fp32, matmult at bf16 and fp16."
     )
     auto_cast_type: Literal["bf16", "fp16", "tf32"] | None = Field(
-        None, description="What they are cast to. Empty: the precision. tf32 is for fp32, where it is asked for."
+        None,
+        description="Format that these operators are cast to. Empty: the precision. tf32 needs precision fp32.",
     )
-    optlevel: Literal[1, 2, 3] = Field(2, description="Optimisation: 1 compiles fastest, 3 longest.")
+    optlevel: Literal[1, 2, 3] = Field(2, description="Optimization level: 1 compiles fastest, 3 slowest.")
     model_type: Literal["generic", "transformer"] = Field(
-        "transformer", description="Kind of model that neuronx-cc optimises for."
+        "transformer", description="Kind of model that neuronx-cc optimizes for."
     )
     inline_weights_to_neff: bool = Field(
-        False, description="Build the weights into every graph: faster, as they can be laid out, and larger."
+        False,
+        description="Build the weights into every graph. Graphs are faster, because the compiler lays the weights "
+        "out, and larger.",
     )
     dynamic_batch_size: bool = Field(
         False,
-        description="Let each graph take any number of rows; it works through them in parts of its own size.",
+        description="Let each graph take any number of rows; it processes them in groups of its batch size.",
     )
-    async_load: bool = Field(False, description="Load the graphs onto the device side by side, in the background.")
-    lazy_load: bool = Field(False, description="Load a graph onto the device when it is first called.")
-    compiler_args: tuple[str, ...] = Field((), description="Further arguments of neuronx-cc.")
+    async_load: bool = Field(False, description="Load the graphs onto the device in the background, in parallel.")
+    lazy_load: bool = Field(False, description="Load a graph onto the device at its first call.")
+    compiler_args: tuple[str, ...] = Field((), description="Additional arguments of neuronx-cc.")
 
 
 class NeuronxTarget:
@@ -101,38 +106,39 @@ class NeuronxTarget:
         precisions=(Precision.FP32, Precision.BF16, Precision.FP16),
         devices=("neuron",),
         dynamic_axes=False,
-        # Later runtimes take what earlier compilers made; from 2.13 on it is TorchNeuron, another interface.
+        # Later runtimes load graphs of earlier compilers. From 2.13 on, the package is TorchNeuron: a new API.
         runtime={"torch-neuronx": ">={release},<2.13"},
         runtime_install="python -m pip install {} --extra-index-url https://pip.repos.neuron.amazonaws.com",
     )
-    default_gates: ClassVar[Mapping[Precision, Mapping[str, float]]] = {}
 
     def probe(self) -> Availability:
-        """Look for torch_neuronx, neuronx-cc and a Neuron device, without importing anything."""
+        """Check for torch_neuronx, neuronx-cc and a Neuron device, without importing anything."""
         return _TOOLCHAIN.probe()
 
     def toolchain(self) -> dict[str, str]:
-        """Return the versions of torch-neuronx, its compiler and bridge, torch and transformers."""
+        """Return the versions of torch-neuronx, neuronx-cc, libneuronxla, torch and transformers."""
         return installed_versions(("torch-neuronx", "neuronx-cc", "libneuronxla", "torch", "transformers"))
 
     def cpu_features(self) -> tuple[str, ...]:
-        """Return (): the code is the device's."""
+        """Return (): the code runs on the Neuron device."""
         return ()
 
     def compile(self, source_dir: Path, component: ComponentPlan, out_dir: Path) -> CompiledComponent:
-        """Trace one graph a shape bucket on the CPU, and store the weights once."""
+        """Trace one graph for each shape bucket on the CPU, and store the weights once."""
         options = NeuronxOptions.model_validate(dict(component.options))
         arguments = compiler_arguments(options, component.precision)
         torch_neuronx = _TOOLCHAIN.import_module("torch_neuronx")
         if not hasattr(torch_neuronx, "trace"):
             raise CompileError(
-                f"torch-neuronx {self.toolchain().get('torch-neuronx')} has no trace: it is TorchNeuron.",
+                f"torch-neuronx {self.toolchain().get('torch-neuronx')} is TorchNeuron, which has no trace.",
                 hint=f"Run: {_TOOLCHAIN.install}",
             )
         report_progress("loading the source model")
-        graph = load_source_model(source_dir, component.hf_task, trust_remote_code=component.trust_remote_code)
-        module = as_tuple_module(graph)
-        stand_ins = {
+        source_model = load_source_model(
+            source_dir, component.hf_task, trust_remote_code=component.trust_remote_code
+        )
+        module = as_tuple_module(source_model)
+        placeholders = {
             name: weight.new_zeros(()).expand(weight.shape) for name, weight in module.state_dict().items()
         }
 
@@ -143,33 +149,29 @@ class NeuronxTarget:
                 compiler_workdir=str(work),
                 compiler_args=[*arguments, "--logfile", str(work / "log-neuron-cc.txt")],
                 inline_weights_to_neff=options.inline_weights_to_neff,
-                # Neither looks for a device nor occupies one; --target says what the code is for.
+                # The compile needs no device; --target names the instance family.
                 cpu_backend=True,
             )
             if options.dynamic_batch_size:
                 traced = torch_neuronx.dynamic_batch(traced)
-            # Both have to be called between tracing and saving.
+            # Both calls must come between tracing and saving.
             if options.async_load:
                 torch_neuronx.async_load(traced)
             if options.lazy_load:
                 torch_neuronx.lazy_load(traced)
             if not options.inline_weights_to_neff:
-                torch_neuronx.replace_weights(traced, stand_ins)
+                torch_neuronx.replace_weights(traced, placeholders)
             return traced
 
-        files = compile_buckets(graph, component, out_dir, compiler="torch_neuronx.trace", trace=trace)
+        files = compile_buckets(source_model, component, out_dir, compiler="torch_neuronx.trace", trace=trace)
         tied: dict[str, str] = {}
         if not options.inline_weights_to_neff:
             report_progress("writing the weights")
             tied = _write_weights(module.state_dict(), out_dir / _WEIGHTS)
             files = (*files, _WEIGHTS)
-        return CompiledComponent(
+        return source_model.compiled_to(
             files,
-            graph.inputs,
-            graph.outputs,
-            graph.output_class,
-            graph.pad_token_id,
-            load_options={
+            {
                 "dynamic_batch_size": options.dynamic_batch_size,
                 "inline_weights_to_neff": options.inline_weights_to_neff,
                 "tied_weights": dict(tied),
@@ -179,51 +181,52 @@ class NeuronxTarget:
     def load(
         self, component_dir: Path, component: ComponentRecord, *, device: Device, threads: int | None
     ) -> Runner:
-        """Load every shape bucket, give all the same weights, and move them to one NeuronCore."""
-        # It registers the operators that the graphs consist of.
+        """Load the graph of every shape bucket, with the same weights, and move all to one NeuronCore."""
+        # The import registers the operators of the graphs.
         torch_neuronx = _TOOLCHAIN.import_module("torch_neuronx")
-        loaded = component.load_options
+        load_options = component.load_options
         weights = (
-            None if loaded["inline_weights_to_neff"] else _read_weights(component_dir, loaded["tied_weights"])
+            None
+            if load_options["inline_weights_to_neff"]
+            else _read_weights(component_dir, load_options["tied_weights"])
         )
 
         def prepare(graph: Any) -> Any:
             if weights is not None:
                 torch_neuronx.replace_weights(graph, weights)
-                # Left on the CPU, they would cross to the device at every call.
+                # Otherwise every call would copy them from the CPU to the device.
                 torch_neuronx.move_trace_to_device(graph, _CORE)
             return graph
 
         graphs = load_buckets(component_dir, component, runtime="torch_neuronx", prepare=prepare)
-        return TracedRunner(graphs, component, any_batch=bool(loaded["dynamic_batch_size"]))
+        return TracedRunner(graphs, component, any_batch=bool(load_options["dynamic_batch_size"]))
 
 
 def compiler_arguments(options: NeuronxOptions, precision: Precision) -> tuple[str, ...]:
-    """Return neuronx-cc's arguments.
+    """Return the arguments of neuronx-cc.
 
     Raises:
-        SpecError: the casts contradict the precision, or `compiler_args` repeats another option.
+        SpecError: The casts contradict the precision, or `compiler_args` repeats an option.
     """
     extra = tuple(word for argument in options.compiler_args for word in argument.split())
     for word in extra:
-        own = _OWN_FLAGS.get(word.partition("=")[0])
-        if own is not None:
+        option = _OPTION_FLAGS.get(word.partition("=")[0])
+        if option is not None:
             raise SpecError(
-                f"neuronx: compiler_args holds {word}, which the option {own} decides.",
-                hint=f"Give {own} instead.",
+                f"neuronx: compiler_args holds {word}, which the option {option} sets.",
+                hint=f"Set {option} instead.",
             )
-    allowed = _CAST_TYPES[precision]
-    kind = options.auto_cast_type or allowed[0]
-    mode = options.auto_cast or ("none" if kind is None else "matmult")
-    fits = kind in allowed and (mode == "none") == (kind is None)
-    if not fits:
-        raise contradiction(
+    cast_types = _CAST_TYPES[precision]
+    cast_type = options.auto_cast_type or cast_types[0]
+    cast = options.auto_cast or ("none" if cast_type is None else "matmult")
+    if cast_type not in cast_types or (cast == "none") != (cast_type is None):
+        raise precision_conflict(
             "neuronx",
-            f"auto_cast {mode} with auto_cast_type {kind or '(none given)'}",
+            f"auto_cast {cast} with auto_cast_type {cast_type or '(empty)'}",
             precision.value,
-            "Leave both empty, or ask for the precision that is meant.",
+            "Leave both options empty, or request the precision that they compute in.",
         )
-    casts = ("--auto-cast", mode) + (() if kind is None else ("--auto-cast-type", kind))
+    casts = ("--auto-cast", cast) + (() if cast_type is None else ("--auto-cast-type", cast_type))
     return (
         *("--target", options.instance_type),
         *casts,
@@ -234,16 +237,16 @@ def compiler_arguments(options: NeuronxOptions, precision: Precision) -> tuple[s
 
 
 def _write_weights(state: Mapping[str, Any], path: Path) -> dict[str, str]:
-    """Write each tensor once, and return the names that share another's tensor, each with that other name."""
+    """Write each tensor once, and return the tied names, each with the name that its tensor is stored under."""
     from safetensors.torch import save_file
 
-    kept: dict[tuple[int, tuple[int, ...]], str] = {}
+    stored_names: dict[tuple[int, tuple[int, ...]], str] = {}
     tied = {}
     for name, tensor in state.items():
-        first = kept.setdefault((tensor.data_ptr(), tuple(tensor.shape)), name)
-        if first != name:
-            tied[name] = first
-    save_file({name: state[name].contiguous() for name in kept.values()}, path)
+        stored_name = stored_names.setdefault((tensor.data_ptr(), tuple(tensor.shape)), name)
+        if stored_name != name:
+            tied[name] = stored_name
+    save_file({name: state[name].contiguous() for name in stored_names.values()}, path)
     return tied
 
 
@@ -252,7 +255,7 @@ def _read_weights(component_dir: Path, tied: Any) -> dict[str, Any]:
 
     try:
         weights: dict[str, Any] = load_file(component_dir / _WEIGHTS)
-        return weights | {name: weights[first] for name, first in tied.items()}
+        return weights | {name: weights[stored_name] for name, stored_name in tied.items()}
     except Exception as error:
         raise LoadError(
             f"{_WEIGHTS} cannot be loaded: {first_line(error)}.", hint="Fetch the artifact again."

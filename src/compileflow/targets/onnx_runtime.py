@@ -1,4 +1,4 @@
-"""onnx-runtime: transformers' ONNX exporter with dynamic axes and fused graphs, run by ONNX Runtime."""
+"""onnx-runtime: transformers' ONNX exporter with dynamic axes and fused operators, run by ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ from compileflow.contracts import (
     Runner,
     TargetOptions,
 )
-from compileflow.contracts.toolkit import installed_versions, report_progress, torch_threads
-from compileflow.errors import CompileError, InputError, LoadError, TargetUnavailableError
-from compileflow.source_model import (
-    SourceModel,
-    calibration_tensors,
-    example_inputs,
-    example_length,
-    free_axes,
-    load_source_model,
+from compileflow.contracts.toolkit import (
+    installed_versions,
+    load_error,
+    probe_installed,
+    refusal,
+    report_progress,
+    require_open,
+    torch_threads,
 )
+from compileflow.errors import TargetUnavailableError, one_line
+from compileflow.source_model import SourceModel, calibration_tensors, free_axes, load_source_model
 from compileflow.spec import HfTask, Precision
 
 _FILE = "model.onnx"
-_NEEDS = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
+_COMPILE_NEEDS = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 
 class OnnxRuntimeOptions(TargetOptions):
@@ -44,29 +45,29 @@ class OnnxRuntimeOptions(TargetOptions):
     fusions: Literal["cpu", "none"] = Field(
         "cpu", description="Fuse attention, layer normalisation and GELU for ONNX Runtime's CPU kernels."
     )
-    opset: int | None = Field(None, ge=18, le=25, description="ONNX opset. Empty: the exporter's own choice.")
+    opset: int | None = Field(None, ge=18, le=25, description="ONNX opset. Empty: the exporter chooses.")
     quantization: Literal["dynamic", "static"] = Field(
         "dynamic",
-        description="At int8: ranges of activations measured in each call (dynamic), or once, on natural examples "
+        description="At int8: measure the ranges of activations in each call (dynamic), or once, on natural text "
         "(static).",
     )
     reduce_range: bool = Field(
         True,
-        description="At int8: weights of 7 bits. With 8, CPUs without VNNI overflow; set it to false for fleets "
-        "that all have it.",
+        description="At int8: store weights in 7 bits. 8 bits overflow on CPUs without VNNI; set it to false only "
+        "if every machine has VNNI.",
     )
 
     def needs_calibration(self, precision: Precision) -> bool:
-        """Only static int8 looks at examples."""
+        """Return True for static int8, which measures ranges on natural examples."""
         return precision is Precision.INT8 and self.quantization == "static"
 
 
 class OnnxRuntimeTarget:
-    """Export to ONNX, any batch size and length, and run with ONNX Runtime."""
+    """Export to ONNX for any batch size and length, and run with ONNX Runtime."""
 
     name: ClassVar[str] = "onnx-runtime"
     version: ClassVar[int] = 1
-    summary: ClassVar[str] = "ONNX with dynamic axes and fused graphs, int8 by ONNX Runtime; CPU fleets"
+    summary: ClassVar[str] = "ONNX with dynamic axes and fused operators, int8 by ONNX Runtime; CPU fleets"
     Options: ClassVar[type[TargetOptions]] = OnnxRuntimeOptions
     capabilities: ClassVar[Capabilities] = Capabilities(
         hf_tasks=tuple(HfTask),
@@ -76,59 +77,37 @@ class OnnxRuntimeTarget:
         variants={Precision.INT8: ({"quantization": "dynamic"}, {"quantization": "static"})},
         runtime={"onnxruntime": ">={minor}"},
     )
-    default_gates: ClassVar[Mapping[Precision, Mapping[str, float]]] = {}
 
     def probe(self) -> Availability:
-        """Look which distributions are installed, without importing them."""
-        missing = [name for name in _NEEDS if name not in self.toolchain()]
-        if not missing:
-            return Availability(can_compile=True, can_run=True)
-        return Availability(
-            can_compile=False,
-            can_run="onnxruntime" not in missing,
-            reason=f"{', '.join(missing)} not installed",
-            hint="pip install 'compileflow[onnx-runtime]'",
-        )
+        """Check which distributions are installed, without importing them."""
+        return probe_installed(_COMPILE_NEEDS, ("onnxruntime",), install="pip install 'compileflow[onnx-runtime]'")
 
     def toolchain(self) -> dict[str, str]:
-        """Return the versions of the exporter's, the quantiser's and the runtime's distributions."""
-        return installed_versions((*_NEEDS, "nncf"))
+        """Return the versions of the exporter, the quantizer and the runtime."""
+        return installed_versions((*_COMPILE_NEEDS, "nncf"))
 
     def cpu_features(self) -> tuple[str, ...]:
-        """Return (): ONNX Runtime chooses its kernels when it loads."""
+        """Return (): ONNX Runtime chooses its kernels at load."""
         return ()
 
     def compile(self, source_dir: Path, component: ComponentPlan, out_dir: Path) -> CompiledComponent:
         """Export one graph with dynamic batch and sequence axes."""
         options = OnnxRuntimeOptions.model_validate(dict(component.options))
         report_progress("loading the source model")
-        graph = load_source_model(source_dir, component.hf_task, trust_remote_code=component.trust_remote_code)
-        # A batch of one would be taken for a constant, and the file would refuse a batch of two.
-        length = example_length(graph.inputs, component.max_sequence_length)
-        example = example_inputs(graph.inputs, 3, length, graph.vocab_size, graph.pad_token_id)
-        quantizer = _quantizer(options, component, graph) if component.precision is Precision.INT8 else None
+        source_model = load_source_model(
+            source_dir, component.hf_task, trust_remote_code=component.trust_remote_code
+        )
+        quantizer = _quantizer(options, component, source_model) if component.precision is Precision.INT8 else None
         report_progress(f"exporting to ONNX ({component.precision.value})")
         with torch_threads(component.threads):
-            model = _export(graph, example, options, quantizer)
-        names = {value.name for value in model.graph.outputs}
-        lost = [record.name for record in graph.outputs if record.name not in names]
-        if lost:
-            raise CompileError(
-                f"The ONNX export lost the output {lost[0]!r}; it has {', '.join(sorted(names))}.",
-                hint="Report this model's architecture; another target may compile it.",
-            )
+            example = source_model.export_tensors(component.max_sequence_length)
+            model = _export(source_model, example, options, quantizer)
+        source_model.check_outputs({value.name for value in model.graph.outputs}, "the ONNX exporter")
         report_progress("writing the ONNX graph")
         import onnx_ir
 
         onnx_ir.save(model, str(out_dir / _FILE), external_data=f"{_FILE}.data")
-        return CompiledComponent(
-            (_FILE, f"{_FILE}.data"),
-            graph.inputs,
-            graph.outputs,
-            graph.output_class,
-            graph.pad_token_id,
-            frame_convolutions=graph.frame_convolutions,
-        )
+        return source_model.compiled_to([_FILE, f"{_FILE}.data"])
 
     def load(
         self, component_dir: Path, component: ComponentRecord, *, device: Device, threads: int | None
@@ -146,10 +125,7 @@ class OnnxRuntimeTarget:
                 str(component_dir / _FILE), settings, providers=["CPUExecutionProvider"]
             )
         except Exception as error:
-            raise LoadError(
-                f"{_FILE} cannot be loaded by onnxruntime {onnxruntime.__version__}: {error}",
-                hint="Use the onnxruntime version that the manifest names, or compile again.",
-            ) from error
+            raise load_error(_FILE, f"onnxruntime {onnxruntime.__version__}", error) from error
         return _OnnxRuntimeRunner(session, component)
 
 
@@ -159,23 +135,25 @@ class _OnnxRuntimeRunner:
     def __init__(self, session: Any, component: ComponentRecord):
         self._session = session
         self._names = [record.name for record in component.outputs]
-        # A graph may drop an input that does not matter to it.
+        # An exporter may drop an input that changes no output.
         self._inputs = {value.name for value in session.get_inputs()}
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
-        if self._session is None:
-            raise InputError("This compiled model was closed.", hint="Load it again.")
-        used = {name: value for name, value in inputs.items() if name in self._inputs}
-        return dict(zip(self._names, self._session.run(self._names, used), strict=True))
+        session = require_open(self._session)
+        graph_inputs = {name: value for name, value in inputs.items() if name in self._inputs}
+        return dict(zip(self._names, session.run(self._names, graph_inputs), strict=True))
 
     def close(self) -> None:
         self._session = None
 
 
-def _quantizer(options: OnnxRuntimeOptions, component: ComponentPlan, graph: SourceModel) -> Any:
-    """Quantise what multiplies by weights, one scale a column: products of two activations lose most."""
+def _quantizer(options: OnnxRuntimeOptions, component: ComponentPlan, source_model: SourceModel) -> Any:
+    """Quantize products with weights, with one scale for each column.
+
+    Products of two activations stay in fp32, because they lose the most accuracy.
+    """
     if options.quantization == "static":
-        return _static_quantizer(options, calibration_tensors(graph, component))
+        return _static_quantizer(options, calibration_tensors(source_model.inputs, component.calibration))
     from onnxruntime.quantization import QuantType
     from transformers.exporters import OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
 
@@ -191,12 +169,16 @@ def _quantizer(options: OnnxRuntimeOptions, component: ComponentPlan, graph: Sou
 
 
 def _static_quantizer(options: OnnxRuntimeOptions, samples: list[dict[str, Any]]) -> Any:
-    """NNCF's, which moves outliers of activations into the weights; ONNX Runtime's own keeps far less."""
+    """Return NNCF's quantizer: it moves outliers of activations into the weights, so it is far more accurate.
+
+    Raises:
+        TargetUnavailableError: nncf is not installed.
+    """
     try:
         import nncf
     except ImportError as error:
         raise TargetUnavailableError(
-            "onnx-runtime needs nncf for static int8, and it is not installed.",
+            "onnx-runtime needs nncf for static int8, but nncf is not installed.",
             hint="Run: pip install 'compileflow[int8]'",
         ) from error
     from transformers.exporters import NNCFOnnxQuantizer, NNCFQuantizationConfig
@@ -204,7 +186,7 @@ def _static_quantizer(options: OnnxRuntimeOptions, samples: list[dict[str, Any]]
     logging.getLogger("nncf").setLevel(logging.ERROR)
 
     class Quantizer(NNCFOnnxQuantizer):  # type: ignore[misc]
-        """The exporter's fusions leave a constant with another shape than it is declared with; NNCF refuses it."""
+        """Corrects the declared shapes of constants that the exporter's fusions leave wrong; NNCF refuses them."""
 
         def quantize(self, model: Any, *args: Any, **kwargs: Any) -> Any:
             for value in model.graph.initializers.values():
@@ -214,38 +196,36 @@ def _static_quantizer(options: OnnxRuntimeOptions, samples: list[dict[str, Any]]
 
     seven_bits = nncf.OverflowFix.ENABLE if options.reduce_range else nncf.OverflowFix.DISABLE
     config = NNCFQuantizationConfig(
-        # All batches: NNCF takes the first ones, and they are sorted by length.
+        # Use all batches: NNCF would take only the first ones, and they are sorted by length.
         subset_size=len(samples),
         advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=seven_bits),
     )
     return Quantizer(config, calibration_dataset=samples)
 
 
-def _export(graph: SourceModel, example: Arrays, options: OnnxRuntimeOptions, quantizer: Any) -> Any:
+def _export(
+    source_model: SourceModel, example: Mapping[str, Any], options: OnnxRuntimeOptions, quantizer: Any
+) -> Any:
     import torch
     from transformers.exporters import OnnxConfig, OnnxExporter
 
     batch, sequence = torch.export.Dim.DYNAMIC, torch.export.Dim.DYNAMIC
     config = OnnxConfig(
         dynamic=True,
-        dynamic_shapes=free_axes(graph.inputs, batch, sequence),
+        dynamic_shapes=free_axes(source_model.inputs, batch, sequence),
         ort_fusions=None if options.fusions == "none" else options.fusions,
         opset_version=options.opset,
         quantizer=quantizer,
     )
-    tensors = {name: torch.as_tensor(value) for name, value in example.items()}
-    # The exporter says that it was tested with an older torch, and torch.export deprecates its own parts.
+    # The exporter warns that it was tested with an older torch, and torch.export warns about itself.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            return OnnxExporter().export(graph.model, tensors, config).program
+            return OnnxExporter().export(source_model.model, dict(example), config).program
     except Exception as error:
         cause: BaseException = error
-        # Its outer errors are pages of advice; the innermost names the operator.
+        # The outer errors hold pages of advice; the innermost error names the operator.
         while isinstance(cause, torch.onnx.OnnxExporterError) and cause.__cause__ is not None:
             cause = cause.__cause__
-        raise CompileError(
-            f"The ONNX exporter refused the model: {type(cause).__name__}: {str(cause)[:300]}",
-            hint="Try another target; `compileflow targets` lists them.",
-        ) from error
+        raise refusal("The ONNX exporter", cause, reason=one_line(str(cause))[:300]) from error

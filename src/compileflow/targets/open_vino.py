@@ -1,6 +1,6 @@
 """openvino: transformers' OpenVINO exporter with dynamic axes, int8 by NNCF, run by OpenVINO's CPU plugin.
 
-The precision is always said when a graph is loaded: left to itself, the plugin computes in bf16 where it can.
+Every load names the precision: by default the plugin computes in bf16 where the CPU can.
 """
 
 from __future__ import annotations
@@ -29,29 +29,26 @@ from compileflow.contracts.toolkit import (
     environment,
     installed_versions,
     lacking_precisions,
+    load_error,
+    probe_installed,
+    refusal,
     report_progress,
+    require_open,
     torch_threads,
     undisturbed_process,
 )
-from compileflow.errors import CompileError, InputError, LoadError, first_line
-from compileflow.source_model import (
-    SourceModel,
-    calibration_tensors,
-    example_inputs,
-    example_length,
-    free_axes,
-    load_source_model,
-)
+from compileflow.errors import first_line
+from compileflow.source_model import SourceModel, calibration_tensors, free_axes, load_source_model
 from compileflow.spec import HfTask, Precision
 
 _FILE = "model.xml"
 _FILES = (_FILE, "model.bin")
-_NEEDS = ("torch", "transformers", "openvino", "nncf")
-# int8 graphs compute in fp32 what is not int8.
+_COMPILE_NEEDS = ("torch", "transformers", "openvino", "nncf")
+# int8 graphs compute the other operators in fp32.
 _HINTS = {Precision.FP32: "f32", Precision.BF16: "bf16", Precision.FP16: "f16", Precision.INT8: "f32"}
-# Activations are quantised at run time in groups of so many, where the CPU has kernels for it; 0 is never.
+# Size of the groups in which activations are quantized at run time, where the CPU has kernels for it; 0: never.
 _GROUP_SIZE = {"dynamic": 32, "static": 0, "weights": 0}
-# Both converters send usage data and keep an identifier in the home folder, except where CI is set.
+# Both converters send usage data and keep an identifier in the home folder unless these are set.
 _NO_TELEMETRY = {"CI": "true", "NNCF_CI": "true"}
 
 Quantization = Literal["dynamic", "static", "weights"]
@@ -62,21 +59,22 @@ class OpenVinoOptions(TargetOptions):
 
     quantization: Quantization = Field(
         "dynamic",
-        description="At int8: activations quantised in each call where the CPU has kernels for it (dynamic), with "
+        description="At int8: quantize activations in each call where the CPU has kernels for it (dynamic), with "
         "ranges from natural examples (static), or never (weights).",
     )
     performance_hint: Literal["latency", "throughput"] = Field(
         "latency",
-        description="latency: one call at a time uses all threads. throughput: one call a thread, many at once.",
+        description="latency: each call uses all threads. throughput: each call uses one thread, and many calls "
+        "run at once.",
     )
 
     def needs_calibration(self, precision: Precision) -> bool:
-        """Only static int8 looks at examples."""
+        """Return True for static int8, which measures ranges on natural examples."""
         return precision is Precision.INT8 and self.quantization == "static"
 
 
 class OpenVinoTarget:
-    """Convert to OpenVINO's IR, any batch size and length, and run with its CPU plugin."""
+    """Convert to OpenVINO IR for any batch size and length, and run with the CPU plugin."""
 
     name: ClassVar[str] = "openvino"
     version: ClassVar[int] = 1
@@ -90,63 +88,47 @@ class OpenVinoTarget:
         variants={Precision.INT8: ({"quantization": "dynamic"}, {"quantization": "static"})},
         runtime={"openvino": ">={minor}"},
     )
-    default_gates: ClassVar[Mapping[Precision, Mapping[str, float]]] = {}
 
     def probe(self) -> Availability:
-        """Look which distributions are installed and what the CPU can compute, without importing anything."""
-        missing = [name for name in _NEEDS if name not in self.toolchain()]
-        if missing:
-            return Availability(
-                can_compile=False,
-                can_run="openvino" not in missing,
-                reason=f"{', '.join(missing)} not installed",
-                hint="pip install 'compileflow[openvino]'",
-                lacking=lacking_precisions(self.capabilities.precisions),
-            )
-        return Availability(
-            can_compile=True, can_run=True, lacking=lacking_precisions(self.capabilities.precisions)
+        """Check which distributions are installed and what the CPU can compute, without importing anything."""
+        return probe_installed(
+            _COMPILE_NEEDS,
+            ("openvino",),
+            install="pip install 'compileflow[openvino]'",
+            lacking=lacking_precisions(self.capabilities.precisions),
         )
 
     def toolchain(self) -> dict[str, str]:
-        """Return the versions of the exporter's, the quantiser's and the runtime's distributions."""
-        return installed_versions(_NEEDS)
+        """Return the versions of the exporter, the quantizer and the runtime."""
+        return installed_versions(_COMPILE_NEEDS)
 
     def cpu_features(self) -> tuple[str, ...]:
-        """Return (): OpenVINO chooses its kernels when it loads."""
+        """Return (): OpenVINO chooses its kernels at load."""
         return ()
 
     def compile(self, source_dir: Path, component: ComponentPlan, out_dir: Path) -> CompiledComponent:
-        """Export one graph with dynamic batch and sequence axes, and quantise it where int8 is asked for."""
+        """Export one graph with dynamic batch and sequence axes, and quantize it at int8."""
         options = OpenVinoOptions.model_validate(dict(component.options))
         report_progress("loading the source model")
-        graph = load_source_model(source_dir, component.hf_task, trust_remote_code=component.trust_remote_code)
-        length = example_length(graph.inputs, component.max_sequence_length)
-        example = example_inputs(graph.inputs, 3, length, graph.vocab_size, graph.pad_token_id)
-        calibration = calibration_tensors(graph, component)
+        source_model = load_source_model(
+            source_dir, component.hf_task, trust_remote_code=component.trust_remote_code
+        )
+        example = source_model.export_tensors(component.max_sequence_length)
+        calibration = calibration_tensors(source_model.inputs, component.calibration)
         with torch_threads(component.threads), environment(**_NO_TELEMETRY):
             report_progress(f"converting to OpenVINO IR ({component.precision.value})")
-            model = _export(graph, example, component.precision, options.quantization, calibration)
-            found = {name for port in model.outputs for name in port.get_names()}
-            lost = [record.name for record in graph.outputs if record.name not in found]
-            if lost:
-                raise CompileError(
-                    f"The OpenVINO export lost the output {lost[0]!r}; it has {', '.join(sorted(found))}.",
-                    hint="Report this model's architecture; another target may compile it.",
-                )
+            model = _export(source_model, example, component.precision, options.quantization, calibration)
+            output_names = {name for port in model.outputs for name in port.get_names()}
+            source_model.check_outputs(output_names, "the OpenVINO exporter")
             report_progress("writing the IR")
             import openvino
 
             openvino.save_model(
                 model, str(out_dir / _FILE), compress_to_fp16=component.precision is Precision.FP16
             )
-        return CompiledComponent(
+        return source_model.compiled_to(
             _FILES,
-            graph.inputs,
-            graph.outputs,
-            graph.output_class,
-            graph.pad_token_id,
-            frame_convolutions=graph.frame_convolutions,
-            load_options={
+            {
                 "performance_hint": options.performance_hint,
                 "dynamic_quantization_group_size": (
                     _GROUP_SIZE[options.quantization] if component.precision is Precision.INT8 else 0
@@ -157,7 +139,7 @@ class OpenVinoTarget:
     def load(
         self, component_dir: Path, component: ComponentRecord, *, device: Device, threads: int | None
     ) -> Runner:
-        """Compile the IR for this CPU, at the artifact's precision and no other."""
+        """Compile the IR for this CPU, in exactly the precision of the artifact."""
         import openvino
 
         hint = str(component.load_options["performance_hint"])
@@ -173,44 +155,44 @@ class OpenVinoTarget:
             with undisturbed_process():
                 model = openvino.Core().compile_model(str(component_dir / _FILE), "CPU", settings)
         except Exception as error:
-            raise LoadError(
-                f"{_FILE} cannot be loaded by openvino {openvino.__version__}: {_reason(error)}.",
-                hint="Use the openvino version that the manifest names, or compile again.",
-            ) from error
+            runtime = f"openvino {openvino.__version__}"
+            raise load_error(_FILE, runtime, error, reason=_reason(error)) from error
         return _OpenVinoRunner(model, component)
 
 
 class _OpenVinoRunner:
-    """Runs one compiled model; each call that overlaps another gets an inference request of its own."""
+    """Runs one compiled model; concurrent calls get separate inference requests."""
 
     def __init__(self, model: Any, component: ComponentRecord):
         self._model = model
         self._names = [record.name for record in component.outputs]
-        # A graph may drop an input that does not matter to it.
+        # An exporter may drop an input that changes no output.
         self._inputs = {name for port in model.inputs for name in port.get_names()}
-        self._idle: list[Any] = []
+        self._idle_requests: list[Any] = []
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
-        model = self._model
-        if model is None:
-            raise InputError("This compiled model was closed.", hint="Load it again.")
+        model = require_open(self._model)
         try:
-            request = self._idle.pop()
+            request = self._idle_requests.pop()
         except IndexError:
             request = model.create_infer_request()
-        used = {name: value for name, value in inputs.items() if name in self._inputs}
-        answers = request.infer(used)
+        graph_inputs = {name: value for name, value in inputs.items() if name in self._inputs}
+        answers = request.infer(graph_inputs)
         outputs = {name: answers[name].copy() for name in self._names}
-        self._idle.append(request)
+        self._idle_requests.append(request)
         return outputs
 
     def close(self) -> None:
         self._model = None
-        self._idle = []
+        self._idle_requests = []
 
 
 def _export(
-    graph: SourceModel, example: Arrays, precision: Precision, quantization: str, calibration: list[Any]
+    source_model: SourceModel,
+    example: Mapping[str, Any],
+    precision: Precision,
+    quantization: str,
+    calibration: list[Any],
 ) -> Any:
     import torch
     from transformers.exporters import OpenVINOConfig, OpenVINOExporter
@@ -218,20 +200,16 @@ def _export(
     batch, sequence = torch.export.Dim.DYNAMIC, torch.export.Dim.DYNAMIC
     config = OpenVINOConfig(
         dynamic=True,
-        dynamic_shapes=free_axes(graph.inputs, batch, sequence),
+        dynamic_shapes=free_axes(source_model.inputs, batch, sequence),
         quantizer=_quantizer(quantization, calibration) if precision is Precision.INT8 else None,
     )
-    tensors = {name: torch.as_tensor(value) for name, value in example.items()}
     try:
         with warnings.catch_warnings(), torch.no_grad():
-            # The exporter says that it was tested with an older torch, and torch.export deprecates its own parts.
+            # The exporter warns that it was tested with an older torch, and torch.export warns about itself.
             warnings.simplefilter("ignore")
-            return OpenVINOExporter().export(graph.model, tensors, config).program
+            return OpenVINOExporter().export(source_model.model, dict(example), config).program
     except Exception as error:
-        raise CompileError(
-            f"The OpenVINO exporter refused the model: {type(error).__name__}: {_reason(error)}.",
-            hint="Try another target; `compileflow targets` lists them.",
-        ) from error
+        raise refusal("The OpenVINO exporter", error, reason=_reason(error)) from error
 
 
 def _quantizer(quantization: str, calibration: list[Any]) -> Any:
@@ -241,12 +219,12 @@ def _quantizer(quantization: str, calibration: list[Any]) -> Any:
     logging.getLogger("nncf").setLevel(logging.ERROR)
     if quantization != "static":
         return NNCFOpenVINOQuantizer(NNCFWeightCompressionConfig(mode=nncf.CompressWeightsMode.INT8_ASYM))
-    # NNCF would look at 300 batches, and takes the first ones; all of them, since they are sorted by length.
+    # Use all batches: NNCF would take only the first 300, and they are sorted by length.
     config = NNCFQuantizationConfig(subset_size=len(calibration))
     return NNCFOpenVINOQuantizer(config, calibration_dataset=calibration)
 
 
 def _reason(error: Exception) -> str:
-    # Operators without a conversion are listed last, after the place in OpenVINO's own source.
-    listed = [line.strip() for line in str(error).splitlines() if line.strip().startswith("-- ")]
-    return listed[0].removeprefix("-- ")[:300] if listed else first_line(error)
+    # OpenVINO lists operators without a conversion last, after the line in its own source.
+    operators = [line.strip() for line in str(error).splitlines() if line.strip().startswith("-- ")]
+    return operators[0].removeprefix("-- ")[:300] if operators else first_line(error)

@@ -1,1 +1,1 @@
-"""What the targets of AWS Neuron, BladeDISC and HyperDex share."""
+"""Code that the targets of AWS Neuron, BladeDISC and HyperDex share."""

@@ -1,4 +1,4 @@
-"""A vendor's toolchain: whether it is here, how to get it, and its errors in one line."""
+"""A vendor's toolchain: probe it, import it, and turn its errors into ours."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from pathlib import Path
 from typing import Any
 
 from compileflow.contracts import Availability
-from compileflow.contracts.toolkit import installed_versions
-from compileflow.errors import CompileError, CompileflowError, SpecError, TargetUnavailableError, first_line
+from compileflow.contracts.toolkit import installed_versions, refusal
+from compileflow.errors import CompileflowError, SpecError, TargetUnavailableError, first_line
 
-# Where drivers put their devices.
+# Folder in which drivers create their devices.
 DEVICE_NODES = Path("/dev")
 
 
 @dataclass(frozen=True)
 class VendorToolchain:
-    """What a vendor's compiler and runtime consist of, and how the vendor says to get them.
+    """Modules of a vendor's compiler and runtime, and the vendor's way to install them.
 
     Attributes:
-        compiler: Modules that a compile imports, each with the distributions that bring it (any one will do).
-        runtime: The same for running.
-        install: The vendor's documented command.
-        note: What else it takes, one clause; "" when nothing.
-        device: Pattern of the device's node below `DEVICE_NODES`; "" when the CPU will do.
-        device_hint: What to do where there is no such node.
+        compiler: Modules that a compile imports, each with the distributions of which one must be installed.
+        runtime: Modules that a loaded component imports, in the same form.
+        install: Command that the vendor documents.
+        note: One more condition, as a clause; "" for none.
+        device: Pattern of the device's node below `DEVICE_NODES`; "" where the CPU suffices.
+        device_hint: What to do on a machine without the device.
     """
 
     compiler: Mapping[str, tuple[str, ...]]
@@ -41,16 +41,16 @@ class VendorToolchain:
     device_hint: str = ""
 
     def probe(self, *, compile_needs_device: bool = False) -> Availability:
-        """Look for distributions, modules and device nodes. Never raises, imports nothing."""
-        lacks = {**_lacks(self.runtime), **_lacks(self.compiler)}
+        """Check for distributions, modules and device nodes. Raises nothing, and imports nothing."""
+        faults = {**_faults(self.runtime), **_faults(self.compiler)}
         has_device = not self.device or any(DEVICE_NODES.glob(self.device))
-        can_run = has_device and not _lacks(self.runtime)
-        can_compile = not _lacks(self.compiler) and (has_device or not compile_needs_device)
-        if lacks:
+        can_run = has_device and not _faults(self.runtime)
+        can_compile = not _faults(self.compiler) and (has_device or not compile_needs_device)
+        if faults:
             note = f" ({self.note})" if self.note else ""
-            return Availability(can_compile, can_run, reason=", ".join(lacks.values()) + note, hint=self.install)
+            return Availability(can_compile, can_run, reason=", ".join(faults.values()) + note, hint=self.install)
         if not has_device:
-            reason = f"there is no device {DEVICE_NODES}/{self.device}"
+            reason = f"this machine has no device {DEVICE_NODES}/{self.device}"
             return Availability(can_compile, can_run, reason=reason, hint=self.device_hint)
         return Availability(can_compile, can_run)
 
@@ -58,10 +58,10 @@ class VendorToolchain:
         """Import one of the vendor's modules.
 
         Raises:
-            TargetUnavailableError: it is absent, or its native libraries are.
+            TargetUnavailableError: The module or one of its native libraries is missing.
         """
         try:
-            # Some vendors' modules set warning filters for the whole process.
+            # Some modules set warning filters for the whole process.
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 return importlib.import_module(name)
@@ -73,10 +73,13 @@ class VendorToolchain:
 
 @contextmanager
 def vendor_call(name: str) -> Iterator[None]:
-    """Turn whatever a vendor's compiler raises into one line; its warnings are about its own parts.
+    """Turn any error of a vendor's compiler into one line, and silence its warnings about its own code.
+
+    Args:
+        name: Name of the vendor's function.
 
     Raises:
-        CompileError: the compiler refused the model or its flags.
+        CompileError: The compiler refused the model or the options.
     """
     import torch
 
@@ -86,30 +89,28 @@ def vendor_call(name: str) -> Iterator[None]:
             yield
     except CompileflowError:
         raise
-    # Compilers that are command lines end with SystemExit.
+    # Compilers with a command line exit with SystemExit.
     except (Exception, SystemExit) as error:
-        raise CompileError(
-            f"{name} refused the model: {type(error).__name__}: {first_line(error)}.",
-            hint="Change the target's options, or try another target; `compileflow targets` lists them.",
-        ) from error
+        hint = "Change the target's options, or try another target; `compileflow targets` lists them."
+        raise refusal(name, error, hint=hint) from error
 
 
-def contradiction(target: str, option: str, precision: str, hint: str) -> SpecError:
-    """Return the error for options that would compute in another precision than was asked for."""
-    return SpecError(f"{target}: {option} is not {precision}, which was asked for.", hint=hint)
+def precision_conflict(target: str, option: str, precision: str, hint: str) -> SpecError:
+    """Return the error for an option that would compute in another precision than the requested one."""
+    return SpecError(f"{target}: {option} does not compute in {precision}, the requested precision.", hint=hint)
 
 
-def _lacks(modules: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
-    """Return what is wrong with each module that cannot be imported."""
-    found = {}
+def _faults(modules: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+    """Return, for each module that cannot be imported, the reason."""
+    faults = {}
     for module, names in modules.items():
         versions = installed_versions(names)
         if not versions:
-            found[module] = f"{names[0]} is not installed"
+            faults[module] = f"{names[0]} is not installed"
         elif not _importable(module):
             name, version = next(iter(versions.items()))
-            found[module] = f"{name} {version} is an empty placeholder from PyPI, without the module {module}"
-    return found
+            faults[module] = f"{name} {version} is an empty placeholder from PyPI, without the module {module}"
+    return faults
 
 
 def _importable(module: str) -> bool:
