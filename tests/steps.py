@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from compileflow._process.child import Isolated
+from compileflow._process.run import ChildResult
 from compileflow.contracts import ModelVersion
 from compileflow.settings import Settings
 from compileflow.steps import compile as compile_step
@@ -103,14 +103,14 @@ def in_process(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     pipeline = Pipeline(settings)
 
     def count(step: str) -> Any:
-        def run(function: str, request: Any, **_: Any) -> Isolated:
+        def run(function: str, request: Any, **_: Any) -> ChildResult:
             pipeline.counts[step] += 1
             call = build_once if function == _BUILD else resolve(function)
-            return Isolated(call(request), 0.1, 1)
+            return ChildResult(call(request), 0.1, 1)
 
         return run
 
     with monkeypatch.context() as patched:
-        patched.setattr(compile_step, "run_isolated", count("compile"))
-        patched.setattr(validate_step, "run_isolated", count("validate"))
+        patched.setattr(compile_step, "run_in_child", count("compile"))
+        patched.setattr(validate_step, "run_in_child", count("validate"))
         yield pipeline

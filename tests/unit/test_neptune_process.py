@@ -17,12 +17,13 @@ import requests
 from pydantic import SecretStr
 from requests.adapters import HTTPAdapter
 
+from compileflow._process.child import Overdue
 from compileflow.errors import RegistryError, RegistryUnavailableError
 from compileflow.registries.neptune import process as client_process
 from compileflow.registries.neptune import worker
 from compileflow.registries.neptune.address import read_token
 from compileflow.registries.neptune.client import NeptuneClient
-from compileflow.registries.neptune.process import ClientProcess, Ended, Overdue
+from compileflow.registries.neptune.process import ClientProcess, Ended
 from compileflow.settings import Settings
 from deployments.neptune_server.tokens import make_api_token
 
@@ -185,7 +186,7 @@ def test_upload_that_goes_on_slowly_is_neither_cut_nor_silent(
     # Put back at the end.
     monkeypatch.setattr(HTTPAdapter, "send", HTTPAdapter.send)
     signs: list[float] = []
-    said: Callable[[], None] = worker._now_and_then(lambda: signs.append(time.monotonic()))
+    said: Callable[[], None] = worker._throttled(lambda: signs.append(time.monotonic()))
     worker._bound_requests(0.5, said)
     body = b"x" * (2 << 20)
     started = time.monotonic()

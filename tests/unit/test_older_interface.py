@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from compileflow import CompiledModel, CompiledPipeline, CompiledTokenizer, HfTask
-from compileflow._process.child import Isolated, run_isolated
+from compileflow._process.run import ChildResult, run_in_child
 from compileflow.contracts import TensorRecord
 from compileflow.errors import (
     InputError,
@@ -70,14 +70,14 @@ Sources = Callable[..., Any]
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A local cache for this file; compiles run in this process, but where a test says otherwise."""
 
-    def build(function: str, request: Any, **_: Any) -> Isolated:
-        return Isolated(build_once(request), 0.1, 1)
+    def build(function: str, request: Any, **_: Any) -> ChildResult:
+        return ChildResult(build_once(request), 0.1, 1)
 
     folder = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("COMPILEFLOW_HOME", str(folder))
         get_settings.cache_clear()
-        patched.setattr(local_compile, "run_isolated", build)
+        patched.setattr(local_compile, "run_in_child", build)
         yield folder
     get_settings.cache_clear()
 
@@ -390,7 +390,7 @@ class TestModel:
     def test_is_compiled_in_a_process_of_its_own(
         self, source: Sources, compiled_model: CompiledModel, monkeypatch: pytest.MonkeyPatch, home: Path
     ) -> None:
-        monkeypatch.setattr(local_compile, "run_isolated", run_isolated)
+        monkeypatch.setattr(local_compile, "run_in_child", run_in_child)
         ids = torch.tensor([[5, 6, 7]])
 
         model = CompiledModel.from_model(source("bert").model, 2, LENGTH, neuron=False)

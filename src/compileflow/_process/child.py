@@ -1,353 +1,252 @@
-"""Run a function in a fresh process: its value, its error, its wall time, its peak memory.
+"""A child process and its parent: both sides of one protocol.
 
-The child gets its request on standard input, and a watcher that it forks reads on: when the parent dies,
-however it dies, that pipe closes and the watcher ends the child and all that it started. A thread could not:
-native code may hold the GIL for minutes.
-
-Over 300 lines, because the parent's side and the child's share one protocol.
+Messages are JSON objects, one per line: to the child on standard input, and back on what was its standard output.
+Everything that the child prints goes to its log. When the parent dies, however it dies, a watcher that the child
+forks kills the child and all that it started. A thread cannot do this: native code may hold the GIL for minutes.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
+import math
 import os
-import resource
+import queue
+import select
 import signal
 import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
-
-from compileflow._process.state import resident_bytes
-from compileflow.errors import (
-    CompileError,
-    CompileflowError,
-    OutOfMemoryError,
-    ProcessError,
-    ProcessKilledError,
-    ProcessTimeoutError,
-)
+from typing import IO, Any, NoReturn, TextIO
 
 logger = logging.getLogger(__name__)
 
 JsonObject = dict[str, Any]
 
-_PROGRESS = "\x1eprogress "
-_ENTRY = "from compileflow._process.child import child_main; child_main()"
-# What a compile or a validation has no business knowing: it uses no network.
-_SECRETS = ("TOKEN", "SECRET", "PASSW", "_KEY", "CREDENTIAL", "AUTH", "DATABASE")
-_OUT_OF_MEMORY = ("can't allocate memory", "cannot allocate memory", "std::bad_alloc", "out of memory")
+# A variable whose name contains one of these words stays out of every child's environment.
+_SECRET_WORDS = ("TOKEN", "SECRET", "PASSW", "_KEY", "CREDENTIAL", "AUTH", "DATABASE")
+# Seconds between two looks at a child that is silent.
+_LOOK_S = 0.05
+_BLOCK = 64 * 1024
+_to_parent: TextIO | None = None
 
 
-@dataclass(frozen=True)
-class Isolated:
-    """What a child process gave back."""
-
-    value: JsonObject
-    duration_s: float
-    peak_rss_bytes: int
+class Overdue(Exception):  # noqa: N818 - every caller turns it into an error of the tree
+    """A child did not read or answer before a deadline. The argument, where there is one: seconds."""
 
 
-def run_isolated(
-    function: str,
-    request: Mapping[str, Any],
-    *,
-    work_dir: Path,
-    log_path: Path,
-    timeout_s: float | None = None,
-    memory_limit_bytes: int | None = None,
-    threads: int = 1,
-    on_progress: Callable[[str], None] = logger.info,
-) -> Isolated:
-    """Call `function(request)` in a fresh process and wait for it.
+class ChildProcess:
+    """A Python process in a session of its own, as its parent sees it.
 
     Args:
-        function: "module:name" of a function from a JSON object to a JSON object.
-        request: Its argument; JSON values only.
-        work_dir: Existing folder for the child's answer.
-        log_path: File for all that the child prints; deleted when it succeeds, kept when it does not.
-        timeout_s: Seconds after which the child and all that it started are killed.
-        memory_limit_bytes: Resident memory above which they are killed.
-        threads: Threads that numeric libraries in the child may use.
-        on_progress: Called with each progress line of the child.
+        code: Python code that calls `connect_to_parent` first.
+        environment: The child's whole environment.
+        on_log: Called with each line that the child prints, in a thread.
 
-    Returns:
-        The function's value with wall time in seconds and peak resident memory in bytes.
+    Attributes:
+        peak_rss_bytes: Largest resident memory that the parent saw while it waited for messages.
 
     Raises:
-        CompileflowError: whatever the function raised of that tree.
-        OutOfMemoryError, ProcessTimeoutError, ProcessKilledError: the child was ended.
-        CompileError: anything else that the function raised; the traceback is in the log.
+        OSError: The process cannot be started.
     """
-    answer_path = work_dir / "answer.json"
-    answer_path.unlink(missing_ok=True)
-    log_path.parent.mkdir(parents=True, exist_ok=True)
-    log_path.touch()
-    started = time.monotonic()
-    child = subprocess.Popen(
-        [sys.executable, "-c", _ENTRY],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=_child_environment(threads, work_dir),
-        start_new_session=True,
-    )
-    watch = _Watch(child, log_path, on_progress)
-    try:
-        watch.send({"function": function, "request": dict(request), "answer": str(answer_path)})
-        ended_by_us = watch.wait(timeout_s, memory_limit_bytes)
-    finally:
-        watch.stop()
-    duration_s = time.monotonic() - started
-    if ended_by_us == "timeout":
-        raise ProcessTimeoutError(
-            f"{function} ran past its limit of {timeout_s:g} s and was killed.",
-            hint="Raise the step's timeout, or ask for fewer or smaller shape buckets.",
-            log_path=str(log_path),
+
+    def __init__(self, code: str, *, environment: Mapping[str, str], on_log: Callable[[bytes], object]) -> None:
+        self.peak_rss_bytes = 0
+        self._on_log = on_log
+        self._messages: queue.SimpleQueue[JsonObject] = queue.SimpleQueue()
+        self._is_killed = False
+        self._popen = subprocess.Popen(
+            # -P keeps files of the working folder from standing in for packages.
+            [sys.executable, "-P", "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
+            start_new_session=True,
         )
-    if ended_by_us == "memory":
-        raise OutOfMemoryError(
-            f"{function} needed more than {_gib(memory_limit_bytes or 0)} and was killed.",
-            hint="Run it on a machine with more memory, or lower max_sequence_length.",
-            log_path=str(log_path),
-        )
-    answer = _read_answer(answer_path)
-    if answer is None:
-        raise _ended_without_answer(function, watch.exit_code, watch.peak_rss_bytes, log_path)
-    if "error" in answer:
-        raise CompileflowError.from_dict(answer["error"] | {"log_path": str(log_path)})
-    log_path.unlink(missing_ok=True)
-    return Isolated(answer["value"], duration_s, answer["peak_rss_bytes"] or watch.peak_rss_bytes)
+        pipes = ((self._popen.stdout, self._take_message), (self._popen.stderr, on_log))
+        self._readers = [threading.Thread(target=_read_lines, args=pipe, daemon=True) for pipe in pipes]
+        for reader in self._readers:
+            reader.start()
+
+    @property
+    def pid(self) -> int:
+        """The child's process id."""
+        return self._popen.pid
+
+    def is_running(self) -> bool:
+        """Return whether the child itself has not ended."""
+        return self._popen.poll() is None
+
+    def send(self, message: JsonObject, *, until: float = math.inf) -> None:
+        """Write a message. A child that does not read would otherwise hold its writer forever.
+
+        Args:
+            message: What the child receives.
+            until: Deadline on the clock `time.monotonic`.
+
+        Raises:
+            Overdue: The child did not read the message before the deadline.
+        """
+        assert self._popen.stdin is not None  # noqa: S101 - Popen made the pipe
+        pipe = self._popen.stdin.fileno()
+        poll = select.poll()
+        poll.register(pipe, select.POLLOUT)
+        rest = json.dumps(message).encode() + b"\n"
+        try:
+            while rest:
+                left_s = until - time.monotonic()
+                if not poll.poll(None if math.isinf(left_s) else 1000 * max(0.0, left_s)):
+                    raise Overdue
+                # A pipe that is ready takes this many bytes without blocking.
+                rest = rest[os.write(pipe, rest[: select.PIPE_BUF]) :]
+        except BrokenPipeError:
+            logger.debug("the child %d ended before it read its request", self.pid)
+
+    def receive(self, *, until: float = math.inf) -> JsonObject | None:
+        """Wait for the next message; return None if the child ended without one.
+
+        Args:
+            until: Deadline on the clock `time.monotonic`.
+
+        Raises:
+            Overdue: The deadline passed; the child may still run.
+        """
+        while True:
+            self.peak_rss_bytes = max(self.peak_rss_bytes, peak_bytes(self.pid))
+            is_running = self.is_running()
+            if not is_running:
+                # Its grandchildren may hold the pipe open; the messages that it sent are in there.
+                self.kill()
+                self._readers[0].join(timeout=2)
+            left_s = until - time.monotonic()
+            try:
+                return self._messages.get(timeout=max(0.0, min(_LOOK_S, left_s)))
+            except queue.Empty as error:
+                if not is_running:
+                    return None
+                if left_s <= 0:
+                    raise Overdue from error
+
+    def kill(self) -> None:
+        """Kill the child and all processes of its group."""
+        # Once only: after the child was waited for, its number may belong to another process.
+        if not self._is_killed:
+            self._is_killed = True
+            with suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+    def end(self) -> int:
+        """Kill what still runs, close the pipes and return the child's exit code, -N for signal N."""
+        self.kill()
+        exit_code = self._popen.wait()
+        for reader in self._readers:
+            # A detached process may hold the pipe open for as long as it runs.
+            reader.join(timeout=2)
+        assert self._popen.stdin is not None  # noqa: S101 - Popen made the pipe
+        with suppress(OSError):
+            self._popen.stdin.close()
+        return exit_code
+
+    def _take_message(self, line: bytes) -> None:
+        try:
+            self._messages.put(json.loads(line))
+        except ValueError:
+            # Printed before the child connected.
+            self._on_log(line)
+
+
+def environment_without_secrets() -> dict[str, str]:
+    """Return this process's environment without the variables whose names suggest a secret."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not any(word in name.upper() for word in _SECRET_WORDS)
+    }
+
+
+def connect_to_parent() -> None:
+    """In a child: start the watcher, take standard output for messages, and send all prints to the log."""
+    global _to_parent
+    _start_watcher()
+    _to_parent = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
+    os.dup2(2, 1)
+
+
+def receive_from_parent(*, timeout_s: float | None = None) -> JsonObject | None:
+    """In a child: wait for the next message; return None if none comes in time.
+
+    The parent waits for an answer before it sends the next message, so nothing is left in the buffer.
+    """
+    if not select.select([sys.stdin], [], [], timeout_s)[0]:
+        return None
+    message: JsonObject = json.loads(sys.stdin.buffer.readline())
+    return message
+
+
+def send_to_parent(message: JsonObject) -> None:
+    """In a child: send a message. Outside a child it does nothing."""
+    if _to_parent is not None:
+        _to_parent.write(json.dumps(message) + "\n")
 
 
 def report_progress(text: str) -> None:
-    """Tell the parent process, in one line, what is being done. Does nothing visible outside a child."""
-    if os.environ.get("COMPILEFLOW_ISOLATED") == "1":
-        sys.stdout.write(f"{_PROGRESS}{text}\n")
-        sys.stdout.flush()
+    """Tell the parent process in one line what happens now. Outside a child it does nothing."""
+    send_to_parent({"progress": text})
+
+
+def end_child() -> NoReturn:
+    """In a child: end at once, with the watcher and all processes of the group.
+
+    Native libraries may crash while they are torn down, and exit hooks may wait; all messages have been sent.
+    """
+    sys.stdout.flush()
+    os.killpg(0, signal.SIGKILL)
+    raise AssertionError("unreachable")
 
 
 def skip_slow_grammar() -> None:
-    """Keep jsonschema from building a grammar of internationalised URLs, which takes two seconds.
+    """Keep jsonschema from building a grammar of internationalized URLs, which takes two seconds.
 
-    Neptune's client brings it. Prefect, Great Expectations and Neptune import jsonschema; none checks such URLs.
+    Neptune's client installs that grammar. Prefect, Great Expectations and Neptune import jsonschema; none of them
+    checks such URLs.
     """
     sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
 
 
-def child_main() -> None:
-    """Entry of the child process."""
-    request = json.loads(sys.stdin.buffer.readline())
-    skip_slow_grammar()
-    if os.fork() == 0:
-        _end_with_parent()
-    module, _, name = request["function"].partition(":")
+def _start_watcher() -> None:
+    """Fork a process that passes messages on to this one, and ends the group when the parent's pipe closes."""
+    reader, writer = os.pipe()
+    if os.fork():
+        os.dup2(reader, 0)
+        os.close(reader)
+        os.close(writer)
+        return
     try:
-        value = getattr(importlib.import_module(module), name)(request["request"])
-        answer = {"value": value, "peak_rss_bytes": max(_peak_bytes("self"), _other_peak_bytes())}
-    except CompileflowError as error:
-        # Not by logging, which toolchains set up for themselves, or switch off.
-        traceback.print_exception(error)
-        answer = {"error": error.to_dict()}
-    except MemoryError as error:
-        traceback.print_exception(error)
-        answer = {"error": _out_of_memory(request["function"], error).to_dict()}
-    except Exception as error:  # noqa: BLE001 - the parent gets it
-        traceback.print_exception(error)
-        answer = {"error": _foreign_error(request["function"], error).to_dict()}
-    path = Path(request["answer"])
-    partial = path.with_suffix(".part")
-    partial.write_text(json.dumps(answer), "utf-8")
-    partial.replace(path)
-    sys.stdout.flush()
-    # Native libraries may crash while they are torn down; the answer is complete, so leave at once.
-    os._exit(0)
+        # The parent sees the end of the child's output when the child ends, not when the watcher does.
+        for handle in (1, 2, reader):
+            os.close(handle)
+        while block := os.read(0, _BLOCK):
+            with suppress(BrokenPipeError):
+                os.write(writer, block)
+    finally:
+        os.killpg(0, signal.SIGKILL)
 
 
-class _Watch:
-    """The parent's side of one child: its output, its memory, its end."""
-
-    def __init__(self, child: subprocess.Popen[bytes], log_path: Path, on_progress: Callable[[str], None]):
-        self._child = child
-        self._log_path = log_path
-        self._on_progress = on_progress
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._lines: list[str] = []
-        self._lock = threading.Lock()
-        self.exit_code: int | None = None
-        self.peak_rss_bytes = 0
-
-    def send(self, request: JsonObject) -> None:
-        self._reader.start()
-        assert self._child.stdin is not None  # noqa: S101 - a pipe was asked for
-        try:
-            self._child.stdin.write(json.dumps(request).encode() + b"\n")
-            self._child.stdin.flush()
-        except BrokenPipeError:
-            logger.debug("the child ended before it read its request")
-
-    def wait(self, timeout_s: float | None, memory_limit_bytes: int | None) -> str:
-        """Wait for the end; return 'timeout' or 'memory' if this side caused it, else ''."""
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        pause_s = 0.005
-        while True:
-            self._forward()
-            self.peak_rss_bytes = max(self.peak_rss_bytes, _peak_bytes(self._child.pid))
-            pid, status = os.waitpid(self._child.pid, os.WNOHANG)
-            if pid:
-                self._ended(status)
-                return ""
-            if deadline is not None and time.monotonic() > deadline:
-                return "timeout"
-            if memory_limit_bytes is not None and resident_bytes(self._child.pid) > memory_limit_bytes:
-                return "memory"
-            time.sleep(pause_s)
-            pause_s = min(pause_s * 1.5, 0.1)
-
-    def stop(self) -> None:
-        """Kill what still runs and close the pipes."""
-        if self.exit_code is None:
-            _kill_group(self._child.pid)
-            self._ended(os.waitpid(self._child.pid, 0)[1])
-        else:
-            _kill_group(self._child.pid)
-        self._reader.join(timeout=2)
-        self._forward()
-        assert self._child.stdin is not None  # noqa: S101 - a pipe was asked for
-        try:
-            self._child.stdin.close()
-        except BrokenPipeError:
-            logger.debug("the child closed its pipe first")
-
-    def _ended(self, status: int) -> None:
-        self.exit_code = os.waitstatus_to_exitcode(status)
-        self._child.returncode = self.exit_code
-
-    def _read(self) -> None:
-        """Read to the end, which a detached process may put off past the child's own."""
-        assert self._child.stdout is not None  # noqa: S101 - a pipe was asked for
-        with self._child.stdout as output, self._log_path.open("ab", buffering=0) as log:
-            for raw in output:
-                line = raw.decode("utf-8", "replace").rstrip()
-                if line.startswith(_PROGRESS):
-                    with self._lock:
-                        self._lines.append(line.removeprefix(_PROGRESS))
-                try:
-                    log.write(raw.replace(_PROGRESS.encode(), b""))
-                except OSError as error:
-                    # Not reading on would stop the child at a full pipe.
-                    logger.warning("the log %s lost a line: %s", self._log_path, error)
-
-    def _forward(self) -> None:
-        """Hand progress on from the caller's own thread, where its logging context is."""
-        with self._lock:
-            lines, self._lines = self._lines, []
-        for line in lines:
-            self._on_progress(line)
+def _read_lines(pipe: IO[bytes], on_line: Callable[[bytes], object]) -> None:
+    with pipe:
+        for line in pipe:
+            on_line(line)
 
 
-def _child_environment(threads: int, work_dir: Path) -> dict[str, str]:
-    kept = {
-        name: value for name, value in os.environ.items() if not any(word in name.upper() for word in _SECRETS)
-    }
-    count = str(threads)
-    return kept | {
-        "COMPILEFLOW_ISOLATED": "1",
-        "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "GX_ANALYTICS_ENABLED": "false",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": count,
-        "MKL_NUM_THREADS": count,
-        "PYTHONUNBUFFERED": "1",
-        # Libraries leave temporary folders behind; the work folder is deleted.
-        "TMPDIR": str(work_dir),
-    }
-
-
-def _end_with_parent() -> None:
-    while os.read(0, 4096):
-        pass
-    os.killpg(0, signal.SIGKILL)
-
-
-def _kill_group(pid: int) -> None:
-    try:
-        os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        logger.debug("process group %d is gone already", pid)
-
-
-def _peak_bytes(pid: int | str) -> int:
-    """Return VmHWM; ru_maxrss would not do, as a child inherits its parent's peak in it."""
+def peak_bytes(pid: int | str) -> int:
+    """Return VmHWM in bytes, 0 where there is no /proc. A child inherits its parent's peak in ru_maxrss."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text("ascii", "replace").splitlines()
     except OSError:
         return 0
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
-
-
-def _other_peak_bytes() -> int:
-    """Return the largest grandchild's peak; where there is no /proc, this process's own too."""
-    if sys.platform == "linux":
-        return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    return max(resource.getrusage(who).ru_maxrss for who in whose)
-
-
-def _read_answer(path: Path) -> JsonObject | None:
-    try:
-        answer: JsonObject = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return None
-    return answer
-
-
-def _ended_without_answer(function: str, code: int | None, peak: int, log_path: Path) -> ProcessError:
-    if code is not None and code < 0:
-        name = signal.Signals(-code).name
-        text = f"{function} was killed by {name} at a peak of {_gib(peak)}."
-        if -code == signal.SIGKILL:
-            return OutOfMemoryError(
-                text,
-                hint="Nothing here sent that signal: most likely the machine ran out of memory.",
-                log_path=str(log_path),
-            )
-        return ProcessKilledError(
-            text,
-            hint="The toolchain crashed in native code; its last words are in the log.",
-            log_path=str(log_path),
-        )
-    return ProcessError(f"{function} ended with exit code {code} and no answer.", log_path=str(log_path))
-
-
-def _foreign_error(function: str, error: Exception) -> CompileflowError:
-    text = f"{type(error).__name__}: {error}"
-    if any(sign in text.lower() for sign in _OUT_OF_MEMORY):
-        return _out_of_memory(function, error)
-    # Toolchains print pages; the first line says what, the log holds the rest.
-    first = next((line for line in text.splitlines() if line.strip()), text)
-    return CompileError(
-        f"{function.partition(':')[2].lstrip('_')} failed: {first[:300]}",
-        hint="The toolchain's own messages are in the log.",
-    )
-
-
-def _out_of_memory(function: str, error: BaseException) -> OutOfMemoryError:
-    return OutOfMemoryError(
-        f"{function} ran out of memory ({type(error).__name__}).",
-        hint="Run it on a machine with more memory, or lower max_sequence_length.",
-    )
-
-
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**30:.2f} GiB"

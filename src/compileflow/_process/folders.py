@@ -117,6 +117,43 @@ def move_into_place(folder: Path, dest: Path) -> None:
 
 
 @contextmanager
+def file_written_whole(
+    path: Path, *, partial: Path | None = None, read_only: bool = False, durable: bool = False
+) -> Iterator[Path]:
+    """Give a temporary path to write, and move that file to `path` at the end: readers see all of it or nothing.
+
+    If the block fails, the temporary file is deleted and `path` stays as it is.
+
+    Args:
+        path: Final path of the file; its folder is created.
+        partial: Temporary path on the same file system. None: a new name beside `path`.
+        read_only: Take away the right to write to the file.
+        durable: Wait until the content is on disk before the file gets its name.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial or path.with_name(f"{uuid.uuid4().hex}.part")
+    try:
+        yield partial
+        if durable:
+            with partial.open("rb") as stream:
+                os.fsync(stream.fileno())
+        if read_only:
+            partial.chmod(0o444)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def link_or_copy(file: Path, dest: Path) -> None:
+    """Give a file a second name, or copy it where the file system cannot link."""
+    try:
+        dest.hardlink_to(file)
+    except OSError:
+        # The two paths are on different file systems, or the file system has no links.
+        shutil.copyfile(file, dest)
+
+
+@contextmanager
 def os_errors(path: Path, doing: str, *, kind: type[CompileflowError] = StoreError) -> Iterator[None]:
     """Turn an operating-system error about `path` into one line that says what to do."""
     try:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from compileflow._process.child import run_isolated
+from compileflow._process.run import run_in_child
 from compileflow._process.folders import move_into_place, work_folder
 from compileflow.artifact.open import OpenArtifact, open_artifact
 from compileflow.catalog import get_target, target_names
@@ -213,7 +213,7 @@ def _run(
         "needs_tokenizer": has_tokenizer,
     }
     try:
-        run_isolated(
+        run_in_child(
             _CHILD,
             request,
             work_dir=work,

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 from pydantic import ValidationError
 
-from compileflow._process.child import run_isolated
+from compileflow._process.run import run_in_child
 from compileflow._process.folders import work_folder
 from compileflow._process.packages import installed_versions
 from compileflow.artifact.manifest import read_manifest
@@ -77,7 +77,7 @@ def validate_artifact(
         def make(reason: str) -> ValidatedArtifact:
             with work_folder(settings.work_dir, label=STEP) as work:
                 (work / "report").mkdir()
-                answer = run_isolated(
+                answer = run_in_child(
                     _CHILD,
                     {
                         "source_dir": str(source_dir),

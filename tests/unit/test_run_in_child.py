@@ -1,3 +1,5 @@
+"""One function in a child process: its answer, its ends, its limits, its environment and its memory."""
+
 from __future__ import annotations
 
 import os
@@ -11,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from compileflow._process.child import Isolated, run_isolated
+from compileflow._process.run import ChildResult, run_in_child
 from compileflow.errors import (
     CompileError,
     OutOfMemoryError,
@@ -22,8 +24,8 @@ from compileflow.errors import (
 )
 
 MIB = 2**20
-FUNCTIONS = "tests.unit.isolated_functions"
-Run = Callable[..., Isolated]
+FUNCTIONS = "tests.unit.child_functions"
+Run = Callable[..., ChildResult]
 
 
 @pytest.fixture
@@ -35,8 +37,8 @@ def log_path(tmp_path: Path) -> Path:
 def run(tmp_path: Path, log_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
 
-    def call(name: str, request: dict[str, Any] | None = None, **options: Any) -> Isolated:
-        return run_isolated(f"{FUNCTIONS}:{name}", request or {}, work_dir=tmp_path, log_path=log_path, **options)
+    def call(name: str, request: dict[str, Any] | None = None, **options: Any) -> ChildResult:
+        return run_in_child(f"{FUNCTIONS}:{name}", request or {}, work_dir=tmp_path, log_path=log_path, **options)
 
     return call
 
@@ -69,10 +71,10 @@ def assert_all_end(pids_path: Path) -> None:
 
 
 def test_value_comes_back_from_another_process(run: Run) -> None:
-    isolated = run("echo", {"text": "ü", "n": [1, 2.5, None]})
-    assert isolated.value["request"] == {"text": "ü", "n": [1, 2.5, None]}
-    assert isolated.value["pid"] != os.getpid()
-    assert 0 < isolated.duration_s < 60
+    result = run("echo", {"text": "ü", "n": [1, 2.5, None]})
+    assert result.value["request"] == {"text": "ü", "n": [1, 2.5, None]}
+    assert result.value["pid"] != os.getpid()
+    assert 0 < result.duration_s < 60
 
 
 def test_error_of_ours_crosses_with_kind_hint_and_log(run: Run, log_path: Path) -> None:
@@ -153,15 +155,6 @@ def test_timeout_kills_grandchildren_too(run: Run, tmp_path: Path, *, hold_gil: 
     assert_all_end(tmp_path / "pids")
 
 
-def test_memory_limit_kills_the_child(run: Run) -> None:
-    with pytest.raises(OutOfMemoryError, match=r"needed more than 0\.15 GiB"):
-        run("allocate", {"size_bytes": 300 * MIB, "sleep_s": 600}, memory_limit_bytes=150 * MIB)
-
-
-def test_child_within_its_memory_limit_finishes(run: Run) -> None:
-    run("allocate", {"size_bytes": 20 * MIB, "sleep_s": 0.2}, memory_limit_bytes=150 * MIB)
-
-
 def test_progress_is_forwarded_and_nothing_else(run: Run) -> None:
     lines: list[str] = []
     run("progress", on_progress=lines.append)
@@ -196,15 +189,15 @@ def test_child_gets_no_secrets(run: Run, monkeypatch: pytest.MonkeyPatch) -> Non
     for name in secrets:
         monkeypatch.setenv(name, "s3cr3t-value")
     monkeypatch.setenv("HARMLESS", "kept")
-    found = run("environment").value
-    assert "s3cr3t-value" not in found.values()
-    assert found["HARMLESS"] == "kept"
+    variables = run("environment").value
+    assert "s3cr3t-value" not in variables.values()
+    assert variables["HARMLESS"] == "kept"
 
 
 def test_child_is_offline_and_has_its_threads(run: Run) -> None:
-    found = run("environment", threads=3).value
-    assert found["HF_HUB_OFFLINE"] == "1"
-    assert found["OMP_NUM_THREADS"] == found["MKL_NUM_THREADS"] == "3"
+    variables = run("environment", threads=3).value
+    assert variables["HF_HUB_OFFLINE"] == "1"
+    assert variables["OMP_NUM_THREADS"] == variables["MKL_NUM_THREADS"] == "3"
 
 
 def test_peak_memory_is_the_childs(run: Run) -> None:
@@ -226,10 +219,10 @@ def test_peak_memory_does_not_count_the_parents(run: Run) -> None:
 def test_child_and_grandchild_end_when_the_parent_is_killed(tmp_path: Path, *, hold_gil: bool) -> None:
     pids = tmp_path / "pids"
     code = (
-        "from pathlib import Path; from compileflow._process.child import run_isolated; "
+        "from pathlib import Path; from compileflow._process.run import run_in_child; "
         f"folder = Path({str(tmp_path)!r}); "
         f"request = {{'path': {str(pids)!r}, 'hold_gil': {hold_gil}}}; "
-        f"run_isolated('{FUNCTIONS}:family', request, work_dir=folder, log_path=folder / 'log')"
+        f"run_in_child('{FUNCTIONS}:family', request, work_dir=folder, log_path=folder / 'log')"
     )
     parent = subprocess.Popen([sys.executable, "-c", code])
     started = wait_until(pids.exists)

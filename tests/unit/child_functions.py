@@ -1,4 +1,4 @@
-"""What test_isolation.py runs in child processes. Imports little: a child starts in a tenth of a second."""
+"""Functions that test_run_in_child.py runs in child processes. Light imports keep the start of a child short."""
 
 from __future__ import annotations
 
@@ -74,7 +74,6 @@ def noise(request: Json) -> Json:
 def allocate(request: Json) -> Json:
     body = bytearray(request["size_bytes"])
     body[::4096] = b"x" * len(body[::4096])
-    time.sleep(request.get("sleep_s", 0))
     return {}
 
 

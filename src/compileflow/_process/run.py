@@ -1,0 +1,195 @@
+"""Run one function in a fresh process: its value, its error, its wall time, its peak memory."""
+
+from __future__ import annotations
+
+import logging
+import math
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from compileflow._process.child import (
+    ChildProcess,
+    JsonObject,
+    Overdue,
+    connect_to_parent,
+    end_child,
+    environment_without_secrets,
+    peak_bytes,
+    receive_from_parent,
+    send_to_parent,
+    skip_slow_grammar,
+)
+from compileflow.errors import (
+    CompileError,
+    CompileflowError,
+    OutOfMemoryError,
+    ProcessError,
+    ProcessKilledError,
+    ProcessTimeoutError,
+)
+
+logger = logging.getLogger(__name__)
+
+_ENTRY = "from compileflow._process.run import child_main; child_main()"
+_OUT_OF_MEMORY = ("can't allocate memory", "cannot allocate memory", "std::bad_alloc", "out of memory")
+_MORE_MEMORY = "Run it on a machine with more memory, or lower max_sequence_length."
+
+
+@dataclass(frozen=True)
+class ChildResult:
+    """The value of a function that ran in a child process, with its cost."""
+
+    value: JsonObject
+    duration_s: float
+    peak_rss_bytes: int
+
+
+def run_in_child(
+    function: str,
+    request: Mapping[str, Any],
+    *,
+    work_dir: Path,
+    log_path: Path,
+    timeout_s: float | None = None,
+    threads: int = 1,
+    on_progress: Callable[[str], None] = logger.info,
+) -> ChildResult:
+    """Call `function(request)` in a fresh process and wait for it.
+
+    Args:
+        function: "module:name" of a function from a JSON object to a JSON object.
+        request: Argument of the function; JSON values only.
+        work_dir: Existing folder for the child's temporary files.
+        log_path: File for everything that the child prints; deleted when the child succeeds.
+        timeout_s: Seconds after which the child and all that it started are killed.
+        threads: Threads that numeric libraries in the child may use.
+        on_progress: Called in this thread with each progress line of the child.
+
+    Returns:
+        The function's value with wall time in seconds and peak resident memory in bytes.
+
+    Raises:
+        CompileflowError: The function raised an error of this tree.
+        OutOfMemoryError: The child ran out of memory, or was killed from outside.
+        ProcessTimeoutError: The child ran past `timeout_s`.
+        ProcessKilledError: The child was killed by another signal.
+        ProcessError: The child ended without an answer.
+        CompileError: The function raised another error; the traceback is in the log.
+    """
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    until = math.inf if timeout_s is None else start + timeout_s
+    with log_path.open("ab", buffering=0) as log:
+
+        def write_log(line: bytes) -> None:
+            try:
+                log.write(line)
+            # Reading must go on, or the child would stop at a full pipe. After the end the file is closed.
+            except (OSError, ValueError) as error:
+                logger.warning("The log %s lost a line: %s", log_path, error)
+
+        child = ChildProcess(_ENTRY, environment=_environment(threads, work_dir), on_log=write_log)
+        try:
+            child.send({"function": function, "request": dict(request)}, until=until)
+            while (answer := child.receive(until=until)) is not None and "progress" in answer:
+                on_progress(answer["progress"])
+        except Overdue as error:
+            raise ProcessTimeoutError(
+                f"{function} ran past its limit of {timeout_s:g} s and was killed.",
+                hint="Raise the step's timeout, or request fewer or smaller shape buckets.",
+                log_path=str(log_path),
+            ) from error
+        finally:
+            exit_code = child.end()
+    if answer is None:
+        raise _ended_without_answer(function, exit_code, child.peak_rss_bytes, log_path)
+    if "error" in answer:
+        raise CompileflowError.from_dict(answer["error"] | {"log_path": str(log_path)})
+    log_path.unlink(missing_ok=True)
+    peak_rss_bytes = answer["peak_rss_bytes"] or child.peak_rss_bytes
+    return ChildResult(answer["value"], time.monotonic() - start, peak_rss_bytes)
+
+
+def child_main() -> None:
+    """Entry of the child process."""
+    connect_to_parent()
+    request = receive_from_parent()
+    assert request is not None  # noqa: S101 - without a timeout it waits
+    skip_slow_grammar()
+    module, _, name = request["function"].partition(":")
+    try:
+        value = getattr(import_module(module), name)(request["request"])
+        answer = {"value": value, "peak_rss_bytes": max(peak_bytes("self"), _other_peak_bytes())}
+    except CompileflowError as error:
+        # Not through logging, which toolchains configure for themselves or switch off.
+        traceback.print_exception(error)
+        answer = {"error": error.to_dict()}
+    except MemoryError as error:
+        traceback.print_exception(error)
+        answer = {"error": _out_of_memory(request["function"], error).to_dict()}
+    except Exception as error:  # noqa: BLE001 - the parent raises it
+        traceback.print_exception(error)
+        answer = {"error": _foreign_error(request["function"], error).to_dict()}
+    send_to_parent(answer)
+    end_child()
+
+
+def _environment(threads: int, work_dir: Path) -> dict[str, str]:
+    count = str(threads)
+    return environment_without_secrets() | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "GX_ANALYTICS_ENABLED": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": count,
+        "MKL_NUM_THREADS": count,
+        "PYTHONUNBUFFERED": "1",
+        # Libraries leave temporary folders behind; the work folder is deleted.
+        "TMPDIR": str(work_dir),
+    }
+
+
+def _other_peak_bytes() -> int:
+    """Return the peak of the largest grandchild, or, where there is no /proc, of this process if it is larger."""
+    if sys.platform == "linux":
+        return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    processes = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return max(resource.getrusage(process).ru_maxrss for process in processes)
+
+
+def _ended_without_answer(function: str, exit_code: int, peak_rss_bytes: int, log_path: Path) -> ProcessError:
+    if exit_code >= 0:
+        return ProcessError(f"{function} ended with exit code {exit_code} and no answer.", log_path=str(log_path))
+    number = signal.Signals(-exit_code)
+    text = f"{function} was killed by {number.name} at a peak of {peak_rss_bytes / 2**30:.2f} GiB."
+    if number == signal.SIGKILL:
+        hint = "compileflow did not send that signal: most likely the machine ran out of memory."
+        return OutOfMemoryError(text, hint=hint, log_path=str(log_path))
+    hint = "The toolchain crashed in native code; the log holds its last output."
+    return ProcessKilledError(text, hint=hint, log_path=str(log_path))
+
+
+def _foreign_error(function: str, error: Exception) -> CompileflowError:
+    text = f"{type(error).__name__}: {error}"
+    if any(sign in text.lower() for sign in _OUT_OF_MEMORY):
+        return _out_of_memory(function, error)
+    # Toolchains print pages; the first line names the problem, and the log holds the rest.
+    first = next((line for line in text.splitlines() if line.strip()), text)
+    return CompileError(
+        f"{function.partition(':')[2].lstrip('_')} failed: {first[:300]}",
+        hint="The toolchain's own messages are in the log.",
+    )
+
+
+def _out_of_memory(function: str, error: BaseException) -> OutOfMemoryError:
+    return OutOfMemoryError(f"{function} ran out of memory ({type(error).__name__}).", hint=_MORE_MEMORY)
