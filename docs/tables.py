@@ -82,26 +82,30 @@ def target_options() -> str:
 
 
 def commands() -> str:
-    """Return every command of `compileflow` with its arguments and options."""
+    """Return every command of `compileflow` with its arguments and options, grouped as in its help."""
     group: Any = typer.main.get_command(app)
     sections = []
     for name, command in sorted(group.commands.items()):
-        usage, rows = [f"compileflow {name}"], []
-        for parameter in command.params:
-            if getattr(parameter, "hidden", False):
-                continue
-            description = (getattr(parameter, "help", None) or "").strip()
-            if isinstance(parameter, typer.core.TyperArgument):
-                usage.append(parameter.name.upper())
-                rows.append((f"`{parameter.name.upper()}`", description))
-            else:
-                spellings = [*parameter.opts, *parameter.secondary_opts]
-                rows.append((" ".join(f"`{spelling}`" for spelling in spellings), description))
+        usage = [f"compileflow {name}", *(_spelling(p) for p in command.params if _is_argument(p)), "[OPTIONS]"]
         text = inspect.cleandoc(command.help or "").split("\f")[0].strip()
-        sections.append(f"## compileflow {name}\n\n{text}\n\n```text\n{' '.join(usage)} [OPTIONS]\n```\n")
-        if rows:
-            sections.append(table(("argument or option", "what it does"), rows))
+        sections.append(f"## compileflow {name}\n\n{text}\n\n```text\n{' '.join(usage)}\n```\n")
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for parameter in command.params:
+            panel = parameter.rich_help_panel or "argument or option"
+            cell = f"`{_spelling(parameter)}`".replace(", ", "`, `")
+            panels.setdefault(panel, []).append((cell, (parameter.help or "").strip()))
+        sections += [table((panel, "what it does"), rows) for panel, rows in panels.items()]
     return "\n".join(sections)
+
+
+def _is_argument(parameter: Any) -> bool:
+    return isinstance(parameter, typer.core.TyperArgument)
+
+
+def _spelling(parameter: Any) -> str:
+    if _is_argument(parameter):
+        return str(parameter.metavar or parameter.name.upper())
+    return ", ".join((*parameter.opts, *parameter.secondary_opts))
 
 
 def runtimes() -> str:

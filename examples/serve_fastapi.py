@@ -138,7 +138,7 @@ class Batcher:
                 self.counts["calls"] += 1
                 answers = await loop.run_in_executor(thread, answer_together, pipeline, batch)
                 for request, answer in zip(batch, answers, strict=True):
-                    # Nobody waits any longer where the server's time limit was over.
+                    # The request has already been answered if its time limit was over.
                     if request.answer.done():
                         continue
                     if isinstance(answer, Exception):
@@ -206,7 +206,7 @@ def answer_together(pipeline: CompiledPipeline, requests: Sequence[Waiting]) -> 
         each = iter([outputs] if len(items) == 1 and pipeline.task in _UNWRAP_ONE else outputs)
         own = [list(islice(each, len(request.items))) for request in requests]
         return [response(o[0] if r.single else o, len(items)) for r, o in zip(requests, own, strict=True)]
-    except Exception as error:  # noqa: BLE001 - whoever sent the request gets it
+    except Exception as error:  # noqa: BLE001 - the sender of the request gets it
         if len(requests) == 1:
             return [error]
         return [answer for request in requests for answer in answer_together(pipeline, [request])]

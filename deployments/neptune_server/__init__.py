@@ -1,1 +1,4 @@
-"""A model registry on this machine for code that uses the `neptune` 1.x client; see docs/neptune-server.md."""
+"""A model registry on this machine for code that uses the `neptune` 1.x client.
+
+See docs/how-to/run-the-neptune-compatible-server.md.
+"""

@@ -1,4 +1,4 @@
-"""Vendors' doubles for the conformance suites, and which compiles are left to make test-all."""
+"""Doubles of vendors for the conformance suites, and the compiles that are left to make test-slow."""
 
 from __future__ import annotations
 

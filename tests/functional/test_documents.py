@@ -1,10 +1,11 @@
-"""README and docs say what is so: their code runs, their tables are fresh, their links lead somewhere."""
+"""README and docs are true: their code runs, their tables are fresh, their links lead somewhere."""
 
 from __future__ import annotations
 
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,8 +21,8 @@ from tests.steps import in_process
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-# Started by a test of their own, or about another project's environment.
-ELSEWHERE = ("pip install", "prefect work-pool", "prefect --no-prompt deploy", "prefect worker")
+# Another test runs these commands, or they change an environment.
+NOT_RUN = ("pip install", "prefect work-pool", "prefect --no-prompt deploy", "prefect worker", "ARTIFACT=")
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -32,11 +33,12 @@ def blocks(page: Path, language: str) -> list[str]:
 def workspace(
     settings: Settings, tiny_model: ModelFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
-    """A folder with what README's commands and code name: my-model and compiled/my-model."""
+    """A folder with everything that the pages' commands and code name."""
     folder = tmp_path / "workspace"
     (folder / "compiled").mkdir(parents=True)
     model = tiny_model(HfTask.FEATURE_EXTRACTION)
     (folder / "my-model").symlink_to(model)
+    shutil.copyfile(ROOT / "src/compileflow/validation/data/sentences_en.txt", folder / "examples.txt")
     with in_process(settings, monkeypatch) as pipeline:
         artifact = pipeline.compile(pipeline.request(model))
     copy_artifact(open_artifact(artifact.uri, settings=settings), folder / "compiled" / "my-model")
@@ -46,53 +48,58 @@ def workspace(
 def test_python_of_the_readme_runs(
     settings: Settings, workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    found = blocks(ROOT / "README.md", "python")
-    assert found
+    python_blocks = blocks(ROOT / "README.md", "python")
+    assert python_blocks
     monkeypatch.chdir(workspace)
     with in_process(settings, monkeypatch) as pipeline:
-        for block in found:
+        for block in python_blocks:
             exec(compile(block, "README.md", "exec"), {})  # noqa: S102 - our own README
     assert "BaseModelOutput" in capsys.readouterr().out
-    # What the first of two calls compiles and proves, the second loads.
+    # The first of two calls compiles and validates; the second only loads.
     assert pipeline.counts == {"compile": 1, "validate": 1}
 
 
+def commands(page: Path) -> list[str]:
+    """Return the commands of a page that this file runs."""
+    lines = [line for block in blocks(page, "console") for line in block.splitlines()]
+    return [line for line in lines if not line.startswith(NOT_RUN)]
+
+
 @pytest.mark.parametrize(
-    ("auto", "server"),
+    ("page", "server"),
     [
-        pytest.param(False, "the run's", id="the run's server"),
-        pytest.param(False, "embedded", id="embedded server", marks=pytest.mark.slow),
-        pytest.param(True, "embedded", id="auto", marks=pytest.mark.slow),
+        pytest.param("README.md", "the run's", id="README"),
+        pytest.param("README.md", "embedded", id="README, embedded server", marks=pytest.mark.slow),
+        pytest.param("docs/getting-started.md", "none", id="getting started", marks=pytest.mark.slow),
+        pytest.param("docs/how-to/compile-a-model.md", "the run's", id="compile", marks=pytest.mark.slow),
+        pytest.param(
+            "docs/how-to/validate-on-your-own-examples.md", "none", id="validate", marks=pytest.mark.slow
+        ),
     ],
 )
-def test_commands_of_the_readme_run(
-    settings: Settings, workspace: Path, request: pytest.FixtureRequest, auto: bool, server: str
+def test_commands_run(
+    settings: Settings, workspace: Path, request: pytest.FixtureRequest, page: str, server: str
 ) -> None:
-    if server != "embedded":
+    if server == "the run's":
         request.getfixturevalue("flows_on_server")
     environment = os.environ | {"COMPILEFLOW_HOME": str(settings.home_dir), "PYTHONPATH": str(ROOT)}
-    ran = []
-    for block in blocks(ROOT / "README.md", "console"):
-        for line in block.splitlines():
-            words = shlex.split(line)
-            if line.startswith(ELSEWHERE) or ("auto" in words) is not auto:
-                continue
-            if words[0] == "make":
-                words = ["make", "-C", str(ROOT), "--dry-run", *words[1:]]
-            elif words[0] == "compileflow":
-                words = [sys.executable, "-m", "compileflow.cli", *words[1:]]
-            elif words[0] == "python":
-                words[0] = sys.executable
-            if auto:
-                # All candidates take minutes; two are enough to see that the command is right.
-                words += ["--among", "torchscript", "--among", "onnx-runtime", "--precision", "fp32"]
-            done = subprocess.run(
-                words, cwd=workspace, env=environment, capture_output=True, text=True, timeout=300
-            )
-            assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
-            ran.append(line)
-    assert any(line.startswith("python -m flows compile") for line in ran)
-    assert ("make demo" in ran) is not auto
+    lines = commands(ROOT / page)
+    assert any("compile" in line for line in lines)
+    for line in lines:
+        words = shlex.split(line)
+        if words[0] == "make":
+            words = ["make", "-C", str(ROOT), "--dry-run", *words[1:]]
+        elif words[0] == "compileflow":
+            words = [sys.executable, "-m", "compileflow", *words[1:]]
+        elif words[0] == "python":
+            words[0] = sys.executable
+        if "auto" in words:
+            # All candidates take minutes; two are enough to see that the command is right.
+            words += ["--among", "torchscript", "--among", "onnx-runtime", "--precision", "fp32"]
+        process = subprocess.run(
+            words, cwd=workspace, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert process.returncode == 0, f"{line}\n{process.stdout}{process.stderr}"
 
 
 def test_prefect_commands_of_the_readme_are_those_that_the_deployment_test_runs() -> None:
@@ -106,10 +113,10 @@ def test_prefect_commands_of_the_readme_are_those_that_the_deployment_test_runs(
 
 
 def test_tables_from_code_are_fresh() -> None:
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "docs/tables.py", "--check"], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

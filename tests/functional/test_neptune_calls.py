@@ -245,7 +245,7 @@ def test_backup_of_a_running_server_serves_the_old_state(
     neptune_server.call("POST", path, data=b"content")
     copy = tmp_path / "copy"
     copy.mkdir()
-    # As in docs/neptune-server.md: the database first, then the files.
+    # As in docs/how-to/run-the-neptune-compatible-server.md: the database first, then the files.
     with closing(sqlite3.connect(neptune_server.folder / "registry.db")) as db:
         db.execute(f"VACUUM INTO '{copy / 'registry.db'}'")
     shutil.copytree(neptune_server.folder / "blobs", copy / "blobs")

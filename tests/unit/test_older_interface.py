@@ -551,7 +551,7 @@ class TestValidation:
 def test_code_of_the_page_runs(
     tiny_model: ModelFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    page = ROOT / "docs" / "older-interface.md"
+    page = ROOT / "docs" / "how-to" / "move-from-the-older-library.md"
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.MULTILINE)
     (tmp_path / "my-model").symlink_to(tiny_model(TASK))
     monkeypatch.chdir(tmp_path)
