@@ -34,7 +34,7 @@ from compileflow.steps.fetch import fetch_source
 from compileflow.steps.request import AUTO, CompileRequest
 from compileflow.steps.values import CompiledArtifact
 from compileflow.validation.report import environment
-from flows.demo import demo_model
+from compileflow.cli.demo import demo_model
 
 SHAPES = ("1x16", "1x128", "8x128", "32x128")
 # A call that is over this soon may still find another library's threads spinning, and gets a second untimed one.

@@ -26,7 +26,7 @@ from compileflow.catalog import get_target, target_names
 from compileflow.settings import Settings, get_settings
 from compileflow.spec import HfTask
 from compileflow.validation.report import environment
-from flows.demo import demo_model
+from compileflow.cli.demo import demo_model
 
 PADDED, EAGER = "torchscript padded", "eager transformers"
 BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128)

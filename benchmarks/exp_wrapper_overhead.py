@@ -26,7 +26,7 @@ from benchmarks.compiled import compiled_pipeline, print_rows, sentences
 from compileflow import CompiledPipeline
 from compileflow.settings import get_settings
 from compileflow.validation.report import environment
-from flows.demo import demo_model
+from compileflow.cli.demo import demo_model
 
 TASKS = ("text-classification", "feature-extraction")
 TARGETS = ("onnx-runtime", "openvino", "torchscript")

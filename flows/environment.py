@@ -1,4 +1,4 @@
-"""Prefect's settings for a run without a server of one's own; what the user has set stays."""
+"""Prefect's settings for a run without a Prefect server. Variables that the user has set keep their values."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _DEFAULTS = {
     # Nothing leaves the machine.
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
-    # Twenty seconds, Prefect's own, are not enough for a first start on a small machine.
+    # Prefect's default of 20 seconds is too short for a first start on a small machine.
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
-    # An embedded server that is stopped while it writes prints a traceback after the run's last line.
+    # An embedded server that stops while it writes prints a traceback after the run's last line.
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
-    # SQLite stalls when each task run is written on its own.
+    # SQLite stalls when every task run is its own write.
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "100",
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
@@ -26,14 +26,14 @@ _DEFAULTS = {
 
 
 def set_embedded_defaults(settings: Settings, *, progress: bool) -> None:
-    """Set what is unset, before Prefect is imported.
+    """Set the variables that are unset. Call this before Prefect is imported.
 
     Args:
-        settings: An embedded server keeps its database below their home.
-        progress: Whether the run prints a line a step.
+        settings: An embedded server keeps its database below their home folder.
+        progress: Whether Prefect prints a log line for each step.
 
     Raises:
-        StoreError: their home cannot be written.
+        StoreError: The home folder cannot be written.
     """
     defaults = dict(_DEFAULTS)
     if "PREFECT_API_URL" not in os.environ:

@@ -1,4 +1,4 @@
-"""Run compile_model for several requests, one after the other, and collect what came of them."""
+"""Run compile_model for several requests, one after the other, and collect results and errors."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 from compileflow.errors import CompileflowError, ProcessError
 from compileflow.steps.request import CompileRequest
-from flows.compile_model import CompileResult, compile_model
+from compileflow.steps.run import CompileResult
+from flows.compile_model import compile_model
 
 
 def run_requests(requests: Sequence[CompileRequest]) -> tuple[list[CompileResult], list[CompileflowError]]:
-    """Run each request as a flow run of its own; one that fails does not stop the others."""
-    results, errors = [], []
+    """Run each request as its own flow run; a run that fails does not stop the others."""
+    results: list[CompileResult] = []
+    errors: list[CompileflowError] = []
     for request in requests:
         state = compile_model(request, return_state=True)
         outcome = state.result(raise_on_failure=False)

@@ -1,4 +1,4 @@
-"""plan and compare: what target auto tries, and which candidate wins."""
+"""plan and compare: list the candidates of target auto, and choose one."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from tasks.policies import prefect_key
 from tasks.settings import settings_for
 
 
-@task(name="plan", description="Say which targets and precisions can be tried here.", cache_policy=NO_CACHE)
+@task(name="plan", description="List the targets and precisions to try on this machine.", cache_policy=NO_CACHE)
 def plan(source: FetchedSource, request: CompileRequest) -> CandidatePlan:
-    """Return a CandidatePlan."""
+    """Return the candidates and the targets that this machine cannot try."""
     settings = settings_for(request)
     planned = plan_candidates(
         source, request, store_uri=settings.resolved_store_uri(request.store_uri), settings=settings
     )
-    names = ", ".join(dict.fromkeys(each.target for each in planned.requests))
+    names = ", ".join(dict.fromkeys(candidate.target for candidate in planned.requests))
     get_run_logger().info("%d candidates: %s", len(planned.requests), names or "none")
     return planned
 
 
-@task(name="compare", description="Choose among the candidates, and show them.", cache_policy=NO_CACHE)
+@task(name="compare", description="Choose one of the candidates, and show all.", cache_policy=NO_CACHE)
 def compare(
     source: FetchedSource, request: CompileRequest, planned: CandidatePlan, candidates: list[Candidate]
 ) -> ComparedCandidates:
-    """Return a ComparedCandidates, and leave the table as a Prefect artifact."""
+    """Return the stored comparison and its winner, and create a Prefect artifact with the table."""
     settings = settings_for(request)
     compared = compare_candidates(
         source,
@@ -48,5 +48,5 @@ def compare(
         key=prefect_key(request.name, source.uri, "comparison"),
         description=compared.reason,
     )
-    get_run_logger().info("%s", compared.reason)
+    get_run_logger().info(compared.reason)
     return compared

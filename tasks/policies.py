@@ -1,7 +1,7 @@
-"""What all tasks share: when to retry, and how a step that reused its answer shows in the Prefect UI.
+"""Policies of all tasks: retries, keys of Prefect artifacts, and the state of a step that reused its value.
 
-There is no Prefect cache key here: the cache is in the artifact store (docs/adr/0002), where every worker sees
-it and a lost artifact is a miss.
+The tasks have no Prefect cache key. The cache is in the artifact store (docs/adr/0002), where every worker sees it
+and a lost artifact is a miss.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from compileflow.steps.register import default_name
 
 
 def is_retryable(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
-    """Retry only errors that say of themselves that trying again can help."""
+    """Retry only errors whose `retryable` says that the same call may succeed later."""
     error = state.result(raise_on_failure=False)
     return isinstance(error, CompileflowError) and error.retryable
 
@@ -34,12 +34,12 @@ RETRIES: dict[str, Any] = {
 
 
 def prefect_key(name: str | None, source_uri: str, *parts: str) -> str:
-    """Return the key of a Prefect artifact, by model, so that the UI shows a history."""
+    """Return the key of a Prefect artifact. It contains the model, so that the UI shows the model's history."""
     return re.sub(r"[^a-z0-9]+", "-", "-".join((name or default_name(source_uri), *parts)).lower()).strip("-")
 
 
-def shown(value: Any) -> State[Any]:
-    """Wrap a step's value in a state: Cached with the reason when it was reused, Completed otherwise."""
+def completed(value: Any) -> State[Any]:
+    """Wrap a step's value in a state: Cached with the reason if it was reused, else Completed."""
     if value.cached:
         return Completed(name="Cached", message=getattr(value, "why", "unchanged"), data=value)
     return Completed(data=value)

@@ -1,4 +1,4 @@
-"""publish: leave Prefect artifacts on the run: a report, a table of figures, a link."""
+"""publish: create the Prefect artifacts of a run: a report, a table of figures, a link."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tasks.policies import prefect_key
 def publish(
     source: FetchedSource, artifact: CompiledArtifact, validated: ValidatedArtifact, request: CompileRequest
 ) -> None:
-    """Create three Prefect artifacts, keyed by model and target, so that the UI shows their history."""
+    """Create three Prefect artifacts. Their keys name model and target, so that the UI shows their history."""
     key = prefect_key(request.name, source.uri, request.target)
     create_markdown_artifact(summary_markdown(source, artifact, validated), key=f"{key}-report")
     create_table_artifact(figures_table(artifact, validated), key=f"{key}-figures")

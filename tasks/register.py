@@ -1,4 +1,4 @@
-"""register: make the proven artifact a version in a model registry."""
+"""register: register the proven artifact as a version in a model registry."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from prefect.runtime import flow_run
 from compileflow.contracts import ModelVersion, without_credentials
 from compileflow.steps.register import find_version, register_version
 from compileflow.steps.request import CompileRequest
+from compileflow.steps.summary import version_line
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
 from tasks.policies import RETRIES
 from tasks.settings import settings_for
@@ -21,7 +22,7 @@ def register(
     request: CompileRequest,
     registry_uri: str,
 ) -> ModelVersion:
-    """Return the version, new or found."""
+    """Return the version: a new one, or the one that holds this artifact already."""
     settings = settings_for(request)
     version = register_version(
         source,
@@ -34,13 +35,11 @@ def register(
         settings=settings,
         flow_run_id=flow_run.id,
     )
-    get_run_logger().info(
-        "registered in %s as %s version %d", without_credentials(registry_uri), version.name, version.version
-    )
+    get_run_logger().info("registered: %s", version_line(version, registry_uri))
     return version
 
 
-@task(name="look up version", description="The register step is off: find what is there.", **RETRIES)
+@task(name="look up version", description="Find the registered version; the register step is off.", **RETRIES)
 def look_up(
     source: FetchedSource, artifact: CompiledArtifact, request: CompileRequest, registry_uri: str
 ) -> ModelVersion | None:
@@ -48,8 +47,6 @@ def look_up(
     version = find_version(
         source, artifact, name=request.name, registry_uri=registry_uri, settings=settings_for(request)
     )
-    get_run_logger().info(
-        "the register step is off; the registry %s has %s of this artifact", without_credentials(registry_uri),
-        f"{version.name} version {version.version}" if version else "no version",
-    )  # fmt: skip
+    line = version_line(version, registry_uri) if version else f"none in {without_credentials(registry_uri)}"
+    get_run_logger().info("the register step is off; registered before: %s", line)
     return version

@@ -5,18 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from prefect import get_run_logger, task
-from prefect.states import Completed, State
+from prefect.client.schemas.objects import State
+from prefect.states import Completed
 
 from compileflow.steps.request import CompileRequest
+from compileflow.steps.summary import verdict_line
 from compileflow.steps.validate import validate_artifact
 from compileflow.steps.values import CompiledArtifact, FetchedSource
-from tasks.policies import RETRIES, shown
+from tasks.policies import RETRIES, completed
 from tasks.settings import settings_for
 
 
 @task(name="validate", description="Compare the artifact with its source model and judge it.", **RETRIES)
 def validate(source: FetchedSource, artifact: CompiledArtifact, request: CompileRequest) -> State[Any]:
-    """Return a ValidatedArtifact; a refused one shows as the state Refused."""
+    """Return the state of a ValidatedArtifact, named Refused if the verdict is fail or error."""
     logger = get_run_logger()
     settings = settings_for(request)
     validated = validate_artifact(
@@ -29,7 +31,7 @@ def validate(source: FetchedSource, artifact: CompiledArtifact, request: Compile
         enabled=request.steps.validate,
         on_progress=logger.info,
     )
-    logger.info("verdict %s%s", validated.reason, " (cached)" if validated.cached else "")
+    logger.info(verdict_line(validated))
     if validated.outcome in ("fail", "error"):
         return Completed(name="Refused", message=validated.reason, data=validated)
-    return shown(validated)
+    return completed(validated)

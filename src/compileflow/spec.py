@@ -1,4 +1,8 @@
-"""What the user asks for: CompileSpec, ComponentSpec, ShapeBucket, and the tasks and precisions there are."""
+"""The compile specification: tasks, precisions, shapes, and what decides one compiled artifact.
+
+A field that several models share is an annotated type, declared once with its constraint, title and description.
+Each model lists its fields in its own order, because that order is part of a file format.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +12,15 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-# What older specs call a target.
+# Names that older specs use for a target.
 TARGET_ALIASES: Mapping[str, str] = {"generic": "torchscript"}
 TargetName = Annotated[str, AfterValidator(lambda name: TARGET_ALIASES.get(name, name))]
-
-
 Goal = Literal["latency", "throughput", "size"]
 Modality = Literal["text", "image", "audio"]
 
 
 class HfTask(StrEnum):
-    """Hub tasks that a compiled model can serve."""
+    """Tasks of the Hugging Face Hub that a compiled model can serve."""
 
     FEATURE_EXTRACTION = "feature-extraction"
     SENTENCE_SIMILARITY = "sentence-similarity"
@@ -33,12 +35,12 @@ class HfTask(StrEnum):
 
     @property
     def graph_task(self) -> HfTask:
-        """The task whose graph this one runs: some differ only in what is done with the outputs."""
+        """The task that has the same graph: some tasks differ only in how they process the outputs."""
         return _SAME_GRAPH.get(self, self)
 
     @property
     def modality(self) -> Modality:
-        """What the graph takes in."""
+        """Kind of the graph's inputs: text, image or audio."""
         return _MODALITIES.get(self, "text")
 
 
@@ -52,7 +54,7 @@ _MODALITIES: Mapping[HfTask, Modality] = {
     HfTask.SPEECH_RECOGNITION: "audio",
 }
 TEXT_TASKS = tuple(task for task in HfTask if task.modality == "text")
-# Each graph once.
+# One task per graph.
 GRAPH_TASKS = tuple(task for task in HfTask if task.graph_task is task)
 
 
@@ -70,16 +72,48 @@ class ShapeBucket(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    batch_size: int = Field(ge=1, le=4096, title="Batch size", description="Rows per call.")
+    batch_size: int = Field(ge=1, le=4096, title="Batch size", description="Rows in a call.")
     sequence_length: int = Field(
         ge=1,
         le=10_000_000,
         title="Sequence length",
-        description="Tokens a row; audio: samples; images: 1.",
+        description="Tokens in a row; samples for audio; 1 for images.",
     )
 
     def __str__(self) -> str:
         return f"{self.batch_size}x{self.sequence_length}"
+
+
+MaxSequenceLength = Annotated[
+    int | None,
+    Field(
+        ge=1,
+        title="Maximum sequence length",
+        description="Longest row, in tokens (with special tokens) or audio samples. Empty: the model's maximum.",
+    ),
+]
+ShapeBuckets = Annotated[
+    tuple[ShapeBucket, ...],
+    Field(
+        title="Shape buckets",
+        description="Shapes that a target without dynamic axes compiles. Empty: powers of two, batch 1 and 8.",
+    ),
+]
+GraphPrecision = Annotated[
+    Precision,
+    Field(title="Precision", description="Number format of the compiled graph. Target auto tries its own list."),
+]
+OptionValues = Annotated[
+    dict[str, JsonValue],
+    Field(title="Target options", description="Settings that only this target has, by name."),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    Field(
+        title="Trust remote code",
+        description="Run Python files that come with the source model. They run with your rights.",
+    ),
+]
 
 
 class ComponentSpec(BaseModel):
@@ -87,22 +121,15 @@ class ComponentSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field("default", pattern=r"^[a-z0-9][a-z0-9_-]*$", title="Name", description="Component name.")
-    max_sequence_length: int | None = Field(
-        None,
-        ge=1,
-        title="Maximum sequence length",
-        description="Longest row: tokens with special ones, or audio samples. Empty: the model's own maximum.",
+    name: str = Field(
+        "default", pattern=r"^[a-z0-9][a-z0-9_-]*$", title="Name", description="Name of the component."
     )
-    shape_buckets: tuple[ShapeBucket, ...] = Field(
-        (),
-        title="Shape buckets",
-        description="Shapes that a static target compiles. Empty: powers of two, batch 1 and 8.",
-    )
+    max_sequence_length: MaxSequenceLength = None
+    shape_buckets: ShapeBuckets = ()
 
     @model_validator(mode="after")
     def _buckets_fit(self) -> ComponentSpec:
-        longest = max((b.sequence_length for b in self.shape_buckets), default=None)
+        longest = self.longest_bucket
         if longest is not None and self.max_sequence_length not in (None, longest):
             raise ValueError(
                 f"component {self.name!r}: the longest shape bucket is {longest} tokens, "
@@ -110,26 +137,25 @@ class ComponentSpec(BaseModel):
             )
         return self
 
+    @property
+    def longest_bucket(self) -> int | None:
+        """Sequence length of the longest shape bucket, None without buckets."""
+        return max((bucket.sequence_length for bucket in self.shape_buckets), default=None)
+
 
 class CompileSpec(BaseModel):
-    """Everything the user decides about one compiled artifact; part of its cache key, field by field."""
+    """Everything that the user decides about one compiled artifact; each field is part of its cache key."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    target: TargetName = Field(title="Target", description="What the model is compiled for.")
+    target: TargetName = Field(title="Target", description="Target that the model is compiled for.")
     hf_task: HfTask = Field(title="Task", description="Hub task that the compiled model serves.")
-    precision: Precision = Field(Precision.FP32, title="Precision", description="Number format of the graph.")
+    precision: GraphPrecision = Precision.FP32
     components: tuple[ComponentSpec, ...] = Field(
         (ComponentSpec(),), min_length=1, title="Components", description="Compiled graphs of the artifact."
     )
-    target_options: dict[str, JsonValue] = Field(
-        default_factory=dict, title="Target options", description="Settings that only this target knows."
-    )
-    trust_remote_code: bool = Field(
-        False,
-        title="Trust remote code",
-        description="Run Python files that come with the source model. They run with your rights.",
-    )
+    target_options: OptionValues = Field(default_factory=dict)
+    trust_remote_code: TrustRemoteCode = False
 
     @model_validator(mode="after")
     def _names_differ(self) -> CompileSpec:
@@ -140,22 +166,22 @@ class CompileSpec(BaseModel):
 
 
 class Objective(BaseModel):
-    """What a candidate is chosen for, and what it may cost."""
+    """Criterion by which target auto chooses a candidate, and the budget of that candidate."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     goal: Goal = Field(
         "latency",
         title="Goal",
-        description="latency: the least time a call, as a fraction of eager's. throughput: the most rows a "
-        "second. size: the smallest artifact.",
+        description="latency: the lowest latency as a fraction of eager. throughput: the most rows a second. "
+        "size: the smallest artifact.",
     )
     max_accuracy_loss: float | None = Field(
         None,
         ge=0,
         le=1,
         title="Accuracy loss at most",
-        description="Share of decisions that may change, 0 to 1. Empty: the gates alone decide.",
+        description="Share of decisions that may change, 0 to 1. Empty: only the gates decide.",
     )
     max_serving_memory_bytes: int | None = Field(
         None, ge=1, title="Serving memory at most", description="Bytes. Empty: no limit."
@@ -166,5 +192,5 @@ class Objective(BaseModel):
 
     @property
     def has_budget(self) -> bool:
-        """Whether there is a limit besides the gates."""
+        """Whether a limit besides the gates is set."""
         return (self.max_accuracy_loss, self.max_serving_memory_bytes, self.max_size_bytes) != (None,) * 3

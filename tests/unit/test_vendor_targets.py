@@ -23,7 +23,7 @@ from compileflow.contracts.digests import list_files
 from compileflow.errors import CompileError, InputError, LoadError, SpecError, TargetUnavailableError
 from compileflow.source_model.examples import example_inputs
 from compileflow.source_model.load import load_source_model
-from compileflow.spec import HfTask, Precision, ShapeBucket
+from compileflow.spec import CompileSpec, HfTask, Precision, ShapeBucket
 from compileflow.steps.compile import check_available
 from compileflow.targets import neuron, neuronx
 from compileflow.targets._vendor import toolchain as vendor_toolchain
@@ -54,12 +54,25 @@ def compiled(tiny_model: Callable[..., Path], tmp_path: Path) -> Compile:
     ) -> tuple[CompiledComponent, Path]:
         folder = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
-        plan = ComponentPlan(
-            "default", hf_task, precision, 16, tuple(buckets), dict(options or {}), False, threads, ()
-        )
+        plan = plan_of(name, precision, options, buckets=buckets, hf_task=hf_task, threads=threads)
         return get_target(name).compile(tiny_model(hf_task), plan, folder), folder
 
     return make
+
+
+def plan_of(
+    target: str,
+    precision: Precision,
+    options: Mapping[str, Any] | None = None,
+    *,
+    buckets: Sequence[ShapeBucket] = (BUCKET,),
+    hf_task: HfTask = TASK,
+    threads: int = 1,
+) -> ComponentPlan:
+    spec = CompileSpec(target=target, hf_task=hf_task, precision=precision, target_options=dict(options or {}))
+    # A copy, because these buckets are shorter than the maximum.
+    shape = {"max_sequence_length": 16, "shape_buckets": tuple(buckets)}
+    return ComponentPlan(spec=spec, component=spec.components[0].model_copy(update=shape), threads=threads)
 
 
 def record_of(graph: CompiledComponent, *, dynamic: bool = False) -> ComponentRecord:
@@ -351,7 +364,7 @@ def test_hyperdex_refuses_what_it_cannot_compile(
 ) -> None:
     with pytest.raises(SpecError, match="max_length is 8, and 16 tokens"):
         compiled("hyperdex", FP16, {"max_length": 8})
-    other = ComponentPlan("default", HfTask.FEATURE_EXTRACTION, FP16, 16, ())
+    other = plan_of("hyperdex", FP16, hf_task=HfTask.FEATURE_EXTRACTION, buckets=())
     with pytest.raises(SpecError, match="BertForSequenceClassification as it was saved"):
         get_target("hyperdex").compile(tiny_model(TASK), other, tmp_path)
     compiled("hyperdex", FP16)

@@ -1,28 +1,62 @@
-"""The command `compileflow`: look at targets, artifacts and versions, promote and pull them, tidy stores."""
+"""The command `compileflow`, assembled from one file per command."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from importlib.metadata import version as installed_version
+from typing import Annotated, Any
+
 import typer
 
-from compileflow.cli import artifacts, storage, versions
+from compileflow.cli.compile import compile_command, run_here
+from compileflow.cli.demo import demo_command
+from compileflow.cli.gc import gc
+from compileflow.cli.inspect import inspect
+from compileflow.cli.lineage import lineage
+from compileflow.cli.mirror import mirror
+from compileflow.cli.promote import promote
+from compileflow.cli.pull import pull
+from compileflow.cli.targets import targets
+from compileflow.cli.verify import verify
+from compileflow.cli.versions import versions
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+# Panels of `compileflow --help`, with their commands in order. A new command goes here.
+_COMMANDS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
+    "Compile": {
+        # Only Prefect has credentials blocks.
+        "compile": compile_command(run_here, without=("aws_credentials_block",)),
+        "demo": demo_command(run_here),
+        "targets": targets,
+    },
+    "Artifacts and versions": {
+        "inspect": inspect,
+        "verify": verify,
+        "versions": versions,
+        "lineage": lineage,
+        "promote": promote,
+        "pull": pull,
+    },
+    "Artifact stores": {"gc": gc, "mirror": mirror},
+}
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
+
+
+def _print_version(requested: bool) -> None:
+    if requested:
+        typer.echo(f"compileflow {installed_version('compileflow')}")
+        raise typer.Exit
 
 
 @app.callback()
-def main() -> None:
-    """Compiled transformers models: what there is, what it is, whether it is proven, where it serves."""
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Compile Hugging Face models, prove the result, and manage the compiled versions."""
 
 
-for command in (
-    artifacts.targets,
-    artifacts.inspect,
-    artifacts.verify,
-    versions.versions,
-    versions.promote,
-    versions.lineage,
-    versions.pull,
-    storage.gc,
-    storage.mirror,
-):
-    app.command()(command)
+for panel, commands in _COMMANDS.items():
+    for name, command in commands.items():
+        app.command(name, rich_help_panel=panel)(command)

@@ -1,4 +1,4 @@
-"""What the commands share: errors in one line, the --json switch, stored folders as local ones."""
+"""Parts that the commands share: errors in one line, common options, and stored folders as local ones."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, ParamSpec
+from typing import Annotated, NoReturn, ParamSpec
 
 import typer
 
 from compileflow.errors import CompileflowError
 
+FAILED, WRONG_REQUEST, INTERRUPTED = 1, 2, 130
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-RegistryUri = Annotated[str | None, typer.Option("--registry", help="Registry's URI. Default: as configured.")]
+ModelName = Annotated[str, typer.Argument(help="Name of a registered model.")]
+RegistryUri = Annotated[
+    str | None, typer.Option("--registry", help="URI of the registry. Default: the configured one.")
+]
 Parameters = ParamSpec("Parameters")
 
 
@@ -25,22 +30,27 @@ def one_line_errors(command: Callable[Parameters, None]) -> Callable[Parameters,
         try:
             command(*args, **kwargs)
         except CompileflowError as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(1) from error
+            fail(error, FAILED)
         except KeyboardInterrupt as error:
-            typer.echo("Interrupted; nothing half-made was kept.", err=True)
-            raise typer.Exit(130) from error
+            typer.echo("Interrupted. No partial result was kept.", err=True)
+            raise typer.Exit(INTERRUPTED) from error
 
     return wrapped
 
 
+def fail(error: CompileflowError, exit_code: int) -> NoReturn:
+    """Print an error in one line and end the command."""
+    typer.echo(f"error: {error}", err=True)
+    raise typer.Exit(exit_code) from error
+
+
 def artifact_location(text: str) -> str:
-    """Return the URI of a registered version's artifact, and any other location as it is.
+    """Return the URI of a registered version's artifact; any other location is returned unchanged.
 
     Raises:
-        IntegrityError: the version's URI names another artifact than was registered.
+        IntegrityError: The URI in the registry belongs to another artifact than the one that was registered.
     """
-    from compileflow.artifact.integrity import check_same
+    from compileflow.artifact.integrity import check_digest
     from compileflow.catalog import parse_reference, resolve_reference
     from compileflow.settings import get_settings
     from compileflow.stores.layout import split_uri
@@ -48,15 +58,15 @@ def artifact_location(text: str) -> str:
     if parse_reference(text) is None:
         return text
     version = resolve_reference(text, get_settings())
-    where = f"{version.name} version {version.version} has a URI that"
+    subject = f"the URI of {version.name} version {version.version}"
     hint = "Do not use this version; somebody changed it in the registry."
-    check_same(where, split_uri(version.artifact_uri)[1], version.artifact_digest, hint=hint)
+    check_digest(subject, split_uri(version.artifact_uri)[1], version.artifact_digest, hint=hint)
     return version.artifact_uri
 
 
 @contextmanager
 def stored_folder(location: str) -> Iterator[Path]:
-    """Give a local folder as it is, and a stored or registered one as a verified copy."""
+    """Yield a local folder unchanged, or a verified copy of a stored or registered folder."""
     from compileflow.catalog import open_store
     from compileflow.stores.layout import split_uri
 

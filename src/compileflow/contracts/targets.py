@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, JsonValue
 
 from compileflow.contracts.records import ComponentRecord, TensorRecord
-from compileflow.spec import HfTask, Precision, ShapeBucket
+from compileflow.spec import CompileSpec, ComponentSpec, HfTask, Precision, ShapeBucket
 
 Arrays = dict[str, NDArray[Any]]
 Device = Literal["cpu", "cuda", "neuron", "lpu"]
@@ -65,22 +65,60 @@ class Capabilities:
 
 @dataclass(frozen=True)
 class ComponentPlan:
-    """One component, decided down to the shapes: what `Target.compile` is given.
+    """One component with its shapes resolved: the input of `Target.compile`.
 
     Attributes:
+        spec: Specification of the whole artifact.
+        component: The component, with its maximum length set, and its shape buckets if the target needs them.
+        threads: Threads that the compile may use.
         calibration: Natural batches, arrays of the graph's inputs; () unless the target's options say
             `needs_calibration`.
     """
 
-    name: str
-    hf_task: HfTask
-    precision: Precision
-    max_sequence_length: int
-    shape_buckets: tuple[ShapeBucket, ...]
-    options: Mapping[str, JsonValue] = field(default_factory=dict)
-    trust_remote_code: bool = False
+    spec: CompileSpec
+    component: ComponentSpec
     threads: int = 1
     calibration: tuple[Arrays, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.component.max_sequence_length is None:
+            raise ValueError(f"component {self.component.name!r} of a plan has no max_sequence_length")
+
+    @property
+    def name(self) -> str:
+        """Name of the component."""
+        return self.component.name
+
+    @property
+    def hf_task(self) -> HfTask:
+        """Hub task that the compiled model serves."""
+        return self.spec.hf_task
+
+    @property
+    def precision(self) -> Precision:
+        """Number format of the compiled graph."""
+        return self.spec.precision
+
+    @property
+    def max_sequence_length(self) -> int:
+        """Longest row, in tokens or audio samples."""
+        assert self.component.max_sequence_length is not None  # noqa: S101 - __post_init__ refuses None
+        return self.component.max_sequence_length
+
+    @property
+    def shape_buckets(self) -> tuple[ShapeBucket, ...]:
+        """Shapes to compile; () if the target has dynamic axes."""
+        return self.component.shape_buckets
+
+    @property
+    def options(self) -> Mapping[str, JsonValue]:
+        """Target options of the specification, by name."""
+        return self.spec.target_options
+
+    @property
+    def trust_remote_code(self) -> bool:
+        """Whether Python files of the source model may run."""
+        return self.spec.trust_remote_code
 
 
 @dataclass(frozen=True)
@@ -128,7 +166,6 @@ class Target(Protocol):
     summary: ClassVar[str]
     Options: ClassVar[type[TargetOptions]]
     capabilities: ClassVar[Capabilities]
-    default_gates: ClassVar[Mapping[Precision, Mapping[str, float]]]
 
     def probe(self) -> Availability:
         """Look whether the toolchain is here. Never raises, imports nothing heavy."""

@@ -1,14 +1,28 @@
-"""What a run is asked for: one model that Prefect's form, the API and the command line share."""
+"""The compile request: one model that Prefect's form, the API and both command lines share."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from compileflow.catalog import target_names
-from compileflow.spec import TARGET_ALIASES, ComponentSpec, HfTask, Objective, Precision, ShapeBucket, TargetName
+from compileflow.errors import SpecError, first_problem
+from compileflow.spec import (
+    TARGET_ALIASES,
+    CompileSpec,
+    ComponentSpec,
+    GraphPrecision,
+    HfTask,
+    MaxSequenceLength,
+    Objective,
+    OptionValues,
+    Precision,
+    ShapeBuckets,
+    TargetName,
+    TrustRemoteCode,
+)
 from compileflow.steps.calibration import CalibrationSettings
 from compileflow.validation.settings import ValidationSettings
 
@@ -16,23 +30,30 @@ AUTO = "auto"
 
 
 def _list_targets(schema: dict[str, Any]) -> None:
-    """Put the known targets, third parties' too, into the JSON schema as an enum."""
+    """Put the known targets, including those of third parties, into the JSON schema as an enum."""
     schema["enum"] = [AUTO, *target_names(), *TARGET_ALIASES]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class StepSwitches:
-    """Which steps do work. One that is off reuses what the store and the registry have.
+    """Steps that do work. A step that is off reuses what the store and the registry hold.
 
-    A pydantic dataclass, since a BaseModel has attributes of two of these names itself.
+    A pydantic dataclass, because a BaseModel already has attributes named `validate` and `register`.
     """
 
     fetch: bool = Field(default=True, title="Fetch", description="Read the source model, pin it and store it.")
-    compile: bool = Field(default=True, title="Compile", description="Compile it when it is not cached.")
+    compile: bool = Field(default=True, title="Compile", description="Compile the model unless it is cached.")
     validate: bool = Field(
-        default=True, title="Validate", description="Compare it with the source model and judge the result."
+        default=True, title="Validate", description="Compare the artifact with the source model and judge it."
     )
-    register: bool = Field(default=True, title="Register", description="Register it when its verdict allows.")
+    register: bool = Field(
+        default=True, title="Register", description="Register the artifact if its verdict allows."
+    )
+
+    @property
+    def need_verdict(self) -> bool:
+        """Whether the run ends with a verdict: it validates, or it registers what was validated before."""
+        return self.validate or self.register
 
 
 class StepTimeouts(BaseModel):
@@ -40,30 +61,30 @@ class StepTimeouts(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    fetch_s: int = Field(3600, ge=1, title="Fetch, seconds", description="Download and storing.")
-    compile_s: int = Field(7200, ge=1, title="Compile, seconds", description="All components together.")
-    validate_s: int = Field(3600, ge=1, title="Validate, seconds", description="Measuring and judging.")
-    register_s: int = Field(300, ge=1, title="Register, seconds", description="The registry's answer.")
+    fetch_s: int = Field(3600, ge=1, title="Fetch, seconds", description="Limit of download and storing.")
+    compile_s: int = Field(7200, ge=1, title="Compile, seconds", description="Limit of all components together.")
+    validate_s: int = Field(3600, ge=1, title="Validate, seconds", description="Limit of measuring and judging.")
+    register_s: int = Field(300, ge=1, title="Register, seconds", description="Limit of one registry's answer.")
 
 
 class AutoSettings(BaseModel):
-    """What target auto tries, and what it chooses by."""
+    """Candidates that target auto tries, and the criterion by which it chooses one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     objective: Objective = Field(
-        default_factory=Objective, title="Objective", description="What the winner is chosen by."
+        default_factory=Objective, title="Objective", description="Criterion that chooses the winner."
     )
     targets: tuple[TargetName, ...] = Field(
         (), title="Targets", description="Targets to try. Empty: all that compile and run on the worker."
     )
     precisions: tuple[Precision, ...] = Field(
-        (), title="Precisions", description="Precisions to try. Empty: all that a target has."
+        (), title="Precisions", description="Precisions to try. Empty: all that the target supports."
     )
 
 
 class CompileRequest(BaseModel):
-    """One source model, one target: what to compile, how, and how far to go."""
+    """One source model and one target: what to compile, how to prove it, and where to register it."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -75,79 +96,68 @@ class CompileRequest(BaseModel):
     model: str = Field(
         min_length=1,
         title="Model",
-        description="A folder on the worker, a Hub id as owner/name, or a registered version: "
+        description="A folder on the worker, a Hub id (owner/name), or a registered version: "
         "neptune://workspace/project/ID, mlflow:TRACKING#NAME@VERSION, registry:NAME@VERSION.",
     )
     revision: str | None = Field(
-        None, title="Revision", description="Branch, tag or commit of a Hub model. Empty: its main branch."
+        None, title="Revision", description="Branch, tag or commit of a Hub model. Empty: the main branch."
     )
     target: TargetName = Field(
         "onnx-runtime",
         title="Target",
-        description="What the model is compiled for; auto tries all that can, and chooses.",
+        description="Target that the model is compiled for; auto tries every target and chooses one.",
         json_schema_extra=_list_targets,
     )
     hf_task: HfTask | None = Field(
-        None, title="Task", description="Hub task to serve. Empty: read from the model's own architecture."
+        None, title="Task", description="Hub task to serve. Empty: detected from the model's architecture."
     )
-    precision: Precision = Field(
-        Precision.FP32, title="Precision", description="Number format of the compiled model; auto tries its own."
-    )
+    precision: GraphPrecision = Precision.FP32
     auto: AutoSettings = Field(
-        default_factory=AutoSettings, title="Auto", description="For target auto: what it tries and chooses by."
+        default_factory=AutoSettings, title="Auto", description="Candidates and objective of target auto."
     )
-    max_sequence_length: int | None = Field(
-        None, ge=1, title="Maximum sequence length", description="Tokens. Empty: the model's own maximum."
-    )
-    shape_buckets: tuple[ShapeBucket, ...] = Field(
-        (), title="Shape buckets", description="Shapes for static targets. Empty: powers of two, batch 1 and 8."
-    )
+    max_sequence_length: MaxSequenceLength = None
+    shape_buckets: ShapeBuckets = ()
     components: tuple[ComponentSpec, ...] = Field(
         (),
         title="Components",
         description="Several lengths of one model in one artifact, for example word and document, instead of the "
         "two fields above.",
     )
-    target_options: dict[str, JsonValue] = Field(
-        default_factory=dict, title="Target options", description="Settings that only this target knows."
-    )
+    target_options: OptionValues = Field(default_factory=dict)
     calibration: CalibrationSettings = Field(
-        default_factory=CalibrationSettings,
-        title="Calibration",
-        description="What a static int8 compile looks at.",
+        default_factory=CalibrationSettings, title="Calibration", description="Examples for a static int8 compile."
     )
-    trust_remote_code: bool = Field(
-        False, title="Trust remote code", description="Run Python files that come with the model."
-    )
+    trust_remote_code: TrustRemoteCode = False
     name: str | None = Field(
         None,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
         max_length=128,
         title="Registered name",
-        description="Empty: the last part of the model's name.",
+        description="Name in the registry. Empty: the last part of the model's name.",
     )
     allow_warn: bool = Field(
-        False, title="Allow warnings", description="Register a version whose verdict is warn, too."
+        False, title="Allow warnings", description="Register the version even if its verdict is warn."
     )
     validation: ValidationSettings = Field(
-        default_factory=ValidationSettings, title="Validation", description="How the result is proven."
+        default_factory=ValidationSettings, title="Validation", description="How the artifact is proven."
     )
-    steps: StepSwitches = Field(default_factory=StepSwitches, title="Steps", description="Which steps do work.")
+    steps: StepSwitches = Field(default_factory=StepSwitches, title="Steps", description="Steps that do work.")
     timeouts: StepTimeouts = Field(
-        default_factory=StepTimeouts, title="Timeouts", description="When a step is stopped."
+        default_factory=StepTimeouts, title="Timeouts", description="Time limits of the steps."
     )
     store_uri: str | None = Field(
-        None, title="Artifact store", description="For example s3://bucket/prefix. Empty: as configured."
+        None, title="Artifact store", description="For example s3://bucket/prefix. Empty: the configured store."
     )
     registry_uris: tuple[str, ...] = Field(
         (),
         title="Registries",
-        description="For example neptune://workspace/project; the first is read. Empty: as configured.",
+        description="For example neptune://workspace/project. Compileflow reads the first and writes to all. "
+        "Empty: the configured registries.",
     )
     aws_credentials_block: str | None = Field(
         None,
         title="AWS credentials",
-        description="Name of a Prefect AwsCredentials block for S3. Empty: AWS's own chain.",
+        description="Name of a Prefect AwsCredentials block for S3. Empty: the default chain of AWS.",
     )
 
     @model_validator(mode="after")
@@ -157,3 +167,23 @@ class CompileRequest(BaseModel):
                 "give max_sequence_length and shape_buckets inside components, or leave components out"
             )
         return self
+
+    def spec_for(self, hf_task: HfTask) -> CompileSpec:
+        """Return the part of the request that decides the artifact.
+
+        Args:
+            hf_task: Task of the compiled model: the request's, or the one that was detected.
+
+        Raises:
+            SpecError: The fields contradict one another.
+        """
+        default_component = {
+            "max_sequence_length": self.max_sequence_length,
+            "shape_buckets": self.shape_buckets,
+        }
+        fields = {name: getattr(self, name) for name in CompileSpec.model_fields}
+        fields |= {"hf_task": hf_task, "components": self.components or (default_component,)}
+        try:
+            return CompileSpec.model_validate(fields)
+        except ValidationError as error:
+            raise SpecError(f"{first_problem(error)}.", hint="Correct the request.") from error

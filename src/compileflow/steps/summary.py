@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from compileflow.contracts import ModelVersion, without_credentials
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
 from compileflow.validation.report import megabytes
 
@@ -39,3 +40,23 @@ def compile_words(artifact: CompiledArtifact) -> str:
     if artifact.cached:
         return f"cached, {artifact.why}"
     return f"compiled in {artifact.compile_duration_s:.1f} s, {artifact.why}"
+
+
+def source_line(source: FetchedSource) -> str:
+    """Describe a fetched source model in one line."""
+    return f"source model {source.uri} at {source.revision[:12]}{' (cached)' if source.cached else ''}"
+
+
+def artifact_line(artifact: CompiledArtifact) -> str:
+    """Describe a compiled artifact in one line."""
+    return f"artifact {artifact.digest[:12]}: {compile_words(artifact)}"
+
+
+def verdict_line(validated: ValidatedArtifact) -> str:
+    """Describe a verdict in one line."""
+    return f"verdict {validated.reason}{' (cached)' if validated.cached else ''}"
+
+
+def version_line(version: ModelVersion, registry_uri: str) -> str:
+    """Describe a registered version in one line."""
+    return f"{version.name} version {version.version} in {without_credentials(registry_uri)}"

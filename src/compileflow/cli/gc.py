@@ -1,0 +1,47 @@
+"""gc: delete folders of an artifact store that nothing needs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from compileflow.cli.common import one_line_errors
+
+_SECONDS_PER_DAY = 86400
+
+
+@one_line_errors
+def gc(
+    store: Annotated[
+        str | None, typer.Option(help="URI of the artifact store. Default: the configured store.")
+    ] = None,
+    registry: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Registry whose versions keep their artifacts. Repeatable. Default: all configured registries."
+        ),
+    ] = None,
+    min_age_days: Annotated[
+        float, typer.Option(min=0.0, help="Keep everything that was stored within this many days.")
+    ] = 1.0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Delete nothing; only report what would be deleted.")
+    ] = False,
+) -> None:
+    """Delete folders of a store that are old enough and that no registered version needs."""
+    from compileflow.admin.collect import collect_garbage
+    from compileflow.settings import get_settings
+
+    settings = get_settings()
+    collected = collect_garbage(
+        settings.resolved_store_uri(store),
+        settings.resolved_registry_uris(registry or ()),
+        settings=settings,
+        min_age_s=min_age_days * _SECONDS_PER_DAY,
+        dry_run=dry_run,
+    )
+    typer.echo(
+        f"{'would delete' if dry_run else 'deleted'} {collected.folders} folders and {collected.blobs} blobs, "
+        f"{collected.size_bytes / 1e6:.1f} MB"
+    )

@@ -1,0 +1,104 @@
+"""inspect: show an artifact, a report or a comparison. Reads JSON and opens no compiled file."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+
+from compileflow.cli.common import AsJson, one_line_errors, stored_folder
+
+if TYPE_CHECKING:
+    from compileflow.artifact.manifest import ArtifactManifest
+
+_UNITS = {"text": "tokens", "audio": "samples or spectra", "image": ""}
+
+
+@one_line_errors
+def inspect(
+    artifact: Annotated[
+        str,
+        typer.Argument(
+            help="Folder or URI of an artifact, registry:NAME@STAGE, or URI of a report or comparison."
+        ),
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Show an artifact, a report or a comparison. Opens no compiled file."""
+    from compileflow.artifact.manifest import read_manifest
+    from compileflow.errors import ManifestError
+
+    with stored_folder(artifact) as folder:
+        try:
+            manifest = read_manifest(folder)
+        except ManifestError:
+            if (folder / "comparison.json").is_file():
+                _inspect_comparison(artifact, as_json)
+            elif (folder / "report.json").is_file():
+                _inspect_report(artifact, as_json)
+            else:
+                raise
+            return
+    if as_json:
+        typer.echo(json.dumps(manifest.model_dump(mode="json"), indent=1))
+    else:
+        _print_manifest(manifest)
+
+
+def _print_manifest(manifest: ArtifactManifest) -> None:
+    toolchain = ", ".join(f"{name} {version}" for name, version in manifest.target.toolchain.items())
+    rows = {
+        "target": f"{manifest.target.name} (version {manifest.target.version})",
+        "task": manifest.hf_task.value,
+        "precision": manifest.spec.precision.value,
+        "source model": f"{manifest.source.uri} at {manifest.source.revision}",
+        "source digest": manifest.source.digest,
+        "architecture": manifest.source.architecture,
+        "toolchain": toolchain,
+        "size": f"{manifest.size_bytes / 1e6:.1f} MB in {len(manifest.files)} files",
+    }
+    unit = _UNITS[manifest.hf_task.modality]
+    for name, component in manifest.components.items():
+        shapes = ", ".join(str(bucket) for bucket in component.shape_buckets) or "any shape"
+        longest = f"up to {component.max_sequence_length} {unit}; " if unit else ""
+        rows[f"component {name}"] = f"{longest}{shapes}"
+    table = Table("field", Column("value", overflow="fold"), show_header=False)
+    for field, value in rows.items():
+        table.add_row(field, value)
+    Console().print(table)
+
+
+def _inspect_report(uri: str, as_json: bool) -> None:
+    from compileflow.settings import get_settings
+    from compileflow.steps.report_file import export_report, read_report
+
+    report = read_report(uri)
+    if as_json:
+        typer.echo(json.dumps(report.model_dump(mode="json"), indent=1))
+        return
+    table = Table("gate", "outcome", "measured", "limit", title=report.verdict.reason)
+    for gate in report.verdict.gates:
+        measured = "no number" if gate.measured is None else f"{gate.measured:.4g}"
+        table.add_row(gate.gate, gate.outcome, measured, f"{gate.comparison} {gate.limit:.4g}")
+    Console().print(table)
+    typer.echo(f"report: {export_report(uri, get_settings())}")
+
+
+def _inspect_comparison(uri: str, as_json: bool) -> None:
+    from compileflow.selection.comparison_file import export_comparison, read_comparison
+    from compileflow.settings import get_settings
+
+    comparison = read_comparison(uri)
+    if as_json:
+        typer.echo(json.dumps(comparison.model_dump(mode="json"), indent=1))
+        return
+    table = Table(*comparison.comparison_header(), title=comparison.reason)
+    for row in comparison.comparison_rows():
+        table.add_row(*row)
+    Console().print(table)
+    for line in comparison.comparison_notes():
+        typer.echo(line)
+    typer.echo(f"comparison: {export_comparison(uri, get_settings())}")

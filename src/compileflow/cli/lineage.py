@@ -1,0 +1,60 @@
+"""lineage: show the source, proof, promotions and siblings of a version."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from compileflow.cli.common import AsJson, ModelName, RegistryUri, one_line_errors
+
+if TYPE_CHECKING:
+    from rich.tree import Tree
+
+    from compileflow.admin.lineage import Lineage
+
+_TREE_WIDTH = 240
+
+
+@one_line_errors
+def lineage(
+    name: ModelName,
+    version: Annotated[str, typer.Argument(help="Version number, or the stage that the version is in.")],
+    registry: RegistryUri = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the source, proof, promotions and siblings of a version, with digests."""
+    from compileflow.admin.lineage import lineage_of
+    from compileflow.catalog import open_registry
+    from compileflow.settings import get_settings
+
+    model_registry = open_registry(get_settings().resolved_registry_uri(registry))
+    history = lineage_of(model_registry, name, int(version) if version.isdecimal() else version)
+    if as_json:
+        typer.echo(json.dumps(history.model_dump(mode="json"), indent=1))
+    else:
+        # Wide enough for a digest in any branch; a terminal wraps long lines itself.
+        Console(width=_TREE_WIDTH, soft_wrap=True).print(_tree(history))
+
+
+def _tree(history: Lineage) -> Tree:
+    from rich.markup import escape
+    from rich.tree import Tree
+
+    version = history.version
+    stage = "" if version.stage == "none" else f", {version.stage}"
+    tree = Tree(escape(f"source {version.source_uri} at {version.source_revision}"))
+    tree.add(f"digest {version.source_digest}")
+    branch = tree.add(escape(f"{version.name} version {version.version} for {version.target}{stage}"))
+    branch.add(escape(f"artifact {version.artifact_uri}")).add(f"digest {version.artifact_digest}")
+    report = branch.add(escape(f"report {version.report_uri}, verdict {version.verdict}"))
+    report.add(f"digest {version.report_digest}")
+    for promotion in history.promotions:
+        reason = f": {promotion.reason}" if promotion.reason else ""
+        branch.add(escape(f"{promotion.at} {promotion.who} made it {promotion.stage}{reason}"))
+    for sibling in history.siblings:
+        line = f"{sibling.name} version {sibling.version} for {sibling.target}, digest {sibling.artifact_digest}"
+        tree.add(escape(line))
+    return tree

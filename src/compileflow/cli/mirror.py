@@ -1,0 +1,31 @@
+"""mirror: copy an artifact store into another."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from compileflow.cli.common import one_line_errors
+
+
+@one_line_errors
+def mirror(
+    from_store: Annotated[str, typer.Argument(help="URI of the artifact store to copy from.")],
+    to_store: Annotated[str, typer.Argument(help="URI of the artifact store to copy to.")],
+    digest: Annotated[
+        list[str] | None, typer.Option(help="Digest of a folder to copy. Repeatable. Default: all folders.")
+    ] = None,
+) -> None:
+    """Copy the folders that the second store lacks from the first, and check every byte."""
+    from compileflow.admin.mirror import mirror_store
+    from compileflow.settings import get_settings
+
+    count = mirror_store(
+        from_store,
+        to_store,
+        settings=get_settings(),
+        digests=digest or None,
+        on_progress=lambda line: typer.echo(line, err=True),
+    )
+    typer.echo(f"{to_store} has {count} folders of {from_store}")

@@ -1,0 +1,96 @@
+"""verify: check every byte of an artifact, its attestations, and that a passing verdict covers it."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from compileflow.cli.common import FAILED, AsJson, artifact_location, one_line_errors
+
+if TYPE_CHECKING:
+    from compileflow.artifact.verify import Verification
+
+
+@one_line_errors
+def verify(
+    artifact: Annotated[str, typer.Argument(help="Folder or URI of an artifact, or registry:NAME@STAGE.")],
+    integrity_only: Annotated[
+        bool, typer.Option("--integrity-only", help="Do not require a passing verdict.")
+    ] = False,
+    require_signature: Annotated[
+        bool | None,
+        typer.Option("--require-signature", help="Require provenance and verdict signed by a trusted key."),
+    ] = None,
+    key: Annotated[
+        list[str] | None,
+        typer.Option(help="Public key (PEM file) to trust instead of the configured keys. Repeatable."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check every byte of an artifact, its attestations, and that a passing verdict covers it.
+
+    The exit code is 0 only if all checks succeed.
+    """
+    from dataclasses import asdict
+
+    from compileflow.artifact.verify import verify_artifact
+    from compileflow.contracts import without_credentials
+    from compileflow.settings import get_settings
+
+    settings = get_settings()
+    location = artifact_location(artifact)
+    verification = verify_artifact(
+        location, settings=settings, keys=key or (), require_signature=require_signature
+    )
+    proof = _proof(location, verification.digest) if verification.intact else None
+    problems = list(verification.problems)
+    if verification.verdict == "FAILED" and not integrity_only:
+        problems.append("The last validation failed, although an earlier one may have passed. Read the report.")
+    elif proof is None and verification.intact and not integrity_only:
+        registry = without_credentials(settings.resolved_registry_uri())
+        problems.append(
+            f"Neither the store nor the registry {registry} has a passing verdict on this digest. "
+            "Validate the artifact with this store and registry before you serve it."
+        )
+    if as_json:
+        values = asdict(verification) | {"proven": proof is not None, "proof": proof, "problems": problems}
+        typer.echo(json.dumps(values, indent=1))
+    else:
+        _print_verification(verification, proof)
+    if problems:
+        rest = f" (and {len(problems) - 1} more; --json lists them)" if len(problems) > 1 else ""
+        typer.echo(f"error: {problems[0]}{rest}", err=True)
+        raise typer.Exit(FAILED)
+
+
+def _print_verification(verification: Verification, proof: str | None) -> None:
+    if verification.intact:
+        typer.echo(f"intact: {verification.files} files, digest {verification.digest}")
+    if verification.attested:
+        signers = ", ".join(verification.signed_by)
+        signature = f"signed by {signers}" if signers else "not signed by a trusted key"
+        typer.echo(f"attested: provenance and verdict {verification.verdict}, {signature}")
+    if verification.report_intact:
+        typer.echo("report: intact, and the one that the verdict names")
+    if proof is not None:
+        typer.echo(f"proven: {proof}")
+
+
+def _proof(location: str, digest: str) -> str | None:
+    """Describe the proof of an artifact: a registered version, or else a passing report in its store."""
+    from compileflow.catalog import open_registry, open_store
+    from compileflow.settings import get_settings
+    from compileflow.steps.validate import report_on
+    from compileflow.stores.layout import split_uri
+
+    settings = get_settings()
+    versions = list(open_registry(settings.resolved_registry_uri()).find(digest))
+    if versions:
+        return f"{versions[0].name} version {versions[0].version}, verdict {versions[0].verdict}"
+    store_uri = split_uri(location)[0] if "://" in location else settings.resolved_store_uri()
+    report = report_on(open_store(store_uri), digest)
+    if report is not None and report.outcome == "pass":
+        return f"report {report.report_digest[:12]}, {report.reason}"
+    return None

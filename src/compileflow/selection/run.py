@@ -1,0 +1,114 @@
+"""One run of a request in this process: for one target, or for auto, which tries several and chooses one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from compileflow.errors import CompileflowError, VerdictError
+from compileflow.selection.auto import (
+    ComparedCandidates,
+    compare_candidates,
+    failed_candidate,
+    measured_candidate,
+    plan_candidates,
+)
+from compileflow.selection.candidates import Candidate
+from compileflow.settings import Settings
+from compileflow.steps.request import AUTO, CompileRequest
+from compileflow.steps.run import CompileResult, LoggedProgress, Progress, StepRunner, run_request
+from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
+
+
+@dataclass(frozen=True)
+class ProvenCandidate:
+    """A candidate of target auto that has an artifact and a verdict."""
+
+    request: CompileRequest
+    artifact: CompiledArtifact
+    validated: ValidatedArtifact
+
+    def candidate(self, settings: Settings) -> Candidate:
+        """Return its entry in the comparison, with the timings of its report."""
+        return measured_candidate(self.request, self.artifact, self.validated, settings)
+
+
+@dataclass(frozen=True)
+class FailedCandidate:
+    """A candidate of target auto that ended in an error, after its compile if it has an artifact."""
+
+    request: CompileRequest
+    error: CompileflowError
+    artifact: CompiledArtifact | None = None
+
+    def candidate(self, settings: Settings) -> Candidate:
+        """Return its entry in the comparison, with the reason."""
+        return failed_candidate(self.request, self.error, self.artifact)
+
+
+Attempt = ProvenCandidate | FailedCandidate
+
+
+def run_any_target(
+    request: CompileRequest, settings: Settings, *, progress: Progress | None = None
+) -> CompileResult:
+    """Run a request for one target as `run_request` does, or try all candidates of target auto.
+
+    Args:
+        request: A request for a target or for auto.
+        settings: Default store and registries, credentials, work folder and threads.
+        progress: Display of the steps; None logs them.
+
+    Raises:
+        CompileflowError: A step failed. Completed steps are cached, so that the next run resumes.
+        VerdictError: The artifact did not pass its gates, or no candidate did.
+    """
+    if request.target != AUTO:
+        return run_request(request, settings, progress=progress)
+    progress = progress or LoggedProgress()
+    store_uri = settings.resolved_store_uri(request.store_uri)
+    source = StepRunner(request, settings, progress=progress).fetch()
+    plan = plan_candidates(source, request, store_uri=store_uri, settings=settings)
+    attempts = [_attempt(candidate, source, settings, progress) for candidate in plan.requests]
+    compared = compare_candidates(
+        source,
+        request,
+        plan,
+        [attempt.candidate(settings) for attempt in attempts],
+        store_uri=store_uri,
+        settings=settings,
+    )
+    winner = winning_candidate(attempts, compared)
+    steps = StepRunner(winner.request, settings, progress=progress)
+    versions = steps.register(source, winner.artifact, winner.validated)
+    result = CompileResult.of(winner.request, source, winner.artifact, winner.validated, versions)
+    return result.model_copy(update={"comparison_uri": compared.comparison_uri})
+
+
+def winning_candidate(attempts: Sequence[Attempt], compared: ComparedCandidates) -> ProvenCandidate:
+    """Return the candidate that the comparison chose.
+
+    Raises:
+        VerdictError: No candidate is good enough; the message says why.
+    """
+    winner = attempts[compared.winner] if compared.winner is not None else None
+    if not isinstance(winner, ProvenCandidate):
+        raise VerdictError(
+            compared.reason, hint=f"Nothing was registered. Run: compileflow inspect {compared.comparison_uri}"
+        )
+    return winner
+
+
+def _attempt(request: CompileRequest, source: FetchedSource, settings: Settings, progress: Progress) -> Attempt:
+    steps = StepRunner(request, settings, progress=progress, label=_label(request))
+    artifact = None
+    try:
+        artifact = steps.compile(source)
+        return ProvenCandidate(request, artifact, steps.validate(source, artifact))
+    except CompileflowError as error:
+        return FailedCandidate(request, error, artifact)
+
+
+def _label(request: CompileRequest) -> str:
+    options = (str(value) for value in request.target_options.values())
+    return " ".join((request.target, request.precision.value, *options))
