@@ -36,7 +36,7 @@ def accepted_by_verify(settings: Settings) -> set[str]:
     accepted = set()
     for digest in store.list():
         done = subprocess.run(
-            [sys.executable, "-m", "compileflow.cli", "verify", store.folder_uri(digest)],
+            [sys.executable, "-m", "compileflow", "verify", store.folder_uri(digest)],
             env=environment(settings), capture_output=True, text=True, timeout=60,
         )  # fmt: skip
         assert "Traceback" not in done.stderr

@@ -53,7 +53,7 @@ class Installed:
             offline = ["--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
             words = ["python", "-m", *words[:2], *offline, "--target", str(self.site), *words[2:]]
         elif words[0] == "compileflow":
-            words = ["python", "-m", "compileflow.cli", *words[1:]]
+            words = ["python", "-m", "compileflow", *words[1:]]
         assert words[0] == "python", line
         done = subprocess.run(
             [sys.executable, *words[1:]],

@@ -203,7 +203,7 @@ def test_static_int8_of_a_real_model_is_nearer_when_calibrated_on_natural_text(
 ) -> None:
     from transformers import AutoTokenizer
 
-    from flows.demo import demo_model
+    from compileflow.cli.demo import demo_model
 
     model, task = demo_model(), HfTask.FEATURE_EXTRACTION
     static = {"quantization": "static"}

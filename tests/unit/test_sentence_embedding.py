@@ -241,7 +241,7 @@ def test_files_that_say_how_to_pool_are_in_the_artifact(sentence_model: MakeMode
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["torchscript", "onnx-runtime"])
 def test_minilm_embeds_as_sentence_transformers_does(tmp_path: Path, target: str) -> None:
-    from flows.demo import demo_model
+    from compileflow.cli.demo import demo_model
 
     folder = compiled_folder(demo_model(), target, HfTask.FEATURE_EXTRACTION, tmp_path)
     pipeline = CompiledPipeline.from_pretrained(folder, task="sentence-similarity")
