@@ -296,12 +296,12 @@ def test_a_broken_artifact_in_the_store_is_refused_by_validate_and_by_register(
         stored.register(artifact, validated)
     # A good report on something else opens no door, either.
     good = validated.model_copy(update={"outcome": "pass", "artifact_digest": "f" * 64})
-    with pytest.raises(VerdictError, match="The report is on ffffffffffff"):
+    with pytest.raises(VerdictError, match="got one about ffffffffffff"):
         stored.register(artifact, good)
     warned = validated.model_copy(update={"outcome": "warn"})
-    with pytest.raises(VerdictError, match="Not registered"):
+    with pytest.raises(VerdictError, match="artifact is not registered"):
         stored.register(artifact, warned, allow_warn=False)
-    with pytest.raises(VerdictError, match="Not registered"):
+    with pytest.raises(VerdictError, match="artifact is not registered"):
         stored.register(artifact, validated.model_copy(update={"outcome": "error"}))
     assert not list(open_registry(settings.resolved_registry_uri()).versions())
 

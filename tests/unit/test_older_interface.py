@@ -301,7 +301,7 @@ def test_tokenizer_settings_of_a_pipeline_survive_and_win(source: Sources, tmp_p
         ({"tokenizer_settings": {"paddding": True}}, "Did you mean padding"),
         ({"tokenizer_settings": {"max_length": LENGTH + 1}}, "compiled for 16 tokens"),
         ({"model_tracing_settings": {"batchsize": 2}}, "Did you mean batch_size"),
-        ({"model_tracing_settings": {"frozen": True}}, "torchscript option 'frozen'.*Its options are: none"),
+        ({"model_tracing_settings": {"frozen": True}}, "torchscript option 'frozen'.*The options of torchscript are: none"),
         ({"max_length": MAX_TOKENS + 1}, f"positions for {MAX_TOKENS} tokens"),
         ({"max_length": 0}, "sequence_length is 0"),
         ({"batch_size": 0}, "batch_size is 0"),

@@ -76,7 +76,7 @@ def test_all_that_does_not_fit_is_named_with_one_command(tmp_path: Path, monkeyp
         "blade needs torch_blade ==0.2.*, compiled with 0.2.0; found none; "
         "and torch ==1.12.*, compiled with 1.12.0; found 2.7.0."
     )
-    assert caught.value.hint.startswith("Run: pip install 'torch_blade==0.2.*' 'torch==1.12.*', torch_blade from ")
+    assert caught.value.hint.startswith("Run: pip install 'torch_blade==0.2.*' 'torch==1.12.*', with torch_blade from ")
 
 
 @pytest.mark.parametrize("name", ["neuron", "neuronx", "hyperdex"])
@@ -100,5 +100,5 @@ def test_version_of_one_part_is_that_and_zero() -> None:
 
 
 def test_recorded_version_that_is_none_is_the_manifests_error() -> None:
-    with pytest.raises(ManifestError, match=r"torch 'newest' compiled the artifact.*Compile the model again"):
+    with pytest.raises(ManifestError, match=r"names torch 'newest', which is not a version.*Compile the model again"):
         runtime_needs({"torch": ">={minor}"}, {"torch": "newest"})

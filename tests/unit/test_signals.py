@@ -116,7 +116,7 @@ def test_fixed_shapes_are_refused_where_padding_would_change_the_answers(
     tiny_model: ModelFactory, tmp_path: Path
 ) -> None:
     source = without_mask(tiny_model(SPEECH), tmp_path / "model")
-    with pytest.raises(SpecError, match="torchscript pads to fixed shapes, and this model has no attention mask"):
+    with pytest.raises(SpecError, match="torchscript pads inputs to fixed shapes, but this model has no attention mask"):
         compile_here(source, tmp_path / "artifact", target="torchscript", hf_task=SPEECH)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from compileflow.contracts.digests import safe_relative_path
 from compileflow.errors import LoadError
+from compileflow.source_model.interface import length_limit
 
 POOLINGS = ("mean", "cls", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 # Older files have a flag for each; several at once are joined in this order.
@@ -118,8 +119,7 @@ def _text_settings(folder: Path) -> tuple[int | None, bool]:
 
 
 def _tokenizer_maximum(folder: Path) -> int | None:
-    maximum: int | None = _read(folder / "tokenizer_config.json", {}).get("model_max_length")
-    return maximum
+    return length_limit(_read(folder / "tokenizer_config.json", {}).get("model_max_length"))
 
 
 def _prompt(folder: Path) -> str:

@@ -1,6 +1,6 @@
-"""Natural examples for static quantisation: read in the compile step, tokenized in its fresh process.
+"""Natural examples for static quantization: read in the compile step, tokenized in its child process.
 
-What compileflow carries for calibration is never what it carries for judging the same task.
+Compileflow never calibrates a task on the built-in text that it judges the task by.
 """
 
 from __future__ import annotations
@@ -19,42 +19,42 @@ from compileflow.spec import HfTask
 from compileflow.validation.cases import CaseBuilder, agreement_cases, load_examples
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-# Longer inputs add time and memory, and hardly change the ranges of activations.
+# Longer inputs take more time and memory, but hardly change the ranges of activations.
 _LONGEST = 256
 _MOST_UNKNOWN = 0.5
 _FORMS = 'Give a text file, one example a line, or JSON lines with "text", or "question" and "context".'
 
 
 class CalibrationSettings(BaseModel):
-    """What a static int8 compile looks at; part of its cache key, and of no other's."""
+    """Examples that a static int8 compile measures activations on; part of the cache key of such compiles only."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     examples_path: str | None = Field(
         None,
         title="Examples",
-        description="Your own natural examples, other ones than you validate with: a text file, one a line, or "
-        "JSON lines. Empty: text that compileflow carries.",
+        description="File with natural examples that you do not validate with: text, one example on each line, or "
+        "JSON lines. Empty: built-in text.",
     )
     max_examples: int = Field(
-        256, ge=1, le=10_000, title="Examples at most", description="Examples that are looked at."
+        256, ge=1, le=10_000, title="Examples at most", description="Largest number of examples to use."
     )
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Examples with their record for the manifest."""
+    """Calibration examples, and their record for the manifest."""
 
     examples: tuple[dict[str, str], ...]
     record: CalibrationRecord
 
     def to_json(self) -> dict[str, Any]:
-        """Return a form that crosses to the compile's process."""
+        """Return a JSON-able form, for the child process of the compile."""
         return {"examples": list(self.examples), "record": self.record.model_dump(mode="json")}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Calibration:
-        """Read what `to_json` wrote."""
+        """Return the calibration that `to_json` returned as JSON."""
         return cls(tuple(data["examples"]), CalibrationRecord.model_validate(data["record"]))
 
 
@@ -62,21 +62,21 @@ def load_calibration(task: HfTask, settings: CalibrationSettings) -> Calibration
     """Read the examples of a calibration.
 
     Raises:
-        CompileError: the file is empty, cannot be read, or its lines are not of the task's form.
+        CompileError: The file is empty or unreadable, or its lines do not have the form of the task.
     """
     questions = task is HfTask.QUESTION_ANSWERING
-    # The other task's file, so that nobody is judged on what was calibrated on.
-    carried = HfTask.TEXT_CLASSIFICATION if questions else HfTask.QUESTION_ANSWERING
+    # Use the built-in text of another task: validation judges this task by its own.
+    other_task = HfTask.TEXT_CLASSIFICATION if questions else HfTask.QUESTION_ANSWERING
     try:
         if settings.examples_path is not None:
             examples, origin, digest = load_examples(task, settings.examples_path, settings.max_examples)
         else:
-            found, origin, digest = load_examples(carried, None, settings.max_examples + 1)
+            builtin_examples, origin, digest = load_examples(other_task, None, settings.max_examples + 1)
             if questions:
-                texts = [example["text"] for example in found]
+                texts = [example["text"] for example in builtin_examples]
                 examples = [{"question": a, "context": b} for a, b in pairwise(texts)]
             else:
-                examples = [{"text": example["context"]} for example in found]
+                examples = [{"text": example["context"]} for example in builtin_examples]
             examples = examples[: settings.max_examples]
     except MeasurementError as error:
         raise CompileError(f"Calibration for int8: {error.message}", hint=_FORMS) from error
@@ -86,10 +86,10 @@ def load_calibration(task: HfTask, settings: CalibrationSettings) -> Calibration
 def calibration_batches(
     examples: Sequence[dict[str, str]], tokenizer: Any, *, task: HfTask, max_length: int, pad_token_id: int
 ) -> tuple[Arrays, ...]:
-    """Tokenize examples into ragged batches of 8, shortest first.
+    """Tokenize examples into batches of 8 with rows of different lengths, shortest batch first.
 
     Raises:
-        CompileError: the tokenizer does not know most of their words.
+        CompileError: The tokenizer does not know most of the words.
     """
     builder = CaseBuilder(
         tokenizer=tokenizer,
@@ -109,8 +109,8 @@ def calibration_batches(
     unknown = sum(token == tokenizer.unk_token_id for token in tokens)
     if not tokens or unknown > _MOST_UNKNOWN * len(tokens):
         raise CompileError(
-            f"The calibration examples are unlike the model's inputs: its tokenizer knows {len(tokens) - unknown} "
-            f"of their {len(tokens)} tokens.",
-            hint="Give natural examples in the model's own language.",
+            f"The calibration examples do not fit the model: its tokenizer knows only {len(tokens) - unknown} of "
+            f"their {len(tokens)} tokens.",
+            hint="Give natural examples in the language of the model.",
         )
     return tuple(case.inputs for case in cases)

@@ -1,4 +1,4 @@
-"""compile: make an artifact of a stored source model, in a fresh process, once for each content key."""
+"""compile: turn a stored source model into an artifact, in a child process, once for each cache key."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from compileflow._process.child import run_isolated
 from compileflow._process.folders import work_folder
+from compileflow._process.run import run_in_child
 from compileflow.artifact.manifest import SCHEMA_VERSION
 from compileflow.catalog import get_target, open_store
 from compileflow.contracts import ArtifactStore, FileRecord, Target
@@ -28,7 +28,7 @@ from compileflow.errors import (
 from compileflow.settings import Settings
 from compileflow.source_model.tasks import task_of_architecture
 from compileflow.sources.files import kind_of
-from compileflow.spec import CompileSpec, ComponentSpec, HfTask, Precision
+from compileflow.spec import CompileSpec, HfTask, Precision
 from compileflow.steps.attest import Attester
 from compileflow.steps.cache import CacheKey, find, find_or_make, why_missed
 from compileflow.steps.calibration import Calibration, load_calibration
@@ -49,21 +49,22 @@ def compile_artifact(
     enabled: bool = True,
     on_progress: Callable[[str], None] = logger.info,
 ) -> CompiledArtifact:
-    """Compile a stored source model, or return the artifact that the same content gave before.
+    """Compile a stored source model, or return the cached artifact of the same key.
 
     Args:
-        source: From `fetch_source`.
-        request: What is asked; only what decides the artifact is part of its key.
-        store_uri: The artifact store.
-        settings: Work folder and threads.
-        enabled: False returns the artifact of this key, or refuses.
-        on_progress: Called with one line a stage.
+        source: The result of `fetch_source`.
+        request: The request. Only the fields that decide the artifact are part of the cache key.
+        store_uri: URI of the artifact store.
+        settings: Work folder, threads and signing key.
+        enabled: False returns the cached artifact, or raises StepOffError.
+        on_progress: Called with one line for each stage.
 
     Raises:
-        SpecError: the request does not fit the target or the model, or the signing key cannot be used.
-        CompileError, TargetUnavailableError: the toolchain refused or died, or is missing.
-        SignatureError: a signing key is set, and securesystemslib is missing.
-        StepOffError: the step is off and the store has no such artifact.
+        SpecError: The request does not fit the target or the model, or the signing key cannot be used.
+        CompileError: The toolchain refused the model, or its process died.
+        TargetUnavailableError: The toolchain is missing.
+        SignatureError: A signing key is set, but securesystemslib is missing.
+        StepOffError: The step is off, and the store has no artifact of this key.
     """
     store = open_store(store_uri, settings)
     attester = Attester.of(store, settings)
@@ -74,7 +75,7 @@ def compile_artifact(
         if target.Options.model_validate(spec.target_options).needs_calibration(spec.precision):
             if spec.hf_task.modality != "text":
                 raise SpecError(
-                    f"{target.name} calibrates this int8 on natural text, and {spec.hf_task.value} takes none.",
+                    f"{target.name} calibrates static int8 on text, but {spec.hf_task.value} does not take text.",
                     hint="Choose quantization=dynamic, or another precision.",
                 )
             calibration = load_calibration(spec.hf_task, request.calibration)
@@ -84,14 +85,16 @@ def compile_artifact(
 
         def make(reason: str) -> CompiledArtifact:
             check_available(target, spec.precision)
-            child = {
+            build_request = {
                 "source_dir": str(folder),
                 "spec": spec.model_dump(mode="json"),
                 "source": {"uri": source.uri, "revision": source.revision, "digest": source.digest},
                 "threads": settings.threads,
                 "calibration": calibration.to_json() if calibration else None,
             }
-            return _compile(attester, child, key, reason, request.timeouts.compile_s, settings, on_progress)
+            return _compile(
+                attester, build_request, key, reason, request.timeouts.compile_s, settings, on_progress
+            )
 
         value, cached = find_or_make(
             store,
@@ -100,7 +103,7 @@ def compile_artifact(
             digest_fields=("digest",),
             make=make,
             say=on_progress,
-            lacks=lambda found: attester.lacks_provenance(found.digest),
+            lacks=lambda artifact: attester.lacks_provenance(artifact.digest),
         )
     if cached:
         return value.model_copy(update={"cached": True, "why": "every part of its key is unchanged"})
@@ -108,30 +111,15 @@ def compile_artifact(
 
 
 def spec_of(request: CompileRequest, source_dir: Path, *, card_task: HfTask | None = None) -> CompileSpec:
-    """Turn a request into a spec; an empty task is the model card's, else the one of the model's architecture."""
-    try:
-        return CompileSpec(
-            target=request.target,
-            hf_task=request.hf_task or card_task or detect_task(source_dir),
-            precision=request.precision,
-            components=request.components
-            or (
-                ComponentSpec(
-                    max_sequence_length=request.max_sequence_length, shape_buckets=request.shape_buckets
-                ),
-            ),
-            target_options=request.target_options,
-            trust_remote_code=request.trust_remote_code,
-        )
-    except ValidationError as error:
-        raise SpecError(f"{first_problem(error)}.", hint="Correct the request.") from error
+    """Turn a request into a spec. An empty task is filled from the model card, or else from the architecture."""
+    return request.spec_for(request.hf_task or card_task or detect_task(source_dir))
 
 
 def detect_task(source_dir: Path) -> HfTask:
-    """Read the task off config.json's architectures.
+    """Return the task of the architectures that config.json names.
 
     Raises:
-        SpecError: the class has no head that is known.
+        SpecError: No architecture has a known head.
     """
     architectures = json.loads((source_dir / "config.json").read_text("utf-8")).get("architectures") or []
     for name in architectures:
@@ -139,54 +127,58 @@ def detect_task(source_dir: Path) -> HfTask:
         if task is not None:
             return task
     raise SpecError(
-        f"The task cannot be read off the architecture {', '.join(architectures) or '(none given)'}.",
-        hint=f"Give it: one of {', '.join(task.value for task in HfTask)}.",
+        f"The architecture {', '.join(architectures) or '(none in config.json)'} does not determine the task.",
+        hint=f"Give the task: one of {', '.join(task.value for task in HfTask)}.",
     )
 
 
 def checked_target(spec: CompileSpec) -> Target:
-    """Return the spec's target, after checking that it can do what the spec asks.
+    """Return the target of a spec, after checking the spec against the target's capabilities.
 
     Raises:
-        SpecError: unknown target, or a task, precision or option that it does not have.
+        SpecError: The target is unknown, or it does not support the task, the precision or an option.
     """
     if spec.target == AUTO:
-        raise SpecError(f"{AUTO!r} is no target of its own.", hint="Run the flow, which chooses one.")
+        raise SpecError(
+            f"The compile step cannot compile for {AUTO!r}: it stands for a choice among targets.",
+            hint="Name a target, or run the flow, which chooses one.",
+        )
     target = get_target(spec.target)
-    can = target.capabilities
-    if spec.hf_task not in can.hf_tasks:
-        choices = ", ".join(task.value for task in can.hf_tasks)
-        raise SpecError(f"{target.name} has no {spec.hf_task.value}.", hint=f"Choose one of: {choices}.")
-    if spec.precision not in can.precisions:
-        choices = ", ".join(precision.value for precision in can.precisions)
-        raise SpecError(f"{target.name} has no {spec.precision.value}.", hint=f"Choose one of: {choices}.")
+    capabilities = target.capabilities
+    if spec.hf_task not in capabilities.hf_tasks:
+        choices = ", ".join(task.value for task in capabilities.hf_tasks)
+        raise SpecError(f"{target.name} does not support {spec.hf_task.value}.", hint=f"Choose one of: {choices}.")
+    if spec.precision not in capabilities.precisions:
+        choices = ", ".join(precision.value for precision in capabilities.precisions)
+        raise SpecError(
+            f"{target.name} does not support {spec.precision.value}.", hint=f"Choose one of: {choices}."
+        )
     try:
         target.Options.model_validate(spec.target_options)
     except ValidationError as error:
         options = ", ".join(target.Options.model_fields) or "none"
         raise SpecError(
-            f"{target.name} option {first_problem(error)}.", hint=f"Its options are: {options}."
+            f"{target.name} option {first_problem(error)}.", hint=f"The options of {target.name} are: {options}."
         ) from error
     return target
 
 
 def check_available(target: Target, precision: Precision) -> None:
-    """Refuse what cannot be compiled here.
+    """Check that this machine can compile for a target at a precision.
 
     Raises:
-        TargetUnavailableError: the toolchain is missing, or the CPU has not the precision and the target runs
-            on the CPU that it compiles on.
+        TargetUnavailableError: The toolchain is missing, or this machine lacks the precision.
     """
-    here = target.probe()
-    if not here.can_compile:
+    availability = target.probe()
+    if not availability.can_compile:
         raise TargetUnavailableError(
-            f"{target.name} cannot compile here: {here.reason}.", hint=f"Run: {here.hint}"
+            f"{target.name} cannot compile here: {availability.reason}.", hint=f"Run: {availability.hint}"
         )
-    if precision in here.lacking:
-        offered = [each.value for each in target.capabilities.precisions if each not in here.lacking]
+    if precision in availability.lacking:
+        choices = [choice.value for choice in target.capabilities.precisions if choice not in availability.lacking]
         raise TargetUnavailableError(
-            f"{target.name} cannot compile {precision.value} here: {here.lacking[precision]}.",
-            hint=f"Choose one of {', '.join(offered)}, or compile on another machine.",
+            f"{target.name} cannot compile {precision.value} here: {availability.lacking[precision]}.",
+            hint=f"Choose one of {', '.join(choices)}, or compile on another machine.",
         )
 
 
@@ -197,7 +189,7 @@ def compile_key(
     target: Target,
     calibration: Calibration | None = None,
 ) -> CacheKey:
-    """Return the complete content key of a compile: files, spec, target, toolchain, CPU, calibration."""
+    """Return the cache key of a compile: source files, spec, target, toolchain, CPU features, calibration."""
     parts = {f"{kind_of(record.path) or 'file'} {record.path}": record.sha256 for record in files}
     parts |= {f"spec.{name}": value for name, value in _flat(spec.model_dump(mode="json")).items()}
     parts |= {f"toolchain.{name}": version for name, version in target.toolchain().items()}
@@ -213,7 +205,7 @@ def compile_key(
 
 def _compile(
     attester: Attester,
-    child: Mapping[str, Any],
+    build_request: Mapping[str, Any],
     key: CacheKey,
     reason: str,
     timeout_s: float,
@@ -225,9 +217,9 @@ def _compile(
         out_dir = work / "artifact"
         out_dir.mkdir()
         try:
-            done = run_isolated(
+            child = run_in_child(
                 _CHILD,
-                {**child, "out_dir": str(out_dir)},
+                {**build_request, "out_dir": str(out_dir)},
                 work_dir=work,
                 log_path=settings.log_path(f"{STEP}-{key.digest[:12]}"),
                 timeout_s=timeout_s,
@@ -235,7 +227,7 @@ def _compile(
                 on_progress=on_progress,
             )
         except ProcessError as error:
-            name = child["spec"]["target"]
+            name = build_request["spec"]["target"]
             raise CompileError(
                 f"The toolchain of {name} died: {error.message}", hint=error.hint, log_path=error.log_path
             ) from error
@@ -247,23 +239,23 @@ def _compile(
         digest=stored.digest,
         cache_key=key.digest,
         size_bytes=stored.size_bytes,
-        compile_duration_s=round(done.duration_s, 3),
-        peak_rss_bytes=done.peak_rss_bytes,
+        compile_duration_s=round(child.duration_s, 3),
+        peak_rss_bytes=child.peak_rss_bytes,
         cached=False,
         why=reason,
     )
 
 
 def _flat(value: Mapping[str, Any]) -> dict[str, str]:
-    """Name every field of a spec, so that a changed one can be named; a lone component's without its index."""
+    """Return every field of a spec under its own name, so that a cache miss can name the fields that changed."""
     flat: dict[str, str] = {}
     for name, item in value.items():
         if name == "components":
             for component in item:
-                for field, inner in component.items():
-                    flat[f"{component['name']}.{field}"] = _short(inner)
+                for field, content in component.items():
+                    flat[f"{component['name']}.{field}"] = _short(content)
         elif isinstance(item, dict):
-            flat |= {f"{name}.{inner}": _short(content) for inner, content in item.items()}
+            flat |= {f"{name}.{field}": _short(content) for field, content in item.items()}
         else:
             flat[name] = _short(item)
     return flat

@@ -1,4 +1,4 @@
-"""fetch: bring a source model into the artifact store, pinned and whole."""
+"""fetch: put a source model into the artifact store, pinned to a revision and complete."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ def fetch_source(
 ) -> FetchedSource:
     """Put a source model's files into the store.
 
-    A folder is hashed each time, so that a model retrained in place is seen, and so is a registered version, whose
-    files may be replaced; a Hub model is downloaded once a commit.
+    A folder is hashed at each call, so that a model retrained in place counts as new; so is a registered version.
+    A Hub model is downloaded once for each commit.
 
     Args:
-        model: Folder, file:// URI, Hub id as owner/name, hf:// URI, or a registered version: neptune://, mlflow:
-            or registry:.
-        revision: Branch, tag or commit of a Hub model; None is its main branch.
-        store_uri: The artifact store.
+        model: Folder, file:// URI, Hub id (owner/name), hf:// URI, or a registered version: neptune://, mlflow: or
+            registry:.
+        revision: Branch, tag or commit of a Hub model; None for the main branch.
+        store_uri: URI of the artifact store.
         settings: Work folder, Hub endpoint and token.
-        enabled: False reuses the last source model that the store has from that place.
-        on_progress: Called with one line a stage.
+        enabled: False reuses the last source model that the store has from `model`.
+        on_progress: Called with one line for each stage.
 
     Raises:
-        SourceError: there is no such model, or it is not whole.
-        StepOffError: the step is off and the store has none.
+        SourceError: The model does not exist, or is incomplete.
+        StepOffError: The step is off, and the store has no source model from `model`.
     """
     store = open_store(store_uri, settings)
-    # registry: gives what is in this store, whichever is the configured one.
+    # A registry: source reads from this store, not from the configured one.
     source = get_source(scheme_of(model), settings.model_copy(update={"store_uri": store_uri}))
     if not enabled:
         return _reuse(store, source, model, revision)
@@ -70,17 +70,17 @@ def fetch_source(
 
         def make(reason: str) -> FetchedSource:
             on_progress(f"fetching {uri} at {pinned[:12]}")
-            there = located or source.locate(model, pinned, work / "download")
+            model_files = located or source.locate(model, pinned, work / "download")
             if located is None:
-                check_weights(there.folder, there.files)
-            return _store_source(store, there, uri, there.revision or pinned, work / "model")
+                check_weights(model_files.folder, model_files.files)
+            return _store_source(store, model_files, uri, model_files.revision or pinned, work / "model")
 
         value, cached = find_or_make(store, key, FetchedSource, digest_fields=_FOLDERS, make=make, say=on_progress)
     return value.model_copy(update={"cached": cached})
 
 
 def scheme_of(model: str) -> str:
-    """Say what kind of place `model` names: "file", "hf", or a registry's "neptune", "mlflow" or "registry"."""
+    """Return the kind of source that `model` names: "file", "hf", "neptune", "mlflow" or "registry"."""
     scheme = model.partition(":")[0]
     if "://" in model or scheme in ("mlflow", "registry"):
         return scheme
@@ -91,7 +91,7 @@ def scheme_of(model: str) -> str:
 def _store_source(
     store: ArtifactStore, located: LocatedSource, uri: str, revision: str, copy: Path
 ) -> FetchedSource:
-    """Copy the chosen files and nothing else, so that the digest is of the model alone."""
+    """Store the files of the model only, so that the digest does not depend on other files of the folder."""
     with os_errors(copy, "write to"):
         for name in located.files:
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +110,7 @@ def _store_source(
 
 
 def _card_parts(located: LocatedSource) -> dict[str, str]:
-    """Return what a registered version says besides its model, as parts of the key."""
+    """Return the task and the test files of a registered version, as parts of the cache key."""
     parts = {"task": located.hf_task.value} if located.hf_task else {}
     if located.test_files is not None:
         parts |= {f"test file {record.path}": record.sha256 for record in list_files(located.test_files)}
@@ -122,12 +122,12 @@ def _reuse(store: ArtifactStore, source: Source, model: str, revision: str | Non
     if scheme == "file":
         uri = Path(model.removeprefix("file://")).expanduser().absolute().as_uri()
     elif scheme == "hf":
-        # Whichever commit it was; the Hub is not asked.
+        # The step is off: reuse the last commit without asking the Hub.
         uri = f"hf://{model.removeprefix('hf://')}"
     else:
         uri = source.pin(model, revision)[0]
-    last = latest(store, STEP, uri)
-    parts = last.get("parts") if last else None
+    latest_record = latest(store, STEP, uri)
+    parts = latest_record.get("parts") if latest_record else None
     if isinstance(parts, dict):
         key = CacheKey(STEP, uri, {name: str(value) for name, value in parts.items()})
         value = find(store, key, FetchedSource, digest_fields=_FOLDERS)

@@ -1,4 +1,4 @@
-"""register: make a proven artifact a version in the model registry, and refuse any other."""
+"""register: make a proven artifact a version in the model registry; refuse any other artifact."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from compileflow.catalog import open_registry, open_store
 from compileflow.contracts import ModelVersion, VersionEntry, VersionFiles
 from compileflow.errors import VerdictError
 from compileflow.settings import Settings
-from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
+from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact, all_figures
 from compileflow.validation.report import TEST_FILES
 
 logger = logging.getLogger(__name__)
@@ -30,25 +30,23 @@ def register_version(
     settings: Settings,
     flow_run_id: str | None = None,
 ) -> ModelVersion:
-    """Register an artifact in one registry; the same artifact under the same name again gives the same version.
+    """Register an artifact in one registry.
+
+    Registering the same artifact under the same name again returns the same version.
 
     Raises:
-        VerdictError: the report is on another artifact, or its verdict does not allow registering.
-        RegistryError: the registry refused.
+        VerdictError: The report is about another artifact, or its verdict does not allow registration.
+        RegistryError: The registry refused.
     """
     if validated.artifact_digest != artifact.digest:
         raise VerdictError(
-            f"The report is on {validated.artifact_digest[:12]}..., the artifact is {artifact.digest[:12]}...",
+            f"Expected a report about artifact {artifact.digest[:12]}..., got one about "
+            f"{validated.artifact_digest[:12]}...",
             hint="Validate this artifact.",
         )
     check_verdict(validated, allow_warn=allow_warn)
     store = open_store(store_uri, settings)
-    figures = validated.figures | {
-        "size_bytes": float(artifact.size_bytes),
-        "compile_duration_s": artifact.compile_duration_s,
-        "peak_rss_bytes": float(artifact.peak_rss_bytes),
-    }
-    wanted = name or default_name(source.uri)
+    registered_name = name or default_name(source.uri)
     with ExitStack() as stack:
         files = VersionFiles(
             artifact=stack.enter_context(store.open_folder(artifact.digest)),
@@ -58,7 +56,7 @@ def register_version(
             files = replace(files, test_files=files.report / TEST_FILES)
         manifest = read_manifest(files.artifact)
         entry = VersionEntry(
-            name=wanted,
+            name=registered_name,
             target=manifest.target.name,
             spec=manifest.spec.model_dump(mode="json"),
             source_uri=source.uri,
@@ -67,55 +65,62 @@ def register_version(
             artifact_uri=artifact.uri,
             artifact_digest=artifact.digest,
             verdict="warn" if validated.outcome == "warn" else "pass",
-            figures=figures,
+            figures=all_figures(artifact, validated),
             report_uri=validated.report_uri,
             report_digest=validated.report_digest,
             flow_run_id=flow_run_id,
         )
-        # Not every registry can refuse a second writer of one digest; every store can.
-        lock = f"register/{registry_uri}/{wanted}/{artifact.digest}"
-        stack.enter_context(store.lock(lock, on_wait=lambda: logger.info("another run registers it; waiting")))
-        # An artifact that was found, not made, may be older than what a collection that runs now leaves alone.
+        # Not every registry can refuse a second writer of one digest, but every store has locks.
+        lock = f"register/{registry_uri}/{registered_name}/{artifact.digest}"
+        stack.enter_context(
+            store.lock(
+                lock, on_wait=lambda: logger.info("another run is registering this artifact; waiting for it")
+            )
+        )
+        # A cached artifact may be so old that a garbage collection deletes it now: storing it again renews it.
         for folder in (files.artifact, files.report):
             store.put_folder(folder)
         return open_registry(registry_uri, settings).register(entry, files)
 
 
 def check_verdict(validated: ValidatedArtifact, *, allow_warn: bool) -> None:
-    """Refuse every verdict but pass, and warn where it is allowed.
+    """Check that a verdict allows registration: pass, or warn with `allow_warn`.
 
     Raises:
-        VerdictError: its message is the verdict's reason, in one line.
+        VerdictError: The verdict does not allow it. The message is the reason of the verdict.
     """
     if validated.outcome == "warn" and not allow_warn:
         raise VerdictError(
             validated.reason,
-            hint=f"Not registered. To register all the same, set allow_warn. Report: {validated.report_uri}",
+            hint="The artifact is not registered. To register it anyway, set allow_warn. "
+            f"Report: {validated.report_uri}",
         )
     if validated.outcome not in ("pass", "warn"):
-        raise VerdictError(validated.reason, hint=f"Not registered. Report: {validated.report_uri}")
+        raise VerdictError(
+            validated.reason, hint=f"The artifact is not registered. Report: {validated.report_uri}"
+        )
 
 
 def find_version(
     source: FetchedSource, artifact: CompiledArtifact, *, name: str | None, registry_uri: str, settings: Settings
 ) -> ModelVersion | None:
-    """Return the version that holds an artifact under a name already, or None; what a step that is off does."""
-    wanted = name or default_name(source.uri)
-    found = open_registry(registry_uri, settings).find(artifact.digest)
-    return next((version for version in found if version.name == wanted), None)
+    """Return the version that already holds an artifact under a name, or None; used where the step is off."""
+    registered_name = name or default_name(source.uri)
+    versions = open_registry(registry_uri, settings).find(artifact.digest)
+    return next((version for version in versions if version.name == registered_name), None)
 
 
 def default_name(source_uri: str) -> str:
-    """Make a registry name of the last part of a model's URI, or of its name in another registry.
+    """Return the default name of a model: the last part of its URI, or its name in another registry.
 
     >>> default_name("hf://sentence-transformers/all-MiniLM-L6-v2")
     'all-MiniLM-L6-v2'
     >>> default_name("mlflow:http://host:5000#ner@3")
     'ner'
     """
-    before, hash_sign, registered = source_uri.rpartition("#")
-    if hash_sign and before.startswith("mlflow:"):
-        source_uri = registered.partition("@")[0]
-    last = source_uri.rstrip("/").rpartition("/")[2]
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", last).lstrip("._-")
+    tracking_uri, hash_sign, reference = source_uri.rpartition("#")
+    if hash_sign and tracking_uri.startswith("mlflow:"):
+        source_uri = reference.partition("@")[0]
+    last_part = source_uri.rstrip("/").rpartition("/")[2]
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", last_part).lstrip("._-")
     return name[:128] or "model"

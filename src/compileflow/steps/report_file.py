@@ -1,4 +1,4 @@
-"""Read a report from the store: its values, or a page that a browser opens."""
+"""Read a stored report: its values, or a page for the browser."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from compileflow._process.folders import os_errors
 from compileflow.catalog import open_store
-from compileflow.errors import ManifestError, first_line
+from compileflow.errors import ManifestError, first_problem
 from compileflow.settings import Settings
 from compileflow.stores.layout import split_uri
 from compileflow.validation.report import REPORT_HTML, REPORT_JSON, Report
@@ -21,8 +21,8 @@ def export_report(report_uri: str, settings: Settings) -> Path:
     """Copy report.html out of the store to HOME/reports and return its path.
 
     Raises:
-        ManifestError: the URI is not a report's.
-        IntegrityError: the report is absent or altered.
+        ManifestError: The URI does not name a report.
+        IntegrityError: The report is absent or altered.
     """
     return export_page(report_uri, REPORT_HTML, settings)
 
@@ -54,7 +54,8 @@ def _parsed(kind: type[Kind], body: bytes, uri: str) -> Kind:
         return kind.model_validate_json(body)
     except ValidationError as error:
         raise ManifestError(
-            f"{uri} cannot be read: {first_line(error)}.", hint="Read it with the compileflow that wrote it."
+            f"{uri} cannot be read: {first_problem(error)}.",
+            hint="Read it with the version of compileflow that wrote it.",
         ) from error
 
 
@@ -62,4 +63,6 @@ def _member(folder: Path, name: str, uri: str) -> bytes:
     try:
         return (folder / name).read_bytes()
     except FileNotFoundError as error:
-        raise ManifestError(f"{uri} is no report.", hint="Give a report's URI.") from error
+        raise ManifestError(
+            f"{uri} is not a report: it has no {name}.", hint="Give the URI of a report."
+        ) from error

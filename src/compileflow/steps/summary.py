@@ -1,9 +1,9 @@
-"""The outcome of a run in words and figures, for people."""
+"""The outcome of a run as text: Markdown, a table of figures, and one line for each step."""
 
 from __future__ import annotations
 
 from compileflow.contracts import ModelVersion, without_credentials
-from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
+from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact, all_figures
 from compileflow.validation.report import megabytes
 
 
@@ -26,17 +26,13 @@ def summary_markdown(source: FetchedSource, artifact: CompiledArtifact, validate
 
 
 def figures_table(artifact: CompiledArtifact, validated: ValidatedArtifact) -> list[dict[str, str]]:
-    """Return the key figures, a row each."""
-    figures = validated.figures | {
-        "size_bytes": float(artifact.size_bytes),
-        "compile_duration_s": artifact.compile_duration_s,
-        "peak_rss_bytes": float(artifact.peak_rss_bytes),
-    }
+    """Return one row for each figure of a run."""
+    figures = all_figures(artifact, validated)
     return [{"figure": name, "value": f"{value:.6g}"} for name, value in sorted(figures.items())]
 
 
 def compile_words(artifact: CompiledArtifact) -> str:
-    """Say whether it was compiled now."""
+    """Describe how the artifact came about: from the cache, or by a compile."""
     if artifact.cached:
         return f"cached, {artifact.why}"
     return f"compiled in {artifact.compile_duration_s:.1f} s, {artifact.why}"

@@ -1,4 +1,4 @@
-"""validate: compare a stored artifact with its source model, judge, and store the report."""
+"""validate: compare a stored artifact with its source model, judge the differences, store the report."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from contextlib import ExitStack
 
 from pydantic import ValidationError
 
-from compileflow._process.run import run_in_child
 from compileflow._process.folders import work_folder
 from compileflow._process.packages import installed_versions
+from compileflow._process.run import run_in_child
 from compileflow.artifact.manifest import read_manifest
 from compileflow.catalog import get_target, open_store
 from compileflow.contracts import ArtifactStore
@@ -20,14 +20,13 @@ from compileflow.spec import HfTask
 from compileflow.steps.attest import Attester
 from compileflow.steps.cache import CacheKey, find_or_make
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
-from compileflow.validation.cases import load_examples
-from compileflow.validation.settings import ValidationSettings
-from compileflow.validation.cases import signals_digest
+from compileflow.validation.cases import load_examples, signals_digest
 from compileflow.validation.judge.suite import suite_digest
+from compileflow.validation.settings import ValidationSettings
 
 logger = logging.getLogger(__name__)
 STEP = "validate"
-# Raised when what is measured, or how, changes.
+# Part of the cache key. Raise it when a measurement changes.
 MEASUREMENT_VERSION = 2
 _CHILD = "compileflow.steps.prove:prove_artifact"
 _LIBRARIES = ("torch", "transformers", "numpy", "great_expectations")
@@ -44,16 +43,17 @@ def validate_artifact(
     enabled: bool = True,
     on_progress: Callable[[str], None] = logger.info,
 ) -> ValidatedArtifact:
-    """Measure and judge an artifact, or return the verdict that the same content got before.
+    """Measure and judge an artifact, or return the cached verdict of the same key.
 
-    Only pass and warn are remembered: a refused artifact is measured anew, since its machine may have been
-    at fault.
+    Only the verdicts pass and warn are cached. A refused artifact is measured again, because the machine may have
+    been at fault.
 
     Raises:
-        MeasurementError: the comparison could not be made.
-        ProcessError: the compiled model took its process down.
-        SpecError, SignatureError: as `compile_artifact`, where a signing key is set.
-        StepOffError: the step is off and the store has no report on this artifact.
+        MeasurementError: The models could not be compared.
+        ProcessError: The child process died.
+        SpecError: The signing key cannot be used.
+        SignatureError: A signing key is set, but securesystemslib is missing.
+        StepOffError: The step is off, and the store has no report on this artifact.
     """
     store = open_store(store_uri, settings)
     if not enabled:
@@ -114,8 +114,8 @@ def validate_artifact(
             digest_fields=("report_digest",),
             make=make,
             say=on_progress,
-            keep=lambda made: made.outcome in ("pass", "warn"),
-            lacks=lambda found: attester.lacks_verdict(artifact.digest, found.report_digest),
+            keep=lambda validated: validated.outcome in ("pass", "warn"),
+            lacks=lambda validated: attester.lacks_verdict(artifact.digest, validated.report_digest),
         )
     if cached:
         return value.model_copy(update={"cached": True, "why": "every part of its key is unchanged"})
@@ -123,14 +123,14 @@ def validate_artifact(
 
 
 def report_on(store: ArtifactStore, artifact_digest: str) -> ValidatedArtifact | None:
-    """Return the last verdict on an artifact, or None when the store has no report on it."""
+    """Return the last verdict on an artifact; None without a report in the store."""
     record = store.get_record("report-of", artifact_digest)
     if record is None:
         return None
     try:
         value = ValidatedArtifact.model_validate(record)
     except ValidationError:
-        logger.warning("%s: the record on %s is not readable; it counts as absent", STEP, artifact_digest[:12])
+        logger.warning("%s: ignoring the unreadable record on %s", STEP, artifact_digest[:12])
         return None
     return value if store.exists(value.report_digest) else None
 
@@ -150,7 +150,7 @@ def _key_parts(
         "measurement version": str(MEASUREMENT_VERSION),
     }
     parts |= {f"validation.{name}": str(value) for name, value in validation.model_dump(mode="json").items()}
-    # The ones that compileflow carries, too: another version of it may carry others.
+    # Built-in examples also count: another version of compileflow may have others.
     if hf_task.modality == "text":
         parts["examples"] = load_examples(hf_task, validation.examples_path, validation.max_examples)[2]
     else:
@@ -159,7 +159,7 @@ def _key_parts(
     missing = [name for name in _LIBRARIES if name not in versions]
     if missing:
         raise MeasurementError(
-            f"{missing[0]} is not installed, and validation needs it.",
+            f"Validation needs {missing[0]}, which is not installed.",
             hint="Run: pip install 'compileflow[validation]'",
         )
     return parts | {f"toolchain.{name}": value for name, value in versions.items()}

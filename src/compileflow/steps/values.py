@@ -1,4 +1,4 @@
-"""The small, durable values that pass between steps: URIs, digests and figures, never a path or a tensor."""
+"""The values that steps pass on: URIs, digests and figures, but no local paths and no tensors."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ class _Value(BaseModel):
 class FetchedSource(_Value):
     """A source model in the artifact store."""
 
-    uri: str = Field(description="Where it came from: hf://owner/name, file:///folder, neptune://...")
-    revision: str = Field(description="Hub commit, or the folder's own digest.")
+    uri: str = Field(description="Origin of the model: hf://owner/name, file:///folder, neptune://...")
+    revision: str = Field(description="Commit of a Hub model, or digest of a folder.")
     stored_uri: str
     digest: str = Field(pattern=SHA256)
     size_bytes: int
-    cached: bool = Field(description="True: nothing had to be downloaded or copied.")
-    hf_task: HfTask | None = Field(None, description="What its model card says it serves.")
+    cached: bool = Field(description="True if the store already had the model.")
+    hf_task: HfTask | None = Field(None, description="Task on the model card.")
     test_files_digest: str | None = Field(
         None,
         pattern=SHA256,
-        description="Its registered inputs, parameters and predictions, a folder in the store.",
+        description="Digest of the stored folder with the registered inputs, parameters and predictions.",
     )
 
 
 class CompiledArtifact(_Value):
-    """A compiled model in the artifact store. Worth nothing until a report points at its digest."""
+    """A compiled model in the artifact store. It is not proven until a report refers to its digest."""
 
     uri: str
     digest: str = Field(pattern=SHA256)
@@ -39,7 +39,7 @@ class CompiledArtifact(_Value):
     compile_duration_s: float
     peak_rss_bytes: int
     cached: bool
-    why: str = Field(description="Why it was compiled, or where it was found.")
+    why: str = Field(description="Why it was compiled, or why it was cached.")
 
 
 class ValidatedArtifact(_Value):
@@ -53,3 +53,12 @@ class ValidatedArtifact(_Value):
     figures: dict[str, float]
     cached: bool
     why: str
+
+
+def all_figures(artifact: CompiledArtifact, validated: ValidatedArtifact) -> dict[str, float]:
+    """Return the figures of a run: those of the validation and those of the compile."""
+    return validated.figures | {
+        "size_bytes": float(artifact.size_bytes),
+        "compile_duration_s": artifact.compile_duration_s,
+        "peak_rss_bytes": float(artifact.peak_rss_bytes),
+    }

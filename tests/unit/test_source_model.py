@@ -1,4 +1,4 @@
-"""What is read off a source model: its task, its length, its graph's interface; and what is refused early."""
+"""Loading a source model: its task, its longest input, its interface, and the models that are refused."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from compileflow import CompiledModel, CompileSpec, HfTask
 from compileflow.artifact.manifest import read_manifest
 from compileflow.errors import SourceError, SpecError
 from compileflow.source_model.examples import example_inputs
-from compileflow.source_model.interface import as_tuple_module, maximum_length
+from compileflow.source_model.interface import as_tuple_module, maximum_length, tokenizer_maximum
 from compileflow.source_model.load import load_config, load_source_model
 from compileflow.source_model.tasks import tasks_of
 from compileflow.spec import TEXT_TASKS, ComponentSpec, ShapeBucket
-from compileflow.steps.build import build_artifact, default_buckets
+from compileflow.steps.build import build_artifact
 from compileflow.steps.compile import detect_task
+from compileflow.steps.plan import text_buckets
 from tests.models import ARCHITECTURES, MAX_TOKENS, TEXT_GRAPHS
 
 TinyModel = Callable[..., Path]
@@ -68,10 +69,10 @@ def test_architecture_that_says_no_task_is_refused_with_the_tasks_there_are(
 ) -> None:
     folder = config_folder(tmp_path / "model", model_type="bert", architectures=architectures)
 
-    with pytest.raises(SpecError, match="cannot be read off") as caught:
+    with pytest.raises(SpecError, match="does not determine the task") as caught:
         detect_task(folder)
 
-    assert (architectures or ["(none given)"])[0] in caught.value.message
+    assert (architectures or ["(none in config.json)"])[0] in caught.value.message
     assert all(task.value in caught.value.hint for task in HfTask)
 
 
@@ -131,28 +132,29 @@ def test_weights_that_are_no_weights_are_refused(tiny_model: TinyModel, tmp_path
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("hf_task", TEXT_GRAPHS)
-def test_interface_is_the_source_models(tiny_model: TinyModel, hf_task: HfTask, architecture: str) -> None:
-    graph = load_source_model(tiny_model(hf_task, architecture), hf_task)
+def test_interface_is_read_off_the_source_model(tiny_model: TinyModel, hf_task: HfTask, architecture: str) -> None:
+    source_model = load_source_model(tiny_model(hf_task, architecture), hf_task)
 
     inputs = ["input_ids", "attention_mask"] + (["token_type_ids"] if architecture == "bert" else [])
-    assert [record.name for record in graph.inputs] == inputs
+    assert [record.name for record in source_model.inputs] == inputs
     batch, sequence = "batch", "sequence"
     axes = {
         HfTask.FEATURE_EXTRACTION: {"last_hidden_state": (batch, sequence, 32), "pooler_output": (batch, 32)},
         HfTask.TEXT_CLASSIFICATION: {"logits": (batch, 3)},
         HfTask.TOKEN_CLASSIFICATION: {"logits": (batch, sequence, 5)},
-        HfTask.FILL_MASK: {"logits": (batch, sequence, graph.vocab_size)},
+        HfTask.FILL_MASK: {"logits": (batch, sequence, source_model.vocab_size)},
         HfTask.QUESTION_ANSWERING: {"start_logits": (batch, sequence), "end_logits": (batch, sequence)},
     }[hf_task]
     if architecture == "distilbert":
         axes.pop("pooler_output", None)
-    assert {record.name: record.axes for record in graph.outputs} == axes
-    assert not graph.model.training
+    assert {record.name: record.axes for record in source_model.outputs} == axes
+    assert not source_model.model.training
 
-    example = example_inputs(graph.inputs, 2, 5, graph.vocab_size, graph.pad_token_id)
+    example = source_model.example_tensors(2, 5)
+    assert list(example) == inputs
     with torch.no_grad():
-        answers = as_tuple_module(graph)(*(torch.as_tensor(example[name]) for name in inputs))
-    reference = graph.run(example)
+        answers = as_tuple_module(source_model)(*example.values())
+    reference = source_model.run(example)
     assert list(reference) == list(axes)
     for answer, value in zip(answers, reference.values(), strict=True):
         np.testing.assert_array_equal(answer.numpy(), value)
@@ -165,8 +167,8 @@ def test_model_without_pooler_weights_has_no_pooler_output(tiny_model: TinyModel
     model.save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(source).save_pretrained(folder)
 
-    graph = load_source_model(folder, HfTask.FEATURE_EXTRACTION)
-    assert [record.name for record in graph.outputs] == ["last_hidden_state"]
+    source_model = load_source_model(folder, HfTask.FEATURE_EXTRACTION)
+    assert [record.name for record in source_model.outputs] == ["last_hidden_state"]
 
     shape = ShapeBucket(batch_size=1, sequence_length=8)
     compile_here(folder, tmp_path / "out", HfTask.FEATURE_EXTRACTION, ComponentSpec(shape_buckets=(shape,)))
@@ -198,15 +200,24 @@ def test_longest_input_is_what_there_are_positions_for(
     assert maximum_length(config, tokenizer_maximum) == longest
 
 
+def test_tokenizer_without_a_maximum_has_none() -> None:
+    tokenizer = transformers.BertTokenizer(vocab={"[PAD]": 0, "[UNK]": 1})
+    assert tokenizer.model_max_length > 10**29
+    assert tokenizer_maximum(tokenizer) is None
+    tokenizer.model_max_length = 8192
+    assert tokenizer_maximum(tokenizer) == 8192
+    assert tokenizer_maximum(None) is None
+
+
 def test_roberta_runs_at_its_longest_and_not_beyond(tiny_model: TinyModel) -> None:
-    graph = load_source_model(tiny_model(HfTask.TEXT_CLASSIFICATION, "roberta"), HfTask.TEXT_CLASSIFICATION)
-    longest = maximum_length(graph.model.config, None)
+    source_model = load_source_model(tiny_model(HfTask.TEXT_CLASSIFICATION, "roberta"), HfTask.TEXT_CLASSIFICATION)
+    longest = maximum_length(source_model.model.config, None)
     ids = np.full((1, longest + 1), 7, dtype=np.int64)
     mask = np.ones_like(ids)
 
-    assert graph.run({"input_ids": ids[:, 1:], "attention_mask": mask[:, 1:]})["logits"].shape == (1, 3)
+    assert source_model.run({"input_ids": ids[:, 1:], "attention_mask": mask[:, 1:]})["logits"].shape == (1, 3)
     with pytest.raises(RuntimeError, match="out of bounds"):
-        graph.run({"input_ids": ids, "attention_mask": mask})
+        source_model.run({"input_ids": ids, "attention_mask": mask})
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -220,11 +231,11 @@ def test_roberta_runs_at_its_longest_and_not_beyond(tiny_model: TinyModel) -> No
 def test_more_tokens_than_positions_are_refused(
     tiny_model: TinyModel, tmp_path: Path, architecture: str, component: ComponentSpec
 ) -> None:
-    with pytest.raises(SpecError, match=r"length of 65 was asked for.*64 tokens.*Ask for 64 or fewer"):
+    with pytest.raises(SpecError, match=r"sequence length of 65: .*64 tokens.*Request 64 or fewer"):
         compile_here(tiny_model(HfTask.FILL_MASK, architecture), tmp_path / "out", HfTask.FILL_MASK, component)
 
 
-def test_shapes_nobody_asked_for_reach_up_to_the_models_longest(tiny_model: TinyModel, tmp_path: Path) -> None:
+def test_default_shapes_reach_up_to_the_models_longest(tiny_model: TinyModel, tmp_path: Path) -> None:
     compile_here(
         tiny_model(HfTask.TEXT_CLASSIFICATION),
         tmp_path / "out",
@@ -235,15 +246,15 @@ def test_shapes_nobody_asked_for_reach_up_to_the_models_longest(tiny_model: Tiny
     record = read_manifest(tmp_path / "out").components["default"]
     assert [str(bucket) for bucket in record.shape_buckets] == ["1x16", "8x16", "1x20", "8x20"]
     assert record.max_sequence_length == 20
-    assert [str(bucket) for bucket in default_buckets(64)] == ["1x16", "8x16", "1x32", "8x32", "1x64", "8x64"]
-    assert [str(bucket) for bucket in default_buckets(8)] == ["1x8", "8x8"]
+    assert [str(bucket) for bucket in text_buckets(64)] == ["1x16", "8x16", "1x32", "8x32", "1x64", "8x64"]
+    assert [str(bucket) for bucket in text_buckets(8)] == ["1x8", "8x8"]
 
 
 def test_source_without_a_tokenizer_is_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
     source = tiny_model(HfTask.TEXT_CLASSIFICATION)
     folder = config_folder(tmp_path / "model", **json.loads((source / "config.json").read_text("utf-8")))
 
-    with pytest.raises(SourceError, match=r"tokenizer has no vocabulary: it knows 5 tokens.*save_pretrained"):
+    with pytest.raises(SourceError, match=r"tokenizer has no vocabulary: it has 5 tokens.*save_pretrained"):
         compile_here(folder, tmp_path / "out", HfTask.TEXT_CLASSIFICATION, ComponentSpec())
 
 
