@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from compileflow.contracts.digests import list_files
-from compileflow.stores.collecting import Aged
+from compileflow.stores.collecting import AgedObject
 from compileflow.testing.stores import DAY_S, StoreConformance
 
 
@@ -25,7 +25,7 @@ class CollectionRaces(StoreConformance):
         listed = list(store.aged_blobs())
         assert all(blob.age_s > DAY_S for blob in listed)
 
-        def put_meanwhile() -> Iterator[Aged]:
+        def put_meanwhile() -> Iterator[AgedObject]:
             store.put_folder(folder)
             yield from listed
 

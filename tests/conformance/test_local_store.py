@@ -15,7 +15,7 @@ from compileflow.artifact.manifest import read_manifest
 from compileflow.artifact.open import OpenArtifact, copy_artifact
 from compileflow.catalog import open_store
 from compileflow.errors import IntegrityError, ManifestError, SpecError, StoreError
-from compileflow.stores import layout
+from compileflow.stores import local
 from compileflow.stores.layout import split_uri
 from tests.conformance.collection_races import CollectionRaces
 from tests.unit.attested_artifacts import digest_of, small_artifact
@@ -152,9 +152,9 @@ def test_blob_that_is_collected_while_it_is_read_is_absent(
         blob.unlink()
         linking(blob, out)
 
-    linking = layout.link_or_copy
-    monkeypatch.setattr(layout, "link_or_copy", collected)
-    with pytest.raises(IntegrityError, match="absent or altered"), store.open_folder(digest):
+    linking = local.link_or_copy
+    monkeypatch.setattr(local, "link_or_copy", collected)
+    with pytest.raises(IntegrityError, match="missing or altered"), store.open_folder(digest):
         pass
 
 

@@ -124,7 +124,7 @@ def test_vanished_artifact_is_a_miss(pipeline: Pipeline, model: Path) -> None:
     (store / "manifests" / "sha256" / f"{first.digest}.json").unlink()
     second = pipeline.compile(pipeline.request(model))
     assert not second.cached
-    assert "gone from the store" in second.why
+    assert "the store has lost its record" in second.why
     assert open_store(pipeline.store_uri).exists(second.digest)
 
 

@@ -16,7 +16,7 @@ from compileflow.artifact.attestations.envelopes import seal, write_bundle
 from compileflow.artifact.attestations.keys import load_public_keys, load_signer
 from compileflow.artifact.attestations.statements import (
     CompileRun,
-    Judged,
+    ValidationRun,
     Outcome,
     provenance_statement,
     verdict_statement,
@@ -120,9 +120,9 @@ def digest_of(folder: Path) -> str:
     return folder_digest(artifact_files(folder))
 
 
-def judged(outcome: Outcome = "pass", *, source: str = SOURCE, report: str = REPORT) -> Judged:
+def judged(outcome: Outcome = "pass", *, source: str = SOURCE, report: str = REPORT) -> ValidationRun:
     gates: dict[str, Outcome] = {"finite_outputs": "pass", "rel_l2": outcome}
-    return Judged(outcome, gates, "6" * 64, source, report, f"file:///store/manifests/sha256/{report}.json")
+    return ValidationRun(outcome, gates, "6" * 64, source, report, f"file:///store/manifests/sha256/{report}.json")
 
 
 def envelopes_for(

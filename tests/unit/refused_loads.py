@@ -165,21 +165,21 @@ REFUSALS = {
         lambda folder: (folder / "tokenizer.py").write_text("raise SystemExit", "utf-8"),
     ),
     "another digest": Refusal(
-        IntegrityError, r"has the digest .*, asked for was 0{12}.*compileflow versions", asked={"digest": "0" * 12}
+        IntegrityError, r"Digest mismatch for .*: expected 0{12}.*found .*compileflow versions", asked={"digest": "0" * 12}
     ),
     "another digest, trusted": Refusal(
         IntegrityError,
-        "has the digest .*, asked for was 0{12}",
+        r"Digest mismatch for .*: expected 0{12}\.\.\., found ",
         lambda folder: (folder / GRAPH).write_bytes(b"altered"),
         {"digest": "0" * 64, **TRUST},
     ),
     "no digest": Refusal(
-        SpecError, "digest='latest' is no digest: needed are 12 to 64", asked={"digest": "latest"}
+        SpecError, "Expected a digest of 12 to 64 .*, got digest='latest'", asked={"digest": "latest"}
     ),
-    "short digest": Refusal(SpecError, "is no digest", asked={"digest": "0" * 11}),
+    "short digest": Refusal(SpecError, "Expected a digest of 12 to 64", asked={"digest": "0" * 11}),
     "another digest than the URI's": Refusal(
         IntegrityError,
-        "has the digest a{12}..., asked for was b{12}",
+        r"Digest mismatch for file://.*: expected b{12}\.\.\., found a{12}",
         asked={"digest": "b" * 64},
         location=lambda folder: f"file:///store/manifests/sha256/{'a' * 64}.json",
     ),
@@ -188,12 +188,12 @@ REFUSALS = {
     ),
     "URI of what is not stored": Refusal(
         IntegrityError,
-        "holds no folder",
+        "does not hold the folder",
         location=lambda folder: f"{(folder.parent / 'store').as_uri()}/manifests/sha256/{'a' * 64}.json",
     ),
     "attestations among the files": Refusal(
         ManifestError,
-        "attestations.intoto.jsonl is no file of an artifact",
+        r"attestations\.intoto\.jsonl must not be listed as a file",
         rewrite_manifest(lambda data: data["files"][0].update(path=ATTESTATIONS_NAME)),
     ),
     "nothing said": Refusal(
@@ -204,17 +204,17 @@ REFUSALS = {
     ),
     "not signed": Refusal(SignatureError, "no trusted key signed the provenance", signed(None), TRUSTED),
     "signed by a stranger": Refusal(
-        SignatureError, "no trusted key signed the provenance; trusted are: ", signed("stranger"), TRUSTED
+        SignatureError, r"no trusted key signed the provenance\. Trusted keys: ", signed("stranger"), TRUSTED
     ),
-    "signed, on another artifact": Refusal(SignatureError, "is on another artifact", sign_another, TRUSTED),
+    "signed, on another artifact": Refusal(SignatureError, "is about another artifact", sign_another, TRUSTED),
     "signed, and the verdict altered": Refusal(SignatureError, "The verdict was altered", alter_verdict, TRUSTED),
     "signed, on another source model": Refusal(
-        SignatureError, "differ on the source model", signed(source="1" * 64), TRUSTED
+        SignatureError, "name different source models", signed(source="1" * 64), TRUSTED
     ),
-    "signed, and failed": Refusal(SignatureError, "the signed verdict is FAILED", signed(outcome="fail"), TRUSTED),
+    "signed, and failed": Refusal(SignatureError, "A signed verdict PASSED or WARNED is required, found FAILED", signed(outcome="fail"), TRUSTED),
     "signed, and altered, trusted": Refusal(
         SignatureError,
-        "is on another artifact.*Do not load",
+        "is about another artifact.*Do not load",
         signed_then(lambda folder: (folder / GRAPH).write_bytes(b"altered")),
         {**TRUST, **TRUSTED},
     ),
@@ -245,7 +245,7 @@ REFUSALS = {
     ),
     "unknown target": Refusal(
         LoadError,
-        "for the target 'abacus'; known are aot-inductor, .*Install the distribution",
+        "for the unknown target 'abacus'. Known targets: aot-inductor, .*Install the distribution",
         of_target("abacus"),
         kinds=GRAPHS,
     ),
@@ -260,7 +260,7 @@ REFUSALS = {
     ),
     "runtime too old": Refusal(
         LoadError,
-        r"onnx-runtime needs onnxruntime >=1\.31, compiled with 1\.31\.1; found 1\.20\.0\. "
+        r"onnx-runtime needs onnxruntime >=1\.31 \(compiled with 1\.31\.1\), found 1\.20\.0\. "
         r"Run: pip install 'onnxruntime>=1\.31'",
         of_target("onnx-runtime", onnxruntime="1.31.1"),
         kinds=GRAPHS,
@@ -268,7 +268,7 @@ REFUSALS = {
     ),
     "runtime too new": Refusal(
         LoadError,
-        r"aot-inductor needs torch ==2\.13\.\*, compiled with 2\.13\.0\+cpu; found 2\.14\.0\+cpu\. "
+        r"aot-inductor needs torch ==2\.13\.\* \(compiled with 2\.13\.0\+cpu\), found 2\.14\.0\+cpu\. "
         r"Run: pip install 'torch==2\.13\.\*'",
         of_target("aot-inductor", torch="2.13.0+cpu"),
         kinds=GRAPHS,
@@ -276,7 +276,7 @@ REFUSALS = {
     ),
     "runtime of no version": Refusal(
         ManifestError,
-        "torch 'newest' compiled the artifact, which is no version",
+        "names torch 'newest', which is not a version",
         of_target("torchscript", torch="newest"),
         kinds=GRAPHS,
     ),
@@ -289,7 +289,7 @@ REFUSALS = {
     ),
     "feature that the CPU lacks": Refusal(
         LoadError,
-        "compiled for a CPU with avx512f, which this one lacks.*Compile it on a machine like this one: python -m ",
+        "for a CPU with avx512f, which this CPU lacks.*Compile it on a machine like this one: compileflow compile ",
         rewrite_manifest(lambda data: data["target"].update(cpu_features=["avx2", "avx512f"])),
         kinds=GRAPHS,
         flags="avx2 fma",

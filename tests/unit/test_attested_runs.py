@@ -183,7 +183,7 @@ class TestCached:
         self.attester(store, old).compiled(artifact, digest, started=RUN.started)
         assert self.attester(store, old).lacks_provenance(digest) == ""
         assert self.attester(store, new, old).lacks_provenance(digest) == ""
-        assert "is not signed by" in self.attester(store, new).lacks_provenance(digest)
+        assert "neither this run's key nor a trusted key signed" in self.attester(store, new).lacks_provenance(digest)
 
     def test_answer_that_nobody_signed_is_made_again_by_who_has_a_key(
         self, store: LocalStore, artifact: Path, tmp_path: Path
@@ -191,7 +191,7 @@ class TestCached:
         digest = digest_of(artifact)
         self.attester(store, None).compiled(artifact, digest, started=RUN.started)
         assert self.attester(store, None).lacks_provenance(digest) == ""
-        assert "is not signed by" in self.attester(store, make_keys(tmp_path)).lacks_provenance(digest)
+        assert "neither this run's key nor a trusted key signed" in self.attester(store, make_keys(tmp_path)).lacks_provenance(digest)
 
     def test_answer_of_which_nothing_is_said_is_made_again(self, store: LocalStore, artifact: Path) -> None:
         attester, digest = self.attester(store, None), digest_of(artifact)
@@ -204,14 +204,14 @@ class TestCached:
         other = small_artifact(tmp_path / "other", graph=b"another")
         digest = digest_of(artifact)
         store.put_record("provenance", digest, envelopes_for(other, None)[0])
-        assert "is on another artifact" in self.attester(store, None).lacks_provenance(digest)
+        assert "is about another artifact" in self.attester(store, None).lacks_provenance(digest)
 
     def test_verdict_of_another_report_is_given_again(
         self, store: LocalStore, artifact: Path, tmp_path: Path
     ) -> None:
         keys, digest = make_keys(tmp_path), digest_of(artifact)
         put_statement(store, digest, verdict_statement(digest, judged("fail", report="8" * 64)), None)
-        assert "is another one" in self.attester(store, None).lacks_verdict(digest, REPORT)
+        assert "a later validation replaced the verdict" in self.attester(store, None).lacks_verdict(digest, REPORT)
         put_statement(store, digest, verdict_statement(digest, judged()), keys.signer)
         assert self.attester(store, keys).lacks_verdict(digest, REPORT) == ""
         # Whoever has no key could not put another one in its place.

@@ -140,7 +140,7 @@ def test_artifact_for_a_cpu_that_has_more_is_refused_before_its_graph_is_opened(
     rewrite(artifact, lambda data: data["target"].update(cpu_features=["a_flag_of_1", "a_flag_of_2"]))
     with pytest.raises(LoadError, match="compiled for a CPU with a_flag_of_1, a_flag_of_2, which") as caught:
         CompiledModel.from_pretrained(artifact)
-    assert caught.value.hint.startswith("Compile it on a machine like this one: python -m flows compile --model ")
+    assert caught.value.hint.startswith("Compile it on a machine like this one: compileflow compile ")
     assert caught.value.hint.endswith("--target torchscript")
 
 

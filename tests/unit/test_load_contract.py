@@ -227,12 +227,12 @@ def test_altered_cache_is_refused_whoever_is_trusted(
     # The manifest agrees with the files, so that only the digest in the URI can tell.
     rewrite_manifest(lambda data: data["source"].update(revision="another"))(cached)
     for kind in (CompiledTokenizer, CompiledModel, CompiledPipeline):
-        with pytest.raises(IntegrityError, match=r"has the digest .*, asked for was .*Delete that folder"):
+        with pytest.raises(IntegrityError, match=r"Digest mismatch for .*: expected .*, found .*Delete that folder"):
             kind.from_pretrained(stored.uri, trust=trust)
 
 
 def test_artifact_that_is_not_stored_leaves_no_folder_in_the_cache(settings: Settings, tmp_path: Path) -> None:
-    with pytest.raises(IntegrityError, match="holds no folder"):
+    with pytest.raises(IntegrityError, match="does not hold the folder"):
         open_artifact(f"{(tmp_path / 'store').as_uri()}/manifests/sha256/{'0' * 64}.json", settings=settings)
     assert not (settings.home_dir / "artifacts").exists()
 

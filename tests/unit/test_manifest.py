@@ -71,7 +71,7 @@ def test_same_manifest_is_written_as_the_same_bytes(artifact: Path) -> None:
 @pytest.mark.parametrize("version", [0, 4, "1", None])
 def test_unknown_schema_version_is_refused_before_anything_else(artifact: Path, version: object) -> None:
     edit(artifact, lambda data: data.update(schema_version=version, unknown_field=1))
-    with pytest.raises(ManifestError, match=f"schema_version {version!r}; this compileflow reads 1, 2"):
+    with pytest.raises(ManifestError, match=f"expected schema_version 1, 2, 3, found {version!r}"):
         verify_folder(artifact)
 
 

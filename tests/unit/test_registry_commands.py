@@ -18,7 +18,7 @@ from compileflow.cli import app
 from compileflow.contracts import ModelRegistry, VersionEntry
 from compileflow.contracts.digests import folder_digest, list_files
 from compileflow.errors import RegistryUnavailableError
-from compileflow.registries.sqlite import LocalRegistry
+from compileflow.registries.sqlite import SqliteRegistry
 from compileflow.settings import Settings, get_settings
 from compileflow.testing.registries import version_entry
 from tests.unit.attested_artifacts import judged
@@ -104,8 +104,8 @@ def test_warned_version_is_promoted_only_by_force_and_with_a_reason(registry: Mo
         (("lineage", "ner", "7"), ("no version 7", "1")),
         (("lineage", "ner", "production"), ("production",)),
         (("pull", "ner@production", "out"), ("production",)),
-        (("pull", "ner@soon", "out"), ("'soon' is neither the number of a version nor a stage",)),
-        (("pull", "../ner", "out"), ("names no registered model",)),
+        (("pull", "ner@soon", "out"), ("Expected the number of a version or a stage, got 'soon'",)),
+        (("pull", "../ner", "out"), ("Expected a reference to a registered model",)),
         (("mirror", "file:///a", "toaster:1"), ("Unknown artifact store 'toaster'", "s3")),
     ],
 )
@@ -185,7 +185,7 @@ def test_promote_that_fails_in_the_only_registry_says_what_to_do(
     def busy(*_: object, **__: object) -> None:
         raise RegistryUnavailableError("It is busy.", hint="Wait for the other writer.")
 
-    monkeypatch.setattr(LocalRegistry, "set_stage", busy)
+    monkeypatch.setattr(SqliteRegistry, "set_stage", busy)
     one_line(call("promote", "ner", "1", "--stage", "staging"), "error: It is busy. Wait for the other writer.")
 
 
@@ -194,7 +194,7 @@ def test_version_whose_uri_was_bent_to_another_artifact_is_refused(
     settings: Settings, registry: ModelRegistry, command: str
 ) -> None:
     registry.register(stored(settings).model_copy(update={"artifact_digest": "f" * 64}))
-    one_line(call(command, "registry:old"), "asked for was ffffffffffff", "somebody changed it")
+    one_line(call(command, "registry:old"), "expected ffffffffffff", "somebody changed it")
 
 
 def test_verify_refuses_what_failed_after_it_was_registered(settings: Settings, registry: ModelRegistry) -> None:
@@ -239,7 +239,7 @@ def test_pull_refuses_what_is_not_the_registered_digest(
 ) -> None:
     entry = stored(settings)
     registry.register(entry.model_copy(update={"artifact_digest": "f" * 64}))
-    one_line(call("pull", "old", str(tmp_path / "out")), "asked for was ffffffffffff")
+    one_line(call("pull", "old", str(tmp_path / "out")), "expected ffffffffffff")
     assert not (tmp_path / "out").exists()
 
 

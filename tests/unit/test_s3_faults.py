@@ -20,11 +20,10 @@ from urllib3.exceptions import SSLError
 from compileflow.contracts.digests import folder_digest, list_files
 from compileflow.errors import IntegrityError, SpecError, StoreError, StoreUnavailableError
 from compileflow.settings import Settings, get_settings
+from compileflow.stores.s3 import blob_downloads, blob_uploads
 from compileflow.stores.s3 import client as s3_client
-from compileflow.stores.s3 import downloads as s3_downloads
-from compileflow.stores.s3 import uploads as s3_uploads
+from compileflow.stores.s3.blob_uploads import BlobUploads
 from compileflow.stores.s3.store import S3Store
-from compileflow.stores.s3.uploads import BlobUploads
 from compileflow.testing.processes import other_process
 from tests.services.fault_proxy import (
     Answer,
@@ -49,7 +48,7 @@ BROKEN = Answer(500, b"<Error><Code>InternalError</Code><Message>We encountered 
 def proxy(moto: Moto, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
     """Stand between the store and the server; give up early, as nobody wants to wait for boto3's later tries."""
     monkeypatch.setattr(s3_client, "_ATTEMPTS", 2)
-    monkeypatch.setattr(s3_downloads, "_PAUSE_S", 0.01)
+    monkeypatch.setattr(blob_downloads, "_PAUSE_S", 0.01)
     with FaultProxy(moto.url) as started:
         monkeypatch.setenv("COMPILEFLOW_S3_ENDPOINT_URL", started.url)
         get_settings.cache_clear()
@@ -130,7 +129,7 @@ def test_download_that_breaks_off_goes_on_where_it_broke_off(
     store: S3Store, proxy: FaultProxy, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A block counts once it is whole.
-    monkeypatch.setattr(s3_downloads, "_BLOCK", 64 * 1024)
+    monkeypatch.setattr(blob_downloads, "_BLOCK_BYTES", 64 * 1024)
     digest = store.put_folder(folder).digest
     weights = next(record.sha256 for record in list_files(folder) if record.path == "weights")
     proxy.inject(CutResponse(MIB // 2), method="GET", path=weights)
@@ -188,7 +187,7 @@ def test_wrong_bytes_are_never_served(
 ) -> None:
     digest = store.put_folder(folder).digest
     proxy.inject(Corrupt(), method="GET", path=BLOBS, times=99)
-    with pytest.raises(IntegrityError, match="absent or altered"):
+    with pytest.raises(IntegrityError, match="missing or altered"):
         store.open_folder(digest).__enter__() if opened else store.get_folder(digest, tmp_path / "out")
     cached = get_settings().home_dir / "blobs"
     assert [path for path in cached.rglob("*") if path.is_file()] == []
@@ -283,7 +282,7 @@ def test_put_that_was_killed_in_the_middle_is_resumed(
         for number in range(mebibytes):
             stream.write(number.to_bytes(8) + block[8:])
     size_bytes = mebibytes * MIB
-    middle = size_bytes // s3_uploads.PART_BYTES // 2
+    middle = size_bytes // blob_uploads.PART_BYTES // 2
     proxy.inject(Hang(600), path=f"partNumber={middle}&")
     put = ("compileflow.testing.stores:put", "compileflow.catalog:open_store", store.uri, str(folder))
     with other_process(*put) as other:
@@ -292,7 +291,7 @@ def test_put_that_was_killed_in_the_middle_is_resumed(
     assert list(store.list()) == []
     assert list(store._objects.list("blobs/")) == []
     have = parts_bytes(moto, store)
-    assert have >= (middle - 4) * s3_uploads.PART_BYTES
+    assert have >= (middle - 4) * blob_uploads.PART_BYTES
     began = len(proxy.seen)
     store.put_folder(folder)
     assert 0 < blob_bytes(proxy, since=began) <= size_bytes - have
@@ -326,7 +325,7 @@ def test_bucket_that_is_not_there_is_named_so(bucket: str, folder: Path) -> None
     for ask in (lambda: absent.put_folder(folder), lambda: absent.exists("0" * 64), lambda: list(absent.list())):
         with pytest.raises(StoreError, match="NoSuchBucket") as caught:
             ask()
-        assert "Make the bucket" in caught.value.hint
+        assert "Create the bucket" in caught.value.hint
         assert not caught.value.retryable
 
 
@@ -393,7 +392,7 @@ def test_missing_credentials_and_a_missing_boto3_say_what_to_do(
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     bare = Settings(home=settings.home, s3_endpoint_url="http://127.0.0.1:9", s3_region="us-east-1")
-    with pytest.raises(StoreError, match="no complete credentials") as caught:
+    with pytest.raises(StoreError, match="credentials are missing or incomplete") as caught:
         list(S3Store("s3://bucket/p", bare).list())
     assert not caught.value.retryable
     monkeypatch.setitem(sys.modules, "boto3", None)
@@ -405,7 +404,7 @@ def test_missing_credentials_and_a_missing_boto3_say_what_to_do(
 @pytest.mark.parametrize("url", ["localhost:9000", "http://me:secret@host:1x", "ftp://host", "http://", "//host"])
 def test_endpoint_that_is_no_url_is_refused(settings: Settings, url: str) -> None:
     wrong = settings.model_copy(update={"s3_endpoint_url": url})
-    with pytest.raises(StoreError, match="COMPILEFLOW_S3_ENDPOINT_URL is no server's URL") as caught:
+    with pytest.raises(StoreError, match="COMPILEFLOW_S3_ENDPOINT_URL is not the URL of a server") as caught:
         S3Store("s3://bucket/p", wrong).exists("0" * 64)
     assert "http://host:port" in caught.value.hint
     assert "secret" not in str(caught.value)
@@ -427,7 +426,7 @@ def test_file_that_vanishes_while_it_is_put_is_one_clear_error(
 
 @pytest.mark.parametrize("uri", ["s3://", "s3:///prefix", "s3://user:secret@bucket", "s3://b/p?versionId=1"])
 def test_uri_that_names_no_bucket_is_refused(settings: Settings, uri: str) -> None:
-    with pytest.raises(SpecError, match="no place on S3") as caught:
+    with pytest.raises(SpecError, match="is not the URI of a store on S3") as caught:
         S3Store(uri, settings)
     assert "s3://bucket/prefix" in caught.value.hint
     assert "secret" not in str(caught.value)
@@ -466,7 +465,7 @@ def test_stale_uploads_are_given_up_and_young_ones_are_not(store: S3Store, proxy
 
 def in_parts(store: S3Store) -> S3Store:
     """Let the store send in parts what it would send in one; 5 MiB is the least that S3 takes."""
-    store._uploads = s3_uploads.BlobUploads(store._objects, single_bytes=2 * MIB, part_bytes=5 * MIB)
+    store._uploads = blob_uploads.BlobUploads(store._objects, single_bytes=2 * MIB, part_bytes=5 * MIB)
     return store
 
 

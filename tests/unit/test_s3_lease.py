@@ -23,7 +23,7 @@ def store(bucket: str, monkeypatch: pytest.MonkeyPatch) -> S3Store:
 
 
 def leases(store: S3Store) -> list[str]:
-    return [found.key for found in store._objects.list("locks/")]
+    return [item.key for item in store._objects.list("locks/")]
 
 
 def test_lease_is_renewed_for_longer_than_it_lasts(store: S3Store) -> None:
@@ -51,7 +51,7 @@ def test_holder_that_loses_its_lease_is_told_goes_on_and_leaves_the_new_one(
         (key,) = leases(store)
         store._objects.write(key, b'{"holder": "another"}')
         until = time.monotonic() + 10
-        while "taken over" not in caplog.text:
+        while "took over the lock" not in caplog.text:
             assert time.monotonic() < until
             time.sleep(0.05)
     read = store._objects.read(key)
@@ -96,7 +96,7 @@ def test_holder_that_did_not_notice_its_loss_leaves_the_new_one(store: S3Store) 
     assert late.take()
     store._objects.delete("locks/key.json")
     assert new.take()
-    late.free()
+    late.release()
     assert leases(store) == ["locks/key.json"]
-    new.free()
+    new.release()
     assert leases(store) == []

@@ -1,1 +1,1 @@
-"""The compiled model on disk: its manifest, its integrity, and how it is found and opened."""
+"""The compiled model on disk: how it is found, opened and verified; its manifest and its attestations."""

@@ -1,4 +1,4 @@
-"""Whether an artifact's bytes are those that its manifest lists, and its digest the one that was asked for."""
+"""Check that an artifact's bytes are those that its manifest lists, and that its digest is the expected one."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _DIGEST = re.compile(r"[0-9a-f]{12,64}")
 
 @dataclass(frozen=True)
 class CheckedFolder:
-    """An artifact's folder, none of whose files but the manifest was opened by anything that runs it.
+    """Result of `check_folder`. Only the manifest has been parsed so far; no compiled file has been opened.
 
     Attributes:
-        manifest: What was made.
-        digest: The folder's own, of what is there.
-        verified: Whether every file is the one that the manifest lists, and no other is there.
+        manifest: Manifest of the artifact.
+        digest: Digest of the files that are in the folder.
+        verified: Whether every file matches the manifest and the folder holds no other file.
     """
 
     manifest: ArtifactManifest
@@ -39,22 +39,22 @@ class CheckedFolder:
 
 
 def check_folder(folder: Path, *, trust: bool, hint: str) -> CheckedFolder:
-    """Compare every file with the manifest; with `trust`, altered and unlisted files are only logged.
+    """Compare every file of an artifact with its manifest.
 
     Args:
-        folder: Of this machine.
-        trust: Whether they may differ.
-        hint: What to do if they may not, and do.
+        folder: Folder on this machine.
+        trust: Accept altered and unlisted files, with a warning in the log.
+        hint: What the error tells the user to do.
 
     Raises:
-        ManifestError: there is no manifest, or of an unknown schema_version.
-        IntegrityError: a file is missing or outside the folder, or without `trust` altered or unlisted.
+        ManifestError: The manifest is missing, or its schema_version is unknown.
+        IntegrityError: A file is missing or outside the folder; without `trust`, a file is altered or unlisted.
     """
     try:
         manifest, files = verify_folder(folder)
         return CheckedFolder(manifest, folder_digest(files), verified=True)
     except IntegrityError as error:
-        # Both raise again what no trust excuses: a path or a link that leaves the folder.
+        # Both calls raise again if a path or a link leaves the folder, which `trust` does not excuse.
         manifest, files = read_manifest(folder), artifact_files(folder)
         listed = {record.path: record for record in manifest.files}
         if listed.keys() - {record.path for record in files}:
@@ -65,7 +65,7 @@ def check_folder(folder: Path, *, trust: bool, hint: str) -> CheckedFolder:
         record.path for record in files if record.path != MANIFEST_NAME and listed.get(record.path) != record
     ]
     logger.warning(
-        "%s is loaded unverified, because of trust=True: %s differ from the manifest or are not in it.",
+        "Loading %s unverified, because of trust=True: %s differ from the manifest or are not listed in it.",
         folder,
         ", ".join(unverified),
     )
@@ -73,28 +73,30 @@ def check_folder(folder: Path, *, trust: bool, hint: str) -> CheckedFolder:
 
 
 def artifact_files(folder: Path) -> tuple[FileRecord, ...]:
-    """Hash the files that an artifact's digest is made of: all but what is said of it."""
+    """Hash the files that make up an artifact's digest: all files except the attestations."""
     return tuple(record for record in list_files(folder) if record.path != ATTESTATIONS_NAME)
 
 
-def check_is_digest(text: str) -> None:
-    """Refuse what is neither an artifact's digest nor its first 12 digits or more.
+def check_digest_format(text: str) -> None:
+    """Check that a text is an artifact's digest, or at least its first 12 digits.
 
     Raises:
-        SpecError: it is no digest.
+        SpecError: The text is not a digest.
     """
     if _DIGEST.fullmatch(text) is None:
         raise SpecError(
-            f"digest={text!r} is no digest: needed are 12 to 64 of the digits 0-9 and a-f.",
-            hint="Copy it from `compileflow versions`, or from the end of the artifact's URI.",
+            f"Expected a digest of 12 to 64 of the digits 0-9 and a-f, got digest={text!r}.",
+            hint="Copy the digest from `compileflow versions`, or from the end of the artifact's URI.",
         )
 
 
-def check_same(where: str, found: str, asked: str, *, hint: str) -> None:
-    """Compare an artifact's digest with the one that was asked for, or with its beginning.
+def check_digest(location: str, digest: str, expected: str, *, hint: str) -> None:
+    """Compare the digest of an artifact with the expected digest, which may be shortened to its first digits.
 
     Raises:
-        IntegrityError: it is another artifact.
+        IntegrityError: The digests differ.
     """
-    if not found.startswith(asked):
-        raise IntegrityError(f"{where} has the digest {found[:12]}..., asked for was {asked[:12]}...", hint=hint)
+    if not digest.startswith(expected):
+        raise IntegrityError(
+            f"Digest mismatch for {location}: expected {expected[:12]}..., found {digest[:12]}...", hint=hint
+        )

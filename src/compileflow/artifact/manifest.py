@@ -1,4 +1,4 @@
-"""ArtifactManifest: what was made (manifest.json), of which files it consists, and what loading it needs."""
+"""ArtifactManifest, the content of manifest.json: what was compiled, its files, and what a load needs to know."""
 
 from __future__ import annotations
 
@@ -15,42 +15,43 @@ from compileflow.errors import IntegrityError, ManifestError, first_problem
 from compileflow.spec import CompileSpec, HfTask
 
 MANIFEST_NAME = "manifest.json"
-# What is said of an artifact travels beside its files and is none of them: it names the artifact's digest.
+# This file lies beside the artifact's files but does not belong to them, because it names the artifact's digest.
 ATTESTATIONS_NAME = "attestations.intoto.jsonl"
 SCHEMA_VERSION: Literal[3] = 3
 _READABLE = (1, 2, 3)
 
 
 class SourceRecord(Record):
-    """Which source model an artifact was compiled from."""
+    """The source model that an artifact was compiled from."""
 
     uri: str = Field(description="hf://owner/name or file:///folder")
-    revision: str = Field(description="Hub commit, or the folder's own digest.")
+    revision: str = Field(description="Hub commit, or the digest of the folder.")
     digest: str = Field(pattern=SHA256, description="Digest of the source model's files.")
     architecture: str = Field(description="Model class, for example BertForSequenceClassification.")
 
 
 class TargetRecord(Record):
-    """Which target compiled an artifact, with which toolchain."""
+    """The target and the toolchain that compiled an artifact."""
 
     name: str
-    version: int = Field(ge=1, description="The target's own version; raised when its output changes.")
-    toolchain: dict[str, str] = Field(description="Distribution name to version, at compile time.")
-    cpu_features: tuple[str, ...] = Field((), description="CPU features that were baked in; () when none.")
+    version: int = Field(ge=1, description="Version of the target's code; it increases when the output changes.")
+    toolchain: dict[str, str] = Field(description="Distribution name to its version at compile time.")
+    cpu_features: tuple[str, ...] = Field((), description="CPU features that the files need; () if none.")
 
 
 class CalibrationRecord(Record):
-    """Which natural examples a static quantisation looked at."""
+    """The natural examples that calibrated a static quantisation."""
 
-    origin: str = Field(description="File name, or compileflow's own.")
-    digest: str = Field(pattern=SHA256, description="SHA-256 of that file.")
-    examples: int = Field(ge=1, description="How many of its examples were used.")
+    origin: str = Field(description="Name of the file, or of the examples in compileflow.")
+    digest: str = Field(pattern=SHA256, description="SHA-256 of the file.")
+    examples: int = Field(ge=1, description="Number of examples that were used.")
 
 
 class ArtifactManifest(Record):
-    """Everything that a reader needs before it opens a compiled file.
+    """Everything that a reader needs to know before it opens a compiled file.
 
-    It holds no time and no measurement: the same source, spec and toolchain give the same manifest.
+    The manifest holds neither times nor measurements, so the same source, spec and toolchain give the same
+    manifest.
     """
 
     schema_version: Literal[1, 2, 3] = SCHEMA_VERSION
@@ -58,39 +59,39 @@ class ArtifactManifest(Record):
     source: SourceRecord
     target: TargetRecord
     components: dict[str, ComponentRecord]
-    files: tuple[FileRecord, ...] = Field(description="Every file but manifest.json itself.")
-    calibration: CalibrationRecord | None = Field(None, description="Where the precision was calibrated.")
+    files: tuple[FileRecord, ...] = Field(description="Every file except manifest.json.")
+    calibration: CalibrationRecord | None = Field(None, description="Calibration of a quantised artifact.")
 
     @field_validator("files")
     @classmethod
-    def _attestations_are_no_file(cls, files: tuple[FileRecord, ...]) -> tuple[FileRecord, ...]:
+    def _attestations_are_not_listed(cls, files: tuple[FileRecord, ...]) -> tuple[FileRecord, ...]:
         if any(record.path == ATTESTATIONS_NAME for record in files):
-            raise ValueError(f"{ATTESTATIONS_NAME} is no file of an artifact")
+            raise ValueError(f"{ATTESTATIONS_NAME} must not be listed as a file of the artifact")
         return files
 
     @property
     def hf_task(self) -> HfTask:
-        """Hub task that the artifact serves."""
+        """Hub task of the artifact."""
         return self.spec.hf_task
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all files but the manifest."""
+        """Size of all files except the manifest."""
         return sum(record.size_bytes for record in self.files)
 
     def write(self, folder: Path) -> Path:
-        """Write manifest.json below `folder` and return its path."""
+        """Write manifest.json into `folder` and return the path."""
         path = folder / MANIFEST_NAME
         path.write_text(json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n", "utf-8")
         return path
 
 
 def read_manifest(folder: Path) -> ArtifactManifest:
-    """Read and check manifest.json, and nothing else.
+    """Read and check manifest.json without looking at the other files.
 
     Raises:
-        ManifestError: it is absent, not JSON, of an unknown schema_version, or its fields are wrong.
-        IntegrityError: it names a file outside its folder.
+        ManifestError: The file is missing or not JSON, its schema_version is unknown, or a field is invalid.
+        IntegrityError: The manifest names a file outside its folder.
     """
     path = folder / MANIFEST_NAME
     try:
@@ -100,14 +101,16 @@ def read_manifest(folder: Path) -> ArtifactManifest:
             f"{folder} has no {MANIFEST_NAME}.", hint="Give the folder of a compiled artifact."
         ) from error
     except NotADirectoryError as error:
-        raise ManifestError(f"{folder} is not a folder.", hint="Give an artifact's folder.") from error
+        raise ManifestError(
+            f"{folder} is not a folder.", hint="Give the folder of a compiled artifact."
+        ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise ManifestError(f"{path} cannot be read: {error}.", hint="Fetch the artifact again.") from error
     version = data.get("schema_version") if isinstance(data, dict) else None
     if version not in _READABLE:
         raise ManifestError(
-            f"{path} has schema_version {version!r}; this compileflow reads {', '.join(map(str, _READABLE))}.",
-            hint="Install the compileflow that made it, or compile the model again.",
+            f"{path}: expected schema_version {', '.join(map(str, _READABLE))}, found {version!r}.",
+            hint="Install the version of compileflow that wrote it, or compile the model again.",
         )
     try:
         return ArtifactManifest.model_validate(data)
@@ -121,32 +124,32 @@ def read_manifest(folder: Path) -> ArtifactManifest:
 
 
 def verify_folder(folder: Path) -> tuple[ArtifactManifest, tuple[FileRecord, ...]]:
-    """Check every file of an artifact against its manifest, before anything is deserialised.
+    """Compare every file of an artifact with its manifest, before any file is deserialised.
 
-    The file of attestations is passed over, and changes no digest.
+    The attestations file is ignored and does not change the digest.
 
     Returns:
-        The manifest, and the records of all files with manifest.json, whose digest is the artifact's.
+        The manifest, and the records of all files including manifest.json. Their digest is the artifact's digest.
 
     Raises:
-        ManifestError: see `read_manifest`.
-        IntegrityError: a file is missing, altered, not listed, or outside the folder.
+        ManifestError: See `read_manifest`.
+        IntegrityError: A file is missing, altered, not listed, or outside the folder.
     """
     manifest = read_manifest(folder)
-    found = {record.path: record for record in list_files(folder)}
-    own = found.pop(MANIFEST_NAME)
-    found.pop(ATTESTATIONS_NAME, None)
+    unlisted = {record.path: record for record in list_files(folder)}
+    manifest_record = unlisted.pop(MANIFEST_NAME)
+    unlisted.pop(ATTESTATIONS_NAME, None)
     hint = "Do not load this artifact; fetch it again."
     for record in manifest.files:
-        have = found.pop(record.path, None)
-        if have is None:
+        file = unlisted.pop(record.path, None)
+        if file is None:
             raise IntegrityError(f"{folder}: {record.path} is missing.", hint=hint)
-        if have != record:
+        if file != record:
             raise IntegrityError(
-                f"{folder}: {record.path} was altered: SHA-256 {have.sha256[:12]}..., "
-                f"the manifest says {record.sha256[:12]}...",
+                f"{folder}: {record.path} was altered: expected SHA-256 {record.sha256[:12]}..., "
+                f"found {file.sha256[:12]}...",
                 hint=hint,
             )
-    if found:
-        raise IntegrityError(f"{folder}: {sorted(found)[0]} is not in the manifest.", hint=hint)
-    return manifest, (*manifest.files, own)
+    if unlisted:
+        raise IntegrityError(f"{folder}: {sorted(unlisted)[0]} is not in the manifest.", hint=hint)
+    return manifest, (*manifest.files, manifest_record)

@@ -1,4 +1,4 @@
-"""Find a compiled artifact, check every byte of it, and only then let anyone open its files."""
+"""Open a compiled artifact by folder, URI or registered name: fetch it, verify every byte, then load it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from compileflow._process.cpu import missing_features
 from compileflow._process.folders import move_into_place, os_errors, work_folder
 from compileflow._process.state import undisturbed_process
 from compileflow.artifact.attestations.envelopes import stored_envelopes, write_bundle
-from compileflow.artifact.attestations.required import RequireSignature, check_signed, required_keys
-from compileflow.artifact.attestations.verify import Attested
-from compileflow.artifact.integrity import check_folder, check_is_digest, check_same
+from compileflow.artifact.attestations.require_signature import RequireSignature, check_signed, required_keys
+from compileflow.artifact.attestations.verify import Attestations
+from compileflow.artifact.integrity import check_digest, check_digest_format, check_folder
 from compileflow.artifact.manifest import ArtifactManifest
 from compileflow.artifact.runtime import check_runtime
 from compileflow.catalog import get_target, open_store, parse_reference, resolve_reference, target_names
@@ -22,35 +22,35 @@ from compileflow.errors import LoadError, SpecError, StoreError
 from compileflow.settings import Settings, get_settings
 from compileflow.stores.layout import split_uri
 
-_FETCH = "Do not load this artifact; fetch it again."
-_TRUST = f"{_FETCH} trust=True would load it as it is; compiled files are native code and run with your rights."
-_FETCH_CACHED = "Delete that folder and load again."
-_OTHER_DIGEST = "Give the folder or URI that has it; `compileflow versions` lists the registered ones."
+_FETCH_AGAIN = "Do not load this artifact; fetch it again."
+_TRUST = f"{_FETCH_AGAIN} trust=True loads it unverified; compiled files are native code and run with your rights."
+_DELETE_CACHED = "Delete that folder and load again."
+_OTHER_DIGEST = "Give the folder or URI of that artifact; `compileflow versions` lists the registered artifacts."
 
 
 @dataclass(frozen=True)
 class OpenArtifact:
-    """An artifact in a folder of this machine, its files compared with its manifest.
+    """An artifact in a folder on this machine, after the comparison of its files with its manifest.
 
     Attributes:
-        folder: Where it is.
-        manifest: What was made.
-        digest: The folder's own, of what is there.
-        verified: False only with trust=True: a file was altered, or is not in the manifest.
-        attested: What trusted keys signed of it; None where no signature was required.
+        folder: Folder of the artifact.
+        manifest: Manifest of the artifact.
+        digest: Digest of the files that are in the folder.
+        verified: False if a file is altered or unlisted, which only trust=True accepts.
+        attested: Signed statements about the artifact; None if no signature was required.
     """
 
     folder: Path
     manifest: ArtifactManifest
     digest: str
     verified: bool
-    attested: Attested | None = None
+    attested: Attestations | None = None
 
     def component(self, name: str) -> ComponentRecord:
-        """Return one component's record.
+        """Return the record of one component.
 
         Raises:
-            LoadError: there is no such component.
+            LoadError: The artifact has no such component.
         """
         record = self.manifest.components.get(name)
         if record is None:
@@ -61,13 +61,18 @@ class OpenArtifact:
         return record
 
     def load(self, record: ComponentRecord, *, device: Device | None, threads: int | None) -> Runner:
-        """Load one component with the target that compiled it; device None is the one it was compiled for.
+        """Load one component with the target that compiled it.
+
+        Args:
+            record: Record of the component.
+            device: Device to run on. None: the device that the component was compiled for.
+            threads: Number of threads that the runtime uses. None: the runtime decides.
 
         Raises:
-            LoadError: the target is unknown, or cannot run it here; nothing was opened.
+            LoadError: The target is unknown or cannot run here. No compiled file was opened.
         """
         target = self._target()
-        # A target may compile for one of its devices; any other takes what it has first.
+        # Only targets that compile for one particular device record it.
         compiled_for = cast("Device | None", record.load_options.get("device"))
         device = device or compiled_for or target.capabilities.devices[0]
         if device not in target.capabilities.devices:
@@ -75,20 +80,23 @@ class OpenArtifact:
                 f"{target.name} does not run on {device!r}.",
                 hint=f"Choose one of: {', '.join(target.capabilities.devices)}.",
             )
-        here = target.probe()
-        if not here.can_run:
-            raise LoadError(f"{target.name} cannot run here: {here.reason}.", hint=f"Try: {here.hint}.")
-        check_runtime(target, self.manifest.target.toolchain)
-        if record.precision in here.lacking:
+        availability = target.probe()
+        if not availability.can_run:
             raise LoadError(
-                f"{target.name} cannot run {record.precision.value} here: {here.lacking[record.precision]}.",
-                hint="Load it on a machine that can, or compile at another precision: "
+                f"{target.name} cannot run here: {availability.reason}.", hint=f"Try: {availability.hint}."
+            )
+        check_runtime(target, self.manifest.target.toolchain)
+        if record.precision in availability.lacking:
+            reason = availability.lacking[record.precision]
+            raise LoadError(
+                f"{target.name} cannot run {record.precision.value} here: {reason}.",
+                hint="Load it on another machine, or compile it at another precision: "
                 f"{self._compile_command()} --precision fp32",
             )
-        lost = missing_features(self.manifest.target.cpu_features)
-        if lost:
+        missing = missing_features(self.manifest.target.cpu_features)
+        if missing:
             raise LoadError(
-                f"The artifact was compiled for a CPU with {', '.join(lost)}, which this one lacks.",
+                f"The artifact was compiled for a CPU with {', '.join(missing)}, which this CPU lacks.",
                 hint=f"Compile it on a machine like this one: {self._compile_command()}",
             )
         with undisturbed_process():
@@ -100,13 +108,14 @@ class OpenArtifact:
             return get_target(name)
         except SpecError as error:
             raise LoadError(
-                f"The artifact was compiled for the target {name!r}; known are {', '.join(target_names())}.",
-                hint="Install the distribution that brings this target, or a newer compileflow.",
+                f"The artifact was compiled for the unknown target {name!r}. "
+                f"Known targets: {', '.join(target_names())}.",
+                hint="Install the distribution that provides this target, or a newer compileflow.",
             ) from error
 
     def _compile_command(self) -> str:
         model = self.manifest.source.uri.removeprefix("hf://").removeprefix("file://")
-        return f"python -m flows compile --model {model} --target {self.manifest.target.name}"
+        return f"compileflow compile {model} --target {self.manifest.target.name}"
 
 
 def open_artifact(
@@ -117,51 +126,51 @@ def open_artifact(
     require_signature: RequireSignature = None,
     settings: Settings | None = None,
 ) -> OpenArtifact:
-    """Open an artifact by folder, URI or registered name; what is not here is fetched once and kept in a cache.
+    """Open an artifact by folder, URI or registered name. A remote artifact is fetched once into a local cache.
 
     Args:
-        location: Folder, STORE/manifests/sha256/DIGEST.json, or a version's name as registry:NAME@production,
-            registry:NAME@3, or REGISTRY_URI#NAME@3; without @ the newest.
-        digest: The artifact's own, or its first 12 digits and more. None: the one in the URI, if it is one.
-        trust: Open it although files were altered or added, with a warning in the log. Compiled files are native
-            code, which then runs with the caller's rights.
-        require_signature: True refuses what no trusted key signed; so do public keys' PEM files, which are trusted
-            instead. None: as the settings say.
-        settings: Where the cache is, and which keys are trusted. None: as configured.
+        location: Folder, STORE/manifests/sha256/DIGEST.json, or a registered version: registry:NAME@production,
+            registry:NAME@3, or REGISTRY_URI#NAME@3. Without @, the newest version.
+        digest: Expected digest, or at least its first 12 digits. None: the digest in the URI, if there is one.
+        trust: Open an artifact whose files are altered or unlisted, with a warning in the log. Compiled files are
+            native code, which then runs with the caller's rights.
+        require_signature: True refuses an artifact that no trusted key signed. PEM files of public keys do the
+            same and are trusted instead of the configured keys. None follows the settings.
+        settings: Settings that name the cache and the trusted keys. None means the configured ones.
 
     Raises:
-        ManifestError: there is no manifest, or of an unknown schema_version.
-        IntegrityError: a file is missing, altered, unlisted or outside the folder, or the digest another.
-        RegistryError: the registry has no such version, or did not answer.
-        SpecError: `digest` is no digest, or a signature is required and no key can be used.
-        SignatureError: one is required, and provenance or verdict lack it, are on another artifact, or the verdict
-            is neither PASSED nor WARNED.
+        ManifestError: The manifest is missing, or its schema_version is unknown.
+        IntegrityError: A file is missing, altered, unlisted or outside the folder, or the digest differs.
+        RegistryError: The registry has no such version, or did not answer.
+        SpecError: `digest` is not a digest, or a signature is required but no key can be used.
+        SignatureError: A signature is required, but the provenance or the verdict is missing, unsigned, or about
+            another artifact, or the verdict is neither PASSED nor WARNED.
     """
     text = str(location)
     settings = settings or get_settings()
     keys = required_keys(require_signature, settings)
     store_uri = None
     if digest is not None:
-        check_is_digest(digest)
+        check_digest_format(digest)
     if parse_reference(text) is not None:
         version = resolve_reference(text, settings)
         if digest is not None:
-            check_same(text, version.artifact_digest, digest, hint=_OTHER_DIGEST)
-        # Whatever stands at that URI, what was registered is this digest.
+            check_digest(text, version.artifact_digest, digest, hint=_OTHER_DIGEST)
+        # The URI may lead anywhere; the registered digest decides.
         text, digest = version.artifact_uri, version.artifact_digest
     if "://" in text:
-        store_uri, named = split_uri(text)
+        store_uri, uri_digest = split_uri(text)
         if digest is not None:
-            check_same(text, named, digest, hint=_OTHER_DIGEST)
-        folder = _fetched(store_uri, named, settings)
-        checked = check_folder(folder, trust=trust, hint=_FETCH_CACHED)
-        check_same(str(folder), checked.digest, named, hint=_FETCH_CACHED)
+            check_digest(text, uri_digest, digest, hint=_OTHER_DIGEST)
+        folder = _fetch(store_uri, uri_digest, settings)
+        checked = check_folder(folder, trust=trust, hint=_DELETE_CACHED)
+        check_digest(str(folder), checked.digest, uri_digest, hint=_DELETE_CACHED)
     else:
         folder = Path(location).expanduser().absolute()
-        # Whoever names the digest wants that artifact and no other; to trust this one would not help.
-        checked = check_folder(folder, trust=trust, hint=_TRUST if digest is None else _FETCH)
+        # With a given digest, an altered folder is the wrong artifact, so trust=True does not help.
+        checked = check_folder(folder, trust=trust, hint=_TRUST if digest is None else _FETCH_AGAIN)
         if digest is not None:
-            check_same(str(folder), checked.digest, digest, hint=_OTHER_DIGEST)
+            check_digest(str(folder), checked.digest, digest, hint=_OTHER_DIGEST)
     attested = None
     if keys is not None:
         attested = check_signed(folder, checked, keys, store_uri=store_uri, settings=settings)
@@ -169,11 +178,15 @@ def open_artifact(
 
 
 def copy_artifact(artifact: OpenArtifact, dest: str | Path) -> Path:
-    """Copy an artifact's files, and what is said of it, into `dest`, which must be empty or absent."""
+    """Copy an artifact's files and its attestations into `dest`, which must be empty or absent.
+
+    Raises:
+        StoreError: `dest` is not empty or cannot be written.
+    """
     out = Path(dest).expanduser().absolute()
     with os_errors(out, "write to"):
-        was_there = out.exists()
-        if was_there and (not out.is_dir() or any(out.iterdir())):
+        existed = out.exists()
+        if existed and (not out.is_dir() or any(out.iterdir())):
             raise StoreError(f"{out} is not empty.", hint="Choose another folder.")
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -184,28 +197,28 @@ def copy_artifact(artifact: OpenArtifact, dest: str | Path) -> Path:
                 else:
                     shutil.copyfile(path, copy)
         except BaseException:
-            # Half of an artifact would stand in the way of the next try.
+            # A partial copy would block the next attempt.
             shutil.rmtree(out, ignore_errors=True)
-            if was_there:
+            if existed:
                 out.mkdir(exist_ok=True)
             raise
     return out
 
 
 def cached_folder(digest: str, settings: Settings) -> Path:
-    """Return where the local cache has an artifact, if it has it."""
+    """Return the folder of an artifact in the local cache, whether or not it exists."""
     return settings.home_dir / "artifacts" / digest
 
 
-def _fetched(store_uri: str, digest: str, settings: Settings) -> Path:
+def _fetch(store_uri: str, digest: str, settings: Settings) -> Path:
     folder = cached_folder(digest, settings)
     if not folder.exists():
         store = open_store(store_uri, settings)
         with work_folder(settings.work_dir, label="fetch") as work:
             store.get_folder(digest, work / "artifact")
-            said = stored_envelopes(store, digest)
+            envelopes = stored_envelopes(store, digest)
             with os_errors(folder, "write to"):
-                write_bundle(work / "artifact", said)
-            # A folder that another process fetched meanwhile is verified below like any other.
+                write_bundle(work / "artifact", envelopes)
+            # Another process may have fetched it at the same time. The caller verifies the folder in either case.
             move_into_place(work / "artifact", folder)
     return folder

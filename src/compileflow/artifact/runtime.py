@@ -1,4 +1,4 @@
-"""Whether the runtime that is installed here can load what the artifact's own toolchain compiled."""
+"""Check that the installed runtime can load what the artifact's toolchain compiled."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from compileflow.errors import LoadError, ManifestError
 
 
 def runtime_needs(rules: Mapping[str, str], toolchain: Mapping[str, str]) -> dict[str, str]:
-    """Return the versions that load what `toolchain` compiled, distribution to PEP 440 specifier.
+    """Return the versions that can load what `toolchain` compiled: distribution to PEP 440 specifier.
 
     Args:
-        rules: `Capabilities.runtime`.
-        toolchain: Distribution to version at compile time; a distribution that it lacks is not needed.
+        rules: `Capabilities.runtime` of the target.
+        toolchain: Distribution to its version at compile time. Distributions that it lacks are not required.
 
     Raises:
-        ManifestError: a recorded version is none.
+        ManifestError: A recorded version is not a PEP 440 version.
 
     >>> runtime_needs({"torch": ">={minor},<{next_major}"}, {"torch": "2.13.0+cpu", "transformers": "5.23.0"})
     {'torch': '>=2.13,<3'}
@@ -33,7 +33,7 @@ def runtime_needs(rules: Mapping[str, str], toolchain: Mapping[str, str]) -> dic
             parts = Version(toolchain[name]).release
         except InvalidVersion as error:
             raise ManifestError(
-                f"The manifest says that {name} {toolchain[name]!r} compiled the artifact, which is no version.",
+                f"The manifest names {name} {toolchain[name]!r}, which is not a version.",
                 hint="Compile the model again.",
             ) from error
         major, minor = (*parts, 0)[:2]
@@ -44,25 +44,25 @@ def runtime_needs(rules: Mapping[str, str], toolchain: Mapping[str, str]) -> dic
 
 
 def check_runtime(target: Target, toolchain: Mapping[str, str]) -> None:
-    """Compare the versions that are installed with those that load what `toolchain` compiled; imports none.
+    """Compare the installed versions with those that can load what `toolchain` compiled. Imports none of them.
 
-    Only releases are compared: 2.13.0+cpu and 2.13.0rc1 are 2.13.0.
+    Only releases are compared: 2.13.0+cpu and 2.13.0rc1 count as 2.13.0.
 
     Raises:
-        LoadError: one is missing, too old or too new.
-        ManifestError: see `runtime_needs`.
+        LoadError: A distribution is missing, too old or too new.
+        ManifestError: See `runtime_needs`.
     """
     needs = runtime_needs(target.capabilities.runtime, toolchain)
-    here = installed_versions(needs)
-    unfit = [name for name in needs if not _fits(here.get(name), needs[name])]
-    if unfit:
-        found = [
-            f"{name} {needs[name]}, compiled with {toolchain[name]}; found {here.get(name, 'none')}"
-            for name in unfit
+    installed = installed_versions(needs)
+    misfits = [name for name in needs if not _fits(installed.get(name), needs[name])]
+    if misfits:
+        problems = [
+            f"{name} {needs[name]} (compiled with {toolchain[name]}), found {installed.get(name, 'none')}"
+            for name in misfits
         ]
-        requirements = " ".join(f"'{name}{needs[name]}'" for name in unfit)
+        requirements = " ".join(f"'{name}{needs[name]}'" for name in misfits)
         raise LoadError(
-            f"{target.name} needs {'; and '.join(found)}.",
+            f"{target.name} needs {'; and '.join(problems)}.",
             hint=f"Run: {target.capabilities.runtime_install.format(requirements)}",
         )
 

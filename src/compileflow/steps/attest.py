@@ -1,4 +1,7 @@
-"""Write what the compile and validate steps say of an artifact, and see whether it was said before."""
+"""Sign what the compile and validate steps did, and decide whether a cached answer is attested well enough.
+
+Only the run that did the work signs it.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,12 @@ from compileflow.artifact.attestations.statements import (
     PROVENANCE_TYPE,
     VERDICT_TYPE,
     CompileRun,
-    Judged,
+    ValidationRun,
     provenance_statement,
     report_digest,
     verdict_statement,
 )
-from compileflow.artifact.attestations.verify import Attested, verify_attestations
+from compileflow.artifact.attestations.verify import Attestations, verify_attestations
 from compileflow.artifact.manifest import read_manifest
 from compileflow.contracts import ArtifactStore, StoredFolder
 from compileflow.errors import SignatureError
@@ -33,13 +36,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Attester:
-    """Speaks for one step of one run.
+    """Writes the statements of one run.
 
     Attributes:
-        store: Keeps what is said.
-        signer: None leaves statements unsigned.
-        trusted: Keys whose earlier statements stand, besides the signer's own.
-        threads: Of the step.
+        store: Store of the artifacts and of the statements about them.
+        signer: Private key of the run. None leaves the statements unsigned.
+        trusted: Public keys whose earlier statements are accepted, in addition to the signer's key.
+        threads: Number of threads that a step uses.
     """
 
     store: ArtifactStore
@@ -49,32 +52,32 @@ class Attester:
 
     @classmethod
     def of(cls, store: ArtifactStore, settings: Settings) -> Attester:
-        """Load the keys before anything is compiled or measured.
+        """Load the configured keys. Call it before a step starts its work, so that a bad key fails early.
 
         Raises:
-            SpecError: a key cannot be used.
-            SignatureError: securesystemslib is missing.
+            SpecError: A key cannot be used.
+            SignatureError: securesystemslib is not installed.
         """
         signer = load_signer(settings)
-        others = configured_keys(settings) if signer is not None else ()
-        return cls(store, signer, load_public_keys(others) if others else (), settings.threads)
+        key_files = configured_keys(settings) if signer is not None else ()
+        return cls(store, signer, load_public_keys(key_files) if key_files else (), settings.threads)
 
     def compiled(self, folder: Path, digest: str, *, started: datetime) -> None:
-        """Say how the artifact in `folder`, stored already, was made."""
+        """Record how the artifact in `folder` was compiled. The artifact must be in the store already."""
         run = CompileRun(str(uuid.uuid4()), started, datetime.now(UTC), self.threads)
         put_statement(self.store, digest, provenance_statement(read_manifest(folder), digest, run), self.signer)
 
     def validated(self, digest: str, report_dir: Path, *, stored: StoredFolder, source_digest: str) -> None:
-        """Say what the validation of an artifact found.
+        """Record the verdict of a validation.
 
         Args:
-            digest: The artifact's.
-            report_dir: With report.json.
+            digest: Digest of the artifact.
+            report_dir: Folder with report.json.
             stored: The same folder in the store.
-            source_digest: Of the source model that the artifact was compared with.
+            source_digest: Digest of the source model that the artifact was compared with.
         """
         report = Report.model_validate_json((report_dir / REPORT_JSON).read_bytes())
-        judged = Judged(
+        run = ValidationRun(
             outcome=report.verdict.outcome,
             gates={gate.gate: gate.outcome for gate in report.verdict.gates},
             suite_digest=report.suite_digest,
@@ -82,47 +85,48 @@ class Attester:
             report_digest=stored.digest,
             report_uri=stored.uri,
         )
-        put_statement(self.store, digest, verdict_statement(digest, judged), self.signer)
+        put_statement(self.store, digest, verdict_statement(digest, run), self.signer)
 
     def lacks_provenance(self, digest: str) -> str:
-        """Say why an artifact that was found has to be compiled again; '' if it has not."""
+        """Return why a cached artifact must be compiled again; '' if its provenance is sufficient."""
         return self._lack(digest, PROVENANCE_TYPE)[0]
 
     def lacks_verdict(self, digest: str, report: str) -> str:
-        """Say why a validation that was found has to be made again; '' if it has not.
+        """Return why a cached validation must be repeated; '' if its verdict is sufficient.
 
         Args:
-            digest: The artifact's.
-            report: Digest of the report that was found. A later validation may have had the last word since.
+            digest: Digest of the artifact.
+            report: Digest of the cached report. A later validation may have replaced its verdict.
         """
-        why, attested = self._lack(digest, VERDICT_TYPE)
+        why, attestations = self._lack(digest, VERDICT_TYPE)
         if (
             why
-            or attested is None
-            or attested.verdict is None
-            or report_digest(attested.verdict.statement) == report
+            or attestations is None
+            or attestations.verdict is None
+            or report_digest(attestations.verdict.statement) == report
         ):
             return why
         signed = _record(self.store, digest, VERDICT_TYPE).get("signatures")
-        return "" if signed and self.signer is None else "the last verdict on this artifact is another one"
+        # A run without a key cannot replace a signed verdict, so repeating the validation would change nothing.
+        return "" if signed and self.signer is None else "a later validation replaced the verdict on this artifact"
 
-    def _lack(self, digest: str, kind: str) -> tuple[str, Attested | None]:
+    def _lack(self, digest: str, kind: str) -> tuple[str, Attestations | None]:
         name = RECORDS[kind]
-        own = (self.signer.public_key,) if self.signer is not None else ()
+        signer_key = (self.signer.public_key,) if self.signer is not None else ()
         try:
-            attested = verify_attestations(
+            attestations = verify_attestations(
                 digest,
                 filter(None, [_record(self.store, digest, kind)]),
-                trusted_keys=(*own, *self.trusted),
+                trusted_keys=(*signer_key, *self.trusted),
                 require_signature=False,
             )
         except SignatureError as error:
             return error.message.rstrip("."), None
-        if (attested.provenance or attested.verdict) is None:
+        if (attestations.provenance or attestations.verdict) is None:
             return f"the store has no {name} statement on it", None
-        if own and not attested.signed_by:
-            return f"its {name} statement is not signed by this run's key or one that is trusted", None
-        return "", attested
+        if signer_key and not attestations.signed_by:
+            return f"neither this run's key nor a trusted key signed its {name} statement", None
+        return "", attestations
 
 
 def _record(store: ArtifactStore, digest: str, kind: str) -> Mapping[str, object]:

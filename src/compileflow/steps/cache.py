@@ -1,7 +1,7 @@
-"""The cache of a step: complete content keys, what changed since last time, one maker at a time.
+"""The cache of a step: its key, the lookup, and the explanation of a miss. Concurrent runs with one key work once.
 
-A step's answer is a record in the artifact store, found by the digest of everything that decides it. The record
-only points at folders of the store, so an answer whose folder has vanished is a miss. See docs/adr/0002.
+A step's result is a record in the artifact store. Its key is the digest of everything that decides the result. The
+record only points at folders in the store, so a record whose folder is gone is a miss. See docs/adr/0002.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ Value = TypeVar("Value", bound=BaseModel)
 
 @dataclass(frozen=True)
 class CacheKey:
-    """Everything that decides a step's answer, named part by part.
+    """Everything that decides the result of a step, part by part.
 
     Attributes:
-        step: The step's name.
-        subject: What stays the same when an input changes: the model's place and the target. The last key of
-            a subject is what a new one is compared with.
-        parts: Name to value; equal parts mean an equal answer.
+        step: Name of the step.
+        subject: The model's location and the target, which stay the same when an input changes. A new key is
+            compared with the last key of the same subject, to explain a miss.
+        parts: Name of each part to its value. Equal parts mean an equal result.
     """
 
     step: str
@@ -38,24 +38,24 @@ class CacheKey:
 
     @property
     def digest(self) -> str:
-        """The key itself, 64 hex digits."""
+        """The key: 64 hex digits."""
         return json_digest({"step": self.step, "parts": dict(self.parts)})
 
 
 def find(store: ArtifactStore, key: CacheKey, kind: type[Value], *, digest_fields: Sequence[str]) -> Value | None:
-    """Return the answer for a key, or None when there is none or the store lost a folder of it."""
+    """Return the cached result for a key; None without one, or if the store lost a folder that it points at."""
     record = store.get_record(key.step, key.digest)
     if record is None:
         return None
     try:
         value = kind.model_validate(record["value"])
     except (KeyError, ValidationError):
-        logger.warning("%s: the record %s is not readable; it is made anew", key.step, key.digest[:12])
+        logger.warning("%s: ignoring the cache record %s, which cannot be read", key.step, key.digest[:12])
         return None
     for digest in filter(None, (getattr(value, field) for field in digest_fields)):
         if not store.exists(digest):
             logger.warning(
-                "%s: the store lost %s, which a record points at; it is made anew", key.step, digest[:12]
+                "%s: ignoring a cache record, because the store has lost the folder %s", key.step, digest[:12]
             )
             return None
     return value
@@ -72,24 +72,24 @@ def find_or_make(
     keep: Callable[[Value], bool] = lambda value: True,
     lacks: Callable[[Value], str] = lambda value: "",
 ) -> tuple[Value, bool]:
-    """Return the answer for a key and whether it was there; make it if not, once for all who ask.
+    """Return the result for a key, and whether it was cached. On a miss, make it once for all concurrent callers.
 
     Args:
-        store: Holds the answers.
-        key: What is asked.
-        kind: The answer's class.
-        digest_fields: The fields of the answer that name the stored folders it stands on; None names none.
-        make: Makes the answer; given the reason why it was not there.
-        say: Told in one line why there was no answer, or that another run is making it.
-        keep: Says whether an answer may be given again to the next who asks.
-        lacks: Says why an answer that was there has to be made again; '' if it has not.
+        store: Store of the cache records.
+        key: Key of the result.
+        kind: Class of the result.
+        digest_fields: Fields of the result that hold digests of stored folders. A field that is None is skipped.
+        make: Called with the reason of the miss; returns the result.
+        say: Called with one line: the reason of a miss, or that another run is making the result.
+        keep: Returns whether a result may be cached.
+        lacks: Returns why a cached result must be made again; '' if it need not be.
     """
     value = find(store, key, kind, digest_fields=digest_fields)
     if value is not None and not lacks(value):
         return value, True
 
     def say_waiting() -> None:
-        say("another run is making the same answer; waiting for it")
+        say("another run is producing the same result; waiting for it")
 
     with store.lock(f"{key.step}/{key.digest}", on_wait=say_waiting):
         value = find(store, key, kind, digest_fields=digest_fields)
@@ -107,35 +107,35 @@ def find_or_make(
 
 
 def latest(store: ArtifactStore, step: str, subject: str) -> dict[str, JsonValue] | None:
-    """Return the last record of a subject, {"key": ..., "parts": {...}}, or None."""
+    """Return the last record of a subject, {"key": ..., "parts": {...}}; None without one."""
     return store.get_record(f"{step}-latest", json_digest([step, subject]))
 
 
 def why_missed(store: ArtifactStore, key: CacheKey) -> str:
-    """Say in one line which parts of the key differ from the subject's last one."""
-    before = latest(store, key.step, key.subject)
-    if before is None:
-        return f"nothing was made for {key.subject} before"
-    old = before.get("parts")
+    """Return in one line which parts of the key differ from the last key of the same subject."""
+    previous = latest(store, key.step, key.subject)
+    if previous is None:
+        return f"first run for {key.subject}"
+    old = previous.get("parts")
     changed = changed_parts(old if isinstance(old, dict) else {}, key.parts)
     if not changed:
-        return "its record or its folder is gone from the store"
+        return "the store has lost its record or its folder"
     return f"changed: {', '.join(changed)}"
 
 
 def changed_parts(old: Mapping[str, JsonValue], new: Mapping[str, str]) -> Sequence[str]:
-    """Name each part that was changed, added or removed; versions are shown, digests are not."""
+    """Return one text per part that was changed, added or removed. Short values are shown, digests are not."""
     lines = []
     for name in sorted({*old, *new}):
-        was, now = old.get(name), new.get(name)
-        if was == now:
+        old_value, new_value = old.get(name), new.get(name)
+        if old_value == new_value:
             continue
-        if was is None:
+        if old_value is None:
             lines.append(f"{name} (added)")
-        elif now is None:
+        elif new_value is None:
             lines.append(f"{name} (removed)")
-        elif len(str(was)) <= 40 and len(now) <= 40:
-            lines.append(f"{name} ({was} -> {now})")
+        elif len(str(old_value)) <= 40 and len(new_value) <= 40:
+            lines.append(f"{name} ({old_value} -> {new_value})")
         else:
             lines.append(name)
     return lines

@@ -1,1 +1,1 @@
-"""Artifact stores: write-once, content-addressed folders."""
+"""Artifact stores: write-once, content-addressed folders, locally or on S3."""

@@ -1,7 +1,8 @@
-"""The layout that every store shares: where a listing, a blob and a record are, and what a listing says.
+"""The layout that all stores share: paths of listings, blobs and records, their formats, and errors about them.
 
-blobs/sha256/ab/<sha256>, manifests/sha256/<digest>.json (written last: the commit mark), and
-records/<kind>/<key>.json, small pointers that may be replaced.
+blobs/sha256/ab/<sha256>             one file of a folder
+manifests/sha256/<digest>.json       the listing of a folder, written last as the commit mark
+records/<kind>/<key>.json            small pointers, which may be replaced
 """
 
 from __future__ import annotations
@@ -9,8 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
-from pathlib import Path
 
 from pydantic import JsonValue, ValidationError
 
@@ -25,98 +24,104 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def blob_key(sha256: str) -> str:
-    """Return a blob's place, relative to the store."""
+    """Return the path of a blob, relative to the store."""
     return f"{BLOBS}{sha256[:2]}/{sha256}"
 
 
 def listing_key(digest: str) -> str:
-    """Return a listing's place.
+    """Return the path of a listing, relative to the store.
 
     Raises:
-        IntegrityError: that is no digest; it might name any other place.
+        IntegrityError: The text is not a digest. It could name any other path.
     """
     if not is_digest(digest):
-        raise IntegrityError(f"{digest!r} is no digest.", hint="A digest is 64 hex digits.")
+        raise IntegrityError(f"Expected a digest of 64 hex digits, got {digest!r}.", hint="Check the digest.")
     return f"{LISTINGS}{digest}.json"
 
 
 def is_digest(text: str) -> bool:
-    """Say whether this is the name of a blob or a listing."""
+    """Say whether a text can name a blob or a listing."""
     return _DIGEST.fullmatch(text) is not None
 
 
 def records_key(kind: str) -> str:
-    """Return the place of all records of a kind, with a slash at its end."""
+    """Return the path of all records of a kind, relative to the store, with a slash at the end."""
     return record_key(kind, "any").removesuffix("any.json")
 
 
 def record_key(kind: str, key: str) -> str:
-    """Return a record's place.
+    """Return the path of a record, relative to the store.
 
     Raises:
-        StoreError: the kind or the key has characters that no place may have.
+        StoreError: The kind or the key contains characters that are not allowed in a path.
     """
     if not _NAME.fullmatch(kind) or not _NAME.fullmatch(key):
-        raise StoreError(f"{kind}/{key} is no record's name.", hint="Use letters, digits, '.', '_' and '-'.")
+        raise StoreError(
+            f"{kind}/{key} is not a record's name.", hint="Use letters, digits, '.', '_' and '-' in both parts."
+        )
     return f"records/{kind}/{key}.json"
 
 
-def parse_listing(body: bytes, digest: str, where: str) -> tuple[FileRecord, ...]:
+def parse_listing(body: bytes, digest: str, location: str) -> tuple[FileRecord, ...]:
     """Return the files that a listing names.
 
     Args:
-        body: The listing's bytes.
-        digest: Their SHA-256.
-        where: Place of the listing, for the error.
+        body: Bytes of the listing.
+        digest: Expected SHA-256 of `body`.
+        location: Path or URI of the listing, for the error.
 
     Raises:
-        IntegrityError: other bytes, or no listing.
+        IntegrityError: The bytes have another SHA-256, or are not a listing.
     """
     if hashlib.sha256(body).hexdigest() != digest:
-        raise IntegrityError(f"{where} was altered.", hint="Delete it and run again; it will be made anew.")
+        raise IntegrityError(
+            f"The listing {location} was altered.", hint="Delete it and run again; the run writes a new one."
+        )
     try:
         data = json.loads(body)
         return tuple(FileRecord.model_validate(record) for record in data["files"])
     except (ValueError, KeyError, TypeError, ValidationError) as error:
-        raise IntegrityError(f"{where} is no listing: {error}.", hint="Do not use this store.") from error
+        raise IntegrityError(f"{location} is not a listing: {error}.", hint="Do not use this store.") from error
 
 
 def no_folder(store_uri: str, digest: str) -> IntegrityError:
-    """Return the error for a folder that a store does not hold."""
+    """Return the error for a folder that the store does not hold."""
     return IntegrityError(
-        f"{store_uri} holds no folder {digest[:12]}...",
-        hint="Check the URI; `compileflow versions` lists. A new run makes what was deleted.",
+        f"{store_uri} does not hold the folder {digest[:12]}...",
+        hint="Check the URI against `compileflow versions`. If the folder was deleted, run the compile again.",
     )
 
 
 def bad_blob(store_uri: str, record: FileRecord) -> IntegrityError:
-    """Return the error for a blob that cannot be served."""
+    """Return the error for a blob that is missing or has other bytes than its name says."""
     return IntegrityError(
-        f"{store_uri}: the blob of {record.path} is absent or altered.",
-        hint="Delete that blob and run again; it will be made anew.",
+        f"{store_uri}: the blob {blob_key(record.sha256)} of the file {record.path} is missing or altered.",
+        hint="Delete that blob and run again; the run writes a new one.",
     )
 
 
 def changed_while_stored(path: object) -> StoreError:
-    """Return the error for a file that somebody writes to while it is put."""
-    return StoreError(f"{path} changed while it was being stored.", hint="Run again when nothing writes to it.")
+    """Return the error for a file that another process changes during a put."""
+    return StoreError(
+        f"{path} changed while it was being stored.", hint="Run again when no other process writes to it."
+    )
 
 
 def collected_meanwhile(store_uri: str, folder: object) -> StoreError:
-    """Return the error for a put whose objects were deleted again and again while it ran."""
+    """Return the error for a put whose objects a collection deletes again and again."""
     return StoreUnavailableError(
-        f"{store_uri}: a collection keeps deleting what putting {folder} relies on.",
-        hint="Run it again when the collection is over, and collect with a minimum age of a day.",
+        f"{store_uri}: a garbage collection keeps deleting what the put of {folder} needs.",
+        hint="Run again after the collection has ended, and collect with a minimum age of a day.",
     )
 
 
 def record_body(value: dict[str, JsonValue]) -> bytes:
-    """Return a record's bytes."""
+    """Return the bytes of a record."""
     return json.dumps(value, sort_keys=True, indent=1).encode()
 
 
 def parse_record(body: bytes) -> dict[str, JsonValue] | None:
-    """Return what a record says; None where it is no JSON object, which counts as absent."""
+    """Return the value of a record; None if it is not a JSON object, so that it counts as missing."""
     try:
         data = json.loads(body)
     except (ValueError, RecursionError):
@@ -124,30 +129,21 @@ def parse_record(body: bytes) -> dict[str, JsonValue] | None:
     return data if isinstance(data, dict) else None
 
 
-def link_or_copy(blob: Path, out: Path) -> None:
-    """Show a blob under another name; a copy where the file system cannot link."""
-    try:
-        out.hardlink_to(blob)
-    except OSError:
-        # Another file system, or one without links.
-        shutil.copyfile(blob, out)
-
-
 def split_uri(uri: str) -> tuple[str, str]:
-    """Split a stored folder's URI into the store's URI and the digest.
+    """Split the URI of a stored folder into the URI of the store and the digest of the folder.
 
     Raises:
-        ManifestError: it is not such a URI.
+        ManifestError: The text is not the URI of a stored folder.
     """
     match = _URI.fullmatch(uri)
     if match is None:
         raise ManifestError(
-            f"{_shown(uri)!r} is neither an artifact folder nor an artifact URI.",
+            f"{without_user(uri)!r} is neither an artifact folder nor an artifact URI.",
             hint="Give a folder, registry:NAME, or STORE/manifests/sha256/DIGEST.json.",
         )
     return match["store"], match["digest"]
 
 
-def _shown(uri: str) -> str:
-    # Whatever stands before an @ may be a secret, also one with a slash in it.
+def without_user(uri: str) -> str:
+    """Return a URI without everything before an @, which may be a secret, even one that contains a slash."""
     return re.sub(r"//.*@", "//...@", uri)

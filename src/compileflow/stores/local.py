@@ -1,4 +1,7 @@
-"""file://: an artifact store in a folder, in the layout of all stores; tmp/ and locks/ belong to those at work."""
+"""LocalStore, file://: an artifact store in a folder of this machine, in the layout that all stores share.
+
+Beside the shared layout, tmp/ holds unfinished work and locks/ holds lock files.
+"""
 
 from __future__ import annotations
 
@@ -14,46 +17,48 @@ from urllib.parse import unquote, urlparse
 
 from pydantic import JsonValue
 
-from compileflow._process.folders import file_lock, os_errors, work_folder
+from compileflow._process.folders import file_lock, file_written_whole, link_or_copy, os_errors, work_folder
 from compileflow.contracts import Collected, FileRecord, StoredFolder
 from compileflow.contracts.digests import file_digest, folder_digest, list_files, listing_bytes
 from compileflow.errors import IntegrityError, SpecError
 from compileflow.settings import Settings
 from compileflow.stores import layout
-from compileflow.stores.collecting import REFRESH_AFTER_S, Aged, collect
+from compileflow.stores.collecting import REFRESH_AFTER_S, AgedObject, collect
 
-# How often a put starts again when a collection took what it relied on.
-_PUTS = 5
+# Attempts of a put. A collection may delete what an attempt found in the store.
+_PUT_ATTEMPTS = 5
 
 
 class LocalStore:
     """Folders as content-addressed blobs below one folder of this machine."""
 
     def __init__(self, uri: str, settings: Settings):
-        """Take the settings that every store takes; a folder needs none of them."""
+        """Keep the folder's path. Every store takes settings, but this one needs none of them."""
         parsed = urlparse(uri)
         if parsed.scheme != "file" or parsed.netloc not in ("", "localhost") or not parsed.path:
-            raise SpecError(f"{uri!r} is no folder's URI.", hint="Write it as file:///absolute/path.")
+            raise SpecError(
+                f"{uri!r} is not the URI of a local folder.", hint="Write it as file:///absolute/path."
+            )
         self.uri = uri.rstrip("/")
         self.root = Path(unquote(parsed.path))
 
     def put_folder(self, folder: Path) -> StoredFolder:
-        """Copy what is not there yet, then write the listing.
+        """Copy the blobs that the store lacks, then write the listing.
 
         Raises:
-            StoreError: the store cannot be written, or the folder changed while it was copied.
+            StoreError: The store cannot be written, or the folder changed during the copy.
         """
         with os_errors(folder, "read"):
             files = list_files(folder)
         digest = folder_digest(files)
         with os_errors(self.root, "write to the store"), work_folder(self.root / "tmp", label="put") as work:
-            for _ in range(_PUTS):
+            for _ in range(_PUT_ATTEMPTS):
                 refreshed = [
                     self._put_blob(folder / record.path, record, work / str(number))
                     for number, record in enumerate(files)
                 ]
                 refreshed.append(self._put_listing(listing_bytes(files), digest, work / "listing"))
-                # stores/collecting.py says why.
+                # Rule 4 of stores/collecting.py.
                 if not any(refreshed) or self.exists(digest):
                     break
             else:
@@ -61,23 +66,23 @@ class LocalStore:
         return StoredFolder(self.folder_uri(digest), digest, sum(record.size_bytes for record in files))
 
     def get_folder(self, digest: str, dest: Path) -> tuple[FileRecord, ...]:
-        """Copy a folder out of the store, checking every SHA-256.
+        """Copy a folder out of the store and check every SHA-256.
 
         Raises:
-            IntegrityError: the folder is absent, or a blob is absent or altered.
+            IntegrityError: The store does not hold the folder, or a blob is missing or altered.
             StoreError: `dest` exists or cannot be written.
         """
         return self._write_out(digest, dest, link=False)
 
     @contextmanager
     def open_folder(self, digest: str) -> Iterator[Path]:
-        """Give a verified copy made of hard links; nobody may write to it."""
+        """Give a verified copy that consists of hard links. Do not write to it."""
         with work_folder(self.root / "tmp", label="read") as work:
             self._write_out(digest, work / "folder", link=True)
             yield work / "folder"
 
     def exists(self, digest: str) -> bool:
-        """Say whether the listing and every blob, at its right size, are there."""
+        """Say whether the listing and every blob, with the right size, are in the store."""
         try:
             files = self._listing(digest)
         except IntegrityError:
@@ -86,74 +91,74 @@ class LocalStore:
 
     def list(self) -> Iterator[str]:
         """Yield the digests of all folders, sorted."""
-        with os_errors(self.root, "read the store"):
-            found = _below(self.root / layout.LISTINGS)
-        for path in found:
-            if path.suffix == ".json":
-                yield path.stem
+        return self._json_names(layout.LISTINGS)
 
     def folder_uri(self, digest: str) -> str:
         """Return the URI of the folder's listing."""
-        return f"{self.uri}/manifests/sha256/{digest}.json"
+        return f"{self.uri}/{layout.LISTINGS}{digest}.json"
 
     def put_record(self, kind: str, key: str, value: Mapping[str, JsonValue]) -> None:
-        """Write a pointer; readers see the old one or the new one, never a part."""
+        """Write a record atomically: readers see the old value or the new one."""
         path = self.root / layout.record_key(kind, key)
         with (
             os_errors(self.root, "write to the store"),
             work_folder(self.root / "tmp", label="record") as work,
+            _stored_file(path, work / "record") as partial,
         ):
-            self._place(layout.record_body(dict(value)), path, work / "record")
+            partial.write_bytes(layout.record_body(dict(value)))
 
     def get_record(self, kind: str, key: str) -> dict[str, JsonValue] | None:
-        """Read a pointer. One that is not JSON counts as absent."""
+        """Return the value of a record; None if it is missing or not JSON."""
         body = self._read(self.root / layout.record_key(kind, key))
         return layout.parse_record(body) if body is not None else None
 
     def list_records(self, kind: str) -> Iterator[str]:
-        """Yield the keys of all pointers of a kind, sorted."""
-        with os_errors(self.root, "read the store"):
-            found = _below(self.root / layout.records_key(kind))
-        for path in found:
-            if path.suffix == ".json":
-                yield path.stem
+        """Yield the keys of all records of a kind, sorted."""
+        return self._json_names(layout.records_key(kind))
 
     def lock(self, key: str, *, on_wait: Callable[[], None]) -> AbstractContextManager[None]:
-        """Hold a key alone among all processes that use this folder on this machine."""
+        """Hold a lock that excludes all other processes on this machine that use this folder."""
         name = hashlib.sha256(key.encode()).hexdigest()[:32]
         return file_lock(self.root / "locks" / f"{name}.lock", on_wait=on_wait)
 
     def gc(self, keep: Collection[str], *, min_age_s: float, dry_run: bool = False) -> Collected:
-        """Delete what nobody needs, in the order and with the ages that stores/collecting.py explains.
+        """Delete unneeded folders and blobs, as stores/collecting.py explains.
 
         Raises:
-            IntegrityError: a listing cannot be read; nothing was deleted.
-            StoreError: the store cannot be written.
+            IntegrityError: A listing cannot be read. Nothing was deleted.
+            StoreError: The store cannot be written.
         """
         with os_errors(self.root, "collect garbage in"):
             return collect(self, keep, min_age_s=min_age_s, dry_run=dry_run)
 
-    def aged_listings(self) -> Iterator[Aged]:
+    def aged_listings(self) -> Iterator[AgedObject]:
         """Yield all listings."""
-        return _aged(_below(self.root / layout.LISTINGS))
+        return _aged(_entries(self.root / layout.LISTINGS))
 
-    def aged_blobs(self) -> Iterator[Aged]:
+    def aged_blobs(self) -> Iterator[AgedObject]:
         """Yield all blobs."""
-        return _aged(path for part in _below(self.root / layout.BLOBS) for path in _below(part))
+        return _aged(path for prefix in _entries(self.root / layout.BLOBS) for path in _entries(prefix))
 
     def read_listing(self, digest: str) -> tuple[FileRecord, ...] | None:
-        """Return the files of a folder, or None when it has gone."""
+        """Return the files of a folder; None if its listing does not exist."""
         path = self.root / layout.listing_key(digest)
         body = self._read(path)
         return layout.parse_listing(body, digest, str(path)) if body is not None else None
 
     def delete_listing(self, digest: str, *, min_age_s: float) -> bool:
-        """Delete a listing if it is still that old."""
-        return _delete_old(self.root / layout.listing_key(digest), min_age_s)
+        """Delete a listing if it is still at least that old."""
+        return _delete_if_old(self.root / layout.listing_key(digest), min_age_s)
 
     def delete_blob(self, sha256: str, *, min_age_s: float) -> bool:
-        """Delete a blob if it is still that old."""
-        return _delete_old(self._blob_path(sha256), min_age_s)
+        """Delete a blob if it is still at least that old."""
+        return _delete_if_old(self._blob_path(sha256), min_age_s)
+
+    def _json_names(self, below: str) -> Iterator[str]:
+        with os_errors(self.root, "read the store"):
+            paths = _entries(self.root / below)
+        for path in paths:
+            if path.suffix == ".json":
+                yield path.stem
 
     def _read(self, path: Path) -> bytes | None:
         with os_errors(path, "read"):
@@ -163,34 +168,24 @@ class LocalStore:
                 return None
 
     def _put_blob(self, path: Path, record: FileRecord, partial: Path) -> bool:
-        """Copy a file unless it is there, and say whether an old one was found and refreshed."""
+        """Copy a file into the store unless it is there. Return whether an old blob was found and refreshed."""
         blob = self._blob_path(record.sha256)
-        if self._has_blob(record) and (refreshed := _refreshed(blob)) is not None:
+        if self._has_blob(record) and (refreshed := _refresh_if_old(blob)) is not None:
             return refreshed
-        shutil.copyfile(path, partial)
-        if file_digest(partial) != record.sha256:
-            raise layout.changed_while_stored(path)
-        self._move(partial, blob)
+        with _stored_file(blob, partial):
+            shutil.copyfile(path, partial)
+            if file_digest(partial) != record.sha256:
+                raise layout.changed_while_stored(path)
         return False
 
     def _put_listing(self, body: bytes, digest: str, partial: Path) -> bool:
+        """Write a listing unless it is there. Return whether an old listing was found and refreshed."""
         path = self.root / layout.listing_key(digest)
-        if path.exists() and (refreshed := _refreshed(path)) is not None:
+        if path.exists() and (refreshed := _refresh_if_old(path)) is not None:
             return refreshed
-        self._place(body, path, partial)
+        with _stored_file(path, partial):
+            partial.write_bytes(body)
         return False
-
-    def _place(self, body: bytes, path: Path, partial: Path) -> None:
-        partial.write_bytes(body)
-        self._move(partial, path)
-
-    def _move(self, partial: Path, path: Path) -> None:
-        """Give a finished file its name; on disk before the name is."""
-        with partial.open("rb") as stream:
-            os.fsync(stream.fileno())
-        partial.chmod(0o444)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.replace(path)
 
     def _write_out(self, digest: str, dest: Path, *, link: bool) -> tuple[FileRecord, ...]:
         files = self._listing(digest)
@@ -200,7 +195,7 @@ class LocalStore:
                 for record in files:
                     self._write_file(record, dest / record.path, link=link)
             except BaseException:
-                # A half-written folder would stand in the way of the next try.
+                # A partial folder would block the next attempt.
                 shutil.rmtree(dest, ignore_errors=True)
                 raise
         return files
@@ -212,13 +207,13 @@ class LocalStore:
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
             if link:
-                layout.link_or_copy(blob, out)
+                link_or_copy(blob, out)
             else:
                 shutil.copyfile(blob, out)
         except FileNotFoundError as error:
-            # Collected this moment.
+            # A collection has just deleted it.
             raise layout.bad_blob(self.uri, record) from error
-        # Of what is given away, not of what was there a moment before.
+        # Hash the copy, because the blob may have changed since.
         if file_digest(out) != record.sha256:
             raise layout.bad_blob(self.uri, record)
 
@@ -236,31 +231,35 @@ class LocalStore:
         return self.root / layout.blob_key(sha256)
 
 
-def _below(folder: Path) -> Sequence[Path]:
-    """Return what is in a folder, sorted; nothing where there is none."""
+def _stored_file(path: Path, partial: Path) -> AbstractContextManager[Path]:
+    return file_written_whole(path, partial=partial, read_only=True, durable=True)
+
+
+def _entries(folder: Path) -> Sequence[Path]:
+    """Return the entries of a folder, sorted; () if the folder does not exist."""
     try:
-        # Not a glob, which passes over what this user may not read.
+        # A glob would silently skip a folder that this user may not read.
         return sorted(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return ()
 
 
-def _aged(paths: Iterable[Path]) -> Iterator[Aged]:
+def _aged(paths: Iterable[Path]) -> Iterator[AgedObject]:
     for path in paths:
         if layout.is_digest(path.stem) and (stat := _stat(path)) is not None:
-            yield Aged(path.stem, stat.st_size, time.time() - stat.st_mtime)
+            yield AgedObject(path.stem, stat.st_size, time.time() - stat.st_mtime)
 
 
 def _stat(path: Path) -> os.stat_result | None:
     try:
         return path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        # Collected this moment.
+        # A collection may have just deleted it.
         return None
 
 
-def _refreshed(path: Path) -> bool | None:
-    """Make an old file young again and say whether it was old; None: it cannot be relied on, write it anew."""
+def _refresh_if_old(path: Path) -> bool | None:
+    """Reset the age of an old file, and return whether it was old; None if it must be written again."""
     stat = _stat(path)
     if stat is None:
         return None
@@ -269,12 +268,12 @@ def _refreshed(path: Path) -> bool | None:
     try:
         os.utime(path)
     except (FileNotFoundError, PermissionError):
-        # Collected, too, or another user's.
+        # A collection has just deleted it, or it belongs to another user.
         return None
     return True
 
 
-def _delete_old(path: Path, min_age_s: float) -> bool:
+def _delete_if_old(path: Path, min_age_s: float) -> bool:
     stat = _stat(path)
     if stat is None or time.time() - stat.st_mtime < min_age_s:
         return False

@@ -1,1 +1,1 @@
-"""Signed statements about an artifact: how they are made, sealed, stored and verified."""
+"""Signed statements about an artifact: their content, envelopes, keys, verification, and `require_signature=`."""

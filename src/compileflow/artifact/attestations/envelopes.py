@@ -1,7 +1,7 @@
-"""DSSE envelopes around statements, and the file in which an artifact's travel: one envelope a line.
+"""DSSE envelopes: how statements are sealed, recorded in a store, and bundled in a file beside an artifact.
 
-The envelope is that of https://github.com/secure-systems-lab/dsse; without signatures it is plain JSON, and needs
-no other library.
+https://github.com/secure-systems-lab/dsse defines the envelope. An unsigned envelope is plain JSON, and writing it
+needs no other library. The bundle file holds one envelope per line.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from securesystemslib.signer import Signer
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
-# Records of an artifact store, by the artifact's digest.
+# Predicate type to the kind of the store's record, whose key is the artifact's digest.
 RECORDS: Mapping[str, str] = {PROVENANCE_TYPE: "provenance", VERDICT_TYPE: "verdict"}
 
 Envelope = Mapping[str, Any]
 
 
 def seal(statement: Statement, signer: Signer | None) -> dict[str, JsonValue]:
-    """Put a statement into an envelope, signed where there is a signer."""
+    """Put a statement into an envelope and sign it; signer None leaves it unsigned."""
     payload = canonical_json(dict(statement))
     if signer is None:
         return {"payload": base64.b64encode(payload).decode(), "payloadType": PAYLOAD_TYPE, "signatures": []}
@@ -44,25 +44,25 @@ def seal(statement: Statement, signer: Signer | None) -> dict[str, JsonValue]:
 
 
 def payload_of(envelope: Envelope) -> bytes:
-    """Return the bytes that an envelope's signatures are over, without their type.
+    """Return the payload of an envelope: the bytes that its signatures cover, without their type.
 
     Raises:
-        SignatureError: it is no envelope.
+        SignatureError: The value is not an envelope.
     """
     try:
         return base64.b64decode(envelope["payload"], validate=True)
     except (KeyError, TypeError, ValueError) as error:
         raise SignatureError(
-            f"An attestation is no DSSE envelope: {type(error).__name__}: {error}.",
+            f"An attestation is not a DSSE envelope: {type(error).__name__}: {error}.",
             hint="Fetch the artifact again.",
         ) from error
 
 
 def statement_in(envelope: Envelope) -> dict[str, Any] | None:
-    """Return an envelope's statement, unchecked; None where it holds something else than in-toto's.
+    """Return the statement in an envelope without verifying it; None if the payload is not an in-toto statement.
 
     Raises:
-        SignatureError: it is no envelope, or no JSON is in it.
+        SignatureError: The value is not an envelope, or its payload is not JSON.
     """
     payload = payload_of(envelope)
     if envelope.get("payloadType") != PAYLOAD_TYPE:
@@ -71,41 +71,41 @@ def statement_in(envelope: Envelope) -> dict[str, Any] | None:
         statement = json.loads(payload)
     except (ValueError, RecursionError) as error:
         raise SignatureError(
-            f"An attestation's payload is no JSON: {error}.", hint="Fetch the artifact again."
+            f"The payload of an attestation is not JSON: {error}.", hint="Fetch the artifact again."
         ) from error
     return statement if isinstance(statement, dict) else None
 
 
 def put_statement(store: ArtifactStore, digest: str, statement: Statement, signer: Signer | None) -> None:
-    """Record a statement on an artifact in its store, in place of the last one of its kind.
+    """Record a statement about an artifact in its store. It replaces the previous statement of the same kind.
 
-    One that is not signed never takes the place of one that is: whoever runs without the key would undo it.
+    An unsigned statement never replaces a signed one. Otherwise a run without the key would undo a run with it.
     """
     kind = RECORDS[str(statement["predicateType"])]
-    before = store.get_record(kind, digest)
-    if signer is None and before is not None and before.get("signatures"):
+    previous = store.get_record(kind, digest)
+    if signer is None and previous is not None and previous.get("signatures"):
         return
     store.put_record(kind, digest, seal(statement, signer))
 
 
 def stored_envelopes(store: ArtifactStore, digest: str) -> tuple[Envelope, ...]:
-    """Return what the store has on an artifact: provenance, verdict, or what there is of them."""
-    found = (store.get_record(kind, digest) for kind in RECORDS.values())
-    return tuple(envelope for envelope in found if envelope is not None)
+    """Return the envelopes that the store holds for an artifact: provenance, verdict, one of them, or ()."""
+    records = (store.get_record(kind, digest) for kind in RECORDS.values())
+    return tuple(record for record in records if record is not None)
 
 
 def write_bundle(folder: Path, envelopes: Iterable[Envelope]) -> None:
-    """Write an artifact's envelopes beside its files; none leave no file."""
+    """Write the bundle file beside an artifact's files; without envelopes, write nothing."""
     lines = [canonical_json(dict(envelope)) + b"\n" for envelope in envelopes]
     if lines:
         (folder / ATTESTATIONS_NAME).write_bytes(b"".join(lines))
 
 
 def read_bundle(folder: Path) -> tuple[Envelope, ...]:
-    """Return the envelopes beside an artifact's files, () where there are none.
+    """Return the envelopes of the bundle file beside an artifact's files; () if the file does not exist.
 
     Raises:
-        SignatureError: the file cannot be read, or a line is no JSON object.
+        SignatureError: The file cannot be read, or a line is not a JSON object.
     """
     path = folder / ATTESTATIONS_NAME
     try:
@@ -115,5 +115,5 @@ def read_bundle(folder: Path) -> tuple[Envelope, ...]:
     except (OSError, ValueError, RecursionError) as error:
         raise SignatureError(f"{path} cannot be read: {error}.", hint="Fetch the artifact again.") from error
     if not all(isinstance(envelope, dict) for envelope in envelopes):
-        raise SignatureError(f"{path} has a line that is no JSON object.", hint="Fetch the artifact again.")
+        raise SignatureError(f"{path} has a line that is not a JSON object.", hint="Fetch the artifact again.")
     return tuple(envelopes)

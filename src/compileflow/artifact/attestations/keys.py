@@ -1,4 +1,4 @@
-"""The private key that signs, and the public keys that are trusted: PEM files, used by securesystemslib."""
+"""The private key that signs statements and the public keys that are trusted, read from PEM files."""
 
 from __future__ import annotations
 
@@ -19,46 +19,47 @@ logger = logging.getLogger(__name__)
 
 
 def load_signer(settings: Settings) -> CryptoSigner | None:
-    """Load the key that signs; None where none is configured, and statements stay unsigned.
+    """Load the private key from the settings; None if no key is configured, so that statements stay unsigned.
 
     Raises:
-        SpecError: the file cannot be read, is no such key, or the password is not its own.
-        SignatureError: securesystemslib is missing.
+        SpecError: The file cannot be read or is not a private key, or the password is wrong.
+        SignatureError: securesystemslib is not installed.
     """
     if settings.signing_key is None:
         return None
     path = settings.signing_key.expanduser()
-    with needs_securesystemslib("sign"):
+    with needs_securesystemslib("sign statements"):
         from cryptography.exceptions import UnsupportedAlgorithm
         from cryptography.hazmat.primitives.serialization import load_pem_private_key
         from securesystemslib.signer import CryptoSigner
     pem = _read(path, "private")
     if path.stat().st_mode & stat.S_IROTH:
-        logger.warning("The private key %s can be read by every user of this machine: chmod 600 %s", path, path)
+        logger.warning("Every user of this machine can read the private key %s. Run: chmod 600 %s", path, path)
     secret = settings.signing_key_password
     password = secret.get_secret_value().encode() if secret is not None else None
     try:
         return CryptoSigner(load_pem_private_key(pem, password))
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        # Both headers that PEM has for it: PKCS #8's own, and the older Proc-Type.
+        # PEM marks encryption in two ways: the PKCS #8 header, and the older Proc-Type header. Both have this
+        # word.
         hint = "Give a private key as PEM: ed25519, ecdsa or rsa."
         if b"ENCRYPTED" in pem or isinstance(error, TypeError):
-            hint = "Set COMPILEFLOW_SIGNING_KEY_PASSWORD to the key's password, and to nothing if it has none."
+            hint = "Set COMPILEFLOW_SIGNING_KEY_PASSWORD to the key's password; unset it if the key has none."
         raise SpecError(f"{path} cannot be used as a private key: {first_line(error)}.", hint=hint) from error
 
 
 def load_public_keys(paths: Iterable[str | Path]) -> tuple[SSlibKey, ...]:
-    """Load the public keys whose signatures count.
+    """Load the public keys whose signatures are trusted.
 
     Raises:
-        SpecError: there is none, or a file cannot be read or is no such key.
-        SignatureError: securesystemslib is missing.
+        SpecError: `paths` is empty, or a file cannot be read or is not a public key.
+        SignatureError: securesystemslib is not installed.
     """
     files = [Path(path).expanduser() for path in paths]
     if not files:
         raise SpecError(
-            "A signature is required, and no key is trusted.",
-            hint="Set COMPILEFLOW_TRUSTED_KEYS to the public keys' PEM files, with commas between.",
+            "A signature is required, but no key is trusted.",
+            hint="Set COMPILEFLOW_TRUSTED_KEYS to the PEM files of the public keys, separated by commas.",
         )
     with needs_securesystemslib("verify signatures"):
         from cryptography.exceptions import UnsupportedAlgorithm
@@ -72,24 +73,25 @@ def load_public_keys(paths: Iterable[str | Path]) -> tuple[SSlibKey, ...]:
         except (ValueError, UnsupportedAlgorithm) as error:
             raise SpecError(
                 f"{path} cannot be used as a public key: {first_line(error)}.",
-                hint="Give a public key as PEM; `openssl pkey -in PRIVATE_KEY -pubout` writes a private key's.",
+                hint="Give a public key as PEM. To extract it from a private key, run: "
+                "openssl pkey -in PRIVATE_KEY -pubout",
             ) from error
     return tuple(keys)
 
 
 def configured_keys(settings: Settings) -> tuple[Path, ...]:
-    """Return the files in `trusted_keys`."""
+    """Return the public key files that the setting `trusted_keys` names."""
     return tuple(Path(name.strip()) for name in (settings.trusted_keys or "").split(",") if name.strip())
 
 
 @contextmanager
-def needs_securesystemslib(doing: str) -> Iterator[None]:
-    """Say how to install what is imported within, where it is missing."""
+def needs_securesystemslib(purpose: str) -> Iterator[None]:
+    """Turn a failed import in the block into an error that says how to install the library."""
     try:
         yield
     except ImportError as error:
         raise SignatureError(
-            f"securesystemslib with cryptography is needed to {doing}, and is not installed.",
+            f"Cannot {purpose}: securesystemslib with cryptography is not installed.",
             hint="Run: pip install 'compileflow[signing]'",
         ) from error
 
@@ -100,5 +102,5 @@ def _read(path: Path, kind: str) -> bytes:
     except OSError as error:
         raise SpecError(
             f"The {kind} key {path} cannot be read: {error.strerror}.",
-            hint="Check its path, and who may read it.",
+            hint="Check the path and the permissions of the file.",
         ) from error

@@ -1,7 +1,7 @@
-"""The two in-toto statements on an artifact: how it was compiled, and what its validation found.
+"""The two in-toto statements about an artifact: how it was compiled, and what its validation found.
 
-Fields are those of in-toto Statement v1 and its resource descriptors, of SLSA provenance v1, and of in-toto's test
-result v0.1: https://github.com/in-toto/attestation/tree/main/spec and https://slsa.dev/spec/v1.0/provenance.
+The fields follow in-toto Statement v1, its resource descriptors and its test result v0.1, and SLSA provenance v1:
+https://github.com/in-toto/attestation/tree/main/spec and https://slsa.dev/spec/v1.0/provenance.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from compileflow.contracts import Outcome
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PROVENANCE_TYPE = "https://slsa.dev/provenance/v1"
 VERDICT_TYPE = "https://in-toto.io/attestation/test-result/v0.1"
-# They name what docs/how-to/sign-and-verify.md describes, and rest on no host name.
+# docs/how-to/sign-and-verify.md describes what these URNs stand for. They do not depend on a host name.
 BUILD_TYPE = "urn:compileflow:compile:v1"
 BUILDER_ID = "pkg:pypi/compileflow"
-# Names of resource descriptors.
+# Names of the resource descriptors in a statement.
 SOURCE_MODEL, CALIBRATION, SUITE, REPORT = "source-model", "calibration", "suite", "report"
 
 Statement = Mapping[str, Any]
@@ -32,13 +32,13 @@ _RESULTS: Mapping[Outcome, str] = {"pass": "PASSED", "warn": "WARNED", "fail": "
 
 @dataclass(frozen=True)
 class CompileRun:
-    """The run that made an artifact.
+    """The run that compiled an artifact.
 
     Attributes:
-        invocation_id: Names this run and no other.
-        started: With a time zone.
-        finished: With a time zone.
-        threads: Of the compile.
+        invocation_id: Unique id of the run.
+        started: Start of the compile, with a time zone.
+        finished: End of the compile, with a time zone.
+        threads: Number of threads that the compile used.
     """
 
     invocation_id: str
@@ -48,16 +48,16 @@ class CompileRun:
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A validation's verdict, and what it stands on.
+class ValidationRun:
+    """The verdict of a validation, and what the verdict is based on.
 
     Attributes:
-        outcome: Of all gates together.
-        gates: Each gate's own, in the suite's order.
+        outcome: Outcome of all gates together.
+        gates: Outcome by gate, in the order of the suite.
         suite_digest: SHA-256 of the suite file.
-        source_digest: Of the source model's folder.
-        report_digest: Of the report's folder.
-        report_uri: Where that is.
+        source_digest: Digest of the source model's folder.
+        report_digest: Digest of the report's folder.
+        report_uri: URI of the report's folder.
     """
 
     outcome: Outcome
@@ -69,7 +69,7 @@ class Judged:
 
 
 def provenance_statement(manifest: ArtifactManifest, artifact_digest: str, run: CompileRun) -> dict[str, Any]:
-    """Say how an artifact came to be: SLSA provenance v1."""
+    """Return the statement about how an artifact was compiled, as SLSA provenance v1."""
     source, target = manifest.source, manifest.target
     dependencies = [
         {
@@ -115,23 +115,23 @@ def provenance_statement(manifest: ArtifactManifest, artifact_digest: str, run: 
     )
 
 
-def verdict_statement(artifact_digest: str, judged: Judged) -> dict[str, Any]:
-    """Say what the validation of an artifact found: in-toto test result v0.1; `error` counts as FAILED."""
+def verdict_statement(artifact_digest: str, run: ValidationRun) -> dict[str, Any]:
+    """Return the statement about what a validation found, as in-toto test result v0.1; `error` becomes FAILED."""
 
     def gates(*outcomes: Outcome) -> list[str]:
-        return [name for name, outcome in judged.gates.items() if outcome in outcomes]
+        return [name for name, outcome in run.gates.items() if outcome in outcomes]
 
     return _statement(
         artifact_digest,
         VERDICT_TYPE,
         {
-            "result": _RESULTS[judged.outcome],
+            "result": _RESULTS[run.outcome],
             "configuration": [
-                {"name": SUITE, "digest": {"sha256": judged.suite_digest}},
-                {"name": SOURCE_MODEL, "digest": {"sha256": judged.source_digest}},
-                {"name": REPORT, "uri": judged.report_uri, "digest": {"sha256": judged.report_digest}},
+                {"name": SUITE, "digest": {"sha256": run.suite_digest}},
+                {"name": SOURCE_MODEL, "digest": {"sha256": run.source_digest}},
+                {"name": REPORT, "uri": run.report_uri, "digest": {"sha256": run.report_digest}},
             ],
-            "url": judged.report_uri,
+            "url": run.report_uri,
             "passedTests": gates("pass"),
             "warnedTests": gates("warn"),
             "failedTests": gates("fail", "error"),
@@ -140,12 +140,12 @@ def verdict_statement(artifact_digest: str, judged: Judged) -> dict[str, Any]:
 
 
 def subject_digests(statement: Statement) -> tuple[str, ...]:
-    """Return the SHA-256 of each thing that a statement is about."""
+    """Return the SHA-256 of every subject that a statement is about."""
     return tuple(filter(None, map(_sha256, _list(statement.get("subject")))))
 
 
 def source_digest(statement: Statement) -> str | None:
-    """Return the digest of the source model that either statement names."""
+    """Return the digest of the source model that a statement names; both kinds of statement have one."""
     predicate = _dict(statement.get("predicate"))
     dependencies = _dict(predicate.get("buildDefinition")).get("resolvedDependencies")
     return _named(dependencies, SOURCE_MODEL) or _named(predicate.get("configuration"), SOURCE_MODEL)
@@ -157,13 +157,13 @@ def report_digest(verdict: Statement) -> str | None:
 
 
 def result(verdict: Statement) -> str:
-    """Return a verdict's PASSED, WARNED or FAILED; '' where it says nothing."""
-    found = _dict(verdict.get("predicate")).get("result")
-    return found if isinstance(found, str) else ""
+    """Return the result of a verdict: PASSED, WARNED or FAILED, or '' if the statement has none."""
+    value = _dict(verdict.get("predicate")).get("result")
+    return value if isinstance(value, str) else ""
 
 
 def _statement(artifact_digest: str, kind: str, predicate: Mapping[str, Any]) -> dict[str, Any]:
-    # The listing's path in a store: its own SHA-256 is the artifact's digest, for any tool that can hash a file.
+    # The path of the listing in a store. Any tool can check it: the listing's SHA-256 is the artifact's digest.
     subject = {"name": f"manifests/sha256/{artifact_digest}.json", "digest": {"sha256": artifact_digest}}
     return {"_type": STATEMENT_TYPE, "subject": [subject], "predicateType": kind, "predicate": dict(predicate)}
 
@@ -177,12 +177,12 @@ def _timestamp(moment: datetime) -> str:
 
 
 def _named(descriptors: Any, name: str) -> str | None:
-    return next((_sha256(each) for each in _list(descriptors) if _dict(each).get("name") == name), None)
+    return next((_sha256(item) for item in _list(descriptors) if _dict(item).get("name") == name), None)
 
 
 def _sha256(descriptor: Any) -> str | None:
-    found = _dict(_dict(descriptor).get("digest")).get("sha256")
-    return found if isinstance(found, str) else None
+    digest = _dict(_dict(descriptor).get("digest")).get("sha256")
+    return digest if isinstance(digest, str) else None
 
 
 def _dict(value: Any) -> Mapping[str, Any]:

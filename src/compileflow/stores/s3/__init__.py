@@ -1,1 +1,1 @@
-"""The S3 store: one layout with the local store, over boto3."""
+"""The S3 store: the same layout as the local store, on S3 or a compatible server, through boto3."""

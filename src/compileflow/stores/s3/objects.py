@@ -1,4 +1,4 @@
-"""Objects of a bucket below a prefix: what is there and how old by the server's clock, small reads and writes."""
+"""Objects of a bucket below a prefix: list them, tell their age, read and write small ones."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 from compileflow.settings import Settings
-from compileflow.stores.s3.client import code_of, make_client, object_arguments, s3_errors, status_of
+from compileflow.stores.s3.client import make_client, object_arguments
+from compileflow.stores.s3.errors import code_of, s3_errors, status_of
 
-# Larger ones can only be copied in parts.
+# S3 copies larger objects only in parts.
 _COPY_BYTES = 5 * 2**30
-CONFLICTS = (409, 412)
+_READ_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
-class Found:
-    """An object that is there.
+class S3Object:
+    """An existing object.
 
     Attributes:
-        key: Its place, relative to the store.
-        size_bytes: Its size.
-        age_s: Seconds since it was put, by the server's clock, to the second.
-        etag: What a conditional request names it by.
+        key: Key of the object, relative to the store.
+        size_bytes: Size of the object.
+        age_s: Seconds since the object was put, by the server's clock, with a resolution of one second.
+        etag: ETag for conditional requests.
     """
 
     key: str
@@ -37,13 +38,13 @@ class Found:
 
 
 class S3Objects:
-    """Keys are relative to the store. Safe to use from several threads; nothing is asked before the first call.
+    """Access to the objects of a store, by keys relative to it. Several threads may share it.
 
     Args:
-        uri: The store's URI, for errors.
+        uri: URI of the store, for errors.
         bucket: Name of the bucket.
         prefix: "" or a path that ends with a slash.
-        settings: Where the server is, and how to talk to it.
+        settings: Settings that name the server and the credentials.
     """
 
     def __init__(self, uri: str, *, bucket: str, prefix: str, settings: Settings):
@@ -52,22 +53,22 @@ class S3Objects:
         self.prefix = prefix
         self.settings = settings
         self._client: Any = None
-        self._making = threading.Lock()
+        self._client_lock = threading.Lock()
 
     @property
     def client(self) -> Any:
-        """The boto3 client, made when it is first needed."""
-        with self._making:
+        """The boto3 client, which is created on first use."""
+        with self._client_lock:
             if self._client is None:
                 self._client = make_client(self.settings)
             return self._client
 
     def place(self, key: str) -> dict[str, str]:
-        """Return how boto3 names an object."""
+        """Return the boto3 arguments that name an object."""
         return {"Bucket": self.bucket, "Key": self.prefix + key}
 
-    def head(self, key: str) -> Found | None:
-        """Look whether an object is there."""
+    def head(self, key: str) -> S3Object | None:
+        """Return an object's size, age and ETag; None if it does not exist."""
         from botocore.exceptions import ClientError
 
         with s3_errors(self.uri, "read"):
@@ -76,39 +77,44 @@ class S3Objects:
             except ClientError as error:
                 if status_of(error) == 404:
                     return None
-                # A HEAD has no body to say whether it is the key, the secret or the rights; the same as a GET has.
+                # The reply to a HEAD does not say what is wrong: key id, secret or rights. The reply to a GET
+                # does.
                 self.client.get_object(**self.place(key))["Body"].close()
                 raise
-        return Found(key, reply["ContentLength"], _age(reply["LastModified"], reply), reply["ETag"])
+        return S3Object(key, reply["ContentLength"], _age(reply["LastModified"], reply), reply["ETag"])
 
-    def list(self, below: str) -> Iterator[Found]:
-        """Yield all objects whose key starts with `below`, by key."""
-        following: str | None = None
+    def list(self, below: str) -> Iterator[S3Object]:
+        """Yield all objects whose key starts with `below`, sorted by key."""
+        token: str | None = None
         while True:
-            found, following = self.page(below, following)
-            yield from found
-            if following is None:
+            page, token = self.page(below, token)
+            yield from page
+            if token is None:
                 return
 
-    def page(self, below: str, following: str | None = None) -> tuple[tuple[Found, ...], str | None]:
-        """Return up to 1000 objects with one request, and what gives the next page, or None."""
-        more = {"ContinuationToken": following} if following else {}
+    def page(self, below: str, token: str | None = None) -> tuple[tuple[S3Object, ...], str | None]:
+        """Return up to 1000 objects with one request, and the token of the next page; None after the last one."""
+        arguments = {"ContinuationToken": token} if token else {}
         with s3_errors(self.uri, "list"):
-            reply = self.client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix + below, **more)
-        found = tuple(
-            Found(one["Key"].removeprefix(self.prefix), one["Size"], _age(one["LastModified"], reply), one["ETag"])
-            for one in reply.get("Contents", ())
+            reply = self.client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix + below, **arguments)
+        page = tuple(
+            S3Object(
+                entry["Key"].removeprefix(self.prefix),
+                entry["Size"],
+                _age(entry["LastModified"], reply),
+                entry["ETag"],
+            )
+            for entry in reply.get("Contents", ())
         )
-        return found, reply.get("NextContinuationToken")
+        return page, reply.get("NextContinuationToken")
 
-    def read(self, key: str) -> tuple[bytes, Found] | None:
-        """Read a small object whole; None when it is not there."""
+    def read(self, key: str) -> tuple[bytes, S3Object] | None:
+        """Return the content of a small object; None if it does not exist."""
         from botocore.exceptions import BotoCoreError, ClientError
         from urllib3.exceptions import HTTPError
 
-        tries = 3
         with s3_errors(self.uri, "read"):
-            while True:
+            for attempt in range(_READ_ATTEMPTS):
                 try:
                     reply = self.client.get_object(**self.place(key))
                     body = reply["Body"].read()
@@ -117,43 +123,45 @@ class S3Objects:
                         return None
                     raise
                 except (BotoCoreError, HTTPError):
-                    # boto3 itself tries again only until the body begins.
-                    tries -= 1
-                    if tries == 0:
+                    # boto3 retries only until the body begins.
+                    if attempt + 1 == _READ_ATTEMPTS:
                         raise
                 else:
-                    return body, Found(key, len(body), _age(reply["LastModified"], reply), reply["ETag"])
+                    return body, S3Object(key, len(body), _age(reply["LastModified"], reply), reply["ETag"])
+        raise AssertionError("the last attempt returns or raises")
 
     def write(self, key: str, body: bytes) -> None:
-        """Put a small object, whatever was there."""
+        """Put a small object, whether or not one exists."""
         with s3_errors(self.uri, "write to"):
             self.client.put_object(**self._put_arguments(key, body))
 
     def write_if(self, key: str, body: bytes, *, etag: str | None) -> str | None:
-        """Put a small object if it is as we last saw it; return its new ETag, or None when it is not.
+        """Put a small object if the existing one is as expected; return the new ETag, or None if it is not.
+
+        A refusal may be due to our own earlier request; see lost_replies.py.
 
         Args:
-            key: Its place.
-            body: What it shall hold.
-            etag: What was seen; None: that nothing was there.
+            key: Key of the object.
+            body: New content.
+            etag: ETag of the expected object; None if no object is expected.
         """
         from botocore.exceptions import ClientError
 
-        condition = {"IfMatch": etag} if etag else {"IfNoneMatch": "*"}
         with s3_errors(self.uri, "write to"):
             try:
-                return str(self.client.put_object(**self._put_arguments(key, body), **condition)["ETag"])
+                reply = self.client.put_object(**self._put_arguments(key, body), **expecting(etag))
             except ClientError as error:
-                if status_of(error) in CONFLICTS or code_of(error) == "NoSuchKey":
+                if is_conflict(error):
                     return None
                 raise
+        return str(reply["ETag"])
 
     def _put_arguments(self, key: str, body: bytes) -> dict[str, Any]:
         checksum = {"ChecksumSHA256": b64encode(hashlib.sha256(body).digest()).decode()}
         return {"Body": body} | self.place(key) | checksum | object_arguments(self.settings, blob=False)
 
     def delete(self, key: str, *, etag: str | None = None) -> bool:
-        """Delete an object, if it has that ETag when one is given, and say whether it was so."""
+        """Delete an object. With an ETag, delete it only if it still has that ETag, and say whether it had."""
         from botocore.exceptions import ClientError
 
         condition = {"IfMatch": etag} if etag else {}
@@ -161,21 +169,21 @@ class S3Objects:
             try:
                 self.client.delete_object(**self.place(key), **condition)
             except ClientError as error:
-                if status_of(error) in CONFLICTS or code_of(error) == "NoSuchKey":
+                if is_conflict(error):
                     return False
                 raise
         return True
 
-    def refresh(self, found: Found, *, blob: bool) -> bool:
-        """Make an object young again by copying it onto itself, in the server; False when it has gone."""
+    def refresh(self, existing: S3Object, *, blob: bool) -> bool:
+        """Reset the age of an object, by a copy onto itself on the server; False if it does not exist any more."""
         from boto3.s3.transfer import TransferConfig
         from botocore.exceptions import ClientError
 
-        # A copy onto itself is refused unless it changes something; replacing no metadata by none counts.
+        # S3 refuses a copy onto itself that changes nothing. Replacing empty metadata counts as a change.
         arguments = object_arguments(self.settings, blob=blob) | {"MetadataDirective": "REPLACE"}
         if "Tagging" in arguments:
             arguments["TaggingDirective"] = "REPLACE"
-        place = self.place(found.key)
+        place = self.place(existing.key)
         config = TransferConfig(multipart_threshold=_COPY_BYTES, preferred_transfer_client="classic")
         with s3_errors(self.uri, "write to"):
             try:
@@ -187,7 +195,7 @@ class S3Objects:
         return True
 
     def abort_uploads(self, below: str, *, min_age: timedelta) -> None:
-        """Give up the multipart uploads that were begun so long ago: their parts cost as objects do."""
+        """Abort old multipart uploads, because the provider charges for their parts."""
         with s3_errors(self.uri, "collect garbage in"):
             pages = self.client.get_paginator("list_multipart_uploads").paginate(
                 Bucket=self.bucket, Prefix=self.prefix + below
@@ -198,7 +206,17 @@ class S3Objects:
                     self.client.abort_multipart_upload(**place)
 
 
+def expecting(etag: str | None) -> dict[str, str]:
+    """Return the condition of a write: the object has this ETag, or with None, no object exists."""
+    return {"IfMatch": etag} if etag else {"IfNoneMatch": "*"}
+
+
+def is_conflict(error: Any) -> bool:
+    """Say whether a ClientError means that the object is not as the condition of the request expects."""
+    return status_of(error) in (409, 412) or code_of(error) == "NoSuchKey"
+
+
 def _age(modified: datetime, reply: Any) -> float:
-    """Return seconds by the server's own clock, which this machine's need not agree with."""
+    """Return an age in seconds by the server's clock, because the clock of this machine may differ."""
     now = parsedate_to_datetime(reply["ResponseMetadata"]["HTTPHeaders"]["date"])
     return max(0.0, (now - modified).total_seconds())

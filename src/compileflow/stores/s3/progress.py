@@ -1,4 +1,4 @@
-"""A progress bar for transfers that take a while and that somebody watches; silence otherwise."""
+"""TransferProgress: a progress bar on a terminal for transfers that take more than two seconds."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ SHOW_AFTER_S = 2.0
 
 
 class TransferProgress:
-    """Counts bytes from several threads; after two seconds a terminal shows bytes, rate and time left."""
+    """Counts bytes from several threads. After two seconds, a terminal shows bytes, rate and time left."""
 
-    def __init__(self, doing: str, total_bytes: int):
-        self._doing = doing
-        self._total = total_bytes
-        self._done = 0
-        self._began = time.monotonic()
-        self._changing = threading.Lock()
+    def __init__(self, action: str, total_bytes: int):
+        self._action = action
+        self._total_bytes = total_bytes
+        self._moved_bytes = 0
+        self._started = time.monotonic()
+        self._lock = threading.Lock()
         self._bar: Progress | None = None
-        self._watched = sys.stderr.isatty()
+        self._visible = sys.stderr.isatty()
 
     def add(self, size_bytes: int) -> None:
-        """Count what was sent, fetched, or found to be there already."""
-        with self._changing:
-            self._done += size_bytes
-            if not self._watched:
+        """Count bytes that were sent, were fetched, or need no transfer."""
+        with self._lock:
+            self._moved_bytes += size_bytes
+            if not self._visible:
                 return
-            if self._bar is None and time.monotonic() - self._began >= SHOW_AFTER_S:
+            if self._bar is None and time.monotonic() - self._started >= SHOW_AFTER_S:
                 self._bar = _bar()
-                self._task = self._bar.add_task(self._doing, total=self._total)
+                self._task = self._bar.add_task(self._action, total=self._total_bytes)
                 self._bar.start()
             if self._bar is not None:
-                self._bar.update(self._task, completed=self._done)
+                self._bar.update(self._task, completed=self._moved_bytes)
 
     def __enter__(self) -> TransferProgress:
         return self
@@ -45,8 +45,8 @@ class TransferProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._changing:
-            self._watched = False
+        with self._lock:
+            self._visible = False
             if self._bar is not None:
                 self._bar.stop()
 

@@ -1,4 +1,4 @@
-"""What is said of an artifact, wherever it is, and all that can be verified about it in one answer."""
+"""Verify an artifact for `compileflow verify`: files, statements, signatures and report, in one result."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from compileflow.artifact.attestations.envelopes import Envelope, read_bundle, stored_envelopes
 from compileflow.artifact.attestations.keys import configured_keys, load_public_keys
 from compileflow.artifact.attestations.statements import report_digest
-from compileflow.artifact.attestations.verify import Attested, check_report, verify_attestations
+from compileflow.artifact.attestations.verify import Attestations, verify_attestations
 from compileflow.artifact.integrity import artifact_files
 from compileflow.artifact.manifest import ArtifactManifest, read_manifest, verify_folder
 from compileflow.artifact.open import cached_folder
@@ -22,17 +22,17 @@ from compileflow.stores.layout import split_uri
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found of an artifact.
+    """Result of `verify_artifact`.
 
     Attributes:
-        digest: The artifact's: that of the URI, or of what is in the folder.
-        files: How many its manifest lists, and itself; 0 where the store gave none.
-        intact: Whether every byte is the one that the manifest lists.
-        attested: Whether provenance and verdict are there, are on this artifact, and agree with it.
-        signed_by: Ids of the trusted keys that signed one of them or both.
-        verdict: PASSED, WARNED or FAILED as attested; None where no verdict is.
-        report_intact: Whether the report is the one that the verdict stands on; None where it was not looked at.
-        problems: What was found altered, or missing and required, a line each. () is a pass.
+        digest: Digest of the artifact: from its URI, or computed from the files of its folder.
+        files: Number of files that the manifest lists, plus the manifest; 0 if the store has no sound artifact.
+        intact: Whether every byte is as the manifest lists it.
+        attested: Whether provenance and verdict exist, are about this artifact, and agree with it.
+        signed_by: Ids of the trusted keys that signed at least one of the two statements.
+        verdict: Attestations verdict: PASSED, WARNED or FAILED; None without one.
+        report_intact: Whether the report is the one that the verdict names; None if it was not checked.
+        problems: One line for everything that is altered, or missing and required; () means that all is well.
     """
 
     digest: str
@@ -46,27 +46,28 @@ class Verification:
 
 
 def attestations_of(location: str | Path, *, settings: Settings | None = None) -> tuple[Envelope, ...]:
-    """Return the envelopes with an artifact's statements, unchecked: provenance, verdict, or one of them, or ().
+    """Return the envelopes of an artifact, not verified: provenance, verdict, one of them, or ().
 
-    Those of a URI are the store's. Where it has none or does not answer, those that were fetched with the files.
+    For a folder, they come from the bundle file in it. For a URI, they come from the store; if the store has none
+    or does not answer, from the bundle file that was fetched with the artifact.
 
     Raises:
-        SignatureError: a file of them cannot be read.
-        StoreError: the store refused, or did not answer and nothing was fetched before.
+        SignatureError: The bundle file cannot be read.
+        StoreError: The store refused, or it did not answer and the artifact was never fetched.
     """
     text = str(location)
     if "://" not in text:
         return read_bundle(Path(location).expanduser())
     settings = settings or get_settings()
     store_uri, digest = split_uri(text)
-    fetched = cached_folder(digest, settings)
+    cache = cached_folder(digest, settings)
     try:
-        found = stored_envelopes(open_store(store_uri, settings), digest)
+        envelopes = stored_envelopes(open_store(store_uri, settings), digest)
     except StoreUnavailableError:
-        if not fetched.exists():
+        if not cache.exists():
             raise
-        found = ()
-    return found or read_bundle(fetched)
+        envelopes = ()
+    return envelopes or read_bundle(cache)
 
 
 def verify_artifact(
@@ -75,38 +76,36 @@ def verify_artifact(
     settings: Settings,
     keys: Sequence[str | Path] = (),
     require_signature: bool | None = None,
-    report: Path | None = None,
 ) -> Verification:
-    """Verify all that there is: files, statements, signatures, report. Opens no compiled file.
+    """Verify files, statements, signatures and, for an artifact in a store, the report. Opens no compiled file.
 
     Args:
         location: Folder, or STORE/manifests/sha256/DIGEST.json.
-        settings: Where the cache is, and which keys are trusted.
-        keys: Public keys to trust instead.
-        require_signature: Whether a missing statement or signature is a problem. None: as the settings say.
-        report: Folder of the report. None: the store's, where `location` is a URI.
+        settings: Settings that name the cache and the trusted keys.
+        keys: PEM files of public keys to trust instead of the configured ones.
+        require_signature: Whether a missing statement or signature is a problem. None follows the settings.
 
     Raises:
-        ManifestError: there is no artifact there.
-        SpecError: a key cannot be used, or a signature is required and no key is trusted.
-        StoreUnavailableError: the store did not answer.
+        ManifestError: The location does not hold an artifact.
+        SpecError: A key cannot be used, or a signature is required but no key is trusted.
+        StoreUnavailableError: The store did not answer.
     """
     required = settings.require_signature if require_signature is None else require_signature
     paths = keys or configured_keys(settings)
-    trusted = load_public_keys(paths) if paths or required else ()
+    trusted_keys = load_public_keys(paths) if paths or required else ()
     problems: list[str] = []
     digest, manifest = _check_files(str(location), settings, problems)
     intact = not problems
-    attested = Attested(None, None)
+    attested = Attestations(None, None)
     try:
         envelopes = attestations_of(location, settings=settings)
-        # Twice, so that what is missing does not hide what is there.
-        for demanded in (False, True) if required else (False,):
+        # The first pass reports what exists, even if the second one finds that something required is missing.
+        for strict in (False, True) if required else (False,):
             attested = verify_attestations(
                 digest,
                 envelopes,
-                trusted_keys=trusted,
-                require_signature=demanded,
+                trusted_keys=trusted_keys,
+                require_signature=strict,
                 manifest_source=manifest.source.digest if manifest else None,
             )
     except SignatureError as error:
@@ -118,13 +117,13 @@ def verify_artifact(
         attested=attested.complete,
         signed_by=attested.signed_by,
         verdict=attested.result,
-        report_intact=_check_report(str(location), attested, report, settings, problems),
+        report_intact=_check_report(str(location), attested, settings, problems),
         problems=tuple(problems),
     )
 
 
 def _check_files(location: str, settings: Settings, problems: list[str]) -> tuple[str, ArtifactManifest | None]:
-    """Return the digest, and the manifest where there is one to be read; what is altered goes to `problems`."""
+    """Return the digest, and the manifest if it can be read; append what is altered to `problems`."""
     if "://" in location:
         store_uri, digest = split_uri(location)
         try:
@@ -142,21 +141,15 @@ def _check_files(location: str, settings: Settings, problems: list[str]) -> tupl
     return folder_digest(files), manifest
 
 
-def _check_report(
-    location: str, attested: Attested, report: Path | None, settings: Settings, problems: list[str]
-) -> bool | None:
-    verdict = attested.verdict
-    digest = report_digest(verdict.statement) if verdict is not None else None
-    if verdict is None or digest is None or (report is None and "://" not in location):
+def _check_report(location: str, attested: Attestations, settings: Settings, problems: list[str]) -> bool | None:
+    """Say whether the store holds the report that the verdict names, unaltered; None if it names none."""
+    digest = report_digest(attested.verdict.statement) if attested.verdict is not None else None
+    if digest is None or "://" not in location:
         return None
     try:
-        if report is not None:
-            check_report(report, verdict.statement)
-        else:
-            # The store compares every byte with the digest that the verdict names.
-            with open_store(split_uri(location)[0], settings).open_folder(digest):
-                pass
+        # The store compares every byte with this digest.
+        with open_store(split_uri(location)[0], settings).open_folder(digest):
+            return True
     except IntegrityError as error:
         problems.append(f"The report: {error}")
         return False
-    return True

@@ -1,0 +1,135 @@
+"""FolderUpload: send the blobs of a folder that the store lacks, several at once.
+
+Small files are read once, hashed and sent from memory. Large files are hashed first and then sent in parts.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, MutableSequence, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from compileflow.contracts import FileRecord
+from compileflow.contracts.digests import file_digest, list_files
+from compileflow.stores import layout
+from compileflow.stores.collecting import REFRESH_AFTER_S
+from compileflow.stores.s3.blob_uploads import BlobUploads
+from compileflow.stores.s3.objects import S3Object, S3Objects
+from compileflow.stores.s3.progress import TransferProgress
+
+# From this number of blobs on, one listing of a small store costs less than one request per blob.
+_LIST_FROM = 8
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class FolderUpload:
+    """One put of one folder."""
+
+    def __init__(self, folder: Path, objects: S3Objects, uploads: BlobUploads, *, at_once: int):
+        self._folder = folder
+        self._objects = objects
+        self._uploads = uploads
+        self._at_once = at_once
+        self._listed: dict[str, S3Object] | None = None
+        self._claimed: set[str] = set()
+        self._lock = threading.Lock()
+        self.refreshed = 0
+
+    def send(self) -> tuple[FileRecord, ...]:
+        """Send the blobs that the store lacks, and return all files. `refreshed` counts the old blobs found.
+
+        Raises:
+            StoreError: The server refused, or a file changed meanwhile.
+            StoreUnavailableError: The server did not answer. The next put sends only what is missing.
+        """
+        stamps = _stamps(self._folder)
+        if len(stamps) >= _LIST_FROM:
+            self._listed = listed_blobs(self._objects)
+        with TransferProgress("storing", sum(size for size, _ in stamps.values())) as progress:
+
+            def send_small(path: Path) -> str:
+                if path.stat().st_size > self._uploads.single_bytes:
+                    return file_digest(path)
+                with self._uploads.read(path) as (body, sha256):
+                    record = FileRecord(path=path.name, size_bytes=len(body), sha256=sha256)
+                    self._send(record, progress.add, partial(self._uploads.put_body, body))
+                return sha256
+
+            def send_large(record: FileRecord) -> None:
+                self._send(record, progress.add, partial(self._uploads.put_file, self._folder / record.path))
+
+            files = list_files(self._folder, at_once=self._at_once, digest_of=send_small)
+            large = [record for record in files if record.size_bytes > self._uploads.single_bytes]
+            run_for_all(send_large, largest_first(large), at_once=self._at_once)
+        for path, stamp in _stamps(self._folder).items():
+            if stamps.get(path) != stamp:
+                raise layout.changed_while_stored(path)
+        return files
+
+    def _send(
+        self,
+        record: FileRecord,
+        on_bytes: Callable[[int], None],
+        send: Callable[[FileRecord, S3Object | None, Callable[[int], None]], None],
+    ) -> None:
+        """Send a blob that the store lacks; refresh an old one, as stores/collecting.py explains."""
+        with self._lock:
+            # Several files may hold the same bytes.
+            if record.sha256 in self._claimed:
+                return
+            self._claimed.add(record.sha256)
+        key = layout.blob_key(record.sha256)
+        existing = self._listed.get(key) if self._listed is not None else self._objects.head(key)
+        if existing is not None and existing.size_bytes == record.size_bytes:
+            if existing.age_s < REFRESH_AFTER_S:
+                on_bytes(record.size_bytes)
+                return
+            if self._objects.refresh(existing, blob=True):
+                with self._lock:
+                    self.refreshed += 1
+                on_bytes(record.size_bytes)
+                return
+            existing = None
+        send(record, existing, on_bytes)
+
+
+def listed_blobs(objects: S3Objects) -> dict[str, S3Object] | None:
+    """Return all blobs of a store by key; None if one request cannot list them all."""
+    page, next_token = objects.page(layout.BLOBS)
+    return {blob.key: blob for blob in page} if next_token is None else None
+
+
+def find_blobs(objects: S3Objects, blobs: Sequence[FileRecord], *, at_once: int) -> dict[str, S3Object | None]:
+    """Return the existing object of each blob by SHA-256, whatever its size; None where there is none."""
+    listed = listed_blobs(objects) if len(blobs) >= _LIST_FROM else None
+    if listed is not None:
+        return {record.sha256: listed.get(layout.blob_key(record.sha256)) for record in blobs}
+    existing = run_for_all(lambda record: objects.head(layout.blob_key(record.sha256)), blobs, at_once=at_once)
+    return dict(zip((record.sha256 for record in blobs), existing, strict=True))
+
+
+def run_for_all(
+    function: Callable[[Item], Result], items: Sequence[Item], *, at_once: int
+) -> MutableSequence[Result]:
+    """Call a function for all items, several at once. After an error, no further call starts."""
+    pool = ThreadPoolExecutor(at_once)
+    try:
+        return [*pool.map(function, items)]
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def largest_first(files: Sequence[FileRecord]) -> Sequence[FileRecord]:
+    """Sort files for a parallel transfer. A large file that starts last would be waited for at the end."""
+    return sorted(files, key=lambda record: -record.size_bytes)
+
+
+def _stamps(folder: Path) -> dict[Path, tuple[int, tuple[int, int]]]:
+    """Return size, time and inode of every file. One of them changes when a file is written to or replaced."""
+    stats = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
+    return {path: (stat.st_size, (stat.st_mtime_ns, stat.st_ino)) for path, stat in stats.items()}
