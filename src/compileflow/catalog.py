@@ -1,4 +1,10 @@
-"""Names of targets, sources, stores and registries, and the classes behind them; nothing is imported early."""
+"""The catalog: names of targets, sources, stores and registries, and the classes behind the names.
+
+Each name leads to a "module:Class" string, which is imported when the name is first used. Such a string is an import,
+and imports go one way: this is the only module with such strings, and each of them names a plugin in the band
+below. A third party adds a target, a store or a registry by an entry point in the group `compileflow.targets`,
+`compileflow.stores` or `compileflow.registries`.
+"""
 
 from __future__ import annotations
 
@@ -39,30 +45,34 @@ STORES: Mapping[str, str] = {
 REGISTRIES: Mapping[str, str] = {
     "mlflow": "compileflow.registries.mlflow.registry:MlflowRegistry",
     "neptune": "compileflow.registries.neptune.registry:NeptuneRegistry",
-    "sqlite": "compileflow.registries.sqlite:LocalRegistry",
+    "sqlite": "compileflow.registries.sqlite:SqliteRegistry",
 }
 
 
 def target_names() -> tuple[str, ...]:
-    """Return the names of all known targets, ours and third parties', sorted."""
+    """Return the names of all targets, including those of third parties, sorted."""
     return tuple(sorted(_with_entry_points("targets")))
 
 
 def get_target(name: str) -> Target:
-    """Return the target of that name.
+    """Return the target with this name.
 
     Raises:
-        SpecError: no such target; the message lists those there are.
+        SpecError: The target is unknown. The hint lists the known targets.
     """
     target: Target = _load("target", TARGET_ALIASES.get(name, name), _with_entry_points("targets"))()
     return target
 
 
 def get_source(scheme: str, settings: Settings) -> Source:
-    """Return the source for a URI scheme, for example "hf"."""
+    """Return the source for a URI scheme, for example "hf".
+
+    Raises:
+        SpecError: The scheme is unknown. The hint lists the known schemes.
+    """
     kind = _load("source", scheme, SOURCES)
     if scheme == "registry":
-        # This source stands on registries and stores, which it can only name through the catalog above it.
+        # This source needs registries and stores by name, but sources must not import the catalog above them.
         source: Source = kind(settings, resolve_reference=resolve_reference, open_store=open_store)
     else:
         source = kind(settings)
@@ -70,44 +80,52 @@ def get_source(scheme: str, settings: Settings) -> Source:
 
 
 def open_store(uri: str, settings: Settings | None = None) -> ArtifactStore:
-    """Open the artifact store at `uri`, for example s3://bucket/prefix; settings None: as configured."""
+    """Open the artifact store at a URI, for example s3://bucket/prefix; settings None means the configured ones.
+
+    Raises:
+        SpecError: The scheme is unknown, or the URI is not valid for its scheme.
+    """
     kind = _load("artifact store", _scheme(uri), _with_entry_points("stores"))
     store: ArtifactStore = kind(uri, settings or get_settings())
     return store
 
 
 def open_registry(uri: str, settings: Settings | None = None) -> ModelRegistry:
-    """Open the model registry at `uri`, for example neptune://workspace/project; settings None: as configured."""
+    """Open the model registry at a URI, for example sqlite:///FILE; settings None means the configured ones.
+
+    Raises:
+        SpecError: The scheme is unknown, or the URI is not valid for its scheme.
+    """
     kind = _load("model registry", _scheme(uri), _with_entry_points("registries"))
-    found: ModelRegistry = kind(uri, settings or get_settings())
-    return found
+    registry: ModelRegistry = kind(uri, settings or get_settings())
+    return registry
 
 
 def registry_schemes() -> tuple[str, ...]:
-    """Return the schemes of all registries' URIs, ours and third parties', sorted."""
+    """Return the URI schemes of all registries, including those of third parties, sorted."""
     return tuple(sorted(_with_entry_points("registries")))
 
 
 def parse_reference(text: str) -> Reference | None:
-    """Read a reference to a registered version; see `references.parse_reference`.
+    """Read a reference to a registered version, as `references.parse_reference`, with the known URI schemes.
 
     Raises:
-        SpecError: the text is a reference, and its name, stage or number is not possible.
+        SpecError: The text is a reference, but its name, stage or number is invalid.
     """
     return references.parse_reference(text, registry_schemes())
 
 
 def resolve_reference(text: str, settings: Settings) -> ModelVersion:
-    """Ask the registry which version a reference means now.
+    """Ask the registry for the version that a reference means now.
 
     Raises:
-        SpecError: it is no reference.
-        RegistryError: there is no such name, number or stage; the hint lists what there is.
-        RegistryUnavailableError: the registry did not answer.
+        SpecError: The text is not a reference.
+        RegistryError: The registry has no such name, number or stage. The hint lists the existing ones.
+        RegistryUnavailableError: The registry did not answer.
     """
     reference = parse_reference(text)
     if reference is None:
-        raise SpecError(f"{text!r} is no reference to a registered model.", hint=f"Write {references.FORMS}.")
+        raise SpecError(f"{text!r} is not a reference to a registered model.", hint=f"Write {references.FORMS}.")
     registry = open_registry(reference.registry_uri or settings.resolved_registry_uri(), settings)
     if reference.ref is None:
         return registry.versions(reference.name)[0]
@@ -120,12 +138,13 @@ def _scheme(uri: str) -> str:
 
 @cache
 def _with_entry_points(kind: str) -> Mapping[str, str]:
-    own = {"targets": TARGETS, "stores": STORES, "registries": REGISTRIES}[kind]
-    return {point.name: point.value for point in entry_points(group=f"compileflow.{kind}")} | dict(own)
+    built_in = {"targets": TARGETS, "stores": STORES, "registries": REGISTRIES}[kind]
+    # A third party cannot replace a built-in class.
+    return {point.name: point.value for point in entry_points(group=f"compileflow.{kind}")} | dict(built_in)
 
 
-def _load(kind: str, name: str, known: Mapping[str, str]) -> Any:
-    if name not in known:
-        raise SpecError(f"Unknown {kind} {name!r}.", hint=f"Choose one of: {', '.join(sorted(known))}.")
-    module, _, attribute = known[name].partition(":")
+def _load(kind: str, name: str, classes: Mapping[str, str]) -> Any:
+    if name not in classes:
+        raise SpecError(f"Unknown {kind} {name!r}.", hint=f"Choose one of: {', '.join(sorted(classes))}.")
+    module, _, attribute = classes[name].partition(":")
     return getattr(import_module(module), attribute)

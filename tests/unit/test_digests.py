@@ -93,7 +93,7 @@ def test_what_is_no_file_of_the_folder_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["back\\slash", "c:drive", os.fsdecode(b"\xff")])
 def test_name_that_another_machine_cannot_write_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("a")
-    with pytest.raises(IntegrityError, match="is no portable file name"):
+    with pytest.raises(IntegrityError, match="is not a portable file name"):
         list_files(tmp_path)
 
 

@@ -132,7 +132,7 @@ def test_store_without_a_folder_is_not_taken_for_one_that_was_copied(
     source: ArtifactStore, to_uri: str, settings: Settings
 ) -> None:
     """A mistyped prefix would look like a backup that was made."""
-    with pytest.raises(SpecError, match="holds no folder") as caught:
+    with pytest.raises(SpecError, match="does not hold any folder") as caught:
         mirror_store(source.uri, to_uri, settings=settings)
     assert "URI" in caught.value.hint
 

@@ -1,4 +1,4 @@
-"""Collect a store's garbage: what no registered version refers to, wherever it is registered."""
+"""Collect the garbage of a store: folders that no version in any of its registries refers to."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from compileflow.errors import RegistryError, SignatureError, SpecError
 from compileflow.settings import Settings
 
 _DAY_S = 86400.0
-_FILES = ("sqlite:///", "mlflow:sqlite:///")
+_FILE_SCHEMES = ("sqlite:///", "mlflow:sqlite:///")
 
 
 def collect_garbage(
@@ -25,34 +25,41 @@ def collect_garbage(
     min_age_s: float = _DAY_S,
     dry_run: bool = False,
 ) -> Collected:
-    """Delete folders that no version names as its artifact, report or source, and what only they needed.
+    """Delete the folders that no version names as its artifact, report or source, and their blobs.
 
-    The last report on a registered artifact stays, too: its verdict, which may be signed, stands on it.
+    The last report on a registered artifact is also kept, because the verdict, which may be signed, is based on
+    it.
 
     Args:
-        store_uri: The store.
-        registry_uris: All registries whose versions are in it. A registry that is left out loses its artifacts.
-        settings: Where everything is, and the credentials.
-        min_age_s: Seconds for which what was put stays, whoever needs it; under a day, nobody may be writing.
-        dry_run: Only count.
+        store_uri: URI of the store.
+        registry_uris: All registries with versions in this store. A registry that is left out loses its artifacts.
+        settings: Settings with the credentials.
+        min_age_s: Objects that were put less than this number of seconds ago are kept. Below a day, no other
+            process may write to the store.
+        dry_run: Count, but do not delete.
 
     Raises:
-        SpecError: no registry is named.
-        RegistryError: a registry is not there, or there is no version at all, which looks like the wrong registry;
-            RegistryUnavailableError when one did not answer. Nothing was deleted.
-        IntegrityError: a listing cannot be read; nothing was deleted.
-        StoreError: the store refused; StoreUnavailableError when it did not answer.
+        SpecError: No registry is given.
+        RegistryError: A registry does not exist, or the registries have no version at all, which suggests a wrong
+            URI. Nothing was deleted.
+        RegistryUnavailableError: A registry did not answer. Nothing was deleted.
+        IntegrityError: A listing cannot be read. Nothing was deleted.
+        StoreError: The store refused.
+        StoreUnavailableError: The store did not answer.
     """
     if not registry_uris:
-        raise SpecError("No registry says what has to stay.", hint="Name all that have versions in this store.")
+        raise SpecError(
+            "No registry is given, so every folder would be garbage.",
+            hint="Name all registries that have versions in this store.",
+        )
     keep: set[str] = set()
     for uri in registry_uris:
         keep |= _needed(uri, settings)
     if not keep:
         names = ", ".join(map(without_credentials, registry_uris))
         raise RegistryError(
-            f"There is no version in {names}: all of {store_uri} would be garbage.",
-            hint="Check the registry's URI. A store that nobody needs is deleted as a whole, without this.",
+            f"{names} has no version, so everything in {store_uri} would be garbage.",
+            hint="Check the registry's URI. To delete a whole store, delete its folder or prefix.",
         )
     store = open_store(store_uri, settings)
     keep |= reports_on(store, keep)
@@ -60,10 +67,10 @@ def collect_garbage(
 
 
 def _needed(registry_uri: str, settings: Settings) -> set[str]:
-    # A mistyped path would otherwise be an empty registry, and cost everything.
-    for prefix in _FILES:
+    # A mistyped path would create an empty registry, and the collection would delete everything.
+    for prefix in _FILE_SCHEMES:
         if registry_uri.startswith(prefix) and not Path(registry_uri.removeprefix(prefix)).exists():
-            raise RegistryError(f"There is no registry {registry_uri}.", hint="Check its path.")
+            raise RegistryError(f"The registry {registry_uri} does not exist.", hint="Check its path.")
     return {
         digest
         for version in open_registry(registry_uri, settings).versions()
@@ -72,12 +79,12 @@ def _needed(registry_uri: str, settings: Settings) -> set[str]:
 
 
 def reports_on(store: ArtifactStore, digests: Collection[str]) -> set[str]:
-    """Return the reports that the store's records name for these artifacts; some are younger than the versions."""
-    found: set[object] = set()
+    """Return the digests of the reports on artifacts, from the store's records. Some are newer than a version."""
+    reports: set[object] = set()
     for digest in {key for kind in ("report-of", "verdict") for key in store.list_records(kind)} & set(digests):
-        found.add((store.get_record("report-of", digest) or {}).get("report_digest"))
+        reports.add((store.get_record("report-of", digest) or {}).get("report_digest"))
         for envelope in stored_envelopes(store, digest):
-            # What is no statement keeps nothing, and is told by whoever verifies it.
+            # An invalid statement names no report. `compileflow verify` reports it.
             with suppress(SignatureError):
-                found.add(report_digest(statement_in(envelope) or {}))
-    return {digest for digest in found if isinstance(digest, str)}
+                reports.add(report_digest(statement_in(envelope) or {}))
+    return {digest for digest in reports if isinstance(digest, str)}

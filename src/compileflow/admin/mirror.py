@@ -1,4 +1,4 @@
-"""Copy an artifact store into another: folders, and what is recorded about artifacts."""
+"""Mirror an artifact store: copy its folders and the records about its artifacts to another store."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from compileflow.contracts import ArtifactStore
 from compileflow.errors import IntegrityError, SpecError
 from compileflow.settings import Settings
 
-# Records by an artifact's digest. Cache records stay: they say what one store's users have made.
+# Kinds of records about an artifact. Cache records are not copied, because they belong to the runs of one store.
 _KINDS = ("report-of", "provenance", "verdict")
 
 
@@ -24,50 +24,52 @@ def mirror_store(
     digests: Collection[str] | None = None,
     on_progress: Callable[[str], None] = lambda line: None,
 ) -> int:
-    """Copy folders and the records on them; what is there already is not sent again.
+    """Copy folders and the records about them. Existing folders are not sent again.
 
-    Every byte is checked against its SHA-256 when it is read, and again while it is written.
+    Every byte is checked against its SHA-256 when it is read, and again when it is written.
 
     Args:
-        from_uri: Store to copy from.
-        to_uri: Store to copy to.
-        settings: Where both are, and the credentials.
-        digests: Only these folders, and the reports on them. None: all.
-        on_progress: Told in one line what is copied.
+        from_uri: URI of the store to copy from.
+        to_uri: URI of the store to copy to.
+        settings: Settings with the credentials.
+        digests: Digests of the folders to copy, with the reports on them. None: all folders.
+        on_progress: Called with one line per folder.
 
     Returns:
-        How many of the folders `to_uri` has now: all that were asked for.
+        The number of folders that were copied or existed already.
 
     Raises:
-        SpecError: both are the same store, or there is nothing in the first, which looks like the wrong one.
-        IntegrityError: a folder is absent or altered.
-        StoreError: one of the stores refused; StoreUnavailableError when it did not answer.
+        SpecError: Both URIs name the same store, or the first store is empty, which suggests a wrong URI.
+        IntegrityError: A folder is missing or altered.
+        StoreError: One of the stores refused.
+        StoreUnavailableError: One of the stores did not answer.
     """
     source, mirror = open_store(from_uri, settings), open_store(to_uri, settings)
     if source.uri == mirror.uri:
         raise SpecError(f"{from_uri} cannot be copied into itself.", hint="Name another store.")
-    wanted = list(source.list()) if digests is None else _with_reports(source, digests)
-    if not wanted:
-        raise SpecError(f"{from_uri} holds no folder that could be copied.", hint="Check the URI of that store.")
-    for number, digest in enumerate(wanted, start=1):
+    folders = list(source.list()) if digests is None else _with_reports(source, digests)
+    if not folders:
+        raise SpecError(f"{from_uri} does not hold any folder to copy.", hint="Check the URI of that store.")
+    for number, digest in enumerate(folders, start=1):
         if mirror.exists(digest):
             continue
-        on_progress(f"folder {number} of {len(wanted)}: {digest[:12]}")
+        on_progress(f"folder {number} of {len(folders)}: {digest[:12]}")
         with source.open_folder(digest) as folder:
             stored = mirror.put_folder(folder)
         if stored.digest != digest:
             raise IntegrityError(
-                f"{mirror.uri} took {digest[:12]}... as {stored.digest[:12]}...", hint="Do not use that store."
+                f"Digest mismatch in {mirror.uri}: expected {digest[:12]}..., found {stored.digest[:12]}...",
+                hint="Do not use that store.",
             )
     for kind in _KINDS:
-        recorded = source.list_records(kind)
-        for digest in [key for key in recorded if digests is None or key in wanted]:
+        keys = source.list_records(kind)
+        for digest in [key for key in keys if digests is None or key in folders]:
             _copy_record(source, mirror, kind, digest)
-    return len(wanted)
+    return len(folders)
 
 
 def _with_reports(source: ArtifactStore, digests: Collection[str]) -> list[str]:
-    """Add the reports that the records point at: a mirror whose records point nowhere is none."""
+    """Add the reports that the records point at, so that no record of the mirror points at a missing folder."""
     return list(dict.fromkeys([*digests, *sorted(reports_on(source, digests))]))
 
 
@@ -75,20 +77,20 @@ def _copy_record(source: ArtifactStore, mirror: ArtifactStore, kind: str, digest
     value = source.get_record(kind, digest)
     if value is None:
         return
-    moved = {name: _moved(part, source, mirror) for name, part in value.items()}
-    there = mirror.get_record(kind, digest)
-    if there == moved or (_signed(there) and not _signed(moved)):
+    copy = {name: _with_mirror_uri(part, source, mirror) for name, part in value.items()}
+    existing = mirror.get_record(kind, digest)
+    # An unsigned statement never replaces a signed one.
+    if existing == copy or (_is_signed(existing) and not _is_signed(copy)):
         return
-    mirror.put_record(kind, digest, moved)
+    mirror.put_record(kind, digest, copy)
 
 
-def _moved(value: JsonValue, source: ArtifactStore, mirror: ArtifactStore) -> JsonValue:
-    """Return a record's value with the addresses of the store it is in from now on."""
+def _with_mirror_uri(value: JsonValue, source: ArtifactStore, mirror: ArtifactStore) -> JsonValue:
+    """Replace the URI of the source store at the start of a value by the URI of the mirror."""
     if isinstance(value, str) and value.startswith(f"{source.uri}/"):
         return mirror.uri + value.removeprefix(source.uri)
     return value
 
 
-def _signed(record: Mapping[str, JsonValue] | None) -> bool:
-    """Say whether it is a signed statement. One that is not never takes the place of one that is."""
+def _is_signed(record: Mapping[str, JsonValue] | None) -> bool:
     return bool(record and record.get("signatures"))

@@ -1,4 +1,4 @@
-"""SHA-256 of files, folders and JSON values: the one definition of a digest."""
+"""Digests: the SHA-256 of files, folders and JSON values, in one definition."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ SHA256 = r"^[0-9a-f]{64}$"
 
 
 def safe_relative_path(path: str) -> str:
-    """Return `path` if it names a file below its folder, in POSIX form; raise `ValueError` otherwise."""
+    """Return `path` if it is a POSIX path to a file below its folder.
+
+    Raises:
+        ValueError: The path leaves its folder, is not in its shortest form, or is not Unicode text.
+    """
     parts = PurePosixPath(path).parts
     windows_like = "\\" in path or (len(path) > 1 and path[1] == ":")
     if not parts or path.startswith("/") or ".." in parts or windows_like or "\0" in path:
@@ -25,12 +29,12 @@ def safe_relative_path(path: str) -> str:
     if str(PurePosixPath(path)) != path:
         raise ValueError(f"path {path!r} is not in its shortest form")
     if path != path.encode("utf-8", "replace").decode():
-        raise ValueError(f"path {path!r} is no Unicode text")
+        raise ValueError(f"path {path!r} is not Unicode text")
     return path
 
 
 class FileRecord(BaseModel):
-    """One file of a folder: where it is, how large it is, and what its bytes are."""
+    """One file of a folder: its relative path, its size, and the SHA-256 of its bytes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -40,7 +44,7 @@ class FileRecord(BaseModel):
 
 
 def canonical_json(value: Any) -> bytes:
-    """Encode a JSON value so that equal values give equal bytes: sorted keys, no spaces, UTF-8."""
+    """Encode a JSON value as UTF-8, with sorted keys and without spaces: equal values have equal bytes."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
@@ -62,17 +66,17 @@ def list_files(
     at_once: int = 1,
     digest_of: Callable[[Path], str] = file_digest,
 ) -> tuple[FileRecord, ...]:
-    """Hash every file below `folder`, sorted by path; `only` narrows it to those relative paths.
+    """Hash the files below a folder and return their records, sorted by path.
 
     Args:
-        folder: Where the files are.
-        only: Relative paths. None: all.
-        at_once: Files that are hashed in threads of their own: SHA-256 leaves Python's lock alone.
-        digest_of: Reads a file and returns its SHA-256, for those who want its bytes, too.
+        folder: Folder of the files.
+        only: Relative paths of the files to hash. None: all files.
+        at_once: Number of files that are hashed at once, in threads. SHA-256 releases Python's global lock.
+        digest_of: Returns the SHA-256 of a file. A caller that needs the bytes can read and hash the file itself.
 
     Raises:
-        IntegrityError: there is no such folder, or something below it is neither a file nor a folder, is a
-            link out of it, or has a name that not every machine can write.
+        IntegrityError: The folder does not exist, or an entry is neither a file nor a folder, is a link that leads
+            out of the folder, or has a name that some operating systems do not allow.
     """
     root = folder.resolve()
     if not root.is_dir():
@@ -82,15 +86,15 @@ def list_files(
         with ThreadPoolExecutor(at_once) as threads:
             return tuple(threads.map(lambda name: _record(root, name, digest_of), names))
     except ValidationError as error:
-        first = error.errors()[0]
+        problem = error.errors()[0]
         raise IntegrityError(
-            f"{folder}: {first['input']!r} is no portable file name: {first['msg']}.",
+            f"{folder}: {problem['input']!r} is not a portable file name: {problem['msg']}.",
             hint="Rename that file.",
         ) from error
 
 
 def listing_bytes(files: Iterable[FileRecord]) -> bytes:
-    """Return the canonical listing of a folder; its SHA-256 is the folder's digest."""
+    """Return the listing of a folder as canonical JSON. The SHA-256 of these bytes is the folder's digest."""
     records = [record.model_dump() for record in sorted(files, key=lambda record: record.path)]
     return canonical_json({"schema_version": 1, "files": records})
 
@@ -112,8 +116,8 @@ def _walk(root: Path) -> list[str]:
             continue
         if not path.is_file() or not path.resolve().is_relative_to(root):
             raise IntegrityError(
-                f"{path.name} in {root} is a link out of the folder or not a plain file.",
-                hint="Replace it by the file itself.",
+                f"{path.name} in {root} is a link out of the folder, or not a regular file.",
+                hint="Replace it with the file itself.",
             )
         names.append(path.relative_to(root).as_posix())
     return names

@@ -1,4 +1,8 @@
-"""What a target must be able to do, and the values that it exchanges with its caller."""
+"""The protocol of a target, and the values that it exchanges with its caller.
+
+`compileflow.testing.targets.TargetConformance` checks an implementation; `compileflow.contracts.toolkit` helps to
+write one.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +23,13 @@ Device = Literal["cpu", "cuda", "neuron", "lpu"]
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether a target can compile and run on this machine, and if not, why and what to do.
+    """Whether a target can compile and run on this machine; if not, the reason and a hint.
 
     Attributes:
-        can_compile: The toolchain is here.
-        can_run: The runtime, and the device that it needs, are here.
-        reason: What is missing, when either is False.
-        hint: What to do about it.
+        can_compile: Whether the toolchain is installed.
+        can_run: Whether the runtime is installed and the machine has the device.
+        reason: What is missing, if one of the two is False.
+        hint: How to provide it, for example a command that installs it.
         lacking: Precisions of the target that this machine cannot run, each with the reason.
     """
 
@@ -38,19 +42,20 @@ class Availability:
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a target can do on any machine.
+    """What a target supports, on whatever machine.
 
     Attributes:
-        hf_tasks: Tasks that it compiles.
-        precisions: Number formats that it has.
-        devices: Where the result runs; the first is the default.
-        dynamic_axes: True: any shape runs. False: only the shape buckets do.
-        compile_needs_device: True: without the device there is no compile.
-        variants: For a precision, the sets of options that `auto` tries; where none is named, the defaults alone.
-        runtime: Distributions that running needs, each with the versions (PEP 440) that load what one of its
-            versions compiled. Of a compile with 2.13.1, {major}, {minor} and {release} are 2, 2.13 and 2.13.1,
-            and {next_major} is 3. Those that are not named are not checked.
-        runtime_install: Command that installs such versions; {} stands for the requirements.
+        hf_tasks: Hub tasks that the target compiles.
+        precisions: Number formats that the target compiles to.
+        devices: Devices that the compiled model runs on. The first one is the default.
+        dynamic_axes: Whether a compiled model runs any shape. False: it runs only its shape buckets.
+        compile_needs_device: Whether a compile needs the device.
+        variants: Per precision, the sets of options that target `auto` tries. For a precision without an entry,
+            `auto` tries the default options.
+        runtime: Per distribution that a load needs, the versions that can load a compiled model, as a PEP 440
+            specifier. It may contain parts of the version at compile time: for 2.13.1, {major} is 2, {minor} is
+            2.13, {release} is 2.13.1, and {next_major} is 3. Other distributions are not checked.
+        runtime_install: Command that installs such versions. {} stands for the requirements.
     """
 
     hf_tasks: tuple[HfTask, ...]
@@ -71,8 +76,8 @@ class ComponentPlan:
         spec: Specification of the whole artifact.
         component: The component, with its maximum length set, and its shape buckets if the target needs them.
         threads: Threads that the compile may use.
-        calibration: Natural batches, arrays of the graph's inputs; () unless the target's options say
-            `needs_calibration`.
+        calibration: Batches of natural examples, as arrays of the graph's inputs; () unless the target's options
+            return True from `needs_calibration`.
     """
 
     spec: CompileSpec
@@ -123,9 +128,16 @@ class ComponentPlan:
 
 @dataclass(frozen=True)
 class CompiledComponent:
-    """What `Target.compile` wrote: its files relative to `out_dir`, and the graph's interface.
+    """Result of `Target.compile`: the files that it wrote, and the interface of the compiled graph.
 
-    Outputs are float32 at every precision. `load_options` come back to `Target.load` in the component's record.
+    Attributes:
+        files: Paths of the files, relative to `out_dir`.
+        inputs: Inputs of the graph.
+        outputs: Outputs of the graph, which are float32 at every precision.
+        output_class: Output class of the source model, as module:Class.
+        pad_token_id: Token that pads input_ids after the end of a row.
+        load_options: JSON values that `Target.load` receives again, in the record of the component.
+        frame_convolutions: (kernel, stride) of each convolution that turns a sequence into frames; () if none.
     """
 
     files: tuple[str, ...]
@@ -138,28 +150,45 @@ class CompiledComponent:
 
 
 class Runner(Protocol):
-    """A loaded graph. Safe to call from several threads."""
+    """A loaded component. Several threads may call it at once."""
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
-        """Map named inputs to named outputs; shapes as in the component's record."""
+        """Run the compiled graph.
+
+        Args:
+            inputs: Name of each input to its array, with the types and axes of the component's record.
+
+        Returns:
+            Name of each output to its array, with the types and axes of the component's record.
+        """
 
     def close(self) -> None:
-        """Release the graph. Closing twice does nothing."""
+        """Release memory and device. A second call does nothing."""
 
 
 class TargetOptions(BaseModel):
-    """Base of every target's options: frozen, and unknown names are refused."""
+    """Base class of a target's options: immutable, without unknown names."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def needs_calibration(self, precision: Precision) -> bool:
-        """Say whether a compile at this precision looks at natural examples."""
+        """Say whether a compile at this precision needs natural examples for calibration."""
         return False
 
 
 @runtime_checkable
 class Target(Protocol):
-    """One thing that a model can be compiled for. Methods import their toolchain themselves."""
+    """A toolchain and a runtime that a model can be compiled for.
+
+    The module of a target must be cheap to import: each method imports the toolchain that it needs.
+
+    Attributes:
+        name: Name of the target in specifications and on the command line.
+        version: Version of the target's code. Raise it when the output changes; it is part of the cache key.
+        summary: One line for the list of targets.
+        Options: Class of the target's options.
+        capabilities: What the target supports.
+    """
 
     name: ClassVar[str]
     version: ClassVar[int]
@@ -168,38 +197,49 @@ class Target(Protocol):
     capabilities: ClassVar[Capabilities]
 
     def probe(self) -> Availability:
-        """Look whether the toolchain is here. Never raises, imports nothing heavy."""
+        """Look for toolchain, runtime and device on this machine. Must not raise, and must not import them."""
 
     def toolchain(self) -> dict[str, str]:
-        """Return the distributions, with versions, that decide what a compile gives."""
+        """Return the distributions that influence the output of a compile, with their installed versions."""
 
     def cpu_features(self) -> tuple[str, ...]:
-        """Return the CPU features that a compile on this machine bakes in, () when none.
+        """Return the CPU features that the output of a compile on this machine needs; () if none.
 
-        An artifact is refused where one of them is lacking.
+        A machine that lacks one of them refuses to load the artifact.
         """
 
     def compile(self, source_dir: Path, component: ComponentPlan, out_dir: Path) -> CompiledComponent:
-        """Compile one component. Writes below `out_dir` only, uses no network.
+        """Compile one component. Must write only below `out_dir` and must not use the network.
 
-        The caller gives it a process of its own, or puts back what it changes in this one: environment,
-        threads, random state.
+        The caller runs it in a child process, or restores what it changes in this process: environment, threads,
+        random state.
+
+        Args:
+            source_dir: Folder of the source model.
+            component: Component to compile.
+            out_dir: Empty folder for the compiled files.
 
         Raises:
-            CompileError: the toolchain refused the model.
-            TargetUnavailableError: the toolchain is missing.
+            CompileError: The toolchain refused the model.
+            TargetUnavailableError: The toolchain is not installed.
         """
 
     def load(
         self, component_dir: Path, component: ComponentRecord, *, device: Device, threads: int | None
     ) -> Runner:
-        """Load a compiled component whose digests were verified.
+        """Load a compiled component. The caller has verified the digests of its files.
+
+        Args:
+            component_dir: Folder that `compile` wrote.
+            component: Record of the component in the manifest.
+            device: One of the target's devices.
+            threads: Number of threads for the runtime. None: the runtime decides.
 
         Raises:
-            LoadError: it cannot run here.
-            TargetUnavailableError: the runtime is missing.
+            LoadError: The component cannot run on this machine.
+            TargetUnavailableError: The runtime is not installed.
         """
 
 
-# The name that targets written for 0.1 import.
+# Targets that were written for version 0.1 import this name.
 CompiledGraph = CompiledComponent
