@@ -1,4 +1,4 @@
-"""Whatever a compile is given, the caller gets one line, the log stays, and nothing half-made is kept.
+"""A failed compile: the caller gets one line, the log stays, and the store keeps no partial result.
 
 The compiles are real: a child process each, with the toolchain itself refusing or dying.
 """
@@ -95,10 +95,10 @@ Refused = Callable[..., CompileflowError]
 
 @pytest.fixture
 def refused(settings: Settings) -> Refused:
-    """Compile what must be refused; return the error, after looking at all that must hold of any of them."""
+    """Compile a model that must be refused; check what holds for every refusal, and return the error."""
 
-    def compile_refused(model: Path, kind: type[CompileflowError], **asked: Any) -> CompileflowError:
-        request = CompileRequest.model_validate({"model": str(model), "hf_task": "text-classification"} | asked)
+    def compile_refused(model: Path, kind: type[CompileflowError], **fields: Any) -> CompileflowError:
+        request = CompileRequest.model_validate({"model": str(model), "hf_task": "text-classification"} | fields)
         store_uri = settings.resolved_store_uri()
         source = fetch_source(request.model, None, store_uri=store_uri, settings=settings)
         with pytest.raises(CompileflowError) as caught:
@@ -129,8 +129,8 @@ def model(tiny_model: ModelFactory) -> Path:
 
 @pytest.fixture
 def odd_model(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """Give the model Python code of its own, whose last step is a function of the logits."""
-    # transformers copies trusted code into its own cache, which is not ours to fill.
+    """Give the model custom Python code whose last step is a function of the logits."""
+    # transformers copies trusted code into its cache; use a temporary one.
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
 
     def make(odd: str) -> Path:
@@ -178,7 +178,7 @@ def test_model_that_a_target_cannot_lower_is_refused_with_the_reason(
     assert "Traceback" in log_of(error)
 
 
-def test_opset_that_there_is_not_is_refused_with_the_range(refused: Refused, model: Path) -> None:
+def test_unknown_opset_is_refused_with_the_range(refused: Refused, model: Path) -> None:
     for opset, says in ((99, "less than or equal to 25"), (7, "greater than or equal to 18")):
         error = refused(model, SpecError, target="onnx-runtime", target_options={"opset": opset})
         assert says in error.message
@@ -187,7 +187,7 @@ def test_opset_that_there_is_not_is_refused_with_the_range(refused: Refused, mod
 
 @pytest.fixture
 def dying(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Install a third party's target, here and in child processes, that ends as its option says."""
+    """Install a third-party target, in this process and in its children, that ends as its option says."""
     folder = tmp_path / "third-party"
     info = folder / "dying-1.0.dist-info"
     info.mkdir(parents=True)
@@ -215,7 +215,7 @@ def dying(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_toolchain_that_dies_is_a_compile_error_that_says_how(
     refused: Refused, model: Path, monkeypatch: pytest.MonkeyPatch, how: str, says: str, hint: str
 ) -> None:
-    # The child reads no model first, which takes seconds and is seen in the two tests below.
+    # Skip loading the model, which takes seconds; the two tests below load it.
     monkeypatch.setattr(compile_step, "_CHILD", "dying_plugin:compile_alone")
     timeouts = {"compile_s": 4} if how == "hang" else {}
     error = refused(model, CompileError, target="dying", target_options={"how": how}, timeouts=timeouts)
@@ -239,12 +239,12 @@ def test_command_line_prints_the_toolchains_words_when_asked(settings: Settings,
         "flows", "compile", "--model", str(model), "--target", "dying", "--option", 'how="SIGSEGV"',
         "--task", "text-classification", "--bucket", "1x8", "--verbose",
     )  # fmt: skip
-    done = call(settings, *words)
-    lines = done.stderr.splitlines()
-    (said,) = (line for line in lines if line.startswith("error: "))
-    assert said.startswith("error: The toolchain of dying died: ")
-    assert "SIGSEGV" in said
-    assert lines.index("the toolchain's last words") < lines.index(said)
+    process = call(settings, *words)
+    lines = process.stderr.splitlines()
+    (error_line,) = (line for line in lines if line.startswith("error: "))
+    assert error_line.startswith("error: The toolchain of dying died: ")
+    assert "SIGSEGV" in error_line
+    assert lines.index("the toolchain's last words") < lines.index(error_line)
 
 
 def test_aot_inductor_without_a_cpp_compiler_says_what_to_install(
@@ -252,13 +252,15 @@ def test_aot_inductor_without_a_cpp_compiler_says_what_to_install(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    here = catalog.get_target("aot-inductor").probe()
-    assert (here.can_compile, here.can_run) == (False, True)
+    availability = catalog.get_target("aot-inductor").probe()
+    assert (availability.can_compile, availability.can_run) == (False, True)
     error = refused(model, TargetUnavailableError, target="aot-inductor")
-    assert error.message == "aot-inductor cannot compile here: there is no C++ compiler (g++)."
+    assert error.message == "aot-inductor cannot compile here: the C++ compiler g++ is not installed."
     assert "apt-get install g++" in error.hint
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert "(no-such-compiler)" in refused(model, TargetUnavailableError, target="aot-inductor").message
+    assert (
+        "compiler no-such-compiler is not" in refused(model, TargetUnavailableError, target="aot-inductor").message
+    )
 
 
 @pytest.mark.parametrize("target", ["onnx-runtime", "openvino"])
@@ -288,7 +290,7 @@ def test_calibration_in_another_language_is_refused(refused: Refused, model: Pat
         target_options={"quantization": "static"},
         calibration={"examples_path": str(tmp_path / "other.txt")},
     )
-    assert "unlike the model's inputs: its tokenizer knows" in error.message
+    assert "do not fit the model: its tokenizer knows only" in error.message
     assert log_of(error)
 
 

@@ -121,7 +121,7 @@ class TestWhatIsRefused:
         self, tiny_model: ModelFactory, texts: list[str]
     ) -> None:
         tokenizer = AutoTokenizer.from_pretrained(tiny_model(HfTask.TEXT_CLASSIFICATION))
-        with pytest.raises(CompileError, match="unlike the model's inputs: its tokenizer knows 0 of") as caught:
+        with pytest.raises(CompileError, match="do not fit the model: its tokenizer knows only 0 of") as caught:
             calibration_batches(
                 [{"text": text} for text in texts],
                 tokenizer,

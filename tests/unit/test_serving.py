@@ -390,7 +390,7 @@ def test_missing_runtime_is_one_clear_error(
         kind.from_pretrained(folder)
 
     assert str(caught.value) == (
-        "onnx-runtime cannot run here: onnxruntime not installed. Try: pip install 'compileflow[onnx-runtime]'."
+        "onnx-runtime cannot run here: onnxruntime is not installed. Try: pip install 'compileflow[onnx-runtime]'."
     )
 
 
