@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from compileflow.registries import local as local_registry
+from compileflow.registries import sqlite as sqlite_registry
 from compileflow.settings import get_settings
 from compileflow.stores.local import LocalStore
 from tests.steps import Pipeline, in_process
@@ -59,7 +59,7 @@ def arm(place: str) -> str:
         def deadly_version(row: Any) -> Any:
             die()
 
-        local_registry._version = deadly_version
+        sqlite_registry._version = deadly_version
     return "tracing" if place == "compile" else ""
 
 

@@ -17,7 +17,7 @@ import pytest
 from compileflow.catalog import open_registry
 from compileflow.contracts import ModelRegistry
 from compileflow.errors import RegistryError
-from compileflow.registries.sqlite_file import SCHEMA_VERSION
+from compileflow.registries.sqlite import SCHEMA_VERSION
 from compileflow.testing.registries import version_entry
 
 FOLDER = Path(__file__).parent

@@ -108,7 +108,7 @@ def test_gated_repository_opens_with_the_right_token(hub: Hub, tmp_path: Path) -
 
 def test_repository_without_a_model_says_what_is_missing(hub: Hub, tmp_path: Path) -> None:
     hub.add(REPOSITORY, {"README.md": b"# Data"})
-    with pytest.raises(SourceError, match=r"hf://owner/model holds no model: there is no config\.json"):
+    with pytest.raises(SourceError, match=r"hf://owner/model does not hold a model: config\.json is missing"):
         source(hub.endpoint).locate(REPOSITORY, None, tmp_path)
     assert hub.downloaded() == set()
 
@@ -179,8 +179,8 @@ def refused(hub: Hub, work_dir: Path) -> None:
         (unknown_revision, False, "hf://owner/model has no revision 'v9'", "a branch, a tag"),
         (unknown_commit, False, "has no revision 'ffff", "a full commit"),
         (gated, False, "hf://owner/model is gated", "Accept its licence"),
-        (invalid_id, False, "'owner/a/b' is neither a folder here nor a Hub id", "owner/name"),
-        (invalid_characters, False, "'owner/two words' is neither a folder here", "owner/name"),
+        (invalid_id, False, "Expected a folder or a Hub id, got 'owner/a/b'", "owner/name"),
+        (invalid_characters, False, "Expected a folder or a Hub id, got 'owner/two words'", "owner/name"),
         (unavailable, True, "HTTP 503 for hf://owner/model", "later"),
         (too_many_requests, True, "HTTP 429 for hf://owner/model", "later"),
         (unavailable_while_downloading, True, "hf://owner/model", ""),

@@ -157,8 +157,8 @@ def test_parts_of_the_flavor_are_brought_together(
         ({"MLmodel": b"{", **MODEL}, "MLmodel", "again"),
         (flavored({"model_binary": "../../outside"}, MODEL), "leaves its folder", "again"),
         (flavored({"model_binary": "/"}, MODEL), "leaves its folder", "again"),
-        ({"model_card.json": b"[" * 100_000, **MODEL}, "is no JSON", "JSON"),
-        ({"model_card.json": b"{", **MODEL}, "is no JSON", "JSON"),
+        ({"model_card.json": b"[" * 100_000, **MODEL}, "is not JSON", "JSON"),
+        ({"model_card.json": b"{", **MODEL}, "is not JSON", "JSON"),
         ({"model.pkl": b"pickled"}, "no config.json", "save_pretrained"),
     ],
 )
@@ -190,10 +190,10 @@ def test_absent_version_lists_what_there_is(publish: Publish, database: Path, se
     for ref in ("7", "challenger"):
         with pytest.raises(SourceError, match=f"'{ref}'") as caught:
             get_source("mlflow", settings).pin(f"{base}@{ref}", None)
-        assert caught.value.hint == "It has: 1, champion (1)."
+        assert caught.value.hint == "Versions: 1, champion (1)."
     with pytest.raises(SourceError, match="'other'") as caught:
         get_source("mlflow", settings).pin(f"{base.removesuffix('src')}other@1", None)
-    assert caught.value.hint == "It has: src."
+    assert caught.value.hint == "Models: src."
 
 
 def test_absent_database_is_not_made(settings: Settings, tmp_path: Path) -> None:

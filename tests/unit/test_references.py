@@ -57,7 +57,7 @@ def test_what_is_no_reference_is_left_alone(text: str, settings: Settings) -> No
     "text", ["registry:", "registry:a b", "registry:ner@", "mlflow:http://u:p@h#", "sqlite:x#-"]
 )
 def test_name_that_cannot_be_says_how_to_write_it(text: str) -> None:
-    with pytest.raises(SpecError, match="names no registered model") as caught:
+    with pytest.raises(SpecError, match="Expected a reference to a registered model") as caught:
         parse_reference(text)
     assert "REGISTRY_URI#NAME" in caught.value.hint
     assert "u:p" not in str(caught.value)
@@ -124,7 +124,7 @@ def test_source_is_the_model_that_the_version_was_compiled_from(
 
 @pytest.mark.usefixtures("versions")
 def test_source_that_left_the_store_says_where_it_came_from(settings: Settings, tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="ner 3 is not whole in the store") as caught:
+    with pytest.raises(SourceError, match="ner 3 is not complete in the store") as caught:
         get_source("registry", settings).locate("registry:ner", None, tmp_path / "work")
     assert "hf://owner/name" in caught.value.hint
 

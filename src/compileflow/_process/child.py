@@ -1,6 +1,6 @@
 """A child process and its parent: both sides of one protocol.
 
-Messages are JSON objects, one per line: to the child on standard input, and back on what was its standard output.
+Messages are JSON objects, one per line: to the child on standard input, and back on its original standard output.
 Everything that the child prints goes to its log. When the parent dies, however it dies, a watcher that the child
 forks kills the child and all that it started. A thread cannot do this: native code may hold the GIL for minutes.
 """
@@ -86,7 +86,7 @@ class ChildProcess:
         """Write a message. A child that does not read would otherwise hold its writer forever.
 
         Args:
-            message: What the child receives.
+            message: JSON object for the child.
             until: Deadline on the clock `time.monotonic`.
 
         Raises:
@@ -141,7 +141,7 @@ class ChildProcess:
                 os.killpg(self.pid, signal.SIGKILL)
 
     def end(self) -> int:
-        """Kill what still runs, close the pipes and return the child's exit code, -N for signal N."""
+        """Kill the group, close the pipes and return the child's exit code, -N for signal N."""
         self.kill()
         exit_code = self._popen.wait()
         for reader in self._readers:
@@ -195,7 +195,7 @@ def send_to_parent(message: JsonObject) -> None:
 
 
 def report_progress(text: str) -> None:
-    """Tell the parent process in one line what happens now. Outside a child it does nothing."""
+    """Report the current activity to the parent process in one line. Outside a child it does nothing."""
     send_to_parent({"progress": text})
 
 
@@ -244,7 +244,7 @@ def _read_lines(pipe: IO[bytes], on_line: Callable[[bytes], object]) -> None:
 
 
 def peak_bytes(pid: int | str) -> int:
-    """Return VmHWM in bytes, 0 where there is no /proc. A child inherits its parent's peak in ru_maxrss."""
+    """Return VmHWM in bytes, 0 on systems without /proc. A child inherits its parent's peak in ru_maxrss."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text("ascii", "replace").splitlines()
     except OSError:

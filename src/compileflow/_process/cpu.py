@@ -1,4 +1,4 @@
-"""What this machine's CPU can compute, read from the system without importing anything heavy."""
+"""The instruction sets of this machine's CPU, read from the system without heavy imports."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 from compileflow.spec import Precision
 
 CPUINFO = Path("/proc/cpuinfo")
-# Instruction sets that compilers and kernels choose by; the names are the Linux kernel's.
+# Instruction sets that compilers and kernels choose by, under the names of the Linux kernel.
 _SIMD = (
     "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx_vnni",
     "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16", "amx_int8",
     "asimd", "asimddp", "asimdhp", "bf16", "i8mm", "sve", "sve2",
 )  # fmt: skip
-# Any one of them will do. fp32 runs everywhere, and so does int8: some CPUs are only slower at it.
+# One of these instruction sets is enough. fp32 and int8 run on every CPU, int8 only slower on some.
 _NEEDS: Mapping[Precision, tuple[str, ...]] = {
     Precision.BF16: ("avx512_bf16", "amx_bf16", "bf16"),
     Precision.FP16: ("avx512_fp16", "amx_fp16", "asimdhp"),
@@ -24,22 +24,22 @@ _NEEDS: Mapping[Precision, tuple[str, ...]] = {
 
 
 def cpu_features() -> tuple[str, ...]:
-    """Return the SIMD instruction sets of this CPU, sorted; () where the system does not say."""
+    """Return the SIMD instruction sets of this CPU, sorted; () if the system does not list them."""
     return _features(str(CPUINFO))
 
 
 def lacking_precisions(precisions: Iterable[Precision]) -> dict[Precision, str]:
-    """Return those precisions that this CPU has no instructions for, each with what it lacks."""
-    here = set(cpu_features())
+    """Return the precisions that this CPU does not support, each with the missing instruction sets."""
+    features = set(cpu_features())
     return {
         precision: f"this CPU has no {precision.value} instructions ({', '.join(_NEEDS[precision])})"
         for precision in precisions
-        if precision in _NEEDS and not here.intersection(_NEEDS[precision])
+        if precision in _NEEDS and not features.intersection(_NEEDS[precision])
     }
 
 
 def missing_features(compiled_for: Iterable[str]) -> tuple[str, ...]:
-    """Return the instruction sets that a compile baked in and this CPU lacks."""
+    """Return the instruction sets that a compiled model needs and this CPU lacks."""
     return tuple(sorted(set(compiled_for) - set(cpu_features())))
 
 
@@ -52,6 +52,5 @@ def _features(cpuinfo: str) -> tuple[str, ...]:
     for line in lines:
         name, _, value = line.partition(":")
         if name.strip() in ("flags", "Features"):
-            found = set(value.split())
-            return tuple(sorted((found & set(_SIMD)) | {platform.machine()}))
+            return tuple(sorted((set(value.split()) & set(_SIMD)) | {platform.machine()}))
     return (platform.machine(),)

@@ -1,4 +1,4 @@
-"""Work folders and temporary files that cannot outlive their owner unnoticed, and file locks."""
+"""Work folders that are deleted even if their owner is killed, file locks, and errors about paths."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _LOCK_SUFFIX = ".lock"
 
 @contextmanager
 def work_folder(parent: Path, *, label: str) -> Iterator[Path]:
-    """Give an empty folder below `parent` and delete it afterwards, whatever happens.
+    """Give an empty folder below `parent` and delete it after the block.
 
-    A folder whose owner was killed is deleted by the next caller: its lock file is no longer locked.
+    The next caller deletes a folder whose owner was killed: its lock file is not locked any more.
 
     Raises:
         StoreError: `parent` cannot be written.
@@ -36,7 +36,7 @@ def work_folder(parent: Path, *, label: str) -> Iterator[Path]:
             folder.mkdir()
         yield folder
     finally:
-        # A process that was forked meanwhile comes by here at its own end.
+        # A process that was forked within the block also runs this, at its own end.
         if os.getpid() == owner:
             shutil.rmtree(folder, ignore_errors=True)
             Path(f"{folder}{_LOCK_SUFFIX}").unlink(missing_ok=True)
@@ -47,14 +47,14 @@ def _lock_for(folder: Path) -> int:
     while True:
         lock = os.open(f"{folder}{_LOCK_SUFFIX}", os.O_RDWR | os.O_CREAT, 0o644)
         fcntl.flock(lock, fcntl.LOCK_EX)
-        # Between open and flock a sweeper may have taken the new lock file for a dead owner's.
+        # Between open and flock another process may have swept the new lock file as a dead owner's.
         if os.fstat(lock).st_nlink:
             return lock
         os.close(lock)
 
 
 def sweep(parent: Path) -> None:
-    """Delete what dead owners left below `parent`."""
+    """Delete the work folders of dead owners below `parent`."""
     for lock_path in parent.glob(f"*{_LOCK_SUFFIX}"):
         try:
             handle = os.open(lock_path, os.O_RDWR)
@@ -63,7 +63,7 @@ def sweep(parent: Path) -> None:
         try:
             with suppress(BlockingIOError):
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # The name may have been taken over between open and flock: only the locked inode may go.
+                # Another process may have reused the name between open and flock: delete only the locked inode.
                 if lock_path.exists() and os.fstat(handle).st_ino == lock_path.stat().st_ino:
                     shutil.rmtree(lock_path.with_suffix(""), ignore_errors=True)
                     lock_path.unlink(missing_ok=True)
@@ -73,11 +73,11 @@ def sweep(parent: Path) -> None:
 
 @contextmanager
 def file_lock(path: Path, *, on_wait: Callable[[], None], poll_s: float = 0.1) -> Iterator[None]:
-    """Hold an exclusive lock on `path`; the kernel frees it when the holder dies, killed or not.
+    """Hold an exclusive lock on `path`; the kernel frees it when the holder ends, even if it is killed.
 
     Args:
-        path: Lock file; made when absent and left in place.
-        on_wait: Called once if someone else holds the lock.
+        path: Lock file; created if it is missing, never deleted.
+        on_wait: Called once if another process holds the lock.
         poll_s: Seconds between tries.
     """
     with os_errors(path, "lock"):
@@ -100,9 +100,9 @@ def file_lock(path: Path, *, on_wait: Callable[[], None], poll_s: float = 0.1) -
 
 
 def move_into_place(folder: Path, dest: Path) -> None:
-    """Move a finished folder to its content-addressed place; a folder that is already there stays.
+    """Move a finished folder to its content-addressed place; an existing folder stays.
 
-    Two processes may make the same folder at once. The first one wins, and the caller verifies what it finds.
+    Two processes may create the same folder at once. The first one wins, and the caller verifies the result.
 
     Raises:
         StoreError: `dest` cannot be written.
@@ -154,25 +154,25 @@ def link_or_copy(file: Path, dest: Path) -> None:
 
 
 @contextmanager
-def os_errors(path: Path, doing: str, *, kind: type[CompileflowError] = StoreError) -> Iterator[None]:
-    """Turn an operating-system error about `path` into one line that says what to do."""
+def os_errors(path: Path, action: str, *, kind: type[CompileflowError] = StoreError) -> Iterator[None]:
+    """Turn an error of the operating system about `path` into one line with a hint."""
     try:
         yield
     except CompileflowError:
         raise
     except OSError as error:
         hints = {
-            "ENOSPC": "Free some space there, or set COMPILEFLOW_HOME to a larger disk.",
+            "ENOSPC": "Free some space on that disk, or set COMPILEFLOW_HOME to a larger one.",
             "EDQUOT": "Free some of your quota, or set COMPILEFLOW_HOME to another disk.",
-            "EACCES": "Give this user the right to do so, or choose another folder.",
-            "EPERM": "Give this user the right to do so, or choose another folder.",
+            "EACCES": "Give this user access to it, or choose another folder.",
+            "EPERM": "Give this user access to it, or choose another folder.",
             "EROFS": "That file system is read-only; choose another folder.",
             "ENOTDIR": "A part of that path is a file; choose another folder.",
             "EEXIST": "A part of that path is a file; choose another folder.",
         }
         name = _errno_name(error.errno)
         hint = hints.get(name, "Check that folder.")
-        raise kind(f"Cannot {doing} {path}: {error.strerror or error} ({name}).", hint=hint) from error
+        raise kind(f"Cannot {action} {path}: {error.strerror or error} ({name}).", hint=hint) from error
 
 
 def _errno_name(number: int | None) -> str:

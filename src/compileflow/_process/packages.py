@@ -7,11 +7,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def installed_versions(names: Iterable[str]) -> dict[str, str]:
-    """Return name to version of those distributions that are installed."""
-    found = {}
+    """Return the versions of the installed ones among these distributions, by name."""
+    versions = {}
     for name in names:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions

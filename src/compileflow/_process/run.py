@@ -160,7 +160,7 @@ def _environment(threads: int, work_dir: Path) -> dict[str, str]:
 
 
 def _other_peak_bytes() -> int:
-    """Return the peak of the largest grandchild, or, where there is no /proc, of this process if it is larger."""
+    """Return the peak of the largest grandchild, or, without /proc, the larger one of that and this process."""
     if sys.platform == "linux":
         return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     processes = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)

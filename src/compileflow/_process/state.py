@@ -1,4 +1,4 @@
-"""A process's state: its memory, and what native toolchains change in it and must be put back."""
+"""The state of a process: its memory, and the settings that native toolchains change and blocks restore."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import numpy as np
 
 @contextmanager
 def undisturbed_process() -> Iterator[None]:
-    """Run a block, and leave the environment, torch's thread count and all random states as they were.
+    """Run a block, then restore the environment, torch's thread count and all random states.
 
-    torch is looked at only where it is imported already; importing it is no change that could be undone.
+    torch is restored only if it was imported before the block; an import cannot be undone.
     """
     environment = dict(os.environ)
     states = random.getstate(), np.random.get_state()
@@ -38,13 +38,13 @@ def undisturbed_process() -> Iterator[None]:
 
 @contextmanager
 def environment(**values: str) -> Iterator[None]:
-    """Set variables of the environment within a block, and put back what they were, or were not."""
-    before = {name: os.environ.get(name) for name in values}
+    """Set variables of the environment within a block, then restore or remove them."""
+    old_values = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
         yield
     finally:
-        for name, value in before.items():
+        for name, value in old_values.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
@@ -56,19 +56,19 @@ def torch_threads(count: int | None) -> Iterator[None]:
     """Let torch use `count` threads within the block; None changes nothing."""
     import torch
 
-    before = torch.get_num_threads()
-    if count is None or count == before:
+    old_count = torch.get_num_threads()
+    if count is None or count == old_count:
         yield
         return
     torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(old_count)
 
 
 def resident_bytes(pid: int | str = "self") -> int:
-    """Return the resident memory of a process in bytes; 0 where the system does not say, or it is gone."""
+    """Return the resident memory of a process in bytes; 0 if it has ended or the system does not tell."""
     try:
         fields = Path(f"/proc/{pid}/statm").read_text("ascii").split()
     except OSError:

@@ -1,4 +1,4 @@
-"""Registered versions of compiled models, and what a model registry must be able to do."""
+"""The protocol of a model registry, and the values that describe registered versions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 class VersionEntry(BaseModel):
-    """What is registered about one compiled model."""
+    """The registered facts about one compiled model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -37,7 +37,7 @@ class VersionEntry(BaseModel):
 
 
 class ModelVersion(VersionEntry):
-    """A registered compiled model: the entry, its number, when it was made, and the stage it is in."""
+    """A registered compiled model: the entry, its number, its time of creation and its stage."""
 
     version: int = Field(ge=1)
     created_at: str = Field(description="UTC, ISO 8601.")
@@ -45,7 +45,7 @@ class ModelVersion(VersionEntry):
 
     @property
     def entry(self) -> VersionEntry:
-        """What was registered, without what the registry added."""
+        """The entry, without the fields that the registry added."""
         return VersionEntry.model_validate(self.model_dump(include=set(VersionEntry.model_fields)))
 
 
@@ -62,12 +62,13 @@ class Promotion(BaseModel):
 
 @dataclass(frozen=True)
 class VersionFiles:
-    """Folders of this machine with what an entry refers to. A registry may keep copies; the store has all of it.
+    """Local folders with the files of an entry. A registry may keep copies; the store holds all of them.
 
     Attributes:
-        artifact: The compiled model, with manifest.json.
-        report: report.json and report.html.
-        test_files: inputs.json, inference_params.json, and in predictions.json what the compiled model answers.
+        artifact: Folder of the compiled model, with manifest.json.
+        report: Folder with report.json and report.html.
+        test_files: Folder with inputs.json, inference_params.json, and the compiled model's answers in
+            predictions.json.
     """
 
     artifact: Path
@@ -76,7 +77,7 @@ class VersionFiles:
 
 
 def without_credentials(uri: str) -> str:
-    """Return a URI as it may be shown, without a user's name and password.
+    """Return a URI without the user's name and password, so that errors may show it.
 
     >>> without_credentials("mlflow:https://me:secret@host:5000")
     'mlflow:https://host:5000'
@@ -90,29 +91,29 @@ class ModelRegistry(Protocol):
     uri: str
 
     def register(self, entry: VersionEntry, files: VersionFiles | None = None) -> ModelVersion:
-        """Register a version; the same name and artifact digest again give the version that exists.
+        """Register a version, or return the version that already has this name and artifact digest.
 
-        A call that was killed is completed by the next one with the same entry.
+        The next call with the same entry completes a call that was killed.
         """
 
     def find(self, artifact_digest: str) -> Sequence[ModelVersion]:
-        """Return every version of that artifact, newest first."""
+        """Return every version of an artifact, newest first."""
 
     def get(self, name: str, version: int | str) -> ModelVersion:
-        """Return one version, by its number or by the stage it is in.
+        """Return one version by its number or its stage.
 
         Raises:
-            RegistryError: no such name, number or stage; the hint lists what there is.
+            RegistryError: The name, number or stage does not exist; the hint lists those that do.
         """
 
     def versions(self, name: str | None = None) -> Sequence[ModelVersion]:
-        """Return all versions, of one name or of all, newest first."""
+        """Return all versions of one name, or of all names, newest first."""
 
     def compiled_from(self, source_uri: str) -> Sequence[ModelVersion]:
         """Return every version that was compiled from that source model, newest first."""
 
     def set_stage(self, name: str, version: int, stage: Stage, *, who: str, reason: str = "") -> ModelVersion:
-        """Move a version to a stage. The one that was in staging or production before it is archived."""
+        """Move a version to a stage, and archive the version that it replaces in staging or production."""
 
     def promotions(self, name: str, version: int) -> Sequence[Promotion]:
         """Return every change of a version's stage, oldest first."""

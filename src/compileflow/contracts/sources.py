@@ -1,4 +1,4 @@
-"""What a source of uncompiled models must be able to do, and the values that it exchanges with its caller."""
+"""The protocol of a source of uncompiled models, and the values that it exchanges with its caller."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol
 
 from compileflow.spec import HfTask
 
-# Files with a version's registered tests: inputs, parameters of the call, and the answers to them.
+# Files of a version's registered tests: inputs, parameters of the call, and answers.
 INPUTS_FILE, PARAMETERS_FILE, PREDICTIONS_FILE = "inputs.json", "inference_params.json", "predictions.json"
 TEST_FILES = (INPUTS_FILE, PARAMETERS_FILE, PREDICTIONS_FILE)
 
@@ -18,12 +18,12 @@ class LocatedSource:
     """A source model, pinned, with its files on this machine.
 
     Attributes:
-        uri: Where it came from.
-        revision: Commit, where the place knows one.
-        folder: Where its files are.
-        files: Those of the model, relative to `folder`.
-        hf_task: What its model card says it serves; None where no card says.
-        test_files: Folder with inputs.json, inference_params.json and predictions.json, where it has them.
+        uri: URI of the place that the model came from.
+        revision: Commit of the model; "" for a place without commits.
+        folder: Folder with the model's files.
+        files: Paths of the model's files, relative to `folder`.
+        hf_task: Task that the model card names; None without one.
+        test_files: Folder with inputs.json, inference_params.json and predictions.json; None without them.
     """
 
     uri: str
@@ -35,10 +35,10 @@ class LocatedSource:
 
 
 class Source(Protocol):
-    """A place that uncompiled models come from."""
+    """A place that provides uncompiled models."""
 
     def pin(self, location: str, revision: str | None) -> tuple[str, str | None]:
-        """Return the URI and, where the place itself knows one, the commit that `revision` means now."""
+        """Return the URI and the current commit of `revision`; None for a place without commits."""
 
     def locate(self, location: str, revision: str | None, work_dir: Path) -> LocatedSource:
-        """Bring the model's files to this machine; downloads go below `work_dir`."""
+        """Bring the model's files to this machine; downloads go to `work_dir`."""

@@ -10,17 +10,17 @@ from compileflow.contracts import STAGES, Stage, VersionEntry
 from compileflow.errors import SpecError
 
 _CONFIGURED = "registry:"
-FORMS = f"{_CONFIGURED}NAME, {_CONFIGURED}NAME@STAGE, {_CONFIGURED}NAME@NUMBER, or REGISTRY_URI#NAME and the same"
+FORMS = f"{_CONFIGURED}NAME, {_CONFIGURED}NAME@STAGE or {_CONFIGURED}NAME@NUMBER, or REGISTRY_URI#NAME instead"
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Which registered version is meant.
+    """A reference to a registered version.
 
     Attributes:
-        registry_uri: The registry; None is the configured one.
-        name: The model's name there.
-        ref: A number, or a stage; None is the newest version.
+        registry_uri: URI of the registry; None means the configured one.
+        name: Name of the model in the registry.
+        ref: A number or a stage; None means the newest version.
     """
 
     registry_uri: str | None
@@ -29,14 +29,14 @@ class Reference:
 
 
 def parse_reference(text: str, schemes: Collection[str]) -> Reference | None:
-    """Read a reference; None for any other text, for example a folder or a Hub id.
+    """Read a reference; return None for any other text, for example a folder or a Hub id.
 
     Args:
-        text: What the user wrote.
-        schemes: Schemes of the registry URIs that are known here.
+        text: Text from the user.
+        schemes: Schemes of the registry URIs that the catalog knows.
 
     Raises:
-        SpecError: it is meant as one, and its name, stage or number cannot be.
+        SpecError: The text is a reference, and its name, stage or number is not possible.
 
     >>> parse_reference("registry:ner@production", ())
     Reference(registry_uri=None, name='ner', ref='production')
@@ -46,14 +46,14 @@ def parse_reference(text: str, schemes: Collection[str]) -> Reference | None:
     if text.startswith(_CONFIGURED):
         registry_uri, version = None, text.removeprefix(_CONFIGURED)
     else:
-        # The last one: a registry may be a file with that sign in its path, and no name has it.
+        # The last one counts: the path of a registry's file may contain the sign, and a name may not.
         registry_uri, hash_sign, version = text.rpartition("#")
         if not hash_sign or registry_uri.partition(":")[0] not in schemes:
             return None
     name, at, ref = version.partition("@")
     if not _is_name(name) or (at and not ref):
-        # The registry's URI is not repeated, as it may hold a password.
-        raise SpecError(f"{version!r} names no registered model.", hint=f"Write {FORMS}.")
+        # The message omits the registry's URI, which may hold a password.
+        raise SpecError(f"Expected a reference to a registered model, got {version!r}.", hint=f"Write {FORMS}.")
     return Reference(registry_uri, name, _parse_ref(ref) if at else None)
 
 
@@ -69,6 +69,6 @@ def _parse_ref(ref: str) -> int | Stage:
     if re.fullmatch(r"[1-9][0-9]*", ref):
         return int(ref)
     raise SpecError(
-        f"{ref!r} is neither the number of a version nor a stage.",
+        f"Expected the number of a version or a stage, got {ref!r}.",
         hint=f"Stages are: {', '.join(STAGES)}. Numbers start at 1.",
     )

@@ -1,4 +1,4 @@
-"""One operation on several registries: what succeeded stays, and the error names what failed."""
+"""One operation on several registries: successful changes stay, and the error names the failed ones."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from compileflow.errors import CompileflowError, RegistryError
 def check_all_succeeded(
     action: str, versions: Mapping[str, ModelVersion], errors: Mapping[str, CompileflowError], *, hint: str
 ) -> None:
-    """Raise if a registry failed; its own error if no other registry was asked.
+    """Raise if a registry failed. With one registry only, raise the error of that registry.
 
     Args:
-        action: What was done, as a participle: "Registered", "Promoted".
+        action: The operation as a past participle: "Registered", "Promoted".
         versions: Versions of the registries that succeeded, by URI without credentials.
         errors: Errors of the registries that failed, by URI without credentials.
-        hint: How the failed registries can be completed.
+        hint: How to complete the failed registries.
 
     Raises:
-        RegistryError: some registries failed; the message names both kinds.
+        RegistryError: Some registries failed; the message names these and the others.
     """
     if len(errors) == 1 and not versions:
         raise next(iter(errors.values()))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+from compileflow._process.folders import os_errors
 from compileflow.contracts import ModelVersion, Promotion, Stage, VersionEntry, VersionFiles
-from compileflow.errors import SpecError
+from compileflow.errors import RegistryError, RegistryUnavailableError, SpecError
 from compileflow.registries.lookup import (
     check_stage,
     choose_version,
@@ -18,31 +21,68 @@ from compileflow.registries.lookup import (
     replaced_by,
     unknown_name,
 )
-from compileflow.registries.sqlite_file import reading, write_transaction
 from compileflow.settings import Settings
 
+SCHEMA_VERSION = 2
+# From each schema to the next. A new file runs all of them, so that there is one way to get to the newest schema.
+_MIGRATIONS = (
+    """
+CREATE TABLE model(id INTEGER PRIMARY KEY, name TEXT UNIQUE NOT NULL);
+CREATE TABLE version(
+    model_id INTEGER NOT NULL REFERENCES model(id),
+    number INTEGER NOT NULL,
+    artifact_digest TEXT NOT NULL,
+    created_at TEXT NOT NULL,
+    entry TEXT NOT NULL,
+    PRIMARY KEY(model_id, number),
+    UNIQUE(model_id, artifact_digest)
+) WITHOUT ROWID;
+CREATE INDEX version_by_digest ON version(artifact_digest)
+""",
+    """
+ALTER TABLE version ADD COLUMN stage TEXT NOT NULL DEFAULT 'none'
+    CHECK(stage IN ('none', 'staging', 'production', 'archived'));
+CREATE UNIQUE INDEX one_version_in_a_stage ON version(model_id, stage) WHERE stage IN ('staging', 'production');
+CREATE TABLE promotion(
+    id INTEGER PRIMARY KEY,
+    model_id INTEGER NOT NULL,
+    number INTEGER NOT NULL,
+    at TEXT NOT NULL,
+    stage TEXT NOT NULL,
+    who TEXT NOT NULL,
+    reason TEXT NOT NULL,
+    FOREIGN KEY(model_id, number) REFERENCES version(model_id, number)
+);
+CREATE INDEX promotion_by_version ON promotion(model_id, number)
+""",
+)
 _FROM = " FROM version v JOIN model m ON m.id = v.model_id "
 _SELECT = "SELECT v.number, v.created_at, v.entry, v.stage" + _FROM
-# Before schema 2 there were no stages; such a file may be one that nobody can migrate.
+# Schema 1 had no stages; such a file may be read-only, so that it cannot be migrated.
 _SELECT_SCHEMA_1 = "SELECT v.number, v.created_at, v.entry, 'none'" + _FROM
+_WAIT_S = 30.0
+_CANNOT_WRITE = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
 
 
-class LocalRegistry:
-    """Model versions in SQLite: a row is there whole or not at all, whoever is killed when."""
+class SqliteRegistry:
+    """Model versions in SQLite: a row is complete or absent, even when its writer is killed."""
 
     def __init__(self, uri: str, settings: Settings):
-        """Take the settings that every registry takes; a file needs none of them."""
+        """Read the URI. Every registry takes the settings; this one needs none of them."""
         if not uri.startswith("sqlite:///"):
-            raise SpecError(f"{uri!r} is no registry file.", hint="Write it as sqlite:////absolute/path.db.")
+            raise SpecError(
+                f"Expected the URI of a registry file, got {uri!r}.",
+                hint="Write it as sqlite:////absolute/path.db.",
+            )
         self.uri = uri
         self._path = Path(uri.removeprefix("sqlite:///"))
 
     def register(self, entry: VersionEntry, files: VersionFiles | None = None) -> ModelVersion:
-        """Add a version, or return the one that holds this artifact under this name already.
+        """Add a version, or return the one that already holds this artifact under this name.
 
-        Of `files` nothing is kept: the store has them.
+        The registry keeps no copy of `files`: the store has them.
         """
-        with write_transaction(self._path) as db:
+        with _write_transaction(self._path) as db:
             db.execute("INSERT OR IGNORE INTO model(name) VALUES (?)", (entry.name,))
             (model_id,) = db.execute("SELECT id FROM model WHERE name = ?", (entry.name,)).fetchone()
             row = db.execute(
@@ -66,10 +106,10 @@ class LocalRegistry:
         return self._read("WHERE v.artifact_digest = ?", artifact_digest)
 
     def get(self, name: str, version: int | str) -> ModelVersion:
-        """Return one version, by its number or by the stage it is in.
+        """Return one version by its number or its stage.
 
         Raises:
-            RegistryError: there is no such name, number or stage; the hint lists what there is.
+            RegistryError: The name, number or stage does not exist; the hint lists those that do.
         """
         return choose_version(name, self.versions(name), version)
 
@@ -77,47 +117,47 @@ class LocalRegistry:
         """Return all versions of one name, or of all names, newest first.
 
         Raises:
-            RegistryError: there is no such name; the hint lists near ones.
+            RegistryError: The name does not exist; the hint lists similar names.
         """
         if name is None:
             return self._read("")
-        found = sorted(self._read("WHERE m.name = ?", name), key=lambda one: one.version, reverse=True)
-        if not found:
+        versions = self._read("WHERE m.name = ?", name)
+        if not versions:
             raise unknown_name(self.uri, name, (version.name for version in self._read("")))
-        return found
+        return sorted(versions, key=lambda version: version.version, reverse=True)
 
     def compiled_from(self, source_uri: str) -> Sequence[ModelVersion]:
         """Return every version that was compiled from that source model, newest first."""
         return [version for version in self._read("") if version.source_uri == source_uri]
 
     def set_stage(self, name: str, version: int, stage: Stage, *, who: str, reason: str = "") -> ModelVersion:
-        """Move a version to a stage, and archive the one that was in staging or production before it.
+        """Move a version to a stage, and archive the version that it replaces in staging or production.
 
         Raises:
-            RegistryError: there is no such stage, name or number.
+            RegistryError: The stage, name or number does not exist.
         """
         check_stage(stage)
         self.get(name, version)
-        with write_transaction(self._path) as db:
-            # Looked at again, now that nobody else can move one.
+        with _write_transaction(self._path) as db:
+            # Read again, because only now no other process can move a version.
             rows = db.execute(_SELECT + "WHERE m.name = ? ORDER BY v.number DESC", (name,)).fetchall()
-            found = [_version(row) for row in rows]
-            mine = choose_version(name, found, version)
-            if mine.stage != stage:
-                for other in found:
-                    if other.stage == stage and is_exclusive(stage):
-                        _move(db, other, "archived", who, replaced_by(version, stage))
-                _move(db, mine, stage, who, reason)
-        return mine.model_copy(update={"stage": stage})
+            versions = [_version(row) for row in rows]
+            chosen = choose_version(name, versions, version)
+            if chosen.stage != stage:
+                for candidate in versions:
+                    if candidate.stage == stage and is_exclusive(stage):
+                        _move(db, candidate, "archived", who, replaced_by(version, stage))
+                _move(db, chosen, stage, who, reason)
+        return chosen.model_copy(update={"stage": stage})
 
     def promotions(self, name: str, version: int) -> Sequence[Promotion]:
         """Return every change of a version's stage, oldest first.
 
         Raises:
-            RegistryError: there is no such name or number.
+            RegistryError: The name or number does not exist.
         """
         self.get(name, version)
-        with reading(self._path) as (db, schema):
+        with _reading(self._path) as (db, schema):
             if schema < 2:
                 return []
             rows = db.execute(
@@ -130,7 +170,7 @@ class LocalRegistry:
     def _read(self, where: str, *values: str) -> list[ModelVersion]:
         if not self._path.exists():
             return []
-        with reading(self._path) as (db, schema):
+        with _reading(self._path) as (db, schema):
             if schema == 0:
                 return []
             query = (_SELECT if schema >= 2 else _SELECT_SCHEMA_1) + where
@@ -156,4 +196,106 @@ def _now() -> str:
 def _version(row: tuple[int, str, str, Stage]) -> ModelVersion:
     number, created_at, entry, stage = row
     added = {"version": number, "created_at": created_at, "stage": stage}
-    return read_version(entry, f"A version {number} of the registry's file", added)
+    return read_version(entry, f"Version {number} in the registry's file", added)
+
+
+@contextmanager
+def _write_transaction(path: Path) -> Iterator[sqlite3.Connection]:
+    """Give the file, created and migrated if necessary, in a transaction that ends completely or not at all.
+
+    Raises:
+        RegistryError: The file cannot be written, or has a newer schema.
+        RegistryUnavailableError: Another process holds the file for too long.
+    """
+    with os_errors(path, "write the registry", kind=RegistryError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with _errors(path), closing(sqlite3.connect(path, isolation_level=None, timeout=_WAIT_S)) as db:
+        _use_wal(db)
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA foreign_keys = ON")
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            _migrate(db, path)
+            yield db
+        except BaseException:
+            db.execute("ROLLBACK")
+            raise
+        db.execute("COMMIT")
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[tuple[sqlite3.Connection, int]]:
+    """Give the existing file and its schema, 0 while it is empty. It may be read-only, so nothing is migrated.
+
+    Raises:
+        RegistryError: The file cannot be read, or has a newer schema.
+        RegistryUnavailableError: Another process holds the file for too long.
+    """
+    with _errors(path), closing(_open_to_read(path)) as db:
+        yield db, _known_schema(db, path)
+
+
+def _open_to_read(path: Path) -> sqlite3.Connection:
+    db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, isolation_level=None, timeout=_WAIT_S)
+    try:
+        _schema_version(db)
+    except sqlite3.OperationalError as error:
+        db.close()
+        # A write-ahead log needs files beside it. Where this process cannot create them and none exist, the
+        # registry has no writer.
+        if error.sqlite_errorcode & 0xFF not in _CANNOT_WRITE or Path(f"{path}-wal").exists():
+            raise
+        return sqlite3.connect(f"{path.absolute().as_uri()}?immutable=1", uri=True, isolation_level=None)
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _migrate(db: sqlite3.Connection, path: Path) -> None:
+    for script in _MIGRATIONS[_known_schema(db, path) :]:
+        for statement in script.split(";"):
+            db.execute(statement)
+    if _schema_version(db) != SCHEMA_VERSION:
+        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+
+def _known_schema(db: sqlite3.Connection, path: Path) -> int:
+    schema = _schema_version(db)
+    if schema > SCHEMA_VERSION:
+        raise RegistryError(
+            f"Expected {path} to have registry schema {SCHEMA_VERSION} or older, got schema {schema}.",
+            hint="Install the version of compileflow that wrote it.",
+        )
+    return schema
+
+
+def _schema_version(db: sqlite3.Connection) -> int:
+    return int(db.execute("PRAGMA user_version").fetchone()[0])
+
+
+def _use_wal(db: sqlite3.Connection) -> None:
+    """Switch to the write-ahead log. SQLite does not wait for other processes in this statement."""
+    until = time.monotonic() + _WAIT_S
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                raise
+            time.sleep(0.01)
+        else:
+            return
+
+
+@contextmanager
+def _errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        text = f"The registry {path} failed: {error}."
+        if "locked" in str(error) or "busy" in str(error):
+            raise RegistryUnavailableError(text, hint="Another process uses it; try again.") from error
+        if "full" in str(error):
+            raise RegistryError(text, hint="Free some space on its disk, and run again.") from error
+        raise RegistryError(text, hint="Check that file and your access rights to it.") from error

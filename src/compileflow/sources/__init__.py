@@ -1,1 +1,1 @@
-"""Places that an uncompiled model comes from."""
+"""Sources of uncompiled models: a local folder, the Hub, Neptune, MLflow, a registered version."""

@@ -1,4 +1,4 @@
-"""Which files of a model folder make the model, and whether they are whole."""
+"""The files that make up a model in its folder, and checks that they are complete."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ TOKENIZER = (
     "merges.txt", "*.model", "*.jinja", "spiece*", "bpe.codes", "sentencepiece*",
 )  # fmt: skip
 CODE = ("*.py",)
-# What is larger is no card and no test file, and would have to be in memory whole.
+# Cards and test files are smaller; JSON is read into memory completely.
 _LONGEST_JSON_BYTES = 64 * 2**20
-# Other exports of the same weights, and a training run's leftovers.
+# Other exports of the same weights, and files that a training run left.
 _SKIPPED_FOLDERS = ("onnx", "openvino", "coreml", "checkpoint-*", "runs", ".*", "__pycache__")
 
 
@@ -42,49 +42,66 @@ def kind_of(name: str) -> str:
 
 
 def choose_files(names: list[str], where: str) -> tuple[str, ...]:
-    """Choose the files that make the model; safetensors win over pickled weights.
+    """Choose the files that make up the model; safetensors take precedence over pickled weights.
+
+    Args:
+        names: Paths of all files, relative to the model's folder.
+        where: Name of the place, for errors.
 
     Raises:
-        SourceError: no config.json, or no weights.
+        SourceError: config.json or the weights are missing.
     """
-    kept = []
+    candidates = []
     for name in sorted(names):
         folders = PurePosixPath(name).parts[:-1]
-        if len(folders) <= 1 and not any(fnmatch(f, skip) for f in folders for skip in _SKIPPED_FOLDERS):
-            kept.append(name)
-    if "config.json" not in kept:
+        is_skipped = any(fnmatch(folder, pattern) for folder in folders for pattern in _SKIPPED_FOLDERS)
+        if not is_skipped and (not folders or (len(folders) == 1 and kind_of(name) == "config")):
+            candidates.append(name)
+    if "config.json" not in candidates:
         raise SourceError(
-            f"{where} holds no model: there is no config.json.",
+            f"{where} does not hold a model: config.json is missing.",
             hint="Give the folder that save_pretrained wrote, or a Hub id as owner/name.",
         )
-    top = [name for name in kept if "/" not in name or kind_of(name) == "config"]
-    safe = [name for name in top if any(fnmatch(name, pattern) for pattern in SAFE_WEIGHTS)]
-    legacy = [name for name in top if any(fnmatch(name, pattern) for pattern in LEGACY_WEIGHTS)]
+    safe = [name for name in candidates if any(fnmatch(name, pattern) for pattern in SAFE_WEIGHTS)]
+    legacy = [name for name in candidates if any(fnmatch(name, pattern) for pattern in LEGACY_WEIGHTS)]
     weights = safe or legacy
-    if not any(not name.endswith(".index.json") for name in weights):
+    if all(name.endswith(".index.json") for name in weights):
         raise SourceError(
-            f"{where} holds no weights: neither *.safetensors nor pytorch_model*.bin.",
-            hint="Save the model with save_pretrained, or fetch the whole repository.",
+            f"{where} does not hold weights: expected *.safetensors or pytorch_model*.bin.",
+            hint="Save the model with save_pretrained, or download the complete repository.",
         )
-    return tuple(name for name in top if name in weights or kind_of(name) not in ("weights", ""))
+    return tuple(name for name in candidates if name in weights or kind_of(name) not in ("weights", ""))
+
+
+def choose_files_below(folder: Path, where: str) -> tuple[str, ...]:
+    """Choose the files below a folder that make up the model; see `choose_files`."""
+    return choose_files(
+        [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()], where
+    )
+
+
+def model_folder(root: Path) -> Path:
+    """Return the folder with config.json: an upload of a folder under its name adds a level."""
+    inner = [path for path in sorted(root.iterdir()) if (path / "config.json").is_file()]
+    return inner[0] if len(inner) == 1 and not (root / "config.json").is_file() else root
 
 
 def check_weights(folder: Path, names: tuple[str, ...]) -> None:
-    """Check that safetensors files are whole, without reading their tensors.
+    """Check that safetensors files are complete, without reading their tensors.
 
     Raises:
-        SourceError: a file is truncated or not safetensors, or an index names a file that is absent.
+        SourceError: A file is truncated or not safetensors, or an index names a missing file.
     """
     from safetensors import SafetensorError, safe_open
 
     for name in names:
         if fnmatch(name, "*.index.json"):
             shards = _shards(folder / name)
-            absent = sorted(shards - set(names))
-            if absent:
+            missing = sorted(shards - set(names))
+            if missing:
                 raise SourceError(
-                    f"{name} names the shard {absent[0]}, which is absent ({len(absent)} in all).",
-                    hint="Copy or download the model again, whole.",
+                    f"{name} names the shard {missing[0]}, which is missing ({len(missing)} shards in all).",
+                    hint="Copy or download the complete model again.",
                 )
         elif name.endswith(".safetensors"):
             try:
@@ -99,43 +116,44 @@ def check_weights(folder: Path, names: tuple[str, ...]) -> None:
 
 
 def read_json(path: Path, where: str) -> Any:
-    """Read a JSON file that others wrote: a card, a test file.
+    """Read a JSON file from outside: a card or a test file.
 
     Args:
-        path: The file.
-        where: What it is, for the error.
+        path: Path of the file.
+        where: Name of the file, for the error.
 
     Raises:
-        SourceError: it is larger than 64 MiB, no UTF-8, no JSON, or nested too deeply.
+        SourceError: The file is larger than 64 MiB, not JSON in UTF-8, or nested too deeply.
     """
     size = path.stat().st_size
     if size > _LONGEST_JSON_BYTES:
         raise SourceError(
-            f"{where} has {size} bytes; at most {_LONGEST_JSON_BYTES} are read.", hint="Upload a smaller one."
+            f"Expected {where} to have at most {_LONGEST_JSON_BYTES} bytes, got {size}.",
+            hint="Upload a smaller file.",
         )
     try:
         return json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{where} is no JSON: {first_line(error)}.", hint="Upload it as JSON.") from error
+        raise SourceError(f"{where} is not JSON: {first_line(error)}.", hint="Upload it as JSON.") from error
 
 
-def card_task(card: Mapping[str, Any], uri: str, otherwise: str | None = None) -> HfTask | None:
-    """Return the task that a version's model card names, or else the one that its registry does.
+def card_task(card: Mapping[str, Any], uri: str, registry_task: str | None = None) -> HfTask | None:
+    """Return the task in a version's model card, or without one the task that its registry names.
 
     Raises:
-        SourceError: it is none that is known.
+        SourceError: The task is unknown.
     """
     parameters = card.get("model_params")
-    named = parameters.get("huggingface_pipeline_task") if isinstance(parameters, dict) else None
-    name = named or otherwise
+    task = parameters.get("huggingface_pipeline_task") if isinstance(parameters, dict) else None
+    name = task or registry_task
     if name is None:
         return None
     try:
         return HfTask(name)
     except ValueError as error:
         raise SourceError(
-            f"{uri} says that its task is {name!r}, which cannot be compiled.",
-            hint=f"Tasks are: {', '.join(HfTask)}.",
+            f"The card of {uri} names the task {name!r}, which compileflow does not support.",
+            hint=f"Supported tasks: {', '.join(HfTask)}.",
         ) from error
 
 
@@ -144,6 +162,6 @@ def _shards(index: Path) -> set[str]:
         return set(json.loads(index.read_text("utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SourceError(
-            f"{index.name} is no index of weights: {type(error).__name__}: {error}.",
+            f"{index.name} is not an index of weights: {type(error).__name__}: {error}.",
             hint="Copy or download the model again.",
         ) from error

@@ -1,4 +1,4 @@
-"""folder: a model that save_pretrained wrote on this machine."""
+"""file: a model that save_pretrained wrote on this machine."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ from urllib.parse import unquote, urlparse
 from compileflow.contracts import LocatedSource
 from compileflow.errors import SourceError
 from compileflow.settings import Settings
-from compileflow.sources.files import choose_files
+from compileflow.sources.files import choose_files_below
 
 
 class FolderSource:
-    """Reads a folder; its revision is the digest of what is in it now."""
+    """Reads a folder; the digest of its files serves as revision."""
 
     def __init__(self, settings: Settings):
-        """Take the settings that every source takes; a folder needs none of them."""
+        """Accept the settings that every source gets; a folder needs none of them."""
 
     def pin(self, location: str, revision: str | None) -> tuple[str, str | None]:
-        """Return the folder's URI; a folder has no commits, so there is nothing to pin to."""
+        """Return the folder's URI. A folder has no commits to pin.
+
+        Raises:
+            SourceError: A revision was given.
+        """
         if revision is not None:
             raise SourceError(
                 f"{location} is a folder, and a folder has no revision {revision!r}.",
@@ -27,13 +31,16 @@ class FolderSource:
         return _path(location).as_uri(), None
 
     def locate(self, location: str, revision: str | None, work_dir: Path) -> LocatedSource:
-        """Choose the model's files in the folder. Nothing is copied."""
+        """Choose the model's files in the folder, without a copy.
+
+        Raises:
+            SourceError: The folder does not exist or does not hold a model.
+        """
         uri, _ = self.pin(location, revision)
         folder = _path(location)
         if not folder.is_dir():
             raise SourceError(f"{folder} is not a folder.", hint="Give a model folder, or a Hub id as owner/name.")
-        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-        return LocatedSource(uri=uri, revision="", folder=folder, files=choose_files(names, str(folder)))
+        return LocatedSource(uri=uri, revision="", folder=folder, files=choose_files_below(folder, str(folder)))
 
 
 def _path(location: str) -> Path:

@@ -1,4 +1,4 @@
-"""hub: a model on the Hugging Face Hub, pinned to the commit that its revision means now."""
+"""hf: a model on the Hugging Face Hub, pinned to a commit."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from compileflow.sources.files import choose_files
 
 
 class HubSource:
-    """Downloads the files that make the model from one commit of a Hub repository."""
+    """Downloads a model's files from one commit of a Hub repository."""
 
     def __init__(self, settings: Settings):
         self._endpoint = settings.hub_endpoint
-        # Kept as a secret, which does not show itself in a traceback's or a log's view of this object.
+        # A secret string, so that the token does not appear in tracebacks or logs of this object.
         self._token = settings.hub_token
 
     def pin(self, location: str, revision: str | None) -> tuple[str, str | None]:
-        """Ask the Hub for the commit that `revision` (default: main) means now."""
+        """Ask the Hub for the current commit of `revision` (default: main)."""
         repository = _repository(location)
         return f"hf://{repository}", self._info(repository, revision).sha
 
@@ -52,7 +52,7 @@ class HubSource:
             return HfApi(endpoint=self._endpoint, token=self._bearer()).model_info(repository, revision=revision)
 
     def _bearer(self) -> str | Literal[False]:
-        """Return the token; False keeps huggingface_hub from looking for another one itself."""
+        """Return the token; False keeps huggingface_hub from searching for another one."""
         return self._token.get_secret_value() if self._token else False
 
 
@@ -62,8 +62,8 @@ def _repository(location: str) -> str:
 
 @contextmanager
 def _hub_errors(repository: str, revision: str | None) -> Iterator[None]:
-    """Say in one line what the Hub refused; none of its messages holds the token."""
-    # The client that huggingface_hub itself uses: httpx before its 2.0, httpx2 since.
+    """Turn the Hub's errors into one line each; none of its messages contains the token."""
+    # HTTPError belongs to the client that huggingface_hub uses: httpx before its version 2.0, httpx2 since.
     from huggingface_hub.errors import (  # type: ignore[attr-defined,unused-ignore]
         GatedRepoError,
         HfHubHTTPError,
@@ -79,7 +79,7 @@ def _hub_errors(repository: str, revision: str | None) -> Iterator[None]:
         yield
     except HFValidationError as error:
         raise SourceError(
-            f"{repository!r} is neither a folder here nor a Hub id.",
+            f"Expected a folder or a Hub id, got {repository!r}.",
             hint="Give a model folder, or owner/name.",
         ) from error
     except GatedRepoError as error:
@@ -102,7 +102,7 @@ def _hub_errors(repository: str, revision: str | None) -> Iterator[None]:
         raise kind(f"The Hub answered HTTP {status} for hf://{repository}.", hint="Try again later.") from error
     except OfflineModeIsEnabled as error:
         raise SourceError(
-            f"hf://{repository} was asked for while HF_HUB_OFFLINE is set.",
+            f"hf://{repository} cannot be downloaded while HF_HUB_OFFLINE is set.",
             hint="Unset HF_HUB_OFFLINE, or give a model folder.",
         ) from error
     except (HTTPError, LocalEntryNotFoundError, ConnectionError) as error:

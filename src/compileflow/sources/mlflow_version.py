@@ -1,8 +1,7 @@
-"""mlflow: a model version of MLflow's registry, as MLflow's transformers flavor or save_pretrained lays it out.
+"""mlflow: a model version in MLflow's registry, in the layout of its transformers flavor or of save_pretrained.
 
 The flavor (mlflow.transformers.save_model) writes MLmodel, the model below `model/`, and tokenizer, feature
-extractor and image processor each below `components/`. Its `task` is the pipeline's. Others log the folder as it
-is.
+extractor and image processor each below `components/`. Its `task` is the task of the pipeline.
 """
 
 from __future__ import annotations
@@ -20,22 +19,22 @@ from compileflow.contracts.sources import TEST_FILES
 from compileflow.errors import SourceError, SourceUnavailableError, SpecError, first_line
 from compileflow.registries.mlflow.client import SCHEME, MlflowPlace, error_code, parse_place
 from compileflow.settings import Settings
-from compileflow.sources.files import card_task, choose_files, read_json
+from compileflow.sources.files import card_task, choose_files_below, model_folder, read_json
 
 _CARD = "model_card.json"
 
 
 class MlflowSource:
-    """Downloads a version's artifacts. A run's files may be replaced at any time: there is no revision."""
+    """Downloads a version's artifacts. A run's files may be replaced at any time, so a version has no revision."""
 
     def __init__(self, settings: Settings):
-        """Take the settings that every source takes; MLflow's are in the location, or its own environment."""
+        """Accept the settings that every source gets; MLflow's are in the location or in its own environment."""
 
     def pin(self, location: str, revision: str | None) -> tuple[str, str | None]:
-        """Return the location with the number that its alias means now; there is no commit.
+        """Return the location with the current number of its alias, without a commit.
 
         Raises:
-            SourceError: there is no such model, number or alias, or a revision was given.
+            SourceError: The model, number or alias does not exist, or a revision was given.
             SourceUnavailableError: MLflow did not answer.
         """
         place, name, ref = _parse(location, revision)
@@ -43,10 +42,10 @@ class MlflowSource:
             return _uri(place, name, _find(client, place, name, ref)), None
 
     def locate(self, location: str, revision: str | None, work_dir: Path) -> LocatedSource:
-        """Download the version's files below `work_dir`, and bring the model's parts into one folder.
+        """Download the version's files to `work_dir`, and collect the parts of the model in one folder.
 
         Raises:
-            SourceError: the version is absent, or holds no model that save_pretrained wrote.
+            SourceError: The version does not exist, or does not hold a model that save_pretrained wrote.
             SourceUnavailableError: MLflow did not answer.
         """
         place, name, ref = _parse(location, revision)
@@ -57,13 +56,12 @@ class MlflowSource:
             root = _download(client, place, version, work_dir / "download")
         uri = _uri(place, name, version)
         flavor = _flavor(root, uri)
-        folder = _merged(root, flavor, uri) if flavor else _model_folder(root)
-        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        folder = _merged(root, flavor, uri) if flavor else model_folder(root)
         return LocatedSource(
             uri=uri,
             revision="",
             folder=folder,
-            files=choose_files(names, uri),
+            files=choose_files_below(folder, uri),
             hf_task=card_task(_card(root, folder, uri), uri, flavor.get("task") or version.tags.get("hf_task")),
             test_files=_test_files(root, folder, work_dir / "test_files"),
         )
@@ -75,9 +73,9 @@ def _parse(location: str, revision: str | None) -> tuple[MlflowPlace, str, str]:
     name, _, ref = version.partition("@")
     if revision is not None or not name:
         raise SourceError(
-            "A model version of MLflow has no revision of its own."
+            "A model version in MLflow does not have a revision."
             if name
-            else "The location names no model of MLflow.",
+            else "Expected the location of a model version in MLflow, got one without a model's name.",
             hint=f"Write it as {SCHEME}http://host:port#NAME@NUMBER, or @ALIAS.",
         )
     try:
@@ -93,8 +91,8 @@ def _uri(place: MlflowPlace, name: str, version: Any) -> str:
 @contextmanager
 def _calls(place: MlflowPlace, doing: str) -> Iterator[Any]:
     if place.file is not None and not place.file.is_file():
-        # MLflow would make a new database there.
-        raise SourceError(f"{place.file} does not exist.", hint="Give the database of an MLflow that is used.")
+        # MLflow would create a new database there.
+        raise SourceError(f"{place.file} does not exist.", hint="Give the path of an existing MLflow database.")
     with place.calls(doing, refused=SourceError, unavailable=SourceUnavailableError) as client:
         yield client
 
@@ -104,23 +102,23 @@ def _find(client: Any, place: MlflowPlace, name: str, ref: str) -> Any:
 
     try:
         aliases = {str(alias): str(number) for alias, number in client.get_registered_model(name).aliases.items()}
-        found = {str(one.version): one for one in client.search_model_versions(f"name = '{name}'")}
+        versions = {str(item.version): item for item in client.search_model_versions(f"name = '{name}'")}
     except MlflowException as error:
         if error_code(error) != "RESOURCE_DOES_NOT_EXIST":
             raise
         names = ", ".join(sorted(model.name for model in client.search_registered_models(max_results=20)))
         raise SourceError(
-            f"{place.uri} has no model {name!r}.", hint=f"It has: {names}." if names else "It has none."
+            f"{place.uri} has no model {name!r}.", hint=f"Models: {names}." if names else "It has no models."
         ) from error
-    numbers = sorted(found, key=int, reverse=True)
+    numbers = sorted(versions, key=int, reverse=True)
     number = aliases.get(ref, ref) if ref else next(iter(numbers), "")
-    if number not in found:
-        listed = numbers + [f"{alias} ({number})" for alias, number in sorted(aliases.items())]
+    if number not in versions:
+        choices = numbers + [f"{alias} ({number})" for alias, number in sorted(aliases.items())]
         raise SourceError(
             f"{name} at {place.uri} has no version or alias {ref!r}.",
-            hint=f"It has: {', '.join(listed) or 'no versions'}.",
+            hint=f"Versions: {', '.join(choices) or 'none'}.",
         )
-    return found[number]
+    return versions[number]
 
 
 def _download(client: Any, place: MlflowPlace, version: Any, out: Path) -> Path:
@@ -131,7 +129,7 @@ def _download(client: Any, place: MlflowPlace, version: Any, out: Path) -> Path:
 
 
 def _flavor(root: Path, uri: str) -> dict[str, Any]:
-    """Return the transformers flavor's part of MLmodel, empty where there is none."""
+    """Return the transformers flavor in MLmodel, an empty object without one."""
     import yaml
 
     path = root / "MLmodel"
@@ -147,36 +145,29 @@ def _flavor(root: Path, uri: str) -> dict[str, Any]:
 
 
 def _merged(root: Path, flavor: Mapping[str, Any], uri: str) -> Path:
-    """Copy tokenizer and processors beside the model, where save_pretrained of a pipeline puts them."""
+    """Copy tokenizer and processors beside the model, in the layout of save_pretrained."""
     if "peft_adaptor" in flavor:
         raise SourceError(
             f"{uri} is an adapter without its base model.", hint="Merge it (merge_and_unload) and log the result."
         )
-    named = str(flavor.get("model_binary") or "model")
     try:
-        folder = root / safe_relative_path(named)
+        folder = root / safe_relative_path(str(flavor.get("model_binary") or "model"))
     except ValueError as error:
         raise SourceError(
-            f"MLmodel of {uri} names a folder that cannot be: {error}.", hint="Log it again."
+            f"MLmodel of {uri} names an invalid folder: {error}.", hint="Log the model to MLflow again."
         ) from error
     if not folder.is_dir():
         base = flavor.get("source_model_name") or flavor.get("local_base_model_path") or "the base model"
         revision = flavor.get("source_model_revision")
         raise SourceError(
             f"{uri} was logged without weights; it refers to {base}.",
-            hint=f"Compile that one{f' at revision {revision}' if revision else ''}, or log with weights.",
+            hint=f"Compile {base}{f' at revision {revision}' if revision else ''}, or log the weights.",
         )
     with os_errors(folder, "write to"):
         for part in sorted((root / "components").glob("*/*")):
             if part.is_file() and not (folder / part.name).exists():
                 shutil.copyfile(part, folder / part.name)
     return folder
-
-
-def _model_folder(root: Path) -> Path:
-    """Return the folder with config.json: whoever logs a folder by its own name has one more level."""
-    inner = [path for path in sorted(root.iterdir()) if (path / "config.json").is_file()]
-    return inner[0] if len(inner) == 1 and not (root / "config.json").is_file() else root
 
 
 def _card(root: Path, folder: Path, uri: str) -> dict[str, Any]:

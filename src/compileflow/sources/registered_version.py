@@ -1,4 +1,4 @@
-"""registry: the source model that a registered version was compiled from, its bytes from the artifact store."""
+"""registry: the source model of a registered version, with its files from the artifact store."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from compileflow.stores.layout import split_uri
 
 
 class RegisteredVersionSource:
-    """Gives a version's source model as it was, so that what is compiled of it has the same lineage."""
+    """Fetches the unchanged source model of a version, so that a new compile has the same lineage.
+
+    Args:
+        settings: URI of the configured store.
+        resolve_reference: Finds the version of a reference; the catalog above this package provides it.
+        open_store: Opens the store of a URI; the catalog provides it.
+    """
 
     def __init__(
         self,
@@ -27,20 +33,20 @@ class RegisteredVersionSource:
         self._open_store = open_store
 
     def pin(self, location: str, revision: str | None) -> tuple[str, str | None]:
-        """Return where the source model came from first. There is no commit: the bytes are those in the store.
+        """Return the original URI of the source model, without a commit: the files come from the store.
 
         Raises:
-            SourceError: a revision was given.
-            RegistryError: there is no such version.
+            SourceError: A revision was given.
+            RegistryError: The version does not exist.
         """
         return self._version(location, revision).source_uri, None
 
     def locate(self, location: str, revision: str | None, work_dir: Path) -> LocatedSource:
-        """Fetch the source model from the store below `work_dir`; URI and revision are the original ones.
+        """Fetch the source model from the store to `work_dir`, with its original URI and revision.
 
         Raises:
-            SourceError: the store does not have it whole, or a revision was given.
-            RegistryError: there is no such version.
+            SourceError: The store does not hold the complete source model, or a revision was given.
+            RegistryError: The version does not exist.
         """
         version = self._version(location, revision)
         store = self._store(version)
@@ -49,9 +55,9 @@ class RegisteredVersionSource:
             records = store.get_folder(version.source_digest, folder)
         except IntegrityError as error:
             raise SourceError(
-                f"The source model of {version.name} {version.version} is not whole in the store {store.uri}: "
+                f"The source model of {version.name} {version.version} is not complete in the store {store.uri}: "
                 f"{error.message}",
-                hint=f"Compile it from where it came from: {version.source_uri}",
+                hint=f"Compile it from its origin: {version.source_uri}",
             ) from error
         return LocatedSource(
             uri=version.source_uri,
@@ -62,7 +68,7 @@ class RegisteredVersionSource:
         )
 
     def _store(self, version: ModelVersion) -> ArtifactStore:
-        """Open the configured store or, where that lacks the source model, the one that the artifact went to."""
+        """Open the configured store or, if that lacks the source model, the store of the artifact."""
         store = self._open_store(self._settings.resolved_store_uri(), self._settings)
         if store.exists(version.source_digest):
             return store
@@ -75,7 +81,7 @@ class RegisteredVersionSource:
         if revision is not None:
             raise SourceError(
                 f"{location} is a registered version, and has no revision {revision!r}.",
-                hint="Leave the revision empty, and write the number or the stage behind an @.",
+                hint="Leave the revision empty, and write the number or the stage after an @.",
             )
         try:
             return self._resolve_reference(location, self._settings)
@@ -84,6 +90,6 @@ class RegisteredVersionSource:
 
 
 def _task(version: ModelVersion) -> HfTask | None:
-    """Return the task that the version was compiled for, where its spec says it."""
+    """Return the task of the version's spec, None without one."""
     name = version.spec.get("hf_task")
     return HfTask(name) if isinstance(name, str) and name in set(HfTask) else None

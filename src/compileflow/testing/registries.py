@@ -1,7 +1,6 @@
-"""RegistryConformance: what every model registry must do, as tests that a registry's own test class inherits.
+"""RegistryConformance: tests of the behavior of every model registry, for a registry's test class to inherit.
 
-Over 300 lines, because a suite that is inherited is one class. It asks for little: on a registry behind a network
-each call takes its time, and each new process its seconds.
+The tests make few calls: on a registry behind a network a call takes time, and a new process takes seconds.
 """
 
 # ruff: noqa: D102, S101 - these are pytest tests, whose names say what they check.
@@ -30,9 +29,9 @@ TEST_FILES = {
 
 
 class RegistryConformance:
-    """Inherit it, and define the fixture `registry_uri`: the URI of a new, empty registry.
+    """Inherit this class and define the fixture `registry_uri`: the URI of a new, empty registry.
 
-    A registry that is not in the catalog sets `opener`.
+    For a registry outside the catalog, set `opener`.
     """
 
     opener: ClassVar[str] = "compileflow.catalog:open_registry"
@@ -93,15 +92,15 @@ class RegistryConformance:
         registry.register(version_entry("ner", 1))
         registry.register(version_entry("ner", 2))
         registry.register(version_entry("ner-eu", 1))
-        found = registry.find(version_entry("ner", 1).artifact_digest)
-        assert {(version.name, version.version) for version in found} == {("ner", 1), ("ner-eu", 1)}
+        versions = registry.find(version_entry("ner", 1).artifact_digest)
+        assert {(version.name, version.version) for version in versions} == {("ner", 1), ("ner-eu", 1)}
         for absent in ("f" * 64, '"', "'"):
             assert list(registry.find(absent)) == []
 
-    def test_unknown_name_lists_near_names(self, registry: ModelRegistry) -> None:
+    def test_unknown_name_lists_similar_names(self, registry: ModelRegistry) -> None:
         registry.register(version_entry("sentiment-en", 1))
         registry.register(version_entry("keywords", 2))
-        for ask in (
+        for call in (
             lambda: registry.versions("sentiment"),
             lambda: registry.get("sentiment", 1),
             lambda: registry.get("sentiment", "production"),
@@ -109,7 +108,7 @@ class RegistryConformance:
             lambda: registry.promotions("sentiment", 1),
         ):
             with pytest.raises(RegistryError, match="'sentiment'") as caught:
-                ask()
+                call()
             assert "sentiment-en" in caught.value.hint
 
     def test_unknown_name_in_an_empty_registry_says_so(self, registry: ModelRegistry) -> None:
@@ -119,13 +118,13 @@ class RegistryConformance:
     def test_unknown_number_lists_the_numbers(self, registry: ModelRegistry) -> None:
         registry.register(version_entry("ner", 1))
         registry.register(version_entry("ner", 2))
-        for ask in (
+        for call in (
             lambda: registry.get("ner", 3),
             lambda: registry.set_stage("ner", 3, "staging", who="ann"),
             lambda: registry.promotions("ner", 3),
         ):
             with pytest.raises(RegistryError, match="no version 3") as caught:
-                ask()
+                call()
             assert "2, 1" in caught.value.hint
 
     def test_stage_that_no_version_is_in_lists_those_there_are(self, registry: ModelRegistry) -> None:
@@ -168,9 +167,9 @@ class RegistryConformance:
             registry.set_stage(name, number, stage, who="ann", reason="tested")
         assert [version.stage for version in registry.versions("ner")] == [stage, "archived"]
         assert registry.get("keywords", stage).version == 1
-        before = registry.promotions("ner", 1)
-        assert [change.stage for change in before] == [stage, "archived"]
-        assert "version 2" in before[-1].reason
+        promotions = registry.promotions("ner", 1)
+        assert [change.stage for change in promotions] == [stage, "archived"]
+        assert "version 2" in promotions[-1].reason
 
     def test_any_number_of_versions_is_archived_or_in_no_stage(self, registry: ModelRegistry) -> None:
         for n in (1, 2, 3):
@@ -184,13 +183,13 @@ class RegistryConformance:
     def test_promotions_tell_who_and_why_oldest_first(self, registry: ModelRegistry) -> None:
         registry.register(version_entry("ner", 1))
         assert list(registry.promotions("ner", 1)) == []
-        said = [("staging", "ann", 'looks good: 0.5 % faster, "no" flips'), ("production", "Jörg", "")]
-        said += [("none", "ann", "it's late"), ("production", "bob", "forced; " + "why " * 200)]
-        for stage, who, reason in said:
+        changes = [("staging", "ann", 'looks good: 0.5 % faster, "no" flips'), ("production", "Jörg", "")]
+        changes += [("none", "ann", "it's late"), ("production", "bob", "forced; " + "why " * 200)]
+        for stage, who, reason in changes:
             registry.set_stage("ner", 1, cast(Stage, stage), who=who, reason=reason)
-        kept = registry.promotions("ner", 1)
-        assert [(change.stage, change.who, change.reason) for change in kept] == said
-        assert [change.at for change in kept] == sorted(change.at for change in kept)
+        promotions = registry.promotions("ner", 1)
+        assert [(change.stage, change.who, change.reason) for change in promotions] == changes
+        assert [change.at for change in promotions] == sorted(change.at for change in promotions)
 
     def test_same_stage_twice_is_one_promotion(self, registry: ModelRegistry) -> None:
         registry.register(version_entry("ner", 1))
@@ -205,20 +204,20 @@ class RegistryConformance:
         assert list(registry.find(promoted.artifact_digest)) == [promoted]
 
     def test_source_leads_to_its_compiled_versions_and_back(self, registry: ModelRegistry) -> None:
-        ours, other = "hf://owner/it's a name?x=1", "hf://owner/it's a name"
-        for n, uri in ((1, ours), (2, other), (3, ours)):
-            registry.register(version_entry("ner", n).model_copy(update={"source_uri": uri}))
-        found = registry.compiled_from(ours)
-        assert [(version.version, version.source_uri) for version in found] == [(3, ours), (1, ours)]
+        uri, similar_uri = "hf://owner/it's a name?x=1", "hf://owner/it's a name"
+        for n, source_uri in ((1, uri), (2, similar_uri), (3, uri)):
+            registry.register(version_entry("ner", n).model_copy(update={"source_uri": source_uri}))
+        versions = registry.compiled_from(uri)
+        assert [(version.version, version.source_uri) for version in versions] == [(3, uri), (1, uri)]
         assert list(registry.compiled_from("hf://owner/it")) == []
 
-    def test_figures_that_are_no_finite_numbers_come_back(self, registry: ModelRegistry) -> None:
+    def test_figures_that_are_not_finite_come_back(self, registry: ModelRegistry) -> None:
         figures = {"speedup": math.nan, "worst": math.inf, "least": -math.inf, "tiny": 5e-324, "third": 1 / 3}
         entry = version_entry("ner", 1).model_copy(update={"figures": figures})
         version = registry.register(entry)
-        for seen in (version, registry.get("ner", 1)):
-            # As text, because NaN equals nothing, itself included.
-            assert json.dumps(seen.figures, sort_keys=True) == json.dumps(figures, sort_keys=True)
+        for copy in (version, registry.get("ner", 1)):
+            # As text, because NaN is not equal to itself.
+            assert json.dumps(copy.figures, sort_keys=True) == json.dumps(figures, sort_keys=True)
 
     def test_long_strings_come_back_whole(self, registry: ModelRegistry) -> None:
         spec = {"notes": "".join(chr(0x20 + n % 0x3000) for n in range(20_000)), "text": "a\n\t'\"\\%{}\U0001d11e"}
@@ -244,32 +243,34 @@ class RegistryConformance:
         assert registry.register(version_entry("ner", 2), without).version == 2
         assert files_below(tmp_path / "given") == {
             f"{folder}/{name}": body
-            for folder, made in (
+            for folder, bodies in (
                 ("artifact", ARTIFACT_FILES),
                 ("report", REPORT_FILES),
                 ("test_files", TEST_FILES),
             )
-            for name, body in made.items()
+            for name, body in bodies.items()
         }
 
     def test_reopened_registry_holds_everything(self, registry: ModelRegistry, registry_uri: str) -> None:
-        kept = [registry.register(version_entry("ner", n)) for n in (1, 2)]
+        versions = [registry.register(version_entry("ner", n)) for n in (1, 2)]
         reopened: ModelRegistry = resolve(self.opener)(registry_uri)
-        assert list(reopened.versions()) == kept[::-1]
+        assert list(reopened.versions()) == versions[::-1]
 
     def test_four_processes_register_one_artifact_as_one_version(
         self, registry: ModelRegistry, registry_uri: str
     ) -> None:
-        each = (self.opener, registry_uri, "1")
-        numbers = at_once("compileflow.testing.registries:register_one", each, each, each, each)
+        arguments = (self.opener, registry_uri, "1")
+        numbers = at_once(
+            "compileflow.testing.registries:register_one", arguments, arguments, arguments, arguments
+        )
         assert numbers == ["1"] * 4
         assert len(registry.versions("ner")) == 1
 
     def test_two_processes_register_two_artifacts_without_a_gap(
         self, registry: ModelRegistry, registry_uri: str
     ) -> None:
-        each = [(self.opener, registry_uri, str(n)) for n in (1, 2)]
-        numbers = at_once("compileflow.testing.registries:register_one", *each)
+        calls = [(self.opener, registry_uri, str(n)) for n in (1, 2)]
+        numbers = at_once("compileflow.testing.registries:register_one", *calls)
         assert sorted(numbers) == ["1", "2"]
         assert [version.version for version in registry.versions("ner")] == [2, 1]
 
@@ -278,28 +279,28 @@ class RegistryConformance:
     ) -> None:
         for start in (1000, 2000):
             arguments = (self.opener, registry_uri, str(start))
-            with other_process("compileflow.testing.registries:register_on_and_on", *arguments) as other:
-                told = [other.line() for _ in range(2)]
-                # A different point of a later write each time.
+            with other_process("compileflow.testing.registries:register_on_and_on", *arguments) as writer:
+                numbers_printed = [writer.line() for _ in range(2)]
+                # Kill each writer at a different point of its next write.
                 time.sleep(0.0000017 * start)
-                told += other.kill()
-            # What the kill interrupted is completed by the same call, and is there once.
-            cut = version_entry("ner", start + len(told))
-            assert list(registry.find(cut.artifact_digest)) in ([], [registry.register(cut)])
+                numbers_printed += writer.kill()
+            # The same call completes the version that the kill interrupted, and does not repeat it.
+            entry = version_entry("ner", start + len(numbers_printed))
+            assert list(registry.find(entry.artifact_digest)) in ([], [registry.register(entry)])
             numbers = [version.version for version in registry.versions("ner")]
-            # A number that a killed call had taken may never be used.
+            # A number that a killed call had reserved may stay unused.
             assert numbers == sorted(set(numbers), reverse=True)
-            assert set(numbers) >= {int(number) for number in told}
+            assert set(numbers) >= {int(number) for number in numbers_printed}
         for version in registry.versions("ner"):
             assert version.entry == version_entry("ner", int(version.artifact_digest, 16))
             assert list(registry.find(version.artifact_digest)) == [version]
 
 
 def version_files(root: Path) -> VersionFiles:
-    """Write small folders of the files that a registration may come with."""
+    """Write small folders with the files of a registration."""
     folders = {"artifact": ARTIFACT_FILES, "report": REPORT_FILES, "test_files": TEST_FILES}
-    for folder, made in folders.items():
-        for name, body in made.items():
+    for folder, bodies in folders.items():
+        for name, body in bodies.items():
             path = root / folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(body)
@@ -312,7 +313,7 @@ def files_below(root: Path) -> dict[str, bytes]:
 
 
 def version_entry(name: str, number: int) -> VersionEntry:
-    """Return a complete entry; `number` decides the artifact's digest."""
+    """Return a complete entry; `number` determines the artifact's digest."""
     return VersionEntry(
         name=name,
         target="onnx-runtime",
@@ -336,7 +337,7 @@ def register_one(opener: str, uri: str, number: str) -> None:
 
 
 def register_on_and_on(opener: str, uri: str, start: str) -> None:
-    """Register artifact after artifact, printing each number once it is kept; runs in another process."""
+    """Register one artifact after another and print each number afterwards; runs in another process."""
     registry = resolve(opener)(uri)
     number = int(start)
     while True:

@@ -1,8 +1,8 @@
-"""MLflow as the registry and the source use it: where it is, calls that end in time, errors in one line.
+"""The client of MLflow that registry and source share: its place, calls with time limits, errors in one line.
 
-mlflow reads its limits and credentials from the environment, and talks: on standard output, on loggers of its own
-and, unless told otherwise, to its makers. All of that is set for the length of a block and put back, one block of
-a process at a time.
+mlflow reads its limits and credentials from the environment. It writes to standard output, to its own loggers, and
+by default to its makers' telemetry. All of this is changed for one block and then restored; only one block of a
+process runs at a time.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from compileflow._process.state import environment
 from compileflow.errors import CompileflowError, SpecError, first_line
 
 SCHEME = "mlflow:"
-# One request ends after a minute and a few seconds at the latest: three tries of 20 s, 0 and 2 s apart. Whoever
-# sets a variable himself is not overruled.
+# One request ends after at most a minute and a few seconds: three tries of 20 s, 0 and 2 s apart. Variables that
+# the user has set stay.
 LIMITS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
@@ -47,9 +47,9 @@ class MlflowPlace:
     """A tracking server, or the SQLite file of one.
 
     Attributes:
-        tracking_uri: As mlflow takes it, without credentials.
-        username: Of the server, where the URI named one; otherwise mlflow's own configuration counts.
-        password: Its password.
+        tracking_uri: URI for mlflow, without credentials.
+        username: User of the server, if the URI names one; otherwise mlflow's own configuration applies.
+        password: Password of that user.
     """
 
     tracking_uri: str
@@ -58,7 +58,7 @@ class MlflowPlace:
 
     @property
     def uri(self) -> str:
-        """The place as compileflow writes it, without credentials: it may be shown."""
+        """The place in compileflow's form, without credentials, so that errors may show it."""
         return SCHEME + self.tracking_uri
 
     @property
@@ -72,18 +72,18 @@ class MlflowPlace:
     def calls(
         self, doing: str, *, refused: type[CompileflowError], unavailable: type[CompileflowError]
     ) -> Iterator[Any]:
-        """Give an `MlflowClient` for a block in which each request is bounded in time.
+        """Give an `MlflowClient` for a block in which each request has a time limit.
 
         Args:
-            doing: For errors, for example "register ner".
-            refused: Error for what MLflow does not do.
-            unavailable: Error for an MLflow that does not answer.
+            doing: Description of the calls for errors, for example "register ner".
+            refused: Class of errors for requests that MLflow refuses.
+            unavailable: Class of errors for an MLflow that does not answer.
         """
         with _ONE_AT_A_TIME, ExitStack() as stack:
             limits = {name: value for name, value in LIMITS.items() if name not in os.environ}
             stack.enter_context(environment(**limits, **_QUIET, **self._credentials()))
             stack.enter_context(warnings.catch_warnings())
-            # What mlflow's imports warn of is nothing that our caller could change.
+            # A caller cannot act on the warnings of mlflow's imports.
             warnings.simplefilter("ignore")
             mlflow_exceptions = _import_exceptions(refused)
             stack.enter_context(_quiet_loggers())
@@ -97,7 +97,7 @@ class MlflowPlace:
                 kind = unavailable if self._may_pass(error) else refused
                 raise self._error(kind, doing, error) from error
             except (OSError, ValueError) as error:
-                # requests' errors are OSErrors; a reply that is cut off is no JSON.
+                # Errors of requests are OSErrors; a truncated reply is invalid JSON, a ValueError.
                 raise self._error(unavailable, doing, error) from error
 
     def _credentials(self) -> dict[str, str]:
@@ -117,10 +117,10 @@ class MlflowPlace:
     def _error(self, kind: type[CompileflowError], doing: str, error: Exception) -> CompileflowError:
         hints = {
             "UNAUTHENTICATED": "Set MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and _PASSWORD.",
-            "PERMISSION_DENIED": "Ask for the right to do so on that MLflow.",
+            "PERMISSION_DENIED": "Ask the owner of that MLflow for access.",
         }
-        otherwise = "Check that MLflow runs there, and try again." if kind.retryable else "MLflow refused it."
-        hint = hints.get(getattr(error, "error_code", ""), otherwise)
+        default_hint = "Check that MLflow runs there, and try again." if kind.retryable else "MLflow refused it."
+        hint = hints.get(error_code(error), default_hint)
         return kind(f"MLflow at {self.tracking_uri} could not {doing}: {_reason(error)}.", hint=hint)
 
 
@@ -128,14 +128,14 @@ def parse_place(uri: str) -> MlflowPlace:
     """Read mlflow:http://host:port, mlflow:https://..., or mlflow:sqlite:////absolute/path.db.
 
     Raises:
-        SpecError: it is none of these. The URI is not repeated, as it may hold a password.
+        SpecError: The URI has another form. The message omits the URI, which may hold a password.
     """
     tracking_uri = uri.removeprefix(SCHEME)
     try:
         parts = urlsplit(tracking_uri)
         port = f":{parts.port}" if parts.port else ""
     except ValueError as error:
-        raise _no_place() from error
+        raise _not_a_place() from error
     if parts.scheme in ("http", "https") and parts.hostname:
         host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
         return MlflowPlace(
@@ -145,17 +145,17 @@ def parse_place(uri: str) -> MlflowPlace:
         )
     if tracking_uri.startswith("sqlite:////") and len(tracking_uri) > len("sqlite:////"):
         return MlflowPlace(tracking_uri)
-    raise _no_place()
+    raise _not_a_place()
 
 
 def error_code(error: BaseException | None) -> str:
-    """Return MLflow's own name for what went wrong, "" where it has none."""
+    """Return MLflow's code of an error, "" without a code."""
     return str(getattr(error, "error_code", ""))
 
 
-def _no_place() -> SpecError:
+def _not_a_place() -> SpecError:
     return SpecError(
-        "That is no MLflow that can be reached.",
+        "Expected the URI of an MLflow server or file.",
         hint="Write it as mlflow:http://host:port or mlflow:sqlite:////absolute/path.db.",
     )
 
@@ -168,18 +168,18 @@ def _import_exceptions(refused: type[CompileflowError]) -> tuple[type[Exception]
         raise refused(
             f"MLflow's client is not installed ({error}).", hint="Try: pip install 'compileflow[mlflow]'."
         ) from error
-    # What SQLite says at the opening of a file comes as it is.
+    # MLflow passes on SQLite's errors when it opens a file.
     return MlflowException, SQLAlchemyError
 
 
 def _reason(error: Exception) -> str:
-    """Return what urllib3 gave up on, which MLflow puts behind two long URLs; otherwise the first line."""
-    caused = re.search(r"\(Caused by (\w+\(.*\))\)$", str(error), re.DOTALL)
-    return re.sub(r"HTTPS?Connection(Pool)?\([^)]*\): ", "", caused[1]) if caused else first_line(error)
+    """Return the cause of a failed connection, which MLflow puts behind two long URLs, or the first line."""
+    cause = re.search(r"\(Caused by (\w+\(.*\))\)$", str(error), re.DOTALL)
+    return re.sub(r"HTTPS?Connection(Pool)?\([^)]*\): ", "", cause[1]) if cause else first_line(error)
 
 
 def _forget() -> None:
-    """In a forked process: no thread is there that would let go of the parent's lock."""
+    """In a forked process: the thread that holds the parent's lock does not exist."""
     global _ONE_AT_A_TIME
     _ONE_AT_A_TIME = threading.RLock()
 
@@ -190,11 +190,11 @@ os.register_at_fork(after_in_child=_forget)
 @contextmanager
 def _quiet_loggers() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in _LOGGERS]
-    before = [logger.level for logger in loggers]
+    levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        for logger, level in zip(loggers, before, strict=True):
+        for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -1,6 +1,6 @@
-"""The run that stands behind a version in MLflow: it holds the version's small files, and names the flow run.
+"""The MLflow run behind a version: it holds the version's small files and names the flow run.
 
-MLflow refuses a version whose source is a folder or a page outside its own place; a run's folder it always takes.
+MLflow accepts only a source inside its own place for a version; the folder of a run is always accepted.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ logger = logging.getLogger(__name__)
 
 EXPERIMENT = "compileflow"
 NAME = "compileflow.name"
-_OF_ARTIFACT = ("manifest.json", "model_card.json", "README.md")
-_OF_REPORT = ("report.json", "report.html")
+_ARTIFACT_FILES = ("manifest.json", "model_card.json", "README.md")
+_REPORT_FILES = ("report.json", "report.html")
 
 
 def run_with_files(
     client: Any, place: MlflowPlace, entry: VersionEntry, files: VersionFiles | None, work_dir: Path
 ) -> tuple[str, str]:
-    """Make the run of a version, or take the one that a killed call left, and upload the small files.
+    """Create the run of a version, or reuse the run of a killed call, and upload the small files.
 
     Returns:
         The run's id, and the URI of its folder.
     """
     experiment_id = _experiment(client, place)
-    # Digest and name hold nothing that would end a filter's string.
+    # Digest and name cannot contain a quotation mark, which would end the filter's string.
     query = f"tags.`{DIGEST}` = '{entry.artifact_digest}' and tags.`{NAME}` = '{entry.name}'"
-    left = client.search_runs([experiment_id], query, max_results=1)
+    runs = client.search_runs([experiment_id], query, max_results=1)
     run = (
-        left[0]
-        if left
+        runs[0]
+        if runs
         else client.create_run(
             experiment_id,
             run_name=entry.flow_run_id or f"{entry.name}-{entry.target}",
@@ -52,40 +52,40 @@ def run_with_files(
             copy_small_files(files, work / "files")
             client.log_artifacts(run_id, str(work / "files"))
     elif files is not None:
-        logger.info("%s keeps artifacts on its own disk; the files stay in the store alone", place.tracking_uri)
+        logger.info("%s keeps artifacts on its own disk; the files are only in the store", place.tracking_uri)
     client.set_terminated(run_id)
     return run_id, uri
 
 
 def copy_small_files(files: VersionFiles, dest: Path) -> None:
-    """Copy what is read beside a model, and not its weights."""
-    wanted = [(files.artifact, "", _OF_ARTIFACT), (files.report, "report", _OF_REPORT)]
+    """Copy the files that people read, without the weights."""
+    groups = [(files.artifact, "", _ARTIFACT_FILES), (files.report, "report", _REPORT_FILES)]
     if files.test_files is not None:
-        wanted.append((files.test_files, "test_files", TEST_FILES))
+        groups.append((files.test_files, "test_files", TEST_FILES))
     with os_errors(dest, "write to"):
-        for folder, below, names in wanted:
+        for folder, subfolder, names in groups:
             for name in names:
                 if (folder / name).is_file():
-                    (dest / below).mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(folder / name, dest / below / name)
+                    (dest / subfolder).mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(folder / name, dest / subfolder / name)
 
 
 def _experiment(client: Any, place: MlflowPlace) -> str:
     from mlflow.exceptions import MlflowException
 
-    found = client.get_experiment_by_name(EXPERIMENT)
-    if found is None:
-        # Of a bare file MLflow would make a folder `mlruns` wherever the process happens to be.
-        beside = place.file.with_suffix(".artifacts").as_uri() if place.file else None
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    if experiment is None:
+        # For a file, MLflow's default is a folder `mlruns` in the working folder.
+        folder = place.file.with_suffix(".artifacts").as_uri() if place.file else None
         try:
-            return str(client.create_experiment(EXPERIMENT, artifact_location=beside))
+            return str(client.create_experiment(EXPERIMENT, artifact_location=folder))
         except MlflowException as error:
             if error_code(error) != "RESOURCE_ALREADY_EXISTS":
                 raise
-            found = client.get_experiment_by_name(EXPERIMENT)
-    return str(found.experiment_id)
+            experiment = client.get_experiment_by_name(EXPERIMENT)
+    return str(experiment.experiment_id)
 
 
 def _can_upload(place: MlflowPlace, artifact_uri: str) -> bool:
-    """Say whether the run's folder can be written from here: not where it is on a server's own disk."""
+    """Return whether this machine can write the run's folder, which may be on a server's own disk."""
     return place.file is not None or urlparse(artifact_uri).scheme not in ("", "file")

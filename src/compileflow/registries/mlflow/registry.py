@@ -1,8 +1,8 @@
-"""mlflow: a registry in MLflow: tags hold what is registered, aliases say which version is in which stage.
+"""mlflow: a registry in MLflow, where tags hold the entries and aliases the stages of versions.
 
-A version is made with all its tags in one request, so that it is there whole or not at all. Nothing in MLflow
-keeps two callers from making two versions of one artifact: a lock keeps apart those of this machine; after making
-one, a caller looks again, and the smallest number wins.
+One request creates a version with all its tags, so that it is complete or absent. MLflow lets two callers create
+two versions of one artifact. Therefore a lock separates the callers of this machine, and after a creation a caller
+searches again: the smallest number wins.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ _PAGE = 500
 
 
 @dataclass(frozen=True)
-class _Held:
-    """A version with the tags and aliases that MLflow holds of it."""
+class _Record:
+    """A version with its tags and aliases in MLflow."""
 
     version: ModelVersion
     tags: dict[str, str]
@@ -53,45 +53,45 @@ class MlflowRegistry:
     """Model versions in MLflow's model registry, each with a run that holds its small files."""
 
     def __init__(self, uri: str, settings: Settings):
-        """Read the URI; its credentials are kept apart from `uri`, which errors show."""
+        """Read the URI; `uri`, which errors show, omits its credentials."""
         self._place = parse_place(uri)
         self._settings = settings
         self.uri = self._place.uri
 
     def register(self, entry: VersionEntry, files: VersionFiles | None = None) -> ModelVersion:
-        """Add a version, or return the one that holds this artifact under this name already.
+        """Add a version, or return the one that already holds this artifact under this name.
 
         Raises:
             RegistryError: MLflow refused.
-            RegistryUnavailableError: it did not answer.
+            RegistryUnavailableError: MLflow did not answer.
         """
         with self._alone():
-            found = self._of_artifact(entry)
-            if not found:
+            records = self._records_of_artifact(entry)
+            if not records:
                 with self._calls(f"register {entry.name}") as client:
                     _make_model(client, entry.name)
                     run_id, source = run_with_files(client, self._place, entry, files, self._settings.work_dir)
                     client.create_model_version(
                         entry.name, source=source, run_id=run_id, tags=entry_tags(entry), await_creation_for=0
                     )
-                found = self._of_artifact(entry)
-            if not found:
+                records = self._records_of_artifact(entry)
+            if not records:
                 raise RegistryUnavailableError(
-                    f"MLflow at {self.uri} does not list the version of {entry.name} that it just made.",
-                    hint="Somebody may have deleted it; run again.",
+                    f"MLflow at {self.uri} does not list the version of {entry.name} that it just created.",
+                    hint="Another user may have deleted it; run again.",
                 )
-            self._delete(found[1:])
-            return found[0].version
+            self._delete(records[1:])
+            return records[0].version
 
     def find(self, artifact_digest: str) -> Sequence[ModelVersion]:
         """Return every version of an artifact, newest first."""
         return self._versions(_tag_is(DIGEST, artifact_digest)) if "'" not in artifact_digest else []
 
     def get(self, name: str, version: int | str) -> ModelVersion:
-        """Return one version, by its number or by the stage it is in.
+        """Return one version by its number or its stage.
 
         Raises:
-            RegistryError: there is no such name, number or stage; the hint lists what there is.
+            RegistryError: The name, number or stage does not exist; the hint lists those that do.
         """
         return choose_version(name, self.versions(name), version)
 
@@ -99,84 +99,84 @@ class MlflowRegistry:
         """Return all versions of one name, or of all names, newest first.
 
         Raises:
-            RegistryError: there is no such name; the hint lists near ones.
+            RegistryError: The name does not exist; the hint lists similar names.
         """
         if name is None:
             return self._versions(_tag_is(SCHEMA, SCHEMA_VERSION))
-        return [held.version for held in self._held_of(name)]
+        return [record.version for record in self._records_of(name)]
 
     def compiled_from(self, source_uri: str) -> Sequence[ModelVersion]:
         """Return every version that was compiled from that source model, newest first."""
         return self._versions(_tag_is(SOURCE, source_key(source_uri)))
 
     def set_stage(self, name: str, version: int, stage: Stage, *, who: str, reason: str = "") -> ModelVersion:
-        """Move a version to a stage, and archive the one that was in staging or production before it.
+        """Move a version to a stage, and archive the version that it replaces in staging or production.
 
-        Who and why are written first and the alias is moved last: a call that was killed is completed by the next.
+        The promotion is recorded first and the alias moves last, so that the next call completes a killed one.
 
         Raises:
-            RegistryError: there is no such stage, name or number.
+            RegistryError: The stage, name or number does not exist.
         """
         check_stage(stage)
         with self._alone():
-            held_of_name = self._held_of(name)
-            chosen = choose_version(name, [held.version for held in held_of_name], version)
-            mine = next(held for held in held_of_name if held.version == chosen)
+            records = self._records_of(name)
+            chosen = choose_version(name, [record.version for record in records], version)
+            chosen_record = next(record for record in records if record.version == chosen)
             with self._calls(f"move {name} {version} to {stage}") as client:
                 if chosen.stage != stage:
-                    _note(client, mine, stage, who, reason)
-                    for other in held_of_name:
-                        if other.version.stage == stage and is_exclusive(stage):
-                            _note(client, other, "archived", who, replaced_by(version, stage))
-                            client.set_model_version_tag(name, str(other.version.version), ARCHIVED, "true")
-                    _move(client, mine, stage)
+                    _record_promotion(client, chosen_record, stage, who, reason)
+                    for record in records:
+                        if record.version.stage == stage and is_exclusive(stage):
+                            _record_promotion(client, record, "archived", who, replaced_by(version, stage))
+                            client.set_model_version_tag(name, str(record.version.version), ARCHIVED, "true")
+                    _move(client, chosen_record, stage)
         return chosen.model_copy(update={"stage": stage})
 
     def promotions(self, name: str, version: int) -> Sequence[Promotion]:
         """Return every change of a version's stage, oldest first.
 
         Raises:
-            RegistryError: there is no such name or number.
+            RegistryError: The name or number does not exist.
         """
-        held_of_name = self._held_of(name)
-        chosen = choose_version(name, [held.version for held in held_of_name], version)
-        return next(read_promotions(held.tags) for held in held_of_name if held.version == chosen)
+        records = self._records_of(name)
+        chosen = choose_version(name, [record.version for record in records], version)
+        return next(read_promotions(record.tags) for record in records if record.version == chosen)
 
-    def _held_of(self, name: str) -> list[_Held]:
-        # Nothing with a quote can have been registered, and it would end the filter's string.
-        found = _first_of_each_artifact(self._search(f"name = '{name}'")) if "'" not in name else []
-        if not found:
+    def _records_of(self, name: str) -> list[_Record]:
+        # A registered name cannot contain a quotation mark, which would end the filter's string.
+        records = _first_of_each_artifact(self._search(f"name = '{name}'")) if "'" not in name else []
+        if not records:
             raise unknown_name(self.uri, name, (version.name for version in self.versions()))
-        return sorted(found, key=lambda held: -held.version.version)
+        return sorted(records, key=lambda record: -record.version.version)
 
-    def _of_artifact(self, entry: VersionEntry) -> list[_Held]:
-        """Return all versions of a name with one artifact, smallest number first; more than one only by a race."""
-        found = self._search(f"name = '{entry.name}' and {_tag_is(DIGEST, entry.artifact_digest)}")
-        return sorted(found, key=lambda held: held.version.version)
+    def _records_of_artifact(self, entry: VersionEntry) -> list[_Record]:
+        """Return all versions of a name with one artifact, smallest number first; only a race makes several."""
+        records = self._search(f"name = '{entry.name}' and {_tag_is(DIGEST, entry.artifact_digest)}")
+        return sorted(records, key=lambda record: record.version.version)
 
     def _versions(self, query: str) -> list[ModelVersion]:
-        found = [held.version for held in _first_of_each_artifact(self._search(query))]
-        return sorted(found, key=lambda one: (one.created_at, one.version), reverse=True)
+        versions = [record.version for record in _first_of_each_artifact(self._search(query))]
+        return sorted(versions, key=lambda version: (version.created_at, version.version), reverse=True)
 
-    def _search(self, query: str) -> list[_Held]:
+    def _search(self, query: str) -> list[_Record]:
         if self._place.file is not None and not self._place.file.exists():
             return []
         with self._calls("list versions") as client:
             rows = list(_pages(client.search_model_versions, query))
             aliases = _aliases(client, {row.name for row in rows})
-        found = []
+        records = []
         for row in rows:
-            mine = aliases.get((row.name, int(row.version)), frozenset())
-            version = read_version(row.name, int(row.version), row.creation_timestamp, row.tags, aliases=mine)
-            # A model of that name may hold versions that others registered.
+            names = aliases.get((row.name, int(row.version)), frozenset())
+            version = read_version(row.name, int(row.version), row.creation_timestamp, row.tags, aliases=names)
+            # A model may also hold versions that compileflow did not register.
             if version is not None:
-                found.append(_Held(version, dict(row.tags), mine))
-        return found
+                records.append(_Record(version, dict(row.tags), names))
+        return records
 
-    def _delete(self, extra: Sequence[_Held]) -> None:
-        for held in extra:
-            name, number = held.version.name, held.version.version
-            logger.warning("%s %d holds an artifact that is registered already; it is deleted", name, number)
+    def _delete(self, records: Sequence[_Record]) -> None:
+        for record in records:
+            name, number = record.version.name, record.version.version
+            logger.warning("Deleting %s %d, which repeats a registered artifact", name, number)
             try:
                 with self._calls(f"delete {name} {number}") as client:
                     client.delete_model_version(name, str(number))
@@ -189,11 +189,11 @@ class MlflowRegistry:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Keep out the others on this machine; where MLflow is a file, make its folder."""
+        """Lock out other processes of this machine; if MLflow is a file, create its folder."""
         key = hashlib.sha256(self.uri.encode()).hexdigest()[:32]
         with file_lock(
             self._settings.home_dir / "locks" / f"mlflow-{key}.lock",
-            on_wait=lambda: logger.info("waiting for another process that writes to %s", self.uri),
+            on_wait=lambda: logger.info("Another process writes to %s; waiting", self.uri),
             poll_s=0.02,
         ):
             if self._place.file is not None:
@@ -213,7 +213,7 @@ def _pages(search: Any, query: str) -> Iterator[Any]:
 
 
 def _aliases(client: Any, names: set[str]) -> dict[tuple[str, int], frozenset[str]]:
-    """Return the aliases of each version of these names; a version that MLflow lists does not tell its own."""
+    """Return the aliases of each version of these names; MLflow's list of versions omits them."""
     if not names:
         return {}
     models = (
@@ -221,19 +221,19 @@ def _aliases(client: Any, names: set[str]) -> dict[tuple[str, int], frozenset[st
         if len(names) == 1
         else _pages(client.search_registered_models, "")
     )
-    found: dict[tuple[str, int], frozenset[str]] = {}
+    aliases: dict[tuple[str, int], frozenset[str]] = {}
     for model in models:
         for alias, number in model.aliases.items():
             key = (model.name, int(number))
-            found[key] = found.get(key, frozenset()) | {alias}
-    return found
+            aliases[key] = aliases.get(key, frozenset()) | {alias}
+    return aliases
 
 
-def _first_of_each_artifact(found: Sequence[_Held]) -> list[_Held]:
-    first: dict[tuple[str, str], _Held] = {}
-    for held in sorted(found, key=lambda one: one.version.version):
-        first.setdefault((held.version.name, held.version.artifact_digest), held)
-    return list(first.values())
+def _first_of_each_artifact(records: Sequence[_Record]) -> list[_Record]:
+    first_records: dict[tuple[str, str], _Record] = {}
+    for record in sorted(records, key=lambda record: record.version.version):
+        first_records.setdefault((record.version.name, record.version.artifact_digest), record)
+    return list(first_records.values())
 
 
 def _make_model(client: Any, name: str) -> None:
@@ -246,24 +246,24 @@ def _make_model(client: Any, name: str) -> None:
             raise
 
 
-def _note(client: Any, held: _Held, stage: Stage, who: str, reason: str) -> None:
-    """Write down a promotion, unless a call that was killed wrote the same one last."""
-    last = read_promotions(held.tags)[-1:]
-    if [(one.stage, one.who, one.reason) for one in last] != [(stage, who, reason)]:
+def _record_promotion(client: Any, record: _Record, stage: Stage, who: str, reason: str) -> None:
+    """Record a promotion, unless a killed call has recorded the same one last."""
+    last = read_promotions(record.tags)[-1:]
+    if [(promotion.stage, promotion.who, promotion.reason) for promotion in last] != [(stage, who, reason)]:
         key, value = promotion_tag(stage, who, reason)
-        client.set_model_version_tag(held.version.name, str(held.version.version), key, value)
+        client.set_model_version_tag(record.version.name, str(record.version.version), key, value)
 
 
-def _move(client: Any, held: _Held, stage: Stage) -> None:
-    name, number = held.version.name, str(held.version.version)
+def _move(client: Any, record: _Record, stage: Stage) -> None:
+    name, number = record.version.name, str(record.version.version)
     if stage == "archived":
         client.set_model_version_tag(name, number, ARCHIVED, "true")
     if stage in ALIASES:
         client.set_registered_model_alias(name, stage, number)
     for alias in ALIASES:
-        if alias != stage and alias in held.aliases:
+        if alias != stage and alias in record.aliases:
             client.delete_registered_model_alias(name, alias)
-    if stage != "archived" and ARCHIVED in held.tags:
+    if stage != "archived" and ARCHIVED in record.tags:
         client.delete_model_version_tag(name, number, ARCHIVED)
 
 

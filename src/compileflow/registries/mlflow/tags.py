@@ -1,7 +1,7 @@
 """A version's entry, stage and promotions as tags of an MLflow model version.
 
-Tags hold the entry as JSON in pieces: MLflow 3.17 takes 100,000 characters of a value, older ones 5,000. The
-tags beside it are there to be searched, and to be read in MLflow's pages.
+Tags hold the entry as JSON in pieces: MLflow 3.17 accepts values of 100,000 characters, older versions 5,000. The
+other tags serve searches and readers of MLflow's pages.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SCHEMA_VERSION = "1"
 DIGEST = "compileflow.artifact_digest"
 SOURCE = "compileflow.source_uri_sha256"
 ARCHIVED = "compileflow.archived"
-# Strongest first: a version that was killed between two stages holds both aliases.
+# Strongest first: a kill between two stages leaves a version with both aliases.
 ALIASES: tuple[Stage, ...] = ("production", "staging")
 _ENTRY = "compileflow.entry."
 _PROMOTION = "compileflow.promotion."
@@ -29,10 +29,10 @@ _PIECE = 5_000
 
 def entry_tags(entry: VersionEntry) -> dict[str, str]:
     """Return all tags of a new version."""
-    # Escaped to ASCII, so that a character is a byte whatever the database counts.
+    # In ASCII a character is a byte, so the limit holds whether the database counts characters or bytes.
     body = json.dumps(entry.model_dump(mode="json", include=set(VersionEntry.model_fields)))
     pieces = {f"{_ENTRY}{at // _PIECE:04d}": body[at : at + _PIECE] for at in range(0, len(body), _PIECE)}
-    shown = {
+    readable_tags = {
         "compileflow.target": entry.target,
         "compileflow.verdict": entry.verdict,
         "compileflow.artifact_uri": entry.artifact_uri,
@@ -44,29 +44,29 @@ def entry_tags(entry: VersionEntry) -> dict[str, str]:
         DIGEST: entry.artifact_digest,
         SOURCE: source_key(entry.source_uri),
         **pieces,
-        **{key: value for key, value in shown.items() if len(value) <= _PIECE},
+        **{key: value for key, value in readable_tags.items() if len(value) <= _PIECE},
     }
 
 
 def source_key(source_uri: str) -> str:
-    """Return what a source model is searched by: URIs may be too long for a tag, and hold quotes."""
+    """Return the search key of a source model: a URI may be too long for a tag, and may contain quotes."""
     return hashlib.sha256(source_uri.encode()).hexdigest()
 
 
 def read_version(
     name: str, number: int, created_ms: int, tags: Mapping[str, str], *, aliases: frozenset[str]
 ) -> ModelVersion | None:
-    """Return the version that these tags hold; None where compileflow did not register it.
+    """Return the version in these tags; None if compileflow did not register it.
 
     Args:
-        name: Of the model, for the error.
-        number: MLflow's number.
-        created_ms: Milliseconds since 1970, as MLflow has it.
-        tags: All of the version's.
-        aliases: Those that point at it.
+        name: Name of the model, for the error.
+        number: MLflow's number of the version.
+        created_ms: Time of creation in milliseconds since 1970.
+        tags: All tags of the version.
+        aliases: Aliases that point at the version.
 
     Raises:
-        RegistryError: somebody changed the tags, and they hold no entry any more.
+        RegistryError: The tags were changed and do not hold an entry any more.
     """
     if tags.get(SCHEMA) != SCHEMA_VERSION:
         return None
@@ -78,13 +78,13 @@ def read_version(
 
 
 def promotion_tag(stage: Stage, who: str, reason: str) -> tuple[str, str]:
-    """Return key and value of a tag that keeps one promotion; keys sort by time."""
+    """Return key and value of a tag that records one promotion; keys sort by time."""
     at = datetime.now(UTC)
     value = Promotion(at=at.isoformat(timespec="seconds"), stage=stage, who=who, reason=reason)
     return f"{_PROMOTION}{at:%Y%m%dT%H%M%S.%fZ}-{uuid.uuid4().hex[:8]}", json.dumps(value.model_dump())
 
 
 def read_promotions(tags: Mapping[str, str]) -> list[Promotion]:
-    """Return the promotions that tags keep, oldest first."""
+    """Return the promotions that tags record, oldest first."""
     keys = sorted(key for key in tags if key.startswith(_PROMOTION))
     return [Promotion.model_validate(json.loads(tags[key])) for key in keys]

@@ -1,11 +1,18 @@
-"""Neptune's own client, in a process of its own that can be killed: every call ends, one way or another.
+"""neptune: a project of a Neptune server as model registry, and the client that registry and source share.
 
-The client has waits without an end: an upload to a hung server, a queue that no server empties. It also keeps
-state for a whole process: environment, log handlers, exit hooks. So it lives in a child process:
+The registry:
 
-- `address`: what a URI and an API token say,
+- `registry`: the model registry,
+- `listing`: which versions a project holds,
+- `lineage`: the list of compiled versions in their source version,
+- `fields`: the fields and files of a version.
+
+The client has waits without an end: an upload to a hung server, a queue that no server empties. It also changes a
+whole process: environment, log handlers, exit hooks. Therefore it runs in a child process, where every call ends:
+
+- `address`: the content of a URI and of an API token,
+- `client`: the calls, with deadlines and errors,
 - `process`: the child as this process sees it: start, one call at a time, kill,
-- `worker`: the child's own side of that,
-- `operations`: what is done with the client inside the child,
-- `client`: the calls, for a registry and a source, with their errors.
+- `worker`: the child's own side,
+- `operations`: the work with the client inside the child.
 """

@@ -1,4 +1,4 @@
-"""What a neptune:// URI and an API token say: project, version, server, and what must never be shown."""
+"""The content of a neptune:// URI and of an API token: project, version, server and secrets."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ def parse_project(uri: str) -> str:
     """Return "workspace/project" of neptune://workspace/project.
 
     Raises:
-        SpecError: it is written otherwise.
+        SpecError: The URI has another form.
     """
     match = _PROJECT.fullmatch(uri)
     if match is None:
-        raise SpecError(f"{uri!r} is no Neptune project.", hint="Write it as neptune://workspace/project.")
+        raise SpecError(
+            f"Expected the URI of a Neptune project, got {uri!r}.", hint="Write it as neptune://workspace/project."
+        )
     return match[1]
 
 
@@ -35,12 +37,12 @@ def parse_version(uri: str) -> tuple[str, str]:
     """Return "workspace/project" and the model version's id of neptune://workspace/project/PRJ-KEY-3.
 
     Raises:
-        SpecError: it is written otherwise.
+        SpecError: The URI has another form.
     """
     match = _VERSION.fullmatch(uri)
     if match is None:
         raise SpecError(
-            f"{uri!r} is no model version in Neptune.",
+            f"Expected the URI of a model version in Neptune, got {uri!r}.",
             hint="Write it as neptune://workspace/project/KEY-3, with the id that Neptune shows.",
         )
     return match[1], match[2]
@@ -53,8 +55,8 @@ class Token:
     Attributes:
         value: The token itself.
         address: URL of its server, without user or password.
-        secrets: Texts that no log or error may hold, the longest first.
-        allow_http: Whether the client is to be told that plain http is meant.
+        secrets: Texts that must not appear in a log or an error, the longest first.
+        allow_http: Whether the client may use plain http.
     """
 
     value: str
@@ -70,16 +72,16 @@ class Token:
 
 
 def read_token(settings: Settings, *, refused: type[CompileflowError]) -> Token:
-    """Read the configured token. Nothing is asked of its server.
+    """Read the configured token. No request is sent.
 
     Raises:
-        CompileflowError: of the class `refused`: there is no token, it is none of Neptune's, or its server is
-            reached over plain http across a network.
+        CompileflowError: An error of the class `refused`: the token is missing or not a Neptune token, or its
+            server would be reached over plain http across a network.
     """
     if settings.neptune_api_token is None:
         raise refused(
-            "Neptune was asked for and there is no API token.",
-            hint="Set NEPTUNE_API_TOKEN to a token of your Neptune server.",
+            "Neptune needs an API token, and NEPTUNE_API_TOKEN is not set.",
+            hint="Set NEPTUNE_API_TOKEN to a token from your Neptune server.",
         )
     value = settings.neptune_api_token.get_secret_value().strip()
     try:
@@ -87,23 +89,24 @@ def read_token(settings: Settings, *, refused: type[CompileflowError]) -> Token:
         addresses = [content["api_address"], *filter(None, [content.get("api_url")])]
         hosts = [urlsplit(address if "://" in address else f"https://{address}") for address in addresses]
         names = [host.hostname or "" for host in hosts]
-        shown = hosts[-1]
-        port = f":{shown.port}" if shown.port else ""
+        public_host = hosts[-1]
+        port = f":{public_host.port}" if public_host.port else ""
     except (binascii.Error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise refused(
-            f"NEPTUNE_API_TOKEN holds no Neptune token ({type(error).__name__}).",
-            hint="Copy the whole token, as the Neptune server gave it.",
+            f"NEPTUNE_API_TOKEN does not hold a Neptune token ({type(error).__name__}).",
+            hint="Copy the complete token from the Neptune server.",
         ) from error
     secrets = (value, *filter(None, [str(content.get("api_key") or ""), *(host.password for host in hosts)]))
-    plain = [name for name, host in zip(names, hosts, strict=True) if host.scheme == "http"]
-    asked = os.environ.get(INSECURE) == "1"
-    far = [name for name in plain if not _is_loopback(name)]
-    if far and not asked:
+    http_names = [name for name, host in zip(names, hosts, strict=True) if host.scheme == "http"]
+    remote_names = [name for name in http_names if not _is_loopback(name)]
+    is_allowed = os.environ.get(INSECURE) == "1"
+    if remote_names and not is_allowed:
         raise refused(
-            f"The token's server, {far[0]}, is reached over plain http, which shows the token to the network.",
-            hint=f"Use https, or set {INSECURE}=1 where that network is trusted.",
+            f"The token's server, {remote_names[0]}, uses plain http, which exposes the token to the network.",
+            hint=f"Use https, or set {INSECURE}=1 if you trust that network.",
         )
-    return Token(value, f"{shown.scheme}://{shown.hostname}{port}", secrets, bool(plain) or asked)
+    address = f"{public_host.scheme}://{public_host.hostname}{port}"
+    return Token(value, address, secrets, allow_http=bool(http_names) or is_allowed)
 
 
 def _is_loopback(host: str) -> bool:

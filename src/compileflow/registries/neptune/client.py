@@ -1,4 +1,4 @@
-"""The calls that a registry and a source make, each with a deadline, and with errors of the caller's own kind."""
+"""The calls of a registry and a source, each with a deadline and with errors of the caller's kind."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from compileflow._process.child import Overdue
 from compileflow.errors import CompileflowError, first_line
 from compileflow.registries.neptune.address import Token, read_token
 from compileflow.registries.neptune.operations import Kind, Value
-from compileflow.registries.neptune.process import Ended, Overdue, process_for
+from compileflow.registries.neptune.process import Ended, process_for
 from compileflow.settings import Settings
 
-# Slower than this on the whole an upload is given up, however it goes on.
+# An upload that is slower than this on average is given up, even if it progresses.
 _SLOWEST_BYTES_PER_S = 16 * 1024
-_LISTED = 8
-_KEPT_LOGS = 20
+_LONGEST_LIST = 8
+_MOST_LOGS = 20
 
 
 class NeptuneClient:
-    """Calls on one project. Nothing is started or asked before the first call.
+    """Calls on one project. The first call starts the client.
 
     Args:
-        project: As workspace/project.
+        project: Project in the form workspace/project.
         settings: Token, timeout and work folder.
-        refused: Class of errors that trying again does not mend.
-        unavailable: Class of those that it may.
+        refused: Class of errors that a retry cannot resolve.
+        unavailable: Class of errors that a retry may resolve.
     """
 
     def __init__(
@@ -47,50 +48,50 @@ class NeptuneClient:
         self._key: str | None = None
 
     def project_key(self) -> str:
-        """Return the project's own key, the first part of every id in it."""
+        """Return the project's key, the first part of every id in it."""
         if self._key is None:
             self._key = str(self._call("project_key", "opening the project"))
         return self._key
 
     def find(self, kind: Kind, query: str, columns: Sequence[str] = ()) -> list[dict[str, Value]]:
-        """Return sys/id and the chosen fields of every model or version that an NQL query finds, by their ids."""
-        found: list[dict[str, Value]] = self._call(
+        """Return sys/id and the chosen fields of every model or version that matches an NQL query, by id."""
+        rows: list[dict[str, Value]] = self._call(
             "find", f"listing {kind}s", kind=kind, query=query, columns=list(columns)
         )
-        return found
+        return rows
 
     def version_id(self, text: str) -> str:
-        """Return a version's whole id, PRJ-KEY-3, of itself or of KEY-3.
+        """Return the complete id of a version, PRJ-KEY-3, for PRJ-KEY-3 or KEY-3.
 
         Raises:
-            CompileflowError: of the class `refused`: there is none; the hint lists near ids.
+            CompileflowError: An error of the class `refused`: the version does not exist.
         """
-        wanted = (text, f"{self.project_key()}-{text}")
-        query = " OR ".join(f'(`sys/id`:string = "{one}")' for one in wanted)
-        found = [str(row["sys/id"]) for row in self.find("version", f"({query})")]
-        if found:
-            return found[0]
-        known = [str(row["sys/id"]) for row in self.find("version", "")]
-        near = get_close_matches(wanted[1], known, n=_LISTED, cutoff=0.4) or known[:_LISTED]
+        candidates = (text, f"{self.project_key()}-{text}")
+        query = " OR ".join(f'(`sys/id`:string = "{candidate}")' for candidate in candidates)
+        rows = self.find("version", f"({query})")
+        if rows:
+            return str(rows[0]["sys/id"])
+        ids = [str(row["sys/id"]) for row in self.find("version", "")]
+        near_ids = get_close_matches(candidates[1], ids, n=_LONGEST_LIST, cutoff=0.4) or ids[:_LONGEST_LIST]
         raise self._refused(
-            f"Neptune's project {self.project} has no model version {text!r}.",
-            hint=f"Near ids: {', '.join(near)}." if near else "It has no model versions.",
+            f"The Neptune project {self.project} has no model version {text!r}.",
+            hint=f"Similar ids: {', '.join(near_ids)}." if near_ids else "It has no model versions.",
         )
 
     def create_model(self, key: str, name: str) -> bool:
-        """Make a model; False when its key is taken, in the trash perhaps."""
-        return bool(self._call("create_model", f"making the model {name}", key=key, name=name))
+        """Create a model; return False if its key is taken, perhaps by a model in the trash."""
+        return bool(self._call("create_model", f"creating the model {name}", key=key, name=name))
 
     def create_version(self, model: str) -> str:
-        """Make a version of a model and return its id."""
-        return str(self._call("create_version", f"making a version of {model}", model=model))
+        """Create a version of a model and return its id."""
+        return str(self._call("create_version", f"creating a version of {model}", model=model))
 
     def write(self, identity: str, fields: Mapping[str, Value], *, kind: Kind = "version") -> None:
-        """Write fields in their order; None is left out. It may take long as long as it goes on."""
+        """Write fields in their order, without those that are None. Progress extends the deadline."""
         self._call("write", f"writing to {identity}", kind=kind, identity=identity, fields=dict(fields))
 
     def upload(self, identity: str, path: str, file: Path) -> None:
-        """Upload a file as a File field; it may take long as long as bytes go out, at 16 KiB/s at least."""
+        """Upload a file as a File field. Sent bytes extend the deadline, at an average of at least 16 KiB/s."""
         size = file.stat().st_size
         doing = f"uploading {path} of {identity}, {size} bytes"
         most_s = self._settings.neptune_timeout_s + size / _SLOWEST_BYTES_PER_S
@@ -107,15 +108,15 @@ class NeptuneClient:
 
     def types(self, identity: str) -> dict[str, str]:
         """Return the type of every field of a version, for example "File", by its path."""
-        found: dict[str, str] = self._call("types", f"reading {identity}", identity=identity)
-        return found
+        types: dict[str, str] = self._call("types", f"reading {identity}", identity=identity)
+        return types
 
     def fetch(self, identity: str, path: str) -> Any:
-        """Return a field's value, or those of a namespace."""
+        """Return a field's value, or the values in a namespace."""
         return self._call("fetch", f"reading {path} of {identity}", identity=identity, path=path)
 
     def download(self, identity: str, path: str, out: Path) -> None:
-        """Download a File field, or a FileSet as a zip; it may take long as long as bytes come in."""
+        """Download a File field, or a FileSet as a zip. Received bytes extend the deadline."""
         self._call("download", f"downloading {path} of {identity}", identity=identity, path=path, out=str(out))
 
     def extension(self, identity: str, path: str) -> str:
@@ -123,30 +124,29 @@ class NeptuneClient:
         return str(self._call("extension", f"reading {path} of {identity}", identity=identity, path=path))
 
     def release(self) -> None:
-        """Close what is held open in Neptune."""
-        self._call("release", "closing", project=None)
+        """Close the object that is open in Neptune."""
+        self._call("release", "closing")
 
     def _call(self, operation: str, doing: str, *, most_s: float = math.inf, **arguments: Any) -> Any:
         token = read_token(self._settings, refused=self._refused)
         process = process_for(token, self._settings)
         timeout_s = self._settings.neptune_timeout_s
-        chosen = {"project": self.project} | arguments
-        if chosen["project"] is None:
-            del chosen["project"]
         try:
-            answer = process.ask(operation, chosen, timeout_s=timeout_s, most_s=most_s)
+            answer = process.ask(
+                operation, {"project": self.project, **arguments}, timeout_s=timeout_s, most_s=most_s
+            )
         except Overdue as error:
             raise self._unavailable(
                 f"Neptune at {token.address} did not finish {doing} in {error.args[0]:g} s; "
                 "its client was killed.",
                 hint="Check that server and the network, and run again; "
-                "COMPILEFLOW_NEPTUNE_TIMEOUT_S is the bound of one call.",
+                "COMPILEFLOW_NEPTUNE_TIMEOUT_S limits one call.",
                 log_path=self._keep_log(process.log_text()),
             ) from error
         except Ended as error:
             raise self._unavailable(
                 f"The Neptune client ended while {doing}.",
-                hint="Run again; its last words are in the log.",
+                hint="Run again; the log holds its last output.",
                 log_path=self._keep_log(process.log_text()),
             ) from error
         except OSError as error:
@@ -177,36 +177,40 @@ class NeptuneClient:
             )
         if kind == "forbidden":
             return self._refused(
-                f"This token has no right to what {doing} in {self.project} needs.",
-                hint="Ask the project's owner for a role that may write, or use another token.",
+                f"This token does not have the rights for {doing} in {self.project}.",
+                hint="Ask the project's owner for a role with write access, or use another token.",
             )
         if kind == "project":
             choices = error["choices"]
-            near = get_close_matches(self.project, choices, n=_LISTED, cutoff=0.4) or choices[:_LISTED]
+            near_projects = (
+                get_close_matches(self.project, choices, n=_LONGEST_LIST, cutoff=0.4) or choices[:_LONGEST_LIST]
+            )
             return self._refused(
                 f"Neptune at {token.address} has no project {self.project!r}, or this token has no access to it.",
-                hint=f"It shows: {', '.join(near)}." if near else "It shows no project to this token.",
+                hint=f"Similar projects: {', '.join(near_projects)}."
+                if near_projects
+                else "This token has no projects.",
             )
         if kind == "local":
             return self._refused(
-                f"This machine could not go on {doing} ({text}).",
-                hint="Check the disk and the rights there, and run again.",
+                f"This machine failed while {doing} ({text}).",
+                hint="Check the disk and the access rights, and run again.",
             )
         if kind == "absent":
             return self._refused(
-                f"{self.project} in Neptune lost what was to be found while {doing} ({text}).",
-                hint="Somebody may have deleted it; run again.",
+                f"An object in the Neptune project {self.project} disappeared while {doing} ({text}).",
+                hint="Another user may have deleted it; run again.",
             )
         return self._refused(
             f"Neptune refused {doing}: {text}.",
-            hint="What its client said is in the log.",
+            hint="The log holds the output of its client.",
             log_path=self._keep_log(log),
         )
 
     def _keep_log(self, text: str) -> str:
-        """Write what the client printed to this process's own file, anew each time; '' when it said nothing.
+        """Replace this process's log with the client's output and return its path; '' without output.
 
-        Of earlier processes' files the newest stay.
+        Only the newest logs of other processes stay.
         """
         if not text:
             return ""
@@ -216,10 +220,9 @@ class NeptuneClient:
             path.write_text(text, "utf-8")
         except OSError:
             return ""
-        # Another process may be at it, too.
+        # Another process may delete logs at the same moment.
         with suppress(OSError):
-            for old in sorted(path.parent.glob("neptune-*.log"), key=lambda one: -one.stat().st_mtime)[
-                _KEPT_LOGS:
-            ]:
-                old.unlink()
+            logs = sorted(path.parent.glob("neptune-*.log"), key=lambda log: log.stat().st_mtime)
+            for log in logs[:-_MOST_LOGS]:
+                log.unlink()
         return str(path)

@@ -1,7 +1,8 @@
-"""How a registered version is laid out in Neptune: the fields, the files, the model card, and the way back.
+"""The layout of a registered version in Neptune: fields, files, model card, and the way back to an entry.
 
-The entry's JSON is the truth: whole as the file `registry/entry`, and as the string `registry/entry_json` where
-Neptune keeps it uncut, so that a list of versions is one query. All other fields are for people and queries.
+The entry's JSON is authoritative: always complete in the file `registry/entry`, and in the string
+`registry/entry_json` if it fits, so that a list of versions takes one query. The other fields serve people and
+queries.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pydantic import JsonValue
 
 from compileflow.contracts import ModelVersion, VersionEntry, VersionFiles
 from compileflow.contracts.digests import json_digest
+from compileflow.contracts.sources import TEST_FILES
 from compileflow.registries.lookup import read_version
 
 DIGEST, COMPLETE, NAME = "registry/digest", "registry/complete", "registry/name"
@@ -25,12 +27,11 @@ IS_COMPLETE = f"(`{COMPLETE}`:bool = true)"
 ENTRY_FILE, ENTRY_JSON = "registry/entry", "registry/entry_json"
 PROMOTIONS, PROMOTED_AT = "registry/promotions", "registry/promoted_at"
 CARD, CARD_TASK, COMPILED = "model/model_card", "huggingface_pipeline_task", "model/compiled_model_versions"
-ARTIFACT, TEST_FILES = "model/artifact", "model/test_files"
-TEST_FILE_KINDS = ("inputs", "inference_params", "predictions")
+ARTIFACT, TEST_FOLDER = "model/artifact", "model/test_files"
 COLUMNS = (
     "sys/stage", "sys/creation_time", DIGEST, COMPLETE, NAME, ENTRY_JSON, PROMOTED_AT,
 )  # fmt: skip
-# Neptune's client cuts longer strings and says so in its log alone.
+# Neptune's client cuts longer strings and reports that only in its log.
 LONGEST_STRING = 16_384
 _CUT = "... (cut)"
 
@@ -38,7 +39,7 @@ _CUT = "... (cut)"
 def model_key(name: str) -> str:
     """Return the key of a name's model: upper-case letters and digits, with 32 bits of the name's digest.
 
-    Neptune wants keys upper-case and unique; `Ner-v1` and `ner_v1` would otherwise be one model.
+    Neptune needs unique upper-case keys; without the digest `Ner-v1` and `ner_v1` would share one model.
 
     >>> model_key("ner")
     'NER84F1590C'
@@ -48,19 +49,19 @@ def model_key(name: str) -> str:
 
 
 def number_of(identity: str) -> int:
-    """Return a version's number: the last part of Neptune's own id, 3 for PRJ-KEY-3."""
+    """Return a version's number: the last part of Neptune's id, 3 for PRJ-KEY-3."""
     return int(identity.rpartition("-")[2])
 
 
 def cut(text: str) -> str:
-    """Shorten what Neptune would cut anyway, so that it shows; equal texts stay equal."""
+    """Shorten a text that Neptune would cut, so that the cut is visible; equal texts stay equal."""
     return text if len(text) <= LONGEST_STRING else text[: LONGEST_STRING - len(_CUT)] + _CUT
 
 
 def equals(path: str, text: str) -> str:
-    """Return the Neptune query for versions whose string field holds `text`.
+    """Return the Neptune query for versions whose string field equals `text`.
 
-    A quotation mark has no safe way into a query: for such a text it finds all, and the caller looks itself.
+    A query cannot contain a quotation mark safely: for such a text it finds all versions, and the caller filters.
     """
     return "" if '"' in text or "\\" in text else f'(`{path}`:string = "{cut(text)}")'
 
@@ -71,18 +72,18 @@ def all_of(*queries: str) -> str:
 
 
 def entry_json(entry: VersionEntry) -> str:
-    """Write an entry as JSON; figures that are no numbers become the strings NaN, Infinity and -Infinity."""
+    """Write an entry as JSON; figures that are not finite become the strings NaN, Infinity and -Infinity."""
     value = entry.model_dump(mode="python", include=set(VersionEntry.model_fields))
     value["figures"] = {name: _figure(figure) for name, figure in entry.figures.items()}
     return json.dumps(value, sort_keys=True, allow_nan=False)
 
 
 def entry_fields(entry: VersionEntry, report: JsonValue) -> dict[str, str | float]:
-    """Return the fields of an entry, and of its report's gates.
+    """Return the fields of an entry and of the gates in its report.
 
     Args:
-        entry: What is registered.
-        report: report.json, or None where it is not at hand.
+        entry: Entry to register.
+        report: Content of report.json, or None without a report.
     """
     fields: dict[str, str | float] = {
         "target": entry.target,
@@ -101,10 +102,10 @@ def entry_fields(entry: VersionEntry, report: JsonValue) -> dict[str, str | floa
     for name, figure in entry.figures.items():
         fields[f"metrics/{_part(name)}"] = _figure(figure)
     for gate in _gates(report):
-        for what in ("outcome", "measured", "limit"):
-            if gate.get(what) is not None:
-                value = gate[what]
-                fields[f"gates/{_part(gate['gate'])}/{what}"] = value if what == "outcome" else _figure(value)
+        for key in ("outcome", "measured", "limit"):
+            if gate.get(key) is not None:
+                value = gate[key]
+                fields[f"gates/{_part(gate['gate'])}/{key}"] = value if key == "outcome" else _figure(value)
     text = entry_json(entry)
     if len(text) <= LONGEST_STRING:
         fields[ENTRY_JSON] = text
@@ -112,17 +113,17 @@ def entry_fields(entry: VersionEntry, report: JsonValue) -> dict[str, str | floa
 
 
 def model_card(entry: VersionEntry, test_files: Iterable[str], *, weights: bool) -> dict[str, JsonValue]:
-    """Return the card that services read: the task, where the artifact is, and where the test files are.
+    """Return the card that services read: the task, the place of the artifact and of the test files.
 
     Args:
-        entry: What is registered.
-        test_files: Kinds of those that are uploaded.
-        weights: Whether the artifact's files are below the attribute path; otherwise a reference is.
+        entry: Entry to register.
+        test_files: Kinds of the test files that are uploaded.
+        weights: Whether the artifact's files are below the attribute path, instead of a reference.
     """
     return {
         "model_params": {CARD_TASK: str(entry.spec.get("hf_task", ""))},
         "model_artifact_attribute_path": ARTIFACT,
-        "model_test_files": {kind: f"{TEST_FILES}/{kind}" for kind in test_files},
+        "model_test_files": {kind: f"{TEST_FOLDER}/{kind}" for kind in test_files},
         "artifact": {"uri": entry.artifact_uri, "digest": entry.artifact_digest, "uploaded": weights},
         "source": {"uri": entry.source_uri, "revision": entry.source_revision, "digest": entry.source_digest},
         "target": entry.target,
@@ -130,32 +131,30 @@ def model_card(entry: VersionEntry, test_files: Iterable[str], *, weights: bool)
 
 
 def uploads(files: VersionFiles, *, weights: bool) -> dict[str, Path]:
-    """Return the files to upload by their field. What is not there is left out."""
-    chosen = {
+    """Return the existing files to upload by their field."""
+    paths = {
         "artifact/manifest": files.artifact / "manifest.json",
         "report/html": files.report / "report.html",
         "report/json": files.report / "report.json",
     }
-    chosen |= {f"{TEST_FILES}/{kind}": path for kind, path in given_test_files(files).items()}
+    paths |= {f"{TEST_FOLDER}/{kind}": path for kind, path in existing_test_files(files).items()}
     if weights:
-        below = sorted(files.artifact.rglob("*"))
-        chosen |= {f"{ARTIFACT}/{path.relative_to(files.artifact).as_posix()}": path for path in below}
-    return {path: file for path, file in chosen.items() if file.is_file()}
+        for path in sorted(files.artifact.rglob("*")):
+            paths[f"{ARTIFACT}/{path.relative_to(files.artifact).as_posix()}"] = path
+    return {field: path for field, path in paths.items() if path.is_file()}
 
 
-def given_test_files(files: VersionFiles) -> dict[str, Path]:
-    """Return the test files that there are, by their kind."""
-    if files.test_files is None:
-        return {}
-    paths = {kind: files.test_files / f"{kind}.json" for kind in TEST_FILE_KINDS}
-    return {kind: path for kind, path in paths.items() if path.is_file()}
+def existing_test_files(files: VersionFiles) -> dict[str, Path]:
+    """Return the existing test files by their kind, for example "inputs" for inputs.json."""
+    paths = [files.test_files / name for name in TEST_FILES] if files.test_files else []
+    return {path.stem: path for path in paths if path.is_file()}
 
 
 def to_version(identity: str, text: str, *, stage: str, created_at: str) -> ModelVersion:
-    """Make a version of an entry's JSON and what Neptune keeps beside it.
+    """Combine an entry's JSON with the fields that Neptune keeps beside it.
 
     Raises:
-        RegistryError: the JSON is no entry of this compileflow.
+        RegistryError: This compileflow cannot read the JSON as an entry.
     """
     moment = datetime.fromisoformat(created_at).astimezone(UTC)
     added = {
@@ -173,7 +172,7 @@ def _gates(report: JsonValue) -> list[dict[str, Any]]:
 
 
 def _part(name: str) -> str:
-    # A slash would make a namespace, which may stand where another figure's field is.
+    # A slash would create a namespace, which may collide with another figure's field.
     return name.replace("/", ".")
 
 

@@ -1,4 +1,4 @@
-"""The list in a source version of what was compiled from it: `model/compiled_model_versions`."""
+"""The list of compiled versions in their source version: `model/compiled_model_versions`."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from compileflow.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-# Another machine may write at the same time, and Neptune has no condition to write by.
+# Another machine may write at the same time, and Neptune has no conditional write.
 _TRIES = 3
 
 
 def list_in_source(source_uri: str, settings: Settings, *, project: str, model: str, identity: str) -> None:
-    """Name a compiled version in the version of Neptune that it was compiled from; what others wrote stays.
+    """Add a compiled version to the list in its source version; entries of other users stay.
 
-    A source that may not be written, was deleted, or holds something else there costs a warning and nothing
-    more: the compiled version itself names its source.
+    A source that is read-only, deleted, or holds another value there causes only a warning: the compiled version
+    itself names its source.
 
     Args:
-        source_uri: The source; one that is not Neptune's has no such list.
+        source_uri: URI of the source; a source outside Neptune has no such list.
         settings: Token, timeout and work folder.
-        project: Of the compiled version, as workspace/project.
-        model: Its model's id.
-        identity: Its own id.
+        project: Project of the compiled version, in the form workspace/project.
+        model: Id of the compiled version's model.
+        identity: Id of the compiled version.
 
     Raises:
-        RegistryUnavailableError: the server did not answer; the same call again completes the list.
+        RegistryUnavailableError: The server did not answer; another call completes the list.
     """
     if not source_uri.startswith("neptune://"):
         return
@@ -52,7 +52,7 @@ def list_in_source(source_uri: str, settings: Settings, *, project: str, model: 
         client = NeptuneClient(source, settings, refused=RegistryError, unavailable=RegistryUnavailableError)
         lock = settings.home_dir / "locks" / f"neptune-{json_digest([source, text])[:32]}.lock"
         with (
-            file_lock(lock, on_wait=lambda: logger.info("another process writes to %s", source_uri)),
+            file_lock(lock, on_wait=lambda: logger.info("Another process writes to %s; waiting", source_uri)),
             work_folder(settings.work_dir, label="lineage") as work,
         ):
             _add(client, client.version_id(text), entry, work / "compiled_model_versions.json")
@@ -65,22 +65,22 @@ def list_in_source(source_uri: str, settings: Settings, *, project: str, model: 
 def _add(client: NeptuneClient, source: str, entry: dict[str, str], file: Path) -> None:
     for _ in range(_TRIES):
         kind = client.types(source).get(COMPILED)
-        listed = _read(client, source, kind, file)
-        if any(isinstance(one, dict) and _same(one, entry) for one in listed):
+        items = _read(client, source, kind, file)
+        if any(isinstance(item, dict) and _is_same(item, entry) for item in items):
             client.release()
             return
-        text = json.dumps([*listed, entry])
+        text = json.dumps([*items, entry])
         if kind == "String":
             if len(text) > LONGEST_STRING:
                 raise RegistryError(
-                    f"{COMPILED} of {source} is a string, and Neptune keeps {LONGEST_STRING} characters of one.",
-                    hint="Upload it as a JSON file, which may be longer.",
+                    f"{COMPILED} of {source} is a string of at most {LONGEST_STRING} characters.",
+                    hint="Upload the list as a JSON file, which may be longer.",
                 )
             client.write(source, {COMPILED: text})
         else:
             file.write_text(text, "utf-8")
             client.upload(source, COMPILED, file)
-    logger.warning("%s of %s is written by others all the time; %s is missing", COMPILED, source, entry["with_id"])
+    logger.warning("Others keep writing %s of %s; %s is missing there", COMPILED, source, entry["with_id"])
 
 
 def _read(client: NeptuneClient, source: str, kind: str | None, file: Path) -> list[JsonValue]:
@@ -92,16 +92,19 @@ def _read(client: NeptuneClient, source: str, kind: str | None, file: Path) -> l
         client.download(source, COMPILED, file)
         body = file.read_bytes()
     else:
-        raise RegistryError(f"{COMPILED} of {source} is a {kind}.", hint="Make it a JSON file with a list.")
+        raise RegistryError(
+            f"Expected {COMPILED} of {source} to be a file, got a {kind}.",
+            hint="Replace it by a JSON file with a list.",
+        )
     try:
-        found = json.loads(body)
+        items = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise RegistryError(
-            f"{COMPILED} of {source} holds no JSON ({first_line(error)}).", hint="Mend it, or delete it."
+            f"{COMPILED} of {source} does not hold JSON ({first_line(error)}).", hint="Correct it or delete it."
         ) from error
-    # Whoever had one version to list may have left the brackets out.
-    return found if isinstance(found, list) else [found]
+    # A user who listed one version may have left the brackets out.
+    return items if isinstance(items, list) else [items]
 
 
-def _same(one: dict[str, JsonValue], entry: dict[str, str]) -> bool:
-    return all(one.get(name) == entry[name] for name in ("project", "with_id"))
+def _is_same(item: dict[str, JsonValue], entry: dict[str, str]) -> bool:
+    return all(item.get(name) == entry[name] for name in ("project", "with_id"))

@@ -1,4 +1,4 @@
-"""Which versions a Neptune project holds: complete ones only, once each, and in the stage that counts."""
+"""The versions in a Neptune project: complete ones only, without duplicates, in their effective stage."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from compileflow.contracts import ModelVersion
 from compileflow.registries.lookup import is_exclusive, unknown_name
 from compileflow.registries.neptune import fields as layout
 from compileflow.registries.neptune.client import NeptuneClient
+from compileflow.registries.neptune.operations import Value
 from compileflow.settings import Settings
 
 
 @dataclass(frozen=True)
 class Row:
-    """A complete version as Neptune lists it.
+    """A complete version in the state that Neptune lists.
 
     Attributes:
-        identity: Neptune's id.
-        version: In Neptune's own stage, which two may be in after a kill.
-        promoted_at: When its stage was changed last, UTC, ISO 8601; '' for never.
+        identity: Neptune's id of the version.
+        version: The version in Neptune's stage. After a kill two versions may be in an exclusive stage.
+        promoted_at: Time of the last change of stage, UTC, ISO 8601; '' without a change.
     """
 
     identity: str
@@ -29,7 +30,7 @@ class Row:
 
 
 class Listing:
-    """Reads a project's versions, a query or two at a time."""
+    """Reads a project's versions with one or two queries per call."""
 
     def __init__(self, client: NeptuneClient, uri: str, settings: Settings):
         self._client = client
@@ -44,50 +45,56 @@ class Listing:
         return rows
 
     def rows(self, query: str, *, duplicates: bool = False) -> list[Row]:
-        """Return complete versions, by model and number; of one artifact in one model the first, unless asked."""
-        found = self._client.find("version", layout.all_of(query, layout.IS_COMPLETE), layout.COLUMNS)
-        found.sort(key=lambda row: (str(row["sys/id"]).rpartition("-")[0], layout.number_of(str(row["sys/id"]))))
+        """Return complete versions by model and number, with `duplicates` also repeated artifacts in a model."""
+        records = self._client.find("version", layout.all_of(query, layout.IS_COMPLETE), layout.COLUMNS)
+        records.sort(key=lambda record: _model_and_number(str(record["sys/id"])))
         rows: list[Row] = []
         seen: set[tuple[str, str]] = set()
-        for one in found:
-            identity = str(one["sys/id"])
-            key = (identity.rpartition("-")[0], str(one[layout.DIGEST]))
+        for record in records:
+            identity = str(record["sys/id"])
+            key = (_model_and_number(identity)[0], str(record[layout.DIGEST]))
             if key not in seen or duplicates:
                 seen.add(key)
-                rows.append(Row(identity, self._version(identity, one), str(one[layout.PROMOTED_AT] or "")))
+                promoted_at = str(record[layout.PROMOTED_AT] or "")
+                rows.append(Row(identity, self._version(identity, record), promoted_at))
         return rows
 
-    def _version(self, identity: str, row: dict[str, str | int | float | bool | None]) -> ModelVersion:
-        text = row[layout.ENTRY_JSON]
+    def _version(self, identity: str, record: dict[str, Value]) -> ModelVersion:
+        text = record[layout.ENTRY_JSON]
         if text is None:
-            # Longer than Neptune keeps of a string.
+            # The entry is longer than a string that Neptune stores.
             with work_folder(self._settings.work_dir, label="entry") as work:
                 self._client.download(identity, layout.ENTRY_FILE, work / "entry.json")
                 self._client.release()
                 text = (work / "entry.json").read_text("utf-8")
         return layout.to_version(
-            identity, str(text), stage=str(row["sys/stage"]), created_at=str(row["sys/creation_time"])
+            identity, str(text), stage=str(record["sys/stage"]), created_at=str(record["sys/creation_time"])
         )
 
     def settled(self, rows: Iterable[Row]) -> list[ModelVersion]:
-        """Return some of the versions of their names, newest first, each in the stage that counts."""
-        rows = list(rows)
-        found = settle(rows)
-        held = {one.name for one in found if is_exclusive(one.stage)}
-        true = {(one.name, one.version): one for name in held for one in settle(self.named(name))}
-        return [true.get((one.name, one.version), one) for one in found]
+        """Return versions newest first in their effective stage, given some versions of their names."""
+        versions = settle(rows)
+        names = {version.name for version in versions if is_exclusive(version.stage)}
+        settled = {
+            (version.name, version.version): version for name in names for version in settle(self.named(name))
+        }
+        return [settled.get((version.name, version.version), version) for version in versions]
 
 
 def settle(rows: Iterable[Row]) -> list[ModelVersion]:
-    """Return versions newest first; of two in one exclusive stage, the one that was moved there last is in it."""
+    """Return versions newest first; of two in one exclusive stage, only the last promoted one is in it."""
     rows = list(rows)
-    last: dict[tuple[str, str], Row] = {}
+    newest: dict[tuple[str, str], Row] = {}
     for row in sorted(rows, key=lambda row: row.promoted_at):
-        last[(row.version.name, row.version.stage)] = row
-    found = [
+        newest[(row.version.name, row.version.stage)] = row
+    versions = [
         row.version
-        if not is_exclusive(row.version.stage) or last[(row.version.name, row.version.stage)] is row
+        if not is_exclusive(row.version.stage) or newest[(row.version.name, row.version.stage)] is row
         else row.version.model_copy(update={"stage": "archived"})
         for row in rows
     ]
-    return sorted(found, key=lambda one: (one.created_at, one.version), reverse=True)
+    return sorted(versions, key=lambda version: (version.created_at, version.version), reverse=True)
+
+
+def _model_and_number(identity: str) -> tuple[str, int]:
+    return identity.rpartition("-")[0], layout.number_of(identity)

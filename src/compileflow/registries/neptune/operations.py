@@ -1,6 +1,6 @@
-"""What is done with Neptune's client, inside the child: small operations on one project, model or version.
+"""The work with Neptune's client inside the child: small operations on one project, model or version.
 
-Everything is asked of the public interface but one thing: the versions of all models in one query.
+One operation uses a private part of the client: the search for versions of all models in one query.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Kind = Literal["model", "version"]
 Value = str | int | float | bool | None
 _FIELD_TYPES: dict[type, str] = {str: "String", bool: "Boolean", int: "Integer", float: "Float"}
 _STYLES = re.compile(r"\x1b\[[0-9;]*m")
-# Of this machine's disk, not of the network.
+# Errors of this machine's disk, not of the network.
 _LOCAL = (
     errno.ENOSPC,
     errno.EDQUOT,
@@ -30,7 +30,7 @@ _LOCAL = (
 
 
 class Session:
-    """The client's open objects. One operation at a time; `opened` counts the objects so far."""
+    """The client's open objects, for one operation at a time; `opened` counts the objects so far."""
 
     def __init__(self, on_bytes: Callable[[], None]) -> None:
         import neptune
@@ -39,7 +39,7 @@ class Session:
         from neptune.typing import ProgressBarCallback
 
         class Progress(ProgressBarCallback):
-            """Tells the parent that a download goes on."""
+            """Tells the parent that a download progresses."""
 
             def update(self, *, by: int, total: int | None = None) -> None:
                 on_bytes()
@@ -53,40 +53,40 @@ class Session:
         self._version_type = ContainerType.MODEL_VERSION
         self._raw_query = build_raw_query
         self._projects: dict[str, Any] = {}
-        self._held: Any = None
-        self._held_key: tuple[str, ...] = ()
+        self._open_object: Any = None
+        self._open_key: tuple[str, ...] = ()
         self.opened = 0
 
     def run(self, operation: str, arguments: Mapping[str, Any]) -> Any:
-        """Do one operation; after an error nothing stays open, as its state is unknown."""
+        """Do one operation. After an error all objects are closed, because their state is unknown."""
         function: Callable[..., Any] = getattr(self, f"do_{operation}")
         try:
             return function(**arguments)
         except BaseException:
             self._projects.clear()
             with suppress(Exception):
-                self.do_release()
+                self._release()
             raise
 
     def describe(self, error: Exception) -> dict[str, Any]:
-        """Say what went wrong: its kind, its text in one line, and what there is to choose from."""
+        """Return an error's kind, its text in one line, and for an unknown project the known ones."""
         kind = kind_of_error(error)
         cause = error.__cause__
         text = type(cause).__name__ if kind == "unavailable" and cause is not None else gist(error)
         return {"kind": kind, "text": text, "choices": self._projects_seen() if kind == "project" else []}
 
     def do_project_key(self, project: str) -> str:
-        """Return the project's own key, the first part of every id in it."""
+        """Return the project's key, the first part of every id in it."""
         return str(self._project(project)["sys/id"].fetch())
 
     def do_find(self, project: str, kind: Kind, query: str, columns: list[str]) -> list[dict[str, Value]]:
-        """Return the chosen fields of every model or version that the NQL query finds, by their ids.
+        """Return the chosen fields of every model or version that the NQL query finds, sorted by id.
 
-        Sorted by id, since the client cannot sort an empty project by anything else.
+        The client can sort an empty project only by id.
         """
         from neptune.common.backends.utils import with_api_exceptions_handler
 
-        # Of all its requests, the client does not repeat these when the server fails for a moment.
+        # The client repeats all other requests by itself when the server fails for a moment.
         find: Callable[..., list[dict[str, Value]]] = with_api_exceptions_handler(self._find)  # type: ignore[no-untyped-call]
         return find(self._project(project), kind, query, columns)
 
@@ -95,7 +95,7 @@ class Session:
         if kind == "model":
             table = opened.fetch_models_table(query=query, **common)
         else:
-            # The public way asks model by model, and opens each for it.
+            # The public method opens every model and sends one query for each.
             table = opened._fetch_entries(
                 child_type=self._version_type,
                 query=self._raw_query(query=query, trashed=False),
@@ -105,7 +105,7 @@ class Session:
         return [{path: _field(row, path) for path in {"sys/id", *columns}} for row in table]
 
     def do_create_model(self, project: str, key: str, name: str) -> bool:
-        """Make a model; False when its key is taken."""
+        """Create a model; return False if its key is taken."""
         from neptune.exceptions import NeptuneModelKeyAlreadyExistsError
 
         try:
@@ -116,16 +116,16 @@ class Session:
         return True
 
     def do_create_version(self, project: str, model: str) -> str:
-        """Make a model version and return its id; it stays open for what is written next."""
-        self.do_release()
+        """Create a model version and return its id; it stays open for the fields that follow."""
+        self._release()
         version = self._neptune.init_model_version(project=project, model=model, mode="sync")
         self.opened += 1
         identity = str(version["sys/id"].fetch())
-        self._held, self._held_key = version, (project, "version", identity, "sync")
+        self._open_object, self._open_key = version, (project, "version", identity, "sync")
         return identity
 
     def do_write(self, project: str, kind: Kind, identity: str, fields: dict[str, Value]) -> None:
-        """Write fields in their order, a request or two each; one of another type makes room first."""
+        """Write fields in their order, one or two requests per field; a field of another type is deleted first."""
         target = self._open(project, kind, identity, "sync")
         for path, value in fields.items():
             self._on_bytes()
@@ -164,15 +164,18 @@ class Session:
         return str(self._open(project, "version", identity, "read-only")[path].fetch_extension() or "")
 
     def do_download(self, project: str, identity: str, path: str, out: str) -> None:
-        """Download a File field, or a FileSet as a zip, saying now and then that bytes come in."""
+        """Download a File field, or a FileSet as a zip, and report received bytes to the parent."""
         field = self._open(project, "version", identity, "read-only")[path]
         field.download(destination=out, progress_bar=self._progress)
 
-    def do_release(self) -> None:
-        """Close what is held open: an open version counts as in use in Neptune."""
-        held, self._held, self._held_key = self._held, None, ()
-        if held is not None:
-            held.stop()
+    def do_release(self, project: str) -> None:
+        """Close the open object: Neptune shows an open version as in use."""
+        self._release()
+
+    def _release(self) -> None:
+        open_object, self._open_object, self._open_key = self._open_object, None, ()
+        if open_object is not None:
+            open_object.stop()
 
     def _project(self, name: str) -> Any:
         if name not in self._projects:
@@ -181,18 +184,18 @@ class Session:
         return self._projects[name]
 
     def _open(self, project: str, kind: Kind, identity: str, mode: str) -> Any:
-        """Open an object; the one that was opened last stays open, as calls on one come together."""
+        """Open an object; the last one stays open, because calls on one object follow each other."""
         key = (project, kind, identity, mode)
-        if key != self._held_key:
-            self.do_release()
+        if key != self._open_key:
+            self._release()
             make = self._neptune.init_model if kind == "model" else self._neptune.init_model_version
-            self._held, self._held_key = make(project=project, with_id=identity, mode=mode), key
+            self._open_object, self._open_key = make(project=project, with_id=identity, mode=mode), key
             self.opened += 1
-        return self._held
+        return self._open_object
 
-    def _make_room(self, target: Any, path: str, wanted: str) -> None:
-        old = target.get_attribute(path) if target.exists(path) else None
-        if old is not None and type(old).__name__ != wanted:
+    def _make_room(self, target: Any, path: str, field_type: str) -> None:
+        field = target.get_attribute(path) if target.exists(path) else None
+        if field is not None and type(field).__name__ != field_type:
             target.pop(path)
 
     def _projects_seen(self) -> list[str]:
@@ -200,12 +203,12 @@ class Session:
 
         try:
             return list(get_project_list())
-        except Exception:  # noqa: BLE001 - the list only helps; the error itself is on its way
+        except Exception:  # noqa: BLE001 - the list is only a hint; the error itself is reported
             return []
 
 
 def kind_of_error(error: BaseException) -> str:
-    """Sort the client's errors: unavailable, token, forbidden, project, absent, local, or refused."""
+    """Return the kind of a client's error: unavailable, token, forbidden, project, absent, local or refused."""
     import requests
     from bravado.exception import BravadoConnectionError, BravadoTimeoutError, HTTPServerError
     from neptune.common import exceptions as common
@@ -226,17 +229,17 @@ def kind_of_error(error: BaseException) -> str:
             ),
         ),
     )  # fmt: skip
-    # What requests raises is an OSError, too, but has no number.
+    # Errors of requests are OSErrors without a number.
     if isinstance(error, OSError) and error.errno in _LOCAL:
         return "local"
     return next((kind for kind, classes in kinds if isinstance(error, classes)), "refused")
 
 
 def gist(error: BaseException) -> str:
-    """Return the first two lines that say something of the page of text that the client's errors are."""
+    """Return the first two lines with text: the client's errors are a page long."""
     lines = [line.strip() for line in _STYLES.sub("", str(error)).splitlines()]
-    said = " ".join([line for line in lines if line and not line.startswith("---")][:2])
-    return f"{type(error).__name__}: {said[:300]}".rstrip(".: ")
+    text = " ".join([line for line in lines if line and not line.startswith("---")][:2])
+    return f"{type(error).__name__}: {text[:300]}".rstrip(".: ")
 
 
 def _field(row: Any, path: str) -> Value:

@@ -1,9 +1,9 @@
 """neptune: a project of a Neptune server as model registry, through Neptune's own client.
 
-Neptune knows no transaction, so a version is built in an order that a kill at any point leaves readable:
-its digest first, all else, `registry/complete` last. What is not complete is not seen, and the next call with
-the same entry goes on with it. Two machines that register one artifact at the same moment may both complete
-theirs: the smaller number stays, the other one goes to the trash.
+Neptune has no transactions. A version is therefore written in an order that stays readable after a kill at any
+point: its digest first, then all other fields, and `registry/complete` last. Incomplete versions are hidden, and
+the next call with the same entry completes them. Two machines that register one artifact at the same moment may
+both complete a version: the smaller number stays, and the other version goes to the trash.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-# A version without a digest may be one that another process is just making.
+# Another process may be creating a version that has no digest yet.
 _LITTER_AGE_S = 15 * 60
-_SHOWN_WITHIN_S = 10.0
+_LISTED_WITHIN_S = 10.0
 
 
 class NeptuneRegistry:
     """Versions of a Neptune project: a model per name, a model version per artifact."""
 
     def __init__(self, uri: str, settings: Settings):
-        """Take neptune://workspace/project. The server is asked at the first call."""
+        """Read neptune://workspace/project. The first call sends the first request."""
         self._project = parse_project(uri)
         self.uri = f"neptune://{self._project}"
         self._settings = settings
@@ -54,30 +54,30 @@ class NeptuneRegistry:
         self._listing = Listing(self._client, self.uri, settings)
 
     def register(self, entry: VersionEntry, files: VersionFiles | None = None) -> ModelVersion:
-        """Add a version, or return the one that holds this artifact under this name already.
+        """Add a version, or return the one that already holds this artifact under this name.
 
-        With `files`, the manifest, the report, the test files and, where the settings say so, the artifact
-        itself are uploaded; without, the version points at the store.
+        With `files`, the manifest, the report, the test files and, with `neptune_upload_weights`, the artifact
+        are uploaded. Without `files`, the version only refers to the store.
 
         Raises:
-            RegistryUnavailableError: the server did not answer in time; the same call again goes on.
-            RegistryError: the server refused.
+            RegistryUnavailableError: The server did not answer in time; another call completes the version.
+            RegistryError: The server refused.
         """
         entry = VersionEntry.model_validate(entry.model_dump(include=set(VersionEntry.model_fields)))
         client = self._client
         with self._alone(entry.name, entry.artifact_digest):
             model = f"{client.project_key()}-{layout.model_key(entry.name)}"
-            if (kept := self._kept(model, entry.artifact_digest)) is not None:
-                return kept
+            if (complete := self._complete(model, entry.artifact_digest)) is not None:
+                return complete
             self._make_model(model, entry.name)
             identity = self._begin(model, entry)
             self._fill(model, identity, entry, files)
-            # While files were uploaded, another machine may have completed its own: that one may be in use by now.
-            kept = self._kept(model, entry.artifact_digest)
-            if kept is not None and kept.version != layout.number_of(identity):
+            # During the upload another machine may have completed a version, which may be in use already.
+            complete = self._complete(model, entry.artifact_digest)
+            if complete is not None and complete.version != layout.number_of(identity):
                 client.release()
                 client.trash([identity])
-                return kept
+                return complete
             client.write(identity, {layout.COMPLETE: True})
             client.release()
             self._sweep(model, entry.artifact_digest)
@@ -94,10 +94,10 @@ class NeptuneRegistry:
         return self._listing.settled(row for row in rows if row.version.source_uri == source_uri)
 
     def get(self, name: str, version: int | str) -> ModelVersion:
-        """Return one version, by its number or by the stage it is in.
+        """Return one version by its number or its stage.
 
         Raises:
-            RegistryError: no such name, number or stage; the hint lists what there is.
+            RegistryError: The name, number or stage does not exist; the hint lists those that do.
         """
         return choose_version(name, self.versions(name), version)
 
@@ -105,28 +105,27 @@ class NeptuneRegistry:
         """Return all versions of one name, or of all names, newest first.
 
         Raises:
-            RegistryError: there is no such name; the hint lists near ones.
+            RegistryError: The name does not exist; the hint lists similar names.
         """
         if name is None:
             return settle(self._listing.rows(""))
-        found = settle(self._listing.named(name))
-        return sorted(found, key=lambda one: one.version, reverse=True)
+        return sorted(settle(self._listing.named(name)), key=lambda version: version.version, reverse=True)
 
     def set_stage(self, name: str, version: int, stage: Stage, *, who: str, reason: str = "") -> ModelVersion:
-        """Move a version to a stage. The one that was in staging or production before it is archived.
+        """Move a version to a stage, and archive the version that it replaces in staging or production.
 
-        The new one is moved first: where a kill leaves two in a stage, the one that was moved last counts.
+        The new version moves first. If a kill leaves two versions in a stage, the last promoted one counts.
 
         Raises:
-            RegistryError: no such name, number or stage, or the reason is longer than Neptune keeps.
+            RegistryError: The name, number or stage does not exist, or the reason is too long for Neptune.
         """
         check_stage(stage)
         with self._alone(name, "stage"):
             rows = self._listing.named(name)
             chosen = choose_version(name, [row.version for row in reversed(rows)], version)
-            counted = {one.version: one.stage for one in settle(rows)}
+            effective_stages = {candidate.version: candidate.stage for candidate in settle(rows)}
             for row in rows:
-                if row.version is chosen and counted[version] != stage:
+                if row.version is chosen and effective_stages[version] != stage:
                     self._move(row, stage, who, reason)
             for row in rows:
                 if is_exclusive(stage) and row.version.stage == stage and row.version is not chosen:
@@ -141,12 +140,12 @@ class NeptuneRegistry:
         row = next(row for row in rows if row.version is chosen)
         if not row.promoted_at:
             return []
-        kept = self._client.fetch(row.identity, layout.PROMOTIONS)
+        promotions = self._client.fetch(row.identity, layout.PROMOTIONS)
         self._client.release()
-        return [Promotion.model_validate_json(kept[moment]) for moment in sorted(kept)]
+        return [Promotion.model_validate_json(promotions[moment]) for moment in sorted(promotions)]
 
-    def _kept(self, model: str, digest: str) -> ModelVersion | None:
-        """Return the complete version of an artifact; of several the first one, and trash the others."""
+    def _complete(self, model: str, digest: str) -> ModelVersion | None:
+        """Return the complete version of an artifact; of several return the first, and trash the others."""
         query = layout.all_of(layout.equals("sys/model_id", model), layout.equals(layout.DIGEST, digest))
         rows = self._listing.rows(query, duplicates=True)
         for row in rows[1:]:
@@ -158,20 +157,20 @@ class NeptuneRegistry:
         query = layout.equals("sys/id", model)
         rows = self._client.find("model", query, [layout.NAME])
         if not rows:
-            made = self._client.create_model(layout.model_key(name), name)
-            # Made by somebody else at this moment, when it is not in the trash.
-            rows = [{}] if made else _shown(lambda: self._client.find("model", query, [layout.NAME]))
+            is_new = self._client.create_model(layout.model_key(name), name)
+            # An old model is in the trash, or another process created it at this moment.
+            rows = [{}] if is_new else _wait_for(lambda: self._client.find("model", query, [layout.NAME]))
         if not rows:
             raise RegistryError(
                 f"The model {model} of {name!r} is in the trash of {self.uri}.",
-                hint="Restore it there, or delete it from the trash.",
+                hint="Restore it in Neptune, or delete it from the trash.",
             )
-        known = rows[0].get(layout.NAME)
-        if known is None:
+        model_name = rows[0].get(layout.NAME)
+        if model_name is None:
             self._client.write(model, {layout.NAME: name}, kind="model")
-        elif known != name:
+        elif model_name != name:
             raise RegistryError(
-                f"The model {model} in {self.uri} is that of {known!r}, not of {name!r}.",
+                f"Expected the model {model} in {self.uri} to belong to {name!r}, got {model_name!r}.",
                 hint="Register under another name.",
             )
 
@@ -184,7 +183,7 @@ class NeptuneRegistry:
             (str(row["sys/id"]) for row in self._client.find("version", query)), key=layout.number_of
         )
         if unfinished:
-            logger.info("going on with %s, which an earlier run left unfinished", unfinished[0])
+            logger.info("Completing %s, which an earlier run left unfinished", unfinished[0])
             return unfinished[0]
         identity = self._client.create_version(model)
         self._client.write(identity, {layout.DIGEST: entry.artifact_digest, layout.NAME: entry.name})
@@ -192,9 +191,9 @@ class NeptuneRegistry:
 
     def _fill(self, model: str, identity: str, entry: VersionEntry, files: VersionFiles | None) -> None:
         weights = self._settings.neptune_upload_weights and files is not None
-        chosen = {} if files is None else layout.uploads(files, weights=weights)
-        kinds = [] if files is None else list(layout.given_test_files(files))
-        fields = layout.entry_fields(entry, _json_file(chosen.get("report/json")))
+        uploads = {} if files is None else layout.uploads(files, weights=weights)
+        kinds = [] if files is None else list(layout.existing_test_files(files))
+        fields = layout.entry_fields(entry, _json_file(uploads.get("report/json")))
         if not weights:
             reference = {"uri": entry.artifact_uri, "digest": entry.artifact_digest}
             fields[f"{layout.ARTIFACT}/reference"] = layout.cut(json.dumps(reference))
@@ -203,33 +202,33 @@ class NeptuneRegistry:
             card = layout.model_card(entry, kinds, weights=weights)
             (work / "model_card.json").write_text(json.dumps(card, indent=1), "utf-8")
             (work / "entry.json").write_text(layout.entry_json(entry), "utf-8")
-            ours = {layout.CARD: work / "model_card.json", layout.ENTRY_FILE: work / "entry.json"}
-            for path, file in (chosen | ours).items():
+            uploads |= {layout.CARD: work / "model_card.json", layout.ENTRY_FILE: work / "entry.json"}
+            for path, file in uploads.items():
                 self._client.upload(identity, path, file)
         list_in_source(entry.source_uri, self._settings, project=self._project, model=model, identity=identity)
 
     def _read_back(self, model: str, identity: str, digest: str) -> ModelVersion:
-        kept = _shown(lambda: self._kept(model, digest))
-        if kept is None:
+        version = _wait_for(lambda: self._complete(model, digest))
+        if version is None:
             raise RegistryUnavailableError(
-                f"{identity} was written to {self.uri}, which does not list it after {_SHOWN_WITHIN_S:g} s.",
-                hint="Run again; it goes on from there.",
+                f"{identity} was written to {self.uri}, which does not list it after {_LISTED_WITHIN_S:g} s.",
+                hint="Run again; the run resumes from there.",
             )
-        return kept
+        return version
 
     def _sweep(self, model: str, digest: str) -> None:
-        """Trash what lost replies and kills left: old versions without a digest, or unfinished with this one."""
+        """Trash leftovers of lost replies and kills: old incomplete versions without a digest or with this one."""
         rows = self._client.find(
             "version", layout.equals("sys/model_id", model), ["sys/creation_time", layout.DIGEST, layout.COMPLETE]
         )
-        oldest = datetime.now(UTC).timestamp() - _LITTER_AGE_S
+        latest = datetime.now(UTC).timestamp() - _LITTER_AGE_S
         self._client.trash(
             [
                 str(row["sys/id"])
                 for row in rows
                 if not row[layout.COMPLETE]
                 and row[layout.DIGEST] in (None, digest)
-                and datetime.fromisoformat(str(row["sys/creation_time"])).timestamp() < oldest
+                and datetime.fromisoformat(str(row["sys/creation_time"])).timestamp() < latest
             ]
         )
 
@@ -239,7 +238,7 @@ class NeptuneRegistry:
         text = Promotion(at=at, stage=stage, who=who, reason=reason).model_dump_json()
         if len(text) > layout.LONGEST_STRING:
             raise RegistryError(
-                f"The reason has {len(reason)} characters; Neptune keeps {layout.LONGEST_STRING} in all.",
+                f"The reason has {len(reason)} characters; Neptune stores {layout.LONGEST_STRING} per promotion.",
                 hint="Give a shorter reason.",
             )
         self._client.write(row.identity, {f"{layout.PROMOTIONS}/{now:020d}": text, layout.PROMOTED_AT: at})
@@ -248,15 +247,15 @@ class NeptuneRegistry:
     def _alone(self, *key: str) -> AbstractContextManager[None]:
         name = json_digest([self._project, *key])[:32]
         path = self._settings.home_dir / "locks" / f"neptune-{name}.lock"
-        return file_lock(path, on_wait=lambda: logger.info("another process registers %s; waiting", key[0]))
+        return file_lock(path, on_wait=lambda: logger.info("Another process registers %s; waiting", key[0]))
 
 
-def _shown(look: Callable[[], _T]) -> _T:
-    """Look until there is something: a hosted server lists what was written some seconds later."""
-    until = time.monotonic() + _SHOWN_WITHIN_S
-    while not (found := look()) and time.monotonic() < until:
+def _wait_for(look: Callable[[], _T]) -> _T:
+    """Repeat a query until it has a result: a hosted server lists a new object some seconds later."""
+    until = time.monotonic() + _LISTED_WITHIN_S
+    while not (result := look()) and time.monotonic() < until:
         time.sleep(0.5)
-    return found
+    return result
 
 
 def _json_file(path: Path | None) -> JsonValue:
@@ -265,6 +264,6 @@ def _json_file(path: Path | None) -> JsonValue:
     try:
         value: JsonValue = json.loads(path.read_text("utf-8"))
     except ValueError:
-        logger.warning("%s is no JSON; its gates are not registered as fields", path.name)
+        logger.warning("%s does not hold JSON; its gates are not registered as fields", path.name)
         return None
     return value

@@ -17,7 +17,7 @@ from compileflow.testing.processes import at_once, say
 from compileflow.testing.registries import RegistryConformance, version_entry
 
 
-class TestLocalRegistry(RegistryConformance):
+class TestSqliteRegistry(RegistryConformance):
     @pytest.fixture
     def registry_uri(self, tmp_path: Path) -> str:
         return f"sqlite:///{tmp_path / 'registry.db'}"
@@ -56,7 +56,7 @@ def test_row_that_holds_no_entry_is_one_clear_error(tmp_path: Path, entry: str) 
     with sqlite3.connect(path) as db:
         db.execute("UPDATE version SET entry = ?", (entry,))
     db.close()
-    with pytest.raises(RegistryError, match="version 1 of the registry's file holds no entry") as caught:
+    with pytest.raises(RegistryError, match="Version 1 in the registry's file does not hold an entry") as caught:
         registry.versions("ner")
     assert "\n" not in str(caught.value)
 
