@@ -8,16 +8,18 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import compileflow
 from compileflow.artifact.open import copy_artifact, open_artifact
 from compileflow.settings import Settings
 from compileflow.spec import HfTask
 from tests.conftest import ModelFactory
-from tests.steps import in_process
+from tests.in_process import InProcess
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -30,28 +32,26 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 @pytest.fixture
-def workspace(
-    settings: Settings, tiny_model: ModelFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Path:
+def workspace(settings: Settings, in_process: InProcess, tiny_model: ModelFactory, tmp_path: Path) -> Path:
     """A folder with everything that the pages' commands and code name."""
     folder = tmp_path / "workspace"
     (folder / "compiled").mkdir(parents=True)
     model = tiny_model(HfTask.FEATURE_EXTRACTION)
     (folder / "my-model").symlink_to(model)
     shutil.copyfile(ROOT / "src/compileflow/validation/data/sentences_en.txt", folder / "examples.txt")
-    with in_process(settings, monkeypatch) as pipeline:
+    with in_process.pipeline(settings) as pipeline:
         artifact = pipeline.compile(pipeline.request(model))
     copy_artifact(open_artifact(artifact.uri, settings=settings), folder / "compiled" / "my-model")
     return folder
 
 
 def test_python_of_the_readme_runs(
-    settings: Settings, workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    settings: Settings, in_process: InProcess, workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     python_blocks = blocks(ROOT / "README.md", "python")
     assert python_blocks
     monkeypatch.chdir(workspace)
-    with in_process(settings, monkeypatch) as pipeline:
+    with in_process.pipeline(settings) as pipeline:
         for block in python_blocks:
             exec(compile(block, "README.md", "exec"), {})  # noqa: S102 - our own README
     assert "BaseModelOutput" in capsys.readouterr().out
@@ -124,3 +124,29 @@ def test_links_lead_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text("utf-8")):
         if not link.startswith("http"):
             assert (page.parent / link).exists(), link
+
+
+# The page follows a package of its own; its files are not this repository's.
+OTHER_FILES = ("add-a-target.md", "adding-a-target.md")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_files_and_modules_that_a_page_names_exist(page: Path) -> None:
+    text = page.read_text("utf-8")
+    if page.name in OTHER_FILES:
+        return
+    for path in re.findall(r"`([\w.-]+/[\w./-]+\.(?:py|yaml|toml))`", text):
+        assert any((folder / path).exists() for folder in (ROOT, ROOT / "src" / "compileflow")), path
+    for name in re.findall(r"`compileflow\.([a-z_.]+)`", text):
+        path = ROOT / "src" / "compileflow" / name.replace(".", "/")
+        assert name in compileflow.__all__ or path.is_dir() or path.with_suffix(".py").exists(), name
+
+
+def test_picture_of_the_architecture_shows_the_bands_that_are_enforced() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]["contracts"]
+    bands = next(contract["layers"] for contract in contracts if contract.get("exhaustive"))
+    picture = (ROOT / "docs" / "images" / "architecture.svg").read_text("utf-8")
+    drawn = re.findall(r'font-weight="600"[^>]*>([^<]+)<', picture)
+
+    assert [set(re.split(r" [|:] ", band)) for band in bands] == [set(band.split(" · ")) for band in drawn]
+    assert len(drawn) <= 8
