@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import re
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer import Typer
+from typer.main import get_command
+from typer.testing import CliRunner
 
+import compileflow
+from compileflow.catalog import open_registry, open_store
+from compileflow.cli import app as compileflow_app
 from compileflow.errors import one_line
 from compileflow.settings import Settings
 from compileflow.spec import HfTask
+from flows.__main__ import app as flows_app
 from tests.conftest import ModelFactory
-from tests.steps import in_process
+from tests.steps import Pipeline
 
 ROOT = Path(__file__).parents[2]
+APPS = {"compileflow": compileflow_app, "flows": flows_app}
 
 
 def call(settings: Settings, *words: str, **more: Any) -> subprocess.CompletedProcess[str]:
@@ -40,13 +51,12 @@ def assert_one_line(done: subprocess.CompletedProcess[str], *parts: str) -> None
 
 
 @pytest.fixture
-def registered(settings: Settings, tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch) -> Any:
-    with in_process(settings, monkeypatch) as pipeline:
-        return pipeline.run(pipeline.request(tiny_model(HfTask.TEXT_CLASSIFICATION), name="reviews"))
+def registered(pipeline: Pipeline, tiny_model: ModelFactory) -> Any:
+    return pipeline.run(pipeline.request(tiny_model(HfTask.TEXT_CLASSIFICATION), name="reviews"))
 
 
 def test_targets_lists_each_with_what_is_missing(settings: Settings) -> None:
-    rows = json.loads(call(settings, "compileflow.cli", "targets", "--json").stdout)
+    rows = json.loads(call(settings, "compileflow", "targets", "--json").stdout)
     assert [row["target"] for row in rows] == [
         "aot-inductor", "blade", "hyperdex", "neuron", "neuronx", "onnx-runtime", "openvino", "torchscript",
     ]  # fmt: skip
@@ -56,26 +66,26 @@ def test_targets_lists_each_with_what_is_missing(settings: Settings) -> None:
         assert row["can_compile"] is row["can_run"] is here, row
         assert bool(row["reason"] and row["hint"]) is not here, row
         assert set(row["lacking"]) < set(row["precisions"])
-    table = call(settings, "compileflow.cli", "targets").stdout
+    table = call(settings, "compileflow", "targets").stdout
     assert all(row["target"] in table for row in rows)
 
 
 def test_reading_commands_agree_about_a_registered_version(settings: Settings, registered: Any) -> None:
-    (version,) = json.loads(call(settings, "compileflow.cli", "versions", "reviews", "--json").stdout)
+    (version,) = json.loads(call(settings, "compileflow", "versions", "reviews", "--json").stdout)
     assert version == registered.model_dump(mode="json")
     uri = version["artifact_uri"]
-    manifest = json.loads(call(settings, "compileflow.cli", "inspect", uri, "--json").stdout)
+    manifest = json.loads(call(settings, "compileflow", "inspect", uri, "--json").stdout)
     assert manifest["spec"] == version["spec"]
-    proof = json.loads(call(settings, "compileflow.cli", "verify", uri, "--json").stdout)
+    proof = json.loads(call(settings, "compileflow", "verify", uri, "--json").stdout)
     assert proof == {
         "digest": version["artifact_digest"], "files": len(manifest["files"]) + 1, "intact": True,
         "attested": True, "signed_by": [], "verdict": "PASSED", "report_intact": True,
         "proven": True, "proof": "reviews version 1, verdict pass", "problems": [],
     }  # fmt: skip
-    report = json.loads(call(settings, "compileflow.cli", "inspect", version["report_uri"], "--json").stdout)
+    report = json.loads(call(settings, "compileflow", "inspect", version["report_uri"], "--json").stdout)
     assert report["verdict"]["outcome"] == "pass"
     for words in (("versions",), ("inspect", uri), ("verify", uri), ("inspect", version["report_uri"])):
-        done = call(settings, "compileflow.cli", *words)
+        done = call(settings, "compileflow", *words)
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.strip()
 
@@ -84,19 +94,18 @@ def test_verify_refuses_an_altered_copy(settings: Settings, registered: Any, tmp
     from compileflow.artifact.open import copy_artifact, open_artifact
 
     folder = copy_artifact(open_artifact(registered.artifact_uri, settings=settings), tmp_path / "copy")
-    assert call(settings, "compileflow.cli", "verify", str(folder)).returncode == 0
+    assert call(settings, "compileflow", "verify", str(folder)).returncode == 0
     with (folder / "components" / "default" / "model.pt").open("ab") as graph:
         graph.write(b"\0")
-    assert_one_line(call(settings, "compileflow.cli", "verify", str(folder)), "model.pt was altered")
+    assert_one_line(call(settings, "compileflow", "verify", str(folder)), "model.pt was altered")
 
 
 def test_verify_refuses_what_nothing_proves(
-    settings: Settings, tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, pipeline: Pipeline, tiny_model: ModelFactory
 ) -> None:
-    with in_process(settings, monkeypatch) as pipeline:
-        artifact = pipeline.compile(pipeline.request(tiny_model(HfTask.TEXT_CLASSIFICATION)))
-    assert_one_line(call(settings, "compileflow.cli", "verify", artifact.uri), "No passing verdict")
-    assert call(settings, "compileflow.cli", "verify", artifact.uri, "--integrity-only").returncode == 0
+    artifact = pipeline.compile(pipeline.request(tiny_model(HfTask.TEXT_CLASSIFICATION)))
+    assert_one_line(call(settings, "compileflow", "verify", artifact.uri), "has a passing verdict on this digest")
+    assert call(settings, "compileflow", "verify", artifact.uri, "--integrity-only").returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -111,28 +120,175 @@ def test_verify_refuses_what_nothing_proves(
 def test_reading_commands_refuse_in_one_line(
     settings: Settings, words: tuple[str, ...], parts: tuple[str, ...]
 ) -> None:
-    assert_one_line(call(settings, "compileflow.cli", *words), *parts)
+    assert_one_line(call(settings, "compileflow", *words), *parts)
 
 
+@pytest.mark.parametrize("app", APPS.values(), ids=APPS)
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (("--target", "toaster"), ("Unknown target 'toaster'", "auto, aot-inductor", "openvino, torchscript")),
-        (("--task", "poetry"), ("hf_task", "'feature-extraction'", "'question-answering'")),
-        (("--precision", "fp12"), ("precision", "'fp32'", "'int8'")),
-        (("--bucket", "1by16"), ("'1by16' is no shape bucket", "1x128")),
-        (("--component", "word"), ("'word' is no component", "word=16")),
-        (("--component", "word=8", "--bucket", "1x16"), ("inside components",)),
-        (("--skip", "fetsch"), ("steps", "fetsch")),
-        (("--bucket", "1x16", "--max-sequence-length", "0"), ("max_sequence_length",)),
+        (
+            ("m", "--target", "toaster"),
+            ("Unknown target 'toaster'", "auto, aot-inductor", "openvino, torchscript"),
+        ),
+        (("m", "--task", "poetry"), ("hf_task", "'feature-extraction'", "'question-answering'")),
+        (("m", "--precision", "fp12"), ("precision", "'fp32'", "'int8'")),
+        (("m", "--bucket", "1by16"), ("'1by16' is not a shape bucket", "1x128")),
+        (("m", "--component", "word"), ("'word' is not a component", "word=16")),
+        (("m", "--component", "word=8", "--bucket", "1x16"), ("inside components",)),
+        (("m", "--skip", "fetsch"), ("steps", "fetsch")),
+        (("m", "--option", "opset"), ("'opset' is not a target option", "NAME=VALUE")),
+        (("m", "--bucket", "1x16", "--max-sequence-length", "0"), ("max_sequence_length",)),
+        (("m", "--model", "n"), ("Two models were given: m and n",)),
+        ((), ("No model was given", "owner/name")),
     ],
 )
 def test_wrong_request_is_refused_at_once_in_one_line(
-    settings: Settings, words: tuple[str, ...], parts: tuple[str, ...]
+    settings: Settings, app: Typer, words: tuple[str, ...], parts: tuple[str, ...]
 ) -> None:
-    done = call(settings, "flows", "compile", "--model", "m", *words)
-    assert_one_line(done, *parts)
+    outcome = CliRunner().invoke(app, ["compile", *words])
+    assert outcome.exit_code == 2
+    assert outcome.stderr.count("\n") == 1, outcome.stderr
+    assert outcome.stderr.startswith("error: ")
+    for part in parts:
+        assert part in outcome.stderr
     assert not (settings.home_dir / "store").exists()
+
+
+def options_of(app: Typer) -> dict[str, tuple[str, ...]]:
+    (command,) = [c for c in get_command(app).commands.values() if c.name == "compile"]  # type: ignore[attr-defined]
+    return {parameter.name: tuple(parameter.opts) for parameter in command.params}
+
+
+def test_both_commands_have_the_same_options_but_for_those_of_prefect() -> None:
+    plain, as_flow = options_of(compileflow_app), options_of(flows_app)
+    assert len(plain) > 20
+    assert as_flow == plain | {"aws_credentials_block": ("--aws-credentials-block",)}
+
+
+def test_help_shows_five_options_first(settings: Settings) -> None:
+    lines = call(settings, "compileflow", "compile", "--help").stdout.splitlines()
+    panel = lines[next(n for n, line in enumerate(lines) if "─ Options ─" in line) :]
+    panel = panel[: next(n for n, line in enumerate(panel) if line.startswith("╰"))]
+    options = [word for line in panel for word in line.split() if word.startswith("--")]
+    assert options == ["--target", "--task", "--precision", "--name", "--examples", "--help"]
+
+
+def test_version_is_the_packages(settings: Settings) -> None:
+    for words in (("compileflow", "--version"), ("compileflow", "--version", "versions")):
+        assert call(settings, *words).stdout == f"compileflow {compileflow.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "completions"),
+    [
+        ("compileflow comp", ["compile"]),
+        ("compileflow compile --target onn", ["onnx-runtime"]),
+        ("compileflow compile --task text", ["text-classification"]),
+        ("compileflow compile --max-acc", ["--max-accuracy-loss"]),
+    ],
+)
+def test_shell_completes_commands_options_and_values(words: str, completions: list[str]) -> None:
+    script = Path(sys.executable).parent / "compileflow"
+    environment = os.environ | {
+        "_COMPILEFLOW_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" ")),
+    }  # fmt: skip
+    completed = subprocess.run([script], env=environment, capture_output=True, text=True, timeout=60)
+    assert completed.stdout.split() == completions, completed.stderr
+
+
+def test_completion_is_installed_into_the_users_shell(tmp_path: Path) -> None:
+    environment = os.environ | {"HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    script = Path(sys.executable).parent / "compileflow"
+    completed = subprocess.run(
+        [script, "--install-completion", "bash"], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert completed.returncode == 0, completed.stderr
+    sourced = (tmp_path / ".bashrc").read_text()
+    assert "compileflow" in sourced
+
+
+@pytest.fixture
+def without_prefect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In processes that this test starts, `import prefect` fails."""
+    (tmp_path / "blocked").mkdir()
+    (tmp_path / "blocked" / "prefect.py").write_text('raise ImportError("Prefect is not installed")\n')
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "blocked"))
+
+
+@pytest.mark.usefixtures("without_prefect")
+def test_compile_without_prefect_registers_a_version_and_shows_progress(
+    settings: Settings, tiny_model: ModelFactory
+) -> None:
+    blocked = subprocess.run([sys.executable, "-c", "import prefect"], capture_output=True, text=True, timeout=60)
+    assert "Prefect is not installed" in blocked.stderr
+    words = (
+        "compileflow", "compile", str(tiny_model(HfTask.TEXT_CLASSIFICATION)), "--target", "torchscript",
+        "--bucket", "1x16", "--bucket", "1x64", "--shape", "1x16", "--name", "reviews", "--json",
+    )  # fmt: skip
+    completed = call(settings, *words)
+    assert completed.returncode == 0, completed.stderr
+    (result,) = json.loads(completed.stdout)
+    assert (result["target"], result["validated"]["outcome"]) == ("torchscript", "pass")
+    version = open_registry(settings.resolved_registry_uri()).get("reviews", 1)
+    assert version.model_dump(mode="json") == result["version"]
+    lines = completed.stderr.splitlines()
+    starts = [line.removesuffix(" ...") for line in lines if line.endswith(" ...")]
+    assert starts == ["fetch", "compile", "validate", "register"]
+    assert any(
+        re.fullmatch(r"compile: tracing shape bucket 1x16 \(1 of 2\) \(\d+\.\d s\)", line) for line in lines
+    )
+    assert any(re.fullmatch(r"validate: verdict pass: .* \(\d+\.\d s\)", line) for line in lines)
+
+    again = call(settings, *words, "--no-progress")
+    assert (again.returncode, again.stderr) == (0, "")
+    (second,) = json.loads(again.stdout)
+    assert second["version"] == result["version"]
+    assert second["artifact"]["cached"]
+    assert second["validated"]["cached"]
+
+
+def test_each_target_is_one_run_and_one_failure_does_not_stop_the_others(
+    settings: Settings, tiny_model: ModelFactory
+) -> None:
+    model = str(tiny_model(HfTask.FEATURE_EXTRACTION))
+    completed = call(
+        settings, "compileflow", "compile", model, "--target", "neuron", "--target", "torchscript",
+        "--bucket", "1x16", "--skip", "validate", "--skip", "register", "--json",
+    )  # fmt: skip
+    # Its toolchain is absent: a failed run, not a wrong request.
+    assert completed.returncode == 1
+    assert [result["target"] for result in json.loads(completed.stdout)] == ["torchscript"]
+    lines = completed.stderr.splitlines()
+    assert lines[-1].startswith("error: neuron cannot compile here")
+    assert {"neuron: compile ...", "torchscript: compile ..."} < set(lines)
+
+
+def test_progress_on_a_terminal_shows_each_step_with_its_time(
+    settings: Settings, tiny_model: ModelFactory
+) -> None:
+    model = tiny_model(HfTask.FEATURE_EXTRACTION)
+    command = [
+        sys.executable, "-m", "compileflow", "compile", str(model), "--target", "torchscript", "--bucket", "1x16",
+        "--skip", "validate", "--skip", "register",
+    ]  # fmt: skip
+    environment = os.environ | {"COMPILEFLOW_HOME": str(settings.home_dir), "TERM": "xterm", "COLUMNS": "120"}
+    terminal, stderr = pty.openpty()
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=stderr) as process:
+        os.close(stderr)
+        shown = b""
+        # Linux ends a terminal whose last writer is gone with EIO.
+        with suppress(OSError):
+            while chunk := os.read(terminal, 4096):
+                shown += chunk
+        os.close(terminal)
+        assert process.stdout is not None
+        assert b"torchscript" in process.stdout.read()
+    assert process.returncode == 0, shown
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    assert re.search(r"fetch +0:00:\d\d source model file://", text), text
+    assert re.search(r"compile +0:00:\d\d loading the source model", text), text
+    assert re.search(r"compile +0:00:\d\d artifact [0-9a-f]{12}: compiled in", text), text
 
 
 @pytest.mark.usefixtures("flows_on_server")
@@ -155,31 +311,36 @@ def test_unwritable_home_is_one_line(tmp_path: Path) -> None:
     assert_one_line(done, "ENOTDIR")
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("module", ["compileflow", pytest.param("flows", marks=pytest.mark.slow)])
 def test_interrupt_ends_without_traceback_and_the_next_run_works(
-    settings: Settings, tiny_model: ModelFactory
+    settings: Settings, tiny_model: ModelFactory, module: str
 ) -> None:
     command = [
-        sys.executable, "-m", "flows", "compile", "--model", str(tiny_model(HfTask.TEXT_CLASSIFICATION)),
+        sys.executable, "-m", module, "compile", "--model", str(tiny_model(HfTask.TEXT_CLASSIFICATION)),
         "--target", "torchscript", "--bucket", "1x16", "--bucket", "1x64", "--name", "reviews",
+        "--skip", "validate", "--skip", "register", "--no-progress",
     ]  # fmt: skip
     environment = os.environ | {"COMPILEFLOW_HOME": str(settings.home_dir), "HF_HUB_OFFLINE": "1"}
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as flow:
+    ) as process:
         deadline = time.monotonic() + 120
         while not list((settings.home_dir / "work").glob("compile-*/artifact")):
-            assert flow.poll() is None
+            assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        flow.send_signal(signal.SIGINT)
-        out, err = flow.communicate(timeout=60)
-    assert flow.returncode != 0
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
     assert "Traceback" not in err, err
-    assert one_line(err) == "Interrupted; nothing half-made was kept. Run again to go on.", out
+    assert one_line(err) == "Interrupted. No partial result was kept; run again to resume.", out
     assert not list((settings.home_dir / "work").iterdir())
+    # The source model is whole; nothing else is in the store.
+    store = open_store(settings.resolved_store_uri())
+    assert len(list(store.list())) == 1
     again = call(settings, *command[2:])
     assert again.returncode == 0, again.stderr
+    assert len(list(store.list())) == 2
 
 
 def test_reading_command_starts_within_a_second(settings: Settings) -> None:
@@ -188,5 +349,5 @@ def test_reading_command_starts_within_a_second(settings: Settings) -> None:
 
 def _seconds(settings: Settings) -> float:
     start = time.perf_counter()
-    assert call(settings, "compileflow.cli", "targets").returncode == 0
+    assert call(settings, "compileflow", "targets").returncode == 0
     return time.perf_counter() - start

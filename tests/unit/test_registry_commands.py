@@ -98,7 +98,7 @@ def test_warned_version_is_promoted_only_by_force_and_with_a_reason(registry: Mo
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (("promote", "ner", "1", "--stage", "live"), ("'live' is no stage", "staging, production")),
+        (("promote", "ner", "1", "--stage", "live"), ("Unknown stage 'live'", "staging, production")),
         (("promote", "ner", "7", "--stage", "staging"), ("no version 7", "1")),
         (("promote", "nor", "1", "--stage", "staging"), ("no model 'nor'", "ner")),
         (("lineage", "ner", "7"), ("no version 7", "1")),
@@ -225,7 +225,7 @@ def test_record_of_a_report_that_cannot_be_read_counts_as_absent(settings: Setti
     store.put_record("report-of", entry.artifact_digest, {"report_digest": 5})
     done = call("verify", entry.artifact_uri)
     assert done.exit_code == 1
-    assert "No passing verdict" in done.stderr
+    assert "has a passing verdict on this digest" in done.stderr
 
 
 def test_wrong_setting_is_one_line(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""lineage: what a version was made of, what proves it, where it went, and its siblings of the same source."""
+"""lineage: the source, proof, promotions and siblings of a registered version."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from compileflow.contracts import ModelRegistry, ModelVersion, Promotion
 
 
 class Lineage(BaseModel):
-    """One version with its past and its siblings.
+    """One version with its history and its siblings.
 
     Attributes:
         version: The version itself: source, artifact and report with their digests.
-        promotions: Each change of its stage, oldest first.
+        promotions: Changes of its stage, oldest first.
         siblings: Other versions that were compiled from the same source model, newest first.
     """
 
@@ -26,13 +26,22 @@ class Lineage(BaseModel):
 def lineage_of(registry: ModelRegistry, name: str, version: int | str) -> Lineage:
     """Return a version's lineage.
 
+    Args:
+        registry: Registry that has the version.
+        name: Name of the model.
+        version: Version number, or a stage.
+
     Raises:
-        RegistryError: there is no such version.
+        RegistryError: The version does not exist.
     """
-    found = registry.get(name, version)
-    siblings = (each for each in registry.compiled_from(found.source_uri))
+    registered = registry.get(name, version)
+    relatives = registry.compiled_from(registered.source_uri)
     return Lineage(
-        version=found,
-        promotions=tuple(registry.promotions(name, found.version)),
-        siblings=tuple(each for each in siblings if (each.name, each.version) != (found.name, found.version)),
+        version=registered,
+        promotions=tuple(registry.promotions(name, registered.version)),
+        siblings=tuple(
+            relative
+            for relative in relatives
+            if (relative.name, relative.version) != (registered.name, registered.version)
+        ),
     )

@@ -1,4 +1,4 @@
-"""promote: move a registered version to a stage, in every registry that has it, if its verdict allows."""
+"""promote: move a registered version to a stage in every registry that has it, if its verdict allows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from compileflow.errors import CompileflowError, SpecError, VerdictError
 from compileflow.registries.several import check_all_succeeded
 from compileflow.settings import Settings
 
-_SERVING: tuple[Stage, ...] = ("staging", "production")
+_SERVING_STAGES: tuple[Stage, ...] = ("staging", "production")
 
 
 def promote_version(
@@ -24,50 +24,51 @@ def promote_version(
     reason: str = "",
     force: bool = False,
 ) -> dict[str, ModelVersion]:
-    """Move a version to a stage; calling again completes what failed.
+    """Move a version to a stage. After a failure, the same call completes the other registries.
 
     Args:
-        name: Model's name.
-        version: Its number in the first registry; in the others the version of the same artifact is meant.
+        name: Name of the model.
+        version: Version number in the first registry. In the others, the version of the same artifact is promoted.
         stage: One of `STAGES`.
-        registry_uris: Those that are told; one that has not the artifact is left out.
+        registry_uris: URIs of the registries. A registry that does not have the artifact is skipped.
         settings: Tokens and timeouts.
-        who: Who promotes; kept with the version.
-        reason: Why; kept with the version.
-        force: Promote a version whose verdict is not pass; needs a reason.
+        who: Name of the person who promotes; the registry keeps it with the version.
+        reason: Reason of the promotion; the registry keeps it with the version.
+        force: Promote even if the verdict is not pass; this needs a reason.
 
     Returns:
-        The version as it is now, by registry.
+        The promoted version in each registry, by URI.
 
     Raises:
-        SpecError: no such stage, or force without a reason.
-        VerdictError: the verdict is not pass.
-        RegistryError: no such version, or a registry failed.
+        SpecError: The stage is unknown, or force was given without a reason.
+        VerdictError: The verdict is not pass.
+        RegistryError: The version does not exist, or a registry failed.
     """
     if stage not in STAGES:
-        raise SpecError(f"{stage!r} is no stage.", hint=f"Choose one of: {', '.join(STAGES)}.")
+        raise SpecError(f"Unknown stage {stage!r}.", hint=f"Choose one of: {', '.join(STAGES)}.")
     if force and not reason.strip():
-        raise SpecError("--force was given without a reason.", hint='Say why, with --reason "...".')
-    first, *others = registry_uris
-    found = open_registry(first, settings).get(name, version)
-    if stage in _SERVING and found.verdict != "pass" and not force:
+        raise SpecError("Force was given without a reason.", hint='Give the reason, with --reason "...".')
+    first_uri, *other_uris = registry_uris
+    registered = open_registry(first_uri, settings).get(name, version)
+    if stage in _SERVING_STAGES and registered.verdict != "pass" and not force:
         raise VerdictError(
-            f"{name} version {version} has the verdict {found.verdict}, and {stage} takes only pass.",
-            hint="Read its report. To promote it all the same, give --force and --reason.",
+            f"{name} version {version} has the verdict {registered.verdict}, but {stage} takes only pass.",
+            hint="Read its report. To promote it regardless, give --force and --reason.",
         )
-    todo = {first: version}
-    for uri in others:
-        same = [each for each in open_registry(uri, settings).find(found.artifact_digest) if each.name == name]
-        if same:
-            todo[uri] = same[0].version
-    done: dict[str, ModelVersion] = {}
+    numbers = {first_uri: version}
+    for uri in other_uris:
+        candidates = open_registry(uri, settings).find(registered.artifact_digest)
+        same_name = [candidate for candidate in candidates if candidate.name == name]
+        if same_name:
+            numbers[uri] = same_name[0].version
+    promoted: dict[str, ModelVersion] = {}
     errors: dict[str, CompileflowError] = {}
-    for uri, number in todo.items():
+    for uri, number in numbers.items():
         try:
-            done[without_credentials(uri)] = open_registry(uri, settings).set_stage(
+            promoted[without_credentials(uri)] = open_registry(uri, settings).set_stage(
                 name, number, stage, who=who, reason=reason
             )
         except CompileflowError as error:
             errors[without_credentials(uri)] = error
-    check_all_succeeded("Promoted", done, errors, hint="Run the same command again.")
-    return done
+    check_all_succeeded("Promoted", promoted, errors, hint="Run the same command again.")
+    return promoted

@@ -22,6 +22,7 @@ def print_results(results: Sequence[CompileResult]) -> None:
     """Print a table with one row per result, and below it where artifacts, reports and versions are."""
     from compileflow.settings import get_settings
     from compileflow.steps.report_file import export_report
+    from compileflow.steps.summary import version_line
 
     console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     for result in results:
@@ -38,7 +39,7 @@ def print_results(results: Sequence[CompileResult]) -> None:
         if result.validated is not None:
             lines.append(("report", str(export_report(result.validated.report_uri, get_settings()))))
         for uri, version in result.versions.items():
-            lines.append(("registry", f"{uri} has it as {version.name} version {version.version}"))
+            lines.append(("version", version_line(version, uri)))
         for label, value in lines:
             console.print(f"{result.target} {label}: {value}", soft_wrap=True, highlight=False, markup=False)
 
@@ -53,7 +54,6 @@ def log_tail(log_path: str) -> str:
 
 
 def _print_comparison(uri: str, console: Console) -> None:
-    from compileflow.selection.comparison import plot_text
     from compileflow.selection.comparison_file import export_comparison, read_comparison
     from compileflow.settings import get_settings
 
@@ -64,7 +64,6 @@ def _print_comparison(uri: str, console: Console) -> None:
     for row in comparison.comparison_rows():
         table.add_row(*row)
     console.print(table)
-    console.print(plot_text(comparison), soft_wrap=True, highlight=False, markup=False)
     plot = export_comparison(uri, get_settings())
     for line in (*comparison.comparison_notes(), f"chosen: {comparison.reason}", f"plot: {plot}"):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
