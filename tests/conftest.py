@@ -13,13 +13,14 @@ from compileflow._process.child import skip_slow_grammar
 from compileflow.settings import Settings, get_settings
 from compileflow.spec import HfTask
 from compileflow.testing.shared import make_once, shared_folder
-from tests import compiles
 from tests.functional.prefect_server import PrefectServer, shared_server
 from tests.hub_server import Hub, serve_hub
+from tests.in_process import InProcess
 from tests.models import build_model
 from tests.services.moto_server import Moto, serve_moto, store_environment
 from tests.services.neptune import Neptune, serve_neptune
 from tests.services.neptune_writer import NeptuneWriter, neptune_writer
+from tests.steps import Pipeline
 
 skip_slow_grammar()
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -48,10 +49,17 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> ModelFactory:
     return build
 
 
-@pytest.fixture(scope="session", autouse=True)
-def shared_compiles(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Let all of the run's processes find one another's compiles."""
-    compiles.keep_in(shared_folder(tmp_path_factory))
+@pytest.fixture(scope="session")
+def in_process(tmp_path_factory: pytest.TempPathFactory) -> InProcess:
+    """Compile and validate without child processes; all workers of the run share what they compile."""
+    return InProcess(shared_folder(tmp_path_factory))
+
+
+@pytest.fixture
+def pipeline(settings: Settings, in_process: InProcess) -> Iterator[Pipeline]:
+    """The four steps in this process, with the test's own store and registry."""
+    with in_process.pipeline(settings) as steps:
+        yield steps
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
-"""Run the four steps as a process of its own, killed where the test says: python -m tests.driver MODEL [PLACE].
+"""Run the four steps in a separate process, which kills itself at a place: python -m tests.driver MODEL [PLACE].
 
-PLACE is "compile", "register", or "upload:N", the N-th file that the store puts in its place. But for "compile",
-the steps start no processes of their own: the imports of each would take longer than all the rest.
+PLACE is "compile", "register", or "upload:N", the N-th file that the store writes. Except for "compile", the steps
+start no child processes, because the imports of each child would take longer than all the rest.
 """
 
 from __future__ import annotations
@@ -9,25 +9,25 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from compileflow.registries import sqlite as sqlite_registry
 from compileflow.settings import get_settings
-from compileflow.stores.local import LocalStore
-from tests.steps import Pipeline, in_process
+from compileflow.stores import local as local_store
+from tests.in_process import InProcess
+from tests.steps import Pipeline
 
 
 def die() -> None:
-    """End as the kernel or an impatient operator ends a process."""
+    """Kill this process, as the kernel or an operator would."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Lines(list[str]):
-    """Progress lines, printed at once; deadly at one of them when asked."""
+    """Progress lines, which are printed at once. One of them may kill the process."""
 
     def __init__(self, deadly: str):
         super().__init__()
@@ -40,22 +40,24 @@ class Lines(list[str]):
 
 
 def arm(place: str) -> str:
-    """Prepare the death; return the progress line at which it comes, if it comes at one."""
+    """Prepare the kill; return the progress line at which it happens, or '' if it happens elsewhere."""
     if place.startswith("upload:"):
-        left = int(place.partition(":")[2])
-        move = LocalStore._move
+        remaining = int(place.partition(":")[2])
+        write_whole = local_store.file_written_whole
 
-        def deadly_move(self: LocalStore, partial: Path, path: Path) -> None:
-            nonlocal left
-            left -= 1
-            if left == 0:
-                partial.write_bytes(partial.read_bytes()[: partial.stat().st_size // 2])
-                die()
-            move(self, partial, path)
+        @contextmanager
+        def deadly_write(path: Path, **options: Any) -> Iterator[Path]:
+            nonlocal remaining
+            with write_whole(path, **options) as partial:
+                yield partial
+                remaining -= 1
+                if remaining == 0:
+                    partial.write_bytes(partial.read_bytes()[: partial.stat().st_size // 2])
+                    die()
 
-        LocalStore._move = deadly_move  # type: ignore[method-assign]
+        local_store.file_written_whole = deadly_write
     elif place == "register":
-        # Called after the row is inserted, before it is committed.
+        # The registry calls this after it inserts the row and before it commits.
         def deadly_version(row: Any) -> Any:
             die()
 
@@ -68,7 +70,7 @@ if __name__ == "__main__":
     settings = get_settings()
     with ExitStack() as stack:
         if not deadly:
-            stack.enter_context(in_process(settings, pytest.MonkeyPatch()))
+            stack.enter_context(InProcess(None).instead_of_children())
         pipeline = Pipeline(settings, lines=Lines(deadly))
         request = pipeline.request(Path(sys.argv[1]))
         artifact = pipeline.compile(request)

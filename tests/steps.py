@@ -1,39 +1,32 @@
-"""Run the library's steps in this process and count the compiles: real work, without the start of a child.
-
-What the test run has compiled before, it does not compile again for another test.
-"""
+"""Pipeline: the four steps of the library with one set of settings, and what tests want to know about a run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from compileflow._process.run import ChildResult
 from compileflow.contracts import ModelVersion
 from compileflow.settings import Settings
-from compileflow.steps import compile as compile_step
-from compileflow.steps import validate as validate_step
 from compileflow.steps.compile import compile_artifact
 from compileflow.steps.fetch import fetch_source
 from compileflow.steps.register import register_version
 from compileflow.steps.request import CompileRequest
 from compileflow.steps.validate import validate_artifact
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
-from compileflow.testing.processes import resolve
-from tests.compiles import build_once
 
-_BUILD = "compileflow.steps.build:build_artifact"
 BUCKETS = ({"batch_size": 1, "sequence_length": 16}, {"batch_size": 1, "sequence_length": 64})
 
 
 @dataclass
 class Pipeline:
-    """The four steps with one set of settings."""
+    """The four steps with one set of settings.
+
+    Attributes:
+        settings: Settings of all steps.
+        counts: Number of compiles and validations; the fixture `in_process` counts them.
+        lines: Progress lines of all steps.
+    """
 
     settings: Settings
     counts: dict[str, int] = field(default_factory=lambda: {"compile": 0, "validate": 0})
@@ -47,9 +40,9 @@ class Pipeline:
     def registry_uri(self) -> str:
         return self.settings.resolved_registry_uri()
 
-    def request(self, model: Path | str, **asked: Any) -> CompileRequest:
+    def request(self, model: Path | str, **fields: Any) -> CompileRequest:
         defaults = {"target": "torchscript", "shape_buckets": BUCKETS, "validation": {"latency_pairs": 5}}
-        return CompileRequest.model_validate(defaults | {"model": str(model)} | asked)
+        return CompileRequest.model_validate(defaults | {"model": str(model)} | fields)
 
     def fetch(self, request: CompileRequest) -> FetchedSource:
         return fetch_source(
@@ -95,22 +88,3 @@ class Pipeline:
             registry_uri=self.registry_uri,
             settings=self.settings,
         )
-
-
-@contextmanager
-def in_process(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pipeline]:
-    """Give a pipeline whose compiles and validations run in this process."""
-    pipeline = Pipeline(settings)
-
-    def count(step: str) -> Any:
-        def run(function: str, request: Any, **_: Any) -> ChildResult:
-            pipeline.counts[step] += 1
-            call = build_once if function == _BUILD else resolve(function)
-            return ChildResult(call(request), 0.1, 1)
-
-        return run
-
-    with monkeypatch.context() as patched:
-        patched.setattr(compile_step, "run_in_child", count("compile"))
-        patched.setattr(validate_step, "run_in_child", count("validate"))
-        yield pipeline

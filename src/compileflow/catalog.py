@@ -1,7 +1,7 @@
 """The catalog: names of targets, sources, stores and registries, and the classes behind the names.
 
-Each name leads to a "module:Class" string, which is imported when the name is first used. Such a string is an import,
-and imports go one way: this is the only module with such strings, and each of them names a plugin in the band
+Each name stands for a "module:Class" string, which is imported when the name is first used. Such a string is an
+import, and imports go one way: only this module holds such strings, and each of them names a plugin in the band
 below. A third party adds a target, a store or a registry by an entry point in the group `compileflow.targets`,
 `compileflow.stores` or `compileflow.registries`.
 """

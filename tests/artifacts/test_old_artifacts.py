@@ -1,7 +1,7 @@
-"""Artifacts of every manifest schema that there was still open, verify, load and answer as they did.
+"""Artifacts with an older manifest schema still open, verify, load and answer as before.
 
-Each is a folder made by the compileflow of its day, with the answers that it gave then in a file beside it.
-The debug records were taken out of the TorchScript file: they hold paths of the machine that it was made on.
+The compileflow of its time wrote each artifact, and a file beside it holds the answers of that time. The debug
+records of the TorchScript file were removed, because they hold paths of the machine that compiled it.
 """
 
 from __future__ import annotations
@@ -70,5 +70,5 @@ def test_old_artifact_tokenizes_and_labels_as_it_did(name: str) -> None:
 def test_old_artifact_names_no_path_of_the_machine_that_made_it(name: str) -> None:
     assert open_artifact(FOLDER / name).manifest.source.uri == "file:///models/tiny"
     for path in (FOLDER / name).rglob("*"):
-        held = path.read_bytes() if path.is_file() else b""
-        assert [part for part in (b"site-packages", b"/tmp/", b"/home/") if part in held] == []
+        body = path.read_bytes() if path.is_file() else b""
+        assert [part for part in (b"site-packages", b"/tmp/", b"/home/") if part in body] == []

@@ -20,7 +20,7 @@ class TestS3Store(CollectionRaces):
 
     @pytest.fixture(autouse=True)
     def _served(self, moto: Moto, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        # One test waits for the lease of a holder that it killed.
+        # One test kills a holder and waits for its lease to expire.
         monkeypatch.setenv("COMPILEFLOW_S3_LEASE_S", "1")
         get_settings.cache_clear()
         type(self).moto, type(self).bucket, type(self).client = moto, bucket, moto.client()
@@ -32,9 +32,9 @@ class TestS3Store(CollectionRaces):
     def object_stamps(self, uri: str) -> dict[str, object]:
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket)
         return {
-            one["Key"].removeprefix(PREFIX): (one["ETag"], one["LastModified"])
+            entry["Key"].removeprefix(PREFIX): (entry["ETag"], entry["LastModified"])
             for page in pages
-            for one in page.get("Contents", ())
+            for entry in page.get("Contents", ())
         }
 
     def read_object(self, uri: str, key: str) -> bytes:

@@ -15,11 +15,10 @@ from compileflow.catalog import open_registry
 from compileflow.errors import SpecError, VerdictError
 from compileflow.selection.comparison_file import export_comparison, read_comparison
 from compileflow.serving.model import CompiledModel
-from compileflow.settings import Settings
 from compileflow.spec import HfTask
 from flows.compile_model import CompileResult, compile_model
 from tests.conftest import ModelFactory
-from tests.steps import Pipeline, in_process
+from tests.steps import Pipeline
 
 _BROKEN = """
 from compileflow.errors import CompileError
@@ -31,12 +30,6 @@ class BrokenTarget(TorchScriptTarget):
     def compile(self, source_dir, component, out_dir):
         raise CompileError("The toolchain refused the model: no kernel for Gelu.", hint="Try another target.")
 """
-
-
-@pytest.fixture
-def pipeline(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pipeline]:
-    with in_process(settings, monkeypatch) as made:
-        yield made
 
 
 @pytest.fixture
@@ -116,7 +109,7 @@ def test_nothing_is_registered_when_no_candidate_keeps_to_the_budget(
     model = tiny_model(HfTask.TEXT_CLASSIFICATION)
     state = run(pipeline, model, objective={"goal": "latency", "max_size_bytes": 1})
     assert state.is_failed()
-    assert state.message == "None of 2 candidates is left: 2 exceeded the size budget."
+    assert state.message == "None of 2 candidates can be chosen: 2 exceeded the size budget."
     error = state.result(raise_on_failure=False)
     assert isinstance(error, VerdictError)
     assert "Run: compileflow inspect file://" in error.hint
@@ -126,7 +119,7 @@ def test_nothing_is_registered_when_no_candidate_keeps_to_the_budget(
 @pytest.mark.parametrize(
     ("asked", "found"),
     [
-        ({"target_options": {"opset": 18}}, "Target options were given for target 'auto': opset"),
+        ({"target_options": {"opset": 18}}, "Target 'auto' takes no target options, got opset"),
         ({"steps": {"validate": False}}, "The validate step is off"),
         ({"auto": {"targets": ["onx-runtime"]}}, "Unknown target 'onx-runtime'"),
         ({"auto": {"targets": ["onnx-runtime"], "precisions": ["bf16"]}}, "No target compiles"),
@@ -153,7 +146,7 @@ def test_fault_that_all_candidates_share_is_the_reason(pipeline: Pipeline, tiny_
     )
     state = compile_model(request, return_state=True)
     assert state.message.startswith(
-        "None of 2 candidates is left: 2 ended in an error: The weights hold no classifier"
+        "None of 2 candidates can be chosen: 2 ended in an error: The weights hold no classifier"
     )
 
 

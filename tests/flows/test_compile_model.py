@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,20 +13,13 @@ from prefect.states import State
 
 from compileflow.catalog import open_registry
 from compileflow.errors import RegistryUnavailableError, VerdictError
-from compileflow.registries.sqlite import LocalRegistry
-from compileflow.settings import Settings
+from compileflow.registries.sqlite import SqliteRegistry
 from compileflow.spec import HfTask
 from flows.compile_model import CompileResult, compile_model
 from tasks import policies
 from tasks.register import register
 from tests.conftest import ModelFactory
-from tests.steps import Pipeline, in_process
-
-
-@pytest.fixture
-def pipeline(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pipeline]:
-    with in_process(settings, monkeypatch) as made:
-        yield made
+from tests.steps import Pipeline
 
 
 def run(pipeline: Pipeline, model: Any, **asked: Any) -> State[CompileResult]:
@@ -122,15 +114,15 @@ def test_only_retryable_errors_are_retried(
     pipeline: Pipeline, tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(register, "retry_delay_seconds", [0.0, 0.0, 0.0])
-    real, calls = LocalRegistry.register, []
+    real, calls = SqliteRegistry.register, []
 
-    def busy_once(self: LocalRegistry, entry: Any, files: Any) -> Any:
+    def busy_once(self: SqliteRegistry, entry: Any, files: Any) -> Any:
         calls.append(entry)
         if len(calls) == 1:
             raise RegistryUnavailableError("The registry is busy.")
         return real(self, entry, files)
 
-    monkeypatch.setattr(LocalRegistry, "register", busy_once)
+    monkeypatch.setattr(SqliteRegistry, "register", busy_once)
     monkeypatch.setattr("flows.registration.register", register)
     assert run(pipeline, tiny_model(HfTask.TEXT_CLASSIFICATION)).is_completed()
     assert len(calls) == 2

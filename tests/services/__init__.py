@@ -1,1 +1,1 @@
-"""Real servers that tests start, and the faults that they put between a client and a server."""
+"""Real servers that tests start, and a proxy that commits faults between a client and a server."""

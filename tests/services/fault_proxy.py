@@ -1,12 +1,12 @@
-"""A real HTTP proxy between a client and a server, which loses, cuts and spoils what it is told to.
+"""FaultProxy: an HTTP proxy between a client and a server that loses, cuts and corrupts messages on request.
 
     with FaultProxy(server_url) as proxy:
         proxy.inject(CutRequest(after_bytes=1000), method="PUT", path="/blobs/", times=1)
         ...  # a client that talks to proxy.url
         assert sum(request.body_size for request in proxy.seen) < 2000
 
-Bodies are streamed: what is in memory is one block a connection. Just over 300 lines, as the faults are of no use
-without the one handler that commits them.
+Bodies are streamed, so that memory holds one block per connection. The file is just over 300 lines long because
+the faults belong to the handler that commits them.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from urllib.parse import urlsplit
 
 _BLOCK = 64 * 1024
 _UPSTREAM_TIMEOUT_S = 60
-# These belong to one connection; the proxy has one on each side.
+# These headers describe one connection. The proxy has one on each side.
 _HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "expect", "content-length", "proxy-connection"}
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Take the request and answer this, without asking the server."""
+    """Reply to the request without forwarding it."""
 
     status: int
     body: bytes = b""
@@ -41,26 +41,26 @@ class Answer:
 
 @dataclass(frozen=True)
 class CutRequest:
-    """Reset the connection once this much of the body came in; the server never hears of the request."""
+    """Reset the connection after this many bytes of the request's body. The server never gets the request."""
 
     after_bytes: int
 
 
 @dataclass(frozen=True)
 class CutResponse:
-    """Reset the connection after this much of the reply's body, whose length was announced whole."""
+    """Reset the connection after this many bytes of the reply's body. Its headers announce the full length."""
 
     after_bytes: int
 
 
 @dataclass(frozen=True)
 class LoseReply:
-    """Let the server do what was asked, then reset the connection instead of answering."""
+    """Forward the request, then reset the connection instead of forwarding the reply."""
 
 
 @dataclass(frozen=True)
 class Hang:
-    """Neither forward nor answer for so long. Then go on as if nothing had been."""
+    """Wait for a number of seconds, then forward the request as usual."""
 
     seconds: float
 
@@ -75,7 +75,7 @@ Fault = Answer | CutRequest | CutResponse | LoseReply | Hang | Corrupt
 
 @dataclass
 class Request:
-    """A request that came in; `path` has the query. `body_size` grows while the body comes, in bytes."""
+    """A request that the proxy received. `path` includes the query; `body_size` is the number of bytes so far."""
 
     method: str
     path: str
@@ -91,7 +91,7 @@ class _Rule:
     skip: int
 
     def applies(self, request: Request) -> bool:
-        """Say whether this request is to suffer, and count it."""
+        """Say whether the fault applies to a request, and count the request."""
         if self.times == 0 or self.method not in (None, request.method) or (self.path or "") not in request.path:
             return False
         if self.skip > 0:
@@ -102,7 +102,7 @@ class _Rule:
 
 
 class FaultProxy:
-    """Forward to `upstream_url` (http://host:port) on a free port of 127.0.0.1 for as long as the block lasts."""
+    """Forward to `upstream_url` (http://host:port) from a free port of 127.0.0.1 for the duration of the block."""
 
     def __init__(self, upstream_url: str):
         parts = urlsplit(upstream_url)
@@ -111,43 +111,43 @@ class FaultProxy:
         self.url = ""
         self.stopped = threading.Event()
         self._rules: list[_Rule] = []
-        self._changing = threading.Lock()
+        self._lock = threading.Lock()
         self._connections: set[socket.socket] = set()
 
     def inject(
         self, fault: Fault, *, method: str | None = None, path: str | None = None, times: int = 1, skip: int = 0
     ) -> None:
-        """Let requests suffer.
+        """Commit a fault on coming requests.
 
         Args:
-            fault: What happens to them.
-            method: Only to those of this method.
-            path: Only to those with this in their path or query.
-            times: To how many of them.
-            skip: How many of them pass first.
+            fault: Fault to commit.
+            method: HTTP method of the requests. None: any method.
+            path: Text that the path or the query of the requests contains. None: any path.
+            times: Number of requests with the fault.
+            skip: Number of such requests that pass first.
         """
-        with self._changing:
+        with self._lock:
             self._rules.append(_Rule(fault, method, path, times, skip))
 
     def heal(self) -> None:
-        """Forget all that was injected."""
-        with self._changing:
+        """Remove all faults."""
+        with self._lock:
             self._rules.clear()
 
     def fault_for(self, request: Request) -> Fault | None:
-        """Note a request and say what is to happen to it."""
-        with self._changing:
+        """Record a request and return the fault to commit on it."""
+        with self._lock:
             self.seen.append(request)
             return next((rule.fault for rule in self._rules if rule.applies(request)), None)
 
     def opened(self, connection: socket.socket) -> None:
-        """Remember a client's connection, which is cut at the end of the block."""
-        with self._changing:
+        """Remember the connection of a client, which is cut at the end of the block."""
+        with self._lock:
             self._connections.add(connection)
 
     def closed(self, connection: socket.socket) -> None:
-        """Forget a client's connection."""
-        with self._changing:
+        """Forget the connection of a client."""
+        with self._lock:
             self._connections.discard(connection)
 
     def __enter__(self) -> FaultProxy:
@@ -165,7 +165,7 @@ class FaultProxy:
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
-        with self._changing:
+        with self._lock:
             for connection in self._connections:
                 with suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
@@ -176,13 +176,13 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 128
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing: clients that go away are what this is for."""
+        """Print nothing, because the faults make clients disconnect."""
 
 
 class _Handler(BaseHTTPRequestHandler):
     proxy: FaultProxy
     protocol_version = "HTTP/1.1"
-    # A small answer in two writes would wait for the client's delayed acknowledgement.
+    # With Nagle's algorithm, a small reply in two writes would wait for the client's delayed acknowledgement.
     disable_nagle_algorithm = True
 
     def setup(self) -> None:
@@ -194,7 +194,7 @@ class _Handler(BaseHTTPRequestHandler):
         super().finish()
 
     def log_message(self, *arguments: object) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
     def _pass_on(self) -> None:
         request = Request(self.command, self.path)
@@ -230,7 +230,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(answer.body)
 
     def _forward(self, request: Request, fault: Fault | None) -> None:
-        # A new connection each time: one that the server closed meanwhile would be a fault that nobody asked for.
+        # Each request gets a new connection. One that the server has closed meanwhile would be an unwanted fault.
         upstream = http.client.HTTPConnection(*self.proxy.upstream, timeout=_UPSTREAM_TIMEOUT_S)
         try:
             upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
@@ -268,14 +268,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if empty:
             return
-        left = fault.after_bytes if isinstance(fault, CutResponse) else None
+        remaining = fault.after_bytes if isinstance(fault, CutResponse) else None
         spoil = isinstance(fault, Corrupt)
         while block := reply.read1(_BLOCK):
             if spoil:
                 block, spoil = bytes([block[0] ^ 0xFF]) + block[1:], False
-            block = block if left is None else block[:left]
+            block = block if remaining is None else block[:remaining]
             self.wfile.write(block if length is not None else b"%x\r\n%b\r\n" % (len(block), block))
-            if left is not None and (left := left - len(block)) <= 0:
+            if remaining is not None and (remaining := remaining - len(block)) <= 0:
                 raise ConnectionResetError("cut on purpose")
         if length is None:
             self.wfile.write(b"0\r\n\r\n")
@@ -286,16 +286,18 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _body(self, request: Request, *, limit: int | None = None) -> Iterator[bytes]:
         for size in self._chunk_sizes() if self._chunked else [int(self.headers["Content-Length"] or 0)]:
-            left = size
-            while left > 0:
-                wanted = min(left, _BLOCK) if limit is None else min(left, _BLOCK, limit - request.body_size)
-                if wanted <= 0:
+            remaining = size
+            while remaining > 0:
+                most = min(remaining, _BLOCK)
+                if limit is not None:
+                    most = min(most, limit - request.body_size)
+                if most <= 0:
                     return
-                block = self.rfile.read1(wanted)
+                block = self.rfile.read1(most)
                 if not block:
                     raise ConnectionResetError("the client went away")
                 request.body_size += len(block)
-                left -= len(block)
+                remaining -= len(block)
                 yield block
 
     def _chunk_sizes(self) -> Iterator[int]:
@@ -306,9 +308,9 @@ class _Handler(BaseHTTPRequestHandler):
             pass
 
     def _reset(self) -> None:
-        """Close so that the client sees a reset, not an end."""
+        """Close the connection so that the client sees a reset, not a normal end."""
         self.close_connection = True
         self.proxy.closed(self.connection)
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        # Past the reference counts of rfile and wfile, which would put off the real close.
+        # rfile and wfile count references to the socket, which would delay the close.
         os.close(self.connection.detach())

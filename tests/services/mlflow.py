@@ -1,4 +1,4 @@
-"""MLflow for tests: a SQLite file that was migrated once a run, and mlflow's own server over HTTP."""
+"""MLflow for tests: a SQLite file that is migrated once per run, and the server of mlflow."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _EMPTIED = (
 
 
 def migrated_file(tmp_path_factory: pytest.TempPathFactory, dest: Path) -> Path:
-    """Copy an empty MLflow database to `dest`; to make one takes MLflow seconds, so that is done once a run."""
+    """Copy an empty MLflow database to `dest`. A run creates it only once, because that takes MLflow seconds."""
     template = make_once(shared_folder(tmp_path_factory) / "mlflow-template", _migrate) / "mlflow.db"
     return Path(shutil.copyfile(template, dest))
 
@@ -49,7 +49,7 @@ class MlflowServer:
     log_path: Path
 
     def empty(self) -> None:
-        """Delete everything that was registered, past the server."""
+        """Delete all registered models and runs in the database, without using the server."""
         with closing(sqlite3.connect(self.database)) as db, db:
             for table in _EMPTIED:
                 db.execute(f"DELETE FROM {table}")  # noqa: S608 - the names are ours
@@ -65,7 +65,7 @@ def serve_mlflow(database: Path) -> Iterator[MlflowServer]:
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{database}"]
     command += ["--serve-artifacts", "--artifacts-destination", str(database.parent / "artifacts")]
-    # Its job runner would want one more distribution, and start again and again without it.
+    # The job runner needs another distribution. Without it, the runner would restart forever.
     environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     with log_path.open("wb") as log:
         process = subprocess.Popen(
@@ -76,20 +76,20 @@ def serve_mlflow(database: Path) -> Iterator[MlflowServer]:
         _wait(f"{url}/health", process, log_path)
         yield MlflowServer(url, database, log_path)
     finally:
-        # The command starts the server itself as a child of its own.
+        # The command starts the server as a child process, so the whole group is killed.
         os.killpg(process.pid, 9)
         process.wait()
 
 
 def _wait(url: str, process: subprocess.Popen[bytes], log_path: Path) -> None:
-    until = time.monotonic() + _START_TIMEOUT_S
-    # Whatever proxy the environment names, this server is on the same machine.
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    # The server runs on this machine, so a proxy from the environment must not be used.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while True:
         try:
             with opener.open(url, timeout=5):
                 return
         except OSError as error:
-            if process.poll() is not None or time.monotonic() > until:
+            if process.poll() is not None or time.monotonic() > deadline:
                 raise AssertionError(f"mlflow's server did not start: {log_path.read_text()[-2000:]}") from error
             time.sleep(0.1)

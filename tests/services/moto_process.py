@@ -1,8 +1,8 @@
-"""moto's server, run by `serve_moto` in a process of its own.
+"""The S3 server of moto, which `serve_moto` runs in a separate process.
 
 python -m tests.services.moto_process PORT LATENCY_S
 
-Each line on standard input, `age BUCKET KEY SECONDS`, makes an object older: no request of S3 can do that.
+Each line on standard input, `age BUCKET KEY SECONDS`, makes an object older, because S3 has no request for that.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from moto.server import main
 
 
 def obey() -> None:
-    """Carry out the lines, and answer each with `done`."""
+    """Carry out the commands from standard input, and answer each with `done`."""
     for line in sys.stdin:
         _, bucket, key, seconds = line.split()
         aged = s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets[bucket].keys[key]
@@ -31,13 +31,13 @@ def obey() -> None:
 
 
 def look_at_its_folder_once() -> None:
-    """Keep moto from listing its own folder at every request, which costs more than a small object does."""
+    """Let moto list its own folder once, not at every request, which costs more than a small object."""
     modules = tuple(backends.list_of_moto_modules())
     backends.list_of_moto_modules = lambda: modules
 
 
 def answer_late(latency_s: float) -> None:
-    """Wait before each request is looked at, as for a server that is not next door."""
+    """Wait before each request, as if the server were far away."""
     answer = DomainDispatcherApplication.__call__
 
     def late(self: Any, environ: Any, start_response: Any) -> Any:

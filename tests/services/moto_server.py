@@ -1,4 +1,4 @@
-"""moto's S3 server: a process of its own, which the real client talks to over HTTP."""
+"""The S3 server of moto in a separate process, to which the real client talks over HTTP."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import Any
 from tests.services.secrets import AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY
 
 _START_TIMEOUT_S = 60
-# Whatever proxy the environment names, this server is on the same machine.
+# The server runs on this machine, so a proxy from the environment must not be used.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -46,12 +46,12 @@ class Moto:
         )
 
     def make_bucket(self, name: str) -> str:
-        """Make an empty bucket and return its name."""
+        """Create an empty bucket and return its name."""
         self.client().create_bucket(Bucket=name)
         return name
 
     def age(self, bucket: str, key: str, *, seconds: float) -> None:
-        """Make an object older than it is."""
+        """Make an object older by a number of seconds."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(f"age {bucket} {key} {seconds}\n")
@@ -59,7 +59,7 @@ class Moto:
         assert self.process.stdout.readline() == "done\n"
 
     def make_user_key(self) -> dict[str, str]:
-        """Make a user who may do everything, and return its AccessKeyId and SecretAccessKey."""
+        """Create a user with all rights, and return AccessKeyId and SecretAccessKey."""
         client = self.client("iam")
         client.create_user(UserName="user")
         allow = {"Effect": "Allow", "Action": "*", "Resource": "*"}
@@ -69,7 +69,7 @@ class Moto:
         return key
 
     def check_signatures(self) -> None:
-        """From now on, look at keys, signatures and rights, which moto does not do by itself."""
+        """Check keys, signatures and rights from now on. By default, moto does not."""
         url, kind = f"{self.url}/moto-api/reset-auth", {"Content-Type": "text/plain"}
         with _OPENER.open(urllib.request.Request(url, data=b"0", headers=kind)):  # noqa: S310 - it is http
             pass
@@ -88,9 +88,11 @@ def store_environment(url: str) -> dict[str, str]:
 
 @contextmanager
 def serve_moto(folder: Path, *, latency_s: float = 0.0) -> Iterator[Moto]:
-    """Run the server on a free port of 127.0.0.1 until the block ends; its log goes below `folder`.
+    """Run the server on a free port of 127.0.0.1 for the duration of the block.
 
-    `latency_s` is what every request waits before it is looked at.
+    Args:
+        folder: Folder for the log.
+        latency_s: Seconds that the server waits before it handles a request.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
@@ -117,12 +119,12 @@ def serve_moto(folder: Path, *, latency_s: float = 0.0) -> Iterator[Moto]:
 
 
 def _wait(url: str, process: subprocess.Popen[str], log_path: Path) -> None:
-    until = time.monotonic() + _START_TIMEOUT_S
+    deadline = time.monotonic() + _START_TIMEOUT_S
     while True:
         try:
             with _OPENER.open(url, timeout=5):
                 return
         except OSError as error:
-            if process.poll() is not None or time.monotonic() > until:
+            if process.poll() is not None or time.monotonic() > deadline:
                 raise AssertionError(f"moto's server did not start: {log_path.read_text()[-2000:]}") from error
             time.sleep(0.05)

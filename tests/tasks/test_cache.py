@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,13 +19,7 @@ from compileflow.spec import HfTask
 from compileflow.steps import validate as validate_step
 from compileflow.targets.torchscript import TorchScriptTarget
 from tests.conftest import ModelFactory
-from tests.steps import Pipeline, in_process
-
-
-@pytest.fixture
-def pipeline(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pipeline]:
-    with in_process(settings, monkeypatch) as made:
-        yield made
+from tests.steps import Pipeline
 
 
 @pytest.fixture
@@ -111,11 +105,11 @@ def test_changed_spec_field_misses_and_is_named(pipeline: Pipeline, model: Path)
 def test_changed_toolchain_misses_and_shows_both_versions(
     pipeline: Pipeline, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = TorchScriptTarget().toolchain()
+    toolchain = TorchScriptTarget().toolchain()
     pipeline.compile(pipeline.request(model))
-    monkeypatch.setattr(TorchScriptTarget, "toolchain", lambda self: before | {"torch": "99.0"})
+    monkeypatch.setattr(TorchScriptTarget, "toolchain", lambda self: toolchain | {"torch": "99.0"})
     artifact = pipeline.compile(pipeline.request(model))
-    assert artifact.why == f"changed: toolchain.torch ({before['torch']} -> 99.0)"
+    assert artifact.why == f"changed: toolchain.torch ({toolchain['torch']} -> 99.0)"
 
 
 def test_vanished_artifact_is_a_miss(pipeline: Pipeline, model: Path) -> None:
@@ -166,7 +160,7 @@ def test_other_shipped_examples_validate_again(
     artifact = pipeline.compile(request)
     pipeline.validate(request, artifact)
     real = validate_step.load_examples
-    monkeypatch.setattr(validate_step, "load_examples", lambda *asked: (*real(*asked)[:2], "0" * 64))
+    monkeypatch.setattr(validate_step, "load_examples", lambda *arguments: (*real(*arguments)[:2], "0" * 64))
     assert pipeline.validate(request, artifact).why == "changed: examples"
 
 

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from compileflow.catalog import open_registry
 from compileflow.errors import LoadError
-from compileflow.settings import Settings
 from compileflow.spec import HfTask
 from tests.conftest import ModelFactory
 from tests.doubles.fixtures import vendor_doubles
-from tests.steps import Pipeline, in_process
+from tests.steps import Pipeline
 
 __all__ = ["vendor_doubles"]
-
-
-@pytest.fixture
-def pipeline(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pipeline]:
-    with in_process(settings, monkeypatch) as made:
-        yield made
 
 
 @pytest.mark.parametrize("target", ["neuron", pytest.param("neuronx", marks=pytest.mark.slow)])
@@ -31,7 +23,7 @@ def test_artifact_is_validated_and_registered_where_the_device_is(
     request = pipeline.request(tiny_model(HfTask.TEXT_CLASSIFICATION), target=target)
     (vendor_doubles / "neuron0").unlink()
     artifact = pipeline.compile(request)
-    with pytest.raises(LoadError, match=f"{target} cannot run here: there is no device"):
+    with pytest.raises(LoadError, match=f"{target} cannot run here: this machine has no device"):
         pipeline.validate(request, artifact)
     assert list(open_registry(pipeline.registry_uri).versions()) == []
     (vendor_doubles / "neuron0").touch()

@@ -14,8 +14,9 @@ from compileflow.settings import Settings
 from compileflow.spec import HfTask
 from tests.conftest import ModelFactory
 from tests.hub_server import Hub
+from tests.in_process import InProcess
 from tests.services.secrets import HF_TOKEN as TOKEN
-from tests.steps import Pipeline, in_process
+from tests.steps import Pipeline
 
 REPOSITORY = "owner/reviews"
 
@@ -31,11 +32,11 @@ def hub_settings(settings: Settings, hub: Hub) -> Settings:
 
 
 def test_run_from_the_hub_registers_the_commit_and_leaves_no_token(
-    hub: Hub, hub_settings: Settings, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+    hub: Hub, hub_settings: Settings, files: dict[str, bytes], in_process: InProcess
 ) -> None:
     hub.token = TOKEN
     commit = hub.add(REPOSITORY, files, gated=True)
-    with in_process(hub_settings, monkeypatch) as pipeline:
+    with in_process.pipeline(hub_settings) as pipeline:
         version = pipeline.run(pipeline.request(Path(REPOSITORY)))
     assert (version.name, version.source_uri) == ("reviews", f"hf://{REPOSITORY}")
     assert version.source_revision == commit

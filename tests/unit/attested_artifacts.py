@@ -1,4 +1,4 @@
-"""Key pairs, artifacts of a few bytes, and what is said of them; nothing here compiles or imports a runtime."""
+"""Key pairs, artifacts of a few bytes, and statements about them. Nothing here compiles or imports a runtime."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from compileflow.artifact.attestations.envelopes import seal, write_bundle
 from compileflow.artifact.attestations.keys import load_public_keys, load_signer
 from compileflow.artifact.attestations.statements import (
     CompileRun,
-    ValidationRun,
     Outcome,
+    ValidationRun,
     provenance_statement,
     verdict_statement,
 )
@@ -88,7 +88,7 @@ def make_keys(folder: Path, name: str = "key", *, kind: str = "ed25519", passwor
 
 
 def small_artifact(folder: Path, *, source: str = SOURCE, graph: bytes = b"graph") -> Path:
-    """Write an artifact that verifies and that no runtime could load."""
+    """Write an artifact that verifies, although no runtime could load it."""
     (folder / "default").mkdir(parents=True)
     (folder / "default" / "model.onnx").write_bytes(graph)
     tensor = TensorRecord(name="input_ids", dtype="int64", axes=("batch", "sequence"))
@@ -128,7 +128,7 @@ def judged(outcome: Outcome = "pass", *, source: str = SOURCE, report: str = REP
 def envelopes_for(
     folder: Path, keys: Keys | None, *, outcome: Outcome = "pass", source: str | None = None, report: str = REPORT
 ) -> list[Envelope]:
-    """Say what a run would: provenance and verdict on the artifact in `folder`."""
+    """Return what a run would write: provenance and verdict about the artifact in `folder`."""
     manifest, digest = read_manifest(folder), digest_of(folder)
     signer = keys.signer if keys is not None else None
     verdict = judged(outcome, source=source or manifest.source.digest, report=report)
@@ -138,9 +138,9 @@ def envelopes_for(
     ]
 
 
-def attest(folder: Path, keys: Keys | None, **said: Any) -> None:
-    """Put what a run would say of an artifact beside its files."""
-    write_bundle(folder, envelopes_for(folder, keys, **said))
+def attest(folder: Path, keys: Keys | None, **options: Any) -> None:
+    """Write provenance and verdict beside an artifact's files, as a run would."""
+    write_bundle(folder, envelopes_for(folder, keys, **options))
 
 
 def statement_of(envelope: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,14 +148,14 @@ def statement_of(envelope: Mapping[str, Any]) -> dict[str, Any]:
     return statement
 
 
-def altered(envelope: Mapping[str, Any], before: str, after: str) -> Envelope:
-    """Change the payload and keep the signatures."""
+def altered(envelope: Mapping[str, Any], old: str, new: str) -> Envelope:
+    """Change the payload of an envelope but keep the signatures."""
     text = base64.b64decode(envelope["payload"]).decode()
-    assert text.count(before) == 1, text
-    return {**envelope, "payload": base64.b64encode(text.replace(before, after).encode()).decode()}
+    assert text.count(old) == 1, text
+    return {**envelope, "payload": base64.b64encode(text.replace(old, new).encode()).decode()}
 
 
 def signed_by_both(envelope: Mapping[str, Any], others: Iterable[Mapping[str, Any]]) -> Envelope:
     """Join the signatures of several envelopes around one payload."""
-    signatures = [signature for other in (envelope, *others) for signature in other["signatures"]]
+    signatures = [signature for item in (envelope, *others) for signature in item["signatures"]]
     return {**envelope, "signatures": signatures}

@@ -1,4 +1,4 @@
-"""Compile and validate small models in this process; what several files of tests need."""
+"""Validate small models in this process, for several test files; the fixture `in_process` compiles them."""
 
 from __future__ import annotations
 
@@ -8,20 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from compileflow.artifact.manifest import MANIFEST_NAME, read_manifest
-from compileflow.catalog import get_target
 from compileflow.contracts.digests import list_files
-from compileflow.spec import CompileSpec, ComponentSpec, HfTask, ShapeBucket
 from compileflow.steps.prove import prove_artifact
-from tests.compiles import build_once
-
-BUCKETS = {
-    modality: tuple(ShapeBucket(batch_size=rows, sequence_length=length) for rows, length in shapes)
-    for modality, shapes in {
-        "text": ((1, 16), (8, 64)),
-        "image": ((1, 1), (8, 1)),
-        "audio": ((1, 8000), (8, 48000)),
-    }.items()
-}
 
 
 @dataclass(frozen=True)
@@ -35,27 +23,6 @@ class Proof:
     def gate(self, name: str) -> dict[str, Any]:
         """Return one judged gate."""
         return next(gate for gate in self.report["verdict"]["gates"] if gate["gate"] == name)
-
-
-def compile_here(
-    source_dir: Path, out_dir: Path, *, target: str, hf_task: HfTask, max_sequence_length: int | None = None
-) -> Path:
-    """Compile for real, once a run, in this process, with one thread; `out_dir` must not exist."""
-    out_dir.mkdir(parents=True)
-    dynamic = get_target(target).capabilities.dynamic_axes
-    buckets = () if max_sequence_length or dynamic else BUCKETS[hf_task.modality]
-    component = ComponentSpec(shape_buckets=buckets, max_sequence_length=max_sequence_length)
-    spec = CompileSpec(target=target, hf_task=hf_task, components=(component,))
-    build_once(
-        {
-            "source_dir": str(source_dir),
-            "out_dir": str(out_dir),
-            "spec": spec.model_dump(mode="json"),
-            "source": {"uri": source_dir.as_uri(), "revision": "0" * 64, "digest": "0" * 64},
-            "threads": 1,
-        }
-    )
-    return out_dir
 
 
 def validate_here(source_dir: Path, artifact_dir: Path, report_dir: Path, *, max_examples: int = 40) -> Proof:

@@ -1,7 +1,7 @@
-"""Loads that must be refused: what is wrong with each, what was asked, and what the error says.
+"""Loads that must be refused: the damage to the artifact, the arguments of the load, and the text of the error.
 
-Nothing here imports a runtime, so that a fresh process can show that no refusal does. It is long since it is one
-table.
+Nothing here imports a runtime, so that a fresh process can show that a refusal does not import one either. The
+file is long because it is one table.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ def of_component(**record: Any) -> Callable[[Path], None]:
     return rewrite_manifest(lambda data: data["components"]["default"].update(record))
 
 
-def signed(by: str | None = "trusted", **said: Any) -> Callable[[Path], None]:
-    """Say of an artifact what a run would, signed by a new key; the trusted one's file is TRUSTED."""
+def signed(by: str | None = "trusted", **options: Any) -> Callable[[Path], None]:
+    """Write statements beside an artifact as a run would, signed by a new key. TRUSTED names the trusted key."""
 
     def sign(folder: Path) -> None:
         keys = {name: make_keys(folder.parent, name) for name in ("trusted", "stranger")}
-        attest(folder, keys[by] if by else None, **said)
+        attest(folder, keys[by] if by else None, **options)
 
     return sign
 
@@ -87,19 +87,20 @@ class Refusal:
     """A load that must be refused.
 
     Attributes:
-        error: Its class.
-        says: Pattern of its text.
-        spoil: What is done to a sound artifact before.
-        asked: Arguments of from_pretrained; `require_signature` names a file beside the artifact.
-        location: Given the artifact's folder, what is loaded.
-        installed: Distributions that look installed in other versions than they are.
-        flags: What the CPU can do, when it is another than this one.
+        error: Class of the error.
+        says: Pattern of the error's text.
+        spoil: Damages a sound artifact.
+        arguments: Arguments of from_pretrained; `require_signature` names a file beside the artifact.
+        kinds: Classes that are loaded.
+        location: Returns the location to load, given the folder of the artifact.
+        installed: Distribution to the version that it appears to have.
+        flags: Features of another CPU; '' keeps those of this one.
     """
 
     error: type[CompileflowError]
     says: str
     spoil: Callable[[Path], object] = lambda folder: None
-    asked: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = field(default_factory=dict)
     kinds: tuple[str, ...] = KINDS
     location: Callable[[Path], str] = str
     installed: Mapping[str, str] = field(default_factory=dict)
@@ -125,11 +126,14 @@ REFUSALS = {
     ),
     "unknown schema": Refusal(
         ManifestError,
-        "schema_version 99; this compileflow reads .*Install the compileflow that made it",
+        "expected schema_version 1, 2, 3, found 99.*Install the version of compileflow that wrote it",
         rewrite_manifest(lambda data: data.update(schema_version=99)),
     ),
     "unknown schema, trusted": Refusal(
-        ManifestError, "schema_version 99", rewrite_manifest(lambda data: data.update(schema_version=99)), TRUST
+        ManifestError,
+        "schema_version .*found 99",
+        rewrite_manifest(lambda data: data.update(schema_version=99)),
+        TRUST,
     ),
     "unknown field": Refusal(ManifestError, "surprise", rewrite_manifest(lambda data: data.update(surprise=1))),
     "path out": Refusal(
@@ -165,7 +169,9 @@ REFUSALS = {
         lambda folder: (folder / "tokenizer.py").write_text("raise SystemExit", "utf-8"),
     ),
     "another digest": Refusal(
-        IntegrityError, r"Digest mismatch for .*: expected 0{12}.*found .*compileflow versions", asked={"digest": "0" * 12}
+        IntegrityError,
+        r"Digest mismatch for .*: expected 0{12}.*found .*compileflow versions",
+        arguments={"digest": "0" * 12},
     ),
     "another digest, trusted": Refusal(
         IntegrityError,
@@ -174,13 +180,13 @@ REFUSALS = {
         {"digest": "0" * 64, **TRUST},
     ),
     "no digest": Refusal(
-        SpecError, "Expected a digest of 12 to 64 .*, got digest='latest'", asked={"digest": "latest"}
+        SpecError, "Expected a digest of 12 to 64 .*, got digest='latest'", arguments={"digest": "latest"}
     ),
-    "short digest": Refusal(SpecError, "Expected a digest of 12 to 64", asked={"digest": "0" * 11}),
+    "short digest": Refusal(SpecError, "Expected a digest of 12 to 64", arguments={"digest": "0" * 11}),
     "another digest than the URI's": Refusal(
         IntegrityError,
         r"Digest mismatch for file://.*: expected b{12}\.\.\., found a{12}",
-        asked={"digest": "b" * 64},
+        arguments={"digest": "b" * 64},
         location=lambda folder: f"file:///store/manifests/sha256/{'a' * 64}.json",
     ),
     "URI of nothing": Refusal(
@@ -211,7 +217,12 @@ REFUSALS = {
     "signed, on another source model": Refusal(
         SignatureError, "name different source models", signed(source="1" * 64), TRUSTED
     ),
-    "signed, and failed": Refusal(SignatureError, "A signed verdict PASSED or WARNED is required, found FAILED", signed(outcome="fail"), TRUSTED),
+    "signed, and failed": Refusal(
+        SignatureError,
+        "A signed verdict PASSED or WARNED is required, found FAILED",
+        signed(outcome="fail"),
+        TRUSTED,
+    ),
     "signed, and altered, trusted": Refusal(
         SignatureError,
         "is about another artifact.*Do not load",
@@ -224,23 +235,25 @@ REFUSALS = {
     "no key": Refusal(
         SpecError, "cannot be used as a public key", signed(), {"require_signature": "artifact/config.json"}
     ),
-    "unknown component": Refusal(LoadError, r"no component 'word'.*It has: default", asked={"component": "word"}),
+    "unknown component": Refusal(
+        LoadError, r"no component 'word'.*It has: default", arguments={"component": "word"}
+    ),
     "another task": Refusal(
         LoadError,
         "was compiled for text-classification, and 'fill-mask' was asked for.*It serves: ",
-        asked={"task": "fill-mask"},
+        arguments={"task": "fill-mask"},
         kinds=("CompiledPipeline",),
     ),
     "foreign output class": Refusal(
         LoadError,
-        "'os:system' is no transformers output class",
+        "'os:system' is not an output class of transformers",
         of_component(output_class="os:system"),
         kinds=GRAPHS,
     ),
     "unknown bucket": Refusal(
         LoadError,
         r"No such shape bucket was compiled: 3x7\. There are: 1x8, ",
-        asked={"buckets": [[3, 7]]},
+        arguments={"buckets": [[3, 7]]},
         kinds=GRAPHS,
     ),
     "unknown target": Refusal(
@@ -250,7 +263,7 @@ REFUSALS = {
         kinds=GRAPHS,
     ),
     "unknown device": Refusal(
-        LoadError, r"torchscript does not run on 'neuron'.*cpu", asked={"device": "neuron"}, kinds=GRAPHS
+        LoadError, r"torchscript does not run on 'neuron'.*cpu", arguments={"device": "neuron"}, kinds=GRAPHS
     ),
     "no runtime": Refusal(
         LoadError,
@@ -289,7 +302,7 @@ REFUSALS = {
     ),
     "feature that the CPU lacks": Refusal(
         LoadError,
-        "for a CPU with avx512f, which this CPU lacks.*Compile it on a machine like this one: compileflow compile ",
+        "for a CPU with avx512f, which this CPU lacks.*Compile it on a machine like this one: compileflow ",
         rewrite_manifest(lambda data: data["target"].update(cpu_features=["avx2", "avx512f"])),
         kinds=GRAPHS,
         flags="avx2 fma",
@@ -298,22 +311,24 @@ REFUSALS = {
 
 
 def attempt(load: Mapping[str, Any]) -> dict[str, str]:
-    """Load as described, and return the refusal; {} when there was none."""
-    asked = dict(load["asked"])
-    if "buckets" in asked:
-        asked["buckets"] = [ShapeBucket(batch_size=rows, sequence_length=long) for rows, long in asked["buckets"]]
+    """Load as described and return the refusal; {} if the load was not refused."""
+    arguments = dict(load["arguments"])
+    if "buckets" in arguments:
+        arguments["buckets"] = [
+            ShapeBucket(batch_size=rows, sequence_length=length) for rows, length in arguments["buckets"]
+        ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [load["installed"], *sys.path])
         patch.setattr(cpu, "CPUINFO", Path(load["cpuinfo"]))
         try:
-            getattr(compileflow, load["kind"]).from_pretrained(load["location"], **asked)
+            getattr(compileflow, load["kind"]).from_pretrained(load["location"], **arguments)
         except CompileflowError as error:
             return {"error": type(error).__name__, "says": str(error)}
     return {}
 
 
 def pretend_installed(site: Path, name: str, version: str) -> None:
-    """Make a distribution look installed in that version, for whoever has `site` first on sys.path."""
+    """Make a distribution look installed in that version to a process with `site` first on sys.path."""
     info = site / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", "utf-8")

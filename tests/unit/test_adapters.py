@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from compileflow.validation.settings import ValidationSettings
 from tests.conftest import ModelFactory
 from tests.hub_server import Hub
 from tests.models import LABELS, sentences
-from tests.steps import Pipeline, in_process
+from tests.steps import Pipeline
 
 # Short enough for the compiled shape: transformers' own pipeline truncates at the model's maximum.
 TEXTS = [text[:40] for text in sentences()[:5]]
@@ -32,13 +31,6 @@ TASK = HfTask.TEXT_CLASSIFICATION
 SHAPES = ({"batch_size": 2, "sequence_length": 32},)
 QUICK = ValidationSettings(latency_pairs=5, max_examples=16)
 SMALL: dict[str, Any] = {"target": "torchscript", "shape_buckets": SHAPES, "validate": False}
-
-
-@pytest.fixture
-def steps(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pipeline]:
-    """Compile and validate in this process, and count."""
-    with in_process(settings, monkeypatch) as counted:
-        yield counted
 
 
 def scores(answers: list[dict[str, Any]]) -> list[tuple[str, Any]]:
@@ -51,7 +43,7 @@ def load_source(folder: Path, hf_task: HfTask = TASK) -> Any:
 
 class TestPipeline:
     def test_answers_like_transformers_and_the_second_call_only_loads(
-        self, steps: Pipeline, tiny_model: ModelFactory, caplog: pytest.LogCaptureFixture
+        self, pipeline: Pipeline, tiny_model: ModelFactory, caplog: pytest.LogCaptureFixture
     ) -> None:
         folder = tiny_model(TASK)
         asked = SMALL | {"validate": QUICK, "top_k": 1}
@@ -59,11 +51,11 @@ class TestPipeline:
         caplog.set_level(logging.INFO, logger="compileflow")
 
         first = compileflow.pipeline("text-classification", str(folder), **asked)
-        assert steps.counts == {"compile": 1, "validate": 1}
+        assert pipeline.counts == {"compile": 1, "validate": 1}
         assert "compiled in" in caplog.text
         second = compileflow.pipeline("sentiment-analysis", folder, device=-1, **asked)
 
-        assert steps.counts == {"compile": 1, "validate": 1}
+        assert pipeline.counts == {"compile": 1, "validate": 1}
         assert "cached, every part of its key is unchanged" in caplog.text
         for pipeline in (first, second):
             assert isinstance(pipeline, CompiledPipeline)
@@ -71,7 +63,7 @@ class TestPipeline:
             assert scores(answers) == [(a["label"], a["score"]) for (a,) in reference(TEXTS)]
 
     def test_task_alone_takes_transformers_default_model(
-        self, hub: Hub, steps: Pipeline, tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
+        self, hub: Hub, pipeline: Pipeline, tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         folder = tiny_model(HfTask.TOKEN_CLASSIFICATION)
         name, revision = transformers.pipelines.SUPPORTED_TASKS["token-classification"]["default"]["model"]
@@ -85,14 +77,14 @@ class TestPipeline:
         assert {found["entity"] for found in pipeline(TEXTS[0])} <= set(LABELS[HfTask.TOKEN_CLASSIFICATION])
         assert any(path == "model.safetensors" for _, path in hub.downloaded())
 
-    def test_model_alone_serves_its_own_task(self, steps: Pipeline, tiny_model: ModelFactory) -> None:
+    def test_model_alone_serves_its_own_task(self, pipeline: Pipeline, tiny_model: ModelFactory) -> None:
         pipeline = compileflow.pipeline(model=str(tiny_model(HfTask.FILL_MASK)), **SMALL)
 
         assert pipeline.task == "fill-mask"
         assert len(pipeline("the [MASK] is here")) == 5
 
     def test_model_in_memory_is_compiled_once_with_its_tokenizer(
-        self, steps: Pipeline, tiny_model: ModelFactory
+        self, pipeline: Pipeline, tiny_model: ModelFactory
     ) -> None:
         folder = tiny_model(TASK)
         model, tokenizer = load_source(folder), transformers.AutoTokenizer.from_pretrained(folder)
@@ -102,13 +94,15 @@ class TestPipeline:
         tokenizer(TEXTS, padding=True, truncation=True, max_length=7)
         second = compileflow.pipeline(model=model, tokenizer=tokenizer, **SMALL)
 
-        assert steps.counts["compile"] == 1
+        assert pipeline.counts["compile"] == 1
         for pipeline in (first, second):
             assert scores(pipeline(TEXTS)) == [(a["label"], a["score"]) for a in reference(TEXTS)]
         with pytest.raises(SpecError, match=r"in memory has no tokenizer.*tokenizer="):
             compileflow.pipeline(model=model, **SMALL)
 
-    def test_tokenizer_that_is_given_replaces_the_models(self, steps: Pipeline, tiny_model: ModelFactory) -> None:
+    def test_tokenizer_that_is_given_replaces_the_models(
+        self, pipeline: Pipeline, tiny_model: ModelFactory
+    ) -> None:
         folder = tiny_model(TASK)
         other = transformers.AutoTokenizer.from_pretrained(folder)
         other.padding_side = "left"
@@ -120,7 +114,7 @@ class TestPipeline:
         assert named_twice.tokenizer.padding_side == "right"
 
     def test_artifact_that_fails_its_gates_is_refused_unless_unproven_is_asked_for(
-        self, steps: Pipeline, tiny_model: ModelFactory
+        self, pipeline: Pipeline, tiny_model: ModelFactory
     ) -> None:
         folder = str(tiny_model(TASK))
         # No graph is a million times as fast.
@@ -171,7 +165,7 @@ class TestAutoLocal:
         assert all(f"{name}: " in caught.value.message for name in LOCAL_TARGETS)
 
     @pytest.mark.slow
-    def test_default_target_serves(self, steps: Pipeline, tiny_model: ModelFactory) -> None:
+    def test_default_target_serves(self, pipeline: Pipeline, tiny_model: ModelFactory) -> None:
         folder = tiny_model(TASK)
         pipeline = compileflow.pipeline(model=folder, validate=QUICK)
 
@@ -186,7 +180,7 @@ class TestOptimize:
         return load_source(tiny_model(TASK))
 
     @pytest.fixture
-    def optimized(self, steps: Pipeline, tiny_model: ModelFactory) -> Any:
+    def optimized(self, pipeline: Pipeline, tiny_model: ModelFactory) -> Any:
         return compileflow.optimize(model=tiny_model(TASK), **SMALL)
 
     @pytest.fixture
@@ -261,7 +255,7 @@ class TestOptimize:
         assert torch.equal(again(**encoded).logits, optimized(**encoded).logits)
 
     def test_task_decides_the_class_of_a_model_with_another_head(
-        self, steps: Pipeline, tiny_model: ModelFactory
+        self, pipeline: Pipeline, tiny_model: ModelFactory
     ) -> None:
         folder = tiny_model(HfTask.FILL_MASK, "roberta")
         optimized = compileflow.optimize("feature-extraction", folder, **SMALL)

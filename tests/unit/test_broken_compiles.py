@@ -27,8 +27,8 @@ from compileflow.steps.validate import validate_artifact
 from compileflow.steps.values import CompiledArtifact
 from compileflow.validation.settings import ValidationSettings
 from tests.conftest import ModelFactory
-from tests.steps import in_process
-from tests.unit.proving import compile_here, reseal, validate_here
+from tests.in_process import InProcess
+from tests.unit.proving import reseal, validate_here
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:.*torch\.jit\..*deprecated")
 
@@ -57,13 +57,15 @@ class Compiled:
 
 @pytest.fixture(scope="module", params=TARGETS)
 def healthy(
-    request: pytest.FixtureRequest, tiny_model: ModelFactory, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    tiny_model: ModelFactory,
+    in_process: InProcess,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Compiled:
     source_dir = tiny_model(CLASSIFY)
     out_dir = tmp_path_factory.mktemp("healthy") / request.param
-    return Compiled(
-        source_dir, compile_here(source_dir, out_dir, target=request.param, hf_task=CLASSIFY), request.param
-    )
+    artifact_dir = in_process.compile(source_dir, out_dir, target=request.param, hf_task=CLASSIFY)
+    return Compiled(source_dir, artifact_dir, request.param)
 
 
 def break_artifact(artifact_dir: Path, how: str) -> None:
@@ -199,9 +201,11 @@ def test_the_mask_gate_is_not_alone_in_seeing_an_ignored_mask(healthy: Compiled,
     assert proof.gate("token_types_respected")["outcome"] == "pass"
 
 
-def test_a_bucket_that_raises_fails_and_the_report_has_its_words(tiny_model: ModelFactory, tmp_path: Path) -> None:
+def test_a_bucket_that_raises_fails_and_the_report_has_its_words(
+    tiny_model: ModelFactory, in_process: InProcess, tmp_path: Path
+) -> None:
     source_dir = tiny_model(CLASSIFY)
-    artifact_dir = compile_here(source_dir, tmp_path / "artifact", target="torchscript", hf_task=CLASSIFY)
+    artifact_dir = in_process.compile(source_dir, tmp_path / "artifact", target="torchscript", hf_task=CLASSIFY)
     break_artifact(artifact_dir, "raises on long inputs")
     proof = validate_here(source_dir, artifact_dir, tmp_path / "report")
     assert proof.reason.startswith("fail: output_shapes measured 0"), proof.reason
@@ -210,9 +214,11 @@ def test_a_bucket_that_raises_fails_and_the_report_has_its_words(tiny_model: Mod
 
 
 @pytest.mark.parametrize("target", ["torchscript", pytest.param("onnx-runtime", marks=pytest.mark.slow)])
-def test_swapped_labels_of_a_token_classifier_fail(tiny_model: ModelFactory, tmp_path: Path, target: str) -> None:
+def test_swapped_labels_of_a_token_classifier_fail(
+    tiny_model: ModelFactory, in_process: InProcess, tmp_path: Path, target: str
+) -> None:
     source_dir = tiny_model(TAG)
-    artifact_dir = compile_here(source_dir, tmp_path / "artifact", target=target, hf_task=TAG)
+    artifact_dir = in_process.compile(source_dir, tmp_path / "artifact", target=target, hf_task=TAG)
     break_artifact(artifact_dir, "labels swapped")
     proof = validate_here(source_dir, artifact_dir, tmp_path / "report")
     assert proof.outcome == "fail"
@@ -242,7 +248,7 @@ class Stored:
 
 
 @pytest.fixture
-def stored(healthy: Compiled, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stored]:
+def stored(healthy: Compiled, settings: Settings, in_process: InProcess) -> Iterator[Stored]:
     settings = settings.model_copy(update={"threads": 1})
     store_uri, registry_uri = settings.resolved_store_uri(), settings.resolved_registry_uri()
     source = fetch_source(str(healthy.source_dir), None, store_uri=store_uri, settings=settings)
@@ -276,7 +282,7 @@ def stored(healthy: Compiled, settings: Settings, monkeypatch: pytest.MonkeyPatc
             settings=settings,
         )
 
-    with in_process(settings, monkeypatch):
+    with in_process.instead_of_children():
         yield Stored(validate, register, put)
 
 

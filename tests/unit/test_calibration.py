@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from transformers import AutoTokenizer
 from compileflow.artifact.open import open_artifact
 from compileflow.contracts.digests import file_digest
 from compileflow.errors import CompileError
-from compileflow.settings import Settings
 from compileflow.spec import TEXT_TASKS, HfTask, Precision
 from compileflow.steps.calibration import (
     Calibration,
@@ -29,7 +27,7 @@ from compileflow.targets.open_vino import OpenVinoOptions
 from compileflow.validation.cases import load_examples
 from tests.conftest import ModelFactory
 from tests.models import MAX_TOKENS, sentences
-from tests.steps import Pipeline, in_process
+from tests.steps import Pipeline
 
 QUESTIONS = HfTask.QUESTION_ANSWERING
 STATIC = {"precision": "int8", "target_options": {"quantization": "static"}}
@@ -158,11 +156,6 @@ def test_only_static_int8_looks_at_examples(options: Any) -> None:
 
 class TestKey:
     """Compiles are real, with onnx-runtime; seconds each."""
-
-    @pytest.fixture
-    def pipeline(self, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pipeline]:
-        with in_process(settings, monkeypatch) as made:
-            yield made
 
     @pytest.fixture
     def model(self, tiny_model: ModelFactory, tmp_path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""What a CPU can compute: read from texts of real machines, and refused before anything is opened."""
+"""CPU features: read from the cpuinfo of real machines, and checked before a model is opened."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ SetCpu = Callable[[str], None]
 
 @pytest.fixture
 def set_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SetCpu:
-    """Make this machine say that it has another CPU."""
+    """Let this machine report another CPU."""
 
     def change(text: str) -> None:
-        # Another path each, since what was read of one is kept.
+        # A different path per text, because the features of a path are cached.
         path = tmp_path / f"cpuinfo-{len(list(tmp_path.iterdir()))}"
         path.write_text(text, "utf-8")
         monkeypatch.setattr(cpu, "CPUINFO", path)
@@ -98,9 +98,9 @@ def test_precision_is_lacking_when_none_of_its_instruction_sets_is_there(
     set_cpu: SetCpu, text: str, lacking: set[Precision]
 ) -> None:
     set_cpu(text)
-    found = cpu.lacking_precisions(Precision)
-    assert set(found) == lacking
-    for precision, reason in found.items():
+    reasons = cpu.lacking_precisions(Precision)
+    assert set(reasons) == lacking
+    for precision, reason in reasons.items():
         assert f"no {precision.value} instructions (" in reason
     assert cpu.lacking_precisions((Precision.FP32, Precision.INT8)) == {}
 
@@ -114,7 +114,7 @@ def test_missing_features_are_those_that_a_compile_had_and_this_cpu_has_not(set_
 
 @pytest.fixture
 def artifact(tiny_model: ModelFactory, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Path:
-    """A copy of a torchscript artifact whose graph is garbage: a target that opened it would say so."""
+    """A copy of a torchscript artifact with a garbage graph: a target that opens it reports that."""
     hf_task = HfTask.TEXT_CLASSIFICATION
     shared = compiled_folder(tiny_model(hf_task), "torchscript", hf_task, shared_folder(tmp_path_factory))
     folder = Path(shutil.copytree(shared, tmp_path / "artifact"))
@@ -124,7 +124,7 @@ def artifact(tiny_model: ModelFactory, tmp_path_factory: pytest.TempPathFactory,
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change the manifest, and let it agree with the files; its own bytes are what its digest is of."""
+    """Change the manifest consistently; the artifact's digest is the digest of its bytes."""
     from compileflow.contracts.digests import list_files
 
     path = folder / MANIFEST_NAME
@@ -146,7 +146,7 @@ def test_artifact_for_a_cpu_that_has_more_is_refused_before_its_graph_is_opened(
 
 def test_artifact_for_this_cpu_reaches_the_target(artifact: Path) -> None:
     rewrite(artifact, lambda data: data["target"].update(cpu_features=list(cpu.cpu_features())))
-    # The proof that the others were refused earlier.
+    # The proof that the other loads were refused earlier.
     with pytest.raises(LoadError, match=r"model\.pt cannot be loaded by torch"):
         CompiledModel.from_pretrained(artifact)
 
@@ -159,7 +159,7 @@ def test_bf16_artifact_is_refused_on_a_cpu_without_it_before_its_graph_is_opened
     set_cpu(HASWELL)
     with pytest.raises(LoadError, match="torchscript cannot run bf16 here: this CPU has no bf16") as caught:
         CompiledModel.from_pretrained(artifact)
-    assert "compile at another precision" in caught.value.hint
+    assert "compile it at another precision" in caught.value.hint
     set_cpu(GRAVITON_3)
     with pytest.raises(LoadError, match=r"model\.pt cannot be loaded by torch"):
         CompiledModel.from_pretrained(artifact)

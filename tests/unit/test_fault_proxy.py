@@ -1,4 +1,4 @@
-"""The proxy does to a real client what each fault says, and nothing else."""
+"""Each fault of the proxy has its effect on a real client, and no other."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ BODY = bytes(range(256)) * 2000
 
 
 class _Echo(BaseHTTPRequestHandler):
-    """Answers with the body that came in, and keeps it."""
+    """Replies with the body of the request, and records it."""
 
     protocol_version = "HTTP/1.1"
-    kept: list[bytes]
+    bodies: list[bytes]
 
     def do_PUT(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.kept.append(body)
+        self.bodies.append(body)
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
 
     def log_message(self, *arguments: object) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
 
 @pytest.fixture
-def kept() -> list[bytes]:
+def bodies() -> list[bytes]:
     return []
 
 
 @pytest.fixture
-def proxy(kept: list[bytes]) -> Iterator[FaultProxy]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Echo", (_Echo,), {"kept": kept}))
+def proxy(bodies: list[bytes]) -> Iterator[FaultProxy]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Echo", (_Echo,), {"bodies": bodies}))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:
@@ -70,26 +70,28 @@ def put(opened: http.client.HTTPConnection, path: str = "/a?b=c", body: object =
     return reply.status, reply.read()
 
 
-def test_without_a_fault_everything_passes_on_one_connection(proxy: FaultProxy, kept: list[bytes]) -> None:
+def test_without_a_fault_everything_passes_on_one_connection(proxy: FaultProxy, bodies: list[bytes]) -> None:
     with connection(proxy) as opened:
         assert [put(opened), put(opened)] == [(200, BODY)] * 2
-    assert [(one.method, one.path, one.body_size) for one in proxy.seen] == [("PUT", "/a?b=c", len(BODY))] * 2
-    assert kept == [BODY] * 2
+    assert [(request.method, request.path, request.body_size) for request in proxy.seen] == [
+        ("PUT", "/a?b=c", len(BODY))
+    ] * 2
+    assert bodies == [BODY] * 2
 
 
-def test_cut_request_never_reaches_the_server(proxy: FaultProxy, kept: list[bytes]) -> None:
+def test_cut_request_never_reaches_the_server(proxy: FaultProxy, bodies: list[bytes]) -> None:
     proxy.inject(CutRequest(after_bytes=1000))
     with connection(proxy) as opened, pytest.raises(ConnectionError):
         put(opened)
-    assert kept == []
-    assert [one.body_size for one in proxy.seen] == [1000]
+    assert bodies == []
+    assert [request.body_size for request in proxy.seen] == [1000]
 
 
-def test_lost_reply_comes_after_the_server_did_it(proxy: FaultProxy, kept: list[bytes]) -> None:
+def test_lost_reply_comes_after_the_server_did_it(proxy: FaultProxy, bodies: list[bytes]) -> None:
     proxy.inject(LoseReply())
     with connection(proxy) as opened, pytest.raises(ConnectionError):
         put(opened)
-    assert kept == [BODY]
+    assert bodies == [BODY]
 
 
 def test_cut_reply_ends_before_its_length(proxy: FaultProxy) -> None:
@@ -105,12 +107,12 @@ def test_corrupted_reply_differs_in_one_byte(proxy: FaultProxy) -> None:
         assert put(opened) == (200, BODY)
 
 
-def test_answer_is_given_without_the_server(proxy: FaultProxy, kept: list[bytes]) -> None:
+def test_answer_is_given_without_the_server(proxy: FaultProxy, bodies: list[bytes]) -> None:
     proxy.inject(Answer(503, b"slow down", {"Retry-After": "1"}))
     with connection(proxy) as opened:
         assert put(opened) == (503, b"slow down")
         assert put(opened) == (200, BODY)
-    assert kept == [BODY]
+    assert bodies == [BODY]
 
 
 def test_hung_request_is_answered_when_its_time_is_over(proxy: FaultProxy) -> None:

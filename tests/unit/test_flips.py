@@ -15,8 +15,9 @@ from compileflow.validation.cases import Case
 from compileflow.validation.measure.decisions import Decisions
 from compileflow.validation.measure.flips import Flip
 from tests.conftest import ModelFactory
+from tests.in_process import InProcess
 from tests.models import build_model
-from tests.unit.proving import compile_here, validate_here
+from tests.unit.proving import validate_here
 
 CLASSIFY, TAG, EMBED = HfTask.TEXT_CLASSIFICATION, HfTask.TOKEN_CLASSIFICATION, HfTask.FEATURE_EXTRACTION
 MASK, ASK = HfTask.FILL_MASK, HfTask.QUESTION_ANSWERING
@@ -220,11 +221,11 @@ def test_outputs_of_the_wrong_shape_are_left_to_the_shape_gate() -> None:
 @pytest.mark.filterwarnings(r"ignore:.*torch\.jit\..*deprecated")
 @pytest.mark.parametrize("hf_task", [CLASSIFY, MASK])
 def test_report_of_a_refused_artifact_names_the_examples(
-    tiny_model: ModelFactory, tmp_path: Path, hf_task: HfTask
+    tiny_model: ModelFactory, in_process: InProcess, tmp_path: Path, hf_task: HfTask
 ) -> None:
     # Another model under the same name: what a wrong compile comes to.
     other = build_model(tmp_path / "other", hf_task, seed=1)
-    artifact_dir = compile_here(other, tmp_path / "artifact", target="torchscript", hf_task=hf_task)
+    artifact_dir = in_process.compile(other, tmp_path / "artifact", target="torchscript", hf_task=hf_task)
     proof = validate_here(tiny_model(hf_task), artifact_dir, tmp_path / "report")
     assert proof.outcome == "fail"
     flips, count = proof.report["flips"], proof.report["flips_count"]

@@ -1,4 +1,4 @@
-"""What every version of every registry needs stays; a registry that does not answer stops the collection."""
+"""A collection keeps what any version in any registry needs, and stops if a registry does not answer."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def stored(store: ArtifactStore, tmp_path: Path, text: str) -> str:
 
 
 def registered(tmp_path: Path, settings: Settings, name: str, **digests: str) -> str:
-    """Make a registry with one version; return its URI."""
+    """Create a registry with one version and return its URI."""
     uri = f"sqlite:///{tmp_path / name}.db"
     open_registry(uri, settings).register(version_entry(name, 1).model_copy(update=digests))
     return uri
@@ -58,10 +58,10 @@ def test_artifact_report_and_source_of_every_registry_stay(
     )
     second = registered(tmp_path, settings, "second", artifact_digest=digests[3])
     uris = (first, second)
-    would = collect_garbage(store.uri, uris, settings=settings, min_age_s=0, dry_run=True)
+    dry_run = collect_garbage(store.uri, uris, settings=settings, min_age_s=0, dry_run=True)
     assert sorted(store.list()) == sorted(digests)
-    assert collect_garbage(store.uri, uris, settings=settings, min_age_s=0) == would
-    assert (would.folders, would.blobs) == (1, 1)
+    assert collect_garbage(store.uri, uris, settings=settings, min_age_s=0) == dry_run
+    assert (dry_run.folders, dry_run.blobs) == (1, 1)
     assert sorted(store.list()) == sorted(digests[:4])
     assert all(store.exists(digest) for digest in digests[:4])
 
@@ -69,7 +69,7 @@ def test_artifact_report_and_source_of_every_registry_stay(
 def test_last_report_on_a_registered_artifact_stays(
     store: ArtifactStore, settings: Settings, tmp_path: Path
 ) -> None:
-    """A validation after the registration has the last word; what it is a record of must not vanish."""
+    """A validation after the registration replaces the verdict, so its report must be kept."""
     names = ("artifact", "recorded", "signed", "other")
     artifact, recorded, signed, other = (stored(store, tmp_path, text) for text in names)
     store.put_record("report-of", artifact, {"report_digest": recorded})
@@ -84,14 +84,14 @@ def test_last_report_on_a_registered_artifact_stays(
 def test_old_artifact_that_is_registered_stays_although_the_collection_began_before(
     settings: Settings, tmp_path: Path
 ) -> None:
-    """A run that finds its artifact, compiled long ago, registers it after the collector asked the registries."""
+    """A run registers an artifact that was compiled long ago, after the collection has read the registries."""
     store = LocalStore(settings.resolved_store_uri(), settings)
     artifact = store.put_folder(small_artifact(tmp_path / "artifact"))
     report = store.put_folder(small_artifact(tmp_path / "report", graph=b"report"))
-    left = stored(store, tmp_path, "garbage")
-    then = time.time() - 3 * DAY_S
+    garbage = stored(store, tmp_path, "garbage")
+    modified = time.time() - 3 * DAY_S
     for path in store.root.rglob("*"):
-        os.utime(path, (then, then))
+        os.utime(path, (modified, modified))
     version = register_version(
         FetchedSource(uri="hf://a/b", revision="main", stored_uri="", digest="5" * 64, size_bytes=1, cached=True),
         CompiledArtifact(
@@ -108,7 +108,7 @@ def test_old_artifact_that_is_registered_stays_although_the_collection_began_bef
     store.gc((), min_age_s=DAY_S)
     assert store.exists(version.artifact_digest)
     assert store.exists(version.report_digest)
-    assert not store.exists(left)
+    assert not store.exists(garbage)
 
 
 def test_error_does_not_show_a_registrys_password(
@@ -137,10 +137,10 @@ def test_registry_that_is_not_there_is_an_error_and_nothing_is_deleted(
     store: ArtifactStore, settings: Settings, tmp_path: Path
 ) -> None:
     digest = stored(store, tmp_path, "artifact")
-    there = registered(tmp_path, settings, "first")
+    existing = registered(tmp_path, settings, "first")
     for mistyped in (f"sqlite:///{tmp_path / 'frist'}.db", f"mlflow:sqlite:///{tmp_path / 'frist'}.db"):
         with pytest.raises(RegistryError, match="frist"):
-            collect_garbage(store.uri, (there, mistyped), settings=settings, min_age_s=0)
+            collect_garbage(store.uri, (existing, mistyped), settings=settings, min_age_s=0)
     assert store.exists(digest)
     assert not (tmp_path / "frist.db").exists()
 
@@ -163,10 +163,10 @@ def test_no_registry_at_all_is_refused(store: ArtifactStore, settings: Settings)
 def test_listing_that_is_written_while_others_are_deleted_keeps_its_blobs(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the age of its blobs: a put may take longer than anybody thought."""
+    """The age of its blobs does not matter, because a put may take long."""
     store = LocalStore(settings.resolved_store_uri(), settings)
-    doomed, late = (stored(store, tmp_path, text) for text in ("doomed", "late"))
-    listing = store.root / "manifests" / "sha256" / f"{late}.json"
+    deleted, written_late = (stored(store, tmp_path, text) for text in ("doomed", "late"))
+    listing = store.root / "manifests" / "sha256" / f"{written_late}.json"
     body = listing.read_bytes()
     listing.unlink()
     deleting = store.delete_listing
@@ -177,6 +177,6 @@ def test_listing_that_is_written_while_others_are_deleted_keeps_its_blobs(
 
     monkeypatch.setattr(store, "delete_listing", written_meanwhile)
     assert store.gc((), min_age_s=0).folders == 1
-    assert list(store.list()) == [late]
-    assert store.exists(late)
-    assert not store.exists(doomed)
+    assert list(store.list()) == [written_late]
+    assert store.exists(written_late)
+    assert not store.exists(deleted)

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from compileflow.spec import GRAPH_TASKS, HfTask
+from compileflow.spec import GRAPH_TASKS, ComponentSpec, HfTask
 from tests.conftest import ModelFactory
+from tests.in_process import InProcess
 from tests.models import ARCHITECTURES, SIGNAL_TASKS, TEXT_GRAPHS
-from tests.unit.proving import compile_here, validate_here
+from tests.unit.proving import validate_here
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:.*torch\.jit\..*deprecated")
 
@@ -27,10 +28,15 @@ _SLOW += [("bert", task, "torchscript") for task in GRAPH_TASKS if task.modality
     [*_QUICK, *(pytest.param(*each, marks=pytest.mark.slow) for each in _SLOW)],
 )
 def test_a_healthy_compile_passes_every_gate(
-    tiny_model: ModelFactory, tmp_path: Path, architecture: str, hf_task: HfTask, target: str
+    tiny_model: ModelFactory,
+    in_process: InProcess,
+    tmp_path: Path,
+    architecture: str,
+    hf_task: HfTask,
+    target: str,
 ) -> None:
     source_dir = tiny_model(hf_task, architecture)
-    artifact_dir = compile_here(source_dir, tmp_path / "artifact", target=target, hf_task=hf_task)
+    artifact_dir = in_process.compile(source_dir, tmp_path / "artifact", target=target, hf_task=hf_task)
     # Rates of 0.99 need 268 decisions.
     proof = validate_here(source_dir, artifact_dir, tmp_path / "report", max_examples=300)
     assert proof.outcome == "pass", proof.reason
@@ -43,15 +49,15 @@ def test_a_healthy_compile_passes_every_gate(
     ("longest", "target"), [pytest.param(12, "onnx-runtime", marks=pytest.mark.slow), (4, "torchscript")]
 )
 def test_a_maximum_below_the_usual_lengths_passes(
-    tiny_model: ModelFactory, tmp_path: Path, longest: int, target: str
+    tiny_model: ModelFactory, in_process: InProcess, tmp_path: Path, longest: int, target: str
 ) -> None:
     source_dir = tiny_model(HfTask.TEXT_CLASSIFICATION)
-    artifact_dir = compile_here(
+    artifact_dir = in_process.compile(
         source_dir,
         tmp_path / "artifact",
         target=target,
         hf_task=HfTask.TEXT_CLASSIFICATION,
-        max_sequence_length=longest,
+        components=[ComponentSpec(max_sequence_length=longest)],
     )
     proof = validate_here(source_dir, artifact_dir, tmp_path / "report")
     assert proof.outcome == "pass", proof.reason

@@ -80,12 +80,12 @@ def prepared(sound: Path, root: Path, refusal: Refusal) -> dict[str, Any]:
         pretend_installed(root / "installed", name, version)
     if refusal.flags:
         (root / "cpuinfo").write_text(f"flags\t\t: {refusal.flags}\n", "utf-8")
-    asked = dict(refusal.asked)
-    if isinstance(asked.get("require_signature"), str):
-        asked["require_signature"] = str(root / asked["require_signature"])
+    arguments = dict(refusal.arguments)
+    if isinstance(arguments.get("require_signature"), str):
+        arguments["require_signature"] = str(root / arguments["require_signature"])
     return {
         "location": refusal.location(folder),
-        "asked": asked,
+        "arguments": arguments,
         "installed": str(root / "installed"),
         "cpuinfo": str(root / "cpuinfo" if refusal.flags else cpu.CPUINFO),
     }
@@ -254,8 +254,8 @@ class TestTrusted:
             pipeline = CompiledPipeline.from_pretrained(changed, trust=True)
         (warning,) = caplog.messages
         assert warning == (
-            f"{changed} is loaded unverified, because of trust=True: "
-            "config.json, notes.txt differ from the manifest or are not in it."
+            f"Loading {changed} unverified, because of trust=True: "
+            "config.json, notes.txt differ from the manifest or are not listed in it."
         )
         assert pipeline("the end") == CompiledPipeline.from_pretrained(sound)("the end")
 

@@ -63,9 +63,9 @@ def test_whole_artifact_passes(artifact: Path) -> None:
 
 
 def test_same_manifest_is_written_as_the_same_bytes(artifact: Path) -> None:
-    before = (artifact / MANIFEST_NAME).read_bytes()
+    original = (artifact / MANIFEST_NAME).read_bytes()
     read_manifest(artifact).write(artifact)
-    assert (artifact / MANIFEST_NAME).read_bytes() == before
+    assert (artifact / MANIFEST_NAME).read_bytes() == original
 
 
 @pytest.mark.parametrize("version", [0, 4, "1", None])

@@ -1,4 +1,4 @@
-"""A mirror has the folders and what is recorded on them, checked on the way; a second run sends nothing."""
+"""A mirror holds the folders and the records about them, verified on the way; a second run sends nothing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def to_uri(tmp_path: Path) -> str:
 
 
 def stored(store: ArtifactStore, tmp_path: Path, text: str) -> str:
-    folder = tmp_path / f"made-{text}"
+    folder = tmp_path / f"folder-{text}"
     folder.mkdir()
     (folder / "file").write_text(text)
     return store.put_folder(folder).digest
@@ -51,18 +51,18 @@ def test_second_run_to_s3_sends_nothing(
         monkeypatch.setenv("COMPILEFLOW_S3_ENDPOINT_URL", proxy.url)
         get_settings.cache_clear()
         assert mirror_store(source.uri, to_uri, settings=get_settings()) == 2
-        sent = [one for one in proxy.seen if one.method == "PUT"]
+        sent = [request for request in proxy.seen if request.method == "PUT"]
         # Two blobs, two listings, one record.
         assert len(sent) == 5
         assert mirror_store(source.uri, to_uri, settings=get_settings()) == 2
-        assert [one for one in proxy.seen if one.method == "PUT"] == sent
+        assert [request for request in proxy.seen if request.method == "PUT"] == sent
         mirror = open_store(to_uri, get_settings())
         assert sorted(mirror.list()) == sorted([artifact, report])
         record = mirror.get_record("report-of", artifact)
         assert record is not None
         assert record["report_uri"] == mirror.folder_uri(report)
         mirror.get_folder(artifact, tmp_path / "out")
-    assert list_files(tmp_path / "out") == list_files(tmp_path / "made-artifact")
+    assert list_files(tmp_path / "out") == list_files(tmp_path / "folder-artifact")
 
 
 def test_one_folder_brings_the_report_on_it_and_nothing_else(
@@ -120,18 +120,18 @@ def test_altered_folder_is_not_copied(
 def test_report_that_a_verdict_stands_on_comes_with_its_artifact(
     source: ArtifactStore, to_uri: str, settings: Settings, tmp_path: Path
 ) -> None:
-    """Where a run without the key validated again, the signed verdict and the last record name two reports."""
-    artifact, said, last = (stored(source, tmp_path, text) for text in ("artifact", "said", "last"))
-    put_statement(source, artifact, verdict_statement(artifact, judged(report=said)), None)
-    report_on(source, artifact, last)
+    """After another validation without the key, the signed verdict and the last record name two reports."""
+    artifact, attested, latest = (stored(source, tmp_path, text) for text in ("artifact", "attested", "latest"))
+    put_statement(source, artifact, verdict_statement(artifact, judged(report=attested)), None)
+    report_on(source, artifact, latest)
     assert mirror_store(source.uri, to_uri, settings=settings, digests=[artifact]) == 3
-    assert sorted(open_store(to_uri, settings).list()) == sorted([artifact, said, last])
+    assert sorted(open_store(to_uri, settings).list()) == sorted([artifact, attested, latest])
 
 
 def test_store_without_a_folder_is_not_taken_for_one_that_was_copied(
     source: ArtifactStore, to_uri: str, settings: Settings
 ) -> None:
-    """A mistyped prefix would look like a backup that was made."""
+    """With a mistyped prefix, the command must not look like a successful backup."""
     with pytest.raises(SpecError, match="does not hold any folder") as caught:
         mirror_store(source.uri, to_uri, settings=settings)
     assert "URI" in caught.value.hint

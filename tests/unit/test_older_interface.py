@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from compileflow import CompiledModel, CompiledPipeline, CompiledTokenizer, HfTask
-from compileflow._process.run import ChildResult, run_in_child
+from compileflow._process.run import run_in_child
 from compileflow.contracts import TensorRecord
 from compileflow.errors import (
     InputError,
@@ -33,9 +33,9 @@ from compileflow.local.comparison import Tolerance, check_output
 from compileflow.settings import get_settings
 from compileflow.source_model.tasks import AUTO_CLASSES
 from compileflow.testing.targets import hide_distributions
-from tests.compiles import build_once
 from tests.conftest import ModelFactory
 from tests.doubles.fixtures import vendor_doubles as vendor_doubles
+from tests.in_process import InProcess
 from tests.models import MAX_TOKENS, sentences
 
 ROOT = Path(__file__).parents[2]
@@ -67,17 +67,12 @@ Sources = Callable[..., Any]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A local cache for this file; compiles run in this process, but where a test says otherwise."""
-
-    def build(function: str, request: Any, **_: Any) -> ChildResult:
-        return ChildResult(build_once(request), 0.1, 1)
-
+def home(in_process: InProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A local cache for this file. Compiles run in this process unless a test says otherwise."""
     folder = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patched:
+    with pytest.MonkeyPatch.context() as patched, in_process.instead_of_children():
         patched.setenv("COMPILEFLOW_HOME", str(folder))
         get_settings.cache_clear()
-        patched.setattr(local_compile, "run_in_child", build)
         yield folder
     get_settings.cache_clear()
 
@@ -301,7 +296,10 @@ def test_tokenizer_settings_of_a_pipeline_survive_and_win(source: Sources, tmp_p
         ({"tokenizer_settings": {"paddding": True}}, "Did you mean padding"),
         ({"tokenizer_settings": {"max_length": LENGTH + 1}}, "compiled for 16 tokens"),
         ({"model_tracing_settings": {"batchsize": 2}}, "Did you mean batch_size"),
-        ({"model_tracing_settings": {"frozen": True}}, "torchscript option 'frozen'.*The options of torchscript are: none"),
+        (
+            {"model_tracing_settings": {"frozen": True}},
+            "torchscript option 'frozen'.*The options of torchscript are: none",
+        ),
         ({"max_length": MAX_TOKENS + 1}, f"positions for {MAX_TOKENS} tokens"),
         ({"max_length": 0}, "sequence_length is 0"),
         ({"batch_size": 0}, "batch_size is 0"),

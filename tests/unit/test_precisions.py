@@ -18,11 +18,11 @@ from compileflow import CompiledTokenizer
 from compileflow.artifact.open import OpenArtifact, open_artifact
 from compileflow.catalog import get_target
 from compileflow.contracts import Arrays, Runner
-from compileflow.spec import CompileSpec, ComponentSpec, HfTask, Precision, ShapeBucket
+from compileflow.spec import ComponentSpec, HfTask, Precision, ShapeBucket
 from compileflow.steps.calibration import CalibrationSettings, calibration_batches, load_calibration
 from compileflow.validation.measure.metrics import rel_l2
-from tests.compiles import build_once
 from tests.conftest import ModelFactory
+from tests.in_process import InProcess
 from tests.models import sentences
 
 TASK = HfTask.TEXT_CLASSIFICATION
@@ -48,6 +48,7 @@ Artifacts = Callable[..., OpenArtifact]
 
 
 def build(
+    in_process: InProcess,
     source_dir: Path,
     out_dir: Path,
     target: str,
@@ -57,41 +58,35 @@ def build(
     task: HfTask = TASK,
     calibration: dict[str, Any] | None = None,
 ) -> OpenArtifact:
-    """Compile in this process, whether or not the CPU has the precision."""
+    """Compile and open, whether or not the CPU has the precision."""
     dynamic = get_target(target).capabilities.dynamic_axes
     bucket = ShapeBucket(batch_size=ROWS, sequence_length=LENGTH)
-    spec = CompileSpec(
-        target=target,
-        hf_task=task,
-        precision=precision,
-        components=(ComponentSpec(shape_buckets=() if dynamic else (bucket,)),),
-        target_options=options,
-    )
     if calibration is None and get_target(target).Options.model_validate(options).needs_calibration(precision):
         calibration = load_calibration(task, CalibrationSettings(max_examples=64)).to_json()
-    out_dir.mkdir()
-    build_once(
-        {
-            "source_dir": str(source_dir),
-            "out_dir": str(out_dir),
-            "spec": spec.model_dump(mode="json"),
-            "source": {"uri": source_dir.as_uri(), "revision": "0" * 64, "digest": "0" * 64},
-            "threads": 1,
-            "calibration": calibration,
-        }
+    artifact_dir = in_process.compile(
+        source_dir,
+        out_dir,
+        target=target,
+        hf_task=task,
+        components=[ComponentSpec(shape_buckets=() if dynamic else (bucket,))],
+        precision=precision,
+        options=options,
+        calibration=calibration,
     )
-    return open_artifact(out_dir)
+    return open_artifact(artifact_dir)
 
 
 @pytest.fixture(scope="session")
-def artifacts(tiny_model: ModelFactory, tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
+def artifacts(
+    tiny_model: ModelFactory, in_process: InProcess, tmp_path_factory: pytest.TempPathFactory
+) -> Artifacts:
     """Compile once a session: `artifacts(target, precision, {"option": value})`."""
     root = tmp_path_factory.mktemp("precisions")
 
     @cache
     def make(target: str, precision: Precision, options: str) -> OpenArtifact:
         number = len(list(root.iterdir()))
-        return build(tiny_model(TASK), root / f"{number}", target, precision, json.loads(options))
+        return build(in_process, tiny_model(TASK), root / f"{number}", target, precision, json.loads(options))
 
     def compiled(target: str, precision: Precision, options: dict[str, Any] | None = None) -> OpenArtifact:
         return make(target, precision, json.dumps(options or {}, sort_keys=True))
@@ -199,7 +194,7 @@ def test_openvino_has_a_stream_a_thread_for_throughput_and_one_for_latency(
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["onnx-runtime", "openvino"])
 def test_static_int8_of_a_real_model_is_nearer_when_calibrated_on_natural_text(
-    tmp_path: Path, target: str
+    in_process: InProcess, tmp_path: Path, target: str
 ) -> None:
     from transformers import AutoTokenizer
 
@@ -230,10 +225,11 @@ def test_static_int8_of_a_real_model_is_nearer_when_calibrated_on_natural_text(
         runner.close()
         return np.concatenate(rows)
 
-    reference = pooled(build(model, tmp_path / "fp32", target, FP32, {}, task=task))
+    reference = pooled(build(in_process, model, tmp_path / "fp32", target, FP32, {}, task=task))
     errors = {
         name: rel_l2(
-            reference, pooled(build(model, tmp_path / name, target, INT8, static, task=task, calibration=given))
+            reference,
+            pooled(build(in_process, model, tmp_path / name, target, INT8, static, task=task, calibration=given)),
         )
         for name, given in settings.items()
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +11,14 @@ import pytest
 from compileflow.catalog import open_store
 from compileflow.contracts.digests import list_files
 from compileflow.errors import MeasurementError
-from compileflow.settings import Settings
 from compileflow.spec import HfTask
 from compileflow.steps.report_file import read_report
 from compileflow.steps.values import FetchedSource, ValidatedArtifact
 from compileflow.validation.registered_tests import RegisteredTests, answers_to, plain, read_registered_tests
 from tests.conftest import ModelFactory
-from tests.steps import Pipeline, in_process
+from tests.steps import Pipeline
 
 INPUTS = ["It arrived on time.", "It never came, and nobody answered.", "Good."]
-
-
-@pytest.fixture
-def pipeline(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pipeline]:
-    with in_process(settings, monkeypatch) as made:
-        yield made
 
 
 def write(folder: Path, **files: Any) -> Path:
@@ -116,10 +108,13 @@ def test_questions_with_contexts_are_natural_examples_of_their_task() -> None:
     ("files", "message"),
     [
         ({"inputs": "not json"}, r"inputs\.json cannot be read"),
-        ({"inputs": {}}, r"inputs\.json is no JSON list"),
-        ({"inputs": []}, "holds nothing"),
+        ({"inputs": {}}, r"Expected a JSON list in .*inputs\.json, got dict"),
+        ({"inputs": []}, "inputs.json is empty"),
         ({"inputs": ["a"], "predictions": []}, "1 test inputs and 0 predictions"),
-        ({"inputs": ["a"], "inference_params": []}, r"inference_params\.json is no JSON object"),
+        (
+            {"inputs": ["a"], "inference_params": []},
+            r"Expected a JSON object in .*inference_params\.json, got list",
+        ),
         ({}, r"inputs\.json cannot be read"),
     ],
 )
@@ -132,7 +127,7 @@ def test_one_answer_an_input_is_what_counts() -> None:
     two = RegisteredTests(("a", "b"), {"top_k": 1}, None)
     assert answers_to(two, lambda inputs, top_k: [(one, top_k) for one in inputs]) == [["a", 1], ["b", 1]]
     assert answers_to(RegisteredTests(("a",), {}, None), lambda inputs: {"answer": "x"}) == [{"answer": "x"}]
-    with pytest.raises(MeasurementError, match="one answer each"):
+    with pytest.raises(MeasurementError, match="Expected one answer for each of .* 2 test inputs, got 1"):
         answers_to(two, lambda inputs, top_k: ["a"])
 
 

@@ -62,7 +62,7 @@ def test_other_versions_load_or_not(
             patch.syspath_prepend(tmp_path / version)
             with pytest.raises(LoadError, match=f"{name} needs {distribution} ") as caught:
                 check_runtime(target, {distribution: compiled})
-        assert f", compiled with {compiled}; found {version}." in str(caught.value)
+        assert f" (compiled with {compiled}), found {version}." in str(caught.value)
         assert f"'{distribution}" in caught.value.hint
 
 
@@ -73,10 +73,12 @@ def test_all_that_does_not_fit_is_named_with_one_command(tmp_path: Path, monkeyp
     with pytest.raises(LoadError) as caught:
         check_runtime(get_target("blade"), {"torch": "1.12.0", "torch_blade": "0.2.0", "transformers": "5.23.0"})
     assert caught.value.message == (
-        "blade needs torch_blade ==0.2.*, compiled with 0.2.0; found none; "
-        "and torch ==1.12.*, compiled with 1.12.0; found 2.7.0."
+        "blade needs torch_blade ==0.2.* (compiled with 0.2.0), found none; "
+        "and torch ==1.12.* (compiled with 1.12.0), found 2.7.0."
     )
-    assert caught.value.hint.startswith("Run: pip install 'torch_blade==0.2.*' 'torch==1.12.*', with torch_blade from ")
+    assert caught.value.hint.startswith(
+        "Run: pip install 'torch_blade==0.2.*' 'torch==1.12.*', with torch_blade from "
+    )
 
 
 @pytest.mark.parametrize("name", ["neuron", "neuronx", "hyperdex"])
@@ -100,5 +102,7 @@ def test_version_of_one_part_is_that_and_zero() -> None:
 
 
 def test_recorded_version_that_is_none_is_the_manifests_error() -> None:
-    with pytest.raises(ManifestError, match=r"names torch 'newest', which is not a version.*Compile the model again"):
+    with pytest.raises(
+        ManifestError, match=r"names torch 'newest', which is not a version.*Compile the model again"
+    ):
         runtime_needs({"torch": ">={minor}"}, {"torch": "newest"})

@@ -1,6 +1,6 @@
-"""What networks and servers do to the S3 store, injected by a proxy; and what is left behind each time.
+"""The S3 store under faults of the network and the server, which a proxy injects, and what each fault leaves.
 
-Over 300 lines, because every test is a fault between the same store and the same proxy.
+The file is long because every test puts a fault between the same store and the same proxy.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ BROKEN = Answer(500, b"<Error><Code>InternalError</Code><Message>We encountered 
 
 @pytest.fixture
 def proxy(moto: Moto, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    """Stand between the store and the server; give up early, as nobody wants to wait for boto3's later tries."""
+    """A proxy between the store and the server. boto3 gives up early, to keep the tests short."""
     monkeypatch.setattr(s3_client, "_ATTEMPTS", 2)
     monkeypatch.setattr(blob_downloads, "_PAUSE_S", 0.01)
     with FaultProxy(moto.url) as started:
@@ -62,20 +62,22 @@ def store(proxy: FaultProxy, bucket: str) -> S3Store:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    made = tmp_path / "folder"
-    made.mkdir()
-    (made / "config.json").write_bytes(b"{}")
-    (made / "weights").write_bytes(os.urandom(MIB))
-    return made
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "config.json").write_bytes(b"{}")
+    (path / "weights").write_bytes(os.urandom(MIB))
+    return path
 
 
 def blob_bytes(proxy: FaultProxy, *, since: int = 0) -> int:
-    """Return how many bytes of blobs were sent."""
-    return sum(one.body_size for one in proxy.seen[since:] if one.method == "PUT" and BLOBS in one.path)
+    """Return the number of bytes of blobs that were sent."""
+    return sum(
+        request.body_size for request in proxy.seen[since:] if request.method == "PUT" and BLOBS in request.path
+    )
 
 
 def assert_whole(store: S3Store, folder: Path, out: Path) -> None:
-    """The store has the folder, and gives the very bytes."""
+    """Check that the store holds only this folder, with the same bytes."""
     digest = folder_digest(list_files(folder))
     assert list(store.list()) == [digest]
     assert store.exists(digest)
@@ -107,13 +109,13 @@ def test_fault_that_stays_leaves_no_listing_and_the_next_put_sends_what_is_missi
     assert caught.value.retryable
     assert_says_no_secret(caught.value)
     assert list(store.list()) == []
-    began = len(proxy.seen)
+    request_count = len(proxy.seen)
     store.put_folder(folder)
-    assert blob_bytes(proxy, since=began) <= MIB + len(b"{}")
+    assert blob_bytes(proxy, since=request_count) <= MIB + len(b"{}")
     assert_whole(store, folder, tmp_path / "out")
-    began = len(proxy.seen)
+    request_count = len(proxy.seen)
     store.put_folder(folder)
-    assert blob_bytes(proxy, since=began) == 0
+    assert blob_bytes(proxy, since=request_count) == 0
 
 
 @pytest.mark.parametrize("path", [BLOBS, LISTINGS])
@@ -133,18 +135,18 @@ def test_download_that_breaks_off_goes_on_where_it_broke_off(
     digest = store.put_folder(folder).digest
     weights = next(record.sha256 for record in list_files(folder) if record.path == "weights")
     proxy.inject(CutResponse(MIB // 2), method="GET", path=weights)
-    asked: list[str] = []
+    ranges: list[str] = []
     store._objects.client.meta.events.register(
-        "before-call.s3.GetObject", lambda params, **_: asked.append(params["headers"].get("Range", "whole"))
+        "before-call.s3.GetObject", lambda params, **_: ranges.append(params["headers"].get("Range", "whole"))
     )
     assert list_files_of(store, digest, tmp_path / "out") == list_files(folder)
-    assert any(one.startswith("bytes=") and one != "bytes=0-" for one in asked)
+    assert any(byte_range.startswith("bytes=") and byte_range != "bytes=0-" for byte_range in ranges)
 
 
 def test_reply_whose_encryption_breaks_is_asked_for_again(
     store: S3Store, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What TLS finds wrong in a body is no error of boto3's."""
+    """boto3 does not translate an error that TLS finds in a body."""
     digest = store.put_folder(folder).digest
     reading, broken = StreamingBody.read, 0
 
@@ -199,7 +201,10 @@ def test_opened_folder_is_downloaded_once_and_checked_again(
     digest = store.put_folder(folder).digest
 
     def downloads() -> int:
-        return sum(one.method == "GET" and BLOBS in one.path and "list-type" not in one.path for one in proxy.seen)
+        return sum(
+            request.method == "GET" and BLOBS in request.path and "list-type" not in request.path
+            for request in proxy.seen
+        )
 
     for _ in range(2):
         with store.open_folder(digest) as opened:
@@ -208,7 +213,7 @@ def test_opened_folder_is_downloaded_once_and_checked_again(
         assert downloads() == 2
     store.get_folder(digest, tmp_path / "out")
     assert downloads() == 2
-    # What was given away may be written to, and the cache is none the worse.
+    # The test may write to the fetched folder without changing the cache.
     (tmp_path / "out" / "weights").write_bytes(b"mine")
     cached = next(path for path in (get_settings().home_dir / "blobs").rglob("*") if path.stat().st_size == MIB)
     cached.chmod(0o644)
@@ -230,7 +235,7 @@ def test_eight_writers_of_one_folder_at_once_store_it_once(
     (folder / "weights").write_bytes(os.urandom(size_bytes))
     stores = [in_parts(S3Store(f"s3://{bucket}/p", get_settings())) for _ in range(8)]
     with ThreadPoolExecutor(len(stores)) as threads:
-        digests = set(threads.map(lambda one: one.put_folder(folder).digest, stores))
+        digests = set(threads.map(lambda store: store.put_folder(folder).digest, stores))
     assert digests == {folder_digest(list_files(folder))}
     assert_whole(stores[0], folder, tmp_path / "out")
 
@@ -244,10 +249,10 @@ def test_parts_that_arrived_are_not_sent_again(
     with pytest.raises(StoreUnavailableError):
         store.put_folder(folder)
     assert list(store.list()) == []
-    began = len(proxy.seen)
+    request_count = len(proxy.seen)
     store.put_folder(folder)
-    # What is missing: the fourth part, which is the last one, and perhaps the small file.
-    assert 2 * MIB <= blob_bytes(proxy, since=began) <= 2 * MIB + len(b"{}")
+    # Missing are the fourth part, which is the last one, and perhaps the small file.
+    assert 2 * MIB <= blob_bytes(proxy, since=request_count) <= 2 * MIB + len(b"{}")
     assert_whole(store, folder, tmp_path / "out")
 
 
@@ -263,7 +268,7 @@ def test_lost_reply_to_the_last_request_of_an_upload_is_success(
 
 def test_file_that_changed_before_its_parts_were_sent_is_refused(store: S3Store, folder: Path, moto: Moto) -> None:
     (folder / "weights").write_bytes(os.urandom(12 * MIB))
-    record = next(one for one in list_files(folder) if one.path == "weights")
+    record = next(record for record in list_files(folder) if record.path == "weights")
     (folder / "weights").write_bytes(os.urandom(12 * MIB))
     with pytest.raises(StoreError, match="changed while"):
         in_parts(store)._uploads.put_file(folder / "weights", record, None, lambda size: None)
@@ -286,15 +291,15 @@ def test_put_that_was_killed_in_the_middle_is_resumed(
     proxy.inject(Hang(600), path=f"partNumber={middle}&")
     put = ("compileflow.testing.stores:put", "compileflow.catalog:open_store", store.uri, str(folder))
     with other_process(*put) as other:
-        wait_for(lambda: any(f"partNumber={middle + 2}&" in one.path for one in proxy.seen))
+        wait_for(lambda: any(f"partNumber={middle + 2}&" in request.path for request in proxy.seen))
         assert other.kill() == []
     assert list(store.list()) == []
     assert list(store._objects.list("blobs/")) == []
-    have = parts_bytes(moto, store)
-    assert have >= (middle - 4) * blob_uploads.PART_BYTES
-    began = len(proxy.seen)
+    arrived = parts_bytes(moto, store)
+    assert arrived >= (middle - 4) * blob_uploads.PART_BYTES
+    request_count = len(proxy.seen)
     store.put_folder(folder)
-    assert 0 < blob_bytes(proxy, since=began) <= size_bytes - have
+    assert 0 < blob_bytes(proxy, since=request_count) <= size_bytes - arrived
     assert_whole(store, folder, tmp_path / "out")
 
 
@@ -309,7 +314,7 @@ def test_put_that_was_killed_in_the_middle_is_resumed(
 def test_refusal_is_one_line_that_says_what_to_do(
     store: S3Store, proxy: FaultProxy, folder: Path, status: int, code: str, hint: str
 ) -> None:
-    # What a server says may quote what it was sent.
+    # The message of a server may quote the request.
     body = f"<Error><Code>{code}</Code><Message>{AWS_SECRET_ACCESS_KEY}</Message></Error>".encode()
     proxy.inject(Answer(status, body), method="PUT", path=BLOBS, times=9)
     with pytest.raises(StoreError, match=code) as caught:
@@ -339,7 +344,8 @@ def test_wrong_key_and_wrong_secret_are_refused_by_a_server_that_checks_them(
 
         def put(key_id: str, secret: str) -> None:
             fields = {
-                name.removeprefix("COMPILEFLOW_").lower(): one for name, one in store_environment(moto.url).items()
+                name.removeprefix("COMPILEFLOW_").lower(): value
+                for name, value in store_environment(moto.url).items()
             }
             fields |= {"s3_access_key_id": key_id, "s3_secret_access_key": secret}
             S3Store("s3://bucket/p", Settings(home=settings.home, **fields)).put_folder(folder)
@@ -437,7 +443,7 @@ def test_objects_carry_encryption_tags_and_storage_class(moto: Moto, bucket: str
     store = S3Store(f"s3://{bucket}/p", get_settings().model_copy(update=fields))
     digest = store.put_folder(folder).digest
     client = moto.client()
-    keys = {one.key: store._objects.place(one.key) for one in store._objects.list("")}
+    keys = {item.key: store._objects.place(item.key) for item in store._objects.list("")}
     assert len(keys) == 3
     for key, place in keys.items():
         head = client.head_object(**place)
@@ -455,22 +461,22 @@ def test_stale_uploads_are_given_up_and_young_ones_are_not(store: S3Store, proxy
         b"<ListMultipartUploadsResult><Upload><Key>p/blobs/sha256/aa/stale</Key><UploadId>1</UploadId>"
         b"<Initiated>2999-01-01T00:00:00.000Z</Initiated></Upload></ListMultipartUploadsResult>"
     )
-    # moto says of each upload that it was begun in 2010; this server says otherwise.
+    # moto dates every upload 2010. This reply has a date in the future.
     proxy.inject(Answer(200, young, {"Content-Type": "application/xml"}), path="?uploads")
     store.gc((), min_age_s=0)
-    assert [one for one in proxy.seen if one.method == "DELETE"] == []
+    assert [request for request in proxy.seen if request.method == "DELETE"] == []
     store.gc((), min_age_s=0)
-    assert [one["UploadId"] for one in client.list_multipart_uploads(Bucket=bucket)["Uploads"]] == [other]
+    assert [upload["UploadId"] for upload in client.list_multipart_uploads(Bucket=bucket)["Uploads"]] == [other]
 
 
 def in_parts(store: S3Store) -> S3Store:
-    """Let the store send in parts what it would send in one; 5 MiB is the least that S3 takes."""
+    """Let the store send parts of 5 MiB, the minimum of S3, where it would send one request."""
     store._uploads = blob_uploads.BlobUploads(store._objects, single_bytes=2 * MIB, part_bytes=5 * MIB)
     return store
 
 
 def parts_bytes(moto: Moto, store: S3Store) -> int:
-    """Return how much of unfinished uploads the server has."""
+    """Return the size of the parts of unfinished uploads on the server."""
     client, bucket = moto.client(), store._objects.bucket
     (upload,) = client.list_multipart_uploads(Bucket=bucket)["Uploads"]
     parts = client.list_parts(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"]).get("Parts", ())
@@ -478,14 +484,14 @@ def parts_bytes(moto: Moto, store: S3Store) -> int:
 
 
 def wait_for(condition: Callable[[], bool], *, timeout_s: float = 60.0) -> None:
-    until = time.monotonic() + timeout_s
+    deadline = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < until, "waited in vain"
+        assert time.monotonic() < deadline, f"the condition was not met within {timeout_s:g} s"
         time.sleep(0.02)
 
 
 def assert_says_no_secret(error: BaseException) -> None:
-    """One line, without a secret, and not how the request was signed."""
-    told = str(error)
-    assert not [secret for secret in (*ALL, AWS_ACCESS_KEY_ID, "X-Amz-Signature") if secret in told]
+    """Check that an error is one line without a secret or a signature."""
+    text = str(error)
+    assert not [secret for secret in (*ALL, AWS_ACCESS_KEY_ID, "X-Amz-Signature") if secret in text]
     assert "\n" not in str(error)

@@ -1,4 +1,4 @@
-"""The lock on S3 is kept as long as its holder lives, by the server's clock, and its loss is told."""
+"""The lock on S3: its holder renews it, the server's clock decides its age, and a loss is logged."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def leases(store: S3Store) -> list[str]:
 
 def test_lease_is_renewed_for_longer_than_it_lasts(store: S3Store) -> None:
     waits: list[str] = []
-    got = threading.Event()
+    taken = threading.Event()
 
     def take() -> None:
         with store.lock("key", on_wait=lambda: waits.append("waits")):
-            got.set()
+            taken.set()
 
     with store.lock("key", on_wait=lambda: waits.append("first")):
         other = threading.Thread(target=take)
         other.start()
-        # More than twice the lease, whose age the server tells to the second.
-        assert not got.wait(3.2)
+        # More than twice the lease, because the server reports its age in whole seconds.
+        assert not taken.wait(3.2)
     other.join()
     assert waits == ["waits"]
     assert leases(store) == []
@@ -50,13 +50,13 @@ def test_holder_that_loses_its_lease_is_told_goes_on_and_leaves_the_new_one(
     with caplog.at_level(logging.WARNING), store.lock("key", on_wait=lambda: None):
         (key,) = leases(store)
         store._objects.write(key, b'{"holder": "another"}')
-        until = time.monotonic() + 10
+        deadline = time.monotonic() + 10
         while "took over the lock" not in caplog.text:
-            assert time.monotonic() < until
+            assert time.monotonic() < deadline
             time.sleep(0.05)
-    read = store._objects.read(key)
-    assert read is not None
-    assert read[0] == b'{"holder": "another"}'
+    current = store._objects.read(key)
+    assert current is not None
+    assert current[0] == b'{"holder": "another"}'
 
 
 def test_lease_too_old_by_the_servers_clock_is_taken_over(store: S3Store, moto: Moto, bucket: str) -> None:
@@ -78,25 +78,25 @@ def test_lost_replies_do_not_cost_the_lease(
         monkeypatch.setenv("COMPILEFLOW_S3_ENDPOINT_URL", proxy.url)
         get_settings.cache_clear()
         proxied = S3Store(store.uri, get_settings())
-        # The first takes it, the second renews it.
+        # The first request takes the lock, the second renews it.
         proxy.inject(LoseReply(), method="PUT", path="/locks/", times=1)
         proxy.inject(LoseReply(), method="PUT", path="/locks/", times=1, skip=1)
         with proxied.lock("key", on_wait=lambda: pytest.fail("it waits for itself")):
-            until = time.monotonic() + 10
-            while sum(one.method == "PUT" for one in proxy.seen) < 5:
-                assert time.monotonic() < until
+            deadline = time.monotonic() + 10
+            while sum(request.method == "PUT" for request in proxy.seen) < 5:
+                assert time.monotonic() < deadline
                 time.sleep(0.05)
     assert caplog.text == ""
     assert leases(store) == []
 
 
 def test_holder_that_did_not_notice_its_loss_leaves_the_new_one(store: S3Store) -> None:
-    """As one that was stopped for a while and ends before it renews."""
-    late, new = (_Lease(store._objects, "locks/key.json", 60) for _ in range(2))
-    assert late.take()
+    """The holder was suspended for a while and ends before the next renewal."""
+    stopped, successor = (_Lease(store._objects, "locks/key.json", 60) for _ in range(2))
+    assert stopped.take()
     store._objects.delete("locks/key.json")
-    assert new.take()
-    late.release()
+    assert successor.take()
+    stopped.release()
     assert leases(store) == ["locks/key.json"]
-    new.release()
+    successor.release()
     assert leases(store) == []

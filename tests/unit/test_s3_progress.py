@@ -1,4 +1,4 @@
-"""A transfer shows itself on a terminal once it has taken a while, and nowhere else."""
+"""Only a long transfer on a terminal shows a progress bar."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def test_terminal_shows_bytes_and_rate_of_a_long_transfer(monkeypatch: pytest.Mo
     monkeypatch.setattr(s3_progress, "SHOW_AFTER_S", 0.0)
     monkeypatch.setattr(sys, "stderr", Terminal())
     transfer()
-    shown = sys.stderr.getvalue()
-    assert "storing" in shown
-    assert "2.0/2.0 MB" in shown
-    assert "/s" in shown
+    output = sys.stderr.getvalue()
+    assert "storing" in output
+    assert "2.0/2.0 MB" in output
+    assert "/s" in output
 
 
 def test_short_transfer_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,14 +21,14 @@ from compileflow.source_model.lengths import frame_convolutions, frames_of, shor
 from compileflow.source_model.load import load_source_model
 from compileflow.source_model.processor import LONGEST_S, load_processor, longest_signal
 from compileflow.source_model.tasks import task_of_architecture
-from compileflow.spec import CompileSpec, ComponentSpec, HfTask
-from compileflow.steps.build import build_artifact
+from compileflow.spec import ComponentSpec, HfTask
 from compileflow.steps.compile import detect_task
 from compileflow.testing.pipelines import assert_same_result
 from compileflow.validation.cases import generated_signals, load_signals, signals_digest
 from tests.conftest import ModelFactory
+from tests.in_process import InProcess
 from tests.models import SIGNAL_TASKS
-from tests.unit.proving import compile_here, reseal, validate_here
+from tests.unit.proving import reseal, validate_here
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:.*torch\.jit\..*deprecated")
 
@@ -113,39 +113,49 @@ def without_mask(source: Path, folder: Path) -> Path:
 
 
 def test_fixed_shapes_are_refused_where_padding_would_change_the_answers(
-    tiny_model: ModelFactory, tmp_path: Path
+    tiny_model: ModelFactory, in_process: InProcess, tmp_path: Path
 ) -> None:
     source = without_mask(tiny_model(SPEECH), tmp_path / "model")
-    with pytest.raises(SpecError, match="torchscript pads inputs to fixed shapes, but this model has no attention mask"):
-        compile_here(source, tmp_path / "artifact", target="torchscript", hf_task=SPEECH)
+    with pytest.raises(
+        SpecError, match="torchscript pads inputs to fixed shapes, but this model has no attention mask"
+    ):
+        in_process.compile(source, tmp_path / "artifact", target="torchscript", hf_task=SPEECH)
 
 
 @pytest.mark.slow
-def test_speech_without_a_mask_is_never_padded(tiny_model: ModelFactory, tmp_path: Path) -> None:
+def test_speech_without_a_mask_is_never_padded(
+    tiny_model: ModelFactory, in_process: InProcess, tmp_path: Path
+) -> None:
     import transformers
 
     source = without_mask(tiny_model(SPEECH), tmp_path / "model")
     config = transformers.AutoConfig.from_pretrained(source, feat_extract_norm="group")
     torch.manual_seed(1)
     transformers.AutoModelForCTC.from_config(config).eval().save_pretrained(source)
-    folder = compile_here(source, tmp_path / "artifact", target="openvino", hf_task=SPEECH)
+    folder = in_process.compile(source, tmp_path / "artifact", target="openvino", hf_task=SPEECH)
     random = np.random.default_rng(2)
     sounds = [random.standard_normal(length, dtype=np.float32) for length in (4000, 9000, 4000, 5000, 9000)]
     reference = transformers.pipeline(SPEECH.value, model=str(source))
     assert_same_result(CompiledPipeline.from_pretrained(folder)(sounds, batch_size=4), reference(sounds))
 
 
-def test_images_have_no_lengths_to_ask_for(tiny_model: ModelFactory, tmp_path: Path) -> None:
+def test_images_have_no_lengths_to_ask_for(
+    tiny_model: ModelFactory, in_process: InProcess, tmp_path: Path
+) -> None:
     with pytest.raises(SpecError, match="sequence length of 16"):
-        compile_here(
-            tiny_model(IMAGES), tmp_path / "artifact", target="torchscript", hf_task=IMAGES, max_sequence_length=16
+        in_process.compile(
+            tiny_model(IMAGES),
+            tmp_path / "artifact",
+            target="torchscript",
+            hf_task=IMAGES,
+            components=[ComponentSpec(max_sequence_length=16)],
         )
 
 
 @pytest.fixture(scope="module")
-def speech(tiny_model: ModelFactory, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def speech(tiny_model: ModelFactory, in_process: InProcess, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out_dir = tmp_path_factory.mktemp("speech") / "artifact"
-    return compile_here(tiny_model(SPEECH), out_dir, target="torchscript", hf_task=SPEECH)
+    return in_process.compile(tiny_model(SPEECH), out_dir, target="torchscript", hf_task=SPEECH)
 
 
 def test_padded_speech_is_answered_with_as_many_frames_as_the_bare_one(
@@ -242,7 +252,9 @@ class TestExamples:
         with pytest.raises(MeasurementError, match="holds no audio file"):
             load_signals(ears, str(tmp_path), 10)
         write_wav(tmp_path / "slow.wav", rate=8000)
-        with pytest.raises(MeasurementError, match=r"slow\.wav has 8000 samples a second.*needed are 16000"):
+        with pytest.raises(
+            MeasurementError, match=r"expected 16000 samples per second of 16 bits, slow\.wav has 8000"
+        ):
             load_signals(ears, str(tmp_path), 10)
         (tmp_path / "slow.wav").write_bytes(b"no recording")
         with pytest.raises(MeasurementError, match="cannot be used"):
@@ -262,9 +274,11 @@ def write_wav(path: Path, *, rate: int) -> None:
 class TestComponentsOfOneGraph:
     @pytest.mark.parametrize("target", ["torchscript", pytest.param("onnx-runtime", marks=pytest.mark.slow)])
     def test_word_and_document_share_one_copy_of_the_weights(
-        self, tiny_model: ModelFactory, tmp_path: Path, target: str
+        self, tiny_model: ModelFactory, in_process: InProcess, tmp_path: Path, target: str
     ) -> None:
-        alone, both = (self.compile(tiny_model, tmp_path / n, target, n) for n in ("document", "word document"))
+        alone, both = (
+            self.compile(in_process, tiny_model, tmp_path / n, target, n) for n in ("document", "word document")
+        )
         sizes = [open_artifact(folder).manifest.size_bytes for folder in (alone, both)]
         weights = (tiny_model(HfTask.TEXT_CLASSIFICATION) / "model.safetensors").stat().st_size
         assert sizes[0] > weights
@@ -276,8 +290,10 @@ class TestComponentsOfOneGraph:
         }  # fmt: skip
         assert len({each.folder for each in manifest.components.values()}) == 1
 
-    def test_each_component_keeps_its_own_lengths(self, tiny_model: ModelFactory, tmp_path: Path) -> None:
-        folder = self.compile(tiny_model, tmp_path / "both", "torchscript", "word document")
+    def test_each_component_keeps_its_own_lengths(
+        self, tiny_model: ModelFactory, in_process: InProcess, tmp_path: Path
+    ) -> None:
+        folder = self.compile(in_process, tiny_model, tmp_path / "both", "torchscript", "word document")
         source = load_source_model(tiny_model(HfTask.TEXT_CLASSIFICATION), HfTask.TEXT_CLASSIFICATION)
         artifact = open_artifact(folder)
         inputs = example_inputs(source.inputs, 2, 8, source.vocab_size, source.pad_token_id)
@@ -290,9 +306,8 @@ class TestComponentsOfOneGraph:
         LoadedComponent.load(artifact, component="document").run(longer)
 
     @staticmethod
-    def compile(tiny_model: ModelFactory, out_dir: Path, target: str, names: str) -> Path:
-        """Compile the components that are named: word of 8 tokens, document of 64."""
-        out_dir.mkdir()
+    def compile(in_process: InProcess, tiny_model: ModelFactory, out_dir: Path, target: str, names: str) -> Path:
+        """Compile the named components: word of 8 tokens, document of 64."""
         lengths = {"word": 8, "document": 64}
         dynamic = get_target(target).capabilities.dynamic_axes
         components = [
@@ -304,14 +319,6 @@ class TestComponentsOfOneGraph:
             for name in names.split()
         ]
         source = tiny_model(HfTask.TEXT_CLASSIFICATION)
-        spec = CompileSpec(target=target, hf_task=HfTask.TEXT_CLASSIFICATION, components=tuple(components))
-        build_artifact(
-            {
-                "source_dir": str(source),
-                "out_dir": str(out_dir),
-                "spec": spec.model_dump(mode="json"),
-                "source": {"uri": source.as_uri(), "revision": "0" * 64, "digest": "0" * 64},
-                "threads": 1,
-            }
+        return in_process.compile(
+            source, out_dir, target=target, hf_task=HfTask.TEXT_CLASSIFICATION, components=components
         )
-        return out_dir

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from compileflow import CompiledModel, CompileSpec, HfTask
+from compileflow import CompiledModel, HfTask
 from compileflow.artifact.manifest import read_manifest
 from compileflow.errors import SourceError, SpecError
 from compileflow.source_model.examples import example_inputs
@@ -20,9 +20,9 @@ from compileflow.source_model.interface import as_tuple_module, maximum_length, 
 from compileflow.source_model.load import load_config, load_source_model
 from compileflow.source_model.tasks import tasks_of
 from compileflow.spec import TEXT_TASKS, ComponentSpec, ShapeBucket
-from compileflow.steps.build import build_artifact
 from compileflow.steps.compile import detect_task
 from compileflow.steps.plan import text_buckets
+from tests.in_process import InProcess
 from tests.models import ARCHITECTURES, MAX_TOKENS, TEXT_GRAPHS
 
 TinyModel = Callable[..., Path]
@@ -39,22 +39,6 @@ def config_folder(folder: Path, **values: Any) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(values), "utf-8")
     return folder
-
-
-def compile_here(source_dir: Path, out_dir: Path, hf_task: HfTask, component: ComponentSpec) -> None:
-    """Compile with torchscript in this process."""
-    out_dir.mkdir()
-    spec = CompileSpec(target="torchscript", hf_task=hf_task, components=(component,))
-    source = {"uri": source_dir.as_uri(), "revision": "0" * 64, "digest": "0" * 64}
-    build_artifact(
-        {
-            "source_dir": str(source_dir),
-            "out_dir": str(out_dir),
-            "spec": spec.model_dump(mode="json"),
-            "source": source,
-            "threads": 1,
-        }
-    )
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -160,7 +144,9 @@ def test_interface_is_read_off_the_source_model(tiny_model: TinyModel, hf_task: 
         np.testing.assert_array_equal(answer.numpy(), value)
 
 
-def test_model_without_pooler_weights_has_no_pooler_output(tiny_model: TinyModel, tmp_path: Path) -> None:
+def test_model_without_pooler_weights_has_no_pooler_output(
+    tiny_model: TinyModel, in_process: InProcess, tmp_path: Path
+) -> None:
     source = tiny_model(HfTask.FEATURE_EXTRACTION)
     folder = tmp_path / "model"
     model = transformers.BertModel.from_pretrained(source, add_pooling_layer=False)
@@ -171,7 +157,13 @@ def test_model_without_pooler_weights_has_no_pooler_output(tiny_model: TinyModel
     assert [record.name for record in source_model.outputs] == ["last_hidden_state"]
 
     shape = ShapeBucket(batch_size=1, sequence_length=8)
-    compile_here(folder, tmp_path / "out", HfTask.FEATURE_EXTRACTION, ComponentSpec(shape_buckets=(shape,)))
+    in_process.compile(
+        folder,
+        tmp_path / "out",
+        target="torchscript",
+        hf_task=HfTask.FEATURE_EXTRACTION,
+        components=[ComponentSpec(shape_buckets=(shape,))],
+    )
     ids = torch.tensor([[5, 6, 7]])
     answer = CompiledModel.from_pretrained(tmp_path / "out")(ids)
     with torch.no_grad():
@@ -229,18 +221,27 @@ def test_roberta_runs_at_its_longest_and_not_beyond(tiny_model: TinyModel) -> No
     ],
 )
 def test_more_tokens_than_positions_are_refused(
-    tiny_model: TinyModel, tmp_path: Path, architecture: str, component: ComponentSpec
+    tiny_model: TinyModel, in_process: InProcess, tmp_path: Path, architecture: str, component: ComponentSpec
 ) -> None:
     with pytest.raises(SpecError, match=r"sequence length of 65: .*64 tokens.*Request 64 or fewer"):
-        compile_here(tiny_model(HfTask.FILL_MASK, architecture), tmp_path / "out", HfTask.FILL_MASK, component)
+        in_process.compile(
+            tiny_model(HfTask.FILL_MASK, architecture),
+            tmp_path / "out",
+            target="torchscript",
+            hf_task=HfTask.FILL_MASK,
+            components=[component],
+        )
 
 
-def test_default_shapes_reach_up_to_the_models_longest(tiny_model: TinyModel, tmp_path: Path) -> None:
-    compile_here(
+def test_default_shapes_reach_up_to_the_models_longest(
+    tiny_model: TinyModel, in_process: InProcess, tmp_path: Path
+) -> None:
+    in_process.compile(
         tiny_model(HfTask.TEXT_CLASSIFICATION),
         tmp_path / "out",
-        HfTask.TEXT_CLASSIFICATION,
-        ComponentSpec(max_sequence_length=20),
+        target="torchscript",
+        hf_task=HfTask.TEXT_CLASSIFICATION,
+        components=[ComponentSpec(max_sequence_length=20)],
     )
 
     record = read_manifest(tmp_path / "out").components["default"]
@@ -250,12 +251,20 @@ def test_default_shapes_reach_up_to_the_models_longest(tiny_model: TinyModel, tm
     assert [str(bucket) for bucket in text_buckets(8)] == ["1x8", "8x8"]
 
 
-def test_source_without_a_tokenizer_is_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
+def test_source_without_a_tokenizer_is_refused(
+    tiny_model: TinyModel, in_process: InProcess, tmp_path: Path
+) -> None:
     source = tiny_model(HfTask.TEXT_CLASSIFICATION)
     folder = config_folder(tmp_path / "model", **json.loads((source / "config.json").read_text("utf-8")))
 
     with pytest.raises(SourceError, match=r"tokenizer has no vocabulary: it has 5 tokens.*save_pretrained"):
-        compile_here(folder, tmp_path / "out", HfTask.TEXT_CLASSIFICATION, ComponentSpec())
+        in_process.compile(
+            folder,
+            tmp_path / "out",
+            target="torchscript",
+            hf_task=HfTask.TEXT_CLASSIFICATION,
+            components=[ComponentSpec()],
+        )
 
 
 def test_configuration_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:

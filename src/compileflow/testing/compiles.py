@@ -1,4 +1,4 @@
-"""Compiles that a test run makes once: whoever asks for the same again gets what is there."""
+"""compile_once: compiles in this process that all tests of a run share."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from compileflow.testing.state import unchanged_process
 
 
 def compile_once(request: Mapping[str, Any], parent: Path) -> Path:
-    """Compile in this process what nobody has compiled yet below `parent`; return its folder, to read only.
+    """Compile in this process unless `parent` holds the same compile, and return its folder. Do not write to it.
 
-    Fails when the compile leaves the process changed.
+    Fails if the compile changes the state of the process.
 
     Args:
-        request: What `build_artifact` takes, without `out_dir`. Its source record decides nothing here:
-            the manifest names `source_dir`, at a revision of zeros.
-        parent: Existing folder, the same for all who want to share.
+        request: Arguments of `build_artifact` without `out_dir`. Its source record does not matter: the manifest
+            names `source_dir` and a revision of zeros.
+        parent: Existing folder that all processes of a test run use.
 
     Raises:
-        CompileflowError: the compile failed; the next who asks tries again.
+        CompileflowError: The compile failed. The next call tries again.
     """
     source_dir = Path(request["source_dir"])
     target = get_target(request["spec"]["target"])
     content = [record.model_dump(mode="json") for record in list_files(source_dir)]
-    asked = {
+    arguments = {
         name: value
         for name, value in request.items()
         if name not in ("source_dir", "source") and value is not None
     }
     key = json_digest(
-        {"content": content, "asked": asked, "version": target.version, "toolchain": target.toolchain()}
+        {"content": content, "arguments": arguments, "version": target.version, "toolchain": target.toolchain()}
     )
     source = {"uri": source_dir.as_uri(), "revision": "0" * 64, "digest": "0" * 64}
 
-    def make(made: Path) -> None:
-        # Each first compile of a run is looked at: one more would cost as long again.
+    def make(folder: Path) -> None:
+        # The first compile of a run checks this for all tests. A separate test would cost another compile.
         with unchanged_process():
-            build_artifact({**asked, "source_dir": str(source_dir), "source": source, "out_dir": str(made)})
+            build_artifact({**arguments, "source_dir": str(source_dir), "source": source, "out_dir": str(folder)})
 
     return make_once(parent / f"{target.name}-{key[:16]}", make)

@@ -1,4 +1,4 @@
-"""Other processes for the conformance suites: start a function in one, let several go at once, kill one."""
+"""Other processes for the conformance suites: run a function in one, start several at once, kill one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WAIT_S = 60
 
 
 class OtherProcess:
-    """A Python process that runs `function(*arguments)` once it is told to go."""
+    """A Python process that runs `function(*arguments)` after a call of `go`."""
 
     def __init__(self, function: str, *arguments: str):
         self._popen = subprocess.Popen(
@@ -27,28 +27,28 @@ class OtherProcess:
         )
 
     def go(self) -> None:
-        """Let the function start, once `ready` has returned."""
-        assert self._popen.stdin is not None  # noqa: S101 - a pipe was asked for
+        """Start the function. Call `ready` first."""
+        assert self._popen.stdin is not None  # noqa: S101 - __init__ opens the pipe
         self._popen.stdin.write("go\n")
         self._popen.stdin.flush()
 
     def ready(self) -> None:
-        """Wait until the process has come up."""
+        """Wait until the process has started and imported the function."""
         assert self.line() == "ready"  # noqa: S101 - the suites are tests
 
     def line(self) -> str:
-        """Wait for the next line that the function prints; '' when the process has ended."""
-        assert self._popen.stdout is not None  # noqa: S101 - a pipe was asked for
+        """Wait for the next line that the function prints and return it; '' after the end of the process."""
+        assert self._popen.stdout is not None  # noqa: S101 - __init__ opens the pipe
         return self._popen.stdout.readline().rstrip("\n")
 
     def rest(self) -> list[str]:
-        """Wait for the process to end and return the lines it printed meanwhile."""
+        """Wait for the end of the process and return the remaining lines."""
         lines = self._popen.communicate(timeout=_WAIT_S)[0].splitlines()
         assert self._popen.returncode == 0, lines  # noqa: S101 - the suites are tests
         return lines
 
     def kill(self) -> list[str]:
-        """Send SIGKILL; return the whole lines that were printed before."""
+        """Send SIGKILL and return the remaining complete lines."""
         self._popen.kill()
         text = self._popen.communicate(timeout=_WAIT_S)[0]
         return [line[:-1] for line in text.splitlines(keepends=True) if line.endswith("\n")]
@@ -56,7 +56,7 @@ class OtherProcess:
 
 @contextmanager
 def other_process(function: str, *arguments: str) -> Iterator[OtherProcess]:
-    """Give a running process; it is killed at the end of the block if it is still there."""
+    """Give a process that runs the function. It is killed at the end of the block if it still runs."""
     process = OtherProcess(function, *arguments)
     try:
         process.ready()
@@ -66,11 +66,11 @@ def other_process(function: str, *arguments: str) -> Iterator[OtherProcess]:
         process.kill()
 
 
-def at_once(function: str, *each: tuple[str, ...]) -> list[str]:
-    """Run `function` in one process per tuple of arguments, all at once; return each one's last line."""
+def at_once(function: str, *calls: tuple[str, ...]) -> list[str]:
+    """Run a function in one process per tuple of arguments, all at once; return the last line of each."""
     with ExitStack() as stack:
         processes = []
-        for arguments in each:
+        for arguments in calls:
             processes.append(OtherProcess(function, *arguments))
             stack.callback(processes[-1].kill)
         for process in processes:
@@ -81,19 +81,19 @@ def at_once(function: str, *each: tuple[str, ...]) -> list[str]:
 
 
 def say(text: object) -> None:
-    """Print a line for the process that started this one."""
+    """Print a line that the parent process reads."""
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 
 
 def resolve(path: str) -> Any:
-    """Return what "module:attribute" names."""
+    """Return the object that "module:attribute" names."""
     module, _, attribute = path.partition(":")
     return getattr(import_module(module), attribute)
 
 
 def main() -> None:
-    """Entry of the other process."""
+    """Entry point of the other process."""
     function = resolve(sys.argv[1])
     say("ready")
     sys.stdin.readline()

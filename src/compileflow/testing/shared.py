@@ -1,4 +1,4 @@
-"""Folders that are made once a test run, whichever of its processes asks first."""
+"""Folders that a test run fills once, in whichever of its processes needs one first."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from filelock import FileLock
 
 
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder that all of pytest-xdist's workers share; without it, the run's own."""
-    own = tmp_path_factory.getbasetemp()
-    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    """Return the folder that all workers of pytest-xdist share; without xdist, the temporary folder of the run."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 def make_once(folder: Path, make: Callable[[Path], object]) -> Path:
-    """Return a folder, after `make` filled it where nobody has yet; it appears whole or not at all.
+    """Return a folder, and fill it first if no process has done so yet. It appears complete or not at all.
 
     Args:
-        folder: To read only: others share it.
-        make: Given an empty folder elsewhere, which is then moved to `folder`.
+        folder: Folder to fill. Do not write to it afterwards, because other tests read it.
+        make: Fills the empty folder that it is given, which is then moved to `folder`.
     """
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
-            made = folder.with_name(f"{folder.name}.made-here")
-            # Of one that failed.
-            shutil.rmtree(made, ignore_errors=True)
-            made.mkdir(parents=True)
-            make(made)
-            made.rename(folder)
+            unfinished = folder.with_name(f"{folder.name}.unfinished")
+            # A failed attempt may have left files.
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+            make(unfinished)
+            unfinished.rename(folder)
     return folder

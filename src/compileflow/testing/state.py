@@ -1,6 +1,6 @@
-"""A check that a block leaves its process as it found it."""
+"""A check that a block restores the state of its process: environment, threads, random states."""
 
-# ruff: noqa: S101 - it is part of pytest suites, kept in the library so that third parties can inherit them.
+# ruff: noqa: S101 - pytest suites use it, and third parties inherit them, so it belongs to the library.
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ import numpy as np
 
 @contextmanager
 def unchanged_process() -> Iterator[None]:
-    """Run a block and compare: environment, working folder, warnings filters, torch's threads, random states."""
+    """Fail if the block changes environment, working folder, warning filters, threads or a random state."""
     before = process_state()
     yield
     after = process_state()
     changed = [name for name, value in before.items() if after[name] != value]
     if "environment" in changed:
-        # Names alone: values may be secret.
-        was, now = before["environment"].items(), after["environment"].items()
-        changed += sorted({name for name, _ in was ^ now})
+        # The message shows only the names, because a value may be secret.
+        difference = before["environment"].items() ^ after["environment"].items()
+        changed += sorted({name for name, _ in difference})
     assert not changed, f"the process was changed: {', '.join(changed)}"
 
 
 def process_state() -> dict[str, Any]:
-    """Return what belongs to the whole process, in a form that can be compared and read."""
+    """Return the state of the whole process, in a form that can be compared and printed."""
     import torch
 
     numpy_state: Any = np.random.get_state(legacy=False)

@@ -54,7 +54,7 @@ def check_signed(
     """Refuse an artifact that lacks a signed provenance or a signed verdict PASSED or WARNED.
 
     The bundle beside the files is verified first, so that a fetched artifact loads without its store. A verdict or
-    a signature may be newer than the fetch: if the bundle does not satisfy, the store is asked again.
+    a signature may be newer than the fetch: if the bundle fails the check, the envelopes of the store are checked.
 
     Args:
         folder: Folder of the artifact.

@@ -218,5 +218,5 @@ def is_conflict(error: Any) -> bool:
 
 def _age(modified: datetime, reply: Any) -> float:
     """Return an age in seconds by the server's clock, because the clock of this machine may differ."""
-    now = parsedate_to_datetime(reply["ResponseMetadata"]["HTTPHeaders"]["date"])
-    return max(0.0, (now - modified).total_seconds())
+    server_time = parsedate_to_datetime(reply["ResponseMetadata"]["HTTPHeaders"]["date"])
+    return max(0.0, (server_time - modified).total_seconds())

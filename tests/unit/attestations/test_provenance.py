@@ -1,4 +1,4 @@
-"""What is said of an artifact, field by field, as in-toto and SLSA name them."""
+"""The fields of the statements about an artifact, as in-toto and SLSA name them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,9 @@ from tests.unit.attested_artifacts import (
     RUN,
     SOURCE,
     judged,
-    small_artifact,
 )
 
 DIGEST = "a" * 64
-
-
-@pytest.fixture
-def artifact(tmp_path: Path) -> Path:
-    return small_artifact(tmp_path / "artifact")
 
 
 def test_provenance_is_an_in_toto_statement_with_slsas_predicate(artifact: Path) -> None:
@@ -76,8 +70,10 @@ def test_provenance_is_an_in_toto_statement_with_slsas_predicate(artifact: Path)
 def test_provenance_names_what_it_was_calibrated_on(artifact: Path) -> None:
     calibration = CalibrationRecord(origin="mine.txt", digest="9" * 64, examples=12)
     manifest = read_manifest(artifact).model_copy(update={"calibration": calibration})
-    said = provenance_statement(manifest, DIGEST, RUN)["predicate"]["buildDefinition"]["resolvedDependencies"]
-    assert said[-1] == {
+    dependencies = provenance_statement(manifest, DIGEST, RUN)["predicate"]["buildDefinition"][
+        "resolvedDependencies"
+    ]
+    assert dependencies[-1] == {
         "name": "calibration",
         "digest": {"sha256": "9" * 64},
         "annotations": {"origin": "mine.txt", "examples": 12},

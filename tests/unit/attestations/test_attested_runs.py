@@ -1,4 +1,4 @@
-"""What a run says of what it makes, and which answers of earlier runs it takes for its own."""
+"""The statements that a run writes, and which cached answers of earlier runs it accepts."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ from compileflow.steps.request import CompileRequest
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
 from compileflow.stores.local import LocalStore
 from tests.conftest import ModelFactory
+from tests.in_process import InProcess
 from tests.services.secrets import SIGNING_PASSWORD
-from tests.steps import Pipeline, in_process
+from tests.steps import Pipeline
 from tests.unit.attested_artifacts import (
     REPORT,
     RUN,
@@ -43,19 +44,9 @@ from tests.unit.attested_artifacts import (
 )
 
 
-@pytest.fixture
-def artifact(tmp_path: Path) -> Path:
-    return small_artifact(tmp_path / "artifact")
-
-
-@pytest.fixture
-def store(tmp_path: Path, settings: Settings) -> LocalStore:
-    return LocalStore((tmp_path / "store").as_uri(), settings)
-
-
 @dataclass(frozen=True)
-class Ran:
-    """A signed run of compile and validate; to read only."""
+class SignedRun:
+    """A signed run of compile and validate. Tests only read it."""
 
     pipeline: Pipeline
     request: CompileRequest
@@ -70,110 +61,124 @@ class Ran:
 
 
 @pytest.fixture(scope="module")
-def ran(tiny_model: ModelFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
+def signed_run(
+    tiny_model: ModelFactory, in_process: InProcess, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[SignedRun]:
     root = tmp_path_factory.mktemp("signed")
     keys = make_keys(root, password=SIGNING_PASSWORD)
     settings = keys.settings.model_copy(update={"home": root / "home", "threads": 1})
-    with pytest.MonkeyPatch.context() as patch, in_process(settings, patch) as pipeline:
+    with in_process.pipeline(settings) as pipeline:
         request = pipeline.request(tiny_model(HfTask.TEXT_CLASSIFICATION))
         with pytest.MonkeyPatch.context() as enforced:
-            # What is being proven cannot be signed yet, wherever nothing else loads unsigned.
+            # The run must load its own artifact unsigned, even on a machine that requires signatures.
             enforced.setenv("COMPILEFLOW_REQUIRE_SIGNATURE", "true")
             get_settings.cache_clear()
             compiled = pipeline.compile(request)
             validated = pipeline.validate(request, compiled)
         get_settings.cache_clear()
-        yield Ran(pipeline, request, keys, pipeline.fetch(request), compiled, validated)
+        yield SignedRun(pipeline, request, keys, pipeline.fetch(request), compiled, validated)
 
 
 class TestRun:
-    def test_both_statements_are_signed_and_on_the_artifact(self, ran: Ran) -> None:
+    def test_both_statements_are_signed_and_on_the_artifact(self, signed_run: SignedRun) -> None:
         attested = verify_attestations(
-            ran.artifact.digest,
-            stored_envelopes(ran.store, ran.artifact.digest),
-            trusted_keys=ran.keys.trusted,
+            signed_run.artifact.digest,
+            stored_envelopes(signed_run.store, signed_run.artifact.digest),
+            trusted_keys=signed_run.keys.trusted,
             require_signature=True,
-            manifest_source=ran.source.digest,
+            manifest_source=signed_run.source.digest,
         )
-        assert attested.signed_by == (ran.keys.id,)
+        assert attested.signed_by == (signed_run.keys.id,)
         assert attested.result == "PASSED"
 
-    def test_the_subject_is_a_file_of_the_store_that_any_tool_can_hash(self, ran: Ran) -> None:
-        for envelope in stored_envelopes(ran.store, ran.artifact.digest):
+    def test_the_subject_is_a_file_of_the_store_that_any_tool_can_hash(self, signed_run: SignedRun) -> None:
+        for envelope in stored_envelopes(signed_run.store, signed_run.artifact.digest):
             (subject,) = statement_of(envelope)["subject"]
-            body = (ran.pipeline.settings.home_dir / "store" / subject["name"]).read_bytes()
-            assert hashlib.sha256(body).hexdigest() == subject["digest"]["sha256"] == ran.artifact.digest
+            body = (signed_run.pipeline.settings.home_dir / "store" / subject["name"]).read_bytes()
+            assert hashlib.sha256(body).hexdigest() == subject["digest"]["sha256"] == signed_run.artifact.digest
 
-    def test_provenance_says_what_the_manifest_says(self, ran: Ran) -> None:
-        said = statement_of(stored_envelopes(ran.store, ran.artifact.digest)[0])["predicate"]
-        definition, run = said["buildDefinition"], said["runDetails"]
-        with ran.store.open_folder(ran.artifact.digest) as folder:
+    def test_provenance_says_what_the_manifest_says(self, signed_run: SignedRun) -> None:
+        predicate = statement_of(stored_envelopes(signed_run.store, signed_run.artifact.digest)[0])["predicate"]
+        definition, run = predicate["buildDefinition"], predicate["runDetails"]
+        with signed_run.store.open_folder(signed_run.artifact.digest) as folder:
             manifest = read_manifest(folder)
         assert definition["externalParameters"]["spec"] == manifest.spec.model_dump(mode="json")
         assert definition["internalParameters"]["threads"] == 1
-        named = {each["name"]: each for each in definition["resolvedDependencies"]}
-        assert named.pop("source-model")["digest"] == {"sha256": ran.source.digest}
-        assert {name: each["annotations"]["version"] for name, each in named.items()} == manifest.target.toolchain
+        dependencies = {item["name"]: item for item in definition["resolvedDependencies"]}
+        assert dependencies.pop("source-model")["digest"] == {"sha256": signed_run.source.digest}
+        assert {
+            name: item["annotations"]["version"] for name, item in dependencies.items()
+        } == manifest.target.toolchain
         assert run["metadata"]["startedOn"] <= run["metadata"]["finishedOn"]
         assert run["metadata"]["invocationId"]
 
-    def test_verdict_says_what_the_report_says(self, ran: Ran) -> None:
-        said = statement_of(stored_envelopes(ran.store, ran.artifact.digest)[1])["predicate"]
-        gates = read_report(ran.validated.report_uri).verdict.gates
-        assert said["url"] == ran.validated.report_uri
-        assert said["passedTests"] == [gate.gate for gate in gates if gate.outcome == "pass"]
-        digests = {each["name"]: each["digest"]["sha256"] for each in said["configuration"]}
-        assert (digests["source-model"], digests["report"]) == (ran.source.digest, ran.validated.report_digest)
+    def test_verdict_says_what_the_report_says(self, signed_run: SignedRun) -> None:
+        predicate = statement_of(stored_envelopes(signed_run.store, signed_run.artifact.digest)[1])["predicate"]
+        gates = read_report(signed_run.validated.report_uri).verdict.gates
+        assert predicate["url"] == signed_run.validated.report_uri
+        assert predicate["passedTests"] == [gate.gate for gate in gates if gate.outcome == "pass"]
+        digests = {item["name"]: item["digest"]["sha256"] for item in predicate["configuration"]}
+        assert (digests["source-model"], digests["report"]) == (
+            signed_run.source.digest,
+            signed_run.validated.report_digest,
+        )
 
-    def test_same_run_again_is_cached_and_says_nothing_new(self, ran: Ran) -> None:
-        before = stored_envelopes(ran.store, ran.artifact.digest)
-        counted = dict(ran.pipeline.counts)
-        assert ran.pipeline.validate(ran.request, ran.pipeline.compile(ran.request)).cached
-        assert ran.pipeline.counts == counted
-        assert stored_envelopes(ran.store, ran.artifact.digest) == before
+    def test_same_run_again_is_cached_and_says_nothing_new(self, signed_run: SignedRun) -> None:
+        envelopes = stored_envelopes(signed_run.store, signed_run.artifact.digest)
+        counts = dict(signed_run.pipeline.counts)
+        assert signed_run.pipeline.validate(
+            signed_run.request, signed_run.pipeline.compile(signed_run.request)
+        ).cached
+        assert signed_run.pipeline.counts == counts
+        assert stored_envelopes(signed_run.store, signed_run.artifact.digest) == envelopes
 
-    def test_run_without_a_key_takes_what_a_key_signed(self, ran: Ran) -> None:
-        keyless = Pipeline(ran.pipeline.settings.model_copy(update={"signing_key": None}), ran.pipeline.counts)
-        counted = dict(ran.pipeline.counts)
-        assert keyless.validate(ran.request, keyless.compile(ran.request)).cached
-        assert ran.pipeline.counts == counted
+    def test_run_without_a_key_takes_what_a_key_signed(self, signed_run: SignedRun) -> None:
+        keyless = Pipeline(
+            signed_run.pipeline.settings.model_copy(update={"signing_key": None}), signed_run.pipeline.counts
+        )
+        counts = dict(signed_run.pipeline.counts)
+        assert keyless.validate(signed_run.request, keyless.compile(signed_run.request)).cached
+        assert signed_run.pipeline.counts == counts
 
-    def test_password_is_in_nothing_that_was_written(self, ran: Ran) -> None:
-        written = [path for path in ran.pipeline.settings.home_dir.rglob("*") if path.is_file()]
-        assert len(written) > 10
-        assert [path for path in written if SIGNING_PASSWORD.encode() in path.read_bytes()] == []
-        assert SIGNING_PASSWORD not in "\n".join(ran.pipeline.lines)
+    def test_password_is_in_nothing_that_was_written(self, signed_run: SignedRun) -> None:
+        files = [path for path in signed_run.pipeline.settings.home_dir.rglob("*") if path.is_file()]
+        assert len(files) > 10
+        assert [path for path in files if SIGNING_PASSWORD.encode() in path.read_bytes()] == []
+        assert SIGNING_PASSWORD not in "\n".join(signed_run.pipeline.lines)
 
     def test_fetched_artifact_brings_them_along_and_so_does_every_copy(
-        self, ran: Ran, settings: Settings, tmp_path: Path
+        self, signed_run: SignedRun, settings: Settings, tmp_path: Path
     ) -> None:
-        said = stored_envelopes(ran.store, ran.artifact.digest)
-        opened = open_artifact(ran.artifact.uri, settings=settings)
+        envelopes = stored_envelopes(signed_run.store, signed_run.artifact.digest)
+        opened = open_artifact(signed_run.artifact.uri, settings=settings)
         copied = copy_artifact(opened, tmp_path / "copied")
         saved = CompiledTokenizer.from_pretrained(copied).save_pretrained(tmp_path / "saved")
         for folder in (opened.folder, copied, saved):
-            assert read_bundle(folder) == said
-            assert open_artifact(folder, require_signature=ran.keys.public).digest == ran.artifact.digest
+            assert read_bundle(folder) == envelopes
+            assert (
+                open_artifact(folder, require_signature=signed_run.keys.public).digest
+                == signed_run.artifact.digest
+            )
 
-    def test_every_line_of_the_file_is_an_envelope(self, ran: Ran, settings: Settings) -> None:
-        folder = open_artifact(ran.artifact.uri, settings=settings).folder
+    def test_every_line_of_the_file_is_an_envelope(self, signed_run: SignedRun, settings: Settings) -> None:
+        folder = open_artifact(signed_run.artifact.uri, settings=settings).folder
         lines = (folder / ATTESTATIONS_NAME).read_text("utf-8").splitlines()
         assert [sorted(json.loads(line)) for line in lines] == [["payload", "payloadType", "signatures"]] * 2
 
 
 class Answer(BaseModel):
-    """What a step might keep."""
+    """The result of a step."""
 
     digest: str
     why: str
 
 
 class TestCached:
-    """Which answers of earlier runs a run with a key takes for its own."""
+    """Which cached answers a run accepts."""
 
     def attester(self, store: ArtifactStore, keys: Keys | None, *trusted: Keys) -> Attester:
-        others = tuple(key for each in trusted for key in each.trusted)
-        return Attester(store, keys.signer if keys else None, others, threads=1)
+        other_keys = tuple(key for pair in trusted for key in pair.trusted)
+        return Attester(store, keys.signer if keys else None, other_keys, threads=1)
 
     def test_answer_of_an_older_key_stands_while_that_is_trusted(
         self, store: LocalStore, artifact: Path, tmp_path: Path
@@ -183,22 +188,26 @@ class TestCached:
         self.attester(store, old).compiled(artifact, digest, started=RUN.started)
         assert self.attester(store, old).lacks_provenance(digest) == ""
         assert self.attester(store, new, old).lacks_provenance(digest) == ""
-        assert "neither this run's key nor a trusted key signed" in self.attester(store, new).lacks_provenance(digest)
+        assert "neither this run's key nor a trusted key signed" in self.attester(store, new).lacks_provenance(
+            digest
+        )
 
-    def test_answer_that_nobody_signed_is_made_again_by_who_has_a_key(
+    def test_unsigned_answer_is_made_again_by_a_run_with_a_key(
         self, store: LocalStore, artifact: Path, tmp_path: Path
     ) -> None:
         digest = digest_of(artifact)
         self.attester(store, None).compiled(artifact, digest, started=RUN.started)
         assert self.attester(store, None).lacks_provenance(digest) == ""
-        assert "neither this run's key nor a trusted key signed" in self.attester(store, make_keys(tmp_path)).lacks_provenance(digest)
+        assert "neither this run's key nor a trusted key signed" in self.attester(
+            store, make_keys(tmp_path)
+        ).lacks_provenance(digest)
 
-    def test_answer_of_which_nothing_is_said_is_made_again(self, store: LocalStore, artifact: Path) -> None:
+    def test_answer_without_a_statement_is_made_again(self, store: LocalStore, artifact: Path) -> None:
         attester, digest = self.attester(store, None), digest_of(artifact)
         assert "no provenance statement" in attester.lacks_provenance(digest)
         assert "no verdict statement" in attester.lacks_verdict(digest, REPORT)
 
-    def test_statement_that_somebody_put_in_its_place_is_made_again(
+    def test_statement_about_another_artifact_is_made_again(
         self, store: LocalStore, artifact: Path, tmp_path: Path
     ) -> None:
         other = small_artifact(tmp_path / "other", graph=b"another")
@@ -211,10 +220,12 @@ class TestCached:
     ) -> None:
         keys, digest = make_keys(tmp_path), digest_of(artifact)
         put_statement(store, digest, verdict_statement(digest, judged("fail", report="8" * 64)), None)
-        assert "a later validation replaced the verdict" in self.attester(store, None).lacks_verdict(digest, REPORT)
+        assert "a later validation replaced the verdict" in self.attester(store, None).lacks_verdict(
+            digest, REPORT
+        )
         put_statement(store, digest, verdict_statement(digest, judged()), keys.signer)
         assert self.attester(store, keys).lacks_verdict(digest, REPORT) == ""
-        # Whoever has no key could not put another one in its place.
+        # A run without a key could not replace the signed verdict.
         assert self.attester(store, None).lacks_verdict(digest, "8" * 64) == ""
 
     def test_answer_that_was_there_and_lacks_something_is_made_again_and_says_why(
@@ -222,7 +233,7 @@ class TestCached:
     ) -> None:
         attester, stored = self.attester(store, None), store.put_folder(artifact)
         key = CacheKey("compile", "hf://a/b for onnx-runtime", {"part": "1"})
-        said: list[str] = []
+        lines: list[str] = []
 
         def make(reason: str) -> Answer:
             return Answer(digest=stored.digest, why=reason)
@@ -234,13 +245,13 @@ class TestCached:
                 Answer,
                 digest_fields=("digest",),
                 make=make,
-                say=said.append,
-                lacks=lambda found: attester.lacks_provenance(found.digest),
+                say=lines.append,
+                lacks=lambda answer: attester.lacks_provenance(answer.digest),
             )
 
         assert not ask()[1]
         assert ask() == (Answer(digest=stored.digest, why="the store has no provenance statement on it"), False)
-        assert "no provenance statement" in said[-1]
+        assert "no provenance statement" in lines[-1]
         attester.compiled(artifact, stored.digest, started=RUN.started)
         assert ask()[1]
 

@@ -1,4 +1,4 @@
-"""What is said of an artifact, where it is: beside the files, in the store; and all of it verified at once."""
+"""Statements beside an artifact's files and in the store, and `verify_artifact`, which verifies everything."""
 
 from __future__ import annotations
 
@@ -26,24 +26,8 @@ from tests.unit.attested_artifacts import (
     digest_of,
     envelopes_for,
     make_keys,
-    small_artifact,
     statement_of,
 )
-
-
-@pytest.fixture
-def keys(tmp_path: Path) -> Keys:
-    return make_keys(tmp_path)
-
-
-@pytest.fixture
-def artifact(tmp_path: Path) -> Path:
-    return small_artifact(tmp_path / "artifact")
-
-
-@pytest.fixture
-def store(tmp_path: Path, settings: Settings) -> LocalStore:
-    return LocalStore((tmp_path / "store").as_uri(), settings)
 
 
 @pytest.fixture
@@ -56,12 +40,12 @@ def report(tmp_path: Path) -> Path:
 
 class TestBesideTheFiles:
     def test_digest_is_the_same_with_and_without_them(self, artifact: Path) -> None:
-        before = digest_of(artifact)
-        assert before == folder_digest(list_files(artifact))
+        digest = digest_of(artifact)
+        assert digest == folder_digest(list_files(artifact))
         attest(artifact, None)
         _, files = verify_folder(artifact)
-        assert folder_digest(files) == before == open_artifact(artifact).digest
-        assert folder_digest(list_files(artifact)) != before
+        assert folder_digest(files) == digest == open_artifact(artifact).digest
+        assert folder_digest(list_files(artifact)) != digest
 
     def test_nothing_reads_them_where_no_signature_is_required(self, artifact: Path, settings: Settings) -> None:
         (artifact / ATTESTATIONS_NAME).write_bytes(b"\xff{")
@@ -88,7 +72,7 @@ class TestBesideTheFiles:
         with pytest.raises(IntegrityError, match="is not in the manifest"):
             verify_folder(artifact)
 
-    def test_stored_artifact_of_which_nothing_is_said_is_fetched_without_them(
+    def test_artifact_without_statements_is_fetched_without_a_bundle(
         self, artifact: Path, store: LocalStore, settings: Settings
     ) -> None:
         opened = open_artifact(store.put_folder(artifact).uri, settings=settings)
@@ -96,7 +80,7 @@ class TestBesideTheFiles:
 
 
 class TestWhereTheyAre:
-    def test_those_of_a_uri_are_the_stores_and_of_a_folder_its_own(
+    def test_uri_gives_the_records_of_the_store_and_a_folder_its_bundle(
         self, artifact: Path, store: LocalStore, settings: Settings, tmp_path: Path
     ) -> None:
         stored = store.put_folder(artifact)
@@ -106,19 +90,19 @@ class TestWhereTheyAre:
             put_statement(store, stored.digest, statement, keys.signer)
         attest(artifact, None)
         assert attestations_of(stored.uri, settings=settings) == stored_envelopes(store, stored.digest)
-        assert [each["signatures"] for each in attestations_of(artifact)] == [[], []]
+        assert [envelope["signatures"] for envelope in attestations_of(artifact)] == [[], []]
 
-    def test_those_that_were_fetched_do_where_the_store_lost_its_own(
+    def test_bundle_is_used_if_the_store_lost_its_records(
         self, artifact: Path, store: LocalStore, settings: Settings
     ) -> None:
         stored = store.put_folder(artifact)
         for statement in map(statement_of, envelopes_for(artifact, None)):
             put_statement(store, stored.digest, statement, None)
-        said = stored_envelopes(store, stored.digest)
+        envelopes = stored_envelopes(store, stored.digest)
         open_artifact(stored.uri, settings=settings)
         for kind in ("provenance", "verdict"):
             (store.root / "records" / kind / f"{stored.digest}.json").unlink()
-        assert attestations_of(stored.uri, settings=settings) == said
+        assert attestations_of(stored.uri, settings=settings) == envelopes
 
 
 class TestVerifyArtifact:
@@ -126,23 +110,23 @@ class TestVerifyArtifact:
     def stored(self, artifact: Path, store: LocalStore, keys: Keys, report: Path) -> str:
         """A signed artifact in the store, with its report."""
         uri = store.put_folder(artifact).uri
-        kept = store.put_folder(report)
-        for statement in map(statement_of, envelopes_for(artifact, None, report=kept.digest)):
+        stored_report = store.put_folder(report)
+        for statement in map(statement_of, envelopes_for(artifact, None, report=stored_report.digest)):
             put_statement(store, digest_of(artifact), statement, keys.signer)
         return uri
 
-    def verify(self, location: str | Path, settings: Settings, keys: Keys, **asked: Any) -> Any:
-        return verify_artifact(location, settings=settings, keys=[keys.public], **asked)
+    def verify(self, location: str | Path, settings: Settings, keys: Keys, **arguments: Any) -> Any:
+        return verify_artifact(location, settings=settings, keys=[keys.public], **arguments)
 
     def test_signed_artifact_of_a_store_is_sound(
         self, stored: str, artifact: Path, settings: Settings, keys: Keys
     ) -> None:
-        found = self.verify(stored, settings, keys, require_signature=True)
-        assert (found.digest, found.files) == (digest_of(artifact), 2)
-        assert found.intact
-        assert found.attested
-        assert found.report_intact
-        assert (found.signed_by, found.verdict, found.problems) == ((keys.id,), "PASSED", ())
+        verification = self.verify(stored, settings, keys, require_signature=True)
+        assert (verification.digest, verification.files) == (digest_of(artifact), 2)
+        assert verification.intact
+        assert verification.attested
+        assert verification.report_intact
+        assert (verification.signed_by, verification.verdict, verification.problems) == ((keys.id,), "PASSED", ())
 
     def test_report_of_a_folder_is_not_looked_at(
         self, artifact: Path, settings: Settings, keys: Keys, report: Path
@@ -176,10 +160,10 @@ class TestVerifyArtifact:
         manifest = json.loads((artifact / "manifest.json").read_text("utf-8"))
         manifest["source"]["revision"] = "main"
         (artifact / "manifest.json").write_text(json.dumps(manifest), "utf-8")
-        found = self.verify(artifact, settings, keys)
-        assert found.intact
-        assert not found.attested
-        assert "is about another artifact" in found.problems[0]
+        verification = self.verify(artifact, settings, keys)
+        assert verification.intact
+        assert not verification.attested
+        assert "is about another artifact" in verification.problems[0]
 
     def test_altered_report_is_found(
         self, stored: str, store: LocalStore, settings: Settings, keys: Keys, report: Path
@@ -188,10 +172,10 @@ class TestVerifyArtifact:
             if blob.is_file() and blob.read_bytes() == (report / "report.json").read_bytes():
                 blob.chmod(0o644)
                 blob.write_bytes(b'{"outcome": "PASS"}')
-        found = self.verify(stored, settings, keys)
-        assert found.report_intact is False
-        assert found.intact
-        assert "report.json is missing or altered" in found.problems[0]
+        verification = self.verify(stored, settings, keys)
+        assert verification.report_intact is False
+        assert verification.intact
+        assert "report.json is missing or altered" in verification.problems[0]
 
     def test_altered_verdict_is_found(
         self, stored: str, artifact: Path, store: LocalStore, settings: Settings, keys: Keys
@@ -199,27 +183,27 @@ class TestVerifyArtifact:
         record = dict(store.get_record("verdict", digest_of(artifact)) or {})
         changed = altered(record, '"failedTests":[]', '"failedTests":["x"]')
         store.put_record("verdict", digest_of(artifact), changed)
-        found = self.verify(stored, settings, keys)
-        assert not found.attested
-        assert "The verdict was altered" in found.problems[0]
+        verification = self.verify(stored, settings, keys)
+        assert not verification.attested
+        assert "The verdict was altered" in verification.problems[0]
 
-    def test_what_is_missing_is_a_problem_only_where_it_is_required(
+    def test_missing_signature_is_a_problem_only_if_required(
         self, artifact: Path, settings: Settings, keys: Keys
     ) -> None:
         attest(artifact, None)
-        found = self.verify(artifact, settings, keys)
-        assert found.attested
-        assert (found.signed_by, found.verdict, found.problems) == ((), "PASSED", ())
+        verification = self.verify(artifact, settings, keys)
+        assert verification.attested
+        assert (verification.signed_by, verification.verdict, verification.problems) == ((), "PASSED", ())
         enforced = settings.model_copy(update={"require_signature": True})
         required = self.verify(artifact, enforced, keys)
         assert required.attested
         assert "no trusted key signed the provenance" in required.problems[0]
 
-    def test_what_is_no_artifact_is_an_error(self, tmp_path: Path, settings: Settings, keys: Keys) -> None:
+    def test_folder_without_an_artifact_is_an_error(self, tmp_path: Path, settings: Settings, keys: Keys) -> None:
         with pytest.raises(ManifestError, match="has no manifest"):
             self.verify(tmp_path, settings, keys)
 
-    def test_store_that_does_not_answer_leaves_what_was_fetched(
+    def test_bundle_is_used_if_the_store_does_not_answer(
         self, stored: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         fetched = read_bundle(open_artifact(stored, settings=settings).folder)

@@ -1,4 +1,4 @@
-"""`require_signature=` of every load: from code, from the environment, by folder and by URI."""
+"""`require_signature=` of every load: set in code or in the environment, by folder and by URI."""
 
 from __future__ import annotations
 
@@ -20,34 +20,18 @@ from tests.unit.attested_artifacts import (
     attest,
     envelopes_for,
     make_keys,
-    small_artifact,
     statement_of,
 )
 
 
 @pytest.fixture
-def keys(tmp_path: Path) -> Keys:
-    return make_keys(tmp_path)
-
-
-@pytest.fixture
-def artifact(tmp_path: Path) -> Path:
-    return small_artifact(tmp_path / "artifact")
-
-
-@pytest.fixture
-def store(tmp_path: Path, settings: Settings) -> LocalStore:
-    return LocalStore((tmp_path / "store").as_uri(), settings)
-
-
-@pytest.fixture
 def enforced(settings: Settings, monkeypatch: pytest.MonkeyPatch, keys: Keys) -> Iterator[None]:
-    """A machine on which nothing loads unsigned."""
+    """Settings of a machine that loads only signed artifacts."""
     monkeypatch.setenv("COMPILEFLOW_REQUIRE_SIGNATURE", "true")
     monkeypatch.setenv("COMPILEFLOW_TRUSTED_KEYS", f" {keys.public} ,")
     get_settings.cache_clear()
     yield
-    # The next test's machine enforces nothing.
+    # The next test reads the settings again.
     get_settings.cache_clear()
 
 
@@ -63,7 +47,7 @@ def test_environment_enforces_it_on_every_load(artifact: Path, keys: Keys) -> No
 
 
 @pytest.mark.usefixtures("enforced")
-def test_saved_tokenizer_is_refused_since_nobody_signs_it(tmp_path: Path) -> None:
+def test_saved_tokenizer_is_refused_because_it_is_never_signed(tmp_path: Path) -> None:
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "tokenizer_config.json").write_text("{}", "utf-8")
     with pytest.raises(ManifestError, match=r"has no manifest\.json"):
@@ -75,16 +59,16 @@ def test_given_keys_are_trusted_instead_of_the_configured_ones(
 ) -> None:
     configured = settings.model_copy(update={"trusted_keys": str(make_keys(tmp_path, "other").public)})
     attest(artifact, keys)
-    for given in (keys.public, str(keys.public), [keys.public]):
-        assert open_artifact(artifact, require_signature=given, settings=configured).attested is not None
+    for required in (keys.public, str(keys.public), [keys.public]):
+        assert open_artifact(artifact, require_signature=required, settings=configured).attested is not None
     with pytest.raises(SignatureError, match="no trusted key signed"):
         open_artifact(artifact, require_signature=True, settings=configured)
 
 
 def test_no_key_to_trust_is_an_error_before_anything_else(settings: Settings, tmp_path: Path) -> None:
-    for asked in (True, []):
+    for required in (True, []):
         with pytest.raises(SpecError, match=r"no key is trusted.*COMPILEFLOW_TRUSTED_KEYS"):
-            open_artifact(tmp_path / "nothing", require_signature=asked, settings=settings)
+            open_artifact(tmp_path / "nothing", require_signature=required, settings=settings)
 
 
 def test_verdict_that_came_after_the_fetch_is_asked_of_the_store(
@@ -98,7 +82,7 @@ def test_verdict_that_came_after_the_fetch_is_asked_of_the_store(
         open_artifact(stored.uri, require_signature=keys.public, settings=settings)
     put_statement(store, stored.digest, verdict, keys.signer)
     assert len(read_bundle(cached)) == 1
-    # What was verified loads, too, where the answer cannot be kept.
+    # A verified artifact also loads if the envelopes cannot be written to the cache.
     unwritable = settings.model_copy(update={"home": tmp_path / "read-only"})
     (unwritable.home / "artifacts").mkdir(parents=True)
     shutil.copytree(cached, unwritable.home / "artifacts" / stored.digest)
@@ -106,7 +90,7 @@ def test_verdict_that_came_after_the_fetch_is_asked_of_the_store(
     assert open_artifact(stored.uri, require_signature=keys.public, settings=unwritable).attested is not None
     assert open_artifact(stored.uri, require_signature=keys.public, settings=settings).attested is not None
     assert read_bundle(cached) == stored_envelopes(store, stored.digest)
-    # By now the store is not needed any more.
+    # Now the artifact loads without the store.
     shutil.rmtree(store.root)
     assert open_artifact(stored.uri, require_signature=keys.public, settings=settings).attested is not None
 
@@ -120,7 +104,7 @@ def test_file_that_holds_no_envelopes_is_refused(
         open_artifact(artifact, require_signature=keys.public, settings=settings)
 
 
-def test_nothing_said_leaves_no_file(artifact: Path) -> None:
+def test_bundle_without_envelopes_is_not_written(artifact: Path) -> None:
     write_bundle(artifact, ())
     assert not (artifact / ATTESTATIONS_NAME).exists()
     assert read_bundle(artifact) == ()

@@ -1,7 +1,4 @@
-"""Signatures: what is detected, what is refused where one is required, and what a key may be.
-
-Over 300 lines, because all of it shares one way to seal and to check.
-"""
+"""Signatures: which forgeries are detected, what `require_signature` refuses, and which keys are accepted."""
 
 from __future__ import annotations
 
@@ -33,16 +30,6 @@ from tests.unit.attested_artifacts import (
 )
 
 Change = Callable[[list[Envelope]], list[Envelope]]
-
-
-@pytest.fixture
-def keys(tmp_path: Path) -> Keys:
-    return make_keys(tmp_path)
-
-
-@pytest.fixture
-def artifact(tmp_path: Path) -> Path:
-    return small_artifact(tmp_path / "artifact")
 
 
 def check(folder: Path, envelopes: list[Envelope], keys: Keys, *, required: bool = True) -> Any:
@@ -79,7 +66,7 @@ def test_envelope_with_two_signatures_needs_one_that_is_trusted(
 ) -> None:
     stranger = make_keys(tmp_path, "stranger")
     pairs = zip(envelopes_for(artifact, stranger), envelopes_for(artifact, keys), strict=True)
-    envelopes = [signed_by_both(theirs, [ours]) for theirs, ours in pairs]
+    envelopes = [signed_by_both(untrusted, [trusted]) for untrusted, trusted in pairs]
     assert [len(envelope["signatures"]) for envelope in envelopes] == [2, 2]
     assert check(artifact, envelopes, keys).signed_by == (keys.id,)
     assert check(artifact, envelopes, stranger).signed_by == (stranger.id,)
@@ -95,28 +82,33 @@ def test_key_id_is_only_a_hint(artifact: Path, keys: Keys) -> None:
     assert check(artifact, envelopes, keys).signed_by == (keys.id,)
 
 
-def test_envelopes_of_other_kinds_are_passed_over(artifact: Path, keys: Keys) -> None:
+def test_envelopes_of_other_kinds_are_ignored(artifact: Path, keys: Keys) -> None:
     scan = statement_of(envelopes_for(artifact, None)[0]) | {"predicateType": "https://example.com/scan/v1"}
-    strangers = [dict(seal(scan, keys.signer)), {**envelopes_for(artifact, keys)[0], "payloadType": "text/plain"}]
-    assert check(artifact, [*strangers, *envelopes_for(artifact, keys)], keys).complete
+    other_envelopes = [
+        dict(seal(scan, keys.signer)),
+        {**envelopes_for(artifact, keys)[0], "payloadType": "text/plain"},
+    ]
+    assert check(artifact, [*other_envelopes, *envelopes_for(artifact, keys)], keys).complete
     with pytest.raises(SignatureError, match="has no provenance statement"):
-        check(artifact, strangers, keys)
+        check(artifact, other_envelopes, keys)
 
 
 def forged(name: str, change: Callable[[Envelope], Envelope]) -> Change:
-    """Change one of the two envelopes."""
+    """Return a change of one of the two envelopes."""
     number = ("provenance", "verdict").index(name)
-    return lambda envelopes: [change(each) if n == number else each for n, each in enumerate(envelopes)]
+    return lambda envelopes: [
+        change(envelope) if index == number else envelope for index, envelope in enumerate(envelopes)
+    ]
 
 
-# Detected whether or not a signature is required.
+# These are detected whether or not a signature is required.
 FORGERIES: dict[str, tuple[Change, str]] = {
     "altered verdict": (
-        forged("verdict", lambda each: altered(each, '"result":"PASSED"', '"result":"WARNED"')),
-        "The verdict was altered: the signature of the key",
+        forged("verdict", lambda envelope: altered(envelope, '"result":"PASSED"', '"result":"WARNED"')),
+        "The verdict was altered: the signature of key",
     ),
     "altered provenance": (
-        forged("provenance", lambda each: altered(each, '"threads":2', '"threads":4')),
+        forged("provenance", lambda envelope: altered(envelope, '"threads":2', '"threads":4')),
         "The provenance was altered",
     ),
     "signature of the other payload": (
@@ -126,14 +118,23 @@ FORGERIES: dict[str, tuple[Change, str]] = {
     "no signature at all under a trusted key's name": (
         forged(
             "verdict",
-            lambda each: {**each, "signatures": [{"keyid": each["signatures"][0]["keyid"], "sig": "!"}]},
+            lambda envelope: {
+                **envelope,
+                "signatures": [{"keyid": envelope["signatures"][0]["keyid"], "sig": "!"}],
+            },
         ),
         "The verdict was altered",
     ),
-    "two verdicts": (lambda envelopes: [*envelopes, envelopes[1]], "The artifact has two verdict statements, expected one"),
-    "no base64": (forged("verdict", lambda each: {**each, "payload": "?"}), "is not a DSSE envelope"),
-    "no payload": (forged("verdict", lambda each: {"signatures": []}), "is not a DSSE envelope: KeyError"),
-    "no JSON": (forged("verdict", lambda each: {**each, "payload": "ew=="}), "payload of an attestation is not JSON"),
+    "two verdicts": (
+        lambda envelopes: [*envelopes, envelopes[1]],
+        "The artifact has two verdict statements, expected one",
+    ),
+    "no base64": (forged("verdict", lambda envelope: {**envelope, "payload": "?"}), "is not a DSSE envelope"),
+    "no payload": (forged("verdict", lambda envelope: {"signatures": []}), "is not a DSSE envelope: KeyError"),
+    "no JSON": (
+        forged("verdict", lambda envelope: {**envelope, "payload": "ew=="}),
+        "payload of an attestation is not JSON",
+    ),
 }
 
 
@@ -156,7 +157,9 @@ def test_statements_on_another_artifact_are_detected(
 
 
 def test_verdict_on_another_source_model_is_detected(artifact: Path, keys: Keys) -> None:
-    with pytest.raises(SignatureError, match=r"name different source models: provenance 5{12}\.\.\., verdict 1{12}"):
+    with pytest.raises(
+        SignatureError, match=r"name different source models: provenance 5{12}\.\.\., verdict 1{12}"
+    ):
         check(artifact, envelopes_for(artifact, keys, source="1" * 64), keys)
     with pytest.raises(
         SignatureError, match=r"name different source models: manifest 2{12}\.\.\., provenance 5{12}"
@@ -185,13 +188,13 @@ def test_verdict_on_no_source_model_is_detected(artifact: Path, keys: Keys) -> N
         (lambda envelopes: envelopes[:1], "has no verdict statement"),
         (lambda envelopes: envelopes[1:], "has no provenance statement"),
         (
-            lambda envelopes: [{**each, "signatures": []} for each in envelopes],
+            lambda envelopes: [{**envelope, "signatures": []} for envelope in envelopes],
             "no trusted key signed the provenance",
         ),
         (lambda envelopes: [envelopes[0], {**envelopes[1], "signatures": "none"}], "signed the verdict"),
     ],
 )
-def test_what_is_missing_is_refused_only_where_it_is_required(
+def test_missing_statement_or_signature_is_refused_only_if_required(
     artifact: Path, keys: Keys, change: Change, says: str
 ) -> None:
     envelopes = change(envelopes_for(artifact, keys))
