@@ -27,6 +27,7 @@ from compileflow.targets._vendor import toolchain as vendor_toolchain
 from compileflow.testing.targets import hide_distributions
 from tests.doubles.fixtures import vendor_doubles as vendor_doubles
 
+DOCS = Path(__file__).parents[2] / "docs"
 VENDORS = ("blade", "hyperdex", "neuron", "neuronx")
 TASK = HfTask.TEXT_CLASSIFICATION
 FP32, BF16, FP16 = Precision.FP32, Precision.BF16, Precision.FP16
@@ -504,13 +505,13 @@ def test_threads_and_warning_filters_are_as_they_were(
 
 
 @pytest.mark.parametrize("name", VENDORS)
-def test_page_names_every_option_and_the_command_that_probe_gives(
+def test_pages_name_every_option_and_the_command_that_probe_gives(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = (Path(__file__).parents[2] / "docs" / "explanation" / "vendor-targets.md").read_text("utf-8")
-    section = text.split(f"## {name}: ")[1].split("\n## ")[0]
+    options = (DOCS / "reference" / "targets.md").read_text("utf-8").split(f"### {name}\n")[1].split("\n### ")[0]
+    commands = (DOCS / "explanation" / "vendor-targets.md").read_text("utf-8").split(f"## {name}: ")[1]
     target = get_target(name)
-    assert [option for option in target.Options.model_fields if f"`{option}`" not in section] == []
+    assert [option for option in target.Options.model_fields if f"`{option}`" not in options] == []
     hide_distributions(monkeypatch)
     for command in target.probe().hint.partition(", in ")[0].split(" && "):
-        assert command in section
+        assert command in commands.split("\n## ")[0]

@@ -54,8 +54,8 @@ def example_length(inputs: Sequence[TensorRecord], longest: int) -> int:
     """Return the sequence length of the example that a graph with free axes is exported with."""
     if "sequence" not in inputs[0].axes:
         return 1
-    # Text: one sentence. Audio: at most one second.
-    return min(16 if inputs[0].name == "input_ids" else 16_000, longest)
+    # Text: one sentence. Audio: at most one second. At least 2, because torch.export takes 1 for a constant.
+    return max(2, min(16 if inputs[0].name == "input_ids" else 16_000, longest))
 
 
 def calibration_tensors(

@@ -236,7 +236,7 @@ def as_tuple_module(source_model: SourceModel, precision: Precision = Precision.
     """Wrap a source model: it takes inputs by position and returns a tuple of float32 outputs.
 
     At bf16 and fp16, torch.autocast computes matrix products in that format. It keeps what sums over many elements
-    (layer normalisation, softmax, the residual stream) in fp32. MiniLM then keeps 99.4 % of its ten nearest
+    (layer normalization, softmax, the residual stream) in fp32. MiniLM then keeps 99.4 % of its ten nearest
     neighbours, against 98.9 % with every operator in bf16.
     """
     import torch

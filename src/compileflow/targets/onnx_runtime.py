@@ -43,7 +43,7 @@ class OnnxRuntimeOptions(TargetOptions):
     """Options of the onnx-runtime target."""
 
     fusions: Literal["cpu", "none"] = Field(
-        "cpu", description="Fuse attention, layer normalisation and GELU for ONNX Runtime's CPU kernels."
+        "cpu", description="Fuse attention, layer normalization and GELU for ONNX Runtime's CPU kernels."
     )
     opset: int | None = Field(None, ge=18, le=25, description="ONNX opset. Empty: the exporter chooses.")
     quantization: Literal["dynamic", "static"] = Field(
@@ -112,7 +112,7 @@ class OnnxRuntimeTarget:
     def load(
         self, component_dir: Path, component: ComponentRecord, *, device: Device, threads: int | None
     ) -> Runner:
-        """Open an inference session; ONNX Runtime optimises the graph for this CPU."""
+        """Open an inference session; ONNX Runtime optimizes the graph for this CPU."""
         import onnxruntime
 
         settings = onnxruntime.SessionOptions()

@@ -1,4 +1,4 @@
-"""The small source models that the conformance suite compiles: random, with fixed seeds, built on the spot."""
+"""Small source models for the conformance suite: random weights with fixed seeds, built in each run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_TOKENS = 64
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[HfTask], Path]:
-    """Build a model once a task and session: `tiny_model(hf_task)` gives its folder, to read only."""
+    """Build a model once for each task: `tiny_model(hf_task)` returns its folder. Do not write to it."""
     root = tmp_path_factory.mktemp("models")
 
     @cache
@@ -50,7 +50,7 @@ def _model(hf_task: HfTask) -> transformers.PreTrainedModel:
         max_position_embeddings=MAX_TOKENS,
     )
     model = getattr(transformers, AUTO_CLASSES[hf_task]).from_config(config)
-    # Weights are drawn wider than transformers draws them, so that a lost mask or token type shows.
+    # Larger weights than the default ones make a lost mask or token type visible.
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:

@@ -1,9 +1,9 @@
-"""torch-export keeps the targets' contract."""
+"""torch-export passes the conformance suite for targets."""
 
 from compileflow.testing.targets import TargetConformance
 
 
 class TestTorchExport(TargetConformance):
-    """Everything that every target must do."""
+    """The tests that every target must pass."""
 
     target_name = "torch-export"

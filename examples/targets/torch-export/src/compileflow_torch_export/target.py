@@ -20,13 +20,20 @@ from compileflow.contracts import (
     Runner,
     TargetOptions,
 )
-from compileflow.contracts.toolkit import installed_versions, report_progress, torch_threads
-from compileflow.errors import CompileError, InputError, LoadError
-from compileflow.source_model import SourceModel, as_tuple_module, example_inputs, load_source_model
+from compileflow.contracts.toolkit import (
+    installed_versions,
+    load_error,
+    probe_installed,
+    refusal,
+    report_progress,
+    require_open,
+    torch_threads,
+)
+from compileflow.source_model import SourceModel, as_tuple_module, free_axes, load_source_model
 from compileflow.spec import TEXT_TASKS, Precision
 
 _FILE = "model.pt2"
-_NEEDS = ("torch", "transformers")
+_COMPILE_NEEDS = ("torch", "transformers")
 
 
 class TorchExportOptions(TargetOptions):
@@ -38,7 +45,7 @@ class TorchExportOptions(TargetOptions):
 
 
 class TorchExportTarget:
-    """Export with torch.export: nothing but torch is needed to run the result."""
+    """Export with torch.export; the result needs nothing but torch to run."""
 
     name: ClassVar[str] = "torch-export"
     version: ClassVar[int] = 1
@@ -52,26 +59,17 @@ class TorchExportTarget:
         # torch does not promise to read programs that another version saved.
         runtime={"torch": "=={minor}.*"},
     )
-    default_gates: ClassVar[Mapping[Precision, Mapping[str, float]]] = {}
 
     def probe(self) -> Availability:
-        """Look which distributions are installed, without importing them."""
-        missing = [name for name in _NEEDS if name not in self.toolchain()]
-        if not missing:
-            return Availability(can_compile=True, can_run=True)
-        return Availability(
-            can_compile=False,
-            can_run="torch" not in missing,
-            reason=f"{', '.join(missing)} not installed",
-            hint=f"pip install {' '.join(missing)}",
-        )
+        """Check which distributions are installed, without importing them."""
+        return probe_installed(_COMPILE_NEEDS, ("torch",), install="pip install torch transformers")
 
     def toolchain(self) -> dict[str, str]:
         """Return the versions of torch and transformers."""
-        return installed_versions(_NEEDS)
+        return installed_versions(_COMPILE_NEEDS)
 
     def cpu_features(self) -> tuple[str, ...]:
-        """Return (): a program names operators, the CPU is chosen when it runs."""
+        """Return (): a program names operators, and torch chooses their kernels at run time."""
         return ()
 
     def compile(self, source_dir: Path, component: ComponentPlan, out_dir: Path) -> CompiledComponent:
@@ -81,17 +79,17 @@ class TorchExportTarget:
         torch.set_num_threads(component.threads)
         options = TorchExportOptions.model_validate(dict(component.options))
         report_progress("loading the source model")
-        graph = load_source_model(
+        source_model = load_source_model(
             source_dir,
             component.hf_task,
             attention=options.attention,
             trust_remote_code=component.trust_remote_code,
         )
         report_progress("exporting the graph")
-        program = _export(graph, min(16, component.max_sequence_length))
+        program = _export(source_model, component.max_sequence_length)
         report_progress("writing the graph")
         torch.export.save(program, out_dir / _FILE)
-        return CompiledComponent((_FILE,), graph.inputs, graph.outputs, graph.output_class, graph.pad_token_id)
+        return source_model.compiled_to([_FILE])
 
     def load(
         self, component_dir: Path, component: ComponentRecord, *, device: Device, threads: int | None
@@ -102,10 +100,7 @@ class TorchExportTarget:
         try:
             module = torch.export.load(component_dir / _FILE).module()
         except Exception as error:
-            raise LoadError(
-                f"{_FILE} cannot be loaded by torch {torch.__version__}: {error}",
-                hint="Use the torch version that the manifest names, or compile again.",
-            ) from error
+            raise load_error(_FILE, f"torch {torch.__version__}", error) from error
         return _TorchExportRunner(module, component, threads)
 
 
@@ -121,10 +116,8 @@ class _TorchExportRunner:
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
         import torch
 
-        # Another thread may close this runner between here and the call.
-        module = self._module
-        if module is None:
-            raise InputError("This compiled model was closed.", hint="Load it again.")
+        # Read the attribute once: another thread may close this runner during the call.
+        module = require_open(self._module)
         with torch_threads(self._threads), torch.inference_mode():
             answers = module(*(torch.as_tensor(inputs[name]) for name in self._inputs))
         return {name: answer.numpy() for name, answer in zip(self._outputs, answers, strict=True)}
@@ -133,24 +126,21 @@ class _TorchExportRunner:
         self._module = None
 
 
-def _export(graph: SourceModel, length: int) -> Any:
+def _export(source_model: SourceModel, longest: int) -> Any:
     import torch
 
-    # Sizes of 0 and 1 in an example are taken for constants: the program would refuse every other batch.
-    example = example_inputs(graph.inputs, 3, max(2, length), graph.vocab_size, graph.pad_token_id)
-    tensors = tuple(torch.as_tensor(example[record.name]) for record in graph.inputs)
-    axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    dynamic = torch.export.Dim.DYNAMIC
+    axes = tuple(free_axes(source_model.inputs, dynamic, dynamic).values())
     try:
         with torch.no_grad():
             program = torch.export.export(
-                as_tuple_module(graph), tensors, dynamic_shapes=((axes,) * len(tensors),)
+                as_tuple_module(source_model),
+                tuple(source_model.export_tensors(longest).values()),
+                dynamic_shapes=(axes,),
             )
     except Exception as error:
-        raise CompileError(
-            f"torch.export refused the model: {type(error).__name__}: {str(error)[:300]}",
-            hint="Try another target; `compileflow targets` lists them.",
-        ) from error
-    # Stack traces name this machine's folders; the same model should give the same bytes on any machine.
+        raise refusal("torch.export", error) from error
+    # Stack traces hold folders of this machine; equal models should give equal bytes on every machine.
     for module in program.graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):
             for node in module.graph.nodes:
