@@ -10,15 +10,10 @@ import pytest
 from pydantic import ValidationError
 
 from compileflow.errors import MeasurementError
-from compileflow.selection.comparison import (
-    Candidate,
-    CandidateLatency,
-    Objective,
-    accuracy_loss_of,
-    choose,
-    pareto_front,
-)
-from compileflow.validation.measure.latency import Latency
+from compileflow.selection.candidates import Candidate, CandidateLatency, accuracy_loss_of
+from compileflow.selection.choice import choose, pareto_front
+from compileflow.spec import Objective
+from compileflow.validation.measure import Latency
 
 
 def candidate(
@@ -106,10 +101,10 @@ def test_latency_goal_takes_the_lowest_mean_ratio() -> None:
 
 
 def test_throughput_goal_takes_the_most_rows_a_second() -> None:
-    # The mean of the first is lower; the second does more rows a second at its best shape.
+    # The mean of the first is lower; the second does more rows per second at its best shape.
     winner, reason = chosen(candidate("a", (0.4, 0.4)), candidate("b", (0.9, 0.2)), goal="throughput")
     assert winner == 1
-    assert reason == "b fp32: 500 rows a second, the most of 2 that passed their gates"
+    assert reason == "b fp32: 500 rows per second, the most of 2 that passed their gates"
 
 
 def test_size_goal_takes_the_smallest_and_latency_breaks_ties() -> None:
@@ -136,7 +131,7 @@ def test_within_two_percent_the_more_accurate_wins(ratio: float, winner: int) ->
     if winner:
         assert reason == (
             "b fp32: 0.51 of eager's latency, within 2 % of the lowest of 3 that passed their gates, "
-            "and the most accurate there"
+            "and the most accurate of those"
         )
 
 
@@ -184,7 +179,8 @@ def test_a_budget_drops_what_exceeds_it_and_what_was_not_measured(
     winner, reason = chosen(*candidates, **budget)
     assert winner == 2
     assert reason == (
-        "c fp32: 0.30 of eager's latency, the only one that passed its gates and kept to the budget (2 dropped)"
+        "c fp32: 0.30 of eager's latency, the only candidate that passed its gates and kept to the budget "
+        "(2 dropped)"
     )
     winner, reason = chosen(*candidates[:2], **budget)
     assert winner is None
@@ -196,7 +192,10 @@ def test_speed_is_compared_only_where_all_were_timed() -> None:
     winner, _ = chosen(candidate("a", (0.5, 0.5)), candidate("b", (0.1,)))
     assert winner == 0
     winner, reason = chosen(candidate("a", None), candidate("b", None))
-    assert (winner, reason) == (None, "None of 2 candidates is left: 2 lacked a timing: not timed at any shape")
+    assert (winner, reason) == (
+        None,
+        "None of 2 candidates can be chosen: 2 lacked a timing: not timed at any shape",
+    )
 
 
 def test_when_none_is_left_the_reason_counts_why() -> None:
@@ -211,13 +210,13 @@ def test_when_none_is_left_the_reason_counts_why() -> None:
     )
     assert winner is None
     assert reason == (
-        "None of 6 candidates is left: 2 failed their gates, 1 only warned, which is not allowed, "
+        "None of 6 candidates can be chosen: 2 failed their gates, 1 only warned, which is not allowed, "
         "1 ended in an error, 1 cannot be compiled here, 1 exceeded the size budget."
     )
 
 
 def test_of_no_candidate_none_is_chosen() -> None:
-    assert chosen() == (None, "There is no candidate.")
+    assert chosen() == (None, "No candidate was given.")
 
 
 def test_objective_has_titles_for_a_form_and_refuses_nonsense() -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from compileflow.errors import MeasurementError
 from compileflow.spec import HfTask, Precision
-from compileflow.validation.judge import verdict as judging
 from compileflow.validation.judge import GateResult, Verdict, judge
+from compileflow.validation.judge import verdict as judging
 from compileflow.validation.measure import Measurements
 from compileflow.validation.measure.metrics import compare
 
@@ -263,5 +263,5 @@ def test_gates_of_other_tasks_are_not_judged() -> None:
 def test_a_gate_that_was_lost_on_the_way_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = judging._judge_table
     monkeypatch.setattr(judging, "_judge_table", lambda *asked: whole(*asked)[1:])
-    with pytest.raises(MeasurementError, match="gates were asked for"):
+    with pytest.raises(MeasurementError, match="Expected results of 10 gates, got 7"):
         verdict(healthy())

@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from compileflow.validation.measure import latency
 from compileflow.validation.measure.latency import time_pairs
 
 
@@ -16,8 +17,8 @@ def _work(size: int) -> object:
 
 def test_calls_are_interleaved_and_take_turns_at_going_first() -> None:
     calls: list[str] = []
-    found = time_pairs("1 x 1", lambda: calls.append("r"), lambda: calls.append("c"), pairs=6, budget_s=60.0)
-    assert found.pairs == 6
+    timing = time_pairs("1 x 1", lambda: calls.append("r"), lambda: calls.append("c"), pairs=6, budget_s=60.0)
+    assert timing.pairs == 6
     warm_up, timed = "".join(calls[:6]), "".join(calls[6:])
     assert warm_up == "rcrcrc"
     # Each timed call follows two untimed ones of the same model.
@@ -25,11 +26,11 @@ def test_calls_are_interleaved_and_take_turns_at_going_first() -> None:
 
 
 def test_a_function_against_itself_has_a_ratio_of_about_one() -> None:
-    found = time_pairs("same", lambda: _work(20_000), lambda: _work(20_000), pairs=60, budget_s=20.0)
-    assert found.ratio == pytest.approx(1.0, abs=0.25)
-    assert found.ratio_low <= found.ratio <= found.ratio_high
+    timing = time_pairs("same", lambda: _work(20_000), lambda: _work(20_000), pairs=60, budget_s=20.0)
+    assert timing.ratio == pytest.approx(1.0, abs=0.25)
+    assert timing.ratio_low <= timing.ratio <= timing.ratio_high
     # A shared machine shifts medians by a few per cent; the interval need not hold 1 exactly.
-    assert found.ratio_low - 0.05 <= 1.0 <= found.ratio_high + 0.05
+    assert timing.ratio_low - 0.05 <= 1.0 <= timing.ratio_high + 0.05
 
 
 def test_the_slower_candidate_is_seen_on_either_side() -> None:
@@ -42,16 +43,37 @@ def test_the_slower_candidate_is_seen_on_either_side() -> None:
 
 
 def test_milliseconds_are_milliseconds() -> None:
-    found = time_pairs("sleep", lambda: time.sleep(0.005), lambda: time.sleep(0.02), pairs=5, budget_s=5.0)
-    assert 5.0 <= found.reference_p50_ms < 500.0
-    assert 20.0 <= found.candidate_p50_ms < 2000.0
+    timing = time_pairs("sleep", lambda: time.sleep(0.005), lambda: time.sleep(0.02), pairs=5, budget_s=5.0)
+    assert 5.0 <= timing.reference_p50_ms < 500.0
+    assert 20.0 <= timing.candidate_p50_ms < 2000.0
 
 
 def test_a_spent_budget_still_gives_five_pairs() -> None:
-    found = time_pairs("sleep", lambda: time.sleep(0.002), lambda: time.sleep(0.002), pairs=1000, budget_s=1e-6)
-    assert found.pairs == 5
+    timing = time_pairs("sleep", lambda: time.sleep(0.002), lambda: time.sleep(0.002), pairs=1000, budget_s=1e-6)
+    assert timing.pairs == 5
 
 
 def test_a_budget_ends_the_pairs() -> None:
-    found = time_pairs("sleep", lambda: time.sleep(0.005), lambda: time.sleep(0.005), pairs=1000, budget_s=0.2)
-    assert 5 <= found.pairs <= 20
+    timing = time_pairs("sleep", lambda: time.sleep(0.005), lambda: time.sleep(0.005), pairs=1000, budget_s=0.2)
+    assert 5 <= timing.pairs <= 20
+
+
+@pytest.mark.parametrize(
+    ("ratios", "median", "low", "high"),
+    [
+        # The median of 5 draws is the smallest value with probability P(Bin(5, 1/5) >= 3) = 5.8 %, above 2.5 %.
+        ((0.9, 0.5, 0.7, 0.6, 0.8), 0.7, 0.5, 0.9),
+        # Of 11 it is at most the second smallest with 0.7 %, and at most the third smallest with 5.1 %.
+        ((0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1), 0.6, 0.3, 0.9),
+        ((0.5,) * 8, 0.5, 0.5, 0.5),
+    ],
+)
+def test_interval_is_the_one_that_resampling_the_median_gives(
+    monkeypatch: pytest.MonkeyPatch, ratios: tuple[float, ...], median: float, low: float, high: float
+) -> None:
+    monkeypatch.setattr(latency, "_seconds", lambda call: call())
+    # Three warm-up calls come first.
+    seconds = iter((1.0, 1.0, 1.0, *ratios))
+    timing = time_pairs("x", lambda: 1.0, lambda: next(seconds), pairs=len(ratios), budget_s=60.0)
+    assert (timing.ratio, timing.ratio_low, timing.ratio_high) == pytest.approx((median, low, high))
+    assert (timing.reference_p50_ms, timing.candidate_p50_ms) == pytest.approx((1000.0, 1000.0 * median))

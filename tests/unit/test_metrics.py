@@ -1,4 +1,4 @@
-"""Metrics against values that were worked out by hand."""
+"""Metrics against values worked out by hand."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from compileflow.validation.measure import metrics
 
 def test_doctests_of_the_metrics_hold() -> None:
     result = doctest.testmod(metrics)
-    assert result.attempted >= 2
+    assert result.attempted == 1
     assert result.failed == 0
 
 
@@ -44,25 +44,25 @@ def test_compare_works_in_float64() -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_one_value_that_is_not_finite_leaves_no_number(bad: float) -> None:
-    clean, dirty = np.array([1.0, 2.0, 3.0]), np.array([1.0, bad, 3.0])
-    row = metrics.compare(clean, dirty)
+    finite, broken = np.array([1.0, 2.0, 3.0]), np.array([1.0, bad, 3.0])
+    row = metrics.compare(finite, broken)
     assert (row["candidate_nonfinite_count"], row["reference_nonfinite_count"]) == (1, 0)
     names = ("max_abs_diff", "rel_l2", "one_minus_cosine", "tolerance_use")
     assert all(math.isnan(row[name]) for name in names)
-    # The same infinity on both sides is no agreement, either.
-    both = metrics.compare(dirty, dirty)
+    # Equal infinities on both sides are not agreement.
+    both = metrics.compare(broken, broken)
     assert (both["candidate_nonfinite_count"], both["reference_nonfinite_count"]) == (1, 1)
     assert all(math.isnan(both[name]) for name in names)
 
 
 @pytest.mark.parametrize("candidate", [np.ones((2, 1)), np.ones(3), np.empty(0)])
-def test_another_shape_leaves_no_number_though_numpy_would_broadcast(candidate: np.ndarray) -> None:
+def test_another_shape_leaves_no_number_although_numpy_would_broadcast(candidate: np.ndarray) -> None:
     row = metrics.compare(np.ones(2), candidate)
     assert row["shape_matches"] == 0
     assert math.isnan(row["max_abs_diff"])
 
 
-def test_no_value_at_all_is_no_agreement() -> None:
+def test_empty_arrays_do_not_agree() -> None:
     assert math.isnan(metrics.compare(np.empty(0), np.empty(0))["rel_l2"])
 
 
@@ -111,7 +111,7 @@ def test_neighbour_overlap_counts_the_neighbours_that_stay() -> None:
     # Nearest other of each, before: 1, 0, 1, 2; after: 1, 0, 3, 2.
     assert metrics.neighbour_overlaps(before, after, 1) == [1, 1, 0, 1]
     assert metrics.neighbour_overlaps(before, before * 7.0, 1) == [1, 1, 1, 1]
-    # An example is no neighbour of its own: of 4, there are 3.
+    # An example is not its own neighbour, so each of 4 examples has 3.
     assert metrics.neighbour_overlaps(before, after, 10) == [3, 3, 3, 3]
 
 
@@ -143,7 +143,7 @@ def test_misplaced_labels_leaves_nan_to_the_gate_for_it(logits: np.ndarray) -> N
 
 
 @pytest.mark.parametrize(
-    ("tags", "found"),
+    ("tags", "entities"),
     [
         (["B-PER", "I-PER", "O", "B-LOC"], {("PER", 0, 2), ("LOC", 3, 4)}),
         (["B-PER", "B-PER"], {("PER", 0, 1), ("PER", 1, 2)}),
@@ -155,8 +155,8 @@ def test_misplaced_labels_leaves_nan_to_the_gate_for_it(logits: np.ndarray) -> N
         ([], set()),
     ],
 )
-def test_spans_of_bio_and_of_plain_tags(tags: list[str], found: set[tuple[str, int, int]]) -> None:
-    assert metrics.spans(tags) == found
+def test_spans_of_bio_and_of_plain_tags(tags: list[str], entities: set[tuple[str, int, int]]) -> None:
+    assert metrics.spans(tags) == entities
 
 
 def test_entity_f1_counts_whole_entities_over_all_examples() -> None:
@@ -167,36 +167,3 @@ def test_entity_f1_counts_whole_entities_over_all_examples() -> None:
     assert metrics.entity_f1(reference, reference) == 1.0
     assert metrics.entity_f1([["O"]], [["O"]]) == 1.0
     assert metrics.entity_f1([["O"]], [["B-PER"]]) == 0.0
-
-
-def test_wilson_interval_of_268_hits_reaches_99_percent_and_of_267_does_not() -> None:
-    assert metrics.wilson_interval(268, 268)[0] >= 0.99
-    assert metrics.wilson_interval(267, 267)[0] < 0.99
-
-
-def test_wilson_interval_against_the_formula_worked_out() -> None:
-    # n = 100, p = 0.9, z = 1.644854: (0.9 + z^2/200 -+ z sqrt(0.0009 + z^2/40000)) / (1 + z^2/100)
-    low, high = metrics.wilson_interval(90, 100)
-    assert low == pytest.approx(0.839644, abs=1e-6)
-    assert high == pytest.approx(0.939282, abs=1e-6)
-    assert metrics.wilson_interval(0, 0) == (0.0, 1.0)
-
-
-@pytest.mark.parametrize(("hits", "trials", "gate"), [(20, 20, 0.99), (95, 100, 0.99), (199, 200, 0.98)])
-def test_trials_to_decide_is_the_smallest_number_that_decides(hits: int, trials: int, gate: float) -> None:
-    def decided(count: int) -> bool:
-        low, high = metrics.wilson_interval(round(hits / trials * count), count)
-        return low >= gate or high < gate
-
-    more = metrics.trials_to_decide(hits, trials, gate)
-    assert more is not None
-    assert decided(trials + more)
-    assert more == 0 or not decided(trials + more - 1)
-
-
-def test_trials_to_decide_from_20_of_20_to_99_percent_is_248() -> None:
-    assert metrics.trials_to_decide(20, 20, 0.99) == 268 - 20
-
-
-def test_a_rate_that_is_the_limit_itself_is_never_decided() -> None:
-    assert metrics.trials_to_decide(99, 100, 0.99) is None

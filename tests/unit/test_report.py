@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,9 @@ import pytest
 
 from compileflow.spec import HfTask, Precision
 from compileflow.validation.cases import Case
-from compileflow.validation.measure.flips import Flip
 from compileflow.validation.judge import judge
-from compileflow.validation.measure.latency import Latency
-from compileflow.validation.measure import Measurements, measure_noise
+from compileflow.validation.measure import Latency, Measurements, measure_noise
+from compileflow.validation.measure.flips import Flip
 from compileflow.validation.measure.metrics import compare
 from compileflow.validation.report import (
     Report,
@@ -25,6 +23,7 @@ from compileflow.validation.report import (
     worst_rows,
     write_report,
 )
+from tests.unit.html_page import HtmlPage
 
 ATTACK = "<script>alert('x')</script> & \"more\""
 NAN = float("nan")
@@ -87,41 +86,12 @@ def html(report: Report, tmp_path: Path) -> str:
     return (tmp_path / "report.html").read_text("utf-8")
 
 
-class _Page(HTMLParser):
-    """Collects tags, attributes and text as a browser would."""
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.text = ""
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes.extend(attrs)
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
-def test_html_loads_nothing(html: str) -> None:
-    page = _Page(html)
-    assert not {"script", "link", "img", "iframe", "object", "embed", "base"} & set(page.tags)
-    assert not {"src", "href", "srcset", "data", "action"} & {name for name, _ in page.attributes}
-    assert not re.search(r"https?://|src\s*=|rel\s*=|@import|url\(", html)
-
-
-def test_html_is_utf8_and_whole(html: str) -> None:
-    page = _Page(html)
-    assert ("charset", "utf-8") in page.attributes
-    assert html.rstrip().endswith("</html>")
-    assert "{{" not in html
-    assert "{%" not in html
+def test_html_is_complete_and_loads_nothing(html: str) -> None:
+    HtmlPage(html).assert_self_contained()
 
 
 def test_html_leads_with_the_verdict_and_its_reason(html: str, report: Report) -> None:
-    text = _Page(html).text
+    text = HtmlPage(html).text
     assert report.verdict.outcome == "fail"
     reason = report.verdict.reason.removeprefix("fail: ")
     assert reason in text
@@ -130,7 +100,7 @@ def test_html_leads_with_the_verdict_and_its_reason(html: str, report: Report) -
 
 
 def test_html_shows_every_gate_with_outcome_value_and_limit(html: str, report: Report) -> None:
-    text = _Page(html).text
+    text = HtmlPage(html).text
     assert len(report.verdict.gates) == 10
     for gate in report.verdict.gates:
         row = text[text.index(f"{gate.gate}\n") :][:400]
@@ -151,20 +121,33 @@ def test_html_shows_the_margin_only_where_there_is_a_number(html: str, report: R
 
 
 def test_html_shows_latency_with_its_interval(html: str) -> None:
-    text = _Page(html).text
+    text = HtmlPage(html).text
     for part in ("1 x 16", "12.34 ms", "6.17 ms", "0.51 (0.47 to 0.56)", "30"):
         assert part in text
 
 
+def test_picture_shows_each_latency_against_eager_in_words_as_well(html: str) -> None:
+    svg = html[html.index("<svg") : html.index("</svg>")]
+    assert 'role="img"' in svg
+    assert "<title>1 x 16: 0.51 of eager's latency, 95 % interval 0.47 to 0.56</title>" in svg
+    assert '<desc id="latency-picture-description">1 x 16: 0.51 of eager\'s latency' in svg
+    assert ">eager</text>" in svg
+    assert "var(--pass)" in svg
+
+
+def test_without_timings_there_is_no_picture(report: Report, tmp_path: Path) -> None:
+    assert "<svg" not in _page(report.model_copy(update={"latencies": ()}), tmp_path)
+
+
 def test_html_shows_the_worst_examples_first_and_those_without_a_number_before_them(html: str) -> None:
-    text = _Page(html).text
+    text = HtmlPage(html).text
     worst = text[text.index("Worst examples") :]
     assert worst.index(ATTACK) < worst.index("worse") < worst.index("mild")
     assert "3e-05" in worst
 
 
 def test_html_says_what_was_compared_with_what(html: str, report: Report) -> None:
-    text = _Page(html).text
+    text = HtmlPage(html).text
     subject = report.subject.model_dump()
     for name in ("source_uri", "source_revision", "source_digest", "artifact_uri", "artifact_digest"):
         assert subject[name] in text
@@ -179,7 +162,7 @@ def test_html_says_what_was_compared_with_what(html: str, report: Report) -> Non
 def test_text_of_an_example_is_shown_and_never_run(html: str) -> None:
     assert "<script" not in html
     assert "&lt;script&gt;" in html
-    assert ATTACK in _Page(html).text
+    assert ATTACK in HtmlPage(html).text
 
 
 def _flip(text: str, margin: float | None) -> Flip:
@@ -196,26 +179,27 @@ def test_flipped_examples_are_shown_with_what_they_were_and_became(report: Repor
     flips = (_flip(ATTACK, 0.42), _flip("an unsure one", 0.034))
     html = _page(report.model_copy(update={"flips": flips, "flips_count": 2, "examples_count": 300}), tmp_path)
     assert "<script" not in html
-    text = _Page(html).text
+    text = HtmlPage(html).text
     section = text[text.index("Flipped examples") : text.index("Latency")]
     assert "2 of 300 examples lead to another decision; all are shown" in section
     assert section.index(ATTACK) < section.index("0.420 sure") < section.index("an unsure one")
     assert "0.034 sure" not in section
     assert "0.034" in section
-    for part in ("was", "became", "margin", "yes", "no"):
+    for part in ("source model", "compiled model", "margin", "yes", "no"):
         assert part in section
 
 
 def test_flips_that_are_not_shown_are_counted(report: Report, tmp_path: Path) -> None:
     more = report.model_copy(update={"flips": (_flip("a", 0.4),), "flips_count": 9, "examples_count": 300})
     assert (
-        "9 of 300 examples lead to another decision; the surest 1 are shown" in _Page(_page(more, tmp_path)).text
+        "9 of 300 examples lead to another decision; the surest 1 are shown"
+        in HtmlPage(_page(more, tmp_path)).text
     )
 
 
 def test_moved_neighbours_are_not_called_sure(report: Report, tmp_path: Path) -> None:
     more = report.model_copy(update={"flips": (_flip("a", None),), "flips_count": 9, "examples_count": 300})
-    text = _Page(_page(more, tmp_path)).text
+    text = HtmlPage(_page(more, tmp_path)).text
     assert "by their nearest neighbours; the 1 that lost most are shown" in text
     assert "sure" not in text[text.index("Flipped examples") : text.index("Latency")]
 
@@ -252,20 +236,20 @@ def test_json_round_trips_without_nan(report: Report, tmp_path: Path) -> None:
 def test_noise_without_a_number_does_not_reach_the_report() -> None:
     ids = np.ones((1, 2), np.int64)
     case = Case("natural 1", "agreement", ("a",), {"input_ids": ids}, ids)
-    found = Measurements()
+    measurements = Measurements()
 
     def zeros(inputs: dict[str, Any]) -> dict[str, Any]:
         return {"logits": np.zeros((1, 2))}
 
-    # Exact zeros in one precision and not in another: infinitely far from itself.
-    measure_noise(found, {"float64": lambda case: {"logits": np.full((1, 2), 1e-9)}}, zeros, [case])
-    assert found.noise == {"max_abs_diff": 1e-9}
+    # Exact zeros in one precision but not in another: the model is infinitely far from itself.
+    measure_noise(measurements, {"float64": lambda case: {"logits": np.full((1, 2), 1e-9)}}, zeros, [case])
+    assert measurements.noise == {"max_abs_diff": 1e-9}
 
 
 def test_figures_hold_numbers_only(measured: Measurements) -> None:
     figures = measured.figures()
     assert np.isfinite(list(figures.values())).all()
-    # One comparison without a number leaves no honest worst value.
+    # With one comparison without a number, the worst value is unknown.
     assert "rel_l2" not in figures
     assert "mask_leak" not in figures
     assert figures["label_agreement"] == 1.0

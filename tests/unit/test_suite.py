@@ -12,10 +12,9 @@ from pydantic import ValidationError
 
 from compileflow.errors import MeasurementError
 from compileflow.spec import GRAPH_TASKS, HfTask, Precision
-from compileflow.validation.judge import suite
-from compileflow.validation.judge import judge
-from compileflow.validation.measure import Measurements
+from compileflow.validation.judge import judge, suite
 from compileflow.validation.judge.suite import SuiteFile, gates_for, load_suite
+from compileflow.validation.measure import Measurements
 
 FP32, FP16, BF16, INT8 = Precision.FP32, Precision.FP16, Precision.BF16, Precision.INT8
 # The limits that were decided on, written out here a second time on purpose.
@@ -151,7 +150,7 @@ def test_the_shipped_file_is_accepted() -> None:
         ("limits.nothin", {"fp32": 0}, "no gate uses nothin"),
         ("limits.rel_l2", {"fp12": 0}, "fp12"),
         ("task_limits.token-classification.label_agreemint", {"fp32": 1}, "no gate uses label_agreemint"),
-        ("warnings.int8", ["rel_l3"], "names no gate: rel_l3"),
+        ("warnings.int8", ["rel_l3"], "names unknown gates: rel_l3"),
         ("gates.1.gate", "finite_outputs", "share a name"),
         ("gates", [], "gates"),
         ("schema_version", 2, "schema_version"),

@@ -1,1 +1,1 @@
-"""Target `auto`: candidates, the choice among them, and the comparison page."""
+"""Target auto: candidates, the choice among them, and the comparison page."""

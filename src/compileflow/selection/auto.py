@@ -1,4 +1,4 @@
-"""auto: every target and precision that can compile and run here, what came of each, and the one that wins."""
+"""Target auto: plan the candidates that can compile and run here, and compare their results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from compileflow._process.folders import work_folder
 from compileflow.catalog import get_target, open_store, target_names
 from compileflow.errors import CompileflowError, SpecError, TargetUnavailableError
 from compileflow.selection.candidates import Candidate, CandidateLatency, accuracy_loss_of
-from compileflow.selection.comparison import Comparison, choose, write_comparison
+from compileflow.selection.choice import choose
+from compileflow.selection.comparison import Comparison, write_comparison
 from compileflow.settings import Settings
 from compileflow.spec import HfTask, Precision
 from compileflow.steps.compile import detect_task
@@ -21,12 +22,12 @@ from compileflow.validation.report import environment
 
 
 class CandidatePlan(BaseModel):
-    """What `auto` tries, and what it cannot try here, with the reason.
+    """The candidates of target auto: those to try, and those that this machine cannot try.
 
     Attributes:
-        hf_task: Asked for, or read off the source model.
-        requests: One request a candidate, in the order of trying.
-        unavailable: Candidates that this machine cannot compile or run.
+        hf_task: Task from the request, or detected from the source model.
+        requests: One request per candidate, in the order of trying.
+        unavailable: Candidates that this machine cannot compile or run, with the reason.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,38 +38,46 @@ class CandidatePlan(BaseModel):
 
 
 class ComparedCandidates(BaseModel):
-    """The stored comparison, and the position of the candidate that won; None when none is good enough."""
+    """The stored comparison, and the position of the winner."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     comparison_uri: str
     comparison_digest: str
-    winner: int | None = Field(description="Among the candidates, in the order in which they were given.")
+    winner: int | None = Field(
+        description="Position of the winner among the candidates, or None if every candidate was dropped."
+    )
     reason: str
 
 
 def plan_candidates(
     source: FetchedSource, request: CompileRequest, *, store_uri: str, settings: Settings
 ) -> CandidatePlan:
-    """Turn a request for `auto` into one request for each target, precision and set of options.
+    """Turn a request for target auto into one request per target, precision and set of options.
+
+    Args:
+        source: Source model.
+        request: Request for target auto.
+        store_uri: Artifact store that holds the source model.
+        settings: Credentials of the store.
 
     Raises:
-        SpecError: the request contradicts itself, or no target that is left has the task.
+        SpecError: The request contradicts itself, or none of the requested targets has the task.
     """
     if request.target_options:
         raise SpecError(
-            f"Target options were given for target {AUTO!r}: {', '.join(request.target_options)}.",
-            hint="Name the target that they are for.",
+            f"Target {AUTO!r} takes no target options, got {', '.join(request.target_options)}.",
+            hint="Name the target that the options are for.",
         )
     if not request.steps.validate:
         raise SpecError(
-            f"The validate step is off, and {AUTO!r} chooses by what validation measures.",
+            f"Target {AUTO!r} chooses by what validation measures, and the validate step is off.",
             hint="Switch the validate step on, or name a target.",
         )
     names = request.auto.targets or target_names()
-    strangers = sorted(set(names) - set(target_names()))
-    if strangers:
-        raise SpecError(f"Unknown target {strangers[0]!r}.", hint=f"Choose among: {', '.join(target_names())}.")
+    unknown = sorted(set(names) - set(target_names()))
+    if unknown:
+        raise SpecError(f"Unknown target {unknown[0]!r}.", hint=f"Choose among: {', '.join(target_names())}.")
     with open_store(store_uri, settings).open_folder(source.digest) as folder:
         hf_task = request.hf_task or source.hf_task or detect_task(folder)
     requests: list[CompileRequest] = []
@@ -77,23 +86,24 @@ def plan_candidates(
         target = get_target(name)
         if hf_task not in target.capabilities.hf_tasks:
             continue
-        wanted = request.auto.precisions or target.capabilities.precisions
-        precisions = [each for each in target.capabilities.precisions if each in wanted]
-        here = target.probe()
-        if precisions and not (here.can_compile and here.can_run):
-            why = "; ".join(part for part in (here.reason, here.hint) if part)
-            unavailable.append(_unavailable(name, precisions[0], why))
+        requested = request.auto.precisions or target.capabilities.precisions
+        precisions = [precision for precision in target.capabilities.precisions if precision in requested]
+        availability = target.probe()
+        if precisions and not (availability.can_compile and availability.can_run):
+            reason = "; ".join(part for part in (availability.reason, availability.hint) if part)
+            unavailable.append(_unavailable(name, precisions[0], reason))
             continue
         for precision in precisions:
-            if precision in here.lacking:
-                unavailable.append(_unavailable(name, precision, here.lacking[precision]))
+            if precision in availability.lacking:
+                unavailable.append(_unavailable(name, precision, availability.lacking[precision]))
                 continue
             for options in target.capabilities.variants.get(precision, ({},)):
-                chosen = {"target": name, "precision": precision, "target_options": dict(options)}
-                requests.append(request.model_copy(update={**chosen, "hf_task": hf_task}))
+                update = {"target": name, "precision": precision, "target_options": dict(options)}
+                requests.append(request.model_copy(update=update | {"hf_task": hf_task}))
     if not requests and not unavailable:
         raise SpecError(
-            f"No target compiles {hf_task.value} as asked.", hint="Allow more targets or precisions for auto."
+            f"None of the requested targets compiles {hf_task.value} in a requested precision.",
+            hint="Allow more targets or precisions for auto.",
         )
     return CandidatePlan(hf_task=hf_task, requests=tuple(requests), unavailable=tuple(unavailable))
 
@@ -101,7 +111,7 @@ def plan_candidates(
 def measured_candidate(
     request: CompileRequest, artifact: CompiledArtifact, validated: ValidatedArtifact, settings: Settings
 ) -> Candidate:
-    """Return what a validated artifact is worth, with the timings of its report."""
+    """Return the candidate of a validated artifact, with the latencies of its report."""
     report = read_report(validated.report_uri, settings)
     return Candidate(
         target=request.target,
@@ -109,7 +119,7 @@ def measured_candidate(
         options=dict(request.target_options),
         outcome=validated.outcome,
         reason=validated.reason,
-        latencies=tuple(CandidateLatency.of(each) for each in report.latencies),
+        latencies=tuple(CandidateLatency.of(latency) for latency in report.latencies),
         accuracy_loss=accuracy_loss_of(validated.figures),
         rel_l2=validated.figures.get("rel_l2"),
         size_bytes=artifact.size_bytes,
@@ -124,7 +134,7 @@ def measured_candidate(
 def failed_candidate(
     request: CompileRequest, error: CompileflowError, artifact: CompiledArtifact | None = None
 ) -> Candidate:
-    """Return a candidate that has no verdict, with the reason."""
+    """Return a candidate without a verdict, with the error as the reason."""
     return Candidate(
         target=request.target,
         precision=request.precision,
@@ -149,15 +159,15 @@ def compare_candidates(
     """Choose the winner by the request's objective, and store the comparison beside the artifacts.
 
     Args:
-        source: The source model.
-        request: With its objective.
-        plan: What was tried; what could not be tried is shown, too.
-        candidates: One for each of the plan's requests, in that order.
-        store_uri: Artifact store.
+        source: Source model.
+        request: Request for target auto, with its objective.
+        plan: Plan with the requests; the comparison also lists its unavailable candidates.
+        candidates: One result per request of the plan, in the plan's order.
+        store_uri: Artifact store that gets the comparison.
         settings: Work folder and threads.
     """
-    shown = (*candidates, *plan.unavailable)
-    winner, reason = choose(shown, request.auto.objective, allow_warn=request.allow_warn)
+    all_candidates = (*candidates, *plan.unavailable)
+    winner, reason = choose(all_candidates, request.auto.objective, allow_warn=request.allow_warn)
     comparison = Comparison(
         source_uri=source.uri,
         source_revision=source.revision,
@@ -165,7 +175,7 @@ def compare_candidates(
         hf_task=plan.hf_task,
         objective=request.auto.objective,
         allow_warn=request.allow_warn,
-        candidates=shown,
+        candidates=all_candidates,
         winner=winner,
         reason=reason,
         environment=environment(settings.threads),
@@ -179,5 +189,5 @@ def compare_candidates(
     )
 
 
-def _unavailable(target: str, precision: Precision, why: str) -> Candidate:
-    return Candidate(target=target, precision=precision, outcome="unavailable", reason=why)
+def _unavailable(target: str, precision: Precision, reason: str) -> Candidate:
+    return Candidate(target=target, precision=precision, outcome="unavailable", reason=reason)

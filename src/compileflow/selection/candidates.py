@@ -1,4 +1,4 @@
-"""Candidates: the ways of compiling one model, what was measured of each, and what one is chosen for."""
+"""Candidates: the ways of compiling one model, with their measured latency, accuracy loss and size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from compileflow.contracts import Outcome
 from compileflow.errors import MeasurementError
 from compileflow.spec import Precision
-from compileflow.validation.measure.latency import Latency
+from compileflow.validation.measure import Latency
 
 _AGREEMENTS = ("label_agreement", "exact_span", "neighbour_overlap", "entity_f1")
 
@@ -22,19 +22,19 @@ class _Value(BaseModel):
 
 
 class CandidateLatency(_Value):
-    """One candidate's timing at one shape, in turn with eager."""
+    """Latency of one candidate at one shape, timed in turn with eager PyTorch."""
 
     shape: str = Field(description="Batch x tokens, for example 8 x 128.")
     batch_size: int = Field(ge=1)
     latency_p50_ms: float = Field(gt=0)
     reference_p50_ms: float = Field(gt=0)
-    ratio: float = Field(gt=0, description="Fraction of eager's latency.")
+    ratio: float = Field(gt=0, description="Latency as a fraction of eager's.")
     ratio_low: float
     ratio_high: float
 
     @classmethod
     def of(cls, latency: Latency) -> CandidateLatency:
-        """Take over what a report has."""
+        """Return the latency that a report has."""
         return cls(
             shape=latency.shape,
             batch_size=int(latency.shape.partition(" ")[0]),
@@ -47,13 +47,13 @@ class CandidateLatency(_Value):
 
 
 class Candidate(_Value):
-    """One way of compiling the model, and what came of it. What was not measured is None."""
+    """One way of compiling the model, and its result. Numbers that were not measured are None."""
 
     target: str
     precision: Precision
     options: dict[str, JsonValue] = Field(default_factory=dict)
     outcome: Outcome | Literal["unavailable"]
-    reason: str = Field(description="One line: the verdict's reason, or why there is none.")
+    reason: str = Field(description="One line: the reason of the verdict, or why the verdict is missing.")
     latencies: tuple[CandidateLatency, ...] = ()
     accuracy_loss: float | None = Field(None, ge=0, le=1, description="Share of decisions that changed.")
     rel_l2: float | None = None
@@ -75,28 +75,30 @@ class Candidate(_Value):
 
     @property
     def latency_ratio(self) -> float | None:
-        """Latency as a fraction of eager's, the geometric mean over the shapes."""
+        """Latency as a fraction of eager's: the geometric mean over the shapes, or None."""
         if not self.latencies:
             return None
-        return math.exp(math.fsum(math.log(each.ratio) for each in self.latencies) / len(self.latencies))
+        return math.exp(math.fsum(math.log(latency.ratio) for latency in self.latencies) / len(self.latencies))
 
     @property
     def throughput_per_s(self) -> float | None:
-        """Rows a second at the shape where there are most."""
-        return max((each.batch_size * 1000 / each.latency_p50_ms for each in self.latencies), default=None)
+        """Rows per second at the shape with the highest throughput, or None."""
+        return max(
+            (latency.batch_size * 1000 / latency.latency_p50_ms for latency in self.latencies), default=None
+        )
 
 
 def accuracy_loss_of(figures: Mapping[str, float]) -> float:
-    """Return the share of decisions that changed: 1 less the worst agreement in `Measurements.figures()`.
+    """Return the share of decisions that changed: 1 minus the worst agreement in `Measurements.figures()`.
 
     Raises:
-        MeasurementError: there is no agreement among the figures.
+        MeasurementError: The figures have no agreement.
     """
-    found = [figures[name] for name in _AGREEMENTS if name in figures]
-    if not found:
+    agreements = [figures[name] for name in _AGREEMENTS if name in figures]
+    if not agreements:
         raise MeasurementError(
             f"The figures have no agreement, only {', '.join(sorted(figures)) or 'nothing'}.",
             hint=f"Measure one of: {', '.join(_AGREEMENTS)}.",
         )
-    # 1 - 0.99 is a little more than 0.01 in floating point, and a budget of 0.01 allows it.
-    return round(1.0 - min(found), 12)
+    # In floating point 1 - 0.99 is a little more than 0.01, which a budget of 0.01 must allow.
+    return round(1.0 - min(agreements), 12)

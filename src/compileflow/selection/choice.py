@@ -1,4 +1,4 @@
-"""Choosing among candidates: which are dropped and why, which one wins, which are on the Pareto front."""
+"""Choice: which candidates are dropped and why, which one wins, and which are on the Pareto front."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from compileflow.selection.candidates import Candidate
 from compileflow.spec import Objective
 from compileflow.validation.report import megabytes, percent
 
-# Latencies this close, as a share, are not told apart from one run to the next.
+# Latencies within this share of one another cannot be told apart from one run to the next.
 SAME_LATENCY = 0.02
 
 _OUTCOME_KINDS = {
@@ -24,7 +24,7 @@ _OUTCOME_KINDS = {
 
 @dataclass(frozen=True)
 class Drop:
-    """Why a candidate cannot be chosen: in words that can be counted, and in its own."""
+    """Why a candidate cannot be chosen: a kind that can be counted, and the detail."""
 
     kind: str
     detail: str
@@ -33,63 +33,67 @@ class Drop:
 def drops(candidates: Sequence[Candidate], objective: Objective, *, allow_warn: bool) -> dict[int, Drop]:
     """Return the candidates that cannot be chosen, by position.
 
-    A number that was not measured keeps to no budget, and speeds are compared only among candidates that were
-    timed at the same shapes.
+    A number that was not measured exceeds any budget. Speeds are compared only among candidates that were timed
+    at the same shapes.
     """
-    found: dict[int, Drop] = {}
+    dropped: dict[int, Drop] = {}
     for position, candidate in enumerate(candidates):
         drop = _outcome_drop(candidate, allow_warn) or _budget_drop(candidate, objective)
         if drop is not None:
-            found[position] = drop
+            dropped[position] = drop
     if objective.goal == "size":
-        return found
-    shapes = {n: {each.shape for each in c.latencies} for n, c in enumerate(candidates) if n not in found}
-    wanted = {shape for each in shapes.values() for shape in each}
+        return dropped
+    shapes = {
+        position: {latency.shape for latency in candidate.latencies}
+        for position, candidate in enumerate(candidates)
+        if position not in dropped
+    }
+    all_shapes = set().union(*shapes.values())
     for position, timed in shapes.items():
-        if not timed or timed != wanted:
-            detail = f"not timed at {', '.join(sorted(wanted - timed)) or 'any shape'}"
-            found[position] = Drop("lacked a timing", detail)
-    return found
+        if not timed or timed != all_shapes:
+            detail = f"not timed at {', '.join(sorted(all_shapes - timed)) or 'any shape'}"
+            dropped[position] = Drop("lacked a timing", detail)
+    return dropped
 
 
 def choose(candidates: Sequence[Candidate], objective: Objective, *, allow_warn: bool) -> tuple[int | None, str]:
-    """Choose the candidate that serves the objective best.
+    """Choose the best candidate for the objective.
 
-    Those that failed their gates, warned where that is not allowed, or exceed a budget are dropped. Of the
-    rest, the best by the goal wins; for size, latency decides between equals. Where others are within 2 % of
-    the best speed, the one of them with the smallest accuracy loss wins, then the faster, then the label that
+    Candidates that failed their gates, that warned although no warning is allowed, or that exceed a budget are
+    dropped. The best of the others by the goal wins; for size, latency decides between equals. Among candidates
+    within 2 % of the best speed, the smallest accuracy loss wins, then the higher speed, then the label that
     sorts first.
 
     Returns:
-        The winner's position, None where none is left, and the reason in one line.
+        Position of the winner, or None if every candidate was dropped, and the reason in one line.
     """
     if not candidates:
-        return None, "There is no candidate."
+        return None, "No candidate was given."
     dropped = drops(candidates, objective, allow_warn=allow_warn)
-    left = [position for position in range(len(candidates)) if position not in dropped]
-    if not left:
+    choosable = [position for position in range(len(candidates)) if position not in dropped]
+    if not choosable:
         counts = Counter(drop.kind for drop in dropped.values())
-        whys = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
+        kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
         details = {drop.detail for drop in dropped.values()}
-        shared = f": {details.pop()}" if len(details) == 1 and len(dropped) > 1 else "."
-        return None, f"None of {len(candidates)} candidates is left: {whys}{shared}"
-    pool = left
+        shared_detail = f": {details.pop()}" if len(details) == 1 and len(dropped) > 1 else "."
+        return None, f"None of {len(candidates)} candidates can be chosen: {kinds}{shared_detail}"
+    pool = choosable
     if objective.goal == "size":
-        smallest = min(_or_inf(candidates[position].size_bytes) for position in left)
-        pool = [position for position in left if candidates[position].size_bytes == smallest]
+        smallest = min(_or_inf(candidates[position].size_bytes) for position in choosable)
+        pool = [position for position in choosable if candidates[position].size_bytes == smallest]
     costs = {position: _cost(candidates[position], objective) for position in pool}
-    most = min(costs.values()) * (1 + SAME_LATENCY)
+    highest_cost = min(costs.values()) * (1 + SAME_LATENCY)
     winner = min(
-        (position for position in pool if costs[position] <= most),
+        (position for position in pool if costs[position] <= highest_cost),
         key=lambda n: (_or_inf(candidates[n].accuracy_loss), costs[n], candidates[n].label, n),
     )
-    return winner, _why(candidates[winner], [candidates[n] for n in left], objective, dropped=len(dropped))
+    return winner, _reason(candidates[winner], [candidates[n] for n in choosable], objective, dropped=len(dropped))
 
 
 def pareto_front(candidates: Sequence[Candidate]) -> set[int]:
-    """Return the candidates that no other beats in latency, accuracy loss and size at once.
+    """Return the candidates that no other candidate beats in latency, accuracy loss and size at once.
 
-    Only those that passed or warned and have all three numbers; lower is better in each.
+    Only candidates that passed or warned and that have all three numbers count. Lower is better in each.
     """
     points = {}
     for position, candidate in enumerate(candidates):
@@ -99,7 +103,7 @@ def pareto_front(candidates: Sequence[Candidate]) -> set[int]:
 
     def beaten(point: tuple[float, ...]) -> bool:
         return any(
-            other != point and all(a <= b for a, b in zip(other, point, strict=True)) for other in points.values()
+            rival != point and all(a <= b for a, b in zip(rival, point, strict=True)) for rival in points.values()
         )
 
     return {position for position, point in points.items() if not beaten(point)}
@@ -115,11 +119,11 @@ def _outcome_drop(candidate: Candidate, allow_warn: bool) -> Drop | None:
 
 
 def _budget_drop(candidate: Candidate, objective: Objective) -> Drop | None:
-    loss, most = candidate.accuracy_loss, objective.max_accuracy_loss
-    if most is not None and (loss is None or loss > most):
+    loss, max_loss = candidate.accuracy_loss, objective.max_accuracy_loss
+    if max_loss is not None and (loss is None or loss > max_loss):
         measured = "unknown" if loss is None else percent(loss)
         return Drop(
-            "exceeded the accuracy budget", f"accuracy loss {measured}, at most {percent(most)} is allowed"
+            "exceeded the accuracy budget", f"accuracy loss {measured}, at most {percent(max_loss)} is allowed"
         )
     for kind, size, limit in (
         ("serving memory", candidate.serving_memory_bytes, objective.max_serving_memory_bytes),
@@ -139,23 +143,24 @@ def _cost(candidate: Candidate, objective: Objective) -> float:
     return _or_inf(candidate.latency_ratio)
 
 
-def _why(winner: Candidate, left: Sequence[Candidate], objective: Objective, *, dropped: int) -> str:
+def _reason(winner: Candidate, choosable: Sequence[Candidate], objective: Objective, *, dropped: int) -> str:
     best, measured = {
         "latency": ("lowest", f"{_or_inf(winner.latency_ratio):.2f} of eager's latency"),
-        "throughput": ("most", f"{winner.throughput_per_s or 0.0:.0f} rows a second"),
+        "throughput": ("most", f"{winner.throughput_per_s or 0.0:.0f} rows per second"),
         "size": ("smallest", megabytes(winner.size_bytes or 0)),
     }[objective.goal]
-    passed = f"passed {'its' if len(left) == 1 else 'their'} gates"
-    if any(each.outcome == "warn" for each in left):
-        passed = "passed or only warned"
-    kept = " and kept to the budget" if objective.has_budget else ""
-    rest = f" ({dropped} dropped)" if dropped else ""
-    if len(left) == 1:
-        return f"{winner.label}: {measured}, the only one that {passed}{kept}{rest}"
-    among = f"the {best} of {len(left)} that {passed}{kept}"
-    if objective.goal != "size" and any(_cost(each, objective) < _cost(winner, objective) for each in left):
-        among = f"within 2 % of {among}, and the most accurate there"
-    return f"{winner.label}: {measured}, {among}{rest}"
+    condition = f"passed {'its' if len(choosable) == 1 else 'their'} gates"
+    if any(candidate.outcome == "warn" for candidate in choosable):
+        condition = "passed or only warned"
+    if objective.has_budget:
+        condition += " and kept to the budget"
+    dropped_count = f" ({dropped} dropped)" if dropped else ""
+    if len(choosable) == 1:
+        return f"{winner.label}: {measured}, the only candidate that {condition}{dropped_count}"
+    rank = f"the {best} of {len(choosable)} that {condition}"
+    if objective.goal != "size" and any(_cost(c, objective) < _cost(winner, objective) for c in choosable):
+        rank = f"within 2 % of {rank}, and the most accurate of those"
+    return f"{winner.label}: {measured}, {rank}{dropped_count}"
 
 
 def _or_inf(value: float | None) -> float:

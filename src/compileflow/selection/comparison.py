@@ -1,4 +1,4 @@
-"""The comparison of many candidates: what won and why, the table, the picture, comparison.json and .html."""
+"""The comparison of all candidates: the winner and why, the table, comparison.json and comparison.html."""
 
 from __future__ import annotations
 
@@ -6,33 +6,18 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from compileflow.selection.candidates import Candidate, CandidateLatency, accuracy_loss_of
-from compileflow.selection.choice import choose, drops, pareto_front
-from compileflow.selection.pareto import key, scatter
-from compileflow.selection.text_plot import text_scatter
+from compileflow.selection.candidates import Candidate
+from compileflow.selection.choice import drops, pareto_front
+from compileflow.selection.scatter import letter, scatter
 from compileflow.spec import HfTask, Objective
 from compileflow.validation.report import megabytes, percent, write_page
-
-__all__ = [
-    "COMPARISON_HTML",
-    "COMPARISON_JSON",
-    "Candidate",
-    "CandidateLatency",
-    "Comparison",
-    "Objective",
-    "accuracy_loss_of",
-    "choose",
-    "pareto_front",
-    "plot_text",
-    "write_comparison",
-]
 
 COMPARISON_JSON, COMPARISON_HTML = "comparison.json", "comparison.html"
 _REASON_LENGTH = 160
 
 
 class Comparison(BaseModel):
-    """All candidates for one source model, and the one that was chosen."""
+    """All candidates for one source model, and the chosen one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -51,21 +36,25 @@ class Comparison(BaseModel):
     @model_validator(mode="after")
     def _winner_is_a_candidate(self) -> Comparison:
         if self.winner is not None and not 0 <= self.winner < len(self.candidates):
-            raise ValueError(f"the winner is number {self.winner} of {len(self.candidates)} candidates, from 0")
+            raise ValueError(
+                f"the winner is number {self.winner} of {len(self.candidates)} candidates, counted from 0"
+            )
         return self
 
     @property
     def shapes(self) -> tuple[str, ...]:
-        """Shapes that at least one candidate was timed at, in the order of timing."""
-        return tuple(dict.fromkeys(each.shape for one in self.candidates for each in one.latencies))
+        """Shapes at which at least one candidate was timed, in the order of timing."""
+        return tuple(
+            dict.fromkeys(latency.shape for candidate in self.candidates for latency in candidate.latencies)
+        )
 
     def dropped(self) -> dict[int, str]:
-        """Return why each of those that cannot be chosen cannot, by position."""
-        found = drops(self.candidates, self.objective, allow_warn=self.allow_warn)
-        return {position: drop.detail for position, drop in found.items() if position != self.winner}
+        """Return the candidates that cannot be chosen: position and reason."""
+        reasons = drops(self.candidates, self.objective, allow_warn=self.allow_warn)
+        return {position: drop.detail for position, drop in reasons.items() if position != self.winner}
 
     def marks(self) -> list[str]:
-        """Return one word a candidate: chosen, front, dropped, or nothing."""
+        """Return one word per candidate: chosen, front, dropped, or empty."""
         front, dropped = pareto_front(self.candidates), self.dropped()
         return [
             "chosen" if n == self.winner else "dropped" if n in dropped else "front" if n in front else ""
@@ -87,14 +76,14 @@ class Comparison(BaseModel):
         )
 
     def comparison_rows(self) -> list[tuple[str, ...]]:
-        """Return the table for a terminal, a row a candidate that was tried, "-" for what was not measured.
+        """Return the table for a terminal: one row per candidate that was tried, "-" if not measured.
 
-        The letter that the picture has, label, verdict, latency as a fraction of eager's at each shape, accuracy
-        loss, size, serving memory, compile time, and the mark: "chosen", "front" or "dropped".
+        Columns: letter in the page's picture, label, verdict, latency as a fraction of eager's at each shape,
+        accuracy loss, size, serving memory, compile time, and the mark: "chosen", "front" or "dropped".
         """
         return [
             (
-                key(position),
+                letter(position),
                 candidate.label,
                 candidate.outcome,
                 "  ".join(_ratio(candidate, shape) for shape in self.shapes) or "-",
@@ -109,25 +98,13 @@ class Comparison(BaseModel):
         ]
 
     def comparison_notes(self) -> list[str]:
-        """Return a line for each candidate that cannot be chosen, with the reason."""
+        """Return one line per candidate that cannot be chosen, with the reason."""
         return [
             f"{'not tried' if candidate.outcome == 'unavailable' else 'dropped'}: {candidate.label}: "
             f"{_shortened(self.dropped()[position])}"
             for position, candidate in enumerate(self.candidates)
             if position in self.dropped()
         ]
-
-
-def plot_text(comparison: Comparison, width: int = 72, height: int = 16) -> str:
-    """Draw the comparison in letters, those of the table's rows; small ones cannot be chosen.
-
-    Args:
-        comparison: What is drawn.
-        width: Characters of a line of the picture; 40 or more.
-        height: Lines of the picture; 8 or more.
-    """
-    dropped = comparison.dropped()
-    return "\n".join(text_scatter(comparison.candidates, dropped=dropped, width=width, height=height))
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> None:
@@ -138,13 +115,14 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
         winner=comparison.winner,
         front=pareto_front(comparison.candidates),
         dropped=dropped,
+        description=f"{comparison.reason}. The table has every number.",
     )
     values = {
         "comparison": comparison,
         "marks": comparison.marks(),
         "dropped": dropped,
         "picture": picture,
-        "key": key,
+        "letter": letter,
         "percent": percent,
         "megabytes": megabytes,
         "compile_words": compile_words,
@@ -160,14 +138,14 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
 
 
 def compile_words(candidate: Candidate) -> str:
-    """Say how long the compile took, and whether that was at another time."""
+    """Return the duration of the compile as text, and whether it came from the cache."""
     if candidate.compile_duration_s is None:
         return "-"
     return f"{candidate.compile_duration_s:.1f} s{', cached' if candidate.cached else ''}"
 
 
 def _ratio(candidate: Candidate, shape: str) -> str:
-    return next((f"{each.ratio:.2f}" for each in candidate.latencies if each.shape == shape), "-")
+    return next((f"{latency.ratio:.2f}" for latency in candidate.latencies if latency.shape == shape), "-")
 
 
 def _shortened(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What a component is proven on: its cases, probes and timed inputs, from text, images or audio."""
+"""Evidence: everything that one component is measured on, for text, images or audio."""
 
 from __future__ import annotations
 
@@ -10,14 +10,26 @@ from typing import Any
 from compileflow.contracts import Arrays, ComponentRecord
 from compileflow.source_model.processor import load_processor
 from compileflow.spec import CompileSpec, HfTask
-from compileflow.validation.measure import outputs as measuring
-from compileflow.validation.cases.text import Case, CaseBuilder, agreement_cases, load_examples, shape_cases
-from compileflow.validation.measure.outputs import Measurements, Model
+from compileflow.validation.cases import (
+    Case,
+    CaseBuilder,
+    SignalCases,
+    agreement_cases,
+    load_examples,
+    load_signals,
+    shape_cases,
+)
+from compileflow.validation.measure import (
+    Measurements,
+    Model,
+    measure_mask,
+    measure_padding,
+    measure_token_types,
+)
 from compileflow.validation.registered_tests import RegisteredTests
 from compileflow.validation.settings import ValidationSettings
-from compileflow.validation.cases.signals import SignalCases, load_signals
 
-# Where a graph is dynamic, lengths at which kernels are wont to change.
+# Lengths at which the kernels of a dynamic model usually change.
 _DYNAMIC_EDGES = (8, 16, 32, 64, 128, 256)
 _TIMED_TEXT = ((1, 16), (1, 128), (8, 128))
 _TIMED_IMAGES = ((1, 1), (8, 1))
@@ -29,17 +41,17 @@ Probe = Callable[[Measurements, Model, Model], None]
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything that both models are asked.
+    """The inputs of one validation.
 
     Attributes:
-        generated: Cases that no natural example brings.
-        natural: Natural examples, on which decisions are compared.
-        probes: Measure one property each, given the measurements, the reference and the candidate.
-        timed: Inputs of a batch size and a length.
-        decode: Turns token ids into text.
-        tokens: Names of what the graph decides between, where id2label does not say.
-        origin: Where the natural examples come from.
-        examples_count: How many there are.
+        generated: Cases that natural examples do not cover.
+        natural: Cases of natural examples, on which decisions are compared.
+        probes: Functions that measure one property, given the measurements, the reference and the candidate.
+        timed: Function from a batch size and a length to inputs for timing.
+        decode: Function from token ids to text.
+        tokens: Names of the classes where id2label has none, such as the characters of a speech model.
+        origin: Origin of the natural examples, in words.
+        examples_count: Number of natural examples.
     """
 
     generated: list[Case]
@@ -59,24 +71,28 @@ def gather_evidence(
     validation: ValidationSettings,
     tests: RegisteredTests | None = None,
 ) -> Evidence:
-    """Build the evidence for one component; the source version's own test inputs come first."""
+    """Build the evidence for one component; the source version's registered test inputs come first.
+
+    Raises:
+        MeasurementError: The examples cannot be used.
+    """
     if spec.hf_task.modality == "text":
-        return _of_text(source_dir, spec, record, validation, tests)
-    return _of_signals(source_dir, spec, record, validation)
+        return _text_evidence(source_dir, spec, record, validation, tests)
+    return _signal_evidence(source_dir, spec, record, validation)
 
 
 def timed_shapes(
     hf_task: HfTask, record: ComponentRecord, validation: ValidationSettings, *, second: int
 ) -> tuple[tuple[int, int], ...]:
-    """Return (batch size, length) of each shape that is timed; `second` is the length of a second of audio."""
-    asked = [(each.batch_size, each.sequence_length) for each in validation.latency_shapes]
-    usual = {
+    """Return the shapes to time, each as (batch size, length); `second` is the length of one second of audio."""
+    requested = [(bucket.batch_size, bucket.sequence_length) for bucket in validation.latency_shapes]
+    default = {
         "text": _TIMED_TEXT,
         "image": _TIMED_IMAGES,
         "audio": tuple((rows, seconds * second) for rows, seconds in _TIMED_SECONDS),
     }[hf_task.modality]
     longest = record.max_sequence_length
-    return tuple(dict.fromkeys((rows, min(length, longest)) for rows, length in asked or usual))
+    return tuple(dict.fromkeys((rows, min(length, longest)) for rows, length in requested or default))
 
 
 def _tokenizer(source_dir: Path, spec: CompileSpec) -> Any:
@@ -87,7 +103,7 @@ def _tokenizer(source_dir: Path, spec: CompileSpec) -> Any:
     )
 
 
-def _of_text(
+def _text_evidence(
     source_dir: Path,
     spec: CompileSpec,
     record: ComponentRecord,
@@ -97,23 +113,23 @@ def _of_text(
     tokenizer = _tokenizer(source_dir, spec)
     builder = CaseBuilder(
         tokenizer=tokenizer,
-        input_names=tuple(each.name for each in record.inputs),
+        input_names=tuple(tensor.name for tensor in record.inputs),
         max_length=record.max_sequence_length,
-        edges=tuple(sorted({b.sequence_length for b in record.shape_buckets})) or _DYNAMIC_EDGES,
+        edges=tuple(sorted({bucket.sequence_length for bucket in record.shape_buckets})) or _DYNAMIC_EDGES,
         pad_token_id=record.pad_token_id,
     )
     examples, origin, _ = load_examples(spec.hf_task, validation.examples_path, validation.max_examples)
-    own = tests.examples(spec.hf_task) if tests else []
-    if own:
-        origin = f"{len(own)} test inputs of the source version, and {origin}"
-        examples = (own + examples)[: max(validation.max_examples, len(own))]
+    registered = tests.examples(spec.hf_task) if tests else []
+    if registered:
+        origin = f"{len(registered)} test inputs of the source version, and {origin}"
+        examples = (registered + examples)[: max(validation.max_examples, len(registered))]
     texts = [example.get("text") or example["context"] for example in examples]
 
-    def mask(found: Measurements, reference: Model, candidate: Model) -> None:
-        measuring.measure_mask(found, reference, candidate, builder, texts[:4])
+    def mask(measurements: Measurements, reference: Model, candidate: Model) -> None:
+        measure_mask(measurements, reference, candidate, builder, texts[:4])
 
-    def token_types(found: Measurements, reference: Model, candidate: Model) -> None:
-        measuring.measure_token_types(found, reference, candidate, builder, texts)
+    def token_types(measurements: Measurements, reference: Model, candidate: Model) -> None:
+        measure_token_types(measurements, reference, candidate, builder, texts)
 
     return Evidence(
         generated=shape_cases(builder, texts),
@@ -127,28 +143,27 @@ def _of_text(
     )
 
 
-def _of_signals(
+def _signal_evidence(
     source_dir: Path, spec: CompileSpec, record: ComponentRecord, validation: ValidationSettings
 ) -> Evidence:
     task = spec.hf_task
     processor = load_processor(source_dir, task.modality, trust_remote_code=spec.trust_remote_code)
     builder = SignalCases(processor, record)
     signals, origin, _ = load_signals(processor, validation.examples_path, validation.max_examples)
-    signals = sorted(signals, key=lambda signal: signal.values.size)
-    batches = [signals[start : start + 8] for start in range(0, len(signals), 8)]
     decode: Decode = lambda ids: " ".join(map(str, ids))  # noqa: E731 - a default for one field
     tokens: Mapping[int, str] = {}
     if task is HfTask.SPEECH_RECOGNITION:
         tokenizer = _tokenizer(source_dir, spec)
         decode, tokens = tokenizer.decode, {n: token for token, n in tokenizer.get_vocab().items()}
+    smallest = sorted(signals, key=lambda signal: signal.values.size)[:4]
 
-    def padding(found: Measurements, reference: Model, candidate: Model) -> None:
-        measuring.measure_padding(found, reference, candidate, builder.case("", "", signals[:4]))
+    def padding(measurements: Measurements, reference: Model, candidate: Model) -> None:
+        measure_padding(measurements, reference, candidate, builder.case("", "", smallest))
 
     return Evidence(
         generated=builder.generated(),
-        natural=[builder.case(f"natural batch {n + 1}", "agreement", batch) for n, batch in enumerate(batches)],
-        probes=(padding,) if any(each.name == "attention_mask" for each in record.inputs) else (),
+        natural=builder.natural(signals),
+        probes=(padding,) if any(tensor.name == "attention_mask" for tensor in record.inputs) else (),
         timed=builder.timed,
         decode=decode,
         tokens=tokens,

@@ -1,4 +1,4 @@
-"""The test files of a registered source version: inputs, parameters, and what it answered."""
+"""Registered tests: a source version's test files with inputs, parameters and predictions."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from compileflow.contracts.sources import INPUTS_FILE, PARAMETERS_FILE, PREDICTI
 from compileflow.errors import CompileflowError, MeasurementError, first_line
 from compileflow.spec import HfTask
 
-# Above the noise between versions of torch and CPUs, below what anyone would see in a score.
+# Above the noise between versions of torch and CPUs, below any difference that matters in a score.
 _TOLERANCE = 1e-2
 
 
 @dataclass(frozen=True)
 class RegisteredTests:
-    """What a pipeline is called with, and what it answered when the version was registered.
+    """Inputs for a pipeline, and its answers at the time of registration.
 
     Attributes:
-        inputs: One item a call: texts, or objects with question and context.
+        inputs: One item per call: a text, or an object with question and context.
         parameters: Keyword arguments of each call.
-        predictions: One item an input; None where the version has none.
+        predictions: One answer per input; None if the version has none.
     """
 
     inputs: tuple[Any, ...]
@@ -32,22 +32,22 @@ class RegisteredTests:
     predictions: tuple[Any, ...] | None
 
     def examples(self, hf_task: HfTask) -> list[dict[str, str]]:
-        """Return the inputs that are natural examples of a text task; others are only predicted."""
+        """Return the inputs that can serve as natural examples of a text task."""
         if hf_task.graph_task is HfTask.QUESTION_ANSWERING:
-            wanted = ("question", "context")
+            fields = ("question", "context")
             pairs = [item for item in self.inputs if isinstance(item, dict)]
             return [
-                {n: item[n] for n in wanted} for item in pairs if all(isinstance(item.get(n), str) for n in wanted)
+                {n: item[n] for n in fields} for item in pairs if all(isinstance(item.get(n), str) for n in fields)
             ]
         return [{"text": item} for item in self.inputs if isinstance(item, str)]
 
-    def disagreement(self, found: list[Any]) -> float:
-        """Return the share of registered predictions that `found` does not give again, 0 to 1.
+    def disagreement(self, answers: list[Any]) -> float:
+        """Return the share of registered predictions that differ from the answers, 0 to 1.
 
-        Words, labels and positions must be equal; numbers agree within 0.01 + 1 % of their size.
+        Words, labels and positions must be equal. Numbers may differ by 0.01 or 1 %, whichever is more.
         """
         registered = self.predictions or ()
-        misses = sum(not _agree(was, now) for was, now in zip(registered, found, strict=True))
+        misses = sum(not _agree(before, after) for before, after in zip(registered, answers, strict=True))
         return misses / len(registered)
 
 
@@ -55,25 +55,25 @@ def read_registered_tests(folder: Path) -> RegisteredTests:
     """Read the test files of a version.
 
     Raises:
-        MeasurementError: a file is no JSON, or has not the form of a test file.
+        MeasurementError: A file is not JSON, or does not have the form of a test file.
     """
     inputs = _read(folder / INPUTS_FILE, list)
     predictions = _read(folder / PREDICTIONS_FILE, list) if (folder / PREDICTIONS_FILE).exists() else None
     if not inputs:
         raise MeasurementError(
-            f"The source version's {INPUTS_FILE} holds nothing.", hint="Register it with some inputs."
+            f"The source version's {INPUTS_FILE} is empty.", hint="Register the version with some inputs."
         )
     if predictions is not None and len(predictions) != len(inputs):
         raise MeasurementError(
             f"The source version has {len(inputs)} test inputs and {len(predictions)} predictions.",
-            hint="Register as many predictions as inputs.",
+            hint="Register the version with one prediction per input.",
         )
     parameters = _read(folder / PARAMETERS_FILE, dict) if (folder / PARAMETERS_FILE).exists() else {}
     return RegisteredTests(tuple(inputs), parameters, None if predictions is None else tuple(predictions))
 
 
 def write_registered_tests(tests: RegisteredTests, predictions: list[Any], folder: Path) -> None:
-    """Write the same inputs and parameters, with what the compiled model answers, into a new folder."""
+    """Write the tests into a new folder, with the compiled model's answers as predictions."""
     folder.mkdir()
     for name, value in (
         (INPUTS_FILE, list(tests.inputs)),
@@ -84,7 +84,7 @@ def write_registered_tests(tests: RegisteredTests, predictions: list[Any], folde
 
 
 def plain(value: Any) -> Any:
-    """Turn a pipeline's answer into what JSON has: arrays to lists, their numbers to Python's, NaN to None."""
+    """Turn a pipeline's answer into JSON values: arrays into lists, and numbers that are not finite into None."""
     if hasattr(value, "tolist"):
         return plain(value.tolist())
     if isinstance(value, Mapping):
@@ -94,24 +94,26 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _agree(was: Any, now: Any) -> bool:
-    # transformers answers one text with a list of one, and several with a flat list.
-    if isinstance(was, dict) and isinstance(now, list) and len(now) == 1:
-        return _agree(was, now[0])
-    if isinstance(now, dict) and isinstance(was, list) and len(was) == 1:
-        return _agree(was[0], now)
-    if isinstance(was, dict) and isinstance(now, dict):
-        return was.keys() == now.keys() and all(_agree(was[name], now[name]) for name in was)
-    if isinstance(was, list) and isinstance(now, list):
-        return len(was) == len(now) and all(_agree(*pair) for pair in zip(was, now, strict=True))
-    numbers = [each for each in (was, now) if isinstance(each, (int, float)) and not isinstance(each, bool)]
+def _agree(before: Any, after: Any) -> bool:
+    # transformers answers one text with a list of one item, and several texts with a flat list.
+    if isinstance(before, dict) and isinstance(after, list) and len(after) == 1:
+        return _agree(before, after[0])
+    if isinstance(after, dict) and isinstance(before, list) and len(before) == 1:
+        return _agree(before[0], after)
+    if isinstance(before, dict) and isinstance(after, dict):
+        return before.keys() == after.keys() and all(_agree(before[name], after[name]) for name in before)
+    if isinstance(before, list) and isinstance(after, list):
+        return len(before) == len(after) and all(_agree(*pair) for pair in zip(before, after, strict=True))
+    numbers = [
+        value for value in (before, after) if isinstance(value, (int, float)) and not isinstance(value, bool)
+    ]
     if len(numbers) == 2 and float in map(type, numbers):
         try:
-            return math.isclose(was, now, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
+            return math.isclose(before, after, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
         except OverflowError:
-            # JSON has integers that no float holds.
+            # A JSON integer may be too large for a float.
             return False
-    return bool(was == now)
+    return bool(before == after)
 
 
 def _read(path: Path, kind: type) -> Any:
@@ -119,19 +121,23 @@ def _read(path: Path, kind: type) -> Any:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise MeasurementError(
-            f"The source version's {path.name} cannot be read: {error}.", hint="Register it again, as JSON."
+            f"The source version's {path.name} cannot be read: {error}.",
+            hint="Register the version again, with JSON files.",
         ) from error
     if not isinstance(value, kind):
-        form = "list" if kind is list else "object"
-        raise MeasurementError(f"The source version's {path.name} is no JSON {form}.", hint="Register it again.")
+        expected = "list" if kind is list else "object"
+        raise MeasurementError(
+            f"Expected a JSON {expected} in the source version's {path.name}, got {type(value).__name__}.",
+            hint="Register the version again, with a file of that form.",
+        )
     return value
 
 
 def answers_to(tests: RegisteredTests, pipeline: Callable[..., Any]) -> list[Any]:
-    """Return what a pipeline answers, one item an input.
+    """Return a pipeline's answers, one per input.
 
     Raises:
-        MeasurementError: it does not take these inputs or parameters, or answers more or less.
+        MeasurementError: The pipeline refuses the inputs or parameters, or does not give one answer per input.
     """
     hint = "Correct inputs.json and inference_params.json of the source version."
     try:
@@ -145,9 +151,11 @@ def answers_to(tests: RegisteredTests, pipeline: Callable[..., Any]) -> list[Any
         ) from error
     if isinstance(answers, list) and len(answers) == len(tests.inputs):
         return answers
-    # A lone question's answer comes without a list.
+    # The answer to a single question comes without a list.
     if len(tests.inputs) == 1:
         return [answers]
     raise MeasurementError(
-        f"The source version's {len(tests.inputs)} test inputs do not have one answer each.", hint=hint
+        f"Expected one answer for each of the source version's {len(tests.inputs)} test inputs, got "
+        f"{len(answers) if isinstance(answers, list) else type(answers).__name__}.",
+        hint=hint,
     )

@@ -1,4 +1,4 @@
-"""What the user decides about a validation."""
+"""Settings of a validation that the user chooses."""
 
 from __future__ import annotations
 
@@ -8,33 +8,37 @@ from compileflow.spec import ShapeBucket
 
 
 class ValidationSettings(BaseModel):
-    """Settings of one validation; part of its cache key."""
+    """Settings of one validation. They are part of its cache key."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     examples_path: str | None = Field(
         None,
         title="Examples",
-        description="Your own natural examples: a text file, one a line, or JSON lines with text, or question "
-        "and context; a folder of images or 16-bit WAV files. Empty: the 320 sentences and 300 questions that "
-        "compileflow carries, or signals that it generates.",
+        description="Your natural examples: a text file with one example per line, a file of JSON lines with "
+        "text, or with question and context, or a folder of images or 16-bit WAV files. Empty: the 320 sentences "
+        "or 300 questions that come with compileflow, or generated images and recordings.",
     )
     max_examples: int = Field(
-        400, ge=1, le=100_000, title="Examples at most", description="Natural examples that are compared."
+        400, ge=1, le=100_000, title="Most examples", description="Maximum number of natural examples to compare."
     )
     max_latency_ratio: float | None = Field(
         None,
         gt=0,
         allow_inf_nan=False,
         title="Latency gate",
-        description="Highest median latency of the compiled model as a fraction of eager's. Empty: no gate.",
+        description="Maximum of the compiled model's median latency as a fraction of eager's. Empty: no gate.",
     )
     latency_shapes: tuple[ShapeBucket, ...] = Field(
         (),
         title="Latency shapes",
-        description="Batch sizes and lengths that both models are timed at; the first is the headline. Empty: "
-        "1 x 16, 1 x 128 and 8 x 128, as far as the model has positions.",
+        description="Batch sizes and lengths to time both models at; the first is the headline. Empty: "
+        "1 x 16, 1 x 128 and 8 x 128, as far as the model's maximum length allows.",
     )
     latency_pairs: int = Field(
-        30, ge=5, le=10_000, title="Latency pairs", description="Interleaved pairs of calls a shape."
+        30,
+        ge=5,
+        le=10_000,
+        title="Latency pairs",
+        description="Number of interleaved pairs of calls to time per shape.",
     )

@@ -1,22 +1,12 @@
-"""Cases: the calls that both models answer."""
+"""Cases: the calls that both models answer, generated or from natural examples."""
 
 from __future__ import annotations
 
-from compileflow.validation.cases.signals import (
-    NamedSignal,
-    SignalCases,
-    generated_signals,
-    load_signals,
-    signals_digest,
-)
-from compileflow.validation.cases.text import (
-    ODD_TEXTS,
-    Case,
-    CaseBuilder,
-    agreement_cases,
-    load_examples,
-    shape_cases,
-)
+from compileflow.validation.cases.case import Case
+from compileflow.validation.cases.examples import load_examples, load_signals, signals_digest
+from compileflow.validation.cases.generated_signals import NamedSignal, generated_signals
+from compileflow.validation.cases.signals import SignalCases
+from compileflow.validation.cases.text import ODD_TEXTS, CaseBuilder, agreement_cases, shape_cases
 
 __all__ = [
     "ODD_TEXTS",

@@ -1,6 +1,6 @@
-"""Great Expectations' expectations that regression needs: nothing skips a NaN, and no row is an error.
+"""Expectations that regression needs on top of Great Expectations: none skips a NaN or passes on zero rows.
 
-Importing this module registers them. It imports great_expectations, which takes seconds: only `judge` does so.
+Importing this module registers them. It imports great_expectations, which takes seconds, so only `judge` does it.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from great_expectations.execution_engine import PandasExecutionEngine
 from great_expectations.expectations.expectation import ColumnAggregateExpectation
 from great_expectations.expectations.metrics import ColumnAggregateMetricProvider, column_aggregate_value
 
-from compileflow.validation.measure.metrics import trials_to_decide, wilson_interval
+from compileflow.validation.judge.rates import rate_bounds, trials_to_decide
 
 
 class _Extremes(ColumnAggregateMetricProvider):  # type: ignore[misc]
-    """Smallest and largest value of a column; NaN where any value is NaN or missing."""
+    """Smallest and largest value of a column; NaN if any value is NaN or missing."""
 
     metric_name = "column.strict_extremes"
 
     @column_aggregate_value(engine=PandasExecutionEngine, filter_column_isnull=False)  # type: ignore[untyped-decorator]
-    def _pandas(cls, column: Any, **_: Any) -> dict[str, float]:  # noqa: N805 - great_expectations makes it a classmethod
+    def _pandas(cls, column: Any, **_: Any) -> dict[str, float]:  # noqa: N805 - Great Expectations turns it into a classmethod
         values = column.to_numpy(dtype=float, na_value=np.nan)
         if values.size == 0:
             raise ValueError("no rows to judge")
@@ -29,19 +29,19 @@ class _Extremes(ColumnAggregateMetricProvider):  # type: ignore[misc]
 
 
 class _Agreements(ColumnAggregateMetricProvider):  # type: ignore[misc]
-    """How many rows of a 0-or-1 column are 1, and how many rows there are."""
+    """Number of ones in a column of zeros and ones, and number of rows."""
 
     metric_name = "column.agreements"
 
     @column_aggregate_value(engine=PandasExecutionEngine, filter_column_isnull=False)  # type: ignore[untyped-decorator]
     def _pandas(cls, column: Any, **_: Any) -> dict[str, int]:  # noqa: N805 - as above
         if column.size == 0 or column.isna().any():
-            raise ValueError("no rows to judge, or one is missing")
+            raise ValueError("no rows to judge, or a missing value")
         return {"hits": int(column.sum()), "trials": int(column.size)}
 
 
 class ExpectColumnMaximumToBeAtMost(ColumnAggregateExpectation):  # type: ignore[misc]
-    """Every value is at most `limit`; a NaN is not."""
+    """Every value is at most `limit`; NaN fails."""
 
     limit: float
     metric_dependencies: ClassVar[tuple[str, ...]] = ("column.strict_extremes",)
@@ -56,7 +56,7 @@ class ExpectColumnMaximumToBeAtMost(ColumnAggregateExpectation):  # type: ignore
 
 
 class ExpectColumnMinimumToBeAtLeast(ColumnAggregateExpectation):  # type: ignore[misc]
-    """Every value is at least `limit`; a NaN is not."""
+    """Every value is at least `limit`; NaN fails."""
 
     limit: float
     metric_dependencies: ClassVar[tuple[str, ...]] = ("column.strict_extremes",)
@@ -71,10 +71,11 @@ class ExpectColumnMinimumToBeAtLeast(ColumnAggregateExpectation):  # type: ignor
 
 
 class ExpectRateToBeAtLeast(ColumnAggregateExpectation):  # type: ignore[misc]
-    """The share of ones in a column is at least `limit`, and there are enough rows to say so.
+    """The share of ones in a column is at least `limit`, and the rows are enough to show it.
 
-    Three answers, in `details.decision`: pass when the lower end of the 95 % Wilson interval reaches the limit,
-    fail when the upper end does not, else inconclusive. A limit of 1 allows no miss, however many rows there are.
+    `details.decision` is `pass` if the rate is at least `limit` with 95 % confidence (one-sided lower bound),
+    `fail` if it is below `limit` with 95 % confidence (one-sided upper bound), else `inconclusive`. A limit of 1
+    allows no miss, however many rows there are.
     """
 
     limit: float
@@ -83,7 +84,7 @@ class ExpectRateToBeAtLeast(ColumnAggregateExpectation):  # type: ignore[misc]
 
     def _validate(self, metrics: Any, runtime_configuration: Any = None, execution_engine: Any = None) -> Any:
         hits, trials = metrics["column.agreements"]["hits"], metrics["column.agreements"]["trials"]
-        lower, upper = wilson_interval(hits, trials)
+        lower, upper = rate_bounds(hits, trials)
         more = None
         if self.limit >= 1.0:
             decision = "pass" if hits == trials else "fail"

@@ -1,4 +1,4 @@
-"""The suite file: which gates there are, in which order, with which limits for a precision and a task."""
+"""The suite file: the gates, their order, and their limits per precision and task."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _Strict(BaseModel):
 
 
 class GateEntry(_Strict):
-    """One gate as the suite file has it."""
+    """One gate of the suite file."""
 
     gate: str
     says: str
@@ -34,7 +34,9 @@ class GateEntry(_Strict):
     column: str = "agrees"
     metric: str | None = None
     tasks: tuple[HfTask, ...] = GRAPH_TASKS
-    optional: tuple[HfTask, ...] = Field((), description="Tasks for which it is not judged where not measured.")
+    optional: tuple[HfTask, ...] = Field(
+        (), description="Tasks whose models may lack the metric; the gate is then not judged."
+    )
 
 
 class SuiteFile(_Strict):
@@ -49,26 +51,26 @@ class SuiteFile(_Strict):
 
     @model_validator(mode="after")
     def _names_are_known(self) -> SuiteFile:
-        """A gate whose limit's name is misspelt would vanish, and a vanished gate passes."""
-        asked = {entry.limit for entry in self.gates}
+        """Refuse misspelt names: a gate without a limit would vanish, and a vanished gate passes."""
+        used = {entry.limit for entry in self.gates}
         for task, table in (("limits", self.limits), *self.task_limits.items()):
-            if set(table) - asked:
-                raise ValueError(f"{task}: no gate uses {', '.join(sorted(set(table) - asked))}")
-        lost = asked - set(self.limits)
-        if lost:
-            raise ValueError(f"limits has no {', '.join(sorted(lost))}")
+            if set(table) - used:
+                raise ValueError(f"{task}: no gate uses {', '.join(sorted(set(table) - used))}")
+        missing = used - set(self.limits)
+        if missing:
+            raise ValueError(f"limits has no {', '.join(sorted(missing))}")
         gates = {entry.gate for entry in self.gates}
         if len(gates) != len(self.gates):
             raise ValueError("two gates share a name")
-        strangers = {gate for names in self.warnings.values() for gate in names} - gates
-        if strangers:
-            raise ValueError(f"warnings names no gate: {', '.join(sorted(strangers))}")
+        unknown = {gate for names in self.warnings.values() for gate in names} - gates
+        if unknown:
+            raise ValueError(f"warnings names unknown gates: {', '.join(sorted(unknown))}")
         return self
 
 
 @dataclass(frozen=True)
 class Gate:
-    """One gate with its limit, for one precision and task."""
+    """One gate with its limit and severity for one precision and task."""
 
     entry: GateEntry
     limit: float
@@ -80,7 +82,7 @@ def load_suite() -> SuiteFile:
     """Read the suite file.
 
     Raises:
-        pydantic.ValidationError: it has an entry that no one knows.
+        pydantic.ValidationError: The file has an unknown entry.
     """
     import yaml
 
@@ -96,12 +98,12 @@ def gates_for(precision: Precision, task: HfTask, overrides: Mapping[str, float]
     """Return the gates to judge, in the suite's order.
 
     Args:
-        precision: Of the compiled model.
-        task: Of the compiled model.
-        overrides: Limit name to value; a target's own gates and the user's.
+        precision: Precision of the compiled model.
+        task: Task of the compiled model.
+        overrides: Value of each limit that the target or the user sets.
 
     Raises:
-        MeasurementError: none is left, and judging nothing would pass.
+        MeasurementError: The suite has no gate for them; judging nothing would pass.
     """
     suite = load_suite()
     gates = []
@@ -114,7 +116,7 @@ def gates_for(precision: Precision, task: HfTask, overrides: Mapping[str, float]
             warns = entry.gate in suite.warnings.get(precision, ())
             gates.append(Gate(entry, limit, "warning" if warns else "critical"))
     if not gates:
-        raise MeasurementError(f"The suite has no gate for {precision} {task}.", hint="Mend the suite file.")
+        raise MeasurementError(f"The suite has no gate for {precision} {task}.", hint="Correct the suite file.")
     return gates
 
 

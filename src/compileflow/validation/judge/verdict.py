@@ -1,4 +1,4 @@
-"""Turn measurements into a verdict with Great Expectations; nothing else in compileflow judges."""
+"""Verdict: Great Expectations judges the measurements by the suite's gates."""
 
 from __future__ import annotations
 
@@ -14,17 +14,24 @@ from pydantic import BaseModel, ConfigDict
 from compileflow.contracts import Outcome
 from compileflow.errors import MeasurementError
 from compileflow.spec import GRAPH_TASKS, HfTask, Precision
-from compileflow.validation.measure.outputs import Measurements
 from compileflow.validation.judge.suite import Gate, gates_for
+from compileflow.validation.measure.measurements import Measurements
 
 
 class GateResult(BaseModel):
-    """One gate, judged.
+    """The result of one gate.
 
     Attributes:
-        measured: The worst value, or the rate; None where it is not a number.
-        margin: How much of the room up to the limit is left, 1 = all of it, 0 = at the limit, negative =
-            beyond; None where there is no room by design (a limit of 0 or 1 that allows no exception).
+        gate: Name of the gate.
+        says: Meaning of the gate, from the suite file.
+        outcome: Outcome of the gate.
+        severity: critical or warning.
+        comparison: Side of the limit that passes.
+        measured: Worst value, or rate; None if it is not a number.
+        limit: Limit of the gate.
+        margin: Share of the room up to the limit that is left: 1 is all of it, 0 is at the limit, negative is
+            beyond; None if the limit (0 or 1) leaves no room by design.
+        detail: Counts and bounds of a rate, or the reason why the gate could not be judged.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -41,7 +48,7 @@ class GateResult(BaseModel):
 
 
 class Verdict(BaseModel):
-    """The outcome, its reason in one line, and every gate in the suite's order."""
+    """Outcome, reason in one line, and every gate in the suite's order."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -61,12 +68,21 @@ def judge(
     """Judge measurements by the suite's gates for a precision and a task.
 
     A gate that cannot be evaluated is an `error`, and an error never passes.
+
+    Args:
+        measurements: Everything that was measured.
+        precision: Precision of the compiled model.
+        hf_task: Task of the compiled model.
+        overrides: Value of each limit that the target or the user sets.
+
+    Raises:
+        MeasurementError: The suite has no gate for the task, or a gate of it was not judged.
     """
     notes = list(measurements.notes)
     gates = []
     for gate in gates_for(precision, hf_task, overrides or {}):
         if hf_task.graph_task in gate.entry.optional and gate.entry.metric not in measurements.scalars:
-            # What any source may be without is no news.
+            # A gate that is optional for every task needs no note.
             if set(gate.entry.optional) != set(GRAPH_TASKS):
                 notes.append(f"{gate.entry.gate} does not apply to this model.")
         else:
@@ -75,15 +91,14 @@ def judge(
     examples = Counter(str(row["metric"]) for row in measurements.rates)
     results: list[GateResult] = []
     for name in ("comparisons", "rates", "scalars"):
-        chosen = [gate for gate in gates if gate.entry.table == name]
-        if chosen:
-            results.extend(_judge_table(tables[name], chosen, examples))
+        table_gates = [gate for gate in gates if gate.entry.table == name]
+        if table_gates:
+            results.extend(_judge_table(tables[name], table_gates, examples))
     order = {gate.entry.gate: position for position, gate in enumerate(gates)}
     results.sort(key=lambda result: order[result.gate])
     if len(results) != len(gates):
         raise MeasurementError(
-            f"{len(gates)} gates were asked for and {len(results)} judged.",
-            hint="Mend the suite file.",
+            f"Expected results of {len(gates)} gates, got {len(results)}.", hint="Correct the suite file."
         )
     outcome, reason = _sum_up(results)
     return Verdict(outcome=outcome, reason=reason, gates=tuple(results), notes=tuple(dict.fromkeys(notes)))
@@ -108,7 +123,7 @@ def _tables(measurements: Measurements) -> dict[str, Any]:
 def _judge_table(table: Any, gates: Sequence[Gate], examples: Mapping[str, int]) -> list[GateResult]:
     """Run one checkpoint over one table."""
     with warnings.catch_warnings():
-        # great_expectations' own use of its dependencies; nothing of ours is silenced by it.
+        # These come from great_expectations' use of its dependencies; no code of compileflow runs in this block.
         warnings.simplefilter("ignore")
         import great_expectations as gx
 
@@ -121,8 +136,8 @@ def _judge_table(table: Any, gates: Sequence[Gate], examples: Mapping[str, int])
             suite.add_expectation(_expectation(gate))
         if len(suite.expectations) != len(gates):
             raise MeasurementError(
-                f"Great Expectations kept {len(suite.expectations)} of {len(gates)} gates.",
-                hint="Mend the suite file.",
+                f"Expected {len(gates)} gates, Great Expectations accepted {len(suite.expectations)}.",
+                hint="Correct the suite file.",
             )
         definition = context.validation_definitions.add(
             gx.ValidationDefinition(
@@ -130,10 +145,10 @@ def _judge_table(table: Any, gates: Sequence[Gate], examples: Mapping[str, int])
             )
         )
         answer = definition.run(batch_parameters={"dataframe": table})
-    by_name = {gate.entry.gate: gate for gate in gates}
+    gates_by_name = {gate.entry.gate: gate for gate in gates}
     results = []
     for result in answer.results:
-        gate = by_name[result.expectation_config.meta["gate"]]
+        gate = gates_by_name[result.expectation_config.meta["gate"]]
         results.append(_gate_result(gate, result, examples.get(gate.entry.metric or "", 0)))
     return results
 
@@ -143,11 +158,11 @@ def _expectation(gate: Gate) -> Any:
 
     from compileflow.validation.judge.expectations import EXPECTATIONS
 
-    known = {kind.expectation_type for kind in EXPECTATIONS}
-    if gate.entry.type not in known:
+    types = {expectation.expectation_type for expectation in EXPECTATIONS}
+    if gate.entry.type not in types:
         raise MeasurementError(
             f"The gate {gate.entry.gate} has the unknown type {gate.entry.type!r}.",
-            hint=f"Choose one of: {', '.join(sorted(known))}.",
+            hint=f"Choose one of: {', '.join(sorted(types))}.",
         )
     kwargs: dict[str, Any] = {"column": gate.entry.column, "limit": gate.limit}
     if gate.entry.metric is not None:
@@ -164,17 +179,17 @@ def _expectation(gate: Gate) -> Any:
 
 
 def _gate_result(gate: Gate, result: Any, examples: int) -> GateResult:
-    trouble = _exceptions(result)
+    exceptions = _exceptions(result)
     details = (result.result or {}).get("details") or {}
     measured = (result.result or {}).get("observed_value")
     number = float(measured) if measured is not None and math.isfinite(measured) else None
     outcome: Outcome
-    if trouble:
-        outcome, detail = "error", trouble
+    if exceptions:
+        outcome, detail = "error", exceptions
     elif result.success:
         outcome, detail = "pass", _rate_detail(details)
     elif details.get("decision") == "inconclusive":
-        # An example may be many trials: its tokens, its neighbours.
+        # One example may give many trials, such as its tokens or its neighbours.
         more = None if details["more"] is None else math.ceil(details["more"] * examples / details["trials"])
         outcome = "warn"
         detail = _rate_detail(details) + (
@@ -209,25 +224,27 @@ def _rate_detail(details: Mapping[str, Any]) -> str:
     if "trials" not in details:
         return ""
     return (
-        f"{details['hits']} of {details['trials']}, 95 % interval {details['lower']:.4f} to {details['upper']:.4f}"
+        f"{details['hits']} of {details['trials']}, one-sided 95 % bounds {details['lower']:.4f} and "
+        f"{details['upper']:.4f}"
     )
 
 
 def _exceptions(result: Any) -> str:
-    """Great Expectations has the exception flat, or by metric when a metric raised."""
+    """Return the messages of the exceptions; they are flat, or one level deeper if a metric raised."""
     info = result.exception_info or {}
-    entries = [info] if "raised_exception" in info else [v for v in info.values() if isinstance(v, dict)]
+    nested = [value for value in info.values() if isinstance(value, dict)]
+    entries = [info] if "raised_exception" in info else nested
     messages = {str(entry.get("exception_message")) for entry in entries if entry.get("raised_exception")}
     return "; ".join(sorted(messages))
 
 
 def _sum_up(results: Sequence[GateResult]) -> tuple[Outcome, str]:
-    """Let the first gate that blocks name the verdict: a graph without answers leaves later gates no rows."""
+    """Name the verdict by the first gate that blocks: without answers, the later gates have no rows to judge."""
     for outcomes in (("fail", "error"), ("warn",)):
-        hit = [result for result in results if result.outcome in outcomes]
-        if hit:
-            others = f" (and {len(hit) - 1} more)" if len(hit) > 1 else ""
-            return hit[0].outcome, f"{hit[0].outcome}: {_in_words(hit[0])}{others}"
+        blocking = [result for result in results if result.outcome in outcomes]
+        if blocking:
+            rest = f" (and {len(blocking) - 1} more)" if len(blocking) > 1 else ""
+            return blocking[0].outcome, f"{blocking[0].outcome}: {_in_words(blocking[0])}{rest}"
     return "pass", f"pass: all {len(results)} gates hold"
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from compileflow.validation.measure.outputs import (
-    Measurements,
-    Model,
-    candidate_answer,
-    measure,
-    measure_latency,
+from compileflow.validation.measure.compare_outputs import measure
+from compileflow.validation.measure.latency import measure_latency, time_pairs
+from compileflow.validation.measure.measurements import Latency, Measurements, Model, candidate_answer
+from compileflow.validation.measure.probes import (
     measure_mask,
     measure_noise,
     measure_padding,
@@ -15,6 +13,7 @@ from compileflow.validation.measure.outputs import (
 )
 
 __all__ = [
+    "Latency",
     "Measurements",
     "Model",
     "candidate_answer",
@@ -24,4 +23,5 @@ __all__ = [
     "measure_noise",
     "measure_padding",
     "measure_token_types",
+    "time_pairs",
 ]

@@ -1,4 +1,4 @@
-"""What a service would do with the outputs, and how often both models lead to the same."""
+"""Decisions: what a service would do with the outputs, and how often both models decide alike."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 
 from compileflow.contracts import Arrays
 from compileflow.spec import HfTask
+from compileflow.validation.cases.case import Case
 from compileflow.validation.measure import metrics
-from compileflow.validation.cases.text import Case
 from compileflow.validation.measure.flips import (
     SURE_MARGIN,
     Change,
@@ -25,11 +25,11 @@ from compileflow.validation.measure.flips import (
     token_choice,
 )
 
-# A reference that wavers this little between two answers has not decided; either counts as agreement.
+# With a smaller margin the reference has not decided between two answers; either counts as agreement.
 TIE_MARGIN = 1e-3
 _NEIGHBOURS = 10
-# Tasks with one decision an input.
-_WHOLE = (HfTask.TEXT_CLASSIFICATION, HfTask.IMAGE_CLASSIFICATION, HfTask.AUDIO_CLASSIFICATION)
+# Tasks with one decision per input.
+_WHOLE_INPUT = (HfTask.TEXT_CLASSIFICATION, HfTask.IMAGE_CLASSIFICATION, HfTask.AUDIO_CLASSIFICATION)
 
 
 @dataclass
@@ -37,9 +37,9 @@ class Decisions:
     """Collects decisions over the natural examples of one task.
 
     Attributes:
-        task: Decides what a decision is; one of `GRAPH_TASKS`.
-        labels: id2label of the model's configuration; of speech, its characters.
-        multi_label: True when each label is decided alone.
+        task: Task that defines the decision; one of `GRAPH_TASKS`.
+        labels: Name of each class: id2label of the model's configuration, or the characters of a speech model.
+        multi_label: True if the model decides about each label separately.
     """
 
     task: HfTask
@@ -54,61 +54,63 @@ class Decisions:
     _changes: list[Change] = field(default_factory=list)
 
     def add(self, case: Case, expected: Arrays, actual: Arrays) -> None:
-        """Take in one natural batch. Outputs of the wrong shape are left to the shape gate."""
+        """Add one natural batch. Outputs of the wrong shape are left to the shape gate."""
         if any(name not in actual or actual[name].shape != value.shape for name, value in expected.items()):
             return
         for row, text in enumerate(case.texts):
-            kept = case.mask[row].astype(bool)
-            if self.task in _WHOLE:
+            mask = case.mask[row].astype(bool)
+            if self.task in _WHOLE_INPUT:
                 self._add_label(text, expected["logits"][row], actual["logits"][row])
                 continue
             if self.task is HfTask.SPEECH_RECOGNITION:
-                self._add_speech(text, expected["logits"][row][kept], actual["logits"][row][kept])
+                self._add_speech(text, expected["logits"][row][mask], actual["logits"][row][mask])
                 continue
-            ids = [int(token) for token in case.inputs["input_ids"][row][kept]]
+            ids = [int(token) for token in case.inputs["input_ids"][row][mask]]
             if self.task is HfTask.FEATURE_EXTRACTION:
                 self._texts.append(text)
                 self._embeddings.append(
                     (
-                        expected["last_hidden_state"][row][kept].mean(axis=0),
-                        actual["last_hidden_state"][row][kept].mean(axis=0),
+                        expected["last_hidden_state"][row][mask].mean(axis=0),
+                        actual["last_hidden_state"][row][mask].mean(axis=0),
                     )
                 )
             elif self.task is HfTask.TOKEN_CLASSIFICATION:
-                self._add_tokens(text, ids, expected["logits"][row][kept], actual["logits"][row][kept])
+                self._add_tokens(text, ids, expected["logits"][row][mask], actual["logits"][row][mask])
             elif self.task is HfTask.FILL_MASK:
                 position = case.positions[row]
                 self._add_mask(text, expected["logits"][row, position], actual["logits"][row, position])
             else:
                 names = ("start_logits", "end_logits")
-                before, after = ([side[name][row][kept] for name in names] for side in (expected, actual))
+                before, after = ([outputs[name][row][mask] for name in names] for outputs in (expected, actual))
                 self._add_span(text, ids, before, after)
 
     def rates(self) -> list[dict[str, Any]]:
-        """Return one row an example and metric: metric, text, hits, trials."""
-        kept, k = self._neighbours()
-        return self._rates + [{"metric": "neighbour_overlap", "text": "", "hits": n, "trials": k} for n in kept]
+        """Return one row per example and metric: metric, text, hits, trials."""
+        overlaps, k = self._neighbours()
+        return self._rates + [
+            {"metric": "neighbour_overlap", "text": "", "hits": overlap, "trials": k} for overlap in overlaps
+        ]
 
     def scalars(self) -> dict[str, float]:
-        """Return one number a metric, over all examples."""
-        found: dict[str, float] = {}
-        if self.task in (*_WHOLE, HfTask.TOKEN_CLASSIFICATION) and self._logits:
-            before, after = (np.concatenate(side) for side in zip(*self._logits, strict=True))
-            found["misplaced_labels"] = metrics.misplaced_labels(before, after)
-            found["confident_flips"] = self._confident_flips
+        """Return one number per metric, over all examples."""
+        scalars: dict[str, float] = {}
+        if self.task in (*_WHOLE_INPUT, HfTask.TOKEN_CLASSIFICATION) and self._logits:
+            before, after = (np.concatenate(logits) for logits in zip(*self._logits, strict=True))
+            scalars["misplaced_labels"] = metrics.misplaced_labels(before, after)
+            scalars["confident_flips"] = self._confident_flips
         if self._tags:
             before_tags, after_tags = zip(*self._tags, strict=True)
-            found["entity_f1"] = metrics.entity_f1(before_tags, after_tags)
-        return found
+            scalars["entity_f1"] = metrics.entity_f1(before_tags, after_tags)
+        return scalars
 
     def flips(self, decode: Decode, limit: int = 50) -> tuple[Flip, ...]:
-        """Return the examples whose decision differs, the surest first; ties of the source model are none.
+        """Return the examples whose decision differs, the surest first. Ties of the source model do not count.
 
-        For embeddings, the ten that lost most of their nearest neighbours.
+        For embeddings: the ten examples that lost most of their nearest neighbours.
 
         Args:
-            decode: Turns token ids into text: a tokenizer's `decode`.
-            limit: Rows at most.
+            decode: Function from token ids to text, such as a tokenizer's `decode`.
+            limit: Maximum number of flips to return.
         """
         changes = sorted(self._changes, key=lambda change: (-(change.margin or 0.0), change.text))
         changes += self._moved()[:_NEIGHBOURS]
@@ -119,71 +121,71 @@ class Decisions:
         return len(self._changes) + len(self._moved())
 
     def _neighbours(self) -> tuple[list[int], int]:
-        """Return how many of its k nearest others each example keeps, and k; tasks without embeddings: none."""
+        """Return how many of its k nearest others each example keeps, and k; empty without embeddings."""
         if len(self._embeddings) < 2:
             return [], 0
-        before, after = (np.stack(side) for side in zip(*self._embeddings, strict=True))
+        before, after = (np.stack(embeddings) for embeddings in zip(*self._embeddings, strict=True))
         k = min(_NEIGHBOURS, len(before) - 1)
         return metrics.neighbour_overlaps(before, after, k), k
 
     def _moved(self) -> list[Change]:
-        """Return the examples that lost neighbours, those that lost most first."""
-        kept, k = self._neighbours()
-        found = sorted((n, text) for n, text in zip(kept, self._texts, strict=False) if n < k)
+        """Return the examples that lost neighbours; those that lost most come first."""
+        overlaps, k = self._neighbours()
+        moved = sorted((n, text) for n, text in zip(overlaps, self._texts, strict=False) if n < k)
         return [
             Change("neighbour_overlap", text, None, [f"{k} nearest examples"], [f"{k - n} of them lost"])
-            for n, text in found
+            for n, text in moved
         ]
 
     def _add_label(self, text: str, before: Any, after: Any) -> None:
         self._logits.append((before[None], after[None]))
         if not self.multi_label and before.size > 1:
-            words: list[Words] = [[choice(side, self._name)] for side in (before, after)]
+            words: list[Words] = [[choice(logits, self._name)] for logits in (before, after)]
             self._count("label_agreement", text, before[None], after[None], lambda _: words)
             return
-        # Each label alone: yes against no is a choice of two.
-        before, after = sides = [np.stack([-x / 2, x / 2], axis=-1) for x in (before, after)]
+        # Each label is a choice of two: no or yes.
+        before, after = pair = [np.stack([-logits / 2, logits / 2], axis=-1) for logits in (before, after)]
 
-        def say(flipped: list[int]) -> list[Words]:
+        def describe(flipped: list[int]) -> list[Words]:
             return [
-                listed([[f"{self._name(n)}: {choice(side[n], ('no', 'yes').__getitem__)}"] for n in flipped])
-                for side in sides
+                listed([[f"{self._name(n)}: {choice(logits[n], ('no', 'yes').__getitem__)}"] for n in flipped])
+                for logits in pair
             ]
 
-        self._count("label_agreement", text, before, after, say)
+        self._count("label_agreement", text, before, after, describe)
 
     def _add_tokens(self, text: str, ids: list[int], before: Any, after: Any) -> None:
         self._logits.append((before, after))
 
-        def say(flipped: list[int]) -> list[Words]:
+        def describe(flipped: list[int]) -> list[Words]:
             return [
-                listed([[f"token {n} ", [ids[n]], f": {choice(side[n], self._name)}"] for n in flipped])
-                for side in (before, after)
+                listed([[f"token {n} ", [ids[n]], f": {choice(logits[n], self._name)}"] for n in flipped])
+                for logits in (before, after)
             ]
 
-        self._count("label_agreement", text, before, after, say)
-        tags = [[self._name(int(label)) for label in side.argmax(-1)] for side in (before, after)]
+        self._count("label_agreement", text, before, after, describe)
+        tags = [[self._name(int(label)) for label in logits.argmax(-1)] for logits in (before, after)]
         self._tags.append((tags[0], tags[1]))
 
     def _add_speech(self, text: str, before: Any, after: Any) -> None:
-        """Compare what is heard in each frame, and the transcript: a run of one character is one (CTC)."""
+        """Compare the character of each frame, and the transcript, where repeats of a character merge (CTC)."""
         if not len(before):
             return
-        heard = [[int(n) for n, _ in groupby(side.argmax(-1))] for side in (before, after)]
+        transcripts = [[int(n) for n, _ in groupby(logits.argmax(-1))] for logits in (before, after)]
 
-        def say(flipped: list[int]) -> list[Words]:
+        def describe(flipped: list[int]) -> list[Words]:
             return [
-                listed([[f"frame {n}: {choice(side[n], self._name)}"] for n in flipped])
-                for side in (before, after)
+                listed([[f"frame {n}: {choice(logits[n], self._name)}"] for n in flipped])
+                for logits in (before, after)
             ]
 
         flips = len(self._changes)
-        self._count("label_agreement", text, before, after, say)
-        same = heard[0] == heard[1] or len(self._changes) == flips
+        self._count("label_agreement", text, before, after, describe)
+        same = transcripts[0] == transcripts[1] or len(self._changes) == flips
         self._rates.append({"metric": "exact_transcript", "text": text, "hits": int(same), "trials": 1})
 
     def _add_mask(self, text: str, before: Any, after: Any) -> None:
-        words = [token_choice(side) for side in (before, after)]
+        words = [token_choice(logits) for logits in (before, after)]
         self._count("label_agreement", text, before[None], after[None], lambda _: words)
         k = min(5, before.size)
         hits = metrics.overlap_at(before, after, k)
@@ -191,29 +193,29 @@ class Decisions:
 
     def _add_span(self, text: str, ids: list[int], before: list[Any], after: list[Any]) -> None:
         margins = [
-            float(metrics.margins(one))
-            for one, other in zip(before, after, strict=True)
-            if one.argmax() != other.argmax()
+            float(metrics.margins(before_logits))
+            for before_logits, after_logits in zip(before, after, strict=True)
+            if before_logits.argmax() != after_logits.argmax()
         ]
-        # A span flips with either end; an end where the reference wavers does not count.
+        # A span flips with either end, but not with an end that is a tie of the reference.
         margin = max(margins, default=0.0)
         agrees = margin < TIE_MARGIN
         self._rates.append({"metric": "exact_span", "text": text, "hits": int(agrees), "trials": 1})
         if not agrees:
-            words = [span_choice(ids, side) for side in (before, after)]
+            words = [span_choice(ids, ends) for ends in (before, after)]
             self._changes.append(Change("exact_span", text, margin, *words))
 
     def _count(
-        self, metric: str, text: str, before: Any, after: Any, say: Callable[[list[int]], list[Words]]
+        self, metric: str, text: str, before: Any, after: Any, describe: Callable[[list[int]], list[Words]]
     ) -> None:
-        """Count decisions, logits of shape (decisions, choices); `say` puts those that flipped into words."""
+        """Count decisions, logits of shape (decisions, choices); `describe` puts the flipped ones into words."""
         margin = metrics.margins(before)
         same = before.argmax(-1) == after.argmax(-1)
         flipped = ~same & (margin >= TIE_MARGIN)
         self._confident_flips += int((~same & (margin > SURE_MARGIN)).sum())
         self._rates.append({"metric": metric, "text": text, "hits": int((~flipped).sum()), "trials": len(same)})
         if flipped.any():
-            words = say([int(n) for n in np.flatnonzero(flipped)])
+            words = describe([int(n) for n in np.flatnonzero(flipped)])
             self._changes.append(Change(metric, text, float(margin[flipped].max()), *words))
 
     def _name(self, label: int) -> str:

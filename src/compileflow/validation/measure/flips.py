@@ -1,4 +1,4 @@
-"""A flip: a natural example that the compiled model decides differently, and how both decisions read."""
+"""Flips: natural examples that the compiled model decides differently, with both decisions in words."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-# A flip where the reference was this sure is a fault at any precision.
+# Above this margin of the reference, a flip is a fault at any precision.
 SURE_MARGIN = 0.1
 
 _TEXT_LENGTH, _ITEMS_NAMED, _SPAN_LENGTH = 200, 5, 100
 _NO_NUMBER = "no number"
 
-# What is said of a decision: text, and token ids that only the tokenizer can turn into text.
+# A decision in words: text, and token ids that only the tokenizer can turn into text.
 Words = list[str | list[int]]
 Decode = Callable[[list[int]], str]
 
@@ -24,13 +24,13 @@ class Flip(BaseModel):
     """A natural example that the compiled model decides differently.
 
     Attributes:
-        metric: The rate that it counts against.
-        text: The example's first 200 characters.
-        before: The source model's decision.
-        after: The compiled model's.
-        margin: Probability of the source model's first choice minus that of its second, the largest of what
-            flipped; None for embeddings, which have neighbours and no choice.
-        sure: The margin is so large that noise does not explain the flip.
+        metric: Rate that the flip lowers.
+        text: First 200 characters of the example.
+        before: Decision of the source model.
+        after: Decision of the compiled model.
+        margin: Probability of the source model's first choice minus that of its second, the largest among the
+            flipped decisions; None for embeddings, which have neighbours instead of choices.
+        sure: True if the margin is too large for noise to explain the flip.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -45,7 +45,7 @@ class Flip(BaseModel):
 
 @dataclass(frozen=True)
 class Change:
-    """A flip as it is found, before a tokenizer has put it into words."""
+    """A flip before a tokenizer has turned its token ids into text."""
 
     metric: str
     text: str
@@ -54,7 +54,7 @@ class Change:
     after: Words
 
     def flip(self, decode: Decode) -> Flip:
-        """Put it into words."""
+        """Put the change into words."""
         return Flip(
             metric=self.metric,
             text=self.text[:_TEXT_LENGTH],
@@ -66,27 +66,27 @@ class Change:
 
 
 def choice(logits: Any, names: Callable[[int], str]) -> str:
-    """Name the largest of some logits, shape (choices,)."""
+    """Name the choice with the largest of the logits, shape (choices,)."""
     return names(int(logits.argmax())) if np.isfinite(logits).all() else _NO_NUMBER
 
 
 def token_choice(logits: Any) -> Words:
-    """Name the token with the largest of some logits, shape (vocabulary,)."""
+    """Name the token with the largest of the logits, shape (vocabulary,)."""
     return [[int(logits.argmax())]] if np.isfinite(logits).all() else [_NO_NUMBER]
 
 
 def span_choice(ids: Sequence[int], logits: Sequence[Any]) -> Words:
     """Name the span between the largest start and the largest end logit, each of shape (tokens,)."""
-    if not all(np.isfinite(side).all() for side in logits):
+    if not all(np.isfinite(end_logits).all() for end_logits in logits):
         return [_NO_NUMBER]
-    start, end = (int(side.argmax()) for side in logits)
+    start, end = (int(end_logits.argmax()) for end_logits in logits)
     if end < start:
         return [f"no span: start {start}, end {end}"]
     return [f"tokens {start} to {end}: ", list(ids[start : end + 1])]
 
 
 def listed(items: Sequence[Words]) -> Words:
-    """Join the first five with commas, and say how many more there are."""
+    """Join the first five items with commas, and count the rest."""
     words: Words = []
     for position, item in enumerate(items[:_ITEMS_NAMED]):
         words += [*([", "] if position else []), *item]

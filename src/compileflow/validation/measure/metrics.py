@@ -1,4 +1,4 @@
-"""Numbers that compare a reference array with a candidate array; all in float64, none of them judges."""
+"""Metrics: numbers that compare a reference array with a candidate array, all computed in float64."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-# Elements below this share of the largest reference element do not decide tolerance_use.
+# The tolerances of numpy.isclose in `tolerance_use`.
 _ATOL, _RTOL = 1e-4, 1e-3
 
 
@@ -18,14 +18,14 @@ def compare(reference: Array, candidate: Array) -> dict[str, float | int]:
     """Compare one output of one example.
 
     Args:
-        reference: Output of the source model, any shape, padding already taken out.
+        reference: Output of the source model, any shape, without padding.
         candidate: Output of the compiled model.
 
     Returns:
-        `shape_matches` (1 or 0), `reference_nonfinite_count`, `candidate_nonfinite_count`, and, NaN where
-        shapes differ or an element is not finite: `max_abs_diff` in the output's units; `rel_l2` =
-        ||r - c|| / ||r||; `one_minus_cosine`; `tolerance_use` = max(|r - c| / (1e-4 + 1e-3 |r|)), at most 1
-        where numpy.isclose(c, r, rtol=1e-3, atol=1e-4) holds everywhere.
+        `shape_matches` (1 or 0), `reference_nonfinite_count`, `candidate_nonfinite_count`, `n_values`, and four
+        numbers that are NaN if shapes differ or an element is not finite: `max_abs_diff` in the output's units;
+        `rel_l2` = ||r - c|| / ||r||; `one_minus_cosine`; `tolerance_use` = max(|r - c| / (1e-4 + 1e-3 |r|)),
+        which is at most 1 if numpy.isclose(c, r, rtol=1e-3, atol=1e-4) holds everywhere.
 
     >>> compare(np.array([3.0, 4.0]), np.array([3.0, 4.5]))["rel_l2"]
     0.1
@@ -56,7 +56,7 @@ def compare(reference: Array, candidate: Array) -> dict[str, float | int]:
 
 
 def rel_l2(reference: Array, candidate: Array) -> float:
-    """Return ||r - c|| / ||r||; 0 when both are zero, infinity when only the reference is."""
+    """Return ||r - c|| / ||r||; 0 if both are zero, infinity if only the reference is."""
     norm = float(np.linalg.norm(np.asarray(reference, np.float64)))
     distance = float(np.linalg.norm(np.asarray(reference, np.float64) - np.asarray(candidate, np.float64)))
     if norm == 0.0:
@@ -65,9 +65,9 @@ def rel_l2(reference: Array, candidate: Array) -> float:
 
 
 def one_minus_cosine(reference: Array, candidate: Array) -> float:
-    """Return 1 - cos(r, c), in [0, 2]; computed from the distance of the unit vectors, exact near 0.
+    """Return 1 - cos(r, c), from 0 to 2.
 
-    Source: |u - v|^2 = 2 - 2 cos(u, v) for unit vectors.
+    For unit vectors |u - v|^2 = 2 - 2 cos(u, v); this form is exact near 0, where 1 - cos(u, v) cancels.
     """
     r, c = np.asarray(reference, np.float64).ravel(), np.asarray(candidate, np.float64).ravel()
     nr, nc = float(np.linalg.norm(r)), float(np.linalg.norm(c))
@@ -93,21 +93,20 @@ def margins(logits: Array) -> Array:
 
 
 def overlap_at(reference: Array, candidate: Array, k: int) -> int:
-    """Return how many of the k largest entries of two score vectors are the same."""
+    """Return how many of the k largest entries two score vectors have in common."""
     k = min(k, reference.size)
     best = [set(np.argsort(-scores, kind="stable")[:k].tolist()) for scores in (reference, candidate)]
     return len(best[0] & best[1])
 
 
 def neighbour_overlaps(reference: Array, candidate: Array, k: int = 10) -> list[int]:
-    """Return, for each example, how many of its k nearest others stay the same.
+    """Return how many of its k nearest neighbours each example keeps.
 
     Args:
         reference: Embeddings of the source model, shape (examples, dimensions).
-        candidate: Embeddings of the compiled model, same shape.
-        k: Neighbours, by cosine similarity; the example itself does not count.
+        candidate: Embeddings of the compiled model, of the reference's shape.
+        k: Number of neighbours by cosine similarity; the example itself does not count.
     """
-    found = []
     similarities = []
     for embeddings in (reference, candidate):
         unit = np.asarray(embeddings, np.float64)
@@ -115,84 +114,50 @@ def neighbour_overlaps(reference: Array, candidate: Array, k: int = 10) -> list[
         similarity = unit @ unit.T
         np.fill_diagonal(similarity, -np.inf)
         similarities.append(similarity)
-    for before, after in zip(*similarities, strict=True):
-        found.append(overlap_at(before, after, min(k, len(before) - 1)))
-    return found
+    return [
+        overlap_at(before, after, min(k, len(before) - 1)) for before, after in zip(*similarities, strict=True)
+    ]
 
 
 def misplaced_labels(reference: Array, candidate: Array) -> int:
     """Count labels whose column of logits moved to another place.
 
-    A column is misplaced when another column of the candidate fits it at least twice as well as its own does.
-    One column that is the same everywhere cannot be told from another, and does not count.
+    A column is misplaced if another column of the candidate fits it more than twice as well as the column in
+    its own place. Equal columns cannot be told apart and do not count.
 
     Args:
         reference: Logits of the source model, shape (examples, labels).
-        candidate: Logits of the compiled model, same shape.
+        candidate: Logits of the compiled model, of the reference's shape.
     """
     r, c = np.asarray(reference, np.float64), np.asarray(candidate, np.float64)
     if not (np.isfinite(r).all() and np.isfinite(c).all()):
         return 0
-    # Column by column: all pairs at once would take examples x labels x labels numbers.
+    # Column by column, since all pairs at once would take examples x labels x labels numbers.
     distances = (np.linalg.norm(r[:, label, None] - c, axis=0) for label in range(r.shape[1]))
     return sum(bool(distance.min() < 0.5 * distance[label]) for label, distance in enumerate(distances))
 
 
 def spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
-    """Return entities as (type, start, end); BIO tags where there are prefixes, runs of one tag otherwise."""
-    found = set()
+    """Return entities as (type, start, end): from BIO prefixes if there are any, else from runs of one tag."""
+    entities = set()
     current: tuple[str, int] | None = None
     for position, tag in enumerate([*tags, "O"]):
         prefix, dash, rest = tag.partition("-")
         kind = "" if tag == "O" else rest if dash and prefix in ("B", "I") else tag
         begins = bool(dash) and prefix == "B"
         if current is not None and (begins or kind != current[0]):
-            found.add((current[0], current[1], position))
+            entities.add((current[0], current[1], position))
             current = None
         if current is None and kind:
             current = (kind, position)
-    return found
+    return entities
 
 
 def entity_f1(reference: Sequence[Sequence[str]], candidate: Sequence[Sequence[str]]) -> float:
     """Return the micro F1 of the candidate's entities against the reference's, over all examples."""
     hits = total = 0
     for before, after in zip(reference, candidate, strict=True):
-        a, b = spans(before), spans(after)
-        hits += len(a & b)
-        total += len(a) + len(b)
+        before_spans, after_spans = spans(before), spans(after)
+        hits += len(before_spans & after_spans)
+        total += len(before_spans) + len(after_spans)
     return 1.0 if total == 0 else 2 * hits / total
-
-
-def wilson_interval(hits: int, trials: int, z: float = 1.6448536269514722) -> tuple[float, float]:
-    """Return a 95 % interval for a rate, each bound one-sided.
-
-    Source: E. B. Wilson (1927), Journal of the American Statistical Association 22, 209-212.
-
-    >>> wilson_interval(268, 268)[0] >= 0.99 > wilson_interval(267, 267)[0]
-    True
-    """
-    if trials == 0:
-        return 0.0, 1.0
-    rate = hits / trials
-    scale = 1 + z * z / trials
-    centre = rate + z * z / (2 * trials)
-    half = z * float(np.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials * trials)))
-    return (centre - half) / scale, (centre + half) / scale
-
-
-def trials_to_decide(hits: int, trials: int, gate: float, limit: int = 1_000_000) -> int | None:
-    """Return how many more trials at this rate would put the gate outside the interval; None if none would."""
-    rate = hits / trials
-    low, high = trials, limit
-    if not _decided(rate, limit, gate):
-        return None
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if _decided(rate, middle, gate) else (middle + 1, high)
-    return low - trials
-
-
-def _decided(rate: float, trials: int, gate: float) -> bool:
-    lower, upper = wilson_interval(round(rate * trials), trials)
-    return lower >= gate or upper < gate

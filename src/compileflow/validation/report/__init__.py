@@ -1,7 +1,8 @@
-"""Report: what a validation leaves behind, as JSON and as a page that opens offline."""
+"""Report: the result of a validation, as JSON and as a page that opens offline."""
 
 from __future__ import annotations
 
+from compileflow.validation.report.page import megabytes, percent, write_page
 from compileflow.validation.report.report import (
     REPORT_HTML,
     REPORT_JSON,
@@ -9,10 +10,7 @@ from compileflow.validation.report.report import (
     Report,
     ReportSubject,
     environment,
-    megabytes,
-    percent,
     worst_rows,
-    write_page,
     write_report,
 )
 

@@ -1,0 +1,153 @@
+"""The scatter plot of a comparison: latency across, accuracy loss upwards, size as area."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
+
+from compileflow.selection.candidates import Candidate
+from compileflow.validation.report import megabytes, percent
+from compileflow.validation.report.picture import COLOURS, new_picture, svg, text_style
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+_HEIGHT = 330
+# Diameters in points; the smallest is still easy to see.
+_LARGEST, _SMALLEST = 30.0, 9.0
+# Circles that are closer than this share of the axes get one label together.
+_SAME_PLACE = 0.05
+
+
+def letter(position: int) -> str:
+    """Return the letter of a candidate: A, B, ... Z, AA, AB, ..."""
+    rest, last = divmod(position, 26)
+    return (letter(rest - 1) if rest else "") + chr(ord("A") + last)
+
+
+def scatter(
+    candidates: Sequence[Candidate],
+    *,
+    winner: int | None,
+    front: Collection[int],
+    dropped: Collection[int],
+    description: str,
+) -> Markup | None:
+    """Draw the candidates that were timed and measured; None if there are none.
+
+    A candidate beyond the axes stands at their edge, with its numbers beside it.
+
+    Args:
+        candidates: All candidates of the comparison.
+        winner: Position of the candidate that was chosen.
+        front: Positions of the candidates on the Pareto front, which a line joins.
+        dropped: Positions of the candidates that cannot be chosen, which are drawn hollow.
+        description: Text alternative of the picture.
+    """
+    drawn = {
+        position: (candidate.latency_ratio, candidate.accuracy_loss)
+        for position, candidate in enumerate(candidates)
+        if candidate.latency_ratio is not None and candidate.accuracy_loss is not None
+    }
+    if not drawn:
+        return None
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    # A broken candidate must not squeeze the others into a corner.
+    sound = [place for n, place in drawn.items() if candidates[n].outcome in ("pass", "warn")] or list(
+        drawn.values()
+    )
+    right = 1.08 * max(1.0, *(ratio for ratio, _ in sound))
+    top = 1.15 * max(0.005, *(loss for _, loss in sound))
+    places = {n: (min(ratio, right), min(loss, top)) for n, (ratio, loss) in drawn.items()}
+    figure, axes = new_picture(_HEIGHT)
+    # Room below zero, so that circles without loss stand clear of the axis.
+    axes.set_xlim(0, right)
+    axes.set_ylim(-0.09 * top, top)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: percent(loss)))
+    axes.set_xlabel("latency as a fraction of eager's, mean over the shapes", **text_style("soft"))
+    axes.set_ylabel("decisions changed", **text_style("soft"))
+    axes.axvline(1.0, color=COLOURS["soft"], linewidth=1, linestyle=(0, (5, 4)), clip_on=False)
+    axes.text(1.0, 1.01 * top, "eager", ha="center", va="bottom", **text_style("soft"))
+    line = sorted(places[n] for n in front if n in places)
+    axes.plot(
+        [x for x, _ in line], [y for _, y in line], color=COLOURS["front"], linewidth=1.5, alpha=0.7, clip_on=False, zorder=1
+    )
+    largest = max((candidate.size_bytes or 0 for candidate in candidates), default=0) or 1
+    diameters = {
+        n: max(_SMALLEST, _LARGEST * math.sqrt((candidates[n].size_bytes or 0) / largest)) for n in places
+    }
+    # Small circles come last, on top of large ones.
+    for n in sorted(places, key=lambda n: -(candidates[n].size_bytes or 0)):
+        diameter = diameters[n]
+        colour = COLOURS["pass" if n == winner else "front" if n in front and n not in dropped else "rest"]
+        axes.scatter(
+            [places[n][0]],
+            [places[n][1]],
+            s=diameter**2,
+            facecolors="none" if n in dropped and n != winner else (colour, 0.5),
+            edgecolors=colour,
+            linewidths=3 if n == winner else 1.5,
+            # Even solid outlines get a pattern: matplotlib writes circles without one as references.
+            linestyles=(0, (2, 2) if n in dropped and n != winner else (1, 0)),
+            clip_on=False,
+            zorder=2,
+            gid=f"candidate-{n}",
+        )
+    for group in _neighbours(places, right, top):
+        x, y = places[group[0]]
+        offset = 4 + max(diameters[n] for n in group) / 2
+        label = ", ".join(letter(n) + _beyond(drawn[n], right, top) for n in group)
+        axes.annotate(
+            label,
+            (x, y),
+            (0, -offset if y == top else offset),
+            textcoords="offset points",
+            ha="right" if x > 0.85 * right else "left" if x < 0.1 * right else "center",
+            va="top" if y == top else "bottom",
+            annotation_clip=False,
+            **text_style(fontweight="bold" if winner in group else "normal"),
+        )
+    return svg(
+        figure,
+        name="comparison-picture",
+        title="Decisions changed against latency, one circle per candidate",
+        description=description,
+        titles={f"candidate-{n}": _title(n, candidates[n]) for n in places},
+    )
+
+
+def _neighbours(places: dict[int, tuple[float, float]], right: float, top: float) -> list[list[int]]:
+    """Group positions whose circles are too close for two labels."""
+    groups: list[list[int]] = []
+    for n in sorted(places):
+        for group in groups:
+            x, y = places[group[0]]
+            if abs(places[n][0] - x) < _SAME_PLACE * right and abs(places[n][1] - y) < _SAME_PLACE * top:
+                group.append(n)
+                break
+        else:
+            groups.append([n])
+    return groups
+
+
+def _beyond(place: tuple[float, float], right: float, top: float) -> str:
+    ratio, loss = place
+    numbers = [f"{ratio:.2f}"] * (ratio > right) + [percent(loss)] * (loss > top)
+    return f" ({', '.join(numbers)})" if numbers else ""
+
+
+def _title(position: int, candidate: Candidate) -> str:
+    parts = [
+        f"{letter(position)}: {candidate.label}: {candidate.outcome}",
+        f"{candidate.latency_ratio or 0.0:.2f} of eager's latency",
+        f"{percent(candidate.accuracy_loss or 0.0)} of decisions changed",
+    ]
+    if candidate.size_bytes is not None:
+        parts.append(megabytes(candidate.size_bytes))
+    if candidate.compile_duration_s is not None:
+        parts.append(f"compiled in {candidate.compile_duration_s:.0f} s")
+    return ", ".join(parts)

@@ -1,0 +1,134 @@
+"""Natural examples: the user's own files, or those that compileflow carries or generates."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import wave
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+
+from compileflow.errors import MeasurementError
+from compileflow.source_model.processor import Processor
+from compileflow.spec import HfTask, Modality
+from compileflow.validation.cases.generated_signals import NamedSignal, Signal, generated_signals
+
+_GENERATED = 64
+_SUFFIXES: dict[Modality, tuple[str, ...]] = {
+    "image": (".bmp", ".jpeg", ".jpg", ".png", ".webp"),
+    "audio": (".wav",),
+}
+
+
+def load_examples(task: HfTask, path: str | None, limit: int) -> tuple[list[dict[str, str]], str, str]:
+    """Read natural examples of text: the user's file, or the one that compileflow carries.
+
+    Returns:
+        The examples ({"text": ...}, or {"question": ..., "context": ...}), their origin in words, and the
+        SHA-256 of the file.
+
+    Raises:
+        MeasurementError: The file cannot be read, or holds no example in the form that the task needs.
+    """
+    questions = task is HfTask.QUESTION_ANSWERING
+    try:
+        if path is not None:
+            origin, body = Path(path).name, Path(path).expanduser().read_bytes()
+        else:
+            origin = "questions_en.jsonl" if questions else "sentences_en.txt"
+            body = (files("compileflow.validation") / "data" / origin).read_bytes()
+            origin = f"compileflow's own {origin}"
+        # Not splitlines: a JSON string may contain U+2028 and similar characters.
+        lines = body.decode("utf-8-sig").replace("\r\n", "\n").split("\n")
+        examples = [_example(line, questions) for line in lines if line.strip()]
+    except (OSError, ValueError) as error:
+        raise MeasurementError(
+            f"The examples in {path} cannot be used: {error}.",
+            hint='Give a text file with one example per line, or JSON lines with "question" and "context".',
+        ) from error
+    if not examples:
+        raise MeasurementError(
+            f"{path} holds no example.", hint="Give at least one; 300 are enough for most gates."
+        )
+    return examples[:limit], origin, hashlib.sha256(body).hexdigest()
+
+
+def _example(line: str, questions: bool) -> dict[str, str]:
+    fields = ("question", "context") if questions else ("text",)
+    if line.startswith("{"):
+        data = json.loads(line)
+        if not all(isinstance(data.get(name), str) for name in fields):
+            raise ValueError(f"a line has no {' and '.join(fields)}: {line[:80]}")
+        return {name: data[name] for name in fields}
+    if questions:
+        raise ValueError(f"a line is not JSON with question and context: {line[:80]}")
+    return {"text": line}
+
+
+def load_signals(processor: Processor, path: str | None, limit: int) -> tuple[list[NamedSignal], str, str]:
+    """Read a folder of image or WAV files, sorted by name, or generate examples.
+
+    Returns:
+        The signals, their origin in words, and a SHA-256 that changes when they change.
+
+    Raises:
+        MeasurementError: The folder holds no such file, or a file cannot be read.
+    """
+    if path is None:
+        count = min(limit, _GENERATED)
+        origin = f"{count} {processor.modality} examples that compileflow generates"
+        return generated_signals(processor, count), origin, hashlib.sha256(origin.encode()).hexdigest()
+    signal_files = _signal_files(path, processor.modality)[:limit]
+    read = _read_image if processor.modality == "image" else _read_wav
+    try:
+        signals = [NamedSignal(file.name, read(file, processor.sampling_rate)) for file in signal_files]
+    except (OSError, EOFError, ValueError, wave.Error) as error:
+        raise MeasurementError(
+            f"The examples in {path} cannot be used: {error}.",
+            hint=f"Give a folder of {', '.join(_SUFFIXES[processor.modality])} files.",
+        ) from error
+    return signals, Path(path).name, signals_digest(path, processor.modality)
+
+
+def signals_digest(path: str | None, modality: Modality) -> str:
+    """Return the SHA-256 of the names and contents of a folder's examples; for None, of nothing.
+
+    Raises:
+        MeasurementError: The folder holds no example.
+    """
+    digest = hashlib.sha256()
+    for file in _signal_files(path, modality) if path is not None else ():
+        digest.update(f"{file.name}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _signal_files(path: str, modality: Modality) -> list[Path]:
+    suffixes, folder = _SUFFIXES[modality], Path(path).expanduser()
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    signal_files = [entry for entry in entries if entry.suffix.lower() in suffixes]
+    if not signal_files:
+        raise MeasurementError(
+            f"{path} holds no {modality} file.", hint=f"Give a folder of {', '.join(suffixes)} files."
+        )
+    return signal_files
+
+
+def _read_image(file: Path, _: int) -> Signal:
+    from PIL import Image
+
+    with Image.open(file) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def _read_wav(file: Path, rate: int) -> Signal:
+    with wave.open(str(file)) as recording:
+        if recording.getframerate() != rate or recording.getsampwidth() != 2:
+            raise ValueError(
+                f"expected {rate} samples per second of 16 bits, {file.name} has {recording.getframerate()} "
+                f"of {8 * recording.getsampwidth()} bits"
+            )
+        frames = np.frombuffer(recording.readframes(recording.getnframes()), "<i2")
+        channels = frames.reshape(-1, recording.getnchannels())
+    return np.asarray(channels.mean(axis=1) / 32768, np.float32)

@@ -1,0 +1,85 @@
+"""Measurements: every number that a validation measures, and how a model is called for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from compileflow.contracts import Arrays
+
+Model = Callable[[Arrays], Arrays]
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Paired timings at one input shape.
+
+    Attributes:
+        shape: Input shape as "batch x tokens".
+        reference_p50_ms: Median of the source model, milliseconds.
+        candidate_p50_ms: Median of the compiled model, milliseconds.
+        ratio: Median over the pairs of candidate / reference; below 1 the compiled model is faster.
+        ratio_low: Lower end of the 95 % bootstrap interval of `ratio`.
+        ratio_high: Upper end of that interval.
+        pairs: Number of pairs.
+    """
+
+    shape: str
+    reference_p50_ms: float
+    candidate_p50_ms: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    pairs: int
+
+
+@dataclass
+class Measurements:
+    """Everything that was measured.
+
+    Attributes:
+        comparisons: One row per example and output: `metrics.compare`, and case, family, output and text.
+        rates: One row per example and metric: `metric`, `hits`, `trials`.
+        scalars: One number per metric.
+        noise: Noise of the source model: `max_abs_diff` and `rel_l2` between runs that should be equal.
+        latencies: Paired timings; the first is the headline.
+        notes: Sentences for the report about what could not be measured.
+    """
+
+    comparisons: list[dict[str, Any]] = field(default_factory=list)
+    rates: list[dict[str, Any]] = field(default_factory=list)
+    scalars: dict[str, float] = field(default_factory=dict)
+    noise: dict[str, float] = field(default_factory=dict)
+    latencies: list[Latency] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def figures(self) -> dict[str, float]:
+        """Return the few numbers that a registry keeps; all of them are finite."""
+        figures = dict(self.scalars)
+        for name in ("max_abs_diff", "rel_l2", "one_minus_cosine"):
+            values = [float(row[name]) for row in self.comparisons]
+            if values and np.isfinite(values).all():
+                figures[name] = max(values)
+        for metric in sorted({row["metric"] for row in self.rates}):
+            rows = [row for row in self.rates if row["metric"] == metric]
+            figures[metric] = sum(row["hits"] for row in rows) / sum(row["trials"] for row in rows)
+        if self.latencies:
+            headline = asdict(self.latencies[0])
+            figures |= {f"latency_{name}": value for name, value in headline.items() if name != "shape"}
+        return {name: value for name, value in figures.items() if np.isfinite(value)}
+
+
+def candidate_answer(candidate: Model, inputs: Arrays) -> tuple[Arrays, str]:
+    """Return the candidate's outputs, or none and the error's text for the report.
+
+    A candidate that raises has answered wrongly, which the gates then see.
+    """
+    try:
+        return candidate(inputs), ""
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the runtimes' errors have no narrower common base
+        return {}, f"{type(error).__name__}: {error}"
