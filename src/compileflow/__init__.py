@@ -1,6 +1,7 @@
-"""Compile Hugging Face transformers models, prove the result, and load it back with the same interface.
+"""Compile Hugging Face transformers models, prove the result, and load it with the transformers interface.
 
-Importing this package loads neither torch nor any service's client; names below load their module when used.
+Importing this package loads neither torch nor the client of any service. A public name imports its module on first
+use.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_MODULES = {
     "ArtifactManifest": "compileflow.artifact.manifest",
     "CompileSpec": "compileflow.spec",
     "CompiledModel": "compileflow.serving.model",
@@ -51,6 +52,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'compileflow' has no attribute {name!r}")

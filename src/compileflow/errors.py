@@ -1,4 +1,4 @@
-"""The one exception tree: every error says what to do next, and whether trying again can help."""
+"""The exception tree: every error has a message, a hint, and says whether a retry can help."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ if TYPE_CHECKING:
 
 
 class CompileflowError(Exception):
-    """Base of every error that compileflow raises on purpose.
+    """Base class of every error that compileflow raises on purpose.
 
     Args:
-        message: What was asked and what was found, in one line.
-        hint: What to do about it, in one line.
-        log_path: File with what the toolchain itself printed, where there is one.
+        message: One line: what was requested, and what was found.
+        hint: One line: what to do.
+        log_path: File with the output of the toolchain; "" without one.
 
     Attributes:
-        retryable: Whether the same call may succeed later without anyone changing anything. This alone
-            decides a Prefect retry.
+        retryable: Whether the same call may succeed later although nothing was changed. Prefect retries a task
+            only if this is True.
     """
 
     retryable: ClassVar[bool] = False
@@ -40,7 +40,7 @@ class CompileflowError(Exception):
         return _rebuild, (type(self).__name__, self.message, self.hint, self.log_path)
 
     def to_dict(self) -> dict[str, str]:
-        """Return a JSON-able form that `from_dict` turns back into the same error."""
+        """Return a form that can be written as JSON; `from_dict` rebuilds the error from it."""
         return {
             "type": type(self).__name__,
             "message": self.message,
@@ -50,16 +50,16 @@ class CompileflowError(Exception):
 
     @staticmethod
     def from_dict(data: dict[str, str]) -> CompileflowError:
-        """Rebuild an error that crossed a process boundary."""
+        """Rebuild an error that came from another process."""
         return _rebuild(data["type"], data["message"], data.get("hint", ""), data.get("log_path", ""))
 
 
 class SpecError(CompileflowError):
-    """The request itself is wrong: an unknown name, or values that contradict one another."""
+    """The request is wrong: a name is unknown, or values contradict one another."""
 
 
 class SourceError(CompileflowError):
-    """The source model is absent, incomplete or unusable as it is."""
+    """The source model is missing, incomplete or unusable."""
 
 
 class SourceUnavailableError(SourceError):
@@ -89,11 +89,11 @@ class ProcessTimeoutError(ProcessError):
 
 
 class OutOfMemoryError(ProcessError):
-    """A child process needed more memory than there was."""
+    """A child process needed more memory than the machine has."""
 
 
 class StoreError(CompileflowError):
-    """The artifact store refused or could not do what was asked."""
+    """The artifact store refused an operation or failed."""
 
 
 class StoreUnavailableError(StoreError):
@@ -107,15 +107,15 @@ class IntegrityError(StoreError):
 
 
 class SignatureError(CompileflowError):
-    """What is said of an artifact is not signed by a trusted key, is on another artifact, or was altered."""
+    """The artifact's attestation is unsigned, untrusted, altered, or belongs to another artifact."""
 
 
 class ManifestError(CompileflowError):
-    """A manifest.json is absent, unreadable or of an unknown schema_version."""
+    """A manifest.json is missing, unreadable, or has an unknown schema_version."""
 
 
 class LoadError(CompileflowError):
-    """A compiled model cannot be loaded here."""
+    """A compiled model cannot be loaded on this machine."""
 
 
 class InputError(CompileflowError, ValueError):
@@ -123,7 +123,7 @@ class InputError(CompileflowError, ValueError):
 
 
 class MeasurementError(CompileflowError):
-    """A validation could not be made; it counts as the verdict `error`, never as a pass."""
+    """A validation could not be completed. It counts as the verdict `error`, never as `pass`."""
 
 
 class VerdictError(CompileflowError):
@@ -131,11 +131,11 @@ class VerdictError(CompileflowError):
 
 
 class StepOffError(CompileflowError):
-    """A step is switched off and what it would have made is not there to be reused."""
+    """A step is switched off, and the store holds no earlier output of it."""
 
 
 class RegistryError(CompileflowError):
-    """The model registry refused or could not do what was asked."""
+    """The model registry refused an operation or failed."""
 
 
 class RegistryUnavailableError(RegistryError):
@@ -145,12 +145,12 @@ class RegistryUnavailableError(RegistryError):
 
 
 def one_line(text: str) -> str:
-    """Fold all white space, so that an error is one line wherever it is printed."""
+    """Collapse all white space, so that an error is one line."""
     return " ".join(text.split())
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text that says something, cut to 300 characters, without a full stop."""
+    """Return the first line of an error's text that is not empty, cut to 300 characters, without a full stop."""
     lines = (line.strip() for line in str(error).splitlines())
     return next(filter(None, lines), type(error).__name__)[:300].rstrip(".:")
 
@@ -159,8 +159,8 @@ def first_problem(error: ValidationError, *, show_input: bool = False) -> str:
     """Return the first problem of a pydantic error as "field.path: message", without a full stop.
 
     Args:
-        error: What pydantic raised.
-        show_input: Append the offending value. Leave it off where the value may be a secret.
+        error: Error of a pydantic model.
+        show_input: Append the wrong value. Do not use it if the value may be a secret.
     """
     problem = error.errors(include_url=False, include_input=show_input)[0]
     path = ".".join(str(part) for part in problem["loc"])
@@ -174,10 +174,10 @@ def _rebuild(name: str, message: str, hint: str, log_path: str) -> CompileflowEr
 
 
 def _tree() -> dict[str, type[CompileflowError]]:
-    found: dict[str, type[CompileflowError]] = {}
-    todo: list[type[CompileflowError]] = [CompileflowError]
-    while todo:
-        kind = todo.pop()
-        found[kind.__name__] = kind
-        todo.extend(kind.__subclasses__())
-    return found
+    classes: dict[str, type[CompileflowError]] = {}
+    pending: list[type[CompileflowError]] = [CompileflowError]
+    while pending:
+        kind = pending.pop()
+        classes[kind.__name__] = kind
+        pending.extend(kind.__subclasses__())
+    return classes

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +20,10 @@ from compileflow.settings import Settings
 SENTENCES = ("It arrived on time.", "It never came, and nobody answered the phone for a week.", "Good.")
 
 
-def run_demo(home: Path) -> subprocess.CompletedProcess[str]:
+def run_demo(home: Path, module: str = "compileflow") -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"COMPILEFLOW_HOME": str(home), "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
-        [sys.executable, "-m", "compileflow", "demo"],
+        [sys.executable, "-m", module, "demo"],
         env=environment, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
 
@@ -38,11 +37,12 @@ def hidden_states(sentence: str) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    yield tmp_path_factory.mktemp("demo") / "home"
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("demo") / "home"
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("flows_on_server")
 def test_demo_registers_two_versions_that_embed_like_transformers(home: Path) -> None:
     demo = run_demo(home)
     assert demo.returncode == 0, demo.stderr
@@ -56,7 +56,7 @@ def test_demo_registers_two_versions_that_embed_like_transformers(home: Path) ->
         embed = CompiledPipeline.from_pretrained(version.artifact_uri)
         for sentence in SENTENCES:
             np.testing.assert_allclose(np.asarray(embed(sentence)[0]), hidden_states(sentence), atol=1e-4)
-        embed.close()
+        embed.model.close()
 
     # The printed lines run as they are, in another process.
     lines = demo.stdout.partition("load it in Python:")[2]
@@ -68,9 +68,11 @@ def test_demo_registers_two_versions_that_embed_like_transformers(home: Path) ->
     tokens, width = loaded.stdout.split()
     assert (int(tokens), int(width)) == hidden_states("Compiled, and still the same answer.").shape
 
-    again = run_demo(home)
-    assert again.returncode == 0, again.stderr
-    assert again.stdout.count("cached") == 2
+    # The flow finds the work of the plain command in the store.
+    flow = run_demo(home, module="flows")
+    assert flow.returncode == 0, flow.stderr
+    assert flow.stdout.count(" cached ") == 2
+    assert flow.stdout.partition("load it in Python:")[2] == lines
     assert len(open_registry(settings.resolved_registry_uri()).versions("all-MiniLM-L6-v2")) == 2
 
 
