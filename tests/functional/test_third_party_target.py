@@ -1,4 +1,4 @@
-"""The commands of docs/adding-a-target.md work, and its files are those of the example."""
+"""The commands of docs/how-to/add-a-target.md work, and its files are those of the example."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from compileflow.testing.targets import TargetConformance
 from tests.conftest import ModelFactory
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "adding-a-target.md"
+PAGE = ROOT / "docs" / "how-to" / "add-a-target.md"
 EXAMPLE = ROOT / "examples" / "targets" / "torch-export"
 _FILE = re.compile(
     r"^`(?P<path>[\w./-]+)`(?:, continued)?:\n\n```\w+\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
