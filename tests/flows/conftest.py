@@ -1,4 +1,4 @@
-"""Flow tests run in this process, against the test run's Prefect server."""
+"""Fixtures of the flow tests, which run in this process against the Prefect server of the test run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Target auto: every candidate is tried, one wins by the objective, and the others leave their reasons."""
+"""Target auto: the run tries every candidate, the objective chooses one, and the others give their reasons."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class BrokenTarget(TorchScriptTarget):
 
 @pytest.fixture
 def broken_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A third party's target whose compile always fails."""
+    """Install a third party's target whose compile always fails."""
     info = tmp_path / "plugins" / "broken-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
@@ -58,14 +58,12 @@ def test_winner_is_an_ordinary_registered_artifact(
     model = tiny_model(HfTask.TEXT_CLASSIFICATION)
     result = run(pipeline, model, targets=["torchscript", "onnx-runtime", broken_target]).result()
     comparison = read_comparison(result.comparison_uri)
-    outcomes = {each.target: each.outcome for each in comparison.candidates}
+    outcomes = {candidate.target: candidate.outcome for candidate in comparison.candidates}
     assert outcomes == {"torchscript": "pass", "onnx-runtime": "pass", "broken": "error"}
     assert "no kernel for Gelu" in "\n".join(comparison.comparison_notes())
     winner = comparison.candidates[comparison.winner]
-    fastest = min(
-        (each for each in comparison.candidates if each.outcome == "pass"), key=lambda each: each.latency_ratio
-    )
-    assert winner.latency_ratio <= 1.02 * fastest.latency_ratio
+    fastest = min(candidate.latency_ratio for candidate in comparison.candidates if candidate.outcome == "pass")
+    assert winner.latency_ratio <= 1.02 * fastest
     assert (result.target, result.artifact.uri) == (winner.target, winner.artifact_uri)
     assert open_registry(pipeline.registry_uri).get(result.version.name, 1) == result.version
     assert result.version.target == winner.target
@@ -74,7 +72,7 @@ def test_winner_is_an_ordinary_registered_artifact(
     loaded.close()
     page = export_comparison(result.comparison_uri, pipeline.settings).read_text("utf-8")
     assert "<svg" in page
-    assert all(each.label in page for each in comparison.candidates)
+    assert all(candidate.label in page for candidate in comparison.candidates)
 
 
 @pytest.mark.slow
@@ -88,7 +86,7 @@ def test_second_run_measures_nothing_again_and_gives_the_same_version(
     assert pipeline.counts == counts == {"compile": 2, "validate": 2}
     assert second.version == first.version
     comparison = read_comparison(second.comparison_uri)
-    assert all(each.cached for each in comparison.candidates)
+    assert all(candidate.cached for candidate in comparison.candidates)
 
 
 @pytest.mark.slow
@@ -96,11 +94,11 @@ def test_size_is_another_objective_and_wins_another_candidate(
     pipeline: Pipeline, tiny_model: ModelFactory
 ) -> None:
     model = tiny_model(HfTask.TEXT_CLASSIFICATION)
-    asked = {"precisions": [], "targets": ["onnx-runtime"], "objective": {"goal": "size"}}
-    comparison = read_comparison(run(pipeline, model, **asked).result().comparison_uri)
-    passed = [each for each in comparison.candidates if each.outcome == "pass"]
-    assert {each.precision for each in comparison.candidates} == {"fp32", "int8"}
-    assert comparison.candidates[comparison.winner].size_bytes == min(each.size_bytes for each in passed)
+    fields = {"precisions": [], "targets": ["onnx-runtime"], "objective": {"goal": "size"}}
+    comparison = read_comparison(run(pipeline, model, **fields).result().comparison_uri)
+    passed = [candidate for candidate in comparison.candidates if candidate.outcome == "pass"]
+    assert {candidate.precision for candidate in comparison.candidates} == {"fp32", "int8"}
+    assert comparison.candidates[comparison.winner].size_bytes == min(candidate.size_bytes for candidate in passed)
 
 
 def test_nothing_is_registered_when_no_candidate_keeps_to_the_budget(
@@ -117,7 +115,7 @@ def test_nothing_is_registered_when_no_candidate_keeps_to_the_budget(
 
 
 @pytest.mark.parametrize(
-    ("asked", "found"),
+    ("fields", "reason"),
     [
         ({"target_options": {"opset": 18}}, "Target 'auto' takes no target options, got opset"),
         ({"steps": {"validate": False}}, "The validate step is off"),
@@ -126,14 +124,14 @@ def test_nothing_is_registered_when_no_candidate_keeps_to_the_budget(
     ],
 )
 def test_contradictions_are_refused_before_anything_is_compiled(
-    pipeline: Pipeline, tiny_model: ModelFactory, asked: dict[str, Any], found: str
+    pipeline: Pipeline, tiny_model: ModelFactory, fields: dict[str, Any], reason: str
 ) -> None:
-    request = pipeline.request(tiny_model(HfTask.TEXT_CLASSIFICATION), target="auto", **asked)
+    request = pipeline.request(tiny_model(HfTask.TEXT_CLASSIFICATION), target="auto", **fields)
     state = compile_model(request, return_state=True)
     assert state.is_failed()
     error = state.result(raise_on_failure=False)
     assert isinstance(error, SpecError)
-    assert found in str(error)
+    assert reason in str(error)
     assert pipeline.counts["compile"] == 0
 
 
@@ -154,7 +152,7 @@ def test_what_this_machine_cannot_try_is_named_and_not_tried(pipeline: Pipeline,
     model = tiny_model(HfTask.TEXT_CLASSIFICATION)
     result = run(pipeline, model, targets=["torchscript", "neuronx"]).result()
     comparison = read_comparison(result.comparison_uri)
-    outcomes = {each.target: each.outcome for each in comparison.candidates}
+    outcomes = {candidate.target: candidate.outcome for candidate in comparison.candidates}
     assert outcomes == {"torchscript": "pass", "neuronx": "unavailable"}
     assert any(
         line.startswith("not tried: neuronx") and "not installed" in line for line in comparison.comparison_notes()

@@ -1,4 +1,4 @@
-"""The flow: what its states say, what it registers, and what it refuses to."""
+"""The flow: the messages of its states, the versions that it registers, and its refusals."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from tests.conftest import ModelFactory
 from tests.steps import Pipeline
 
 
-def run(pipeline: Pipeline, model: Any, **asked: Any) -> State[CompileResult]:
-    return compile_model(pipeline.request(model, **asked), return_state=True)
+def run(pipeline: Pipeline, model: Any, **fields: Any) -> State[CompileResult]:
+    return compile_model(pipeline.request(model, **fields), return_state=True)
 
 
 def task_states(state: State[Any]) -> dict[str, str]:
@@ -34,8 +34,8 @@ def task_states(state: State[Any]) -> dict[str, str]:
             runs = client.read_task_runs(
                 flow_run_filter=FlowRunFilter(id={"any_": [state.state_details.flow_run_id]})
             )
-            if runs and all(each.state is not None and each.state.is_final() for each in runs):
-                return {each.name.rpartition("-")[0]: each.state_name for each in runs}
+            if runs and all(task_run.state is not None and task_run.state.is_final() for task_run in runs):
+                return {task_run.name.rpartition("-")[0]: task_run.state_name for task_run in runs}
             assert time.monotonic() < deadline, runs
             time.sleep(0.2)
 
@@ -101,10 +101,10 @@ def test_register_that_is_off_reports_the_version_that_is_there(
     pipeline: Pipeline, tiny_model: ModelFactory
 ) -> None:
     model = tiny_model(HfTask.TEXT_CLASSIFICATION)
-    off = {"register": False}
-    assert run(pipeline, model, steps=off).result().version is None
+    switches = {"register": False}
+    assert run(pipeline, model, steps=switches).result().version is None
     version = run(pipeline, model).result().version
-    assert run(pipeline, model, steps=off).result().version == version
+    assert run(pipeline, model, steps=switches).result().version == version
     compiled_only = {"register": False, "validate": False}
     result = run(pipeline, model, steps=compiled_only).result()
     assert (result.version, result.validated) == (version, None)

@@ -1,4 +1,4 @@
-"""int8 that changes too many decisions is refused, and its report says which examples flipped."""
+"""int8 that changes too many decisions is refused, and its report lists the examples that flipped."""
 
 from __future__ import annotations
 

@@ -83,9 +83,9 @@ def told_by(state: State[Any]) -> str:
     with get_client(sync_client=True) as client:
         logs = client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run_id])))
         run = client.read_flow_run(run_id)
-        artifacts = [each for each in client.read_artifacts() if each.flow_run_id == run_id]
+        artifacts = [entry for entry in client.read_artifacts() if entry.flow_run_id == run_id]
     assert artifacts
-    texts = [log.message for log in logs] + [str(each.data) for each in artifacts]
+    texts = [log.message for log in logs] + [str(entry.data) for entry in artifacts]
     return "\n".join([*texts, str(run.parameters), str(state.message)])
 
 
@@ -120,17 +120,17 @@ def test_run_from_a_registered_version_is_one_version_with_lineage_both_ways(
     # Found by the real client, in a process that has never seen compileflow.
     complete = [key for key, whole in neptune_client("list_versions", neptune_project).items() if whole]
     (identity,) = complete
-    kept = neptune_client("read_version", neptune_project, identity)
-    assert kept["registry"]["digest"] == version.artifact_digest
-    assert kept["source"]["uri"] == source_uri
+    registered = neptune_client("read_version", neptune_project, identity)
+    assert registered["registry"]["digest"] == version.artifact_digest
+    assert registered["source"]["uri"] == source_uri
     card = json.loads(neptune_client.file(neptune_project, identity, "model/model_card"))
     assert card["model_params"]["huggingface_pipeline_task"] == "text-classification"
     answers = json.loads(neptune_client.file(neptune_project, identity, card["model_test_files"]["predictions"]))
     assert len(answers) == len(INPUTS)
-    listed = json.loads(
+    listed_versions = json.loads(
         neptune_client.file(neptune_project, source_uri.rpartition("/")[2], "model/compiled_model_versions")
     )
-    assert [each["with_id"] for each in listed] == [identity]
+    assert [entry["with_id"] for entry in listed_versions] == [identity]
     registry = open_registry(neptune)
     assert list(registry.compiled_from(source_uri)) == [version]
     lineage = lineage_of(registry, "reviews", version.version)
@@ -154,12 +154,12 @@ def test_run_from_a_registered_version_is_one_version_with_lineage_both_ways(
     }.items():
         monkeypatch.setenv(name, value)
     get_settings.cache_clear()
-    served = CompiledPipeline.from_pretrained("registry:reviews@production")
-    assert [answer["label"] for answer in served(INPUTS)] == [answer["label"] for answer in answers]
+    production_pipeline = CompiledPipeline.from_pretrained("registry:reviews@production")
+    assert [answer["label"] for answer in production_pipeline(INPUTS)] == [answer["label"] for answer in answers]
 
     # No secret is in what the run left: not in Prefect, not in the store.
-    told = told_by(state).encode()
-    assert leaked(told, secrets.ALL) == []
+    texts_of_run = told_by(state).encode()
+    assert leaked(texts_of_run, secrets.ALL) == []
     store_uri, _ = split_uri(version.artifact_uri)
     for digest in open_store(store_uri).list():
         with open_store(store_uri).open_folder(digest) as folder:

@@ -40,9 +40,9 @@ def server(
 
 @pytest.fixture(scope="module")
 def deployment(server: PrefectServer) -> dict[str, Any]:
-    status, found = server.call("GET", "/deployments/name/compile-model/compile-model")
+    status, answer = server.call("GET", "/deployments/name/compile-model/compile-model")
     assert status == 200
-    return found
+    return answer
 
 
 def finished(server: PrefectServer, run_id: str, timeout_s: float = 240) -> dict[str, Any]:
@@ -70,8 +70,8 @@ def test_run_over_the_api_registers_a_version_that_loads(
         ],
     )  # fmt: skip
     assert status == 201, run
-    done = finished(server, run["id"])
-    assert done["state"]["type"] == "COMPLETED", done["state"]
+    run_end = finished(server, run["id"])
+    assert run_end["state"]["type"] == "COMPLETED", run_end["state"]
 
     registry = open_registry(Settings(home=home).resolved_registry_uri())
     version = registry.get("reviews", 1)

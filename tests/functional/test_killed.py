@@ -1,4 +1,4 @@
-"""A process killed at any moment leaves nothing that anyone would take for whole, and the next run completes."""
+"""A process that is killed at any moment leaves nothing that looks complete, and the next run completes."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def accepted_by_verify(settings: Settings) -> set[str]:
     store = open_store(settings.resolved_store_uri())
     accepted = set()
     for digest in store.list():
-        done = subprocess.run(
+        completed = subprocess.run(
             [sys.executable, "-m", "compileflow", "verify", store.folder_uri(digest)],
             env=environment(settings), capture_output=True, text=True, timeout=60,
         )  # fmt: skip
-        assert "Traceback" not in done.stderr
-        if done.returncode == 0:
+        assert "Traceback" not in completed.stderr
+        if completed.returncode == 0:
             accepted.add(digest)
     return accepted
 

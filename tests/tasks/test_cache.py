@@ -1,4 +1,4 @@
-"""The cache hits when it should, misses when it should, and says why."""
+"""The cache: which changes miss, which do not, and the reason that a miss gives."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.steps import Pipeline
 
 @pytest.fixture
 def model(tiny_model: ModelFactory, tmp_path: Path) -> Path:
-    """A copy that the test may change."""
+    """A copy of a model, which the test may change."""
     return Path(shutil.copytree(tiny_model(HfTask.TEXT_CLASSIFICATION), tmp_path / "model"))
 
 
@@ -67,7 +67,7 @@ def add_code(model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("change", "part"),
     [
         (flip_weight, "weights model.safetensors"),
         (touch_tokenizer, "tokenizer tokenizer_config.json"),
@@ -76,14 +76,14 @@ def add_code(model: Path) -> None:
     ],
 )
 def test_changed_file_misses_and_is_named(
-    pipeline: Pipeline, model: Path, change: Callable[[Path], None], named: str
+    pipeline: Pipeline, model: Path, change: Callable[[Path], None], part: str
 ) -> None:
     pipeline.compile(pipeline.request(model))
     change(model)
     artifact = pipeline.compile(pipeline.request(model))
     assert not artifact.cached
-    assert artifact.why == f"changed: {named}"
-    assert f"not cached: changed: {named}" in pipeline.lines
+    assert artifact.why == f"changed: {part}"
+    assert f"not cached: changed: {part}" in pipeline.lines
     assert pipeline.counts["compile"] == 2
 
 
@@ -137,8 +137,8 @@ def test_changed_validation_setting_validates_again(pipeline: Pipeline, model: P
     request = pipeline.request(model)
     artifact = pipeline.compile(request)
     pipeline.validate(request, artifact)
-    other = pipeline.request(model, validation={"latency_pairs": 6})
-    validated = pipeline.validate(other, artifact)
+    changed_request = pipeline.request(model, validation={"latency_pairs": 6})
+    validated = pipeline.validate(changed_request, artifact)
     assert not validated.cached
     assert validated.why == "changed: validation.latency_pairs (5 -> 6)"
 
@@ -172,7 +172,7 @@ def test_refused_artifact_is_measured_again(pipeline: Pipeline, model: Path) -> 
     assert pipeline.counts["validate"] == 2
 
 
-def test_steps_that_are_off_reuse_what_is_there(pipeline: Pipeline, model: Path) -> None:
+def test_steps_that_are_off_reuse_earlier_results(pipeline: Pipeline, model: Path) -> None:
     version = pipeline.run(pipeline.request(model))
     shutil.rmtree(model)
     off = {"fetch": False, "compile": False, "validate": False}
@@ -183,7 +183,9 @@ def test_steps_that_are_off_reuse_what_is_there(pipeline: Pipeline, model: Path)
     ("off", "missing"),
     [("fetch", "has no source model from"), ("compile", "has no artifact of"), ("validate", "has no report on")],
 )
-def test_step_that_is_off_says_what_is_missing(pipeline: Pipeline, model: Path, off: str, missing: str) -> None:
+def test_step_that_is_off_names_the_missing_result(
+    pipeline: Pipeline, model: Path, off: str, missing: str
+) -> None:
     with pytest.raises(StepOffError, match=missing) as caught:
         pipeline.run(pipeline.request(model, steps={off: False}))
     assert caught.value.hint == f"Switch the {off} step on."

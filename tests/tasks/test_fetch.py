@@ -1,4 +1,4 @@
-"""A run from the Hub: pinned, downloaded once a commit, and the token nowhere to be found."""
+"""A run from the Hub: the commit is pinned and downloaded once, and the token is stored nowhere."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def test_run_from_the_hub_registers_the_commit_and_leaves_no_token(
     assert (version.name, version.source_uri) == ("reviews", f"hf://{REPOSITORY}")
     assert version.source_revision == commit
     assert open_registry(pipeline.registry_uri).get("reviews", 1) == version
-    kept = [path for path in hub_settings.home_dir.rglob("*") if path.is_file()]
-    assert len(kept) > 20
-    assert not [path for path in kept if TOKEN.encode() in path.read_bytes()]
+    paths = [path for path in hub_settings.home_dir.rglob("*") if path.is_file()]
+    assert len(paths) > 20
+    assert not [path for path in paths if TOKEN.encode() in path.read_bytes()]
     assert TOKEN not in "\n".join(pipeline.lines)
 
 

@@ -1,4 +1,4 @@
-"""A request's AWS credentials block stands in the place of the worker's own credentials."""
+"""The AWS credentials block of a request replaces the worker's credentials."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def test_block_without_a_token_does_not_borrow_the_workers(
     monkeypatch.setenv("COMPILEFLOW_S3_SESSION_TOKEN", "token of the worker's own key")
     monkeypatch.setenv("COMPILEFLOW_S3_STORAGE_CLASS", "STANDARD_IA")
     get_settings.cache_clear()
-    found = settings_for(CompileRequest(model="owner/name", aws_credentials_block="mine"))
-    assert found.s3_access_key_id is not None
-    assert found.s3_access_key_id.get_secret_value() == secrets.AWS_ACCESS_KEY_ID
-    assert found.s3_session_token is None
-    assert (found.s3_region, found.s3_storage_class) == ("us-east-1", "STANDARD_IA")
+    task_settings = settings_for(CompileRequest(model="owner/name", aws_credentials_block="mine"))
+    assert task_settings.s3_access_key_id is not None
+    assert task_settings.s3_access_key_id.get_secret_value() == secrets.AWS_ACCESS_KEY_ID
+    assert task_settings.s3_session_token is None
+    assert (task_settings.s3_region, task_settings.s3_storage_class) == ("us-east-1", "STANDARD_IA")

@@ -1,4 +1,4 @@
-"""Both command lines: what they print, how they end, and that a user's mistake is one line."""
+"""Both command lines: their output, their exit codes, and errors in one line."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def call(settings: Settings, *words: str, **more: Any) -> subprocess.CompletedPr
     )  # fmt: skip
 
 
-def assert_one_line(done: subprocess.CompletedProcess[str], *parts: str) -> None:
-    assert done.returncode != 0
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1, done.stderr
+def assert_one_line(completed: subprocess.CompletedProcess[str], *parts: str) -> None:
+    assert completed.returncode != 0
+    lines = completed.stderr.strip().splitlines()
+    assert len(lines) == 1, completed.stderr
     assert lines[0].startswith("error: ")
     for part in parts:
         assert part in lines[0]
@@ -62,9 +62,9 @@ def test_targets_lists_each_with_what_is_missing(settings: Settings) -> None:
     ]  # fmt: skip
     for row in rows:
         # Vendors' toolchains are not on PyPI.
-        here = row["target"] not in ("blade", "hyperdex", "neuron", "neuronx")
-        assert row["can_compile"] is row["can_run"] is here, row
-        assert bool(row["reason"] and row["hint"]) is not here, row
+        on_pypi = row["target"] not in ("blade", "hyperdex", "neuron", "neuronx")
+        assert row["can_compile"] is row["can_run"] is on_pypi, row
+        assert bool(row["reason"] and row["hint"]) is not on_pypi, row
         assert set(row["lacking"]) < set(row["precisions"])
     table = call(settings, "compileflow", "targets").stdout
     assert all(row["target"] in table for row in rows)
@@ -85,9 +85,9 @@ def test_reading_commands_agree_about_a_registered_version(settings: Settings, r
     report = json.loads(call(settings, "compileflow", "inspect", version["report_uri"], "--json").stdout)
     assert report["verdict"]["outcome"] == "pass"
     for words in (("versions",), ("inspect", uri), ("verify", uri), ("inspect", version["report_uri"])):
-        done = call(settings, "compileflow", *words)
-        assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout.strip()
+        completed = call(settings, "compileflow", *words)
+        assert (completed.returncode, completed.stderr) == (0, "")
+        assert completed.stdout.strip()
 
 
 def test_verify_refuses_an_altered_copy(settings: Settings, registered: Any, tmp_path: Path) -> None:
@@ -276,16 +276,16 @@ def test_progress_on_a_terminal_shows_each_step_with_its_time(
     terminal, stderr = pty.openpty()
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=stderr) as process:
         os.close(stderr)
-        shown = b""
+        output = b""
         # Linux ends a terminal whose last writer is gone with EIO.
         with suppress(OSError):
             while chunk := os.read(terminal, 4096):
-                shown += chunk
+                output += chunk
         os.close(terminal)
         assert process.stdout is not None
         assert b"torchscript" in process.stdout.read()
-    assert process.returncode == 0, shown
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    assert process.returncode == 0, output
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output.decode())
     assert re.search(r"fetch +0:00:\d\d source model file://", text), text
     assert re.search(r"compile +0:00:\d\d loading the source model", text), text
     assert re.search(r"compile +0:00:\d\d artifact [0-9a-f]{12}: compiled in", text), text
@@ -296,19 +296,19 @@ def test_refusal_deep_in_the_flow_is_one_line_and_leaves_nothing(
     settings: Settings, tiny_model: ModelFactory
 ) -> None:
     model = tiny_model(HfTask.FEATURE_EXTRACTION)
-    done = call(
+    completed = call(
         settings, "flows", "compile", "--model", str(model), "--target", "torchscript",
         "--task", "text-classification",
     )  # fmt: skip
-    assert_one_line(done, "no classifier", "saved as BertModel, not for text-classification", " Log: ")
+    assert_one_line(completed, "no classifier", "saved as BertModel, not for text-classification", " Log: ")
     assert not (settings.home_dir / "registry.db").exists()
     assert not list((settings.home_dir / "work").iterdir())
 
 
 def test_unwritable_home_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    done = call(Settings(home=tmp_path / "file" / "home"), "flows", "compile", "--model", "m")
-    assert_one_line(done, "ENOTDIR")
+    completed = call(Settings(home=tmp_path / "file" / "home"), "flows", "compile", "--model", "m")
+    assert_one_line(completed, "ENOTDIR")
 
 
 @pytest.mark.parametrize("module", ["compileflow", pytest.param("flows", marks=pytest.mark.slow)])

@@ -1,3 +1,5 @@
+"""The exception tree: every error crosses process boundaries, prints as one line, and says whether to retry."""
+
 from __future__ import annotations
 
 import json
@@ -34,7 +36,7 @@ def test_only_places_that_did_not_answer_are_worth_a_retry() -> None:
     }
 
 
-def test_error_of_a_kind_unknown_here_is_still_ours() -> None:
+def test_error_of_an_unknown_kind_becomes_the_base_class() -> None:
     error = CompileflowError.from_dict({"type": "NoSuchError", "message": "found"})
     assert type(error) is CompileflowError
     assert str(error) == "found"
@@ -67,7 +69,7 @@ def test_error_with_a_log_says_where_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "line"),
     [
         ("\n  the graph is broken.\nat line 7", "the graph is broken"),
         ("refused:\n  why", "refused"),
@@ -75,5 +77,5 @@ def test_error_with_a_log_says_where_it_is() -> None:
         ("x" * 400, "x" * 300),
     ],
 )
-def test_first_line_says_something_short_and_takes_a_full_stop(text: str, says: str) -> None:
-    assert first_line(ValueError(text)) == says
+def test_first_line_is_short_and_has_no_full_stop(text: str, line: str) -> None:
+    assert first_line(ValueError(text)) == line

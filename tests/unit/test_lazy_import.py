@@ -1,3 +1,5 @@
+"""Imports: the package, its public names and the reading commands load no heavy distribution."""
+
 from __future__ import annotations
 
 import subprocess
@@ -6,6 +8,7 @@ import sys
 import pytest
 
 import compileflow
+from compileflow.settings import Settings
 
 HEAVY = (
     "boto3", "cryptography", "fastapi", "great_expectations", "huggingface_hub", "mlflow", "neptune", "onnx",
@@ -15,12 +18,12 @@ HEAVY = (
 
 
 def heavy_modules_after(code: str) -> list[str]:
-    """Run `code` in a fresh interpreter and return which heavy distributions it loaded."""
+    """Run `code` in a fresh interpreter and return the heavy distributions that it loaded."""
     report = f"import sys; print(*[name for name in {HEAVY!r} if name in sys.modules])"
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", f"{code}\n{report}"], capture_output=True, text=True, check=True, timeout=60
     )
-    return done.stdout.split()
+    return completed.stdout.split()
 
 
 @pytest.mark.parametrize(
@@ -30,10 +33,19 @@ def heavy_modules_after(code: str) -> list[str]:
         "import compileflow.errors, compileflow.artifact.manifest, compileflow.settings",
         "import compileflow._process.child",
         "from compileflow import ArtifactManifest, CompileSpec, CompileflowError, ShapeBucket",
+        "import compileflow.cli",
+        "import flows.__main__",
     ],
 )
 def test_importing_loads_nothing_heavy(code: str) -> None:
     assert heavy_modules_after(code) == []
+
+
+@pytest.mark.parametrize("words", [["--help"], ["compile", "--help"], ["targets"], ["versions"]])
+def test_reading_command_loads_nothing_heavy(words: list[str], settings: Settings) -> None:
+    imports = "from typer.testing import CliRunner; from compileflow.cli import app"
+    code = f"{imports}; result = CliRunner().invoke(app, {words})"
+    assert heavy_modules_after(f"{code}; assert result.exit_code == 0, result.output") == []
 
 
 def test_the_check_sees_a_heavy_module() -> None:

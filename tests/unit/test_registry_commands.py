@@ -1,4 +1,4 @@
-"""promote, lineage, pull, gc: the commands that look at or change what is registered."""
+"""promote, lineage, pull, gc, mirror: the commands that read or change registries and stores."""
 
 from __future__ import annotations
 
@@ -57,14 +57,15 @@ def one_line(result: Result, *parts: str) -> None:
 
 def stored(settings: Settings, name: str = "old") -> VersionEntry:
     """Store an artifact and return the entry of it."""
-    there = open_store(settings.resolved_store_uri()).put_folder(OLD_ARTIFACT)
-    return version_entry(name, 1).model_copy(update={"artifact_uri": there.uri, "artifact_digest": there.digest})
+    folder = open_store(settings.resolved_store_uri()).put_folder(OLD_ARTIFACT)
+    artifact = {"artifact_uri": folder.uri, "artifact_digest": folder.digest}
+    return version_entry(name, 1).model_copy(update=artifact)
 
 
 def test_promote_moves_the_same_artifact_in_every_registry(both: tuple[str, str]) -> None:
-    done = call("promote", "ner", "1", "--stage", "production", "--reason", "it is quicker")
-    assert done.exit_code == 0, done.stderr
-    assert done.stdout.splitlines() == [
+    result = call("promote", "ner", "1", "--stage", "production", "--reason", "it is quicker")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.splitlines() == [
         f"ner version 1 is now production in {both[0]}",
         f"ner version 2 is now production in {both[1]}",
     ]
@@ -79,8 +80,8 @@ def test_promote_moves_the_same_artifact_in_every_registry(both: tuple[str, str]
 
 def test_promote_leaves_out_a_registry_that_has_not_the_artifact(both: tuple[str, str]) -> None:
     open_registry(both[0]).register(version_entry("ner", 5))
-    done = call("promote", "ner", "2", "--stage", "staging", "--json")
-    assert list(json.loads(done.stdout)) == [both[0]]
+    result = call("promote", "ner", "2", "--stage", "staging", "--json")
+    assert list(json.loads(result.stdout)) == [both[0]]
 
 
 def test_warned_version_is_promoted_only_by_force_and_with_a_reason(registry: ModelRegistry) -> None:
@@ -122,19 +123,19 @@ def test_lineage_shows_source_artifact_report_promotions_and_siblings(registry: 
     registry.set_stage("ner", 1, "staging", who="ann", reason="try it")
     entry = version_entry("ner", 1)
     tree = call("lineage", "ner", "staging").stdout
-    wanted = (
+    parts = (
         f"source {entry.source_uri} at {entry.source_revision}", f"digest {entry.source_digest}",
         "ner version 1 for onnx-runtime, staging",
         f"artifact {entry.artifact_uri}", f"digest {entry.artifact_digest}",
         f"report {entry.report_uri}, verdict pass", f"digest {entry.report_digest}",
         "ann made it staging: try it", "ner version 2 for onnx-runtime",
     )  # fmt: skip
-    positions = [tree.find(words) for words in wanted]
+    positions = [tree.find(words) for words in parts]
     assert -1 not in positions, tree
     assert positions == sorted(positions)
-    found = json.loads(call("lineage", "ner", "1", "--json").stdout)
-    assert found["promotions"][0]["reason"] == "try it"
-    assert [each["version"] for each in found["siblings"]] == [2]
+    history = json.loads(call("lineage", "ner", "1", "--json").stdout)
+    assert history["promotions"][0]["reason"] == "try it"
+    assert [version["version"] for version in history["siblings"]] == [2]
 
 
 @pytest.mark.parametrize("reference", ["old", "old@1", "old@production", "registry:old@production"])
@@ -144,9 +145,9 @@ def test_pull_writes_the_artifact_that_was_registered(
     entry = stored(settings)
     registry.register(entry)
     registry.set_stage("old", 1, "production", who="ann")
-    done = call("pull", reference, str(tmp_path / "out"))
-    assert done.exit_code == 0, done.stderr
-    assert entry.artifact_digest in done.stdout
+    result = call("pull", reference, str(tmp_path / "out"))
+    assert result.exit_code == 0, result.stderr
+    assert entry.artifact_digest in result.stdout
     assert folder_digest(list_files(tmp_path / "out", only=names(OLD_ARTIFACT))) == entry.artifact_digest
     one_line(call("pull", reference, str(tmp_path / "out")), "is not empty")
 
@@ -156,9 +157,9 @@ def test_pull_reads_the_registry_that_is_named(settings: Settings, tmp_path: Pat
     elsewhere = f"sqlite:///{tmp_path / 'elsewhere.db'}"
     open_registry(elsewhere).register(entry)
     for number, reference in enumerate(("old", "registry:old")):
-        done = call("pull", reference, str(tmp_path / str(number)), "--registry", elsewhere)
-        assert done.exit_code == 0, done.stderr
-        assert entry.artifact_digest in done.stdout
+        result = call("pull", reference, str(tmp_path / str(number)), "--registry", elsewhere)
+        assert result.exit_code == 0, result.stderr
+        assert entry.artifact_digest in result.stdout
 
 
 def test_user_without_a_name_can_promote(registry: ModelRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,8 +172,8 @@ def test_user_without_a_name_can_promote(registry: ModelRegistry, monkeypatch: p
         raise KeyError(f"getpwuid(): uid not found: {number}")
 
     monkeypatch.setattr("pwd.getpwuid", unknown)
-    done = call("promote", "ner", "1", "--stage", "staging")
-    assert done.exit_code == 0, done.stderr
+    result = call("promote", "ner", "1", "--stage", "staging")
+    assert result.exit_code == 0, result.stderr
     (change,) = registry.promotions("ner", 1)
     assert change.who == f"uid {os.getuid()}"
 
@@ -206,9 +207,9 @@ def test_verify_refuses_what_failed_after_it_was_registered(settings: Settings, 
     report = store.put_folder(OLD_ARTIFACT).digest
     failed = judged("fail", source=manifest.source.digest, report=report)
     put_statement(store, entry.artifact_digest, verdict_statement(entry.artifact_digest, failed), None)
-    done = call("verify", entry.artifact_uri)
-    assert done.exit_code == 1
-    assert "last validation failed" in done.stderr
+    result = call("verify", entry.artifact_uri)
+    assert result.exit_code == 1
+    assert "last validation failed" in result.stderr
     assert call("verify", entry.artifact_uri, "--integrity-only").exit_code == 0
 
 
@@ -223,9 +224,9 @@ def test_record_of_a_report_that_cannot_be_read_counts_as_absent(settings: Setti
     entry = stored(settings)
     store = open_store(settings.resolved_store_uri())
     store.put_record("report-of", entry.artifact_digest, {"report_digest": 5})
-    done = call("verify", entry.artifact_uri)
-    assert done.exit_code == 1
-    assert "has a passing verdict on this digest" in done.stderr
+    result = call("verify", entry.artifact_uri)
+    assert result.exit_code == 1
+    assert "has a passing verdict on this digest" in result.stderr
 
 
 def test_wrong_setting_is_one_line(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,16 +255,16 @@ def test_gc_keeps_what_is_registered_in_any_registry_and_says_what_it_deleted(
     settings: Settings, tmp_path: Path, both: tuple[str, str]
 ) -> None:
     store = open_store(settings.resolved_store_uri())
-    kept = stored(settings, "kept")
-    open_registry(both[1]).register(kept)
+    needed = stored(settings, "kept")
+    open_registry(both[1]).register(needed)
     (tmp_path / "left").mkdir()
     (tmp_path / "left" / "weights").write_bytes(bytes(2_000_000))
-    lost = store.put_folder(tmp_path / "left").digest
+    garbage = store.put_folder(tmp_path / "left").digest
     assert "would delete 1 folders and 1 blobs, 2.0 MB" in call("gc", "--min-age-days", "0", "--dry-run").stdout
     assert "deleted 0 folders" in call("gc").stdout
-    assert store.exists(lost)
+    assert store.exists(garbage)
     assert "deleted 1 folders and 1 blobs, 2.0 MB" in call("gc", "--min-age-days", "0").stdout
-    assert list(store.list()) == [kept.artifact_digest]
+    assert list(store.list()) == [needed.artifact_digest]
 
 
 def test_gc_stops_when_a_registry_cannot_be_asked(settings: Settings, tmp_path: Path) -> None:
@@ -277,12 +278,12 @@ def test_gc_stops_when_a_registry_cannot_be_asked(settings: Settings, tmp_path: 
 
 def test_mirror_copies_what_is_not_there_yet(settings: Settings, tmp_path: Path) -> None:
     digest = open_store(settings.resolved_store_uri()).put_folder(OLD_ARTIFACT).digest
-    there = (tmp_path / "there").as_uri()
+    target_uri = (tmp_path / "there").as_uri()
     for _ in range(2):
-        done = call("mirror", settings.resolved_store_uri(), there)
-        assert done.exit_code == 0, done.stderr
-        assert "has 1 folders" in done.stdout
-    assert open_store(there).exists(digest)
+        result = call("mirror", settings.resolved_store_uri(), target_uri)
+        assert result.exit_code == 0, result.stderr
+        assert "has 1 folders" in result.stdout
+    assert open_store(target_uri).exists(digest)
 
 
 def names(folder: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Settings come from the environment and from .env, and a secret does not show itself."""
+"""Settings come from the environment and from .env, and secrets are not printed."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_callers_choice_wins_over_the_configured_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "says"),
+    ("name", "value", "part"),
     [
         ("COMPILEFLOW_THREADS", "hf_secret", "threads"),
         ("COMPILEFLOW_S3_TAGS", "{hf_secret", "s3_tags"),
@@ -60,11 +60,11 @@ def test_callers_choice_wins_over_the_configured_one() -> None:
     ],
 )
 def test_wrong_value_is_one_line_that_names_the_variable_and_not_its_value(
-    name: str, value: str, says: str, monkeypatch: pytest.MonkeyPatch
+    name: str, value: str, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, value)
     get_settings.cache_clear()
-    with pytest.raises(SpecError, match=says) as caught:
+    with pytest.raises(SpecError, match=part) as caught:
         get_settings()
     assert "docs/reference/settings.md" in caught.value.hint
     assert "hf_secret" not in str(caught.value)

@@ -1,3 +1,5 @@
+"""The compile specification and the request: defaults, refusals with their place, one spec from both."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -6,14 +8,15 @@ import pytest
 from pydantic import ValidationError
 
 from compileflow.catalog import get_target
+from compileflow.errors import SpecError
 from compileflow.spec import CompileSpec, ComponentSpec, HfTask, Precision, ShapeBucket
 from compileflow.steps.request import CompileRequest
 
-ASKED: dict[str, Any] = {"target": "onnx-runtime", "hf_task": "text-classification"}
+FIELDS: dict[str, Any] = {"target": "onnx-runtime", "hf_task": "text-classification"}
 
 
 def test_defaults_are_one_component_in_fp32_without_remote_code() -> None:
-    spec = CompileSpec.model_validate(ASKED)
+    spec = CompileSpec.model_validate(FIELDS)
     assert spec.precision is Precision.FP32
     assert [component.name for component in spec.components] == ["default"]
     assert spec.trust_remote_code is False
@@ -49,13 +52,13 @@ def test_spec_survives_json() -> None:
 )
 def test_wrong_value_is_refused_with_its_place(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError) as caught:
-        CompileSpec.model_validate(ASKED | wrong)
+        CompileSpec.model_validate(FIELDS | wrong)
     assert caught.value.errors()[0]["loc"][0] == next(iter(wrong))
 
 
 def test_two_components_of_one_name_are_refused() -> None:
     with pytest.raises(ValidationError, match="share a name: word, word; rename one"):
-        CompileSpec.model_validate(ASKED | {"components": [{"name": "word"}, {"name": "word"}]})
+        CompileSpec.model_validate(FIELDS | {"components": [{"name": "word"}, {"name": "word"}]})
 
 
 def test_longest_bucket_must_be_the_maximum() -> None:
@@ -67,7 +70,7 @@ def test_longest_bucket_must_be_the_maximum() -> None:
 
 
 def test_spec_cannot_be_changed() -> None:
-    spec = CompileSpec.model_validate(ASKED)
+    spec = CompileSpec.model_validate(FIELDS)
     with pytest.raises(ValidationError, match="frozen"):
         spec.target = "torchscript"  # type: ignore[misc]
 
@@ -81,3 +84,40 @@ def test_target_of_an_older_spec_keeps_its_meaning() -> None:
     assert spec.target == "torchscript"
     assert CompileRequest(model="m", target="generic").target == "torchscript"
     assert get_target("generic").name == "torchscript"
+
+
+def test_request_and_spec_declare_their_common_fields_once() -> None:
+    """Title, constraint and default are equal, because both use the same annotated type."""
+    request, spec, component = (
+        kind.model_json_schema()["properties"] for kind in (CompileRequest, CompileSpec, ComponentSpec)
+    )
+    for name in ("precision", "target_options", "trust_remote_code"):
+        assert request[name] == spec[name]
+    for name in ("max_sequence_length", "shape_buckets"):
+        assert request[name] == component[name]
+
+
+def test_request_becomes_the_spec_of_its_fields() -> None:
+    buckets = ({"batch_size": 1, "sequence_length": 64},)
+    request = CompileRequest.model_validate(
+        {
+            "model": "m", "target": "generic", "precision": "bf16", "shape_buckets": buckets,
+            "max_sequence_length": 64, "trust_remote_code": True,
+        }
+    )  # fmt: skip
+    assert request.spec_for(HfTask.FILL_MASK).model_dump(mode="json") == {
+        "target": "torchscript", "hf_task": "fill-mask", "precision": "bf16",
+        "components": [{"name": "default", "max_sequence_length": 64, "shape_buckets": list(buckets)}],
+        "target_options": {}, "trust_remote_code": True,
+    }  # fmt: skip
+    components = [{"name": "word", "max_sequence_length": 16}, {"name": "document"}]
+    several = CompileRequest.model_validate({"model": "m", "components": components})
+    assert [c.name for c in several.spec_for(HfTask.FILL_MASK).components] == ["word", "document"]
+
+
+def test_contradiction_in_a_request_is_one_line() -> None:
+    buckets = ({"batch_size": 1, "sequence_length": 64},)
+    request = CompileRequest.model_validate({"model": "m", "max_sequence_length": 128, "shape_buckets": buckets})
+    with pytest.raises(SpecError, match="longest shape bucket is 64 tokens") as caught:
+        request.spec_for(HfTask.FILL_MASK)
+    assert caught.value.hint == "Correct the request."

@@ -39,7 +39,7 @@ _COMMANDS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
     "Artifact stores": {"gc": gc, "mirror": mirror},
 }
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 def _print_version(requested: bool) -> None:

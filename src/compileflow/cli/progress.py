@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -75,6 +76,8 @@ def progress_display(enabled: bool, *, prefix: str = "") -> Iterator[Progress]:
         enabled: False shows nothing.
         prefix: Text before the name of each step, to tell several runs apart.
     """
+    # The bars of huggingface_hub would tear a live display, and fill a log with lines.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if not enabled:
         yield NoProgress()
         return

@@ -1,0 +1,125 @@
+"""Runs without Prefect: one target or auto, several registries, refused verdicts, progress of the steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from compileflow.catalog import open_registry
+from compileflow.errors import RegistryError, SpecError, VerdictError
+from compileflow.selection.comparison_file import read_comparison
+from compileflow.selection.run import run_any_target
+from compileflow.spec import HfTask
+from compileflow.steps.run import run_request
+from tests.conftest import ModelFactory
+from tests.steps import Pipeline
+
+
+class RecordedSteps:
+    """Records the steps of a run, with an error if a step ended in one."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[Callable[[str], None]]:
+        try:
+            yield lambda line: None
+        except BaseException as error:
+            self.names.append(f"{name}: {type(error).__name__}")
+            raise
+        self.names.append(name)
+
+
+def test_run_registers_a_version_that_a_second_run_finds(pipeline: Pipeline, tiny_model: ModelFactory) -> None:
+    request = pipeline.request(tiny_model(HfTask.TEXT_CLASSIFICATION), name="reviews")
+    progress = RecordedSteps()
+    result = run_any_target(request, pipeline.settings, progress=progress)
+    assert progress.names == ["fetch", "compile", "validate", "register"]
+    assert result.version == open_registry(pipeline.registry_uri).get("reviews", 1)
+    assert result.version.flow_run_id is None
+    assert result.versions == {pipeline.registry_uri: result.version}
+    again = run_any_target(request, pipeline.settings)
+    assert again.version == result.version
+    assert (again.source.cached, again.artifact.cached) == (True, True)
+    assert pipeline.counts == {"compile": 1, "validate": 1}
+
+
+def test_verdict_that_fails_is_not_registered(pipeline: Pipeline, tiny_model: ModelFactory) -> None:
+    request = pipeline.request(
+        tiny_model(HfTask.TEXT_CLASSIFICATION), validation={"latency_pairs": 5, "max_latency_ratio": 1e-6}
+    )
+    with pytest.raises(VerdictError, match="latency_ratio measured"):
+        run_request(request, pipeline.settings)
+    assert list(open_registry(pipeline.registry_uri).versions()) == []
+
+
+def test_registry_that_fails_does_not_stop_the_other_and_the_next_run_completes_it(
+    pipeline: Pipeline, tiny_model: ModelFactory, tmp_path: Path
+) -> None:
+    obstacle = tmp_path / "folder"
+    obstacle.write_text("a file where a folder should be")
+    uris = [f"sqlite:///{obstacle / 'registry.db'}", f"sqlite:///{tmp_path / 'whole.db'}"]
+    request = pipeline.request(tiny_model(HfTask.TEXT_CLASSIFICATION), name="reviews", registry_uris=uris)
+    with pytest.raises(RegistryError) as caught:
+        run_request(request, pipeline.settings)
+    assert caught.value.message.startswith(f"Registered in {uris[1]}, but not in {uris[0]}: ")
+    obstacle.unlink()
+    assert list(run_request(request, pipeline.settings).versions) == uris
+    assert pipeline.counts == {"compile": 1, "validate": 1}
+
+
+def test_register_step_that_is_off_finds_the_version(pipeline: Pipeline, tiny_model: ModelFactory) -> None:
+    model = tiny_model(HfTask.TEXT_CLASSIFICATION)
+    compile_only = pipeline.request(model, steps={"validate": False, "register": False})
+    assert run_request(compile_only, pipeline.settings).version is None
+    version = run_request(pipeline.request(model), pipeline.settings).version
+    result = run_request(compile_only, pipeline.settings)
+    assert (result.version, result.validated) == (version, None)
+
+
+def test_auto_registers_the_winner_and_names_the_candidates_that_failed(
+    pipeline: Pipeline, tiny_model: ModelFactory
+) -> None:
+    auto = {"targets": ["torchscript", "onnx-runtime"], "precisions": ["fp32"]}
+    request = pipeline.request(tiny_model(HfTask.TEXT_CLASSIFICATION), target="auto", auto=auto)
+    progress = RecordedSteps()
+    result = run_any_target(request, pipeline.settings, progress=progress)
+    assert progress.names == [
+        "fetch", "compile torchscript fp32", "validate torchscript fp32", "compile onnx-runtime fp32",
+        "validate onnx-runtime fp32", "register",
+    ]  # fmt: skip
+    assert result.comparison_uri is not None
+    comparison = read_comparison(result.comparison_uri)
+    assert [candidate.outcome for candidate in comparison.candidates] == ["pass", "pass"]
+    assert comparison.winner is not None
+    winner = comparison.candidates[comparison.winner]
+    assert (result.target, result.artifact.uri) == (winner.target, winner.artifact_uri)
+    assert open_registry(pipeline.registry_uri).versions() == [result.version]
+
+    hopeless = request.auto.model_copy(
+        update={"objective": request.auto.objective.model_copy(update={"max_size_bytes": 1})}
+    )
+    with pytest.raises(VerdictError, match="2 exceeded the size budget") as caught:
+        run_any_target(request.model_copy(update={"auto": hopeless}), pipeline.settings)
+    assert "compileflow inspect file://" in caught.value.hint
+    assert len(open_registry(pipeline.registry_uri).versions()) == 1
+
+
+def test_auto_goes_on_when_a_candidate_fails(
+    pipeline: Pipeline, tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise SpecError("The toolchain refused the model.")
+
+    monkeypatch.setattr("compileflow.targets.onnx_runtime.OnnxRuntimeTarget.toolchain", refuse)
+    auto = {"targets": ["torchscript", "onnx-runtime"], "precisions": ["fp32"]}
+    request = pipeline.request(tiny_model(HfTask.TEXT_CLASSIFICATION), target="auto", auto=auto)
+    progress = RecordedSteps()
+    result = run_any_target(request, pipeline.settings, progress=progress)
+    assert result.target == "torchscript"
+    assert "compile onnx-runtime fp32: SpecError" in progress.names
+    assert read_comparison(str(result.comparison_uri)).candidates[1].outcome == "error"
