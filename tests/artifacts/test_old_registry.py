@@ -1,7 +1,7 @@
-"""A registry file of every older schema is read as it is, and migrated by the first that writes to it.
+"""A registry file of every older schema can be read unchanged, and the first write migrates it.
 
 registry-v1.db was made by the compileflow of its day: three versions of two names, one of them with figures
-that are no finite numbers.
+that are not finite.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ def test_old_registry_is_read_and_left_as_it_is(registry: ModelRegistry, old_fil
 
 
 def test_first_write_migrates_an_old_registry(registry: ModelRegistry, old_file: Path) -> None:
-    before = list(registry.versions("ner"))
+    versions = list(registry.versions("ner"))
     assert registry.set_stage("ner", 2, "production", who="ann").stage == "production"
     assert schema_of(old_file) == SCHEMA_VERSION
-    assert list(registry.versions("ner")) == [before[0].model_copy(update={"stage": "production"}), before[1]]
-    assert registry.register(version_entry("ner", 1)) == before[1]
+    assert list(registry.versions("ner")) == [versions[0].model_copy(update={"stage": "production"}), versions[1]]
+    assert registry.register(version_entry("ner", 1)) == versions[1]
     assert registry.register(version_entry("ner", 3)).version == 3
 
 

@@ -1,7 +1,4 @@
-"""MLflow: the suite for all registries, on a SQLite file and over HTTP, and what only MLflow can meet.
-
-Over 300 lines, because all of it shares one server.
-"""
+"""MLflow: the suite for all registries, on a SQLite file and over HTTP, and the cases that only MLflow has."""
 
 from __future__ import annotations
 
@@ -72,7 +69,7 @@ def registry(file_uri: str) -> ModelRegistry:
 
 @pytest.fixture
 def proxy(server: MlflowServer, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    """Stand between client and server; one try more than the first, each a second at most."""
+    """Stand between client and server; a call has two tries of at most a second each."""
     server.empty()
     limits = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "2", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
     for name, value in limits.items():
@@ -82,7 +79,7 @@ def proxy(server: MlflowServer, settings: Settings, monkeypatch: pytest.MonkeyPa
 
 
 def raw(uri: str) -> Any:
-    """Return a block with MLflow's own client, for what happens past the registry."""
+    """Return a block with MLflow's own client, for changes that bypass the registry."""
     return parse_place(uri).calls("test", refused=RegistryError, unavailable=RegistryUnavailableError)
 
 
@@ -108,19 +105,19 @@ def test_logged_model_folder_is_fetched_over_http(
 ) -> None:
     server.empty()
     uri = f"mlflow:{server.url}"
-    given = tmp_path / "model"
-    given.mkdir()
+    logged = tmp_path / "model"
+    logged.mkdir()
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        (given / name).write_bytes(name.encode() * 1000)
+        (logged / name).write_bytes(name.encode() * 1000)
     with raw(uri) as client:
         run = client.create_run(client.create_experiment("training"))
-        # Not a path, which client and server would share here: what is fetched below comes from the server.
+        # Not a path, which client and server would share in a test: the files below come from the server.
         assert run.info.artifact_uri.startswith("mlflow-artifacts:")
-        client.log_artifacts(run.info.run_id, str(given), "logged")
+        client.log_artifacts(run.info.run_id, str(logged), "logged")
         client.create_registered_model("src")
         client.create_model_version("src", source=f"{run.info.artifact_uri}/logged", run_id=run.info.run_id)
     located = get_source("mlflow", settings).locate(f"{uri}#src@1", None, tmp_path / "work")
-    assert {name: (located.folder / name).read_bytes() for name in located.files} == files_below(given)
+    assert {name: (located.folder / name).read_bytes() for name in located.files} == files_below(logged)
 
 
 def test_two_versions_that_a_race_made_are_seen_and_left_as_one(registry: ModelRegistry, file_uri: str) -> None:
@@ -141,10 +138,10 @@ def test_run_that_a_killed_call_left_is_used(registry: ModelRegistry, file_uri: 
     with raw(file_uri) as client:
         run_id = client.get_model_version("ner", "1").run_id
         client.delete_model_version("ner", "1")
-    again = registry.register(version_entry("ner", 1))
-    assert again.entry == version.entry
+    completed = registry.register(version_entry("ner", 1))
+    assert completed.entry == version.entry
     with raw(file_uri) as client:
-        assert client.get_model_version("ner", str(again.version)).run_id == run_id
+        assert client.get_model_version("ner", str(completed.version)).run_id == run_id
 
 
 def test_what_others_registered_is_left_out(registry: ModelRegistry, file_uri: str) -> None:
@@ -152,9 +149,9 @@ def test_what_others_registered_is_left_out(registry: ModelRegistry, file_uri: s
         for name in ("theirs", "ner"):
             client.create_registered_model(name)
             client.create_model_version(name, source="elsewhere", tags={"hf_task": "token-classification"})
-    mine = registry.register(version_entry("ner", 1))
-    assert mine.version == 2
-    assert list(registry.versions()) == list(registry.versions("ner")) == [mine]
+    version = registry.register(version_entry("ner", 1))
+    assert version.version == 2
+    assert list(registry.versions()) == list(registry.versions("ner")) == [version]
     with pytest.raises(RegistryError, match="'theirs'"):
         registry.versions("theirs")
 
@@ -164,7 +161,7 @@ def test_promotion_that_was_cut_short_is_completed_by_the_next(registry: ModelRe
         registry.register(version_entry("ner", n))
         registry.set_stage("ner", n, "staging", who="ann")
     registry.set_stage("ner", 1, "production", who="ann")
-    # As after a kill just before the alias moves: both are noted, and production is where it was.
+    # The state after a kill just before the alias moves: both promotions are recorded, production is unchanged.
     with raw(file_uri) as client:
         client.delete_registered_model_alias("ner", "production")
     registry.set_stage("ner", 2, "production", who="bob", reason="better")
@@ -197,21 +194,21 @@ def test_tags_that_someone_changed_are_one_clear_error(registry: ModelRegistry, 
 
 
 def test_process_forked_during_a_call_can_call() -> None:
-    held, done = threading.Event(), threading.Event()
+    is_locked, is_over = threading.Event(), threading.Event()
 
     def hold() -> None:
         with mlflow_client._ONE_AT_A_TIME:
-            held.set()
-            done.wait(10)
+            is_locked.set()
+            is_over.wait(10)
 
     thread = threading.Thread(target=hold)
     thread.start()
-    held.wait(10)
+    is_locked.wait(10)
     child = os.fork()
     if not child:
         os._exit(0 if mlflow_client._ONE_AT_A_TIME.acquire(timeout=1) else 1)
     status = os.waitpid(child, 0)[1]
-    done.set()
+    is_over.set()
     thread.join()
     assert status == 0
 
@@ -293,7 +290,7 @@ def test_lost_reply_leaves_one_version(proxy: FaultProxy, path: str) -> None:
     version = registry.register(version_entry("ner", 1))
     assert list(registry.versions("ner")) == [version]
     with raw(f"mlflow:{proxy.url}") as client:
-        assert [int(one.version) for one in client.search_model_versions("name = 'ner'")] == [version.version]
+        assert [int(item.version) for item in client.search_model_versions("name = 'ner'")] == [version.version]
 
 
 def test_server_that_fails_half_way_is_completed_by_the_next_call(proxy: FaultProxy, tmp_path: Path) -> None:
@@ -314,7 +311,7 @@ def test_reply_that_is_cut_off_may_be_asked_for_again(proxy: FaultProxy) -> None
     registry = open_registry(f"mlflow:{proxy.url}")
     version = registry.register(version_entry("ner", 1))
     proxy.inject(CutResponse(20), path="model-versions/search")
-    # MLflow's client asks again only while no reply has begun.
+    # MLflow's client retries only while the server has not started a reply.
     with pytest.raises(RegistryUnavailableError) as caught:
         registry.versions("ner")
     assert caught.value.retryable

@@ -1,4 +1,4 @@
-"""Neptune as registry: the suite for all registries, and what the real client finds there afterwards."""
+"""Neptune as registry: the suite for all registries, and the fields and files that the real client reads."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def test_real_client_finds_the_version_in_a_process_of_its_own(
     registry.register(entry, files)
     registry.set_stage("ner", 1, "production", who="ann", reason="tested")
     (identity,) = neptune_client("list_versions", neptune_project)
-    seen = neptune_client("read_version", neptune_project, identity)
-    assert seen["artifact"] == {"uri": entry.artifact_uri, "digest": entry.artifact_digest}
-    assert seen["source"]["uri"] == entry.source_uri
-    assert seen["metrics"] == entry.figures
-    assert seen["gates"]["latency"] == {"outcome": "pass", "measured": 1.5, "limit": 2.0}
-    assert seen["gates"]["agreement"] == {"outcome": "warn", "limit": 1.0}
-    assert (seen["sys"]["stage"], seen["verdict"]) == ("production", entry.verdict)
+    fields = neptune_client("read_version", neptune_project, identity)
+    assert fields["artifact"] == {"uri": entry.artifact_uri, "digest": entry.artifact_digest}
+    assert fields["source"]["uri"] == entry.source_uri
+    assert fields["metrics"] == entry.figures
+    assert fields["gates"]["latency"] == {"outcome": "pass", "measured": 1.5, "limit": 2.0}
+    assert fields["gates"]["agreement"] == {"outcome": "warn", "limit": 1.0}
+    assert (fields["sys"]["stage"], fields["verdict"]) == ("production", entry.verdict)
     card = json.loads(neptune_client.file(neptune_project, identity, "model/model_card"))
     assert card["model_params"] == {"huggingface_pipeline_task": entry.spec["hf_task"]}
     for kind, path in card["model_test_files"].items():
@@ -74,20 +74,20 @@ def test_real_client_finds_the_version_in_a_process_of_its_own(
     ):
         assert neptune_client.file(neptune_project, identity, path) == file.read_bytes()
     # The weights stay in the store, and the card's path leads there.
-    reference = json.loads(seen["model"]["artifact"]["reference"])
+    reference = json.loads(fields["model"]["artifact"]["reference"])
     assert reference == {"uri": entry.artifact_uri, "digest": entry.artifact_digest}
 
 
 def test_weights_are_uploaded_where_that_is_asked_for(
     neptune_project: str, neptune_client: NeptuneWriter, tmp_path: Path, settings: Settings
 ) -> None:
-    chosen = Settings(home=settings.home, neptune_upload_weights=True)
+    upload_settings = Settings(home=settings.home, neptune_upload_weights=True)
     files = version_files(tmp_path / "given")
     inner = files.artifact / "components" / "default" / "graph.bin"
     inner.parent.mkdir(parents=True)
-    # More than the client sends in one part.
+    # Larger than one part of the client's upload.
     inner.write_bytes(bytes(12 << 20))
-    open_registry(f"neptune://{neptune_project}", chosen).register(version_entry("ner", 1), files)
+    open_registry(f"neptune://{neptune_project}", upload_settings).register(version_entry("ner", 1), files)
     (identity,) = neptune_client("list_versions", neptune_project)
     for path in files.artifact.rglob("*"):
         if path.is_file():
@@ -95,13 +95,18 @@ def test_weights_are_uploaded_where_that_is_asked_for(
             assert neptune_client.file(neptune_project, identity, attribute) == path.read_bytes()
 
 
-def test_source_version_lists_what_was_compiled_from_it_and_keeps_what_others_wrote(
+def test_source_version_lists_its_compiled_versions_beside_existing_entries(
     registry: ModelRegistry, neptune_project: str, neptune_client: NeptuneWriter
 ) -> None:
-    other = {"project": "team/other", "model": "OTH-A", "with_id": "OTH-A-1", "time_stamp": "2025-01-01T00:00:00"}
+    existing_entry = {
+        "project": "team/other",
+        "model": "OTH-A",
+        "with_id": "OTH-A-1",
+        "time_stamp": "2025-01-01T00:00:00",
+    }
     sources = [
         neptune_client("make_version", neptune_project, "SRC", fields, {}, {})
-        for fields in ({}, {"model/compiled_model_versions": json.dumps([other])})
+        for fields in ({}, {"model/compiled_model_versions": json.dumps([existing_entry])})
     ]
     for number, source in enumerate(sources, 1):
         entry = version_entry("ner", number).model_copy(
@@ -111,19 +116,20 @@ def test_source_version_lists_what_was_compiled_from_it_and_keeps_what_others_wr
         registry.register(entry)
         (version,) = registry.compiled_from(entry.source_uri)
         assert version.version == number
-    ours = sorted(one for one, complete in neptune_client("list_versions", neptune_project).items() if complete)
+    versions = neptune_client("list_versions", neptune_project)
+    ids = sorted(identity for identity, is_complete in versions.items() if is_complete)
     path = "model/compiled_model_versions"
     first = json.loads(neptune_client.file(neptune_project, sources[0], path))
     second = json.loads(
         neptune_client("read_version", neptune_project, sources[1])["model"]["compiled_model_versions"]
     )
-    assert [one["with_id"] for one in first] == ours[:1]
+    assert [item["with_id"] for item in first] == ids[:1]
     assert {key: first[0][key] for key in ("project", "model")} == {
         "project": neptune_project,
-        "model": ours[0].rpartition("-")[0],
+        "model": ids[0].rpartition("-")[0],
     }
-    assert second[0] == other
-    assert [one["with_id"] for one in second[1:]] == ours[1:]
+    assert second[0] == existing_entry
+    assert [item["with_id"] for item in second[1:]] == ids[1:]
 
 
 def test_source_that_cannot_list_its_compiled_versions_is_a_warning(
@@ -136,33 +142,33 @@ def test_source_that_cannot_list_its_compiled_versions_is_a_warning(
     (tmp_path / "list").write_bytes(b"\xff\xfe\xfd")
     (tmp_path / "deep").write_text("[" * 100_000)
     path = "model/compiled_model_versions"
-    others = [
+    source_ids = [
         neptune_client("make_version", neptune_project, "SRC", {}, {path: str(tmp_path / name)}, {})
         for name in ("list", "deep")
     ]
-    for number, named in enumerate((f"/{others[0]}", f"/{others[1]}", "/GONE-1", "#ner@3"), 1):
+    for number, source in enumerate((f"/{source_ids[0]}", f"/{source_ids[1]}", "/GONE-1", "#ner@3"), 1):
         caplog.clear()
         entry = version_entry("ner", number).model_copy(
-            update={"source_uri": f"neptune://{neptune_project}{named}"}
+            update={"source_uri": f"neptune://{neptune_project}{source}"}
         )
         assert registry.register(entry).version == number
         (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
-        assert named in warning.message
+        assert source in warning.message
         assert "\n" not in warning.message
 
 
 def test_of_two_complete_versions_of_one_artifact_the_first_one_stays(
     registry: ModelRegistry, neptune_project: str, neptune_client: NeptuneWriter
 ) -> None:
-    kept = registry.register(version_entry("ner", 1))
+    version = registry.register(version_entry("ner", 1))
     (first,) = neptune_client("list_versions", neptune_project)
-    again = neptune_client("read_version", neptune_project, first)["registry"]
-    # What another machine, registering at the same moment, would have left.
+    fields_of_first = neptune_client("read_version", neptune_project, first)["registry"]
+    # The leftovers of another machine that registers at the same moment.
     key = first.rpartition("-")[0].partition("-")[2]
-    fields = {f"registry/{name}": again[name] for name in ("digest", "name", "entry_json", "complete")}
+    fields = {f"registry/{name}": fields_of_first[name] for name in ("digest", "name", "entry_json", "complete")}
     second = neptune_client("make_version", neptune_project, key, fields, {}, {})
     assert set(neptune_client("list_versions", neptune_project)) == {first, second}
-    assert registry.register(version_entry("ner", 1)) == kept
+    assert registry.register(version_entry("ner", 1)) == version
     assert list(neptune_client("list_versions", neptune_project)) == [first]
 
 
@@ -173,23 +179,23 @@ def test_version_that_another_machine_completed_meanwhile_stays_though_it_is_the
     settings: Settings,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    other = open_registry(f"neptune://{neptune_project}", Settings(home=settings.home_dir / "other"))
-    assert isinstance(other, neptune_registry.NeptuneRegistry)
+    machine_b = open_registry(f"neptune://{neptune_project}", Settings(home=settings.home_dir / "other"))
+    assert isinstance(machine_b, neptune_registry.NeptuneRegistry)
     fill = neptune_registry.NeptuneRegistry._fill
 
     def slowly(self: neptune_registry.NeptuneRegistry, model: str, identity: str, *rest: Any) -> None:
         monkeypatch.setattr(neptune_registry.NeptuneRegistry, "_fill", fill)
-        # The other one sees no digest yet, makes its own version, and is in production before this one is done.
+        # Machine B does not see a digest yet, creates a version, and is in production before machine A completes.
         self._client.write(identity, {"registry/digest": "e" * 64})
-        assert other.register(version_entry("ner", 1)).version == 2
-        other.set_stage("ner", 2, "production", who="ann")
+        assert machine_b.register(version_entry("ner", 1)).version == 2
+        machine_b.set_stage("ner", 2, "production", who="ann")
         self._client.write(identity, {"registry/digest": version_entry("ner", 1).artifact_digest})
         fill(self, model, identity, *rest)
 
     monkeypatch.setattr(neptune_registry.NeptuneRegistry, "_fill", slowly)
     assert registry.register(version_entry("ner", 1)).version == 2
     assert registry.get("ner", "production").version == 2
-    assert [one.rpartition("-")[2] for one in neptune_client("list_versions", neptune_project)] == ["2"]
+    assert [identity.rpartition("-")[2] for identity in neptune_client("list_versions", neptune_project)] == ["2"]
 
 
 def test_of_two_versions_in_production_the_last_promoted_counts(
@@ -199,8 +205,9 @@ def test_of_two_versions_in_production_the_last_promoted_counts(
         registry.register(version_entry("ner", number))
     registry.set_stage("ner", 2, "production", who="ann")
     registry.set_stage("ner", 1, "production", who="ann")
-    # As after a kill between the promotion of the one and the archiving of the other.
-    second = next(one for one in neptune_client("list_versions", neptune_project) if one.endswith("-2"))
+    # The state after a kill between the promotion of the second version and the archiving of the first.
+    identities = neptune_client("list_versions", neptune_project)
+    second = next(identity for identity in identities if identity.endswith("-2"))
     moved = {"sys/stage": "production", "registry/promoted_at": "2001-01-01T00:00:00+00:00"}
     neptune_client("change_version", neptune_project, second, moved, {})
     assert [version.stage for version in registry.versions("ner")] == ["archived", "production"]
@@ -226,10 +233,10 @@ def test_old_versions_without_a_digest_go_to_the_trash_and_others_stay(
     assert lost in neptune_client("list_versions", neptune_project)
     monkeypatch.setattr(neptune_registry, "_LITTER_AGE_S", -60)
     registry.register(version_entry("ner", 3))
-    left = neptune_client("list_versions", neptune_project)
-    assert lost not in left
-    assert not left.pop(begun)
-    assert list(left.values()) == [True] * 3
+    remaining = neptune_client("list_versions", neptune_project)
+    assert lost not in remaining
+    assert not remaining.pop(begun)
+    assert list(remaining.values()) == [True] * 3
 
 
 def test_reason_that_neptune_would_cut_is_refused(registry: ModelRegistry) -> None:

@@ -1,4 +1,4 @@
-"""The embedded registry: the suite for all registries, and what only a file can meet."""
+"""The embedded registry: the suite for all registries, and the cases that only a file has."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_one_of_two_that_are_promoted_at_once_is_archived(tmp_path: Path) -> Non
 
 @pytest.mark.skipif(os.name != "posix", reason="rights are those of POSIX")
 def test_registry_in_a_read_only_folder_is_read() -> None:
-    # Not below tmp_path, which nobody else may enter.
+    # Not below tmp_path, which other users may not enter.
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "registry.db"
         registry = open_registry(f"sqlite:///{path}")
@@ -115,7 +115,7 @@ def test_registry_in_a_read_only_folder_is_read() -> None:
 
 @contextmanager
 def read_only(folder: Path) -> Iterator[None]:
-    """Take away the right to write to a folder and its files; from root, by being nobody meanwhile."""
+    """Make a folder and its files read-only; root becomes the user nobody within the block."""
     nobody = 65534
     root = os.geteuid() == 0
     for path in folder.iterdir():

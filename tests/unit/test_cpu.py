@@ -22,9 +22,8 @@ from compileflow.serving.component import LoadedComponent
 from compileflow.spec import HfTask, Precision
 from compileflow.steps.compile import check_available
 from compileflow.targets.torchscript import TorchScriptTarget
-from compileflow.testing.shared import shared_folder
-from compileflow.testing.targets import compiled_folder
 from tests.conftest import ModelFactory
+from tests.in_process import InProcess
 
 ZEN_4 = """processor	: 0
 vendor_id	: AuthenticAMD
@@ -113,10 +112,10 @@ def test_missing_features_are_those_that_a_compile_had_and_this_cpu_has_not(set_
 
 
 @pytest.fixture
-def artifact(tiny_model: ModelFactory, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Path:
+def artifact(tiny_model: ModelFactory, in_process: InProcess, tmp_path: Path) -> Path:
     """A copy of a torchscript artifact with a garbage graph: a target that opens it reports that."""
     hf_task = HfTask.TEXT_CLASSIFICATION
-    shared = compiled_folder(tiny_model(hf_task), "torchscript", hf_task, shared_folder(tmp_path_factory))
+    shared = in_process.compiled(tiny_model(hf_task), "torchscript", hf_task)
     folder = Path(shutil.copytree(shared, tmp_path / "artifact"))
     graph = folder / "components/default/model.pt"
     graph.write_bytes(b"garbage")

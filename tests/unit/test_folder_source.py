@@ -87,22 +87,24 @@ def test_absent_folder_is_refused(source: FolderSource, model: Path) -> None:
 
 def test_folder_without_config_is_refused(source: FolderSource, model: Path) -> None:
     (model / "config.json").rename(model / "config.bak")
-    with pytest.raises(SourceError, match=r"there is no config\.json"):
+    with pytest.raises(SourceError, match=r"config\.json is missing"):
         chosen(source, model)
 
 
 def test_config_in_a_folder_below_is_not_the_models(source: FolderSource, model: Path) -> None:
     (model / "1_Pooling").mkdir()
     (model / "config.json").rename(model / "1_Pooling" / "config.json")
-    with pytest.raises(SourceError, match=r"there is no config\.json"):
+    with pytest.raises(SourceError, match=r"config\.json is missing"):
         chosen(source, model)
 
 
-@pytest.mark.parametrize("left", [None, "model.safetensors.index.json", "tf_model.h5", "onnx/model.safetensors"])
-def test_folder_without_weights_is_refused(source: FolderSource, model: Path, left: str | None) -> None:
+@pytest.mark.parametrize(
+    "other_weights", [None, "model.safetensors.index.json", "tf_model.h5", "onnx/model.safetensors"]
+)
+def test_folder_without_weights_is_refused(source: FolderSource, model: Path, other_weights: str | None) -> None:
     (model / "model.safetensors").unlink()
-    if left:
-        write(model / left)
+    if other_weights:
+        write(model / other_weights)
     with pytest.raises(SourceError, match="does not hold weights"):
         chosen(source, model)
 
@@ -122,7 +124,7 @@ def test_git_lfs_pointer_is_no_weights(source: FolderSource, model: Path) -> Non
 
 
 def shard(model: Path, *, absent: int = 0) -> None:
-    """Split the weights in three, and leave out the first `absent` files."""
+    """Split the weights into three files, and omit the first `absent` ones."""
     (model / "model.safetensors").unlink()
     names = [f"model-{n:05}-of-00003.safetensors" for n in (1, 2, 3)]
     weight_map = {f"weight.{n}": name for n, name in enumerate(names)}

@@ -47,11 +47,11 @@ def files_below(folder: Path) -> dict[str, bytes]:
 
 def test_revision_is_pinned_to_the_commit_it_means_now(hub: Hub) -> None:
     first = hub.add(REPOSITORY, FILES)
-    other = hub.add(REPOSITORY, FILES, branch="v1.0")
+    old_commit = hub.add(REPOSITORY, FILES, branch="v1.0")
     there = source(hub.endpoint)
     assert there.pin(REPOSITORY, None) == (f"hf://{REPOSITORY}", first)
-    assert there.pin(f"hf://{REPOSITORY}", "v1.0") == (f"hf://{REPOSITORY}", other)
-    assert there.pin(REPOSITORY, other) == (f"hf://{REPOSITORY}", other)
+    assert there.pin(f"hf://{REPOSITORY}", "v1.0") == (f"hf://{REPOSITORY}", old_commit)
+    assert there.pin(REPOSITORY, old_commit) == (f"hf://{REPOSITORY}", old_commit)
     second = hub.add(REPOSITORY, FILES | {"model.safetensors": b"retrained"})
     assert there.pin(REPOSITORY, "main")[1] == second != first
 
@@ -199,7 +199,7 @@ def test_refusal_is_one_line_without_the_token(
     caplog: pytest.LogCaptureFixture,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    # The client waits up to half a minute between its own tries.
+    # The client waits up to half a minute between its tries.
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
     caplog.set_level(logging.DEBUG)
     hub.add(REPOSITORY, FILES)
@@ -210,12 +210,12 @@ def test_refusal_is_one_line_without_the_token(
     assert message in error.message
     assert hint in error.hint
     assert "\n" not in str(error)
-    shown = [*traceback.format_exception(error), *chain(error), caplog.text, *capfd.readouterr()]
-    assert not any(TOKEN in text for text in shown)
+    texts = [*traceback.format_exception(error), *chain(error), caplog.text, *capfd.readouterr()]
+    assert not any(TOKEN in text for text in texts)
 
 
 def chain(error: BaseException) -> list[str]:
-    """Return str and repr of an error and of all that caused it."""
+    """Return str and repr of an error and of all its causes."""
     texts: list[str] = []
     current: BaseException | None = error
     while current is not None:

@@ -1,4 +1,4 @@
-"""A service that compiles again and again keeps its size: what a compile needs ends with its process."""
+"""A service that compiles many times keeps its size: the memory of a compile ends with its process."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def test_ten_compiles_leave_the_parent_as_large_as_it_was(settings: Settings, tm
     def compile_one(folder: Path) -> str:
         return pipeline.compile(pipeline.request(folder, shape_buckets=buckets)).digest
 
-    # What is imported and kept once is no leak.
+    # Memory that the first compile imports and caches is not a leak.
     digests = {compile_one(folders[0])}
-    before = resident_bytes()
-    assert before > 0
+    resident_before = resident_bytes()
+    assert resident_before > 0
     digests |= {compile_one(folder) for folder in folders[1:]}
     assert len(digests) == COMPILES + 1
-    assert resident_bytes() - before < MAX_GROWTH_BYTES
+    assert resident_bytes() - resident_before < MAX_GROWTH_BYTES

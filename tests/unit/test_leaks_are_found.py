@@ -11,8 +11,8 @@ import pytest
 
 from tests.leaks import leaked, leaks_below
 
-# Not one of those that the search at the end of the run is for.
-SECRET = "only/this test knows+it"  # noqa: S105 - it is no secret, that is the point
+# The search at the end of the run does not include this secret.
+SECRET = "only/this test knows+it"  # noqa: S105 - a made-up value
 
 
 @pytest.mark.parametrize("beside", ["", "x", "xy", "xyz"])
@@ -28,5 +28,5 @@ def test_every_file_is_searched_but_those_that_are_there_to_hold_it(tmp_path: Pa
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"\0" + SECRET.encode())
-    found = {path.relative_to(tmp_path).as_posix() for path, _ in leaks_below(tmp_path, [SECRET])}
-    assert found == {"logs/run.log", "home/prefect.db"}
+    names = {path.relative_to(tmp_path).as_posix() for path, _ in leaks_below(tmp_path, [SECRET])}
+    assert names == {"logs/run.log", "home/prefect.db"}

@@ -1,4 +1,4 @@
-"""Source models in MLflow: what its own transformers flavor logged, and folders as save_pretrained wrote them."""
+"""Source models in MLflow: the layout of its transformers flavor, and folders that save_pretrained wrote."""
 
 from __future__ import annotations
 
@@ -49,9 +49,11 @@ def publish(database: Path, tmp_path: Path) -> Publish:
     def publish(files: dict[str, bytes], *, tags: dict[str, str] | None = None) -> str:
         place = parse_place(f"mlflow:sqlite:///{database}")
         with place.calls("test", refused=SourceError, unavailable=SourceUnavailableError) as client:
-            found = client.get_experiment_by_name("training")
+            experiment = client.get_experiment_by_name("training")
             experiment_id = (
-                found.experiment_id if found else client.create_experiment("training", str(tmp_path / "artifacts"))
+                experiment.experiment_id
+                if experiment
+                else client.create_experiment("training", str(tmp_path / "artifacts"))
             )
             run = client.create_run(experiment_id)
             for name, body in files.items():
@@ -91,8 +93,8 @@ def test_model_that_mlflow_itself_logged_is_the_model_that_was_logged(
     import torch
     from transformers import pipeline
 
-    given = tiny_model(HfTask.TEXT_CLASSIFICATION)
-    command = [sys.executable, "-c", LOG_MODEL, str(database.parent), str(given)]
+    source_folder = tiny_model(HfTask.TEXT_CLASSIFICATION)
+    command = [sys.executable, "-c", LOG_MODEL, str(database.parent), str(source_folder)]
     environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
     subprocess.run(command, check=True, capture_output=True, env=environment)
     located = locate(f"mlflow:sqlite:///{database}#reviews")
@@ -101,11 +103,11 @@ def test_model_that_mlflow_itself_logged_is_the_model_that_was_logged(
     assert located.test_files is None
     check_weights(located.folder, located.files)
     with torch.no_grad():
-        ours, theirs = (
+        located_outputs, source_outputs = (
             pipeline("text-classification", model=str(folder), tokenizer=str(folder))("a text to compare")
-            for folder in (located.folder, given)
+            for folder in (located.folder, source_folder)
         )
-    assert ours == theirs
+    assert located_outputs == source_outputs
 
 
 def test_folder_is_taken_as_it_was_logged(publish: Publish, locate: Callable[[str], LocatedSource]) -> None:
@@ -152,17 +154,17 @@ def test_parts_of_the_flavor_are_brought_together(
         (
             flavored({"task": "translation"}, {f"model/{name}": b"{}" for name in MODEL}),
             "'translation'",
-            "Tasks are",
+            "Supported tasks",
         ),
         ({"MLmodel": b"{", **MODEL}, "MLmodel", "again"),
         (flavored({"model_binary": "../../outside"}, MODEL), "leaves its folder", "again"),
         (flavored({"model_binary": "/"}, MODEL), "leaves its folder", "again"),
         ({"model_card.json": b"[" * 100_000, **MODEL}, "is not JSON", "JSON"),
         ({"model_card.json": b"{", **MODEL}, "is not JSON", "JSON"),
-        ({"model.pkl": b"pickled"}, "no config.json", "save_pretrained"),
+        ({"model.pkl": b"pickled"}, "config.json is missing", "save_pretrained"),
     ],
 )
-def test_version_that_is_no_model_is_one_clear_error(
+def test_version_without_a_model_is_one_clear_error(
     publish: Publish,
     locate: Callable[[str], LocatedSource],
     files: dict[str, bytes],

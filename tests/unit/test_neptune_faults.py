@@ -1,7 +1,4 @@
-"""What network, server and user do to a registration in Neptune: each ends in time, nothing is left twice.
-
-Over 300 lines, because all of it shares one server, one client and one proxy.
-"""
+"""Faults of network, server and user during a registration in Neptune: calls end in time, without duplicates."""
 
 from __future__ import annotations
 
@@ -35,7 +32,7 @@ from tests.services.fault_proxy import Answer, FaultProxy, Hang, LoseReply
 from tests.services.neptune import Neptune
 from tests.services.neptune_writer import NeptuneWriter
 
-# Importing the client on a busy machine; the bound of a call begins after it.
+# The import of the client on a busy machine; the deadline of a call starts afterwards.
 START_S = 30.0
 TIMEOUT_S = 10.0
 
@@ -50,10 +47,10 @@ def proxy(neptune_server: Neptune) -> Iterator[FaultProxy]:
 def faulty(
     proxy: FaultProxy, neptune_server: Neptune, neptune_project: str, settings: Settings
 ) -> NeptuneRegistry:
-    """The test's project as a client behind the proxy sees it, with the client started."""
+    """The test's project through the proxy, with a client that has started."""
     proxy.heal()
-    chosen = settings_for(neptune_server.token_for(proxy.url), settings, TIMEOUT_S)
-    registry = NeptuneRegistry(f"neptune://{neptune_project}", chosen)
+    client_settings = settings_for(neptune_server.token_for(proxy.url), settings, TIMEOUT_S)
+    registry = NeptuneRegistry(f"neptune://{neptune_project}", client_settings)
     registry.versions()
     return registry
 
@@ -78,15 +75,15 @@ def ends_within(seconds: float, error: type[CompileflowError]) -> Iterator[pytes
 
 
 def only_one_complete(client: NeptuneWriter, project: str) -> str:
-    found = [one for one, complete in client("list_versions", project).items() if complete]
-    assert len(found) == 1
-    return str(found[0])
+    identities = [identity for identity, is_complete in client("list_versions", project).items() if is_complete]
+    assert len(identities) == 1
+    return str(identities[0])
 
 
 def test_server_that_is_down_is_unavailable_and_the_next_run_registers_one_version(
     settings: Settings, neptune_server: Neptune, neptune_client: NeptuneWriter, neptune_project: str
 ) -> None:
-    # Nobody listens at the port of a proxy that has ended.
+    # The port of a proxy that has ended is closed.
     with FaultProxy(neptune_server.url) as ended:
         token = neptune_server.token_for(ended.url)
     uri = f"neptune://{neptune_project}"
@@ -131,7 +128,7 @@ def test_server_that_is_slow_but_goes_on_is_waited_for(
     registry.versions()
     proxy.inject(Hang(0.2), path="attributes/operations", times=25)
     started = time.monotonic()
-    # One call writes all fields, and takes longer than a call may be silent.
+    # One call writes all fields, and takes longer than its limit for a silence.
     assert registry.register(version_entry("ner", 1)).version == 1
     assert time.monotonic() - started > 2.5
     proxy.heal()
@@ -151,7 +148,11 @@ def test_reply_that_is_lost_at_any_request_leaves_one_complete_version(
         version = faulty.register(version_entry("ner", 2 + skip), files)
         assert faulty.register(version_entry("ner", 2 + skip), files) == version
         proxy.heal()
-    complete = [one for one, whole in neptune_client("list_versions", neptune_project).items() if whole]
+    complete = [
+        identity
+        for identity, is_complete in neptune_client("list_versions", neptune_project).items()
+        if is_complete
+    ]
     assert len(complete) == 2 + len(range(0, requests, 3))
 
 
@@ -182,19 +183,25 @@ def test_registration_that_is_killed_at_any_request_is_completed_by_the_next(
         proxy.heal()
         version = faulty.register(version_entry("ner", 2 + skip), files)
         assert list(faulty.find(version.artifact_digest)) == [version]
-    complete = [one for one, whole in neptune_client("list_versions", neptune_project).items() if whole]
+    complete = [
+        identity
+        for identity, is_complete in neptune_client("list_versions", neptune_project).items()
+        if is_complete
+    ]
     assert len(complete) == 2 + len(points)
 
 
 def test_disk_that_cannot_be_written_is_not_called_a_server_that_does_not_answer(
     neptune_project: str, settings: Settings, tmp_path: Path
 ) -> None:
-    chosen = Settings(home=settings.home)
-    NeptuneRegistry(f"neptune://{neptune_project}", chosen).register(version_entry("ner", 1))
-    client = NeptuneClient(neptune_project, chosen, refused=RegistryError, unavailable=RegistryUnavailableError)
-    (found,) = client.find("version", "")
+    client_settings = Settings(home=settings.home)
+    NeptuneRegistry(f"neptune://{neptune_project}", client_settings).register(version_entry("ner", 1))
+    client = NeptuneClient(
+        neptune_project, client_settings, refused=RegistryError, unavailable=RegistryUnavailableError
+    )
+    (row,) = client.find("version", "")
     with ends_within(START_S, RegistryError) as caught:
-        client.download(str(found["sys/id"]), "registry/entry", tmp_path / "absent" / "entry.json")
+        client.download(str(row["sys/id"]), "registry/entry", tmp_path / "absent" / "entry.json")
     assert "No such file" in caught.value.message
     assert "disk" in caught.value.hint
 
@@ -219,12 +226,12 @@ def test_lost_reply_to_the_creation_of_a_version_leaves_one_that_counts(
     faulty: NeptuneRegistry, proxy: FaultProxy, neptune_client: NeptuneWriter, neptune_project: str
 ) -> None:
     faulty.register(version_entry("ner", 1))
-    before = len(neptune_client("list_versions", neptune_project))
+    count = len(neptune_client("list_versions", neptune_project))
     proxy.inject(LoseReply(), method="POST", path="/experiments")
     version = faulty.register(version_entry("ner", 2))
-    # The client itself asked again: what it made first has no digest, and nobody sees it.
-    assert len(neptune_client("list_versions", neptune_project)) == before + 2
-    assert [one.artifact_digest for one in faulty.versions("ner")] == [
+    # The client repeated the request itself: its first version has no digest and stays hidden.
+    assert len(neptune_client("list_versions", neptune_project)) == count + 2
+    assert [version.artifact_digest for version in faulty.versions("ner")] == [
         version_entry("ner", number).artifact_digest for number in (2, 1)
     ]
     assert faulty.register(version_entry("ner", 2)) == version
@@ -255,7 +262,7 @@ def test_killed_registration_is_completed_by_the_next_run(
         faulty.register(version_entry("keywords", 2))
         proxy.seen.clear()
         faulty.register(version_entry("keywords", 1))
-        # The model's own name is written once more for a new name.
+        # A new name takes identity more write, for the name of the model.
         skip = sum(path in request.path for request in proxy.seen) + 2 - 1
     proxy.seen.clear()
     proxy.inject(Hang(60), path=path, skip=skip)
@@ -270,9 +277,11 @@ def test_killed_registration_is_completed_by_the_next_run(
     version = faulty.register(version_entry("ner", 1))
     assert list(faulty.versions("ner")) == [version]
     complete = [
-        one for one, is_complete in neptune_client("list_versions", neptune_project).items() if is_complete
+        identity
+        for identity, is_complete in neptune_client("list_versions", neptune_project).items()
+        if is_complete
     ]
-    assert len([one for one in complete if one.split("-")[1].startswith("NER")]) == 1
+    assert len([identity for identity in complete if identity.split("-")[1].startswith("NER")]) == 1
 
 
 def kill_at(process: ClientProcess, proxy: FaultProxy, path: str, skip: int) -> None:
@@ -286,10 +295,10 @@ def kill_at(process: ClientProcess, proxy: FaultProxy, path: str, skip: int) -> 
 def test_client_that_does_nothing_is_killed_at_its_deadline_and_replaced(
     neptune_project: str, neptune_server: Neptune, settings: Settings
 ) -> None:
-    chosen = settings_for(neptune_server.token, settings, 1.5)
-    registry = NeptuneRegistry(f"neptune://{neptune_project}", chosen)
+    client_settings = settings_for(neptune_server.token, settings, 1.5)
+    registry = NeptuneRegistry(f"neptune://{neptune_project}", client_settings)
     registry.versions()
-    stopped = process_of(chosen).pid
+    stopped = process_of(client_settings).pid
     assert stopped is not None
     os.kill(stopped, signal.SIGSTOP)
     with ends_within(4, RegistryUnavailableError) as caught:
@@ -298,7 +307,7 @@ def test_client_that_does_nothing_is_killed_at_its_deadline_and_replaced(
     with pytest.raises(ProcessLookupError):
         os.kill(stopped, 0)
     assert list(registry.versions()) == []
-    assert process_of(chosen).pid != stopped
+    assert process_of(client_settings).pid != stopped
 
 
 def test_token_that_the_server_did_not_give_is_refused(
@@ -315,7 +324,7 @@ def test_token_that_the_server_did_not_give_is_refused(
     only_one_complete(neptune_client, neptune_project)
 
 
-def test_unknown_project_lists_near_ones(neptune_project: str, settings: Settings) -> None:
+def test_unknown_project_lists_similar_ones(neptune_project: str, settings: Settings) -> None:
     registry = NeptuneRegistry(f"neptune://{neptune_project}x", Settings(home=settings.home))
     with ends_within(START_S, RegistryError) as caught:
         registry.register(version_entry("ner", 1))
@@ -323,7 +332,7 @@ def test_unknown_project_lists_near_ones(neptune_project: str, settings: Setting
     assert "tests/" in caught.value.hint
 
 
-def test_what_neptune_would_cut_or_drop_is_kept_whole(
+def test_values_that_neptune_would_cut_or_drop_stay_complete(
     neptune_project: str, neptune_client: NeptuneWriter, settings: Settings
 ) -> None:
     entry = version_entry("ner", 1).model_copy(
@@ -331,19 +340,19 @@ def test_what_neptune_would_cut_or_drop_is_kept_whole(
     )
     NeptuneRegistry(f"neptune://{neptune_project}", Settings(home=settings.home)).register(entry)
     identity = only_one_complete(neptune_client, neptune_project)
-    seen = neptune_client("read_version", neptune_project, identity)
-    assert seen["metrics"] == {"speedup": "NaN", "worst": "Infinity"}
-    assert seen["source"]["revision"].endswith("(cut)")
-    whole = json.loads(neptune_client.file(neptune_project, identity, "registry/entry"))
-    assert whole["source_revision"] == entry.source_revision
-    assert whole["figures"] == seen["metrics"]
+    fields = neptune_client("read_version", neptune_project, identity)
+    assert fields["metrics"] == {"speedup": "NaN", "worst": "Infinity"}
+    assert fields["source"]["revision"].endswith("(cut)")
+    entry_file = json.loads(neptune_client.file(neptune_project, identity, "registry/entry"))
+    assert entry_file["source_revision"] == entry.source_revision
+    assert entry_file["figures"] == fields["metrics"]
 
 
 def test_two_machines_that_register_one_artifact_at_once_leave_one_version(
     neptune_project: str, neptune_client: NeptuneWriter, settings: Settings
 ) -> None:
-    # With homes of their own they share no lock.
-    homes = [Settings(home=settings.home_dir / name) for name in ("one", "two")]
+    # Separate homes do not share a lock.
+    homes = [Settings(home=settings.home_dir / name) for name in ("first", "second")]
     registries = [NeptuneRegistry(f"neptune://{neptune_project}", home) for home in homes]
     start = threading.Barrier(2)
 
@@ -362,16 +371,22 @@ def test_token_is_nowhere_but_in_the_clients_environment(
     neptune_project: str, neptune_server: Neptune, settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("DEBUG")
-    chosen = Settings(home=settings.home)
-    registry = NeptuneRegistry(f"neptune://{neptune_project}", chosen)
+    client_settings = Settings(home=settings.home)
+    registry = NeptuneRegistry(f"neptune://{neptune_project}", client_settings)
     registry.register(version_entry("ner", 1))
     with pytest.raises(RegistryError) as caught:
-        NeptuneRegistry("neptune://tests/none", chosen).versions()
-    pid = process_of(chosen).pid
-    told = [caplog.text, str(caught.value), process_of(chosen).log_text(), repr(chosen), repr(registry.__dict__)]
-    told.append(Path(f"/proc/{pid}/cmdline").read_text())
+        NeptuneRegistry("neptune://tests/none", client_settings).versions()
+    pid = process_of(client_settings).pid
+    texts = [
+        caplog.text,
+        str(caught.value),
+        process_of(client_settings).log_text(),
+        repr(client_settings),
+        repr(registry.__dict__),
+    ]
+    texts.append(Path(f"/proc/{pid}/cmdline").read_text())
     for secret in (neptune_server.token, secrets.NEPTUNE_API_KEY):
-        assert not any(secret in text for text in told)
+        assert not any(secret in text for text in texts)
     assert list(leaks_below(settings.home_dir, secrets.ALL)) == []
     assert list(leaks_below(neptune_server.folder, secrets.ALL)) == []
     assert list(neptune_server.folder.rglob("*")) != []
@@ -384,13 +399,13 @@ def test_log_of_the_client_holds_no_token(neptune_server: Neptune, settings: Set
 
 
 def test_client_ends_with_the_process_that_started_it(neptune_project: str) -> None:
-    with other_process("tests.unit.test_neptune_faults:hold_a_client", neptune_project) as other:
-        pid = int(other.line())
+    with other_process("tests.unit.test_neptune_faults:hold_a_client", neptune_project) as holder:
+        pid = int(holder.line())
         os.kill(pid, 0)
     until = time.monotonic() + 10
     while time.monotonic() < until:
         state = Path(f"/proc/{pid}/stat")
-        # A zombie waits for whoever inherited it.
+        # A zombie waits for its new parent.
         if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
             return
         time.sleep(0.05)
@@ -398,7 +413,7 @@ def test_client_ends_with_the_process_that_started_it(neptune_project: str) -> N
 
 
 def hold_a_client(project: str) -> None:
-    """Start a client, say its process id and wait to be killed; runs in another process."""
+    """Start a client, print its process id and wait for the kill; runs in another process."""
     settings = Settings()
     NeptuneRegistry(f"neptune://{project}", settings).versions()
     say(process_of(settings).pid)
@@ -410,13 +425,13 @@ def test_idle_client_ends_and_the_next_call_starts_another(
     neptune_project: str, neptune_server: Neptune, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client_process, "_IDLE_S", 0.2)
-    chosen = settings_for(neptune_server.token, settings, 21)
-    registry = NeptuneRegistry(f"neptune://{neptune_project}", chosen)
+    client_settings = settings_for(neptune_server.token, settings, 21)
+    registry = NeptuneRegistry(f"neptune://{neptune_project}", client_settings)
     registry.versions()
-    first = process_of(chosen).pid
+    first_pid = process_of(client_settings).pid
     time.sleep(1.5)
     assert list(registry.versions()) == []
-    assert process_of(chosen).pid != first
+    assert process_of(client_settings).pid != first_pid
 
 
 def test_client_that_is_not_installed_is_named(
@@ -433,10 +448,10 @@ def test_client_that_is_not_installed_is_named(
 @pytest.mark.parametrize(
     ("token", "message"),
     [
-        (None, "no API token"),
-        ("not base64!", "no Neptune token"),
-        ("bm90IGpzb24=", "no Neptune token"),
-        (make_api_token("https://registry.example:port", "key"), "no Neptune token"),
+        (None, "NEPTUNE_API_TOKEN is not set"),
+        ("not base64!", "does not hold a Neptune token"),
+        ("bm90IGpzb24=", "does not hold a Neptune token"),
+        (make_api_token("https://registry.example:port", "key"), "does not hold a Neptune token"),
         (make_api_token("http://registry.example:8000", "key"), "plain http"),
     ],
 )
@@ -445,7 +460,7 @@ def test_token_that_cannot_be_used_is_refused_before_anything_is_asked(
 ) -> None:
     monkeypatch.delenv(INSECURE, raising=False)
     monkeypatch.delenv("NEPTUNE_API_TOKEN", raising=False)
-    chosen = settings_for(token, settings, 4) if token else Settings(home=settings.home)
+    client_settings = settings_for(token, settings, 4) if token else Settings(home=settings.home)
     with ends_within(1, RegistryError) as caught:
-        NeptuneRegistry("neptune://team/models", chosen).versions()
+        NeptuneRegistry("neptune://team/models", client_settings).versions()
     assert message in caught.value.message

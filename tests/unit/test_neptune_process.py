@@ -1,4 +1,4 @@
-"""The process that holds Neptune's client, with a child that only speaks its protocol: bounds and ends."""
+"""The process of Neptune's client, with a child that only speaks its protocol: deadlines and ends."""
 
 from __future__ import annotations
 
@@ -44,23 +44,23 @@ for line in sys.stdin:
         sys.exit(1)
     say({"value": len(line)})
 """
-# More than a pipe holds.
+# Larger than the buffer of a pipe.
 LARGE = "x" * 200_000
 
 
 @pytest.fixture
-def chosen(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Settings:
+def client_settings(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Settings:
     monkeypatch.setattr(client_process, "_ENTRY", CHILD)
     token = SecretStr(make_api_token("http://127.0.0.1:9", "its-key"))
     return Settings(home=settings.home, neptune_api_token=token, neptune_timeout_s=0.7)
 
 
 @pytest.fixture
-def process(chosen: Settings) -> Iterator[ClientProcess]:
-    made = ClientProcess(read_token(chosen, refused=RegistryError), chosen)
-    yield made
-    made.close()
-    assert not [path for path in chosen.work_dir.iterdir() if path.is_dir()]
+def process(client_settings: Settings) -> Iterator[ClientProcess]:
+    process = ClientProcess(read_token(client_settings, refused=RegistryError), client_settings)
+    yield process
+    process.close()
+    assert not [path for path in client_settings.work_dir.iterdir() if path.is_dir()]
 
 
 def test_request_that_the_child_does_not_read_ends_at_the_deadline(process: ClientProcess) -> None:
@@ -121,24 +121,26 @@ def client_for(settings: Settings) -> NeptuneClient:
     return NeptuneClient("team/models", settings, refused=RegistryError, unavailable=RegistryUnavailableError)
 
 
-def test_client_that_cannot_be_started_is_one_line(chosen: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_client_that_cannot_be_started_is_one_line(
+    client_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "executable", "/nonexistent/python")
     with pytest.raises(RegistryUnavailableError, match="could not be started") as caught:
-        client_for(chosen).project_key()
+        client_for(client_settings).project_key()
     assert caught.value.hint
     assert "\n" not in str(caught.value)
-    assert list(chosen.work_dir.iterdir()) == []
+    assert list(client_settings.work_dir.iterdir()) == []
 
 
-def test_logs_of_earlier_processes_do_not_heap_up(chosen: Settings) -> None:
-    logs = chosen.home_dir / "logs"
+def test_logs_of_earlier_processes_are_limited(client_settings: Settings) -> None:
+    logs = client_settings.home_dir / "logs"
     logs.mkdir(parents=True)
     for number in range(60):
         (logs / f"neptune-{number}.log").write_text("old")
         os.utime(logs / f"neptune-{number}.log", (number, number))
     (logs / "compile-1.log").write_text("another's")
     with pytest.raises(RegistryUnavailableError, match="ended while") as caught:
-        client_for(chosen)._call("die", "dying")
+        client_for(client_settings)._call("die", "dying")
     assert Path(caught.value.log_path).read_text() == "last words\n"
     assert len(list(logs.glob("neptune-*.log"))) == 20
     assert (logs / "neptune-59.log").exists()
@@ -146,7 +148,7 @@ def test_logs_of_earlier_processes_do_not_heap_up(chosen: Settings) -> None:
 
 
 class SmallBuffers(HTTPAdapter):
-    """Lets the kernel keep little: what it keeps looks as if it had been sent."""
+    """Limits the kernel's buffers: buffered bytes look as if they were sent."""
 
     def init_poolmanager(self, *arguments: Any, **options: Any) -> None:
         small = (socket.SOL_SOCKET, socket.SO_SNDBUF, 64 * 1024)
@@ -155,7 +157,7 @@ class SmallBuffers(HTTPAdapter):
 
 @pytest.fixture
 def slow_server() -> Iterator[str]:
-    """A server that takes a megabyte and a half in each second, and tells how many bytes came."""
+    """A server that reads 1.5 MB per second and answers with the number of bytes."""
     with socket.socket() as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
         listening.bind(("127.0.0.1", 0))
@@ -170,10 +172,10 @@ def take_slowly(listening: socket.socket) -> None:
     connection, _ = listening.accept()
     with connection:
         head, _, body = connection.recv(64 * 1024).partition(b"\r\n\r\n")
-        left = int(head.lower().partition(b"content-length: ")[2].split(b"\r")[0]) - len(body)
+        missing = int(head.lower().partition(b"content-length: ")[2].split(b"\r")[0]) - len(body)
         taken = len(body)
-        while left > 0 and (block := connection.recv(64 * 1024)):
-            left -= len(block)
+        while missing > 0 and (block := connection.recv(64 * 1024)):
+            missing -= len(block)
             taken += len(block)
             time.sleep(0.04)
         text = str(taken).encode()
@@ -183,11 +185,11 @@ def take_slowly(listening: socket.socket) -> None:
 def test_upload_that_goes_on_slowly_is_neither_cut_nor_silent(
     slow_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Put back at the end.
+    # Restored at the end of the test.
     monkeypatch.setattr(HTTPAdapter, "send", HTTPAdapter.send)
     signs: list[float] = []
-    said: Callable[[], None] = worker._throttled(lambda: signs.append(time.monotonic()))
-    worker._bound_requests(0.5, said)
+    on_bytes: Callable[[], None] = worker._throttled(lambda: signs.append(time.monotonic()))
+    worker._bound_requests(0.5, on_bytes)
     body = b"x" * (2 << 20)
     started = time.monotonic()
     with requests.Session() as session:

@@ -1,4 +1,4 @@
-"""A model version in Neptune as source: the layouts that teams use, and what is said when one is incomplete."""
+"""A model version in Neptune as source: the layouts that teams use, and the errors for incomplete ones."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TEST_FILES = {"inputs": ["first", "second"], "inference_params": {"top_k": 1}, "
 
 
 class Team:
-    """Writes source versions as a team would, with the real client."""
+    """Writes source versions with the real client, in the way of a team."""
 
     def __init__(self, client: NeptuneWriter, project: str, model: Path, folder: Path):
         self.client, self.project, self.model, self.folder = client, project, model, folder
@@ -45,7 +45,7 @@ class Team:
     def version(
         self, *, card: Any, files: dict[str, Path] | None = None, folder: str | None = None, **fields: Any
     ) -> str:
-        """Make a version with a card, files by attribute path, and a file set from a glob."""
+        """Create a version with a card, files by attribute path, and a file set from a glob."""
         written = {"model/model_card": self._json("model_card", card)} if card is not None else {}
         written |= {f"model/test/{kind}": self._json(kind, value) for kind, value in TEST_FILES.items()}
         written |= {path: str(file) for path, file in (files or {}).items()}
@@ -92,12 +92,12 @@ def test_file_set_is_fetched_with_task_and_test_files(team: Team, source: Neptun
     assert {"config.json", "model.safetensors"} <= set(located.files)
     assert digests(located.folder, located.files) == digests(team.model, located.files)
     assert located.test_files is not None
-    found = {path.name: json.loads(path.read_text()) for path in located.test_files.iterdir()}
-    assert found == {f"{kind}.json": value for kind, value in TEST_FILES.items()}
+    contents = {path.name: json.loads(path.read_text()) for path in located.test_files.iterdir()}
+    assert contents == {f"{kind}.json": value for kind, value in TEST_FILES.items()}
 
 
 def test_files_of_their_own_are_fetched_by_their_path(team: Team, source: NeptuneSource, tmp_path: Path) -> None:
-    # One under its whole name, the others as the client itself names a file: the extension apart.
+    # One file under its complete name, the others in the client's way: without the extension.
     files = {
         f"nested/weights/{path.name if path.suffix == '.safetensors' else path.stem}": path
         for path in team.model.iterdir()
@@ -137,7 +137,7 @@ def test_pin_gives_the_whole_id_and_no_revision(team: Team, source: NeptuneSourc
         source.pin(uri, "main")
 
 
-def test_unknown_id_lists_near_ones(team: Team, source: NeptuneSource) -> None:
+def test_unknown_id_lists_similar_ones(team: Team, source: NeptuneSource) -> None:
     uri = team.version(card=None)
     with pytest.raises(SourceError, match="'SRC-7'") as caught:
         source.pin(f"neptune://{team.project}/SRC-7", None)
@@ -152,7 +152,7 @@ def test_unknown_id_lists_near_ones(team: Team, source: NeptuneSource) -> None:
         ({"model_artifact_attribute_path": None}, "model_artifact_attribute_path", "attribute path"),
         ({"model_artifact_attribute_path": "model/none"}, "'model/none'", "save_pretrained"),
         ({"model_test_files": {"inputs": "model/none"}}, "no test file inputs", "model/test/inputs"),
-        ({"model_test_files": "model/test"}, "neither an object nor a list", "inputs"),
+        ({"model_test_files": "model/test"}, "Expected an object or a list", "inputs"),
     ],
 )
 def test_incomplete_version_is_one_clear_error(
@@ -167,10 +167,10 @@ def test_incomplete_version_is_one_clear_error(
     assert "\n" not in str(caught.value)
 
 
-def test_card_that_is_no_json_is_one_clear_error(team: Team, source: NeptuneSource, tmp_path: Path) -> None:
+def test_card_that_is_not_json_is_one_clear_error(team: Team, source: NeptuneSource, tmp_path: Path) -> None:
     for number, card in enumerate(("{not json", "[" * 16_000)):
         uri = team.version(card=None, **{"model/model_card": card})
-        with pytest.raises(SourceError, match="no JSON") as caught:
+        with pytest.raises(SourceError, match="is not JSON") as caught:
             source.locate(uri, None, tmp_path / str(number))
         assert "\n" not in str(caught.value)
 
@@ -222,7 +222,7 @@ def zipped(*members: tuple[str, bytes]) -> bytes:
 
 def encrypted() -> bytes:
     body = bytearray(zipped(("config.json", b"{}" * 100)))
-    # The flags of the entry, and of its line in the directory.
+    # The flags of the entry, and of its record in the directory.
     body[6] |= 1
     body[body.index(b"PK\x01\x02") + 8] |= 1
     return bytes(body)
@@ -243,7 +243,7 @@ def test_two_fields_of_one_file_name_are_one_clear_error(
     team: Team, source: NeptuneSource, tmp_path: Path
 ) -> None:
     files = {f"model/artifact/{path.name}": path for path in team.model.iterdir() if path.is_file()}
-    # A file `a.d` as the client names it, and a folder of that name.
+    # A file `a.d` in the client's naming, and a folder of that name.
     inner = team.folder / "inner"
     inner.write_text("x")
     outer = team.folder / "outer.d"
@@ -267,9 +267,9 @@ def test_wrong_token_and_dead_server_are_told_apart(
         down = neptune_server.token_for(ended.url)
     wrong = make_api_token(neptune_server.url, "not-its-key")
     for token, kind, hint in ((wrong, SourceError, "NEPTUNE_API_TOKEN"), (down, SourceUnavailableError, "Check")):
-        chosen = Settings(home=settings.home, neptune_api_token=SecretStr(token), neptune_timeout_s=4)
+        wrong_settings = Settings(home=settings.home, neptune_api_token=SecretStr(token), neptune_timeout_s=4)
         with pytest.raises(SourceError) as caught:
-            NeptuneSource(chosen).pin(f"neptune://{neptune_project}/SRC-1", None)
+            NeptuneSource(wrong_settings).pin(f"neptune://{neptune_project}/SRC-1", None)
         assert type(caught.value) is kind
         assert hint in caught.value.hint
 
@@ -279,7 +279,7 @@ def test_uri_without_a_version_and_absent_token_are_refused(
 ) -> None:
     monkeypatch.delenv("NEPTUNE_API_TOKEN", raising=False)
     source = NeptuneSource(Settings(home=settings.home))
-    with pytest.raises(SourceError, match="no model version"):
+    with pytest.raises(SourceError, match="Expected the URI of a model version"):
         source.pin("neptune://workspace/project", None)
-    with pytest.raises(SourceError, match="no API token"):
+    with pytest.raises(SourceError, match="NEPTUNE_API_TOKEN is not set"):
         source.pin("neptune://workspace/project/SRC-1", None)

@@ -21,11 +21,11 @@ from tests.unit.test_lazy_import import heavy_modules_after
 
 @pytest.fixture
 def versions(settings: Settings) -> list[ModelVersion]:
-    """Register three versions of `ner`, the second in production."""
+    """Register three versions of `ner`, the second one in production."""
     registry = open_registry(settings.resolved_registry_uri(), settings)
-    made = [registry.register(version_entry("ner", n)) for n in (1, 2, 3)]
-    made[1] = registry.set_stage("ner", 2, "production", who="ann")
-    return made
+    versions = [registry.register(version_entry("ner", n)) for n in (1, 2, 3)]
+    versions[1] = registry.set_stage("ner", 2, "production", who="ann")
+    return versions
 
 
 @pytest.mark.parametrize(
@@ -46,9 +46,9 @@ def test_reference_is_read(text: str, reference: Reference) -> None:
 @pytest.mark.parametrize(
     "text", ["owner/name", "./folder", "/a#b", "hf://owner/name#x", "s3://bucket/x", "C#", ""]
 )
-def test_what_is_no_reference_is_left_alone(text: str, settings: Settings) -> None:
+def test_other_text_is_not_a_reference(text: str, settings: Settings) -> None:
     assert parse_reference(text) is None
-    with pytest.raises(SpecError, match="no reference") as caught:
+    with pytest.raises(SpecError, match="is not a reference to a registered model") as caught:
         resolve_reference(text, settings)
     assert "registry:NAME@STAGE" in caught.value.hint
 
@@ -73,8 +73,8 @@ def test_ref_that_cannot_be_lists_the_stages(ref: str) -> None:
 def test_reference_means_a_number_a_stage_or_the_newest(versions: list[ModelVersion], settings: Settings) -> None:
     first, second, third = versions
     elsewhere = f"{settings.resolved_registry_uri()}#ner@1"
-    asked = ["registry:ner@1", elsewhere, "registry:ner@production", "registry:ner"]
-    assert [resolve_reference(text, settings) for text in asked] == [first, first, second, third]
+    references = ["registry:ner@1", elsewhere, "registry:ner@production", "registry:ner"]
+    assert [resolve_reference(text, settings) for text in references] == [first, first, second, third]
 
 
 def test_first_of_several_registries_is_read(versions: list[ModelVersion], settings: Settings) -> None:
@@ -144,10 +144,10 @@ def test_fetching_a_registered_source_keeps_its_lineage(settings: Settings, tiny
     source = {"source_uri": first.uri, "source_revision": first.revision, "source_digest": first.digest}
     entry = version_entry("ner", 1).model_copy(update=source)
     open_registry(settings.resolved_registry_uri(), settings).register(entry)
-    again = fetch_source("registry:ner@1", None, store_uri=store_uri, settings=settings)
-    assert (again.uri, again.revision, again.digest) == (first.uri, first.revision, first.digest)
-    assert again.hf_task is HfTask.TOKEN_CLASSIFICATION
-    # With the step switched off, too, and out of the store that the run uses, whichever is configured.
+    fetched = fetch_source("registry:ner@1", None, store_uri=store_uri, settings=settings)
+    assert (fetched.uri, fetched.revision, fetched.digest) == (first.uri, first.revision, first.digest)
+    assert fetched.hf_task is HfTask.TOKEN_CLASSIFICATION
+    # Also with the step switched off, and from the store of the run instead of the configured one.
     bare = settings.model_copy(update={"store_uri": (settings.home_dir / "unused").as_uri()})
     assert fetch_source("registry:ner@1", None, store_uri=store_uri, settings=bare).digest == first.digest
     off = fetch_source("registry:ner@1", None, store_uri=store_uri, settings=bare, enabled=False)

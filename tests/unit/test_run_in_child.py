@@ -44,7 +44,7 @@ def run(tmp_path: Path, log_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def is_running(pid: int) -> bool:
-    """Say whether a process runs; one that only waits to be reaped does not."""
+    """Return whether a process runs; a zombie does not."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
@@ -192,6 +192,14 @@ def test_child_gets_no_secrets(run: Run, monkeypatch: pytest.MonkeyPatch) -> Non
     variables = run("environment").value
     assert "s3cr3t-value" not in variables.values()
     assert variables["HARMLESS"] == "kept"
+
+
+def test_child_does_not_import_files_of_the_working_folder(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "json.py").write_text("raise SystemExit('not the json of the standard library')")
+    monkeypatch.chdir(tmp_path)
+    assert run("echo").value["request"] == {}
 
 
 def test_child_is_offline_and_has_its_threads(run: Run) -> None:

@@ -25,7 +25,7 @@ def own_work_folder(parent: str) -> None:
 
 
 def make_work_folders(parent: str) -> None:
-    """Runs in several processes at once: every one of them sweeps the others' folders all the time."""
+    """Runs in several processes at once; each of them keeps sweeping the folders of the others."""
     unguarded = 0
     for _ in range(400):
         with work_folder(Path(parent), label="many") as folder:
@@ -56,20 +56,20 @@ def test_work_folder_is_gone_after_an_error(tmp_path: Path) -> None:
 
 
 def test_folder_of_a_killed_owner_is_swept_by_the_next(tmp_path: Path) -> None:
-    with other_process(f"{HERE}:own_work_folder", str(tmp_path)) as other:
-        left = Path(other.line())
-        other.kill()
-    assert (left / "sub" / "file").exists()
+    with other_process(f"{HERE}:own_work_folder", str(tmp_path)) as owner:
+        leftover = Path(owner.line())
+        owner.kill()
+    assert (leftover / "sub" / "file").exists()
     with work_folder(tmp_path, label="next") as folder:
-        assert not left.exists()
+        assert not leftover.exists()
         assert sorted(path.name for path in tmp_path.iterdir()) == [folder.name, f"{folder.name}.lock"]
 
 
 def test_folder_of_a_live_owner_is_left_alone(tmp_path: Path) -> None:
-    with other_process(f"{HERE}:own_work_folder", str(tmp_path)) as other:
-        theirs = Path(other.line())
+    with other_process(f"{HERE}:own_work_folder", str(tmp_path)) as owner:
+        their_folder = Path(owner.line())
         with work_folder(tmp_path, label="next"):
-            assert (theirs / "sub" / "file").read_text() == "unfinished"
+            assert (their_folder / "sub" / "file").read_text() == "unfinished"
 
 
 def test_other_things_in_the_parent_are_left_alone(tmp_path: Path) -> None:
@@ -80,8 +80,8 @@ def test_other_things_in_the_parent_are_left_alone(tmp_path: Path) -> None:
 
 
 def test_sweepers_never_take_a_new_folder_for_a_dead_one(tmp_path: Path) -> None:
-    each = (str(tmp_path),)
-    assert at_once(f"{HERE}:make_work_folders", each, each) == ["0", "0"]
+    arguments = (str(tmp_path),)
+    assert at_once(f"{HERE}:make_work_folders", arguments, arguments) == ["0", "0"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -97,15 +97,15 @@ def test_work_folder_below_a_plain_file_is_one_clear_error(tmp_path: Path) -> No
 def test_lock_of_a_killed_holder_is_free(tmp_path: Path) -> None:
     path = tmp_path / "locks" / "key.lock"
     waits: list[float] = []
-    with other_process(f"{HERE}:hold_lock", str(path)) as other:
-        assert other.line() == "held"
-        killer = threading.Timer(0.4, other.kill)
+    with other_process(f"{HERE}:hold_lock", str(path)) as holder:
+        assert holder.line() == "held"
+        killer = threading.Timer(0.4, holder.kill)
         killer.start()
         with file_lock(path, on_wait=lambda: waits.append(time.monotonic()), poll_s=0.01):
-            held = time.monotonic()
+            locked_at = time.monotonic()
         killer.join()
     assert len(waits) == 1
-    assert held - waits[0] > 0.2
+    assert locked_at - waits[0] > 0.2
 
 
 def test_two_threads_exclude_each_other(tmp_path: Path) -> None:

@@ -99,8 +99,8 @@ class ChildProcess:
         rest = json.dumps(message).encode() + b"\n"
         try:
             while rest:
-                left_s = until - time.monotonic()
-                if not poll.poll(None if math.isinf(left_s) else 1000 * max(0.0, left_s)):
+                remaining_s = until - time.monotonic()
+                if not poll.poll(None if math.isinf(remaining_s) else 1000 * max(0.0, remaining_s)):
                     raise Overdue
                 # A pipe that is ready takes this many bytes without blocking.
                 rest = rest[os.write(pipe, rest[: select.PIPE_BUF]) :]
@@ -123,13 +123,13 @@ class ChildProcess:
                 # Its grandchildren may hold the pipe open; the messages that it sent are in there.
                 self.kill()
                 self._readers[0].join(timeout=2)
-            left_s = until - time.monotonic()
+            remaining_s = until - time.monotonic()
             try:
-                return self._messages.get(timeout=max(0.0, min(_LOOK_S, left_s)))
+                return self._messages.get(timeout=max(0.0, min(_LOOK_S, remaining_s)))
             except queue.Empty as error:
                 if not is_running:
                     return None
-                if left_s <= 0:
+                if remaining_s <= 0:
                     raise Overdue from error
 
     def kill(self) -> None:

@@ -67,10 +67,10 @@ def torch_threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(old_count)
 
 
-def resident_bytes(pid: int | str = "self") -> int:
-    """Return the resident memory of a process in bytes; 0 if it has ended or the system does not tell."""
+def resident_bytes() -> int:
+    """Return the resident memory of this process in bytes; 0 if the system does not tell."""
     try:
-        fields = Path(f"/proc/{pid}/statm").read_text("ascii").split()
+        fields = Path("/proc/self/statm").read_text("ascii").split()
     except OSError:
         return 0
     return int(fields[1]) * resource.getpagesize()

@@ -195,8 +195,8 @@ def _now() -> str:
 
 def _version(row: tuple[int, str, str, Stage]) -> ModelVersion:
     number, created_at, entry, stage = row
-    added = {"version": number, "created_at": created_at, "stage": stage}
-    return read_version(entry, f"Version {number} in the registry's file", added)
+    registry_fields = {"version": number, "created_at": created_at, "stage": stage}
+    return read_version(entry, f"Version {number} in the registry's file", registry_fields)
 
 
 @contextmanager

@@ -89,11 +89,11 @@ def _uri(place: MlflowPlace, name: str, version: Any) -> str:
 
 
 @contextmanager
-def _calls(place: MlflowPlace, doing: str) -> Iterator[Any]:
+def _calls(place: MlflowPlace, action: str) -> Iterator[Any]:
     if place.file is not None and not place.file.is_file():
         # MLflow would create a new database there.
         raise SourceError(f"{place.file} does not exist.", hint="Give the path of an existing MLflow database.")
-    with place.calls(doing, refused=SourceError, unavailable=SourceUnavailableError) as client:
+    with place.calls(action, refused=SourceError, unavailable=SourceUnavailableError) as client:
         yield client
 
 

@@ -70,12 +70,12 @@ class MlflowPlace:
 
     @contextmanager
     def calls(
-        self, doing: str, *, refused: type[CompileflowError], unavailable: type[CompileflowError]
+        self, action: str, *, refused: type[CompileflowError], unavailable: type[CompileflowError]
     ) -> Iterator[Any]:
         """Give an `MlflowClient` for a block in which each request has a time limit.
 
         Args:
-            doing: Description of the calls for errors, for example "register ner".
+            action: Description of the calls for errors, for example "register ner".
             refused: Class of errors for requests that MLflow refuses.
             unavailable: Class of errors for an MLflow that does not answer.
         """
@@ -95,10 +95,10 @@ class MlflowPlace:
                 raise
             except mlflow_exceptions as error:
                 kind = unavailable if self._may_pass(error) else refused
-                raise self._error(kind, doing, error) from error
+                raise self._error(kind, action, error) from error
             except (OSError, ValueError) as error:
                 # Errors of requests are OSErrors; a truncated reply is invalid JSON, a ValueError.
-                raise self._error(unavailable, doing, error) from error
+                raise self._error(unavailable, action, error) from error
 
     def _credentials(self) -> dict[str, str]:
         if self.password is None:
@@ -114,14 +114,14 @@ class MlflowPlace:
         status: int = error.get_http_status_code()
         return status >= 500 or status in (408, 429)
 
-    def _error(self, kind: type[CompileflowError], doing: str, error: Exception) -> CompileflowError:
+    def _error(self, kind: type[CompileflowError], action: str, error: Exception) -> CompileflowError:
         hints = {
             "UNAUTHENTICATED": "Set MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and _PASSWORD.",
             "PERMISSION_DENIED": "Ask the owner of that MLflow for access.",
         }
         default_hint = "Check that MLflow runs there, and try again." if kind.retryable else "MLflow refused it."
         hint = hints.get(error_code(error), default_hint)
-        return kind(f"MLflow at {self.tracking_uri} could not {doing}: {_reason(error)}.", hint=hint)
+        return kind(f"MLflow at {self.tracking_uri} could not {action}: {_reason(error)}.", hint=hint)
 
 
 def parse_place(uri: str) -> MlflowPlace:

@@ -184,8 +184,8 @@ class MlflowRegistry:
                 if error_code(error.__cause__) != "RESOURCE_DOES_NOT_EXIST":
                     raise
 
-    def _calls(self, doing: str) -> AbstractContextManager[Any]:
-        return self._place.calls(doing, refused=RegistryError, unavailable=RegistryUnavailableError)
+    def _calls(self, action: str) -> AbstractContextManager[Any]:
+        return self._place.calls(action, refused=RegistryError, unavailable=RegistryUnavailableError)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

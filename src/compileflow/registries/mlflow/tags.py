@@ -73,8 +73,8 @@ def read_version(
     body = "".join(tags[key] for key in sorted(tags) if key.startswith(_ENTRY))
     created_at = datetime.fromtimestamp(created_ms / 1000, UTC).isoformat(timespec="seconds")
     stage = next((alias for alias in ALIASES if alias in aliases), "archived" if ARCHIVED in tags else "none")
-    added = {"version": number, "created_at": created_at, "stage": stage}
-    return lookup.read_version(body, f"{name} {number} in MLflow", added)
+    registry_fields = {"version": number, "created_at": created_at, "stage": stage}
+    return lookup.read_version(body, f"{name} {number} in MLflow", registry_fields)
 
 
 def promotion_tag(stage: Stage, who: str, reason: str) -> tuple[str, str]:

@@ -93,9 +93,9 @@ class NeptuneClient:
     def upload(self, identity: str, path: str, file: Path) -> None:
         """Upload a file as a File field. Sent bytes extend the deadline, at an average of at least 16 KiB/s."""
         size = file.stat().st_size
-        doing = f"uploading {path} of {identity}, {size} bytes"
+        action = f"uploading {path} of {identity}, {size} bytes"
         most_s = self._settings.neptune_timeout_s + size / _SLOWEST_BYTES_PER_S
-        self._call("upload", doing, most_s=most_s, identity=identity, path=path, file=str(file.absolute()))
+        self._call("upload", action, most_s=most_s, identity=identity, path=path, file=str(file.absolute()))
 
     def change_stage(self, identity: str, stage: str) -> None:
         """Change a version's stage."""
@@ -127,7 +127,7 @@ class NeptuneClient:
         """Close the object that is open in Neptune."""
         self._call("release", "closing")
 
-    def _call(self, operation: str, doing: str, *, most_s: float = math.inf, **arguments: Any) -> Any:
+    def _call(self, operation: str, action: str, *, most_s: float = math.inf, **arguments: Any) -> Any:
         token = read_token(self._settings, refused=self._refused)
         process = process_for(token, self._settings)
         timeout_s = self._settings.neptune_timeout_s
@@ -137,7 +137,7 @@ class NeptuneClient:
             )
         except Overdue as error:
             raise self._unavailable(
-                f"Neptune at {token.address} did not finish {doing} in {error.args[0]:g} s; "
+                f"Neptune at {token.address} did not finish {action} in {error.args[0]:g} s; "
                 "its client was killed.",
                 hint="Check that server and the network, and run again; "
                 "COMPILEFLOW_NEPTUNE_TIMEOUT_S limits one call.",
@@ -145,7 +145,7 @@ class NeptuneClient:
             ) from error
         except Ended as error:
             raise self._unavailable(
-                f"The Neptune client ended while {doing}.",
+                f"The Neptune client ended while {action}.",
                 hint="Run again; the log holds its last output.",
                 log_path=self._keep_log(process.log_text()),
             ) from error
@@ -160,14 +160,14 @@ class NeptuneClient:
                 hint="Install it: pip install 'compileflow[neptune]'.",
             )
         if "error" in answer:
-            raise self._error(answer["error"], doing, token, process.log_text())
+            raise self._error(answer["error"], action, token, process.log_text())
         return answer["value"]
 
-    def _error(self, error: Mapping[str, Any], doing: str, token: Token, log: str) -> CompileflowError:
+    def _error(self, error: Mapping[str, Any], action: str, token: Token, log: str) -> CompileflowError:
         kind, text = error["kind"], token.scrub(error["text"])
         if kind == "unavailable":
             return self._unavailable(
-                f"Neptune at {token.address} did not answer while {doing} ({text}).",
+                f"Neptune at {token.address} did not answer while {action} ({text}).",
                 hint="Check that it runs and the network, then run again.",
             )
         if kind == "token":
@@ -177,7 +177,7 @@ class NeptuneClient:
             )
         if kind == "forbidden":
             return self._refused(
-                f"This token does not have the rights for {doing} in {self.project}.",
+                f"This token does not have the rights for {action} in {self.project}.",
                 hint="Ask the project's owner for a role with write access, or use another token.",
             )
         if kind == "project":
@@ -193,16 +193,16 @@ class NeptuneClient:
             )
         if kind == "local":
             return self._refused(
-                f"This machine failed while {doing} ({text}).",
+                f"This machine failed while {action} ({text}).",
                 hint="Check the disk and the access rights, and run again.",
             )
         if kind == "absent":
             return self._refused(
-                f"An object in the Neptune project {self.project} disappeared while {doing} ({text}).",
+                f"An object in the Neptune project {self.project} disappeared while {action} ({text}).",
                 hint="Another user may have deleted it; run again.",
             )
         return self._refused(
-            f"Neptune refused {doing}: {text}.",
+            f"Neptune refused {action}: {text}.",
             hint="The log holds the output of its client.",
             log_path=self._keep_log(log),
         )

@@ -157,12 +157,12 @@ def to_version(identity: str, text: str, *, stage: str, created_at: str) -> Mode
         RegistryError: This compileflow cannot read the JSON as an entry.
     """
     moment = datetime.fromisoformat(created_at).astimezone(UTC)
-    added = {
+    registry_fields = {
         "version": number_of(identity),
         "created_at": moment.isoformat(timespec="milliseconds"),
         "stage": stage or "none",
     }
-    return read_version(text, f"{identity} in Neptune", added)
+    return read_version(text, f"{identity} in Neptune", registry_fields)
 
 
 def _gates(report: JsonValue) -> list[dict[str, Any]]:

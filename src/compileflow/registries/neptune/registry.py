@@ -67,17 +67,17 @@ class NeptuneRegistry:
         client = self._client
         with self._alone(entry.name, entry.artifact_digest):
             model = f"{client.project_key()}-{layout.model_key(entry.name)}"
-            if (complete := self._complete(model, entry.artifact_digest)) is not None:
-                return complete
+            if (complete_version := self._complete(model, entry.artifact_digest)) is not None:
+                return complete_version
             self._make_model(model, entry.name)
             identity = self._begin(model, entry)
             self._fill(model, identity, entry, files)
             # During the upload another machine may have completed a version, which may be in use already.
-            complete = self._complete(model, entry.artifact_digest)
-            if complete is not None and complete.version != layout.number_of(identity):
+            complete_version = self._complete(model, entry.artifact_digest)
+            if complete_version is not None and complete_version.version != layout.number_of(identity):
                 client.release()
                 client.trash([identity])
-                return complete
+                return complete_version
             client.write(identity, {layout.COMPLETE: True})
             client.release()
             self._sweep(model, entry.artifact_digest)
@@ -233,15 +233,15 @@ class NeptuneRegistry:
         )
 
     def _move(self, row: Row, stage: Stage, who: str, reason: str) -> None:
-        now = time.time_ns()
-        at = datetime.fromtimestamp(now / 1e9, UTC).isoformat(timespec="microseconds")
+        now_ns = time.time_ns()
+        at = datetime.fromtimestamp(now_ns / 1e9, UTC).isoformat(timespec="microseconds")
         text = Promotion(at=at, stage=stage, who=who, reason=reason).model_dump_json()
         if len(text) > layout.LONGEST_STRING:
             raise RegistryError(
                 f"The reason has {len(reason)} characters; Neptune stores {layout.LONGEST_STRING} per promotion.",
                 hint="Give a shorter reason.",
             )
-        self._client.write(row.identity, {f"{layout.PROMOTIONS}/{now:020d}": text, layout.PROMOTED_AT: at})
+        self._client.write(row.identity, {f"{layout.PROMOTIONS}/{now_ns:020d}": text, layout.PROMOTED_AT: at})
         self._client.change_stage(row.identity, stage)
 
     def _alone(self, *key: str) -> AbstractContextManager[None]:
