@@ -32,6 +32,7 @@ PHRASES = {
     r"\basked for was\b": 'write "expected A, got B"',
     r"\bnobody\b": "name who acts, or use the passive voice",
     r"\bwhoever\b": "name who acts",
+    r"\b(?:anew|mend(?:s|ed)?|half-made)\b": 'write "again", "fix", "partial"',
 }
 _PATTERNS = [(re.compile(pattern, re.IGNORECASE), advice) for pattern, advice in PHRASES.items()]
 

@@ -75,31 +75,40 @@ def commands(page: Path) -> list[str]:
         pytest.param(
             "docs/how-to/validate-on-your-own-examples.md", "none", id="validate", marks=pytest.mark.slow
         ),
+        pytest.param("docs/how-to/serve-a-compiled-model.md", "none", id="serve", marks=pytest.mark.slow),
+        pytest.param("docs/how-to/sign-and-verify.md", "none", id="sign", marks=pytest.mark.slow),
     ],
 )
-def test_commands_run(
+def test_commands_and_then_the_python_of_a_page_run(
     settings: Settings, workspace: Path, request: pytest.FixtureRequest, page: str, server: str
 ) -> None:
     if server == "the run's":
         request.getfixturevalue("flows_on_server")
     environment = os.environ | {"COMPILEFLOW_HOME": str(settings.home_dir), "PYTHONPATH": str(ROOT)}
-    lines = commands(ROOT / page)
-    assert any("compile" in line for line in lines)
-    for line in lines:
-        words = shlex.split(line)
-        if words[0] == "make":
-            words = ["make", "-C", str(ROOT), "--dry-run", *words[1:]]
-        elif words[0] == "compileflow":
-            words = [sys.executable, "-m", "compileflow", *words[1:]]
-        elif words[0] == "python":
-            words[0] = sys.executable
-        if "auto" in words:
-            # All candidates take minutes; two are enough to see that the command is right.
-            words += ["--among", "torchscript", "--among", "onnx-runtime", "--precision", "fp32"]
+    runs = [(line, words_of(line)) for line in commands(ROOT / page)]
+    if page != "README.md":
+        runs += [(block, [sys.executable, "-c", block]) for block in blocks(ROOT / page, "python")]
+    assert runs
+    for text, words in runs:
         process = subprocess.run(
             words, cwd=workspace, env=environment, capture_output=True, text=True, timeout=300
         )
-        assert process.returncode == 0, f"{line}\n{process.stdout}{process.stderr}"
+        assert process.returncode == 0, f"{text}\n{process.stdout}{process.stderr}"
+
+
+def words_of(line: str) -> list[str]:
+    """Return a command of a page as this test runs it: with this Python, and without what takes minutes."""
+    words = shlex.split(line)
+    if words[0] == "make":
+        words = ["make", "-C", str(ROOT), "--dry-run", *words[1:]]
+    elif words[0] == "compileflow":
+        words = [sys.executable, "-m", "compileflow", *words[1:]]
+    elif words[0] == "python":
+        words[0] = sys.executable
+    if "auto" in words:
+        # Two candidates are enough to see that the command is right.
+        words += ["--among", "torchscript", "--among", "onnx-runtime", "--precision", "fp32"]
+    return words
 
 
 def test_prefect_commands_of_the_readme_are_those_that_the_deployment_test_runs() -> None:

@@ -33,6 +33,7 @@ TRANSLATED = (
     "What the caller asked for was another digest.",
     "Last in, so that nobody waits long.",
     "Whoever can write the folder can write the manifest.",
+    "Mend the target; everything is then made again.",
 )
 PLAIN = '''"""Open an artifact and check every file.
 
