@@ -2,8 +2,8 @@
 
 ARTIFACT=FOLDER_OR_URI python examples/serve_fastapi.py
 
-One thread calls the model, so that the event loop never waits for it. On SIGTERM nothing new is taken, what was
-taken is answered, and the process ends with 0.
+One thread calls the model, so that the event loop never waits for it. After SIGTERM, the service refuses new
+requests, answers the accepted ones, and exits with 0.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from compileflow import CompiledPipeline
-from compileflow.errors import CompileflowError, InputError, LoadError, first_line
+from compileflow.errors import CompileflowError, InputError, LoadError, first_line, first_problem
 
 logger = logging.getLogger("uvicorn.error")
-# The pipelines of these tasks give a list of one item that item's own result.
+# The pipelines of these tasks return the result of a single item without a list.
 _UNWRAP_ONE = ("fill-mask", "question-answering")
 
 Text = Annotated[str, Field(max_length=100_000)]
 Item = Text | dict[Literal["text", "text_pair", "question", "context"], Text]
-# Named one by one, since a pipeline would also take settings that start processes.
+# The allowed parameters. A pipeline also takes others, some of which start processes.
 Parameter = Literal[
     *("aggregation_strategy", "candidate_labels", "function_to_apply", "handle_impossible_answer"),
     *("hypothesis_template", "max_answer_len", "multi_label", "normalize", "targets", "top_k"),
@@ -51,16 +51,18 @@ class ServeSettings(BaseSettings):
 
     artifact: str = Field(validation_alias="ARTIFACT", description="Folder or URI of a compiled artifact.")
     host: str = Field("127.0.0.1", description="Address to listen on.")
-    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 is any that is free.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 for any free port.")
     threads: int | None = Field(None, ge=1, description="Threads of one call of the model.")
-    max_batch: int = Field(16, ge=1, description="Most texts of one call of the model.")
+    max_batch: int = Field(16, ge=1, description="Largest number of texts in one call of the model.")
     max_wait_ms: float = Field(2.0, ge=0, description="How long a request waits for others to share its call.")
-    queue_limit: int = Field(256, ge=1, description="Most texts that wait; further requests are refused.")
+    queue_limit: int = Field(
+        256, ge=1, description="Largest number of waiting texts; further requests are refused."
+    )
     shutdown_s: int = Field(30, ge=1, description="Seconds after SIGTERM in which accepted requests are answered.")
 
 
 class Prediction(BaseModel):
-    """What POST /predict takes: a text or several, and settings of the pipeline's call."""
+    """Body of POST /predict: one text or several, and parameters of the pipeline."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -69,13 +71,13 @@ class Prediction(BaseModel):
 
 
 class RefusedError(CompileflowError):
-    """No request is taken now; the same one may succeed later."""
+    """The service cannot take the request now; the same request may succeed later."""
 
     retryable = True
 
 
 @dataclass(frozen=True, eq=False)
-class Waiting:
+class WaitingRequest:
     """An accepted request."""
 
     items: list[Any]
@@ -86,33 +88,36 @@ class Waiting:
 
 
 class Batcher:
-    """Collects requests into calls of the model; those of one call have the same parameters."""
+    """Collects requests into calls of the model; the requests of a call have the same parameters."""
 
     def __init__(self, settings: ServeSettings):
         self.settings = settings
         self.ready = self.draining = False
         self.failure: Exception | None = None
         self.counts = Counter(accepted=0, answered=0, calls=0)
-        self._waiting: list[Waiting] = []
+        self._waiting: list[WaitingRequest] = []
         self._changed = asyncio.Event()
 
     def check_ready(self) -> None:
-        """Raise RefusedError unless requests are taken."""
+        """Raise RefusedError unless the service takes requests."""
         if self.draining or not self.ready:
             raise RefusedError("The service is stopping." if self.draining else "The model is being loaded.")
 
-    async def submit(self, asked: Prediction) -> Response:
-        """Wait for the answer to one request."""
+    async def submit(self, prediction: Prediction) -> Response:
+        """Return the answer to one request."""
         self.check_ready()
-        items = asked.inputs if isinstance(asked.inputs, list) else [asked.inputs]
-        limit, held = self.settings.queue_limit, count(self._waiting)
+        single = not isinstance(prediction.inputs, list)
+        items = prediction.inputs if isinstance(prediction.inputs, list) else [prediction.inputs]
+        limit, waiting = self.settings.queue_limit, count(self._waiting)
         if len(items) > limit:
             raise InputError(f"The request has {len(items)} texts.", hint=f"Send at most {limit} at once.")
-        if held + len(items) > limit:
-            raise RefusedError(f"{held} texts are waiting, and at most {limit} may.", hint="Try again later.")
-        loop, parameters = asyncio.get_running_loop(), json.dumps(asked.parameters, sort_keys=True)
+        if waiting + len(items) > limit:
+            raise RefusedError(
+                f"The queue is full: {waiting} of at most {limit} texts are waiting.", hint="Try again later."
+            )
+        loop, parameters = asyncio.get_running_loop(), json.dumps(prediction.parameters, sort_keys=True)
         until_s = loop.time() + self.settings.max_wait_ms / 1e3
-        request = Waiting(items, items is not asked.inputs, parameters, loop.create_future(), until_s)
+        request = WaitingRequest(items, single, parameters, loop.create_future(), until_s)
         self._waiting.append(request)
         self._changed.set()
         self.counts["accepted"] += 1
@@ -122,7 +127,7 @@ class Batcher:
             self.counts["answered"] += 1
 
     async def run(self) -> None:
-        """Load the model, then answer until cancelled; end the process where it cannot be loaded."""
+        """Load the model, then answer until cancelled; end the process if the model cannot be loaded."""
         loop = asyncio.get_running_loop()
         with ThreadPoolExecutor(1, thread_name_prefix="model") as thread:
             try:
@@ -147,11 +152,11 @@ class Batcher:
                         request.answer.set_result(answer)
 
     def drain(self) -> None:
-        """Take no more requests, and let those that wait for others go at once."""
+        """Refuse new requests, and stop waiting for requests that could share a call."""
         self.draining = True
         self._changed.set()
 
-    async def _next_batch(self) -> list[Waiting]:
+    async def _next_batch(self) -> list[WaitingRequest]:
         while not self._waiting:
             await self._change()
         with suppress(TimeoutError):
@@ -163,14 +168,15 @@ class Batcher:
             self._waiting.remove(request)
         return batch
 
-    def _fitting(self) -> list[Waiting]:
-        """Return the oldest request and those with its parameters that fit into one call with it."""
-        batch: list[Waiting] = []
+    def _fitting(self) -> list[WaitingRequest]:
+        """Return the oldest request, and the requests with the same parameters that fit into its call."""
+        batch: list[WaitingRequest] = []
         room = self.settings.max_batch
-        for each in self._waiting:
-            if each.parameters == self._waiting[0].parameters and (not batch or len(each.items) <= room):
-                batch.append(each)
-                room -= len(each.items)
+        for request in self._waiting:
+            same_parameters = request.parameters == self._waiting[0].parameters
+            if same_parameters and (not batch or len(request.items) <= room):
+                batch.append(request)
+                room -= len(request.items)
         return batch
 
     async def _change(self) -> None:
@@ -178,48 +184,51 @@ class Batcher:
         await self._changed.wait()
 
 
-def count(requests: Sequence[Waiting]) -> int:
-    """Return how many texts some requests have together."""
+def count(requests: Sequence[WaitingRequest]) -> int:
+    """Return the number of texts of some requests."""
     return sum(len(request.items) for request in requests)
 
 
 def load(settings: ServeSettings) -> CompiledPipeline:
-    """Load the pipeline, and run its graph in every shape, since first calls are slow."""
+    """Load the pipeline, and run its graph in every shape, because first calls are slow."""
     artifact, rows = settings.artifact, settings.max_batch
     pipeline = CompiledPipeline.from_pretrained(artifact, threads=settings.threads, batch_size=rows)
     record = pipeline.model.graph.record
     if record.inputs[0].name != "input_ids":
-        raise LoadError(f"{artifact} is for {pipeline.task}, which takes no text.", hint="Serve a text task.")
-    buckets = [(each.batch_size, each.sequence_length) for each in record.shape_buckets]
+        raise LoadError(f"{artifact} is for {pipeline.task}, which does not take text.", hint="Serve a text task.")
+    buckets = [(bucket.batch_size, bucket.sequence_length) for bucket in record.shape_buckets]
     longest = record.max_sequence_length
-    # TorchScript optimises a graph in its second call.
+    # TorchScript optimizes a graph in its second call.
     for shape in 2 * (buckets or [(1, longest), (rows, longest)]):
         pipeline.model.run({"input_ids": [[1] * shape[1]] * shape[0]})
     return pipeline
 
 
-def answer_together(pipeline: CompiledPipeline, requests: Sequence[Waiting]) -> list[Response | Exception]:
-    """Answer requests with one call of the pipeline; where that fails, each alone."""
+def answer_together(pipeline: CompiledPipeline, requests: Sequence[WaitingRequest]) -> list[Response | Exception]:
+    """Answer requests with one call of the pipeline; if that call fails, answer each request alone."""
     items = [item for request in requests for item in request.items]
     try:
         outputs = pipeline(items, **json.loads(requests[0].parameters))
-        each = iter([outputs] if len(items) == 1 and pipeline.task in _UNWRAP_ONE else outputs)
-        own = [list(islice(each, len(request.items))) for request in requests]
-        return [response(o[0] if r.single else o, len(items)) for r, o in zip(requests, own, strict=True)]
+        remaining = iter([outputs] if len(items) == 1 and pipeline.task in _UNWRAP_ONE else outputs)
+        answers = [list(islice(remaining, len(request.items))) for request in requests]
+        return [
+            response(answer[0] if request.single else answer, len(items))
+            for request, answer in zip(requests, answers, strict=True)
+        ]
     except Exception as error:  # noqa: BLE001 - the sender of the request gets it
         if len(requests) == 1:
             return [error]
         return [answer for request in requests for answer in answer_together(pipeline, [request])]
 
 
-def response(outputs: Any, together: int) -> Response:
-    """Encode outputs; NumPy's arrays and numbers, which some pipelines return, become lists and numbers."""
+def response(outputs: Any, batch_size: int) -> Response:
+    """Encode outputs as JSON; NumPy arrays and numbers become lists and numbers."""
     body = json.dumps({"outputs": outputs}, default=lambda value: value.tolist())
-    return Response(body, media_type="application/json", headers={"X-Batch-Size": str(together)})
+    return Response(body, media_type="application/json", headers={"X-Batch-Size": str(batch_size)})
 
 
 def refusal(_: Request, error: Exception) -> JSONResponse:
-    """Say in one line what is wrong with a request, and in another what to do."""
+    """Return the error of a request and a hint, one line each."""
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -238,14 +247,16 @@ def make_app(batcher: Batcher) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         worker = asyncio.create_task(batcher.run())
         yield
-        # The server has waited for all answers.
+        # The server has already waited for all answers.
         worker.cancel()
         await asyncio.wait([worker])
         logger.info("stopped: %s", json.dumps(batcher.counts))
 
-    # What transformers' pipelines raise for parameters that they do not like.
-    bad = (InputError, KeyError, RefusedError, RequestValidationError, TypeError, ValueError)
-    app = FastAPI(title="compileflow", lifespan=lifespan, exception_handlers=dict.fromkeys(bad, refusal))
+    # The last three are what the pipelines of transformers raise for parameters that they refuse.
+    refused_errors = (InputError, RefusedError, RequestValidationError, KeyError, TypeError, ValueError)
+    app = FastAPI(
+        title="compileflow", lifespan=lifespan, exception_handlers=dict.fromkeys(refused_errors, refusal)
+    )
 
     @app.get("/live")
     async def live() -> dict[str, bool]:
@@ -261,34 +272,39 @@ def make_app(batcher: Batcher) -> FastAPI:
         return dict(batcher.counts)
 
     @app.post("/predict")
-    async def predict(asked: Prediction) -> Response:
-        return await batcher.submit(asked)
+    async def predict(prediction: Prediction) -> Response:
+        return await batcher.submit(prediction)
 
     return app
 
 
 class Server(uvicorn.Server):
-    """Ends with 0 after a signal, where uvicorn's own would end by that signal."""
+    """Exits with 0 after a signal; uvicorn's server would end by that signal."""
 
     batcher: Batcher
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        """Refuse what is new; what was accepted is answered before the process ends."""
+        """Refuse new requests; the process answers the accepted ones before it ends."""
         self.should_exit = True
-        # A signal may interrupt the batcher anywhere; the loop calls this between two of its steps.
+        # A signal may interrupt the batcher anywhere; the event loop calls `drain` between two of its steps.
         asyncio.get_running_loop().call_soon_threadsafe(self.batcher.drain)
 
 
 def main() -> str | None:
-    """Serve until told to stop; return what went wrong."""
+    """Serve until a signal arrives; return the error that ended the service, if any."""
     try:
         settings = ServeSettings()
     except ValidationError as error:
-        return "; ".join(f"{each['loc'][0]}: {each['msg']}" for each in error.errors())
+        return f"{first_problem(error)}."
     batcher = Batcher(settings)
-    where = {"host": settings.host, "port": settings.port}
-    app, limit_s = make_app(batcher), settings.shutdown_s
-    server = Server(uvicorn.Config(app, **where, timeout_graceful_shutdown=limit_s, access_log=False))
+    config = uvicorn.Config(
+        make_app(batcher),
+        host=settings.host,
+        port=settings.port,
+        timeout_graceful_shutdown=settings.shutdown_s,
+        access_log=False,
+    )
+    server = Server(config)
     server.batcher = batcher
     server.run()
     return str(batcher.failure) if batcher.failure else None

@@ -1,4 +1,4 @@
-"""examples/serve_fastapi.py as a process of its own: many callers at once, bad input, and its end by SIGTERM."""
+"""examples/serve_fastapi.py in its own process: many concurrent callers, bad input, and the end by SIGTERM."""
 
 from __future__ import annotations
 
@@ -24,16 +24,15 @@ import pytest
 import transformers
 
 from compileflow.spec import HfTask
-from compileflow.testing.shared import shared_folder
-from compileflow.testing.targets import compiled_folder
 from tests.conftest import ModelFactory
+from tests.in_process import InProcess
 from tests.models import sentences
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "serve_fastapi.py"
 TEXTS = sentences()
 SCORE_ATOL = 1e-4
 WAIT_S = 120
-# Longer than any test: what waits for others waits until the call is full, or the service stops.
+# Longer than any test: a request waits until the call is full or the service stops.
 FOREVER_MS = 1000 * WAIT_S
 
 Body = dict[str, Any]
@@ -41,24 +40,24 @@ Body = dict[str, Any]
 
 @dataclass
 class Service:
-    """A running service and what it printed so far."""
+    """A running service and its log."""
 
     process: subprocess.Popen[bytes]
     log: Path
 
     def poll(self, look: Callable[[], Any]) -> Any:
-        """Look again and again until there is something; fail when the process has ended or time is up."""
+        """Call `look` until it returns something; fail when the process has ended or time is up."""
         end = time.monotonic() + WAIT_S
         while True:
-            found = look()
-            if found:
-                return found
+            result = look()
+            if result:
+                return result
             assert self.process.poll() is None, self.log.read_text("utf-8")
             assert time.monotonic() < end, self.log.read_text("utf-8")
             time.sleep(0.02)
 
     def client(self) -> httpx.Client:
-        """Return a client that goes past any proxy, with a connection for each caller."""
+        """Return a client that uses no proxy and has a connection for each caller."""
         url = self.poll(lambda: re.search(r"running on (http://[\d.:]+)", self.log.read_text("utf-8")))[1]
         limits = httpx.Limits(max_connections=None)
         return httpx.Client(base_url=url, trust_env=False, timeout=WAIT_S, limits=limits)
@@ -74,7 +73,7 @@ class Service:
         return dict(client.get("/metrics").json())
 
     def at_once(self, bodies: Sequence[Body]) -> list[httpx.Response]:
-        """Send requests from as many threads; return their answers in order."""
+        """Send each request from its own thread; return the responses in order."""
         barrier = Barrier(len(bodies))
 
         def send(body: Body) -> httpx.Response:
@@ -85,7 +84,7 @@ class Service:
             return list(threads.map(send, bodies))
 
     def ended(self) -> dict[str, int]:
-        """Wait for the process to end with 0; return its last counts."""
+        """Wait for the process to exit with 0; return its last counts."""
         assert self.process.wait(WAIT_S) == 0, self.log.read_text("utf-8")
         stopped = re.search(r"stopped: (\{.*\})", self.log.read_text("utf-8"))
         assert stopped is not None, self.log.read_text("utf-8")
@@ -99,26 +98,28 @@ def model(tiny_model: ModelFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(model: Path) -> Any:
-    """The source model in transformers' own pipeline, which truncates only when it is told to."""
+    """The source model in transformers' pipeline, with the truncation that compileflow does by default."""
     return partial(transformers.pipeline("text-classification", model=str(model)), truncation=True)
 
 
 @pytest.fixture(scope="module")
-def serve(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """Start services with settings by name; they are killed at the end if they still run."""
-    artifact = compiled_folder(model, "torchscript", HfTask.TEXT_CLASSIFICATION, shared_folder(tmp_path_factory))
+def serve(model: Path, in_process: InProcess, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """Start services with settings by name; kill those that still run at the end."""
+    artifact = in_process.compiled(model, "torchscript", HfTask.TEXT_CLASSIFICATION)
 
     @contextmanager
     def start(**settings: Any) -> Iterator[Service]:
         folder = tmp_path_factory.mktemp("service")
-        own = {"ARTIFACT": str(artifact), "SERVE_PORT": "0", "COMPILEFLOW_HOME": str(folder / "home")}
-        own |= {name if name == "ARTIFACT" else f"SERVE_{name}": str(value) for name, value in settings.items()}
+        variables = {"ARTIFACT": str(artifact), "SERVE_PORT": "0", "COMPILEFLOW_HOME": str(folder / "home")}
+        variables |= {
+            name if name == "ARTIFACT" else f"SERVE_{name}": str(value) for name, value in settings.items()
+        }
         log = folder / "service.log"
         with log.open("wb") as out:
             process = subprocess.Popen(
                 [sys.executable, str(SCRIPT)],
                 cwd=folder,
-                env=os.environ | own,
+                env=os.environ | variables,
                 stdout=out,
                 stderr=subprocess.STDOUT,
             )
@@ -133,7 +134,7 @@ def serve(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[...
 
 @pytest.fixture(scope="module")
 def started(serve: Callable[..., Any]) -> Iterator[Service]:
-    """A service that is ready, for tests that leave it running: a start takes seconds."""
+    """A ready service, shared by tests that leave it running, because a start takes seconds."""
     with serve(MAX_BATCH=16, MAX_WAIT_MS=20) as service:
         with service.ready():
             pass
@@ -143,8 +144,8 @@ def started(serve: Callable[..., Any]) -> Iterator[Service]:
 def assert_answers(responses: Sequence[httpx.Response], expected: Sequence[Any]) -> None:
     for response, outputs in zip(responses, expected, strict=True):
         assert response.status_code == 200, response.text
-        own = response.json()["outputs"]
-        rows = [(own, outputs)] if isinstance(outputs, dict) else list(zip(own, outputs, strict=True))
+        answer = response.json()["outputs"]
+        rows = [(answer, outputs)] if isinstance(outputs, dict) else list(zip(answer, outputs, strict=True))
         for candidate, source in rows:
             assert candidate["label"] == source["label"]
             assert candidate["score"] == pytest.approx(source["score"], abs=SCORE_ATOL)
@@ -155,13 +156,13 @@ def test_200_callers_at_once_get_the_source_models_answers_in_few_calls(
 ) -> None:
     texts = TEXTS[:200]
     with started.client() as client:
-        before = started.metrics(client)
+        earlier_counts = started.metrics(client)
         responses = started.at_once([{"inputs": text} for text in texts])
-        counts = {name: count - before[name] for name, count in started.metrics(client).items()}
+        counts = {name: count - earlier_counts[name] for name, count in started.metrics(client).items()}
 
     assert_answers(responses, reference(texts))
     sizes = [int(response.headers["x-batch-size"]) for response in responses]
-    # Each call's size is said once a text, so that these are the calls.
+    # Each text reports the size of its call, so this sum is the number of calls.
     calls = sum(1 / size for size in sizes)
     assert calls == pytest.approx(counts["calls"])
     assert counts == {"accepted": len(texts), "answered": len(texts), "calls": counts["calls"]}
@@ -197,10 +198,10 @@ def test_wrong_requests_get_one_line_and_take_no_other_with_them(
         {"inputs": "a", "more": 1},
         {"inputs": {"path": "a"}},
     ]
-    good = TEXTS[:7]
-    # They fill one call exactly, which therefore holds all of them; the last one makes it fail.
-    together: list[Body] = [{"inputs": text} for text in good] + [{"inputs": {"question": "no text"}}]
-    with serve(MAX_BATCH=len(together), MAX_WAIT_MS=FOREVER_MS, QUEUE_LIMIT=64) as service:
+    good_texts = TEXTS[:7]
+    # These requests fill exactly one call, and the last one makes it fail.
+    bodies: list[Body] = [{"inputs": text} for text in good_texts] + [{"inputs": {"question": "no text"}}]
+    with serve(MAX_BATCH=len(bodies), MAX_WAIT_MS=FOREVER_MS, QUEUE_LIMIT=64) as service:
         with service.ready() as client:
             for body in malformed:
                 response = client.post("/predict", json=body)
@@ -210,13 +211,13 @@ def test_wrong_requests_get_one_line_and_take_no_other_with_them(
             too_many = client.post("/predict", json={"inputs": ["a"] * 65})
             assert too_many.status_code == 400
             assert too_many.json() == {"error": "The request has 65 texts.", "hint": "Send at most 64 at once."}
-            one = {"inputs": ["a"] * len(together), "parameters": {"function_to_apply": "no such"}}
-            refused = client.post("/predict", json=one)
+            bad_parameter = {"inputs": ["a"] * len(bodies), "parameters": {"function_to_apply": "no such"}}
+            refused = client.post("/predict", json=bad_parameter)
             assert refused.status_code == 400
             assert "NO SUCH" in refused.json()["error"]
-        responses = service.at_once(together)
+        responses = service.at_once(bodies)
 
-    assert_answers(responses[:-1], reference(good))
+    assert_answers(responses[:-1], reference(good_texts))
     assert {response.headers["x-batch-size"] for response in responses[:-1]} == {"1"}
     assert responses[-1].status_code == 400
     assert responses[-1].json()["error"]
@@ -234,7 +235,7 @@ def test_service_is_alive_before_it_is_ready(serve: Callable[..., Any]) -> None:
         service.poll(lambda: client.get("/ready").status_code == 200)
 
 
-def test_artifact_that_cannot_be_loaded_ends_the_service_with_our_line(
+def test_artifact_that_cannot_be_loaded_ends_the_service_with_one_line(
     serve: Callable[..., Any], tmp_path: Path
 ) -> None:
     with serve(ARTIFACT=tmp_path / "absent") as service:
@@ -243,7 +244,7 @@ def test_artifact_that_cannot_be_loaded_ends_the_service_with_our_line(
         assert "Traceback" not in service.log.read_text("utf-8")
     with serve(ARTIFACT="") as service:
         assert service.process.wait(WAIT_S) == 1
-        assert service.log.read_text("utf-8") == "ARTIFACT: Field required\n"
+        assert service.log.read_text("utf-8") == "ARTIFACT: Field required.\n"
 
 
 @pytest.mark.slow
@@ -251,14 +252,14 @@ def test_full_queue_refuses_and_sigterm_answers_all_that_wait(serve: Callable[..
     texts = TEXTS[:50]
     with serve(MAX_BATCH=64, MAX_WAIT_MS=FOREVER_MS, QUEUE_LIMIT=len(texts)) as service:
         with ThreadPoolExecutor(1) as thread, service.ready() as client:
-            sent = thread.submit(service.at_once, [{"inputs": text} for text in texts])
+            future = thread.submit(service.at_once, [{"inputs": text} for text in texts])
             service.poll(lambda: service.metrics(client)["accepted"] == len(texts))
             full = client.post("/predict", json={"inputs": "one more"})
             assert full.status_code == 503
             assert full.headers["retry-after"]
             assert service.metrics(client) == {"accepted": len(texts), "answered": 0, "calls": 0}
             service.process.send_signal(signal.SIGTERM)
-            responses = sent.result(WAIT_S)
+            responses = future.result(WAIT_S)
         assert service.ended() == {"accepted": len(texts), "answered": len(texts), "calls": 1}
     assert_answers(responses, reference(texts))
 
@@ -270,7 +271,7 @@ def test_nothing_accepted_is_lost_when_sigterm_meets_50_busy_callers(
     texts = TEXTS[:50]
 
     def until_closed(call: Callable[[], httpx.Response]) -> list[httpx.Response]:
-        """Call again and again until there is no connection any more; return what came before."""
+        """Repeat a call until the service closes the connection; return the responses."""
         answers = []
         with suppress(httpx.TransportError):
             while True:
@@ -280,19 +281,21 @@ def test_nothing_accepted_is_lost_when_sigterm_meets_50_busy_callers(
     with serve(MAX_BATCH=8, MAX_WAIT_MS=1) as service:
         with service.ready() as client, ThreadPoolExecutor(len(texts) + 1) as threads:
             calls = [partial(client.post, "/predict", json={"inputs": text}) for text in texts]
-            sent = [threads.submit(until_closed, call) for call in calls]
+            futures = [threads.submit(until_closed, call) for call in calls]
             service.poll(lambda: service.metrics(client)["answered"] > 2 * len(texts))
-            asked = threads.submit(until_closed, partial(client.get, "/ready"))
+            readiness = threads.submit(until_closed, partial(client.get, "/ready"))
             service.process.send_signal(signal.SIGTERM)
-            answers = [each.result(WAIT_S) for each in sent]
-            statuses = [response.status_code for response in asked.result(WAIT_S)]
+            responses_of_callers = [future.result(WAIT_S) for future in futures]
+            statuses = [response.status_code for response in readiness.result(WAIT_S)]
         counts = service.ended()
 
-    answered = [[each for each in own if each.status_code != 503] for own in answers]
-    assert counts["accepted"] == counts["answered"] == sum(map(len, answered))
+    answers_of_callers = [
+        [response for response in responses if response.status_code != 503] for responses in responses_of_callers
+    ]
+    assert counts["accepted"] == counts["answered"] == sum(map(len, answers_of_callers))
     assert counts["accepted"] > 2 * len(texts)
-    for own, expected in zip(answered, reference(texts), strict=True):
-        assert_answers(own, [expected] * len(own))
-    # Once it is not ready it stays so.
+    for answers, expected in zip(answers_of_callers, reference(texts), strict=True):
+        assert_answers(answers, [expected] * len(answers))
+    # A service that is no longer ready stays so.
     assert statuses == sorted(statuses)
     assert set(statuses) <= {200, 503}
