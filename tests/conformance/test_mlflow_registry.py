@@ -318,7 +318,7 @@ def test_reply_that_is_cut_off_may_be_asked_for_again(proxy: FaultProxy) -> None
     assert list(registry.versions("ner")) == [version]
 
 
-@pytest.mark.parametrize(("status", "hint"), [(401, "MLFLOW_TRACKING_USERNAME"), (403, "right")])
+@pytest.mark.parametrize(("status", "hint"), [(401, "MLFLOW_TRACKING_USERNAME"), (403, "Ask the owner")])
 def test_refused_credentials_are_not_tried_again_and_not_shown(proxy: FaultProxy, status: int, hint: str) -> None:
     proxy.inject(Answer(status, b"no"), times=10)
     registry = open_registry(f"mlflow:{proxy.url.replace('//', f'//ann:{MLFLOW_PASSWORD}@')}")

@@ -247,6 +247,6 @@ def test_reason_that_neptune_would_cut_is_refused(registry: ModelRegistry) -> No
 
 
 @pytest.mark.parametrize("uri", ["neptune:workspace/project", "neptune://project", "neptune://a/b/c"])
-def test_uri_that_names_no_project_is_refused(uri: str) -> None:
-    with pytest.raises(SpecError, match="no Neptune project"):
+def test_uri_without_a_project_is_refused(uri: str) -> None:
+    with pytest.raises(SpecError, match="Expected the URI of a Neptune project"):
         open_registry(uri)
