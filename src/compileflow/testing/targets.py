@@ -1,15 +1,13 @@
-"""TargetConformance: what every target must do; a new target's test class inherits it in three lines.
+"""TargetConformance: the tests that every target must pass. A test class inherits it in two lines.
 
 class TestMyTarget(TargetConformance):
     target_name = "my-target"
 
-The tests that inherit it bring one fixture: `tiny_model(hf_task)`, which returns the folder of a small
-BERT-like source model with at least 64 positions.
-
-Over 300 lines, because a suite that is inherited is one class.
+The test module needs one fixture, `tiny_model(hf_task)`. It returns the folder of a small BERT-like source model with
+at least 64 positions.
 """
 
-# ruff: noqa: S101 - these are pytest tests, kept in the library so that third parties can inherit them.
+# ruff: noqa: S101 - these are pytest tests, in the library so that third parties can inherit them.
 
 from __future__ import annotations
 
@@ -54,7 +52,7 @@ BUCKETS = {
         "audio": ((1, 1600), (3, 4000), (1, 16000)),
     }.items()
 }
-# What listing the targets must not import, besides each target's own toolchain.
+# Packages that listing the targets must not import, besides the toolchain of the target.
 _HEAVY = (
     "torch",
     "transformers",
@@ -77,25 +75,27 @@ print(*sorted({module.partition(".")[0] for module in sys.modules}))
 
 
 def compiled_folder(source_dir: Path, target_name: str, hf_task: HfTask, parent: Path) -> Path:
-    """Compile a source model in this process and return the artifact, in another folder than it was made in.
+    """Compile a source model in this process, and return the artifact after moving it to another folder.
 
-    Fails when the compile leaves the process changed.
-    An artifact that is there already is returned as it is: tests may share it, and must not write to it.
+    Fails when the compile leaves the process changed. An existing artifact is reused: tests share it, and must not
+    write to it.
 
     Args:
-        source_dir: The source model.
-        target_name: A target of the catalog.
+        source_dir: Folder of the source model.
+        target_name: Name of a target in the catalog.
         hf_task: Task to compile for.
-        parent: Existing folder, the same for all who want to share.
+        parent: Existing folder; tests with the same folder share the artifact.
     """
     return compile_once(compile_request(source_dir, target_name, hf_task), parent)
 
 
 def compile_request(source_dir: Path, target_name: str, hf_task: HfTask) -> dict[str, object]:
-    """Return what `build_artifact` needs, without `out_dir`; static targets get the shapes of `BUCKETS`."""
-    can = get_target(target_name).capabilities
-    component = ComponentSpec(shape_buckets=() if can.dynamic_axes else BUCKETS[hf_task.modality])
-    spec = CompileSpec(target=target_name, hf_task=hf_task, precision=can.precisions[0], components=(component,))
+    """Return a request to `build_artifact`, without `out_dir`; static targets get the shapes of `BUCKETS`."""
+    capabilities = get_target(target_name).capabilities
+    component = ComponentSpec(shape_buckets=() if capabilities.dynamic_axes else BUCKETS[hf_task.modality])
+    spec = CompileSpec(
+        target=target_name, hf_task=hf_task, precision=capabilities.precisions[0], components=(component,)
+    )
     source = {"uri": source_dir.as_uri(), "revision": "0" * 64, "digest": "0" * 64}
     return {
         "source_dir": str(source_dir),
@@ -106,7 +106,7 @@ def compile_request(source_dir: Path, target_name: str, hf_task: HfTask) -> dict
 
 
 def hide_distributions(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    """Make importlib.metadata say that these distributions, or all when none is named, are not installed."""
+    """Make importlib.metadata report these distributions as not installed; without names, all distributions."""
     find = Distribution.from_name
 
     def from_name(name: str) -> Distribution:
@@ -118,10 +118,10 @@ def hide_distributions(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
 
 class TargetConformance:
-    """Inherit it, set `target_name`, and pytest runs it."""
+    """Inherit this class and set `target_name`."""
 
     target_name: ClassVar[str]
-    # Largest difference from the source model, in the outputs' own units.
+    # Largest absolute difference from the outputs of the source model.
     atol: ClassVar[float] = 1e-5
 
     @pytest.fixture
@@ -133,10 +133,10 @@ class TargetConformance:
     def artifact(
         self, target: Target, tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory
     ) -> Callable[[HfTask], OpenArtifact]:
-        """Compile once a task and session, move, open."""
-        here = target.probe()
-        if not here.can_compile:
-            pytest.skip(f"{target.name} cannot compile here: {here.reason}")
+        """Compile once for each task in a session, move the artifact, and open it."""
+        availability = target.probe()
+        if not availability.can_compile:
+            pytest.skip(f"{target.name} cannot compile here: {availability.reason}")
 
         def make(hf_task: HfTask) -> OpenArtifact:
             return open_artifact(
@@ -147,7 +147,7 @@ class TargetConformance:
 
     @pytest.fixture
     def load(self, target: Target, artifact: Callable[[HfTask], OpenArtifact], tiny_model: TinyModel) -> Load:
-        """Give a fresh runner, its record, and the source model that it must equal."""
+        """Return a fresh runner, its record, and the source model that it must equal."""
 
         def make(hf_task: HfTask) -> tuple[Runner, ComponentRecord, SourceModel]:
             opened = artifact(hf_task)
@@ -158,7 +158,7 @@ class TargetConformance:
         return make
 
     def test_target_says_what_it_is(self, target: Target) -> None:
-        """Names, options and capabilities have the form that forms, tables and specs are made from."""
+        """Names, options and capabilities have the form that forms, tables and specs need."""
         assert isinstance(target, Target)
         assert target.name == self.target_name
         assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", target.name)
@@ -172,23 +172,23 @@ class TargetConformance:
         assert [name for name, field in target.Options.model_fields.items() if not field.description] == []
 
     def test_listing_and_probing_import_nothing_heavy(self, target: Target) -> None:
-        """A command line that lists the targets answers at once."""
-        done = subprocess.run([sys.executable, "-c", _LOOK], capture_output=True, text=True, check=True)
+        """`compileflow targets` answers at once."""
+        process = subprocess.run([sys.executable, "-c", _LOOK], capture_output=True, text=True, check=True)
         toolchain = {name.replace("-", "_") for name in target.toolchain()}
-        assert sorted(set(done.stdout.split()) & (toolchain | set(_HEAVY))) == []
+        assert sorted(set(process.stdout.split()) & (toolchain | set(_HEAVY))) == []
 
     def test_probe_answers_without_any_toolchain(self, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Where nothing is installed, probe says so instead of raising."""
+        """Without any distribution, probe reports it instead of raising."""
         hide_distributions(monkeypatch)
-        here = target.probe()
+        availability = target.probe()
         assert target.toolchain() == {}
-        assert not here.can_compile
-        assert not here.can_run
-        assert here.reason
-        assert here.hint
+        assert not availability.can_compile
+        assert not availability.can_run
+        assert availability.reason
+        assert availability.hint
 
-    def test_unknown_option_is_refused_with_the_options_there_are(self, target: Target) -> None:
-        """Nobody has to read the source to learn how an option is spelt."""
+    def test_unknown_option_is_refused_with_the_known_options(self, target: Target) -> None:
+        """The error lists the names of the options."""
         spec = CompileSpec(
             target=target.name,
             hf_task=target.capabilities.hf_tasks[0],
@@ -201,21 +201,21 @@ class TargetConformance:
             assert option in caught.value.hint
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Ask for each graph that the target compiles, and for each task that one of them serves."""
-        able = get_target(self.target_name).capabilities.hf_tasks
+        """Parametrize over each graph that the target compiles, and each task that these graphs serve."""
+        supported_tasks = get_target(self.target_name).capabilities.hf_tasks
         for name, tasks in (("hf_task", GRAPH_TASKS), ("served_task", tuple(HfTask))):
             if name in metafunc.fixturenames:
-                asked = [task for task in tasks if task in able]
-                metafunc.parametrize(name, asked, ids=[task.value for task in asked])
+                selected = [task for task in tasks if task in supported_tasks]
+                metafunc.parametrize(name, selected, ids=[task.value for task in selected])
 
     def test_moved_artifact_answers_like_the_source_model(
         self, target: Target, load: Load, hf_task: HfTask
     ) -> None:
-        """Equal outputs at three shapes, with the names, types and axes that the record says."""
+        """Equal outputs at three shapes, with the names, types and axes of the record."""
         runner, record, source = load(hf_task)
         for rows, length in _shapes(record):
             inputs = _inputs(record, source, rows, length)
-            kept = {name: value.copy() for name, value in inputs.items()}
+            copies = {name: value.copy() for name, value in inputs.items()}
             outputs = runner.run(inputs)
             _assert_close(outputs, source.run(inputs), self.atol)
             assert {name: str(value.dtype) for name, value in outputs.items()} == {
@@ -224,29 +224,29 @@ class TargetConformance:
             frames = frames_of(record.frame_convolutions, length)
             sizes = {"batch": rows, "sequence": length, "frames": frames}
             assert {name: value.shape for name, value in outputs.items()} == {
-                output.name: tuple(sizes[a] if isinstance(a, str) else a for a in output.axes)
+                output.name: tuple(sizes[axis] if isinstance(axis, str) else axis for axis in output.axes)
                 for output in record.outputs
             }
-            for name, value in kept.items():
+            for name, value in copies.items():
                 np.testing.assert_array_equal(inputs[name], value)
         runner.close()
 
-    def test_pipeline_answers_like_transformers_own(
+    def test_pipeline_answers_like_transformers(
         self, artifact: Callable[[HfTask], OpenArtifact], tiny_model: TinyModel, served_task: HfTask
     ) -> None:
-        """The same labels, words, spans and transcripts, and scores within 1e-4, however it is called."""
+        """The same labels, words, spans and transcripts, and scores within 1e-4, for every form of call."""
         graph_task = served_task.graph_task
         assert_pipeline_answers_like_the_source_models(artifact(graph_task), tiny_model(graph_task), served_task)
 
-    def test_nothing_is_left_outside_the_folder_that_it_was_given(
+    def test_compile_writes_only_into_its_folder(
         self, target: Target, tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A compile leaves home, temporary and working folder, and the source model, as they were."""
+        """A compile leaves the home, temporary and working folders and the source model unchanged."""
         if not target.probe().can_compile:
             pytest.skip(f"{target.name} cannot compile here: {target.probe().reason}")
         hf_task = target.capabilities.hf_tasks[0]
         source_dir = tiny_model(hf_task)
-        before = list_files(source_dir)
+        source_files = list_files(source_dir)
         watched = tmp_path / "watched"
         for name in ("HOME", "TMPDIR", "XDG_CACHE_HOME", "HF_HOME"):
             (watched / name).mkdir(parents=True)
@@ -262,18 +262,18 @@ class TargetConformance:
             timeout_s=300,
         )
         assert [path for path in watched.rglob("*") if path.is_file()] == []
-        assert list_files(source_dir) == before
+        assert list_files(source_dir) == source_files
         assert open_artifact(tmp_path / "out").manifest.target.name == target.name
 
     @pytest.mark.parametrize("threads", [None, 1])
-    def test_compiling_loading_and_calling_leave_the_process_as_it_was(
+    def test_compiling_loading_and_calling_leave_the_process_unchanged(
         self,
         target: Target,
         artifact: Callable[[HfTask], OpenArtifact],
         tiny_model: TinyModel,
         threads: int | None,
     ) -> None:
-        """Environment, threads, random numbers, warnings and working folder are the caller's own."""
+        """Environment, threads, random state, warning filters and working folder stay those of the caller."""
         import torch
 
         hf_task = target.capabilities.hf_tasks[0]
@@ -283,7 +283,7 @@ class TargetConformance:
         inputs = _inputs(record, source, *_shapes(record)[1])
         reference = source.run(inputs)
         count = torch.get_num_threads()
-        # Another count than is asked for.
+        # A count that differs from `threads`.
         torch.set_num_threads(2)
         try:
             with unchanged_process():
@@ -295,7 +295,7 @@ class TargetConformance:
             torch.set_num_threads(count)
 
     def test_closing_twice_does_nothing_and_a_closed_graph_says_so(self, target: Target, load: Load) -> None:
-        """A service may close in any order."""
+        """A closed runner refuses calls, and closes again without an error."""
         runner, record, source = load(target.capabilities.hf_tasks[0])
         runner.close()
         runner.close()
@@ -303,7 +303,7 @@ class TargetConformance:
             runner.run(_inputs(record, source, *_shapes(record)[0]))
 
     def test_two_graphs_live_in_one_process(self, target: Target, load: Load) -> None:
-        """Neither call nor close of one changes the other."""
+        """Calling or closing one graph does not change the other."""
         hf_tasks = [task for task in target.capabilities.hf_tasks if task in GRAPH_TASKS][:2]
         loaded = [load(hf_task) for hf_task in (hf_tasks[0], hf_tasks[-1])]
         for _ in range(2):
@@ -316,8 +316,8 @@ class TargetConformance:
         _assert_close(runner.run(inputs), source.run(inputs), self.atol)
         runner.close()
 
-    def test_four_threads_at_once_get_the_answers_that_one_gets(self, target: Target, load: Load) -> None:
-        """Each caller gets the answer to its own input."""
+    def test_four_threads_at_once_get_the_answers_of_one(self, target: Target, load: Load) -> None:
+        """Each caller gets the answer to its input."""
         runner, record, source = load(target.capabilities.hf_tasks[0])
         rows, length = _shapes(record)[1]
         random = np.random.default_rng(0)
@@ -325,32 +325,32 @@ class TargetConformance:
         for _ in range(24):
             inputs = _inputs(record, source, rows, length)
             batches.append(inputs | {"input_ids": random.permuted(inputs["input_ids"], axis=1)})
-        alone = [runner.run(inputs) for inputs in batches]
+        sequential = [runner.run(inputs) for inputs in batches]
         with ThreadPoolExecutor(4) as threads:
-            together = list(threads.map(runner.run, batches))
-        for one, other in zip(alone, together, strict=True):
-            _assert_close(other, one, 1e-6)
+            concurrent = list(threads.map(runner.run, batches))
+        for outputs, reference in zip(concurrent, sequential, strict=True):
+            _assert_close(outputs, reference, 1e-6)
         name = record.outputs[0].name
-        assert not np.allclose(alone[0][name], alone[1][name], atol=1e-3)
+        assert not np.allclose(sequential[0][name], sequential[1][name], atol=1e-3)
         runner.close()
 
-    def test_file_that_is_no_graph_is_refused_in_our_words(
+    def test_damaged_file_is_refused_with_a_load_error(
         self, target: Target, artifact: Callable[[HfTask], OpenArtifact], tmp_path: Path
     ) -> None:
-        """Whatever the runtime raises, the caller gets a LoadError."""
+        """The caller gets a LoadError for any error of the runtime."""
         opened = artifact(target.capabilities.hf_tasks[0])
         record = opened.manifest.components["default"]
         folder = tmp_path / "component"
         shutil.copytree(opened.folder / record.folder, folder)
         for path in folder.rglob("*"):
             if path.is_file():
-                path.write_bytes(b"no graph")
+                path.write_bytes(b"not a graph")
         with pytest.raises(LoadError, match="cannot be loaded"):
             target.load(folder, record, device=target.capabilities.devices[0], threads=None)
 
 
 def _shapes(record: ComponentRecord) -> list[tuple[int, int]]:
-    """Return the smallest, a middle and the largest shape that a graph takes."""
+    """Return the smallest, a medium and the largest shape that a graph takes."""
     if record.dynamic_axes:
         if "sequence" not in record.inputs[0].axes:
             return [(1, 1), (3, 1), (5, 1)]
