@@ -91,7 +91,7 @@ def test_work_folder_below_a_plain_file_is_one_clear_error(tmp_path: Path) -> No
         pytest.raises(StoreError, match=r"Cannot make a work folder in .*\((EEXIST|ENOTDIR)\)"),
         work_folder(tmp_path / "file" / "work", label="compile"),
     ):
-        pytest.fail("there is no such folder")
+        pytest.fail("the folder does not exist")
 
 
 def test_lock_of_a_killed_holder_is_free(tmp_path: Path) -> None:
