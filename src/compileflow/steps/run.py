@@ -213,7 +213,7 @@ class StepRunner:
 def run_request(request: CompileRequest, settings: Settings, *, progress: Progress | None = None) -> CompileResult:
     """Fetch, compile, validate and register one model for one target.
 
-    The time limits of the compile and validate steps apply. Fetch and register run in this process, without a limit.
+    The time limits of the compile and validate steps apply. Fetch and register run in this process without one.
     No step is retried.
 
     Args:
