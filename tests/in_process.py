@@ -87,6 +87,13 @@ class InProcess:
         )
         return out_dir
 
+    def compiled(self, source_dir: Path, target: str, hf_task: HfTask) -> Path:
+        """Return an artifact that all tests of the run share, as in the conformance suite. Do not write to it."""
+        from compileflow.testing.targets import compiled_folder
+
+        assert self._shared is not None
+        return compiled_folder(source_dir, target, hf_task, self._shared)
+
     def build(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Do what `build_artifact` does, with a copy of the files if the run has compiled the same before."""
         if self._shared is None:

@@ -67,7 +67,7 @@ def test_old_artifact_tokenizes_and_labels_as_it_did(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_old_artifact_names_no_path_of_the_machine_that_made_it(name: str) -> None:
+def test_old_artifact_contains_no_path_of_the_machine_that_compiled_it(name: str) -> None:
     assert open_artifact(FOLDER / name).manifest.source.uri == "file:///models/tiny"
     for path in (FOLDER / name).rglob("*"):
         body = path.read_bytes() if path.is_file() else b""

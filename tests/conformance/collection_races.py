@@ -1,4 +1,4 @@
-"""What can happen between two lines of a collection and of a put, at the very moment: for both of our stores."""
+"""Races between a collection and a put, for both built-in stores: each test forces one exact moment."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from compileflow.testing.stores import DAY_S, StoreConformance
 
 
 class CollectionRaces(StoreConformance):
-    """The suite for all stores, and races that need a hand in the store."""
+    """The conformance suite, and races that need access to the inside of a store."""
 
     def test_blob_that_a_put_refreshes_right_before_its_deletion_stays(
         self, store: Any, store_uri: str, folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -22,12 +22,12 @@ class CollectionRaces(StoreConformance):
         digest = store.put_folder(folder).digest
         self.delete_object(store_uri, f"manifests/sha256/{digest}.json")
         self._make_all_old(store_uri)
-        listed = list(store.aged_blobs())
-        assert all(blob.age_s > DAY_S for blob in listed)
+        old_blobs = list(store.aged_blobs())
+        assert all(blob.age_s > DAY_S for blob in old_blobs)
 
         def put_meanwhile() -> Iterator[AgedObject]:
             store.put_folder(folder)
-            yield from listed
+            yield from old_blobs
 
         monkeypatch.setattr(store, "aged_blobs", put_meanwhile)
         assert store.gc((), min_age_s=DAY_S).blobs == 0
@@ -38,10 +38,10 @@ class CollectionRaces(StoreConformance):
     ) -> None:
         digest = store.put_folder(folder).digest
         self._make_all_old(store_uri)
-        putting, deleted = store._put_listing, []
+        put_listing, deleted = store._put_listing, []
 
         def deleted_meanwhile(*arguments: Any) -> Any:
-            refreshed = putting(*arguments)
+            refreshed = put_listing(*arguments)
             if not deleted:
                 deleted.append(list_files(folder)[0].sha256)
                 assert store.delete_blob(deleted[0], min_age_s=0)

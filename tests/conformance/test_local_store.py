@@ -1,4 +1,4 @@
-"""The folder store: the suite for all stores, and what only a file system can do to it."""
+"""The local store: the conformance suite, and faults that only a file system can cause."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_full_disk_keeps_the_old_record(small_disk: Path) -> None:
     assert store.get_record("cache", "key") == {"n": 1}
 
 
-def test_full_disk_at_the_destination_leaves_no_half_folder(small_disk: Path, tmp_path: Path) -> None:
+def test_full_disk_at_the_destination_leaves_no_partial_folder(small_disk: Path, tmp_path: Path) -> None:
     store = open_store((tmp_path / "store").as_uri())
     digest = store.put_folder(model_folder(tmp_path, size_bytes=2_000_000)).digest
     with pytest.raises(StoreError, match="ENOSPC"):
@@ -126,12 +126,12 @@ def test_store_whose_path_has_a_space_works(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("uri", ["file://host/folder", "file:", "file://"])
-def test_uri_that_names_no_folder_here_is_refused(uri: str) -> None:
+def test_uri_of_another_machine_or_without_a_path_is_refused(uri: str) -> None:
     with pytest.raises(SpecError, match="file:///absolute/path"):
         open_store(uri)
 
 
-def test_full_disk_leaves_no_half_of_a_pulled_artifact(small_disk: Path, tmp_path: Path) -> None:
+def test_full_disk_leaves_no_partial_copy_of_an_artifact(small_disk: Path, tmp_path: Path) -> None:
     folder = small_artifact(tmp_path / "artifact", graph=os.urandom(2_000_000))
     artifact = OpenArtifact(folder, read_manifest(folder), digest_of(folder), verified=True)
     (small_disk / "there").mkdir()
@@ -168,7 +168,7 @@ def test_record_that_cannot_be_read_is_one_clear_error(tmp_path: Path) -> None:
 
 
 def test_listings_that_this_user_may_not_see_stop_a_collection() -> None:
-    """Their blobs would be garbage. Not below tmp_path, which nobody else may enter."""
+    """Otherwise their blobs would be garbage. Other users cannot enter tmp_path, so the store is elsewhere."""
     with tempfile.TemporaryDirectory() as parent:
         Path(parent).chmod(0o755)
         store = open_store((Path(parent) / "store").as_uri())
@@ -177,7 +177,7 @@ def test_listings_that_this_user_may_not_see_stop_a_collection() -> None:
             path.chmod(0o777 if path.is_dir() else 0o666)
         listings = Path(parent) / "store" / "manifests" / "sha256"
         listings.chmod(0o300)
-        with as_nobody():
+        with without_root_rights():
             for act in (lambda: store.gc((), min_age_s=0), lambda: list(store.list())):
                 with pytest.raises(StoreError, match="EACCES"):
                     act()
@@ -186,8 +186,8 @@ def test_listings_that_this_user_may_not_see_stop_a_collection() -> None:
 
 
 @contextmanager
-def as_nobody() -> Iterator[None]:
-    """Lose root's right to read everything, where there is one."""
+def without_root_rights() -> Iterator[None]:
+    """Give up the right of root to read everything; does nothing for another user."""
     root = os.geteuid() == 0
     if root:
         os.seteuid(65534)

@@ -1,4 +1,4 @@
-"""The S3 store: the suite for all stores, against moto's server over HTTP."""
+"""The S3 store: the conformance suite, against the server of moto over HTTP."""
 
 from __future__ import annotations
 

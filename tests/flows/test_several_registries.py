@@ -25,7 +25,7 @@ def test_next_run_completes_the_registry_that_failed(
     error = state.result(raise_on_failure=False)
     assert isinstance(error, RegistryError)
     assert error.message.startswith(f"Registered in {uris[1]}, but not in {uris[0]}: Cannot write the registry")
-    assert "Run again" in error.hint
+    assert "run again" in error.hint
     whole_version = open_registry(uris[1]).get("reviews", 1)
 
     in_the_way.unlink()

@@ -240,7 +240,7 @@ REFUSALS = {
     ),
     "another task": Refusal(
         LoadError,
-        "was compiled for text-classification, and 'fill-mask' was asked for.*It serves: ",
+        "was compiled for text-classification and does not serve 'fill-mask'.*It serves: ",
         arguments={"task": "fill-mask"},
         kinds=("CompiledPipeline",),
     ),
@@ -252,7 +252,7 @@ REFUSALS = {
     ),
     "unknown bucket": Refusal(
         LoadError,
-        r"No such shape bucket was compiled: 3x7\. There are: 1x8, ",
+        r"has no shape bucket 3x7\. Its shape buckets are: 1x8, ",
         arguments={"buckets": [[3, 7]]},
         kinds=GRAPHS,
     ),

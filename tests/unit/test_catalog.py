@@ -1,3 +1,5 @@
+"""The catalog: names of plugins, entry points of third parties, lazy imports."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator

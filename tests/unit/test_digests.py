@@ -1,3 +1,5 @@
+"""Digests of files, folders and JSON values."""
+
 from __future__ import annotations
 
 import hashlib
@@ -71,7 +73,7 @@ def test_link_inside_the_folder_is_its_file(tmp_path: Path) -> None:
     assert first.sha256 == second.sha256
 
 
-def test_what_is_no_file_of_the_folder_is_refused(tmp_path: Path) -> None:
+def test_entry_that_is_not_a_file_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "secret").write_text("secret")
     folder = tmp_path / "folder"

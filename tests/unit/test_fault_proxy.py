@@ -123,7 +123,7 @@ def test_hung_request_is_answered_when_its_time_is_over(proxy: FaultProxy) -> No
     assert time.monotonic() - began >= 0.3
 
 
-def test_fault_meets_only_what_it_was_meant_for(proxy: FaultProxy) -> None:
+def test_fault_applies_only_to_matching_requests(proxy: FaultProxy) -> None:
     proxy.inject(Answer(500), method="GET", times=9)
     proxy.inject(Answer(500), path="/other", times=9)
     proxy.inject(Answer(418), path="b=c", times=2, skip=1)

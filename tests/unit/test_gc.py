@@ -124,7 +124,7 @@ def test_error_does_not_show_a_registrys_password(
     assert "hunter2" not in str(caught.value)
 
 
-def test_what_is_younger_than_a_day_stays_unless_said_otherwise(
+def test_objects_younger_than_a_day_are_kept_by_default(
     store: ArtifactStore, settings: Settings, tmp_path: Path
 ) -> None:
     digest = stored(store, tmp_path, "young")
@@ -133,7 +133,7 @@ def test_what_is_younger_than_a_day_stays_unless_said_otherwise(
     assert list(store.list()) == [digest]
 
 
-def test_registry_that_is_not_there_is_an_error_and_nothing_is_deleted(
+def test_missing_registry_is_an_error_and_nothing_is_deleted(
     store: ArtifactStore, settings: Settings, tmp_path: Path
 ) -> None:
     digest = stored(store, tmp_path, "artifact")

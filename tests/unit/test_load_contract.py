@@ -24,9 +24,8 @@ from compileflow.errors import IntegrityError, LoadError
 from compileflow.settings import Settings
 from compileflow.spec import HfTask
 from compileflow.stores.local import LocalStore
-from compileflow.testing.shared import shared_folder
-from compileflow.testing.targets import compiled_folder
 from tests.conftest import ModelFactory
+from tests.in_process import InProcess
 from tests.unit.attested_artifacts import attest, make_keys
 from tests.unit.refused_loads import GRAPH, REFUSALS, Refusal, attempt, pretend_installed, rewrite_manifest
 
@@ -55,9 +54,9 @@ for load in json.load(sys.stdin):
 
 
 @pytest.fixture(scope="module")
-def sound(tiny_model: ModelFactory, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sound(tiny_model: ModelFactory, in_process: InProcess) -> Path:
     """An artifact, to read only."""
-    return compiled_folder(tiny_model(TASK), "torchscript", TASK, shared_folder(tmp_path_factory))
+    return in_process.compiled(tiny_model(TASK), "torchscript", TASK)
 
 
 @pytest.fixture(scope="module")
@@ -173,12 +172,12 @@ def test_refused_before_any_runtime_is_imported(
 )
 def test_the_check_sees_what_a_load_that_is_not_refused_deserialises(
     tiny_model: ModelFactory,
-    tmp_path_factory: pytest.TempPathFactory,
+    in_process: InProcess,
     opened: list[str],
     target: str,
     runtime: str,
 ) -> None:
-    folder = compiled_folder(tiny_model(TASK), target, TASK, shared_folder(tmp_path_factory))
+    folder = in_process.compiled(tiny_model(TASK), target, TASK)
     opened.clear()
     CompiledPipeline.from_pretrained(folder)
     assert {
@@ -227,7 +226,9 @@ def test_altered_cache_is_refused_whoever_is_trusted(
     # The manifest agrees with the files, so that only the digest in the URI can tell.
     rewrite_manifest(lambda data: data["source"].update(revision="another"))(cached)
     for kind in (CompiledTokenizer, CompiledModel, CompiledPipeline):
-        with pytest.raises(IntegrityError, match=r"Digest mismatch for .*: expected .*, found .*Delete that folder"):
+        with pytest.raises(
+            IntegrityError, match=r"Digest mismatch for .*: expected .*, found .*Delete that folder"
+        ):
             kind.from_pretrained(stored.uri, trust=trust)
 
 

@@ -1,3 +1,5 @@
+"""The manifest: its checks, and the comparison of an artifact with it."""
+
 from __future__ import annotations
 
 import json
@@ -76,7 +78,7 @@ def test_unknown_schema_version_is_refused_before_anything_else(artifact: Path, 
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "\xff", "[" * 100_000])
-def test_file_that_is_no_manifest_is_refused(artifact: Path, text: str) -> None:
+def test_file_that_is_not_a_manifest_is_refused(artifact: Path, text: str) -> None:
     (artifact / MANIFEST_NAME).write_bytes(text.encode("latin-1"))
     with pytest.raises(ManifestError, match=r"manifest\.json"):
         read_manifest(artifact)

@@ -93,7 +93,7 @@ def test_cache_records_stay_where_they_were_made(
     assert mirror.get_record("compile", artifact) is None
 
 
-def test_signed_statement_is_not_replaced_by_one_that_is_not(
+def test_signed_statement_is_not_replaced_by_an_unsigned_one(
     source: ArtifactStore, tmp_path: Path, to_uri: str, settings: Settings
 ) -> None:
     artifact = stored(source, tmp_path, "artifact")
@@ -137,6 +137,6 @@ def test_store_without_a_folder_is_not_taken_for_one_that_was_copied(
     assert "URI" in caught.value.hint
 
 
-def test_store_is_no_mirror_of_itself(source: ArtifactStore, settings: Settings) -> None:
+def test_store_cannot_be_mirrored_into_itself(source: ArtifactStore, settings: Settings) -> None:
     with pytest.raises(SpecError, match="into itself"):
         mirror_store(source.uri, f"{source.uri}/", settings=settings)

@@ -13,9 +13,8 @@ import transformers
 from compileflow import CompiledModel, CompiledPipeline, HfTask
 from compileflow.errors import InputError
 from compileflow.testing.pipelines import assert_same_result
-from compileflow.testing.shared import shared_folder
-from compileflow.testing.targets import compiled_folder
 from tests.conftest import ModelFactory
+from tests.in_process import InProcess
 from tests.models import MAX_TOKENS, sentences
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:.*torch\.jit\..*deprecated")
@@ -25,8 +24,8 @@ TEXTS = sentences()
 
 
 @pytest.fixture(scope="module")
-def artifact(tiny_model: ModelFactory, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compiled_folder(tiny_model(TASK), "torchscript", TASK, shared_folder(tmp_path_factory))
+def artifact(tiny_model: ModelFactory, in_process: InProcess) -> Path:
+    return in_process.compiled(tiny_model(TASK), "torchscript", TASK)
 
 
 @pytest.fixture(scope="module")

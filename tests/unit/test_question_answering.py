@@ -24,9 +24,8 @@ from compileflow.errors import InputError, LoadError
 from compileflow.serving.answer_spans import AnswerSettings, Window, best_answers, best_spans
 from compileflow.serving.component import LoadedComponent
 from compileflow.serving.question_answering import QuestionAnsweringPipeline
-from compileflow.testing.shared import shared_folder
-from compileflow.testing.targets import compiled_folder
 from tests.goldens.make_question_answering import GOLDEN, fingerprint
+from tests.in_process import InProcess
 from tests.models import ARCHITECTURES, MAX_TOKENS
 
 # Scores differ by 5e-7 of themselves here; another processor's may by more.
@@ -46,12 +45,12 @@ Compiled = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
-def compiled(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+def compiled(tiny_model: Callable[..., Path], in_process: InProcess) -> Compiled:
     """Compile once a session: `compiled(target, architecture)` gives a folder to read only."""
 
     def make(target: str, architecture: str) -> Path:
         source = tiny_model(QUESTION_ANSWERING, architecture)
-        return compiled_folder(source, target, QUESTION_ANSWERING, shared_folder(tmp_path_factory))
+        return in_process.compiled(source, target, QUESTION_ANSWERING)
 
     return make
 

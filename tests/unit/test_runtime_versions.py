@@ -1,4 +1,4 @@
-"""Which versions of its runtime load what a target compiled: its own always, others as the target says."""
+"""Which versions of a runtime can load a compiled model, by the rule of its target."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_vendors_runtime_is_installed_from_the_vendors_index(name: str) -> None:
     assert address in caught.value.hint
 
 
-def test_target_that_names_no_runtime_needs_none() -> None:
+def test_target_without_a_runtime_rule_needs_nothing() -> None:
     can = Capabilities(hf_tasks=(), precisions=(Precision.FP32,), devices=("cpu",), dynamic_axes=True)
     assert runtime_needs(can.runtime, {"torch": "2.13.0"}) == {}
 
@@ -101,7 +101,7 @@ def test_version_of_one_part_is_that_and_zero() -> None:
     assert runtime_needs(rules, {"torch": "25"}) == {"torch": "25 25.0 25 26"}
 
 
-def test_recorded_version_that_is_none_is_the_manifests_error() -> None:
+def test_recorded_version_that_is_not_a_version_is_an_error_of_the_manifest() -> None:
     with pytest.raises(
         ManifestError, match=r"names torch 'newest', which is not a version.*Compile the model again"
     ):

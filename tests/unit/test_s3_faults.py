@@ -99,7 +99,7 @@ def test_fault_that_passes_is_not_noticed(
 
 
 @pytest.mark.parametrize("fault", [CutRequest(1000), BROKEN, SLOW_DOWN], ids=["reset mid-body", "500", "503"])
-def test_fault_that_stays_leaves_no_listing_and_the_next_put_sends_what_is_missing(
+def test_fault_that_stays_leaves_no_listing_and_the_next_put_sends_only_missing_blobs(
     store: S3Store, proxy: FaultProxy, folder: Path, tmp_path: Path, fault: Fault
 ) -> None:
     weights = next(record.sha256 for record in list_files(folder) if record.path == "weights")
@@ -311,7 +311,7 @@ def test_put_that_was_killed_in_the_middle_is_resumed(
         (403, "ExpiredToken", "Log in"),
     ],
 )
-def test_refusal_is_one_line_that_says_what_to_do(
+def test_refusal_is_one_line_with_a_hint(
     store: S3Store, proxy: FaultProxy, folder: Path, status: int, code: str, hint: str
 ) -> None:
     # The message of a server may quote the request.
@@ -325,7 +325,7 @@ def test_refusal_is_one_line_that_says_what_to_do(
     assert list(store.list()) == []
 
 
-def test_bucket_that_is_not_there_is_named_so(bucket: str, folder: Path) -> None:
+def test_missing_bucket_is_reported(bucket: str, folder: Path) -> None:
     absent = S3Store("s3://no-such-bucket/p", get_settings())
     for ask in (lambda: absent.put_folder(folder), lambda: absent.exists("0" * 64), lambda: list(absent.list())):
         with pytest.raises(StoreError, match="NoSuchBucket") as caught:
@@ -390,7 +390,7 @@ def test_server_that_hangs_is_given_up(
     assert list(store.list()) == []
 
 
-def test_missing_credentials_and_a_missing_boto3_say_what_to_do(
+def test_missing_credentials_and_a_missing_boto3_give_a_hint(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -408,7 +408,7 @@ def test_missing_credentials_and_a_missing_boto3_say_what_to_do(
 
 
 @pytest.mark.parametrize("url", ["localhost:9000", "http://me:secret@host:1x", "ftp://host", "http://", "//host"])
-def test_endpoint_that_is_no_url_is_refused(settings: Settings, url: str) -> None:
+def test_endpoint_that_is_not_a_url_is_refused(settings: Settings, url: str) -> None:
     wrong = settings.model_copy(update={"s3_endpoint_url": url})
     with pytest.raises(StoreError, match="COMPILEFLOW_S3_ENDPOINT_URL is not the URL of a server") as caught:
         S3Store("s3://bucket/p", wrong).exists("0" * 64)
@@ -431,7 +431,7 @@ def test_file_that_vanishes_while_it_is_put_is_one_clear_error(
 
 
 @pytest.mark.parametrize("uri", ["s3://", "s3:///prefix", "s3://user:secret@bucket", "s3://b/p?versionId=1"])
-def test_uri_that_names_no_bucket_is_refused(settings: Settings, uri: str) -> None:
+def test_uri_without_a_valid_bucket_is_refused(settings: Settings, uri: str) -> None:
     with pytest.raises(SpecError, match="is not the URI of a store on S3") as caught:
         S3Store(uri, settings)
     assert "s3://bucket/prefix" in caught.value.hint

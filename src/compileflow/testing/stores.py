@@ -33,7 +33,9 @@ _KILLS = 8
 
 
 class StoreConformance:
-    """Define the fixture `store_uri` in the inheriting class: the URI of a new, empty store.
+    """The tests that every artifact store must pass.
+
+    Inherit the class and define the fixture `store_uri`, the URI of a new, empty store.
 
     A store that is not in the catalog sets `opener`. A store whose objects are not files below the path of its URI
     also overrides the four `*_object*` methods and `make_old`. Their keys are paths of the layout, for example

@@ -97,7 +97,7 @@ class TestRun:
             body = (signed_run.pipeline.settings.home_dir / "store" / subject["name"]).read_bytes()
             assert hashlib.sha256(body).hexdigest() == subject["digest"]["sha256"] == signed_run.artifact.digest
 
-    def test_provenance_says_what_the_manifest_says(self, signed_run: SignedRun) -> None:
+    def test_provenance_agrees_with_the_manifest(self, signed_run: SignedRun) -> None:
         predicate = statement_of(stored_envelopes(signed_run.store, signed_run.artifact.digest)[0])["predicate"]
         definition, run = predicate["buildDefinition"], predicate["runDetails"]
         with signed_run.store.open_folder(signed_run.artifact.digest) as folder:
@@ -112,7 +112,7 @@ class TestRun:
         assert run["metadata"]["startedOn"] <= run["metadata"]["finishedOn"]
         assert run["metadata"]["invocationId"]
 
-    def test_verdict_says_what_the_report_says(self, signed_run: SignedRun) -> None:
+    def test_verdict_agrees_with_the_report(self, signed_run: SignedRun) -> None:
         predicate = statement_of(stored_envelopes(signed_run.store, signed_run.artifact.digest)[1])["predicate"]
         gates = read_report(signed_run.validated.report_uri).verdict.gates
         assert predicate["url"] == signed_run.validated.report_uri
@@ -132,7 +132,7 @@ class TestRun:
         assert signed_run.pipeline.counts == counts
         assert stored_envelopes(signed_run.store, signed_run.artifact.digest) == envelopes
 
-    def test_run_without_a_key_takes_what_a_key_signed(self, signed_run: SignedRun) -> None:
+    def test_run_without_a_key_accepts_signed_answers(self, signed_run: SignedRun) -> None:
         keyless = Pipeline(
             signed_run.pipeline.settings.model_copy(update={"signing_key": None}), signed_run.pipeline.counts
         )

@@ -67,7 +67,7 @@ def test_provenance_is_an_in_toto_statement_with_slsas_predicate(artifact: Path)
     }
 
 
-def test_provenance_names_what_it_was_calibrated_on(artifact: Path) -> None:
+def test_provenance_names_the_calibration_examples(artifact: Path) -> None:
     calibration = CalibrationRecord(origin="mine.txt", digest="9" * 64, examples=12)
     manifest = read_manifest(artifact).model_copy(update={"calibration": calibration})
     dependencies = provenance_statement(manifest, DIGEST, RUN)["predicate"]["buildDefinition"][

@@ -96,7 +96,7 @@ def test_verdict_that_came_after_the_fetch_is_asked_of_the_store(
 
 
 @pytest.mark.parametrize("body", [b"{", b"[]\n", b"\xff\xfe", b"[" * 100_000])
-def test_file_that_holds_no_envelopes_is_refused(
+def test_file_without_valid_envelopes_is_refused(
     artifact: Path, keys: Keys, settings: Settings, body: bytes
 ) -> None:
     (artifact / ATTESTATIONS_NAME).write_bytes(body)

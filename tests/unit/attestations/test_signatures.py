@@ -129,9 +129,9 @@ FORGERIES: dict[str, tuple[Change, str]] = {
         lambda envelopes: [*envelopes, envelopes[1]],
         "The artifact has two verdict statements, expected one",
     ),
-    "no base64": (forged("verdict", lambda envelope: {**envelope, "payload": "?"}), "is not a DSSE envelope"),
+    "not base64": (forged("verdict", lambda envelope: {**envelope, "payload": "?"}), "is not a DSSE envelope"),
     "no payload": (forged("verdict", lambda envelope: {"signatures": []}), "is not a DSSE envelope: KeyError"),
-    "no JSON": (
+    "not JSON": (
         forged("verdict", lambda envelope: {**envelope, "payload": "ew=="}),
         "payload of an attestation is not JSON",
     ),
@@ -173,7 +173,7 @@ def test_verdict_on_another_source_model_is_detected(artifact: Path, keys: Keys)
         )
 
 
-def test_verdict_on_no_source_model_is_detected(artifact: Path, keys: Keys) -> None:
+def test_verdict_without_a_source_model_is_detected(artifact: Path, keys: Keys) -> None:
     statement = statement_of(envelopes_for(artifact, None)[1])
     statement["predicate"]["configuration"] = []
     envelopes = [envelopes_for(artifact, keys)[0], dict(seal(statement, keys.signer))]
@@ -231,7 +231,7 @@ class TestKeys:
         with pytest.raises(SpecError, match=r"is not encrypted.*unset it if the key has none"):
             load_signer(settings)
 
-    def test_file_that_is_no_key_is_refused(self, keys: Keys, tmp_path: Path) -> None:
+    def test_file_that_is_not_a_key_is_refused(self, keys: Keys, tmp_path: Path) -> None:
         (tmp_path / "notes.txt").write_text("mine", "utf-8")
         for path in (tmp_path / "notes.txt", keys.public):
             with pytest.raises(SpecError, match=r"as a private key: .*ed25519, ecdsa or rsa"):
@@ -285,7 +285,7 @@ class TestWithoutTheLibrary:
         assert attested.complete
         assert attested.signed_by == ()
 
-    def test_key_that_is_set_says_what_to_install(self, tmp_path: Path) -> None:
+    def test_configured_key_without_the_library_gives_the_install_command(self, tmp_path: Path) -> None:
         keys = make_keys(tmp_path)
         for use in (lambda: load_signer(keys.settings), lambda: load_public_keys([keys.public])):
             with pytest.raises(SignatureError, match=r"pip install 'compileflow\[signing\]'"):

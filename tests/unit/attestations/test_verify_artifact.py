@@ -47,7 +47,7 @@ class TestBesideTheFiles:
         assert folder_digest(files) == digest == open_artifact(artifact).digest
         assert folder_digest(list_files(artifact)) != digest
 
-    def test_nothing_reads_them_where_no_signature_is_required(self, artifact: Path, settings: Settings) -> None:
+    def test_bundle_is_not_read_unless_a_signature_is_required(self, artifact: Path, settings: Settings) -> None:
         (artifact / ATTESTATIONS_NAME).write_bytes(b"\xff{")
         opened = open_artifact(artifact, settings=settings)
         assert opened.verified

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compileflow._process.folders import work_folder
+from compileflow._process.folders import file_written_whole, work_folder
 from compileflow.artifact.attestations.envelopes import Envelope, read_bundle, stored_envelopes, write_bundle
 from compileflow.artifact.attestations.keys import configured_keys, load_public_keys
 from compileflow.artifact.attestations.verify import Attestations, verify_attestations
@@ -84,7 +84,10 @@ def check_signed(
     envelopes = stored_envelopes(open_store(store_uri, settings), checked.digest)
     attested = check(envelopes)
     # The check has passed without this copy, and another user may own the cache.
-    with suppress(OSError, StoreError), work_folder(settings.work_dir, label="attestations") as work:
+    with (
+        suppress(OSError, StoreError),
+        work_folder(settings.work_dir, label="attestations") as work,
+        file_written_whole(folder / ATTESTATIONS_NAME, partial=work / ATTESTATIONS_NAME),
+    ):
         write_bundle(work, envelopes)
-        (work / ATTESTATIONS_NAME).replace(folder / ATTESTATIONS_NAME)
     return attested

@@ -6,6 +6,7 @@ first one, it refuses the repetition, because the object is no longer as expecte
 process has written the object, perhaps this one, and the writer looks at the object before it gives up:
 
 - A blob is content-addressed. An object of the right size is the blob (`write_blob_once`).
+- A listing is content-addressed as well (`S3Store._put_listing`).
 - A lease contains the id of its holder (`write_if_unchanged_or_ours`).
 
 A reply that breaks off in the middle of a download is another matter: see `fetch_blob` in blob_downloads.py.
