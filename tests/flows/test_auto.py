@@ -118,9 +118,12 @@ def test_nothing_is_registered_when_no_candidate_keeps_to_the_budget(
     ("fields", "reason"),
     [
         ({"target_options": {"opset": 18}}, "Target 'auto' takes no target options, got opset"),
-        ({"steps": {"validate": False}}, "The validate step is off"),
+        ({"steps": {"validate": False}}, "the validate step is off"),
         ({"auto": {"targets": ["onx-runtime"]}}, "Unknown target 'onx-runtime'"),
-        ({"auto": {"targets": ["onnx-runtime"], "precisions": ["bf16"]}}, "No target compiles"),
+        (
+            {"auto": {"targets": ["onnx-runtime"], "precisions": ["bf16"]}},
+            "compiles text-classification in a requested precision",
+        ),
     ],
 )
 def test_contradictions_are_refused_before_anything_is_compiled(
