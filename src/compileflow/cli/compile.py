@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _MODEL, _TARGET, _SHAPES = "Model", "Target", "Precision and shapes"
 _VALIDATION, _STORES, _RUN = "Validation", "Stores and registries", "Run"
-# The main option stands in the first panel, which has no name of its own.
+# Options without a panel come first in the help: the five that a newcomer needs.
 _TARGET_HELP = "Target to compile for, or auto, which tries all targets. Repeatable. List: compileflow targets."
 _MODEL_HELP = "A model folder, a Hub id (owner/name), or the URI of a registered version."
 
