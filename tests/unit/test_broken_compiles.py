@@ -1,6 +1,6 @@
-"""Compiles broken on purpose, in the compiled file itself: each must fail, and the reason must say why.
+"""Compiles that are broken on purpose in the compiled file: each must fail, and the reason must name the fault.
 
-Over 300 lines, because each break needs a surgeon for ONNX and one for TorchScript.
+This file has over 300 lines, because every fault is made in ONNX and in TorchScript.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.filterwarnings(r"ignore:.*torch\.jit\..*deprecated")
 CLASSIFY, TAG = HfTask.TEXT_CLASSIFICATION, HfTask.TOKEN_CLASSIFICATION
 POSITIONS = "bert.embeddings.position_embeddings.weight"
 TARGETS = ("onnx-runtime", "torchscript")
-# What is broken, and the gate that must name the verdict: the first of the suite that can see it.
+# Each fault, and the gate that must name the verdict: the first gate of the suite that can see the fault.
 BREAKS = {
     "mask ignored": "mask_respected",
     "token types dropped": "token_types_respected",
@@ -48,7 +48,7 @@ BREAKS = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """A healthy compile, for reading only, and what it was compiled from."""
+    """A healthy, read-only compile and its source model."""
 
     source_dir: Path
     artifact_dir: Path
@@ -69,7 +69,7 @@ def healthy(
 
 
 def break_artifact(artifact_dir: Path, how: str) -> None:
-    """Alter the compiled file as a faulty compiler would have written it, and reseal the artifact."""
+    """Alter the compiled file as a faulty compiler would write it, and reseal the artifact."""
     name = read_manifest(artifact_dir).target.name
     component = artifact_dir / "components" / "default"
     (_break_onnx if name == "onnx-runtime" else _break_torchscript)(component, how)
@@ -94,7 +94,7 @@ def _break_onnx(component: Path, how: str) -> None:
     if how in ("mask ignored", "token types dropped"):
         name, value = ("attention_mask", 1) if how == "mask ignored" else ("token_type_ids", 0)
         for node in graph.node:
-            node.input[:] = ["constant_ids" if each == name else each for each in node.input]
+            node.input[:] = ["constant_ids" if value == name else value for value in node.input]
         fill = helper.make_tensor("fill", onnx.TensorProto.INT64, [1], [value])
         graph.node.insert(0, helper.make_node("ConstantOfShape", ["ids_shape"], ["constant_ids"], value=fill))
         graph.node.insert(0, helper.make_node("Shape", ["input_ids"], ["ids_shape"]))
@@ -106,12 +106,12 @@ def _break_onnx(component: Path, how: str) -> None:
             order = order[1:]
             labels.dim_value -= 1
         for node in graph.node:
-            node.output[:] = ["logits_before" if each == "logits" else each for each in node.output]
+            node.output[:] = ["logits_before" if value == "logits" else value for value in node.output]
         graph.initializer.append(numpy_helper.from_array(np.array(order), "label_order"))
         graph.node.append(helper.make_node("Gather", ["logits_before", "label_order"], ["logits"], axis=-1))
     else:
-        (tensor,) = (each for each in graph.initializer if each.name == POSITIONS)
-        tensor.CopyFrom(numpy_helper.from_array(_spoilt(numpy_helper.to_array(tensor), how), POSITIONS))
+        (tensor,) = (weight for weight in graph.initializer if weight.name == POSITIONS)
+        tensor.CopyFrom(numpy_helper.from_array(_altered(numpy_helper.to_array(tensor), how), POSITIONS))
     onnx.save(model, str(path))
 
 
@@ -119,12 +119,12 @@ def _break_torchscript(component: Path, how: str) -> None:
     holder = torch.jit.load(str(component / "model.pt"))
     weights = holder.state_dict()
     if how in ("one weight changed", "NaN in one position"):
-        # The buckets share their weights: altering one bucket's alters them all.
-        (name, *_) = (each for each in weights if each.endswith(POSITIONS))
-        weights[name].copy_(torch.as_tensor(_spoilt(weights[name].numpy(), how)))
+        # The buckets share their weights, so altering one bucket alters them all.
+        (name, *_) = (key for key in weights if key.endswith(POSITIONS))
+        weights[name].copy_(torch.as_tensor(_altered(weights[name].numpy(), how)))
     elif how == "labels swapped":
         for ending in ("classifier.weight", "classifier.bias"):
-            (name, *_) = (each for each in weights if each.endswith(ending))
+            (name, *_) = (key for key in weights if key.endswith(ending))
             weights[name][:2] = weights[name][:2].flip(0).clone()
     else:
         broken = torch.nn.Module()
@@ -135,7 +135,7 @@ def _break_torchscript(component: Path, how: str) -> None:
 
 
 class Faulty(torch.nn.Module):
-    """Stands around a traced graph and spoils what goes in or comes out."""
+    """Wraps a traced graph and spoils its inputs or outputs."""
 
     def __init__(self, graph: Any, how: str):
         super().__init__()
@@ -156,7 +156,7 @@ class Faulty(torch.nn.Module):
 
 
 class Holder(torch.nn.Module):
-    """Holds one graph a bucket, as the target does."""
+    """Holds one graph per bucket, as the target does."""
 
     def __init__(self, graphs: dict[str, torch.nn.Module]):
         super().__init__()
@@ -164,7 +164,7 @@ class Holder(torch.nn.Module):
             setattr(self, name, graph)
 
 
-def _spoilt(weights: np.ndarray, how: str) -> np.ndarray:
+def _altered(weights: np.ndarray, how: str) -> np.ndarray:
     altered = weights.copy()
     if how == "one weight changed":
         altered[2, 0] += 0.5
@@ -193,7 +193,7 @@ def test_a_broken_compile_fails_and_the_reason_names_the_fault(
     assert (tmp_path / "report" / "report.html").stat().st_size > 0
 
 
-def test_the_mask_gate_is_not_alone_in_seeing_an_ignored_mask(healthy: Compiled, tmp_path: Path) -> None:
+def test_other_gates_see_an_ignored_mask_as_well(healthy: Compiled, tmp_path: Path) -> None:
     artifact_dir = _broken(healthy, tmp_path, "mask ignored")
     proof = validate_here(healthy.source_dir, artifact_dir, tmp_path / "report")
     assert proof.gate("rel_l2")["outcome"] == "fail"
@@ -201,7 +201,7 @@ def test_the_mask_gate_is_not_alone_in_seeing_an_ignored_mask(healthy: Compiled,
     assert proof.gate("token_types_respected")["outcome"] == "pass"
 
 
-def test_a_bucket_that_raises_fails_and_the_report_has_its_words(
+def test_a_bucket_that_raises_fails_and_the_report_has_the_error(
     tiny_model: ModelFactory, in_process: InProcess, tmp_path: Path
 ) -> None:
     source_dir = tiny_model(CLASSIFY)
@@ -254,12 +254,12 @@ def stored(healthy: Compiled, settings: Settings, in_process: InProcess) -> Iter
     source = fetch_source(str(healthy.source_dir), None, store_uri=store_uri, settings=settings)
 
     def put(folder: Path) -> CompiledArtifact:
-        there = open_store(store_uri).put_folder(folder)
+        stored = open_store(store_uri).put_folder(folder)
         return CompiledArtifact(
-            uri=there.uri,
-            digest=there.digest,
+            uri=stored.uri,
+            digest=stored.digest,
             cache_key="0" * 64,
-            size_bytes=there.size_bytes,
+            size_bytes=stored.size_bytes,
             compile_duration_s=1.0,
             peak_rss_bytes=1,
             cached=False,
@@ -267,8 +267,10 @@ def stored(healthy: Compiled, settings: Settings, in_process: InProcess) -> Iter
         )
 
     def validate(artifact: CompiledArtifact) -> Any:
-        wanted = ValidationSettings(max_examples=24, latency_pairs=5)
-        return validate_artifact(source, artifact, wanted, store_uri=store_uri, settings=settings, timeout_s=300.0)
+        validation = ValidationSettings(max_examples=24, latency_pairs=5)
+        return validate_artifact(
+            source, artifact, validation, store_uri=store_uri, settings=settings, timeout_s=300.0
+        )
 
     def register(artifact: CompiledArtifact, validated: Any, *, allow_warn: bool = True) -> Any:
         return register_version(
@@ -300,7 +302,7 @@ def test_a_broken_artifact_in_the_store_is_refused_by_validate_and_by_register(
 
     with pytest.raises(VerdictError, match="fail: mask_respected"):
         stored.register(artifact, validated)
-    # A good report on something else opens no door, either.
+    # A passing report on another artifact does not help.
     good = validated.model_copy(update={"outcome": "pass", "artifact_digest": "f" * 64})
     with pytest.raises(VerdictError, match="got one about ffffffffffff"):
         stored.register(artifact, good)

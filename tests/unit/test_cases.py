@@ -1,4 +1,4 @@
-"""Inputs of a validation: every required case is there, and nothing is longer than the model takes."""
+"""Cases of a validation: every required case is present, and none is longer than the model accepts."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_empty_string_is_special_tokens_alone(by_name: dict[str, Case], builder:
     ("name", "character"),
     [("emoji", "\U0001f600"), ("CJK", "東"), ("zero-width", "\u200b"), ("control characters", "\x00")],
 )
-def test_odd_texts_are_fed_as_they_are(by_name: dict[str, Case], name: str, character: str) -> None:
+def test_odd_texts_are_not_altered(by_name: dict[str, Case], name: str, character: str) -> None:
     assert character in by_name[name].texts[0]
     assert by_name[name].family == "text"
 
@@ -111,18 +111,18 @@ def test_one_batch_is_padded_on_the_right_and_on_the_left(by_name: dict[str, Cas
     assert (np.diff(right.mask, axis=1) <= 0).all()
     assert (np.diff(left.mask, axis=1) >= 0).all()
     for row in range(len(right.texts)):
-        kept = [case.inputs["input_ids"][row][case.mask[row] == 1] for case in (right, left)]
-        assert kept[0].tolist() == kept[1].tolist()
-    alone = by_name["the batch's first row alone"]
-    assert alone.texts == right.texts[:1]
-    assert len(alone.inputs["input_ids"]) == 1 < len(right.inputs["input_ids"])
+        unpadded = [case.inputs["input_ids"][row][case.mask[row] == 1] for case in (right, left)]
+        assert unpadded[0].tolist() == unpadded[1].tolist()
+    first_row = by_name["the batch's first row alone"]
+    assert first_row.texts == right.texts[:1]
+    assert len(first_row.inputs["input_ids"]) == 1 < len(right.inputs["input_ids"])
 
 
-@pytest.mark.parametrize("left_out", ["token_type_ids", "attention_mask"])
-def test_an_input_is_left_out(by_name: dict[str, Case], left_out: str) -> None:
-    case = by_name[f"without {left_out}"]
-    assert set(case.inputs) == {"input_ids", "attention_mask", "token_type_ids"} - {left_out}
-    # What the model then assumes is what was left out, so that both models must agree.
+@pytest.mark.parametrize("omitted", ["token_type_ids", "attention_mask"])
+def test_an_input_is_omitted(by_name: dict[str, Case], omitted: str) -> None:
+    case = by_name[f"without {omitted}"]
+    assert set(case.inputs) == {"input_ids", "attention_mask", "token_type_ids"} - {omitted}
+    # The omitted input equals the model's default, so both models must agree.
     assert case.mask.all()
 
 
@@ -142,7 +142,7 @@ def test_nothing_exceeds_the_maximum(tiny_model: ModelFactory, max_length: int, 
         assert all(value.dtype == np.int64 for value in case.inputs.values())
 
 
-def test_inputs_hold_only_what_the_graph_takes(tiny_model: ModelFactory) -> None:
+def test_inputs_hold_only_what_the_model_takes(tiny_model: ModelFactory) -> None:
     whole = _builder(tiny_model(HfTask.TEXT_CLASSIFICATION, "distilbert"))
     builder = CaseBuilder(whole.tokenizer, ("input_ids", "attention_mask"), MAX_LENGTH, EDGES, 0)
     cases = shape_cases(builder, sentences())
@@ -198,8 +198,8 @@ def test_the_library_carries_320_distinct_sentences() -> None:
 
 def test_the_library_carries_300_questions_with_their_contexts() -> None:
     examples, _, _ = load_examples(HfTask.QUESTION_ANSWERING, None, 1000)
-    assert len({(each["question"], each["context"]) for each in examples}) == len(examples) == 300
-    assert all(each["question"].strip() and each["context"].strip() for each in examples)
+    assert len({(example["question"], example["context"]) for example in examples}) == len(examples) == 300
+    assert all(example["question"].strip() and example["context"].strip() for example in examples)
 
 
 def test_users_examples_as_plain_text(tmp_path: Path) -> None:
@@ -246,6 +246,6 @@ def test_unusable_examples_give_one_clear_error(tmp_path: Path, task: HfTask, bo
 
 
 @pytest.mark.parametrize("name", ["absent.txt", "."])
-def test_examples_that_are_no_file_give_one_clear_error(tmp_path: Path, name: str) -> None:
+def test_examples_that_are_not_a_file_give_one_clear_error(tmp_path: Path, name: str) -> None:
     with pytest.raises(MeasurementError, match="cannot be used"):
         load_examples(HfTask.TEXT_CLASSIFICATION, str(tmp_path / name), 10)

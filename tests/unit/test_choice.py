@@ -19,20 +19,20 @@ from compileflow.validation.measure import Latency
 def candidate(
     target: str, ratio: float | tuple[float, ...] | None = 0.5, loss: float | None = 0.0, **fields: Any
 ) -> Candidate:
-    """Return one that was timed at 1 x 16, 8 x 64, ...; eager takes 10 ms a row."""
+    """Return a candidate that was timed at 1 x 16, 8 x 16 and 32 x 16; eager takes 10 ms per row."""
     ratios = () if ratio is None else (ratio,) if isinstance(ratio, float) else ratio
     sizes = (1, 8, 32)
     latencies = tuple(
         CandidateLatency(
             shape=f"{rows} x 16",
             batch_size=rows,
-            latency_p50_ms=10.0 * rows * each,
+            latency_p50_ms=10.0 * rows * fraction,
             reference_p50_ms=10.0 * rows,
-            ratio=each,
-            ratio_low=each,
-            ratio_high=each,
+            ratio=fraction,
+            ratio_low=fraction,
+            ratio_high=fraction,
         )
-        for rows, each in zip(sizes, ratios, strict=False)
+        for rows, fraction in zip(sizes, ratios, strict=False)
     )
     common = {"precision": "fp32", "outcome": "pass", "reason": "pass: all gates hold", "size_bytes": 80_000_000}
     return Candidate.model_validate(
@@ -46,23 +46,23 @@ def chosen(*candidates: Candidate, allow_warn: bool = False, **objective: Any) -
 
 def test_label_names_target_precision_and_options() -> None:
     options = {"quantization": "static", "streams": 2, "fused": True}
-    one = candidate("openvino", precision="int8", options=options)
-    assert one.label == "openvino int8 fused=true quantization=static streams=2"
+    openvino = candidate("openvino", precision="int8", options=options)
+    assert openvino.label == "openvino int8 fused=true quantization=static streams=2"
     assert candidate("torchscript").label == "torchscript fp32"
 
 
 def test_speeds_of_a_candidate() -> None:
-    one = candidate("a", (0.2, 0.8))
-    assert one.latency_ratio == pytest.approx(0.4)
+    timed = candidate("a", (0.2, 0.8))
+    assert timed.latency_ratio == pytest.approx(0.4)
     # 1 row in 2 ms, 8 rows in 64 ms.
-    assert one.throughput_per_s == pytest.approx(500)
+    assert timed.throughput_per_s == pytest.approx(500)
     assert candidate("a", None).latency_ratio is None
     assert candidate("a", None).throughput_per_s is None
 
 
-def test_latency_is_taken_over_from_a_report() -> None:
-    taken = CandidateLatency.of(Latency("8 x 128", 12.0, 6.0, 0.5, 0.45, 0.55, 30))
-    assert taken.model_dump() == {
+def test_latency_comes_from_a_report() -> None:
+    latency = CandidateLatency.of(Latency("8 x 128", 12.0, 6.0, 0.5, 0.45, 0.55, 30))
+    assert latency.model_dump() == {
         "shape": "8 x 128",
         "batch_size": 8,
         "latency_p50_ms": 6.0,
@@ -74,7 +74,7 @@ def test_latency_is_taken_over_from_a_report() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_is_not_a_number_is_refused(bad: float) -> None:
+def test_a_value_that_is_not_finite_is_refused(bad: float) -> None:
     with pytest.raises(ValidationError, match="finite"):
         candidate("a", rel_l2=bad)
 
@@ -119,15 +119,15 @@ def test_size_goal_takes_the_smallest_and_latency_breaks_ties() -> None:
 
 
 def test_size_goal_needs_no_timing() -> None:
-    one, other = candidate("a", None, size_bytes=10), candidate("b", None, size_bytes=9)
-    assert chosen(one, other, goal="size")[0] == 1
-    assert chosen(candidate("a", size_bytes=None), other, goal="size")[0] == 1
+    ten_bytes, nine_bytes = candidate("a", None, size_bytes=10), candidate("b", None, size_bytes=9)
+    assert chosen(ten_bytes, nine_bytes, goal="size")[0] == 1
+    assert chosen(candidate("a", size_bytes=None), nine_bytes, goal="size")[0] == 1
 
 
 @pytest.mark.parametrize(("ratio", "winner"), [(0.509, 1), (0.511, 0)])
 def test_within_two_percent_the_more_accurate_wins(ratio: float, winner: int) -> None:
-    found, reason = chosen(candidate("a", 0.5, 0.01), candidate("b", ratio, 0.0), candidate("c", 0.9))
-    assert found == winner
+    position, reason = chosen(candidate("a", 0.5, 0.01), candidate("b", ratio, 0.0), candidate("c", 0.9))
+    assert position == winner
     if winner:
         assert reason == (
             "b fp32: 0.51 of eager's latency, within 2 % of the lowest of 3 that passed their gates, "
@@ -144,7 +144,7 @@ def test_near_ties_do_not_add_up() -> None:
         assert order[winner].target == "b"
 
 
-def test_equals_are_decided_by_the_label_in_any_order() -> None:
+def test_between_equal_candidates_the_label_decides_in_any_order() -> None:
     for order in permutations((candidate("c"), candidate("a"), candidate("b"))):
         winner, _ = chosen(*order)
         assert winner is not None
@@ -171,7 +171,7 @@ def test_a_warning_wins_only_where_it_is_allowed() -> None:
         ({"max_serving_memory_bytes": 100}, {"serving_memory_bytes": 100}, {"serving_memory_bytes": 101}),
     ],
 )
-def test_a_budget_drops_what_exceeds_it_and_what_was_not_measured(
+def test_a_budget_drops_candidates_that_exceed_it_or_were_not_measured(
     budget: dict[str, Any], within: dict[str, Any], beyond: dict[str, Any]
 ) -> None:
     name = next(iter(within))
@@ -198,7 +198,7 @@ def test_speed_is_compared_only_where_all_were_timed() -> None:
     )
 
 
-def test_when_none_is_left_the_reason_counts_why() -> None:
+def test_when_none_can_be_chosen_the_reason_counts_why() -> None:
     winner, reason = chosen(
         candidate("a", outcome="fail"),
         candidate("b", outcome="fail"),
@@ -215,7 +215,7 @@ def test_when_none_is_left_the_reason_counts_why() -> None:
     )
 
 
-def test_of_no_candidate_none_is_chosen() -> None:
+def test_without_candidates_none_is_chosen() -> None:
     assert chosen() == (None, "No candidate was given.")
 
 
@@ -228,7 +228,7 @@ def test_objective_has_titles_for_a_form_and_refuses_nonsense() -> None:
             Objective.model_validate(bad)
 
 
-def test_front_holds_whatever_no_other_beats_in_all_three() -> None:
+def test_front_holds_the_candidates_that_no_other_beats_in_all_three_numbers() -> None:
     candidates = (
         candidate("fast", 0.2, 0.02, size_bytes=50),
         candidate("exact", 0.8, 0.0, size_bytes=90),

@@ -61,12 +61,12 @@ def test_a_label_that_changes_is_a_flip_with_both_labels_and_the_margin() -> Non
     assert decisions.flips_count() == 1
 
 
-def test_the_same_label_is_no_flip_whatever_the_numbers() -> None:
+def test_an_equal_label_is_not_a_flip_whatever_the_numbers() -> None:
     before, after = {"logits": logits(0.7, 0.2, 0.1)}, {"logits": logits(0.4, 0.3, 0.3)}
     assert one_row(Decisions(CLASSIFY, LABELS), "a", before, after) == ()
 
 
-def test_a_tie_of_the_source_model_is_no_flip() -> None:
+def test_a_tie_of_the_source_model_is_not_a_flip() -> None:
     decisions = Decisions(CLASSIFY, LABELS)
     before, after = {"logits": logits(0.4502, 0.4498, 0.1)}, {"logits": logits(0.1, 0.8, 0.1)}
     assert one_row(decisions, "a", before, after) == ()
@@ -81,7 +81,7 @@ def test_a_flip_within_noise_is_not_sure() -> None:
     assert not flip.sure
 
 
-def test_an_answer_that_is_not_a_number_is_called_that() -> None:
+def test_an_answer_that_is_not_a_number_is_named_so() -> None:
     (flip,) = one_row(
         Decisions(CLASSIFY, LABELS), "a", {"logits": logits(0.1, 0.2, 0.7)}, {"logits": [NAN, 0.0, 1.0]}
     )
@@ -172,7 +172,7 @@ def _embeddings(degrees: Sequence[float]) -> Arrays:
 
 
 def _moved(after: Sequence[float]) -> Decisions:
-    """Embeddings on a line, 0 to 23, and where each of them went."""
+    """Compare embeddings on a line, 0 to 23, with their places afterwards."""
     decisions = Decisions(EMBED)
     for start in (0, 8, 16):
         part = slice(start, start + 8)
@@ -223,9 +223,9 @@ def test_outputs_of_the_wrong_shape_are_left_to_the_shape_gate() -> None:
 def test_report_of_a_refused_artifact_names_the_examples(
     tiny_model: ModelFactory, in_process: InProcess, tmp_path: Path, hf_task: HfTask
 ) -> None:
-    # Another model under the same name: what a wrong compile comes to.
-    other = build_model(tmp_path / "other", hf_task, seed=1)
-    artifact_dir = in_process.compile(other, tmp_path / "artifact", target="torchscript", hf_task=hf_task)
+    # Another model stands for a wrong compile.
+    other_model = build_model(tmp_path / "other", hf_task, seed=1)
+    artifact_dir = in_process.compile(other_model, tmp_path / "artifact", target="torchscript", hf_task=hf_task)
     proof = validate_here(tiny_model(hf_task), artifact_dir, tmp_path / "report")
     assert proof.outcome == "fail"
     flips, count = proof.report["flips"], proof.report["flips_count"]

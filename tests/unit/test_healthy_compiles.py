@@ -18,14 +18,14 @@ pytestmark = pytest.mark.filterwarnings(r"ignore:.*torch\.jit\..*deprecated")
 # Static buckets compile in a moment and always see padding; ONNX exports take seconds each.
 _QUICK = [("bert", task, "torchscript") for task in GRAPH_TASKS if task.modality != "audio"]
 _SLOW = [
-    each for each in product(ARCHITECTURES, TEXT_GRAPHS, ("onnx-runtime", "torchscript")) if each not in _QUICK
+    case for case in product(ARCHITECTURES, TEXT_GRAPHS, ("onnx-runtime", "torchscript")) if case not in _QUICK
 ] + [("bert", task, target) for task in SIGNAL_TASKS for target in ("onnx-runtime", "openvino")]
 _SLOW += [("bert", task, "torchscript") for task in GRAPH_TASKS if task.modality == "audio"]
 
 
 @pytest.mark.parametrize(
     ("architecture", "hf_task", "target"),
-    [*_QUICK, *(pytest.param(*each, marks=pytest.mark.slow) for each in _SLOW)],
+    [*_QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in _SLOW)],
 )
 def test_a_healthy_compile_passes_every_gate(
     tiny_model: ModelFactory,

@@ -19,13 +19,13 @@ NAN = float("nan")
 
 
 def comparison(candidate: list[float] | None = None) -> dict[str, Any]:
-    """Return one row as `measure` makes it."""
+    """Return one row as `measure` builds it."""
     row = {"case": "natural 1", "family": "agreement", "output": "logits", "text": "a text", "trouble": ""}
     return row | compare(np.array([1.0, -1.0]), np.array([1.0, -1.0] if candidate is None else candidate))
 
 
 def healthy(hits: int = 300, trials: int = 300) -> Measurements:
-    """Return what a faultless text classifier measures."""
+    """Return the measurements of a faultless text classifier."""
     return Measurements(
         comparisons=[comparison() for _ in range(3)],
         rates=[
@@ -43,9 +43,9 @@ def healthy(hits: int = 300, trials: int = 300) -> Measurements:
 
 
 def verdict(
-    found: Measurements, task: HfTask = CLASSIFY, precision: Precision = Precision.FP32, **overrides: float
+    measured: Measurements, task: HfTask = CLASSIFY, precision: Precision = Precision.FP32, **overrides: float
 ) -> Verdict:
-    return judge(found, precision=precision, hf_task=task, overrides=overrides)
+    return judge(measured, precision=precision, hf_task=task, overrides=overrides)
 
 
 def gate(answer: Verdict, name: str) -> GateResult:
@@ -69,9 +69,9 @@ def test_gates_come_in_the_suites_order() -> None:
 @pytest.mark.parametrize("bad", [NAN, float("inf")])
 def test_one_value_that_is_not_finite_fails_first_whatever_the_precision(bad: float) -> None:
     for precision in Precision:
-        found = healthy()
-        found.comparisons[1] = comparison([1.0, bad])
-        answer = verdict(found, precision=precision)
+        measured = healthy()
+        measured.comparisons[1] = comparison([1.0, bad])
+        answer = verdict(measured, precision=precision)
         assert answer.outcome == "fail"
         assert answer.reason.startswith("fail: finite_outputs measured 1, the limit is at most 0")
         assert gate(answer, "rel_l2").measured is None
@@ -79,32 +79,32 @@ def test_one_value_that_is_not_finite_fails_first_whatever_the_precision(bad: fl
 
 
 def test_wrong_shape_fails() -> None:
-    found = healthy()
-    found.comparisons.append(comparison([1.0]))
-    assert verdict(found).reason.startswith("fail: output_shapes")
+    measured = healthy()
+    measured.comparisons.append(comparison([1.0]))
+    assert verdict(measured).reason.startswith("fail: output_shapes")
 
 
 def test_nan_scalar_fails() -> None:
-    found = healthy()
-    found.scalars["mask_leak"] = NAN
-    answer = verdict(found)
+    measured = healthy()
+    measured.scalars["mask_leak"] = NAN
+    answer = verdict(measured)
     assert answer.outcome == "fail"
     assert "mask_respected measured no number" in answer.reason
 
 
 @pytest.mark.parametrize("metric", ["misplaced_labels", "mask_leak", "confident_flips"])
 def test_a_metric_that_was_not_measured_is_an_error(metric: str) -> None:
-    found = healthy()
-    del found.scalars[metric]
-    answer = verdict(found)
+    measured = healthy()
+    del measured.scalars[metric]
+    answer = verdict(measured)
     assert answer.outcome == "error"
     assert "no rows to judge" in answer.reason
 
 
 def test_no_rate_is_an_error() -> None:
-    found = healthy()
-    found.rates.clear()
-    answer = verdict(found)
+    measured = healthy()
+    measured.rates.clear()
+    answer = verdict(measured)
     assert answer.outcome == "error"
     assert answer.reason.startswith("error: label_agreement measured no number")
 
@@ -121,9 +121,9 @@ def test_nothing_measured_at_all_is_an_error_in_every_gate() -> None:
 
 
 def test_an_optional_gate_that_does_not_apply_is_noted_and_not_judged() -> None:
-    found = healthy()
-    del found.scalars["token_type_error"]
-    answer = verdict(found)
+    measured = healthy()
+    del measured.scalars["token_type_error"]
+    answer = verdict(measured)
     assert answer.outcome == "pass"
     assert "token_types_respected" not in [result.gate for result in answer.gates]
     assert "token_types_respected does not apply to this model." in answer.notes
@@ -137,10 +137,10 @@ def test_too_few_examples_warn_and_say_how_many_more_decide() -> None:
     assert result.severity == "critical"
     assert "20 of 20" in result.detail
     assert "248 more examples" in answer.reason
-    # Examples of ten decisions each decide ten times as fast.
-    found = healthy()
-    found.rates = [{"metric": "label_agreement", "text": "", "hits": 10, "trials": 10}] * 2
-    assert "25 more examples" in verdict(found, precision=Precision.FP16).reason
+    # With ten decisions per example, a tenth of the examples is enough.
+    measured = healthy()
+    measured.rates = [{"metric": "label_agreement", "text": "", "hits": 10, "trials": 10}] * 2
+    assert "25 more examples" in verdict(measured, precision=Precision.FP16).reason
 
 
 @pytest.mark.parametrize(("trials", "outcome"), [(267, "warn"), (268, "pass")])
@@ -148,7 +148,7 @@ def test_268_faultless_examples_show_99_percent(trials: int, outcome: str) -> No
     assert verdict(healthy(trials, trials), precision=Precision.BF16).outcome == outcome
 
 
-def test_a_rate_that_is_surely_too_low_fails() -> None:
+def test_a_rate_that_is_certainly_too_low_fails() -> None:
     answer = verdict(healthy(hits=270, trials=300), precision=Precision.FP16)
     assert answer.outcome == "fail"
     assert answer.reason.startswith("fail: label_agreement measured 0.9, the limit is at least 0.99; 270 of 300")
@@ -161,32 +161,32 @@ def test_a_limit_of_one_allows_no_miss_and_needs_no_number() -> None:
 
 @pytest.mark.parametrize("precision", [Precision.FP32, Precision.FP16, Precision.BF16])
 def test_a_large_difference_fails(precision: Precision) -> None:
-    found = healthy()
-    found.comparisons.append(comparison([1.4, -1.0]))
-    answer = verdict(found, precision=precision)
+    measured = healthy()
+    measured.comparisons.append(comparison([1.4, -1.0]))
+    answer = verdict(measured, precision=precision)
     assert answer.outcome == "fail"
-    named = "max_abs_diff" if precision is Precision.FP32 else "rel_l2"
-    assert answer.reason.startswith(f"fail: {named}")
+    first_gate = "max_abs_diff" if precision is Precision.FP32 else "rel_l2"
+    assert answer.reason.startswith(f"fail: {first_gate}")
 
 
 def test_numbers_of_int8_only_warn_and_its_decisions_fail() -> None:
-    found = healthy()
-    found.comparisons.append(comparison([2.0, 1.0]))
-    found.scalars["mask_leak"] = 0.9
-    answer = verdict(found, precision=Precision.INT8)
+    measured = healthy()
+    measured.comparisons.append(comparison([2.0, 1.0]))
+    measured.scalars["mask_leak"] = 0.9
+    answer = verdict(measured, precision=Precision.INT8)
     assert answer.outcome == "warn"
     assert {gate(answer, n).outcome for n in ("mask_respected", "rel_l2", "one_minus_cosine")} == {"warn"}
-    found.scalars["confident_flips"] = 1.0
-    answer = verdict(found, precision=Precision.INT8)
+    measured.scalars["confident_flips"] = 1.0
+    answer = verdict(measured, precision=Precision.INT8)
     assert answer.outcome == "fail"
     assert answer.reason.startswith("fail: confident_flips")
 
 
 def test_the_first_gate_of_the_suite_names_the_verdict() -> None:
-    found = healthy(hits=0)
-    found.scalars |= {"misplaced_labels": 2.0, "mask_leak": 0.5}
-    found.comparisons.append(comparison([-1.0, 1.0]))
-    answer = verdict(found)
+    measured = healthy(hits=0)
+    measured.scalars |= {"misplaced_labels": 2.0, "mask_leak": 0.5}
+    measured.comparisons.append(comparison([-1.0, 1.0]))
+    answer = verdict(measured)
     assert answer.reason.startswith("fail: label_order measured 2")
     failed = [result.gate for result in answer.gates if result.outcome == "fail"]
     assert failed == [
@@ -201,19 +201,19 @@ def test_the_first_gate_of_the_suite_names_the_verdict() -> None:
 
 
 def test_a_fail_outweighs_a_warning_that_stands_before_it() -> None:
-    found = healthy()
-    found.scalars |= {"mask_leak": 0.9, "confident_flips": 1.0}
-    assert verdict(found, precision=Precision.INT8).reason.startswith("fail: confident_flips")
+    measured = healthy()
+    measured.scalars |= {"mask_leak": 0.9, "confident_flips": 1.0}
+    assert verdict(measured, precision=Precision.INT8).reason.startswith("fail: confident_flips")
 
 
 def test_an_error_outweighs_a_warning_and_a_fail_before_an_error_keeps_the_name() -> None:
-    found = healthy(hits=20, trials=20)
-    del found.scalars["confident_flips"]
-    assert verdict(found, precision=Precision.FP16).reason.startswith("error: confident_flips")
-    # A graph that answers nothing leaves the later gates no rows; the cause is its missing answers.
-    found.comparisons = [comparison([]) for _ in range(3)]
-    del found.scalars["misplaced_labels"]
-    assert verdict(found, precision=Precision.FP16).reason.startswith("fail: output_shapes")
+    measured = healthy(hits=20, trials=20)
+    del measured.scalars["confident_flips"]
+    assert verdict(measured, precision=Precision.FP16).reason.startswith("error: confident_flips")
+    # A model that answers nothing leaves the later gates without rows; the missing answers are the cause.
+    measured.comparisons = [comparison([]) for _ in range(3)]
+    del measured.scalars["misplaced_labels"]
+    assert verdict(measured, precision=Precision.FP16).reason.startswith("fail: output_shapes")
 
 
 def test_latency_is_judged_only_when_asked() -> None:
@@ -225,43 +225,43 @@ def test_latency_is_judged_only_when_asked() -> None:
 
 
 def test_margin_is_the_share_of_room_left() -> None:
-    found = healthy()
-    found.scalars["mask_leak"] = 2.5e-5
-    answer = verdict(found, label_agreement=0.5, latency_ratio=2.0)
+    measured = healthy()
+    measured.scalars["mask_leak"] = 2.5e-5
+    answer = verdict(measured, label_agreement=0.5, latency_ratio=2.0)
     assert gate(answer, "mask_respected").margin == pytest.approx(0.75)
     assert gate(answer, "label_agreement").margin == pytest.approx(1.0)
     assert gate(answer, "latency_ratio").margin == pytest.approx(-0.25)
-    # Limits that allow no exception have no room by design.
+    # Limits that allow no exception leave no room by design.
     assert gate(answer, "finite_outputs").margin is None
     assert gate(answer, "output_shapes").margin is None
 
 
 def test_a_value_at_its_limit_passes() -> None:
-    found = healthy()
-    found.scalars["mask_leak"] = 1e-4
-    answer = verdict(found)
+    measured = healthy()
+    measured.scalars["mask_leak"] = 1e-4
+    answer = verdict(measured)
     assert answer.outcome == "pass"
     assert gate(answer, "mask_respected").margin == 0.0
 
 
 def test_entities_have_their_own_gate() -> None:
-    found = healthy()
-    found.scalars["entity_f1"] = 0.9
-    assert verdict(found, TAG).reason.startswith("fail: entity_f1 measured 0.9, the limit is at least 0.99")
-    found.scalars["entity_f1"] = NAN
-    assert "entity_f1 measured no number" in verdict(found, TAG).reason
+    measured = healthy()
+    measured.scalars["entity_f1"] = 0.9
+    assert verdict(measured, TAG).reason.startswith("fail: entity_f1 measured 0.9, the limit is at least 0.99")
+    measured.scalars["entity_f1"] = NAN
+    assert "entity_f1 measured no number" in verdict(measured, TAG).reason
 
 
 def test_gates_of_other_tasks_are_not_judged() -> None:
-    found = healthy()
-    found.rates = [{"metric": "neighbour_overlap", "text": "", "hits": 10, "trials": 10}] * 30
-    names = [result.gate for result in verdict(found, EMBED).gates]
+    measured = healthy()
+    measured.rates = [{"metric": "neighbour_overlap", "text": "", "hits": 10, "trials": 10}] * 30
+    names = [result.gate for result in verdict(measured, EMBED).gates]
     assert "neighbour_overlap" in names
     assert not {"label_order", "label_agreement", "entity_f1"} & set(names)
 
 
-def test_a_gate_that_was_lost_on_the_way_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gate_without_a_result_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = judging._judge_table
-    monkeypatch.setattr(judging, "_judge_table", lambda *asked: whole(*asked)[1:])
+    monkeypatch.setattr(judging, "_judge_table", lambda *arguments: whole(*arguments)[1:])
     with pytest.raises(MeasurementError, match="Expected results of 10 gates, got 7"):
         verdict(healthy())

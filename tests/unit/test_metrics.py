@@ -50,9 +50,9 @@ def test_one_value_that_is_not_finite_leaves_no_number(bad: float) -> None:
     names = ("max_abs_diff", "rel_l2", "one_minus_cosine", "tolerance_use")
     assert all(math.isnan(row[name]) for name in names)
     # Equal infinities on both sides are not agreement.
-    both = metrics.compare(broken, broken)
-    assert (both["candidate_nonfinite_count"], both["reference_nonfinite_count"]) == (1, 1)
-    assert all(math.isnan(both[name]) for name in names)
+    twice = metrics.compare(broken, broken)
+    assert (twice["candidate_nonfinite_count"], twice["reference_nonfinite_count"]) == (1, 1)
+    assert all(math.isnan(twice[name]) for name in names)
 
 
 @pytest.mark.parametrize("candidate", [np.ones((2, 1)), np.ones(3), np.empty(0)])
@@ -67,10 +67,10 @@ def test_empty_arrays_do_not_agree() -> None:
 
 
 def test_rel_l2_of_zero_vectors() -> None:
-    zero, one = np.zeros(2), np.array([0.0, 1.0])
+    zero, unit = np.zeros(2), np.array([0.0, 1.0])
     assert metrics.rel_l2(zero, zero) == 0.0
-    assert metrics.rel_l2(zero, one) == math.inf
-    assert metrics.rel_l2(one, zero) == 1.0
+    assert metrics.rel_l2(zero, unit) == math.inf
+    assert metrics.rel_l2(unit, zero) == 1.0
 
 
 def test_cosine_at_its_landmarks() -> None:

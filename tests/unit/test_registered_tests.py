@@ -57,14 +57,14 @@ def test_compiled_model_answers_the_registered_inputs_and_its_answers_are_kept(
     assert report.examples_origin.startswith("3 test inputs of the source version, and ")
     assert "registered_predictions" in [gate.gate for gate in report.verdict.gates]
     with open_store(pipeline.store_uri).open_folder(validated.report_digest) as folder:
-        kept = read_registered_tests(folder / "test_files")
-    assert kept.inputs == tuple(INPUTS)
-    assert kept.parameters == {"top_k": None}
-    assert kept.predictions is not None
-    assert RegisteredTests((), {}, tuple(registered)).disagreement(list(kept.predictions)) == 0.0
+        stored_tests = read_registered_tests(folder / "test_files")
+    assert stored_tests.inputs == tuple(INPUTS)
+    assert stored_tests.parameters == {"top_k": None}
+    assert stored_tests.predictions is not None
+    assert RegisteredTests((), {}, tuple(registered)).disagreement(list(stored_tests.predictions)) == 0.0
 
 
-def test_predictions_that_are_not_given_again_only_warn_and_say_how_many(
+def test_predictions_that_are_not_repeated_only_warn_and_say_how_many(
     pipeline: Pipeline, tiny_model: ModelFactory, tmp_path: Path
 ) -> None:
     model = tiny_model(HfTask.TEXT_CLASSIFICATION)
@@ -77,7 +77,7 @@ def test_predictions_that_are_not_given_again_only_warn_and_say_how_many(
 
 
 @pytest.mark.parametrize(
-    ("was", "now", "same"),
+    ("before", "after", "same"),
     [
         ({"label": "a", "score": 0.9}, [{"label": "a", "score": 0.904}], True),
         ([{"label": "a", "score": 0.9}], {"label": "a", "score": 0.9}, True),
@@ -93,13 +93,13 @@ def test_predictions_that_are_not_given_again_only_warn_and_say_how_many(
         (10**400, 0.5, False),
     ],
 )
-def test_words_must_be_equal_and_numbers_near(was: Any, now: Any, same: bool) -> None:
-    assert RegisteredTests(("x",), {}, (was,)).disagreement([now]) == (0.0 if same else 1.0)
+def test_words_must_be_equal_and_numbers_close(before: Any, after: Any, same: bool) -> None:
+    assert RegisteredTests(("x",), {}, (before,)).disagreement([after]) == (0.0 if same else 1.0)
 
 
 def test_questions_with_contexts_are_natural_examples_of_their_task() -> None:
-    both = {"question": "Who?", "context": "Me.", "extra": 1}
-    tests = RegisteredTests((both, {"question": "Who?"}, "text"), {}, None)
+    question = {"question": "Who?", "context": "Me.", "extra": 1}
+    tests = RegisteredTests((question, {"question": "Who?"}, "text"), {}, None)
     assert tests.examples(HfTask.QUESTION_ANSWERING) == [{"question": "Who?", "context": "Me."}]
     assert tests.examples(HfTask.TOKEN_CLASSIFICATION) == [{"text": "text"}]
 
@@ -123,11 +123,11 @@ def test_malformed_test_files_are_one_clear_error(files: dict[str, Any], message
         read_registered_tests(write(tmp_path / "t", **files))
 
 
-def test_one_answer_an_input_is_what_counts() -> None:
+def test_every_input_must_have_one_answer() -> None:
     two = RegisteredTests(("a", "b"), {"top_k": 1}, None)
-    assert answers_to(two, lambda inputs, top_k: [(one, top_k) for one in inputs]) == [["a", 1], ["b", 1]]
+    assert answers_to(two, lambda inputs, top_k: [(text, top_k) for text in inputs]) == [["a", 1], ["b", 1]]
     assert answers_to(RegisteredTests(("a",), {}, None), lambda inputs: {"answer": "x"}) == [{"answer": "x"}]
-    with pytest.raises(MeasurementError, match="Expected one answer for each of .* 2 test inputs, got 1"):
+    with pytest.raises(MeasurementError, match=r"Expected one answer for each of .* 2 test inputs, got 1"):
         answers_to(two, lambda inputs, top_k: ["a"])
 
 
@@ -140,6 +140,6 @@ def test_test_files_that_the_pipeline_does_not_take_are_one_clear_error() -> Non
     assert "inference_params.json" in caught.value.hint
 
 
-def test_not_a_number_is_written_as_json_has_it(tmp_path: Path) -> None:
+def test_values_that_are_not_finite_become_null(tmp_path: Path) -> None:
     assert plain({"score": float("nan"), "values": (1, 2.5)}) == {"score": None, "values": [1, 2.5]}
     assert list_files(write(tmp_path / "t", inputs=["a"]))

@@ -190,16 +190,16 @@ def test_flipped_examples_are_shown_with_what_they_were_and_became(report: Repor
 
 
 def test_flips_that_are_not_shown_are_counted(report: Report, tmp_path: Path) -> None:
-    more = report.model_copy(update={"flips": (_flip("a", 0.4),), "flips_count": 9, "examples_count": 300})
+    changed = report.model_copy(update={"flips": (_flip("a", 0.4),), "flips_count": 9, "examples_count": 300})
     assert (
         "9 of 300 examples lead to another decision; the surest 1 are shown"
-        in HtmlPage(_page(more, tmp_path)).text
+        in HtmlPage(_page(changed, tmp_path)).text
     )
 
 
 def test_moved_neighbours_are_not_called_sure(report: Report, tmp_path: Path) -> None:
-    more = report.model_copy(update={"flips": (_flip("a", None),), "flips_count": 9, "examples_count": 300})
-    text = HtmlPage(_page(more, tmp_path)).text
+    changed = report.model_copy(update={"flips": (_flip("a", None),), "flips_count": 9, "examples_count": 300})
+    text = HtmlPage(_page(changed, tmp_path)).text
     assert "by their nearest neighbours; the 1 that lost most are shown" in text
     assert "sure" not in text[text.index("Flipped examples") : text.index("Latency")]
 
@@ -215,7 +215,7 @@ def test_report_of_a_version_without_flips_still_loads(report: Report) -> None:
 
 
 @pytest.mark.parametrize("field", ["source_uri", "artifact_uri", "architecture"])
-def test_names_are_escaped_too(report: Report, tmp_path: Path, field: str) -> None:
+def test_names_are_escaped(report: Report, tmp_path: Path, field: str) -> None:
     subject = report.subject.model_copy(update={field: ATTACK})
     write_report(report.model_copy(update={"subject": subject}), tmp_path)
     assert "<script" not in (tmp_path / "report.html").read_text("utf-8")
@@ -257,7 +257,7 @@ def test_figures_hold_numbers_only(measured: Measurements) -> None:
 
 
 def test_noise_multiple_is_the_worst_difference_over_the_floor(report: Report) -> None:
-    known = report.model_copy(update={"figures": {"rel_l2": 1e-6}})
-    assert known.noise_multiple == pytest.approx(5.0)
+    measured_report = report.model_copy(update={"figures": {"rel_l2": 1e-6}})
+    assert measured_report.noise_multiple == pytest.approx(5.0)
     assert report.noise_multiple is None
-    assert known.model_copy(update={"noise": {"rel_l2": 0.0}}).noise_multiple is None
+    assert measured_report.model_copy(update={"noise": {"rel_l2": 0.0}}).noise_multiple is None

@@ -1,4 +1,4 @@
-"""Images and audio: what their processors make, the shapes that graphs take, and what validation sees of them."""
+"""Images and audio: their processors, the shapes of their models, and their validation."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_speech_model_has_no_head_for_text(tiny_model: ModelFactory) -> None:
     assert "text" not in caught.value.hint
 
 
-def test_half_a_minute_is_the_longest_where_nobody_says(tiny_model: ModelFactory) -> None:
+def test_half_a_minute_is_the_longest_recording_by_default(tiny_model: ModelFactory) -> None:
     assert (
         longest_signal(load_processor(tiny_model(SPEECH), "audio", trust_remote_code=False)) == LONGEST_S * 16_000
     )
@@ -173,9 +173,9 @@ def test_padded_speech_is_answered_with_as_many_frames_as_the_bare_one(
 @pytest.mark.parametrize(
     ("inputs", "says"),
     [
-        ({"input_values": np.zeros((1, 20), np.float32)}, "20 elements a row.*fewer than 60"),
-        ({"input_values": np.zeros((1, 48_001), np.float32)}, "48001 elements a row.*at most 48000"),
-        ({"input_values": np.zeros((1, 8000), np.int16)}, "type int16.*floats"),
+        ({"input_values": np.zeros((1, 20), np.float32)}, "20 elements per row.*at least 60"),
+        ({"input_values": np.zeros((1, 48_001), np.float32)}, "48001 elements per row.*at most 48000"),
+        ({"input_values": np.zeros((1, 8000), np.int16)}, "expected floats of shape.*got int16"),
         ({"input_ids": np.ones((1, 4), np.int64)}, "no input 'input_ids'.*input_values, attention_mask"),
         ({}, "without input_values.*processor first"),
         (
@@ -194,19 +194,19 @@ def test_audio_that_does_not_fit_is_refused_with_what_is_needed(
 def test_speech_that_mishears_one_letter_fails_and_the_report_names_it(
     tiny_model: ModelFactory, speech: Path, tmp_path: Path
 ) -> None:
-    heard = (
+    characters = (
         LoadedComponent.load(open_artifact(speech))
         .run({"input_values": np.random.default_rng(1).standard_normal((1, 40_000), dtype=np.float32)})["logits"]
         .argmax(-1)
     )
-    often = int(np.bincount(heard.ravel()).argmax())
+    letter = int(np.bincount(characters.ravel()).argmax())
     broken = Path(shutil.copytree(speech, tmp_path / "broken"))
     path = broken / "components" / "default" / "model.pt"
     holder = torch.jit.load(str(path))
     weights = holder.state_dict()
     for ending in ("lm_head.weight", "lm_head.bias"):
-        (name, *_) = (each for each in weights if each.endswith(ending))
-        pair = [often, (often + 1) % 32]
+        (name, *_) = (key for key in weights if key.endswith(ending))
+        pair = [letter, (letter + 1) % 32]
         weights[name][pair] = weights[name][pair[::-1]].clone()
     torch.jit.save(holder, str(path))
     reseal(broken)
@@ -222,9 +222,9 @@ class TestExamples:
     ) -> None:
         for task in (IMAGES, SOUNDS):
             processor = load_processor(tiny_model(task), task.modality, trust_remote_code=False)
-            first, again = (generated_signals(processor, 6) for _ in range(2))
-            for one, other in zip(first, again, strict=True):
-                np.testing.assert_array_equal(one.values, other.values)
+            first, second = (generated_signals(processor, 6) for _ in range(2))
+            for signal, repeated in zip(first, second, strict=True):
+                np.testing.assert_array_equal(signal.values, repeated.values)
             rows = [processor([signal.values])[next(iter(processor([signal.values])))] for signal in first]
             sizes = {row.tobytes()[:4096] for row in rows}
             assert len(sizes) == len(first)
@@ -236,7 +236,10 @@ class TestExamples:
             Image.fromarray(np.full((8, 9, 3), value, np.uint8)).save(tmp_path / name)
         processor = load_processor(tiny_model(IMAGES), "image", trust_remote_code=False)
         signals, origin, digest = load_signals(processor, str(tmp_path), 10)
-        assert [(each.name, int(each.values[0, 0, 0])) for each in signals] == [("a.png", 10), ("b.png", 200)]
+        assert [(signal.name, int(signal.values[0, 0, 0])) for signal in signals] == [
+            ("a.png", 10),
+            ("b.png", 200),
+        ]
         assert (origin, digest) == (tmp_path.name, signals_digest(str(tmp_path), "image"))
         (tmp_path / "b.png").unlink()
         assert signals_digest(str(tmp_path), "image") != digest
@@ -285,10 +288,10 @@ class TestComponentsOfOneGraph:
         # Another shape adds its operators, and a second copy of the weights would add more than these.
         assert sizes[1] - sizes[0] < weights
         manifest = open_artifact(both).manifest
-        assert {name: each.max_sequence_length for name, each in manifest.components.items()} == {
+        assert {name: record.max_sequence_length for name, record in manifest.components.items()} == {
             "word": 8, "document": 64
         }  # fmt: skip
-        assert len({each.folder for each in manifest.components.values()}) == 1
+        assert len({record.folder for record in manifest.components.values()}) == 1
 
     def test_each_component_keeps_its_own_lengths(
         self, tiny_model: ModelFactory, in_process: InProcess, tmp_path: Path

@@ -1,4 +1,4 @@
-"""The suite file: which gates there are, with which limits, and that nothing in it can vanish unseen."""
+"""The suite file: its gates and limits, and that no entry can vanish unseen."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from compileflow.validation.judge.suite import SuiteFile, gates_for, load_suite
 from compileflow.validation.measure import Measurements
 
 FP32, FP16, BF16, INT8 = Precision.FP32, Precision.FP16, Precision.BF16, Precision.INT8
-# The limits that were decided on, written out here a second time on purpose.
+# The agreed limits, written out a second time on purpose.
 NUMERIC = {
     "rel_l2": {FP32: 1e-4, FP16: 1e-2, BF16: 5e-2},
     "one_minus_cosine": {FP32: 1e-6, FP16: 1e-4, BF16: 1e-3},
@@ -62,7 +62,7 @@ def test_every_precision_and_task_has_the_gates_that_hold_for_all(precision: Pre
 
 
 @pytest.mark.parametrize(("precision", "task"), EVERY)
-def test_limits_are_those_that_were_decided_on(precision: Precision, task: HfTask) -> None:
+def test_limits_are_the_agreed_ones(precision: Precision, task: HfTask) -> None:
     gates = {gate.entry.gate: gate for gate in gates_for(precision, task, {})}
     for name, limits in (NUMERIC | BY_TASK[task]).items():
         if precision in limits:
@@ -80,8 +80,8 @@ def test_every_task_has_a_decision_gate(precision: Precision, task: HfTask) -> N
 def test_only_the_numbers_of_int8_and_registered_predictions_warn(precision: Precision, task: HfTask) -> None:
     warning = {gate.entry.gate for gate in gates_for(precision, task, {}) if gate.severity == "warning"}
     numbers = {"mask_respected", "rel_l2", "one_minus_cosine", "neighbour_overlap"}
-    here = {gate.entry.gate for gate in gates_for(precision, task, {})}
-    assert warning == {"registered_predictions"} | (numbers & here if precision is INT8 else set())
+    gates = {gate.entry.gate for gate in gates_for(precision, task, {})}
+    assert warning == {"registered_predictions"} | (numbers & gates if precision is INT8 else set())
 
 
 def test_a_tasks_own_limit_wins() -> None:
@@ -111,8 +111,8 @@ def test_an_override_of_zero_is_a_limit() -> None:
 def test_latency_is_judged_only_when_asked() -> None:
     names = [gate.entry.gate for gate in gates_for(FP32, HfTask.FILL_MASK, {})]
     assert "latency_ratio" not in names
-    asked = [gate.entry.gate for gate in gates_for(FP32, HfTask.FILL_MASK, {"latency_ratio": 0.9})]
-    assert asked == [*names, "latency_ratio"]
+    with_limit = [gate.entry.gate for gate in gates_for(FP32, HfTask.FILL_MASK, {"latency_ratio": 0.9})]
+    assert with_limit == [*names, "latency_ratio"]
 
 
 def _body() -> dict[str, Any]:
@@ -120,7 +120,7 @@ def _body() -> dict[str, Any]:
 
 
 def _use(monkeypatch: pytest.MonkeyPatch, body: dict[str, Any]) -> None:
-    """Put another suite file in the place of the library's own."""
+    """Replace the library's suite file."""
     monkeypatch.setattr(suite, "_body", lambda: yaml.safe_dump(body).encode())
     load_suite.cache_clear()
     monkeypatch.setattr(suite, "load_suite", load_suite.__wrapped__)
@@ -156,7 +156,7 @@ def test_the_shipped_file_is_accepted() -> None:
         ("schema_version", 2, "schema_version"),
     ],
 )
-def test_an_entry_that_no_one_knows_is_refused(path: str, value: Any, says: str) -> None:
+def test_an_unknown_entry_is_refused(path: str, value: Any, says: str) -> None:
     with pytest.raises(ValidationError, match=says):
         SuiteFile.model_validate(_set(path, value))
 
@@ -168,7 +168,7 @@ def test_an_unknown_type_is_refused_when_judging_not_dropped(monkeypatch: pytest
     assert "expect_column_maximum_to_be_at_most" in str(caught.value.hint)
 
 
-def test_great_expectations_own_types_are_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_types_of_great_expectations_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     # Great Expectations knows this one, and it skips NaN.
     _use(monkeypatch, _set("gates.0.type", "expect_column_values_to_be_between"))
     with pytest.raises(MeasurementError, match="unknown type"):
@@ -190,5 +190,5 @@ def test_a_partial_task_limit_leaves_the_other_precisions_their_gate(
 ) -> None:
     _use(monkeypatch, _set("task_limits.token-classification.label_agreement", {"fp32": 0.5}))
     for precision, limit in ((FP32, 0.5), (INT8, 0.98)):
-        gates = {each.entry.gate: each for each in gates_for(precision, HfTask.TOKEN_CLASSIFICATION, {})}
+        gates = {gate.entry.gate: gate for gate in gates_for(precision, HfTask.TOKEN_CLASSIFICATION, {})}
         assert gates["label_agreement"].limit == limit

@@ -29,7 +29,7 @@ STEP = "validate"
 # Part of the cache key. Raise it when a measurement changes.
 MEASUREMENT_VERSION = 2
 _CHILD = "compileflow.steps.prove:prove_artifact"
-_LIBRARIES = ("torch", "transformers", "numpy", "great_expectations")
+_LIBRARIES = ("torch", "transformers", "numpy", "scipy", "great_expectations")
 
 
 def validate_artifact(
