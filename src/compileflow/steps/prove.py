@@ -34,7 +34,7 @@ from compileflow.validation.registered_tests import (
     write_registered_tests,
 )
 from compileflow.validation.report import (
-    TEST_FILES,
+    TEST_FILES_FOLDER,
     Report,
     ReportSubject,
     environment,
@@ -73,7 +73,7 @@ def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
     if tests is not None:
         report_progress("answering the test inputs that are registered with the source version")
         predictions = _predictions(tests, request["artifact_dir"], spec, threads)
-        write_registered_tests(tests, predictions, Path(request["report_dir"]) / TEST_FILES)
+        write_registered_tests(tests, predictions, Path(request["report_dir"]) / TEST_FILES_FOLDER)
         if tests.predictions is not None:
             registered_scalars["registered_disagreement"] = tests.disagreement(predictions)
     reports = []

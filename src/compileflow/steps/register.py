@@ -13,7 +13,7 @@ from compileflow.contracts import ModelVersion, VersionEntry, VersionFiles
 from compileflow.errors import VerdictError
 from compileflow.settings import Settings
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact, all_figures
-from compileflow.validation.report import TEST_FILES
+from compileflow.validation.report import TEST_FILES_FOLDER
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +52,8 @@ def register_version(
             artifact=stack.enter_context(store.open_folder(artifact.digest)),
             report=stack.enter_context(store.open_folder(validated.report_digest)),
         )
-        if (files.report / TEST_FILES).is_dir():
-            files = replace(files, test_files=files.report / TEST_FILES)
+        if (files.report / TEST_FILES_FOLDER).is_dir():
+            files = replace(files, test_files=files.report / TEST_FILES_FOLDER)
         manifest = read_manifest(files.artifact)
         entry = VersionEntry(
             name=registered_name,

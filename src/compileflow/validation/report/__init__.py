@@ -6,7 +6,7 @@ from compileflow.validation.report.page import megabytes, percent, write_page
 from compileflow.validation.report.report import (
     REPORT_HTML,
     REPORT_JSON,
-    TEST_FILES,
+    TEST_FILES_FOLDER,
     Report,
     ReportSubject,
     environment,
@@ -17,7 +17,7 @@ from compileflow.validation.report.report import (
 __all__ = [
     "REPORT_HTML",
     "REPORT_JSON",
-    "TEST_FILES",
+    "TEST_FILES_FOLDER",
     "Report",
     "ReportSubject",
     "environment",

@@ -19,7 +19,7 @@ from compileflow.validation.report.picture import latency_picture
 
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
 # Folder beside them with the source version's test inputs and the compiled model's answers.
-TEST_FILES = "test_files"
+TEST_FILES_FOLDER = "test_files"
 
 
 class ReportSubject(BaseModel):
