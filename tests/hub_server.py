@@ -1,4 +1,4 @@
-"""A small Hub on 127.0.0.1 that the real huggingface_hub client talks to: information, tree, files."""
+"""A small Hub on 127.0.0.1 for the real huggingface_hub client: model information, file tree, files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FILE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path
 
 @dataclass
 class Repository:
-    """A model repository: its commits' files, and the commit that each branch or tag means."""
+    """A model repository: the files of each commit, and the commit of each branch or tag."""
 
     commits: dict[str, dict[str, bytes]]
     branches: dict[str, str]
@@ -28,7 +28,7 @@ class Repository:
 
 @dataclass
 class Hub:
-    """What the server serves, what it was asked, and how it fails."""
+    """State of the server: repositories, recorded requests, and failures to simulate."""
 
     endpoint: str = ""
     repositories: dict[str, Repository] = field(default_factory=dict)
@@ -49,8 +49,8 @@ class Hub:
 
     def downloaded(self) -> set[tuple[str, str]]:
         """Return (commit, path) of each file that was sent."""
-        found = (_FILE.fullmatch(line.removeprefix("GET ")) for line in self.requests)
-        return {(match["revision"], match["path"]) for match in found if match}
+        matches = (_FILE.fullmatch(line.removeprefix("GET ")) for line in self.requests)
+        return {(match["revision"], match["path"]) for match in matches if match}
 
 
 @contextmanager
@@ -79,7 +79,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def log_message(self, *arguments: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
     def _answer(self) -> None:
         path = unquote(urlparse(self.path).path)
@@ -101,7 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send_json({"id": match["repo"], "sha": commit, "siblings": siblings})
         if match.re is _TREE:
             return self._send_json([_entry(name, body) for name, body in files.items()])
-        # As on the Hub, anyone sees what a gated repository holds; its files are another matter.
+        # As on the Hub, everyone can list a gated repository, but only some can read its files.
         if repository.gated and self.headers["Authorization"] != f"Bearer {self.hub.token}":
             return self._send(403, b'{"error":"Access to this model is restricted."}', code="GatedRepo")
         body = files.get(match["path"])

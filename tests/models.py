@@ -1,4 +1,4 @@
-"""Small models that the tests build themselves: fixed seeds, tokenizers trained on the spot."""
+"""Small source models for the tests: random weights with fixed seeds, and a fixed vocabulary."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _VOCAB_SIZE = 600
 
 
 def sentences() -> list[str]:
-    """Return the natural sentences that the library carries."""
+    """Return the natural sentences that are built into the library."""
     text = (files("compileflow.validation") / "data" / "sentences_en.txt").read_text("utf-8")
     return text.splitlines()
 
@@ -36,8 +36,8 @@ def sentences() -> list[str]:
 def build_model(folder: Path, hf_task: HfTask, *, architecture: str = "bert", seed: int = 0) -> Path:
     """Write a random model with its tokenizer or processor, as save_pretrained does, and return the folder.
 
-    Weights are drawn wider than transformers draws them, so that masks, token types and labels matter.
-    Images and audio have their own architectures: vit, and wav2vec2 with an attention mask.
+    Weights are larger than the default ones, so that masks, token types and labels matter. Image models are ViT,
+    audio models are wav2vec2 with an attention mask.
     """
     import torch
     import transformers
@@ -125,7 +125,7 @@ def _tokenizer(architecture: str) -> Any:
 
 
 def _vocabulary(special: list[str]) -> dict[str, int]:
-    """Special tokens, characters, frequent words. Always the same, unlike a trained vocabulary."""
+    """Return special tokens, characters and frequent words: the same in each run, unlike a trained vocabulary."""
     text = " ".join(sentences()).lower()
     letters = sorted(set(re.findall(r"[a-z0-9]", text)))
     marks = sorted(set(re.findall(r"[^\w\s]", text)))

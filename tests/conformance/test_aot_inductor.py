@@ -1,4 +1,4 @@
-"""aot-inductor keeps the targets' contract, and its packages leave nothing in the temporary folder."""
+"""aot-inductor passes the conformance suite for targets, and leaves nothing in the temporary folder."""
 
 import shutil
 import tempfile
@@ -26,7 +26,7 @@ class TestAotInductor(TargetConformance):
 
     @pytest.fixture
     def temporary(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-        """The temporary folder, Python's and that of native code, empty."""
+        """An empty temporary folder, for Python and for native code."""
         folder = tmp_path / "temporary"
         folder.mkdir()
         monkeypatch.setenv("TMPDIR", str(folder))
@@ -38,7 +38,7 @@ class TestAotInductor(TargetConformance):
     ) -> None:
         opened = artifact(TASK)
         package = torch._inductor.aoti_load_package(str(opened.folder / "components/default" / FILE))
-        # The proof that it would be seen.
+        # Without the target's loader, torch leaves its files here.
         assert [path.name for path in temporary.iterdir() if path.name.startswith("aotinductor")]
         del package
         for path in temporary.iterdir():
@@ -47,7 +47,7 @@ class TestAotInductor(TargetConformance):
         runner, record, source = load(TASK)
 
         assert list(temporary.iterdir()) == []
-        inputs = {each.name: np.ones((2, 9), np.int64) for each in record.inputs}
+        inputs = {tensor.name: np.ones((2, 9), np.int64) for tensor in record.inputs}
         np.testing.assert_allclose(
             runner.run(inputs)["logits"], source.run(inputs)["logits"], rtol=0, atol=self.atol
         )
@@ -59,11 +59,11 @@ class TestAotInductor(TargetConformance):
     ) -> None:
         opened = artifact(TASK)
         with (
-            zipfile.ZipFile(opened.folder / "components/default" / FILE) as sound,
+            zipfile.ZipFile(opened.folder / "components/default" / FILE) as package,
             zipfile.ZipFile(tmp_path / FILE, "w") as broken,
         ):
-            for name in sound.namelist():
-                broken.writestr(name, b"no library" if name.endswith(".so") else sound.read(name))
+            for name in package.namelist():
+                broken.writestr(name, b"not a library" if name.endswith(".so") else package.read(name))
         with pytest.raises(LoadError, match=r"model\.pt2 cannot be loaded by torch"):
             target.load(tmp_path, opened.component("default"), device="cpu", threads=None)
         assert list(temporary.iterdir()) == []

@@ -1,4 +1,4 @@
-"""neuron keeps the targets' contract, on a double of its vendor's toolchain."""
+"""neuron passes the conformance suite for targets, on a double of the vendor's toolchain."""
 
 from typing import ClassVar
 

@@ -1,4 +1,4 @@
-"""onnx-runtime keeps the targets' contract."""
+"""onnx-runtime passes the conformance suite for targets."""
 
 from typing import ClassVar
 

@@ -1,4 +1,4 @@
-"""openvino keeps the targets' contract."""
+"""openvino passes the conformance suite for targets."""
 
 from typing import ClassVar
 

@@ -1,4 +1,4 @@
-"""torchscript keeps the targets' contract."""
+"""torchscript passes the conformance suite for targets."""
 
 from typing import ClassVar
 

@@ -1,4 +1,4 @@
-"""What a double's compiler makes: a TorchScript graph of one shape, with an operator that its runtime brings."""
+"""Graphs that the doubles compile: TorchScript of one shape, with an operator that the runtime registers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def register_operator(namespace: str) -> None:
-    """Make torch know `<namespace>::forward_v2`, which gives back its input; without it no graph loads."""
+    """Register the operator `<namespace>::forward_v2`, which returns its input; graphs load only with it."""
     if not hasattr(getattr(torch.ops, namespace), "forward_v2"):
         torch.library.define(f"{namespace}::forward_v2", "(Tensor x) -> Tensor")
         torch.library.impl(f"{namespace}::forward_v2", "default")(torch.clone)
@@ -35,7 +35,7 @@ def trace(module: Any, tensors: Sequence[torch.Tensor], namespace: str, **kwargs
 def fixed_shape(
     graph: Any, tensors: Sequence[torch.Tensor], *, any_batch: bool = False, inline_weights: bool = True
 ) -> Any:
-    """Wrap a traced graph: it takes its own shape alone, or with `any_batch` works in parts of its own size."""
+    """Wrap a traced graph: it takes only one shape, or with `any_batch` groups rows by its batch size."""
 
     class FixedShape(torch.nn.Module):
         def __init__(self) -> None:
@@ -73,7 +73,7 @@ def fixed_shape(
 
 
 class CompilerArguments(argparse.ArgumentParser):
-    """A command line's parser that raises instead of ending the process."""
+    """A command-line parser that raises instead of ending the process."""
 
     def error(self, message: str) -> NoReturn:
         raise RuntimeError(f"\n{self.prog}: error: {message}\n{self.format_usage()}")

@@ -1,4 +1,4 @@
-"""The fixture `vendor_doubles`: vendors' toolchains and devices for the length of a test."""
+"""The fixture `vendor_doubles`: the vendors' toolchains and devices during a test."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MODULES = ("double_graphs", "hyperdex", "neuroncc", "neuronxcc", "torch_blade",
 
 @pytest.fixture
 def vendor_doubles(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Put the doubles on sys.path, for child processes too, and return the folder with their device nodes."""
+    """Put the doubles on sys.path, also for child processes, and return the folder with their device nodes."""
     devices = tmp_path_factory.mktemp("dev")
     for name in ("neuron0", "xfpga0"):
         (devices / name).touch()

@@ -1,4 +1,4 @@
-"""What a static int8 compile looks at: read early, refused in one line, part of its key and of no other's."""
+"""Calibration examples of a static int8 compile: reading, refusals, batches, and their place in the cache key."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def write_examples(path: Path, task: HfTask, texts: tuple[str, ...] = LINES) -> 
     return path
 
 
-class TestWhatIsRead:
+class TestReading:
     @pytest.mark.parametrize("task", TEXT_TASKS)
-    def test_without_a_file_it_is_text_that_compileflow_carries(self, task: HfTask) -> None:
+    def test_without_a_file_the_examples_are_built_in(self, task: HfTask) -> None:
         calibration = load_calibration(task, CalibrationSettings())
         assert len(calibration.examples) == calibration.record.examples == 256
         form = {"question", "context"} if task is QUESTIONS else {"text"}
@@ -56,16 +56,16 @@ class TestWhatIsRead:
         assert calibration.record.origin.startswith("compileflow's own ")
 
     @pytest.mark.parametrize("task", TEXT_TASKS)
-    def test_nobody_is_judged_on_what_was_calibrated_on(self, task: HfTask) -> None:
+    def test_no_model_is_judged_on_text_that_it_was_calibrated_on(self, task: HfTask) -> None:
         calibration = load_calibration(task, CalibrationSettings(max_examples=10_000))
         judged, origin, digest = load_examples(task, None, 10_000)
         assert calibration.record.origin != origin
         assert calibration.record.digest != digest
-        seen = set().union(*map(words_of, calibration.examples))
-        assert seen.isdisjoint(set().union(*map(words_of, judged)))
+        calibration_texts = set().union(*map(words_of, calibration.examples))
+        assert calibration_texts.isdisjoint(set().union(*map(words_of, judged)))
 
     @pytest.mark.parametrize("task", TEXT_TASKS)
-    def test_a_file_of_ones_own_is_read_in_its_order(self, task: HfTask, tmp_path: Path) -> None:
+    def test_user_file_is_read_in_its_order(self, task: HfTask, tmp_path: Path) -> None:
         path = write_examples(tmp_path / "own.txt", task)
         calibration = load_calibration(task, CalibrationSettings(examples_path=str(path), max_examples=5))
         first = "question" if task is QUESTIONS else "text"
@@ -78,16 +78,16 @@ class TestWhatIsRead:
 
     @pytest.mark.parametrize("task", [HfTask.TEXT_CLASSIFICATION, QUESTIONS])
     @pytest.mark.parametrize("count", [1, 2, 255])
-    def test_no_more_than_asked(self, task: HfTask, count: int) -> None:
+    def test_no_more_examples_than_requested(self, task: HfTask, count: int) -> None:
         calibration = load_calibration(task, CalibrationSettings(max_examples=count))
         assert len(calibration.examples) == calibration.record.examples == count
 
-    def test_it_crosses_to_the_compiles_process(self) -> None:
+    def test_calibration_survives_json(self) -> None:
         calibration = load_calibration(QUESTIONS, CalibrationSettings(max_examples=3))
         assert Calibration.from_json(json.loads(json.dumps(calibration.to_json()))) == calibration
 
 
-class TestWhatIsRefused:
+class TestRefusals:
     @pytest.mark.parametrize(
         ("task", "content", "says"),
         [
@@ -99,7 +99,7 @@ class TestWhatIsRefused:
             (QUESTIONS, b'{"question": "who?"}\n', "a line has no question and context"),
         ],
     )
-    def test_file_of_no_use_is_a_compile_error_in_one_line(
+    def test_unusable_file_is_a_compile_error_in_one_line(
         self, tmp_path: Path, task: HfTask, content: bytes, says: str
     ) -> None:
         path = tmp_path / "own.txt"
@@ -155,52 +155,52 @@ def test_only_static_int8_looks_at_examples(options: Any) -> None:
 
 
 class TestKey:
-    """Compiles are real, with onnx-runtime; seconds each."""
+    """Each test compiles with onnx-runtime, which takes seconds."""
 
     @pytest.fixture
     def model(self, tiny_model: ModelFactory, tmp_path: Path) -> Path:
         return Path(shutil.copytree(tiny_model(HfTask.TEXT_CLASSIFICATION), tmp_path / "model"))
 
     @pytest.fixture
-    def own(self, tmp_path: Path) -> Path:
+    def examples_file(self, tmp_path: Path) -> Path:
         return write_examples(tmp_path / "own.txt", HfTask.TEXT_CLASSIFICATION)
 
     @pytest.mark.slow
-    def test_changed_examples_miss_and_touched_ones_hit_and_the_manifest_names_them(
-        self, pipeline: Pipeline, model: Path, own: Path, tmp_path: Path
+    def test_changed_examples_miss_touched_examples_hit_and_the_manifest_names_them(
+        self, pipeline: Pipeline, model: Path, examples_file: Path, tmp_path: Path
     ) -> None:
-        def ask(path: Path, count: int = 16) -> Any:
+        def compile_with(path: Path, count: int = 16) -> Any:
             calibration = {"examples_path": str(path), "max_examples": count}
             return pipeline.compile(
                 pipeline.request(model, target="onnx-runtime", calibration=calibration, **STATIC)
             )
 
-        first = ask(own)
+        first = compile_with(examples_file)
         manifest = open_artifact(first.uri, settings=pipeline.settings).manifest
         assert manifest.calibration is not None
         assert manifest.calibration.model_dump() == {
             "origin": "own.txt",
-            "digest": file_digest(own),
+            "digest": file_digest(examples_file),
             "examples": 16,
         }
         assert manifest.components["default"].precision is Precision.INT8
 
-        os.utime(own, (0, 0))
-        assert ask(own).cached
-        assert ask(Path(own.rename(tmp_path / "other-name.txt"))).cached
+        os.utime(examples_file, (0, 0))
+        assert compile_with(examples_file).cached
+        assert compile_with(Path(examples_file.rename(tmp_path / "other-name.txt"))).cached
         assert pipeline.counts["compile"] == 1
 
-        write_examples(own, HfTask.TEXT_CLASSIFICATION, LINES[::-1])
-        changed = ask(own)
+        write_examples(examples_file, HfTask.TEXT_CLASSIFICATION, LINES[::-1])
+        changed = compile_with(examples_file)
         assert not changed.cached
         assert changed.why.startswith("changed: calibration examples")
         assert changed.digest != first.digest
-        assert ask(own, 15).why == "changed: calibration examples at most (16 -> 15)"
+        assert compile_with(examples_file, 15).why == "changed: calibration examples at most (16 -> 15)"
 
-    def test_compile_that_looks_at_none_neither_reads_nor_records_them(
-        self, pipeline: Pipeline, model: Path, own: Path, tmp_path: Path
+    def test_compile_without_calibration_neither_reads_nor_records_examples(
+        self, pipeline: Pipeline, model: Path, examples_file: Path, tmp_path: Path
     ) -> None:
-        for path in (own, tmp_path / "nothing.txt"):
+        for path in (examples_file, tmp_path / "nothing.txt"):
             artifact = pipeline.compile(pipeline.request(model, calibration={"examples_path": str(path)}))
         assert artifact.cached
         assert pipeline.counts["compile"] == 1

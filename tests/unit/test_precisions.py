@@ -1,4 +1,4 @@
-"""What each precision gives: float32 outputs near fp32's and not equal to them, and smaller files at int8."""
+"""Precisions: float32 outputs near those of fp32 but not equal to them, and smaller files at int8."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FP32, BF16, INT8 = Precision.FP32, Precision.BF16, Precision.INT8
 ROWS, LENGTH = 4, 32
 TEXTS = sentences()[100 : 100 + ROWS]
 WEIGHTS = {"onnx-runtime": "model.onnx.data", "openvino": "model.bin", "torchscript": "model.pt"}
-# Target, precision, options, and the relative error that is allowed: about three times what was measured.
+# Target, precision, options, and the largest relative error: about three times the measured one.
 LOWERED = [
     pytest.param("onnx-runtime", INT8, {"quantization": "dynamic"}, 0.12, id="onnx-runtime-dynamic"),
     pytest.param(
@@ -80,7 +80,7 @@ def build(
 def artifacts(
     tiny_model: ModelFactory, in_process: InProcess, tmp_path_factory: pytest.TempPathFactory
 ) -> Artifacts:
-    """Compile once a session: `artifacts(target, precision, {"option": value})`."""
+    """Compile once in a session: `artifacts(target, precision, {"option": value})`."""
     root = tmp_path_factory.mktemp("precisions")
 
     @cache
@@ -95,14 +95,14 @@ def artifacts(
 
 
 def load(artifact: OpenArtifact, threads: int | None = 1) -> Runner:
-    """Load past the check of the CPU: torch emulates what it has no instructions for."""
+    """Load without the check of the CPU: torch emulates missing instructions."""
     record = artifact.manifest.components["default"]
     target = get_target(artifact.manifest.target.name)
     return target.load(artifact.folder / record.folder, record, device="cpu", threads=threads)
 
 
 def natural_inputs(artifact: OpenArtifact) -> Arrays:
-    """Four sentences that nothing was calibrated on, filled up to the shape that static graphs have."""
+    """Return four sentences that no model was calibrated on, padded to the shape of static graphs."""
     encoded = CompiledTokenizer.from_pretrained(artifact.folder)(
         TEXTS, padding="max_length", max_length=LENGTH, return_tensors="np"
     )
@@ -118,17 +118,17 @@ def answers(artifact: OpenArtifact) -> Arrays:
 
 
 class Formats(TorchDispatchMode):
-    """Notes in which formats each operator answers."""
+    """Records the formats in which each operator answers."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: dict[str, set[torch.dtype]] = defaultdict(set)
+        self.dtypes: dict[str, set[torch.dtype]] = defaultdict(set)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         answer = func(*args, **(kwargs or {}))
         first = answer[0] if isinstance(answer, tuple | list) else answer
         if isinstance(first, torch.Tensor):
-            self.found[func.overloadpacket.__name__].add(first.dtype)
+            self.dtypes[func.overloadpacket.__name__].add(first.dtype)
         return answer
 
 
@@ -143,13 +143,13 @@ def test_lowered_precision_is_near_fp32_and_is_not_fp32(
 ) -> None:
     plain, lowered = artifacts(target, FP32), artifacts(target, precision, options)
     assert lowered.manifest.components["default"].precision is precision
-    expected, found = answers(plain)["logits"], answers(lowered)["logits"]
-    assert found.dtype == expected.dtype == np.float32
-    assert 1e-4 < rel_l2(expected, found) < limit
+    expected, actual = answers(plain)["logits"], answers(lowered)["logits"]
+    assert actual.dtype == expected.dtype == np.float32
+    assert 1e-4 < rel_l2(expected, actual) < limit
 
 
 @pytest.mark.parametrize(
-    ("target", "precision", "options", "limit"), [each for each in LOWERED if each.values[1] is INT8]
+    ("target", "precision", "options", "limit"), [case for case in LOWERED if case.values[1] is INT8]
 )
 def test_int8_weights_are_stored_as_int8(
     artifacts: Artifacts, target: str, precision: Precision, options: dict[str, Any], limit: float
@@ -163,17 +163,17 @@ def test_matrix_products_of_a_bf16_graph_are_bf16_and_its_sums_are_not(artifacts
     with Formats() as formats:
         runner.run(inputs)
     runner.close()
-    assert formats.found["linear"] == formats.found["scaled_dot_product_attention"] == {torch.bfloat16}
-    assert formats.found["layer_norm"] == formats.found["add"] == {torch.float32}
+    assert formats.dtypes["linear"] == formats.dtypes["scaled_dot_product_attention"] == {torch.bfloat16}
+    assert formats.dtypes["layer_norm"] == formats.dtypes["add"] == {torch.float32}
 
 
 @pytest.mark.parametrize(("precision", "options"), [(FP32, {}), (INT8, {"quantization": "dynamic"})])
-def test_openvino_is_asked_for_the_artifacts_precision_and_no_other(
+def test_openvino_loads_with_the_precision_of_the_artifact(
     artifacts: Artifacts, precision: Precision, options: dict[str, Any]
 ) -> None:
     runner = load(artifacts("openvino", precision, options))
-    asked = runner._model.get_property("INFERENCE_PRECISION_HINT")  # type: ignore[attr-defined]
-    assert asked.to_string() == "f32"
+    hint = runner._model.get_property("INFERENCE_PRECISION_HINT")  # type: ignore[attr-defined]
+    assert hint.to_string() == "f32"
     runner.close()
 
 
@@ -181,7 +181,7 @@ def test_openvino_is_asked_for_the_artifacts_precision_and_no_other(
     ("options", "hint", "streams"),
     [({}, "latency", 1), ({"performance_hint": "throughput"}, "throughput", 2)],
 )
-def test_openvino_has_a_stream_a_thread_for_throughput_and_one_for_latency(
+def test_openvino_has_one_stream_per_thread_for_throughput_and_one_for_latency(
     artifacts: Artifacts, options: dict[str, Any], hint: str, streams: int
 ) -> None:
     artifact = artifacts("openvino", FP32, options)
@@ -210,7 +210,7 @@ def test_static_int8_of_a_real_model_is_nearer_when_calibrated_on_natural_text(
         for example in natural.examples
     ]
     settings = {"natural": natural.to_json(), "random": natural.to_json() | {"examples": drawn}}
-    # Other text than either was calibrated on.
+    # Text that neither was calibrated on.
     judged = load_calibration(HfTask.QUESTION_ANSWERING, CalibrationSettings(max_examples=32)).examples
     batches = calibration_batches(
         [{"text": example["context"]} for example in judged], tokenizer, task=task, max_length=128, pad_token_id=0
@@ -229,8 +229,10 @@ def test_static_int8_of_a_real_model_is_nearer_when_calibrated_on_natural_text(
     errors = {
         name: rel_l2(
             reference,
-            pooled(build(in_process, model, tmp_path / name, target, INT8, static, task=task, calibration=given)),
+            pooled(
+                build(in_process, model, tmp_path / name, target, INT8, static, task=task, calibration=calibration)
+            ),
         )
-        for name, given in settings.items()
+        for name, calibration in settings.items()
     }
     assert errors["natural"] < errors["random"], errors

@@ -3,8 +3,8 @@
 class TestMyTarget(TargetConformance):
     target_name = "my-target"
 
-The test module needs one fixture, `tiny_model(hf_task)`. It returns the folder of a small BERT-like source model with
-at least 64 positions.
+The test module needs one fixture, `tiny_model(hf_task)`. It returns the folder of a small BERT-like source model
+with at least 64 positions.
 """
 
 # ruff: noqa: S101 - these are pytest tests, in the library so that third parties can inherit them.

@@ -11,14 +11,14 @@ import torch
 import transformers
 from double_graphs import fixed_shape, register_operator, trace
 
-# What each call was given; the doubles' own.
+# Arguments of each call, for the tests; the real module has no such list.
 CALLS: list[dict[str, Any]] = []
 
 register_operator("lpu")
 
 
 class AutoCompiler:
-    """Compiles the model in a folder, as config.json names it."""
+    """Compiles the model in a folder, with the architecture that config.json names."""
 
     def compile(
         self,
@@ -55,8 +55,8 @@ class AutoCompiler:
                 super().__init__()
                 self.model = model
 
-            def forward(self, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
-                answer = self.model(**dict(zip(inputs, given, strict=True)))
+            def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+                answer = self.model(**dict(zip(inputs, tensors, strict=True)))
                 return tuple(answer[name] for name in outputs)
 
         with warnings.catch_warnings(), torch.no_grad():

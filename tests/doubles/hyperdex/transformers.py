@@ -1,6 +1,6 @@
 """Double of hyperdex.transformers: classes that load what AutoCompiler wrote.
 
-AutoModelForCausalLM is documented; the classes of encoders are supposed, after those of transformers.
+HyperAccel documents AutoModelForCausalLM. The classes of encoders are an assumption, modelled on transformers.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from double_graphs import register_operator
 
-# What each call was given; the doubles' own.
+# Arguments of each call, for the tests; the real module has no such list.
 CALLS: list[dict[str, Any]] = []
 
 register_operator("lpu")
 
 
 class _CompiledModel:
-    """Takes one row of NumPy arrays a call, of up to max_length tokens."""
+    """Takes one row of NumPy arrays in a call, of up to max_length tokens."""
 
     _ending: str
 
@@ -37,7 +37,7 @@ class _CompiledModel:
         folder = Path(model_id)
         interface = json.loads((folder / "param" / "interface.json").read_text())
         if set(device_map) - {"lpu", "gpu"} or device_map.get("lpu") != interface["num_device"]:
-            raise ValueError(f"compiled for {interface['num_device']} LPUs, asked for {device_map}")
+            raise ValueError(f"compiled for {interface['num_device']} LPUs, got {device_map}")
         if not interface["architecture"].endswith(cls._ending):
             raise ValueError(f"{cls.__name__} does not load {interface['architecture']}")
         with warnings.catch_warnings():
@@ -48,10 +48,10 @@ class _CompiledModel:
         """Pad to max_length, run, and cut back."""
         names, longest = self._interface["inputs"], self._interface["max_length"]
         if sorted(inputs) != sorted(names):
-            raise TypeError(f"inputs are {names}, given were {sorted(inputs)}")
+            raise TypeError(f"expected inputs {names}, got {sorted(inputs)}")
         rows, length = inputs["input_ids"].shape
         if rows != 1 or length > longest:
-            raise ValueError(f"one row of at most {longest} tokens, got {(rows, length)}")
+            raise ValueError(f"expected one row of at most {longest} tokens, got {(rows, length)}")
         fill = {"input_ids": self._interface["pad_token_id"]}
         padded = [
             np.pad(inputs[name], ((0, 0), (0, longest - length)), constant_values=fill.get(name, 0))

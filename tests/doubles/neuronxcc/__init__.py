@@ -1,4 +1,4 @@
-"""Double of neuronx-cc: the flags of its CLI reference, no others."""
+"""Double of neuronx-cc: only the flags of its CLI reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Double of torch_blade, BladeDISC's for PyTorch: `optimize` and `Config`."""
+"""Double of torch_blade, BladeDISC for PyTorch: `optimize` and `Config`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch_blade.config import Config
 
 __all__ = ["CALLS", "Config", "config", "optimize"]
 
-# What each call was given; the doubles' own.
+# Arguments of each call, for the tests; the real module has no such list.
 CALLS: list[dict[str, Any]] = []
 
 register_operator("torch_blade")
-# The real one does so, too.
+# The real module also sets this filter.
 warnings.filterwarnings("ignore")
 
 

@@ -1,4 +1,4 @@
-"""Double of torch_blade.config: the settings that Config documents, each with its default and its check."""
+"""Double of torch_blade.config: the documented settings of Config, with their defaults and checks."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ _DEFAULTS: dict[str, Any] = {
 
 
 class Config:
-    """A configuration that holds within `with`."""
+    """A configuration that is active within `with`."""
 
-    _active: list[Config] = []  # noqa: RUF012 - shared by all, as in the real one
+    _active: list[Config] = []  # noqa: RUF012 - shared by all instances, as in the real module
 
     def __init__(self) -> None:
         for name, value in _DEFAULTS.items():
@@ -63,9 +63,9 @@ class Config:
 
     @classmethod
     def get_current_context_or_new(cls) -> Config:
-        """Return the innermost configuration, or one of defaults."""
+        """Return the innermost configuration, or a default one."""
         return cls._active[-1] if cls._active else cls()
 
     def as_dict(self) -> dict[str, Any]:
-        """Return every setting; the doubles' own."""
+        """Return every setting, for the tests; the real class has no such method."""
         return {name: getattr(self, name) for name in _DEFAULTS}

@@ -11,9 +11,9 @@ import torch
 from double_graphs import fixed_shape, register_operator
 from double_graphs import trace as trace_graph
 
-# What each call was given; the doubles' own.
+# Arguments of each call, for the tests; the real module has no such list.
 CALLS: list[dict[str, Any]] = []
-# TorchScript operators that this Inf1 lacks; none unless a test says so.
+# TorchScript operators that this Inf1 lacks; tests add some.
 UNSUPPORTED: set[str] = set()
 
 register_operator("neuron")
@@ -35,7 +35,7 @@ def trace(
     optimizations: list[Any] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Compile; other keywords go to torch.jit.trace, which refuses those that it does not know."""
+    """Compile. torch.jit.trace gets the other keywords, and refuses unknown ones."""
     values = neuroncc.parse(compiler_args or [])
     tensors = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     CALLS.append(
@@ -48,10 +48,10 @@ def trace(
             "threads": torch.get_num_threads(),
         }
     )
-    # The compiler writes its log and its graphs there, and into the working folder where none is given.
+    # The compiler writes its log and graphs there; without a folder, into the working folder.
     (Path(compiler_workdir or ".") / "graph_def.neff").write_bytes(b"NEFF")
     graph = trace_graph(model, tensors, "neuron", **kwargs)
-    lacking = {node.kind() for node in graph.inlined_graph.nodes()} & UNSUPPORTED
-    if lacking and not fallback:
-        raise AttributeError(f"Neuron does not support the operator {min(lacking)}\nand fallback is off")
+    unsupported = {node.kind() for node in graph.inlined_graph.nodes()} & UNSUPPORTED
+    if unsupported and not fallback:
+        raise AttributeError(f"Neuron does not support the operator {min(unsupported)}\nand fallback is off")
     return fixed_shape(graph, tensors, any_batch=dynamic_batch_size)

@@ -1,4 +1,4 @@
-"""Double of torch_neuronx 2.9, the last on PyTorch/XLA: tracing, weights apart from graphs, dynamic batches."""
+"""Double of torch_neuronx 2.9, the last on PyTorch/XLA: tracing, separate weights, dynamic batches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from double_graphs import fixed_shape, register_operator
 from double_graphs import trace as trace_graph
 
-# What each call was given; the doubles' own.
+# Arguments of each call, for the tests; the real module has no such list.
 CALLS: list[dict[str, Any]] = []
 _WEIGHTS = "neff.model."
 
@@ -55,29 +55,29 @@ def trace(
 
 
 def dynamic_batch(neuron_script: Any) -> Any:
-    """Let a graph take any batch size; changes it in place."""
+    """Let a graph take any batch size. Changes the graph in place."""
     CALLS.append({"call": "dynamic_batch"})
     neuron_script._c.setattr("any_batch", True)
     return neuron_script
 
 
 def async_load(trace: Any, enable_async_load: bool = True) -> None:
-    """Make loading onto the device a thing of the background."""
+    """Load onto the device in the background."""
     CALLS.append({"call": "async_load", "enabled": enable_async_load})
 
 
 def lazy_load(trace: Any, enable_lazy_load: bool = True) -> None:
-    """Put off loading onto the device until the first call."""
+    """Load onto the device at the first call."""
     CALLS.append({"call": "lazy_load", "enabled": enable_lazy_load})
 
 
 def replace_weights(neuron_model: Any, weights: Any) -> None:
-    """Give a graph other weights: a module, or a state_dict with all names that the graph has."""
+    """Replace the weights of a graph by those of a module, or of a state_dict with every name of the graph."""
     state = weights.state_dict() if isinstance(weights, torch.nn.Module) else weights
-    own = [name for name, _ in neuron_model.named_parameters(remove_duplicate=False)]
-    if not own:
+    names = [name for name, _ in neuron_model.named_parameters(remove_duplicate=False)]
+    if not names:
         raise RuntimeError("the model has no separated weights")
-    for name in own:
+    for name in names:
         *path, leaf = name.split(".")
         holder = neuron_model
         for step in path:
