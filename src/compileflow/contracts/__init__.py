@@ -28,9 +28,10 @@ from compileflow.contracts.targets import (
     Target,
     TargetOptions,
 )
-from compileflow.contracts.verdicts import OUTCOMES, AcceptedOutcome, Outcome
+from compileflow.contracts.verdicts import ACCEPTED_OUTCOMES, OUTCOMES, AcceptedOutcome, Outcome
 
 __all__ = [
+    "ACCEPTED_OUTCOMES",
     "OUTCOMES",
     "SHA256",
     "STAGES",

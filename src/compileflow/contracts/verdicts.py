@@ -1,4 +1,4 @@
-"""The verdict on a compiled model: the four values, and those that may be registered."""
+"""Outcomes of a validation: the four values, and the two that may be registered."""
 
 from __future__ import annotations
 
@@ -8,3 +8,4 @@ Outcome = Literal["pass", "warn", "fail", "error"]
 AcceptedOutcome = Literal["pass", "warn"]
 # From the best to the worst.
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+ACCEPTED_OUTCOMES: tuple[Outcome, ...] = get_args(AcceptedOutcome)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from compileflow.contracts import ACCEPTED_OUTCOMES
 from compileflow.selection.candidates import Candidate
 from compileflow.spec import Objective
 from compileflow.validation.report import megabytes, percent
@@ -98,7 +99,7 @@ def pareto_front(candidates: Sequence[Candidate]) -> set[int]:
     points = {}
     for position, candidate in enumerate(candidates):
         point = (candidate.latency_ratio, candidate.accuracy_loss, candidate.size_bytes)
-        if candidate.outcome in ("pass", "warn") and None not in point:
+        if candidate.outcome in ACCEPTED_OUTCOMES and None not in point:
             points[position] = tuple(_or_inf(value) for value in point)
 
     def beaten(point: tuple[float, ...]) -> bool:

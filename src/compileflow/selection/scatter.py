@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
+from compileflow.contracts import ACCEPTED_OUTCOMES
 from compileflow.selection.candidates import Candidate
 from compileflow.validation.report import megabytes, percent
 from compileflow.validation.report.picture import COLOURS, new_picture, svg, text_style
@@ -55,9 +56,8 @@ def scatter(
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     # A broken candidate must not squeeze the others into a corner.
-    sound = [place for n, place in drawn.items() if candidates[n].outcome in ("pass", "warn")] or list(
-        drawn.values()
-    )
+    sound = [place for n, place in drawn.items() if candidates[n].outcome in ACCEPTED_OUTCOMES]
+    sound = sound or list(drawn.values())
     right = 1.08 * max(1.0, *(ratio for ratio, _ in sound))
     top = 1.15 * max(0.005, *(loss for _, loss in sound))
     places = {n: (min(ratio, right), min(loss, top)) for n, (ratio, loss) in drawn.items()}
@@ -74,7 +74,13 @@ def scatter(
     axes.text(1.0, 1.01 * top, "eager", ha="center", va="bottom", **text_style("soft"))
     line = sorted(places[n] for n in front if n in places)
     axes.plot(
-        [x for x, _ in line], [y for _, y in line], color=COLOURS["front"], linewidth=1.5, alpha=0.7, clip_on=False, zorder=1
+        [x for x, _ in line],
+        [y for _, y in line],
+        color=COLOURS["front"],
+        linewidth=1.5,
+        alpha=0.7,
+        clip_on=False,
+        zorder=1,
     )
     largest = max((candidate.size_bytes or 0 for candidate in candidates), default=0) or 1
     diameters = {

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from compileflow.artifact.manifest import read_manifest
 from compileflow.catalog import open_registry, open_store
-from compileflow.contracts import ModelVersion, VersionEntry, VersionFiles
+from compileflow.contracts import ACCEPTED_OUTCOMES, ModelVersion, VersionEntry, VersionFiles
 from compileflow.errors import VerdictError
 from compileflow.settings import Settings
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact, all_figures
@@ -95,7 +95,7 @@ def check_verdict(validated: ValidatedArtifact, *, allow_warn: bool) -> None:
             hint="The artifact is not registered. To register it anyway, set allow_warn. "
             f"Report: {validated.report_uri}",
         )
-    if validated.outcome not in ("pass", "warn"):
+    if validated.outcome not in ACCEPTED_OUTCOMES:
         raise VerdictError(
             validated.reason, hint=f"The artifact is not registered. Report: {validated.report_uri}"
         )

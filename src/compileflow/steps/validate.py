@@ -13,7 +13,7 @@ from compileflow._process.packages import installed_versions
 from compileflow._process.run import run_in_child
 from compileflow.artifact.manifest import read_manifest
 from compileflow.catalog import get_target, open_store
-from compileflow.contracts import ArtifactStore
+from compileflow.contracts import ACCEPTED_OUTCOMES, ArtifactStore
 from compileflow.errors import MeasurementError, StepOffError
 from compileflow.settings import Settings
 from compileflow.spec import HfTask
@@ -114,7 +114,7 @@ def validate_artifact(
             digest_fields=("report_digest",),
             make=make,
             say=on_progress,
-            keep=lambda validated: validated.outcome in ("pass", "warn"),
+            keep=lambda validated: validated.outcome in ACCEPTED_OUTCOMES,
             lacks=lambda validated: attester.lacks_verdict(artifact.digest, validated.report_digest),
         )
     if cached:
