@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -209,19 +210,26 @@ def test_completion_is_installed_into_the_users_shell(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def without_prefect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In processes that this test starts, `import prefect` fails."""
-    (tmp_path / "blocked").mkdir()
-    (tmp_path / "blocked" / "prefect.py").write_text('raise ImportError("Prefect is not installed")\n')
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "blocked"))
+def wheel_without_prefect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """In processes that this test starts, compileflow is an unpacked wheel, and `import prefect` fails."""
+    build = ("hatchling", "build", "--target", "wheel", "--directory", str(tmp_path))
+    subprocess.run([sys.executable, "-m", *build], cwd=ROOT, check=True, capture_output=True, timeout=60)
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    (site / "prefect.py").write_text('raise ImportError("Prefect is not installed")\n')
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    return site
 
 
-@pytest.mark.usefixtures("without_prefect")
-def test_compile_without_prefect_registers_a_version_and_shows_progress(
-    settings: Settings, tiny_model: ModelFactory
+def test_compile_from_the_wheel_without_prefect_registers_a_version_and_shows_progress(
+    settings: Settings, tiny_model: ModelFactory, wheel_without_prefect: Path
 ) -> None:
-    blocked = subprocess.run([sys.executable, "-c", "import prefect"], capture_output=True, text=True, timeout=60)
-    assert "Prefect is not installed" in blocked.stderr
+    imports = "import compileflow; print(compileflow.__file__); import prefect"
+    process = subprocess.run([sys.executable, "-c", imports], capture_output=True, text=True, timeout=60)
+    assert Path(process.stdout.strip()).is_relative_to(wheel_without_prefect)
+    assert "Prefect is not installed" in process.stderr
     words = (
         "compileflow", "compile", str(tiny_model(HfTask.TEXT_CLASSIFICATION)), "--target", "torchscript",
         "--bucket", "1x16", "--bucket", "1x64", "--shape", "1x16", "--name", "reviews", "--json",

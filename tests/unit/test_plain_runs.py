@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from compileflow.catalog import open_registry
-from compileflow.errors import RegistryError, SpecError, VerdictError
+from compileflow.errors import MeasurementError, RegistryError, SpecError, VerdictError
 from compileflow.selection.comparison_file import read_comparison
 from compileflow.selection.run import run_any_target
 from compileflow.spec import HfTask
@@ -46,6 +46,16 @@ def test_run_registers_a_version_that_a_second_run_finds(pipeline: Pipeline, tin
     assert again.version == result.version
     assert (again.source.cached, again.artifact.cached) == (True, True)
     assert pipeline.counts == {"compile": 1, "validate": 1}
+
+
+def test_library_that_validation_lacks_is_reported_before_the_compile(
+    pipeline: Pipeline, tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compileflow.steps.validate._LIBRARIES", ("numpy", "not-installed"))
+    request = pipeline.request(tiny_model(HfTask.TEXT_CLASSIFICATION))
+    with pytest.raises(MeasurementError, match=r"not-installed.*pip install 'compileflow\[validation\]'"):
+        run_request(request, pipeline.settings)
+    assert pipeline.counts["compile"] == 0
 
 
 def test_verdict_that_fails_is_not_registered(pipeline: Pipeline, tiny_model: ModelFactory) -> None:

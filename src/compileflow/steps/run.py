@@ -22,7 +22,7 @@ from compileflow.steps.fetch import fetch_source
 from compileflow.steps.register import check_verdict, find_version, register_version
 from compileflow.steps.request import CompileRequest
 from compileflow.steps.summary import artifact_line, source_line, verdict_line, version_line
-from compileflow.steps.validate import validate_artifact
+from compileflow.steps.validate import check_libraries, validate_artifact
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
 
 logger = logging.getLogger(__name__)
@@ -120,7 +120,13 @@ class StepRunner:
         self._store_uri = settings.resolved_store_uri(request.store_uri)
 
     def fetch(self) -> FetchedSource:
-        """Bring the source model into the store. Raises as `fetch_source` does."""
+        """Bring the source model into the store. Raises as `fetch_source` does.
+
+        Raises:
+            MeasurementError: A library that the validate step needs is missing; a compile would be in vain.
+        """
+        if self._request.steps.validate:
+            check_libraries()
         with self._progress.step("fetch") as show:
             source = fetch_source(
                 self._request.model,

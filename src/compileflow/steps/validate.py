@@ -122,6 +122,22 @@ def validate_artifact(
     return value
 
 
+def check_libraries() -> dict[str, str]:
+    """Return the versions of the libraries that validation needs.
+
+    Raises:
+        MeasurementError: One of them is not installed.
+    """
+    versions = installed_versions(_LIBRARIES)
+    missing = [name for name in _LIBRARIES if name not in versions]
+    if missing:
+        raise MeasurementError(
+            f"Validation needs {missing[0]}, which is not installed.",
+            hint="Run: pip install 'compileflow[validation]'",
+        )
+    return versions
+
+
 def report_on(store: ArtifactStore, artifact_digest: str) -> ValidatedArtifact | None:
     """Return the last verdict on an artifact; None without a report in the store."""
     record = store.get_record("report-of", artifact_digest)
@@ -155,13 +171,7 @@ def _key_parts(
         parts["examples"] = load_examples(hf_task, validation.examples_path, validation.max_examples)[2]
     else:
         parts["examples"] = signals_digest(validation.examples_path, hf_task.modality)
-    versions = dict(toolchain) | installed_versions(_LIBRARIES)
-    missing = [name for name in _LIBRARIES if name not in versions]
-    if missing:
-        raise MeasurementError(
-            f"Validation needs {missing[0]}, which is not installed.",
-            hint="Run: pip install 'compileflow[validation]'",
-        )
+    versions = dict(toolchain) | check_libraries()
     return parts | {f"toolchain.{name}": value for name, value in versions.items()}
 
 
