@@ -23,6 +23,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from compileflow.catalog import target_names
+from compileflow.cli.demo import demo_model
 from compileflow.errors import CompileflowError
 from compileflow.selection.auto import plan_candidates
 from compileflow.serving.model import CompiledModel
@@ -34,7 +35,6 @@ from compileflow.steps.fetch import fetch_source
 from compileflow.steps.request import AUTO, CompileRequest
 from compileflow.steps.values import CompiledArtifact
 from compileflow.validation.report import environment
-from compileflow.cli.demo import demo_model
 
 SHAPES = ("1x16", "1x128", "8x128", "32x128")
 # A call that is over this soon may still find another library's threads spinning, and gets a second untimed one.
@@ -99,11 +99,11 @@ def cost_of(artifact: CompiledArtifact) -> dict[str, Any]:
     }
 
 
-def torch_compile(graph: SourceModel) -> Contestant:
+def torch_compile(source_model: SourceModel) -> Contestant:
     """Return the peer that compiles while it runs, once a shape."""
     import torch
 
-    compiled = torch.compile(graph.model)
+    compiled = torch.compile(source_model.model)
 
     def call(inputs: dict[str, Any]) -> object:
         with torch.inference_mode():
@@ -184,10 +184,10 @@ def main() -> None:
             model = bert_base(Path(folder) / "bert-base")
         else:
             model = Path(given.model)
-        graph = load_source_model(model, detect_task(model))
+        source_model = load_source_model(model, detect_task(model))
         racers = [
-            Contestant("eager fp32", graph.run, {}),
-            torch_compile(graph),
+            Contestant("eager fp32", source_model.run, {}),
+            torch_compile(source_model),
             *contestants(model, shapes, given.among),
         ]
     random = np.random.default_rng(1)
@@ -196,8 +196,8 @@ def main() -> None:
     for batch_size, length in shapes:
         names.append(f"{batch_size}x{length}")
         print(f"racing at {names[-1]}", file=sys.stderr)
-        ids = random.integers(0, graph.vocab_size, (batch_size, length))
-        inputs = {record.name: np.zeros_like(ids) for record in graph.inputs}
+        ids = random.integers(0, source_model.vocab_size, (batch_size, length))
+        inputs = {record.name: np.zeros_like(ids) for record in source_model.inputs}
         inputs |= {"input_ids": ids, "attention_mask": np.ones_like(ids)}
         times = race(inputs, racers, rounds=given.rounds, budget_s=given.budget_s)
         for name, taken in times.items():
