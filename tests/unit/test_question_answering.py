@@ -24,6 +24,7 @@ from compileflow.errors import InputError, LoadError
 from compileflow.serving.answer_spans import AnswerSettings, Window, best_answers, best_spans
 from compileflow.serving.component import LoadedComponent
 from compileflow.serving.question_answering import QuestionAnsweringPipeline
+from compileflow.testing.pipelines import assert_same_result
 from tests.goldens.make_question_answering import GOLDEN, fingerprint
 from tests.in_process import InProcess
 from tests.models import ARCHITECTURES, MAX_TOKENS
@@ -72,13 +73,7 @@ def pipeline(parts: tuple[CompiledModel, CompiledTokenizer]) -> QuestionAnswerin
 
 
 def assert_same_answers(candidate: Any, reference: Any) -> None:
-    if isinstance(reference, list):
-        assert isinstance(candidate, list)
-        assert len(candidate) == len(reference)
-        for one, other in zip(candidate, reference, strict=True):
-            assert_same_answers(one, other)
-    else:
-        assert candidate == reference | {"score": pytest.approx(reference["score"], rel=SCORE_RTOL)}
+    assert_same_result(candidate, reference, atol=1e-12, rtol=SCORE_RTOL)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -239,9 +234,9 @@ def test_overlap_as_long_as_a_window_is_refused_where_there_is_more_than_one(
         ({"question": ["Who?", "When?"], "context": [SHORT]}, "2 questions and 1 contexts"),
         ({"inputs": {"question": "Who?"}}, "The context is missing"),
         ({"inputs": [{"question": "Who?", "context": SHORT}, {"context": SHORT}]}, "The question is missing"),
-        ({"inputs": "Who?"}, r"called with str.*context"),
-        ({"inputs": 7}, "called with int"),
-        ({"inputs": {"question": "Who?", "context": SHORT}, "question": "Who?"}, "given twice"),
+        ({"inputs": "Who?"}, r"input of type str.*context"),
+        ({"inputs": 7}, "input of type int"),
+        ({"inputs": {"question": "Who?", "context": SHORT}, "question": "Who?"}, "passed twice"),
     ],
     ids=str,
 )
@@ -255,14 +250,14 @@ def test_question_or_context_that_is_not_there_is_refused(
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"topk": 2}, r"no setting 'topk'.*There are: top_k, doc_stride, max_answer_len"),
-        ({"top_k": 0}, "top_k is 0; needed is an integer of at least 1"),
-        ({"max_answer_len": "5"}, "max_answer_len is '5'"),
-        ({"max_seq_len": -1}, "max_seq_len is -1"),
-        ({"doc_stride": -1}, "doc_stride is -1; needed is an integer of at least 0"),
-        ({"align_to_words": 1}, "align_to_words is 1; needed is True or False"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"top_k": True}, "top_k is True"),
+        ({"topk": 2}, r"no setting 'topk'.*The settings are: top_k, doc_stride, max_answer_len"),
+        ({"top_k": 0}, "top_k must be an integer of at least 1, got 0"),
+        ({"max_answer_len": "5"}, "max_answer_len must be .*, got '5'"),
+        ({"max_seq_len": -1}, "max_seq_len must be .*, got -1"),
+        ({"doc_stride": -1}, "doc_stride must be an integer of at least 0, got -1"),
+        ({"align_to_words": 1}, "align_to_words must be True or False, got 1"),
+        ({"batch_size": 0}, "batch_size must be .*, got 0"),
+        ({"top_k": True}, "top_k must be .*, got True"),
     ],
     ids=str,
 )

@@ -1,4 +1,4 @@
-"""From the logits of an extractive question-answering model to answers: spans of the context, scored."""
+"""How the logits of an extractive question-answering model become answers: scored spans of the context."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from compileflow.errors import InputError
 Floats = NDArray[np.floating[Any]]
 Answer = dict[str, Any]
 
-# What a window shares with the one before it, in tokens, unless the call says otherwise; as in transformers 4.
+# Default number of tokens that neighbouring windows share, as in transformers 4.
 _DOC_STRIDE = 128
 
 
 @dataclass(frozen=True)
 class AnswerSettings:
-    """Settings of a call. Names and defaults are transformers 4's, but for batch_size, which was 1 there.
+    """Settings of a call. Names and defaults are those of transformers 4, except for batch_size, which was 1.
 
     Attributes:
-        top_k: How many answers; more than 1 makes each result a list.
+        top_k: Number of answers; with more than 1, each result is a list.
         doc_stride: Tokens of context that neighbouring windows share. None: half a window, at most 128.
         max_answer_len: Longest answer, in tokens.
-        max_seq_len: Longest window, in tokens, question and special tokens included. Never more than the
-            model was compiled for, whatever it says here.
-        max_question_len: Tokens of a question; what is longer is cut.
-        handle_impossible_answer: Whether "no answer" (an empty text) is an answer, too.
-        align_to_words: Whether answers are widened to whole words.
-        batch_size: Windows of one run of the model at most. None: 8, or what the largest shape bucket holds.
+        max_seq_len: Longest window, in tokens, including the question and special tokens. The length that the
+            model was compiled for limits it further.
+        max_question_len: Longest question, in tokens; longer questions are truncated.
+        handle_impossible_answer: Whether "no answer" (an empty text) is a possible answer.
+        align_to_words: Whether answers are extended to whole words.
+        batch_size: Most windows per call of the model. None: 8, or the size of the largest shape bucket.
     """
 
     top_k: int = 1
@@ -51,44 +51,44 @@ class AnswerSettings:
                 continue
             least = 0 if field.name == "doc_stride" else 1
             if isinstance(field.default, bool):
-                fits, needed = isinstance(value, bool), "True or False"
+                fits, rule = isinstance(value, bool), "True or False"
             else:
-                fits, needed = type(value) is int and value >= least, f"an integer of at least {least}"
+                fits, rule = type(value) is int and value >= least, f"an integer of at least {least}"
             if not fits:
                 raise InputError(
-                    f"{field.name} is {value!r}; needed is {needed}.",
+                    f"{field.name} must be {rule}, got {value!r}.",
                     hint=f"Leave it out for the default, {field.default}.",
                 )
 
-    def updated(self, given: Mapping[str, Any]) -> AnswerSettings:
-        """Return these settings with those that are given; None leaves a setting as it is.
+    def updated(self, changes: Mapping[str, Any]) -> AnswerSettings:
+        """Return a copy with changed settings; a value of None leaves a setting unchanged.
 
         Raises:
-            InputError: a setting is unknown, or its value is of no use.
+            InputError: A setting is unknown, or its value is invalid.
         """
         names = [field.name for field in fields(self)]
-        unknown = sorted(set(given) - set(names))
+        unknown = sorted(set(changes) - set(names))
         if unknown:
             raise InputError(
-                f"Question answering has no setting {unknown[0]!r}.", hint=f"There are: {', '.join(names)}."
+                f"Question answering has no setting {unknown[0]!r}.", hint=f"The settings are: {', '.join(names)}."
             )
-        return replace(self, **{name: value for name, value in given.items() if value is not None})
+        return replace(self, **{name: value for name, value in changes.items() if value is not None})
 
     def shared_tokens(self, window_length: int) -> int:
-        """Return how many tokens of context neighbouring windows of that many tokens share."""
+        """Return how many tokens of context neighbouring windows share."""
         return min(window_length // 2, _DOC_STRIDE) if self.doc_stride is None else self.doc_stride
 
 
 @dataclass(frozen=True)
 class Window:
-    """A question and one stretch of its context, encoded for the model.
+    """A question and one part of its context, encoded for the model.
 
     Attributes:
-        inputs: The graph's inputs by name, each of shape (1, length), int64.
-        in_context: Which tokens are the context's, shape (length,), bool.
-        null: Index of the token that stands for "there is no answer"; None where the tokenizer has none.
-        offsets: First character of each token in its own text and the one after its last, shape (length, 2).
-        words: Number of the word that each token is part of, -1 where it is part of none, shape (length,).
+        inputs: Inputs of the component by name, each of shape (1, length), int64.
+        in_context: Whether a token belongs to the context, shape (length,), bool.
+        null: Index of the token that stands for "there is no answer"; None if the tokenizer has none.
+        offsets: Start and end of each token in its text, in characters, shape (length, 2); the end is exclusive.
+        words: Number of the word that each token belongs to, or -1, shape (length,).
     """
 
     inputs: Arrays
@@ -100,7 +100,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Span:
-    """A candidate: tokens `first` to `last` of a window, both included, and their probability."""
+    """A possible answer: tokens `first` to `last` of a window, both included, and their probability."""
 
     score: float
     first: int
@@ -108,31 +108,30 @@ class Span:
 
 
 def best_answers(
-    read: Iterable[tuple[Window, Floats, Floats]], context: str, settings: AnswerSettings
+    windows: Iterable[tuple[Window, Floats, Floats]], context: str, settings: AnswerSettings
 ) -> list[Answer]:
     """Choose the best answers of all windows of one context.
 
-    Spans with the same text, whatever its case, are one answer: their scores are added up, which is why a
-    score can be more than 1, and it is placed where it was met first. "No answer" is as probable as the
-    window says that finds it least probable.
+    Spans with the same text, ignoring case, are one answer at the position of the first span. Their scores are
+    added, so a score can exceed 1. The score of "no answer" is the lowest that any window gives it.
 
     Args:
-        read: Windows with their start and end logits, each of shape (length,).
-        context: The text that the answers are cut from.
-        settings: How many answers, of what length, widened to words or not, "no answer" among them or not.
+        windows: Windows with their start and end logits, each of shape (length,).
+        context: Text that contains the answers.
+        settings: Number and length of the answers, and which answers are allowed.
 
     Returns:
         At least one answer, the best first: {"score", "start", "end", "answer"}, with start and end in
-        characters of the context. A context without any token gives the empty answer.
+        characters of the context. A context without tokens gives the empty answer.
 
     Source: the question-answering pipeline of transformers 4,
     https://huggingface.co/docs/transformers/v4.57.1/en/main_classes/pipelines
     """
-    # Widened to words, several spans may become one answer: more are looked at than are asked for.
+    # More spans than answers, because several spans may become one answer when they are extended to words.
     count = 2 * settings.top_k + 10 if settings.align_to_words else settings.top_k
     answers: dict[str, Answer] = {}
     null_scores = []
-    for window, start_logits, end_logits in read:
+    for window, start_logits, end_logits in windows:
         spans, null_score = best_spans(
             start_logits,
             end_logits,
@@ -145,13 +144,13 @@ def best_answers(
         for span in spans:
             start, end = _characters(window, span, settings.align_to_words)
             text = context[start:end]
-            known = answers.setdefault(text.lower(), {"score": 0.0, "start": start, "end": end, "answer": text})
-            known["score"] += span.score
-    found = list(answers.values())
-    if settings.handle_impossible_answer or not found:
-        least = min(null_scores) if settings.handle_impossible_answer else 0.0
-        found.append({"score": least, "start": 0, "end": 0, "answer": ""})
-    return sorted(found, key=lambda answer: answer["score"], reverse=True)[: settings.top_k]
+            answer = answers.setdefault(text.lower(), {"score": 0.0, "start": start, "end": end, "answer": text})
+            answer["score"] += span.score
+    candidates = list(answers.values())
+    if settings.handle_impossible_answer or not candidates:
+        null_score = min(null_scores) if settings.handle_impossible_answer else 0.0
+        candidates.append({"score": null_score, "start": 0, "end": 0, "answer": ""})
+    return sorted(candidates, key=lambda answer: answer["score"], reverse=True)[: settings.top_k]
 
 
 def best_spans(
@@ -163,57 +162,57 @@ def best_spans(
     count: int,
     longest: int,
 ) -> tuple[list[Span], float]:
-    """Return the most probable spans of one window, and the probability that it holds no answer.
+    """Return the most probable spans of one window, and the probability that it contains no answer.
 
-    A span's probability is softmax(start_logits)[first] * softmax(end_logits)[last], each softmax over the
-    context's tokens and the null token.
+    The probability of a span is softmax(start_logits)[first] * softmax(end_logits)[last], with each softmax over
+    the tokens of the context and the null token.
 
     Args:
-        start_logits: Shape (length,), unnormalised.
-        end_logits: Shape (length,), unnormalised.
-        in_context: Which tokens an answer may hold, shape (length,); they are neighbours.
+        start_logits: Start logits, shape (length,).
+        end_logits: End logits, shape (length,).
+        in_context: Tokens that an answer may contain, shape (length,); they are contiguous.
         null: Index of the null token, which is never part of a span.
-        count: How many spans at most.
-        longest: Tokens of a span at most; > 0.
+        count: Most spans to return.
+        longest: Most tokens of a span; > 0.
 
     Returns:
-        Spans, the most probable first, and of equals the earlier one. The null token's probability is 0 where
-        there is no such token.
+        Spans, the most probable first; the earlier of two equal spans comes first. Without a null token, its
+        probability is 0.
     """
     tokens = np.flatnonzero(in_context)
-    considered = tokens if null is None else np.append(tokens, null)
-    if considered.size == 0:
+    candidates = tokens if null is None else np.append(tokens, null)
+    if candidates.size == 0:
         return [], 0.0
-    start, end = _log_softmax(start_logits, considered), _log_softmax(end_logits, considered)
+    start, end = _log_softmax(start_logits, candidates), _log_softmax(end_logits, candidates)
     null_score = 0.0 if null is None else float(np.exp(start[null] + end[null]))
     longest = min(longest, tokens.size)
     if longest == 0:
         return [], null_score
     beyond = np.full(longest - 1, -np.inf)
-    # Row i, column j: the span of j + 1 tokens that begins with the context's token i.
+    # Row i, column j: the span of j + 1 tokens that begins with token i of the context.
     ends = np.lib.stride_tricks.sliding_window_view(np.concatenate([end[tokens], beyond]), longest)
     scores = start[tokens][:, None] + ends
     best = np.argsort(-scores, axis=None, kind="stable")[:count]
     spans = [
-        Span(float(np.exp(scores[row, more])), int(tokens[row]), int(tokens[row + more]))
-        for row, more in zip(*np.unravel_index(best, scores.shape), strict=True)
-        if scores[row, more] > -np.inf
+        Span(float(np.exp(scores[row, column])), int(tokens[row]), int(tokens[row + column]))
+        for row, column in zip(*np.unravel_index(best, scores.shape), strict=True)
+        if scores[row, column] > -np.inf
     ]
     return spans, null_score
 
 
-def _log_softmax(logits: Floats, considered: NDArray[np.intp]) -> NDArray[np.float64]:
-    # Logarithms, because products of small probabilities become 0 and could no longer be told apart.
+def _log_softmax(logits: Floats, candidates: NDArray[np.intp]) -> NDArray[np.float64]:
+    # Logarithms, because products of small probabilities underflow to 0 and would compare as equal.
     wide = logits.astype(np.float64)
-    highest = wide[considered].max()
-    total: float = highest + np.log(np.exp(wide[considered] - highest).sum())
+    highest = wide[candidates].max()
+    total: float = highest + np.log(np.exp(wide[candidates] - highest).sum())
     return wide - total
 
 
 def _characters(window: Window, span: Span, align_to_words: bool) -> tuple[int, int]:
     first, last = span.first, span.last
     if align_to_words and window.words[first] >= 0 and window.words[last] >= 0:
-        # Words are numbered in each text anew.
+        # Question and context both number their words from 0.
         words = np.where(window.in_context, window.words, -1)
         first = int(np.flatnonzero(words == words[first])[0])
         last = int(np.flatnonzero(words == words[last])[-1])

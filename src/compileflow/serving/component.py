@@ -1,4 +1,4 @@
-"""LoadedComponent: one component of a verified artifact, called with named arrays of any size it supports."""
+"""LoadedComponent: one component of a verified artifact, called with named arrays."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from compileflow.spec import ShapeBucket
 
 
 class LoadedComponent:
-    """A compiled graph and its record. Calls are safe from several threads.
+    """A compiled component that is ready to run. Calls are safe from several threads.
 
     Attributes:
-        artifact: Where it came from.
-        component: Its name there.
-        record: Its interface and shapes.
+        artifact: Artifact that the component belongs to.
+        component: Name of the component in the artifact.
+        record: Inputs, outputs and shapes of the component.
     """
 
     def __init__(self, artifact: OpenArtifact, component: str, record: ComponentRecord, runner: Runner):
@@ -37,33 +37,38 @@ class LoadedComponent:
         threads: int | None = None,
         buckets: Sequence[ShapeBucket] | None = None,
     ) -> LoadedComponent:
-        """Load one component, all its shape buckets or some; see `OpenArtifact.load`.
+        """Load one component of an artifact.
+
+        Args:
+            artifact: An open artifact.
+            component: Name of the component.
+            device: Device to run on. None: the first device of the target.
+            threads: Threads per call. None: the runtime decides.
+            buckets: Compiled shape buckets to load. None: all.
 
         Raises:
-            LoadError: see there, or a bucket that was not compiled.
+            LoadError: The component cannot run here, or a bucket was not compiled.
         """
         record = artifact.component(component)
         if buckets is not None:
-            record = _only(record, buckets)
+            record = _with_buckets(record, buckets)
         return cls(artifact, component, record, artifact.load(record, device=device, threads=threads))
 
     def run(self, inputs: Mapping[str, Any]) -> Arrays:
-        """Run the graph on named arrays and return named arrays; see `complete_inputs` for what is refused."""
+        """Run the component on named arrays, checked by `complete_inputs`, and return named arrays."""
         return run_fitted(self._runner, self.record, complete_inputs(self.record, inputs))
 
     def close(self) -> None:
-        """Release the graph. Closing twice does nothing."""
+        """Release the component. A second call does nothing."""
         self._runner.close()
 
 
-def _only(record: ComponentRecord, buckets: Sequence[ShapeBucket]) -> ComponentRecord:
+def _with_buckets(record: ComponentRecord, buckets: Sequence[ShapeBucket]) -> ComponentRecord:
     if record.dynamic_axes:
-        raise LoadError("Shape buckets were chosen, and this graph takes any shape.", hint="Leave buckets out.")
-    strange = [str(bucket) for bucket in buckets if bucket not in record.shape_buckets]
-    if strange or not buckets:
-        raise LoadError(
-            f"No such shape bucket was compiled: {', '.join(strange) or 'none was named'}.",
-            hint=f"There are: {', '.join(map(str, record.shape_buckets))}.",
-        )
+        raise LoadError("The component takes any shape and has no shape buckets.", hint="Leave buckets out.")
+    unknown = [str(bucket) for bucket in buckets if bucket not in record.shape_buckets]
+    if unknown or not buckets:
+        problem = f"The component has no shape bucket {', '.join(unknown)}." if unknown else "buckets is empty."
+        raise LoadError(problem, hint=f"Its shape buckets are: {', '.join(map(str, record.shape_buckets))}.")
     longest = max(bucket.sequence_length for bucket in buckets)
     return record.model_copy(update={"shape_buckets": tuple(buckets), "max_sequence_length": longest})

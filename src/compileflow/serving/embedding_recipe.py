@@ -1,4 +1,4 @@
-"""How a source model's tokens become one embedding, as its own sentence-transformers files say."""
+"""How a source model's tokens become one embedding, read from its sentence-transformers files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from compileflow.errors import LoadError
 from compileflow.source_model.interface import length_limit
 
 POOLINGS = ("mean", "cls", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
-# Older files have a flag for each; several at once are joined in this order.
+# Older files have a flag for each mode; several modes are concatenated in this order.
 _FLAGS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -22,19 +22,19 @@ _FLAGS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
-_KNOWN = ("Transformer", "Pooling", "Normalize")
+_SUPPORTED = ("Transformer", "Pooling", "Normalize")
 
 
 @dataclass(frozen=True)
 class EmbeddingRecipe:
-    """What stands between a text and its embedding, besides the graph.
+    """The steps from a text to its embedding, except for the model itself.
 
     Attributes:
-        poolings: How tokens are pooled; several are joined end to end.
-        normalize: Whether embeddings have length 1.
-        max_tokens: Longest text that the source model takes, special tokens included; None: it does not say.
-        lower_case: Whether texts are lowered before the tokenizer's own normalisation.
-        prompt: Put before every text.
+        poolings: Pooling modes of the tokens; the results of several modes are concatenated.
+        normalize: Whether embeddings are scaled to length 1.
+        max_tokens: Longest text of the source model in tokens, including special tokens; None if unspecified.
+        lower_case: Whether texts are lowercased before the tokenizer normalises them.
+        prompt: Text in front of every text.
     """
 
     poolings: tuple[str, ...] = ("mean",)
@@ -45,52 +45,51 @@ class EmbeddingRecipe:
 
 
 def read_recipe(folder: Path) -> EmbeddingRecipe:
-    """Read modules.json and what it names; without it, the mean of all tokens, as sentence-transformers has it.
+    """Read modules.json and the files named there; without it, pool the mean as sentence-transformers does.
 
     Raises:
-        LoadError: a module that has weights of its own, or settings that are not known here.
+        LoadError: A module has weights, or a setting is not supported.
     """
     modules = _read(folder / "modules.json", [])
     if not modules:
         return EmbeddingRecipe(max_tokens=_tokenizer_maximum(folder))
     names = [str(module["type"]).rpartition(".")[2] for module in modules]
     kinds = dict(zip(names, modules, strict=True))
-    unknown = sorted(set(kinds) - set(_KNOWN))
+    unknown = sorted(set(kinds) - set(_SUPPORTED))
     if unknown or len(kinds) != len(modules) or "Pooling" not in kinds:
-        found = ", ".join(names)
         raise LoadError(
-            f"modules.json asks for {found}; of these, compiled embeddings know Transformer, one Pooling and "
-            f"Normalize{': ' + unknown[0] + ' is not compiled' if unknown else ''}.",
-            hint="Load the artifact for feature-extraction, and do the rest with sentence-transformers.",
+            f"Compiled embeddings support Transformer, one Pooling and Normalize; modules.json lists "
+            f"{', '.join(names)}.",
+            hint="Load the artifact for feature-extraction and use sentence-transformers for the rest.",
         )
     pooling = _read(_folder_of(folder, kinds["Pooling"]) / "config.json", {})
     prompt = _prompt(folder)
     if prompt and not pooling.get("include_prompt", True):
         raise LoadError(
-            f"The model pools without its prompt {prompt!r}, which compiled embeddings cannot.",
-            hint="Load the artifact for feature-extraction, and pool its tokens.",
+            f"The model excludes its prompt {prompt!r} from pooling, which compiled embeddings do not support.",
+            hint="Load the artifact for feature-extraction and pool its tokens.",
         )
     max_tokens, lower_case = _text_settings(_folder_of(folder, kinds.get("Transformer", {"path": ""})))
-    # Newer files leave it to the tokenizer's own.
+    # Newer files have the maximum in the tokenizer's configuration.
     max_tokens = max_tokens or _tokenizer_maximum(folder)
     return EmbeddingRecipe(_poolings(pooling), _normalizes(folder, kinds), max_tokens, lower_case, prompt)
 
 
-def checked_poolings(asked: tuple[str, ...], where: str) -> tuple[str, ...]:
-    """Return ways of pooling as they are.
+def checked_poolings(poolings: tuple[str, ...], setting: str) -> tuple[str, ...]:
+    """Return pooling modes unchanged if all are known.
 
     Raises:
-        LoadError: one is unknown; the hint lists those there are.
+        LoadError: A mode is unknown; the hint lists the known ones.
     """
-    unknown = [mode for mode in asked if mode not in POOLINGS]
-    if unknown or not asked:
-        raise LoadError(f"{where} asks for the pooling {unknown}.", hint=f"There are: {', '.join(POOLINGS)}.")
-    return asked
+    unknown = [mode for mode in poolings if mode not in POOLINGS]
+    if unknown or not poolings:
+        raise LoadError(f"{setting} has unknown modes: {unknown}.", hint=f"Known modes: {', '.join(POOLINGS)}.")
+    return poolings
 
 
 def _poolings(config: Mapping[str, Any]) -> tuple[str, ...]:
-    named = config.get("pooling_mode") or [mode for flag, mode in _FLAGS.items() if config.get(flag)] or "mean"
-    return checked_poolings((named,) if isinstance(named, str) else tuple(named), "modules.json's Pooling")
+    modes = config.get("pooling_mode") or [mode for flag, mode in _FLAGS.items() if config.get(flag)] or "mean"
+    return checked_poolings((modes,) if isinstance(modes, str) else tuple(modes), "Pooling of modules.json")
 
 
 def _normalizes(folder: Path, kinds: Mapping[str, Any]) -> bool:
@@ -100,20 +99,21 @@ def _normalizes(folder: Path, kinds: Mapping[str, Any]) -> bool:
     names = {config.get(f"module_{side}_name") or "sentence_embedding" for side in ("input", "output")}
     if names != {"sentence_embedding"}:
         raise LoadError(
-            f"modules.json's Normalize works on {', '.join(sorted(names))}; known is sentence_embedding.",
-            hint="Load the artifact for feature-extraction, and do the rest with sentence-transformers.",
+            f"Normalize of modules.json must work on sentence_embedding, got {', '.join(sorted(names))}.",
+            hint="Load the artifact for feature-extraction and use sentence-transformers for the rest.",
         )
     return True
 
 
 def _text_settings(folder: Path) -> tuple[int | None, bool]:
-    # The name has the model type in it: sentence_bert_config.json, sentence_roberta_config.json.
-    found = sorted(folder.glob("sentence_*_config.json"))
-    config = _read(found[0], {}) if found else {}
+    # The name contains the model type: sentence_bert_config.json, sentence_roberta_config.json.
+    paths = sorted(folder.glob("sentence_*_config.json"))
+    config = _read(paths[0], {}) if paths else {}
     if config.get("processing_kwargs"):
         raise LoadError(
-            f"{found[0].name} has processing_kwargs {config['processing_kwargs']}, which are not known here.",
-            hint="Load the artifact for feature-extraction, and tokenize as the model wants it.",
+            f"{paths[0].name} has processing_kwargs, which compiled embeddings do not support: "
+            f"{config['processing_kwargs']}.",
+            hint="Load the artifact for feature-extraction and tokenize with these settings.",
         )
     return config.get("max_seq_length"), bool(config.get("do_lower_case", False))
 
@@ -133,7 +133,7 @@ def _folder_of(folder: Path, module: Mapping[str, Any]) -> Path:
     try:
         return folder / safe_relative_path(path) if path else folder
     except ValueError as error:
-        raise LoadError(f"modules.json: {error}.", hint="Do not use this model.") from error
+        raise LoadError(f"modules.json has an invalid path: {error}.", hint="Do not use this model.") from error
 
 
 def _read(path: Path, absent: Any) -> Any:
@@ -144,5 +144,8 @@ def _read(path: Path, absent: Any) -> Any:
     except ValueError as error:
         raise LoadError(f"{path.name} cannot be read: {error}.", hint="Compile the model again.") from error
     if not isinstance(value, type(absent)):
-        raise LoadError(f"{path.name} holds a {type(value).__name__}.", hint="Compile the model again.")
+        raise LoadError(
+            f"Expected {type(absent).__name__} in {path.name}, got {type(value).__name__}.",
+            hint="Compile the model again.",
+        )
     return value

@@ -1,4 +1,4 @@
-"""CompiledModel: called like the source model, answers with the source model's output class."""
+"""CompiledModel: a compiled component behind the interface of its source model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from compileflow.artifact.attestations.required import RequireSignature
+from compileflow.artifact.attestations.require_signature import RequireSignature
 from compileflow.artifact.open import OpenArtifact, copy_artifact, open_artifact
 from compileflow.contracts import Arrays, Device
 from compileflow.errors import InputError, LoadError
@@ -19,15 +19,21 @@ from compileflow.serving.component import LoadedComponent
 from compileflow.serving.from_memory import in_memory
 from compileflow.spec import ShapeBucket
 
-# What a transformers model takes besides tensors; True would need outputs that the graph does not have.
+# Arguments of transformers models besides tensors; True asks for outputs that a compiled model does not have.
 _FLAGS = ("output_attentions", "output_hidden_states", "use_cache")
 
 
 class CompiledModel:
-    """A compiled graph behind a transformers model's interface.
+    """A compiled component that is called like a transformers model and returns the source model's output class.
 
-    `config` is the source model's; every attribute of it is available on this object, too. Calls are safe
-    from several threads.
+    Calls are safe from several threads.
+
+    Attributes:
+        graph: The loaded component.
+        config: Configuration of the source model. All its attributes are available on this object.
+        artifact: Artifact that the component belongs to.
+        manifest: Manifest of the artifact.
+        component: Name of the component.
     """
 
     base_model_prefix = "model"
@@ -41,7 +47,7 @@ class CompiledModel:
         self.manifest = graph.artifact.manifest
         self.component = graph.component
         self.config = config
-        # Whatever computes, tensors go in and come out in host memory.
+        # Tensors enter and leave in host memory, whatever device computes.
         self.device = torch.device("cpu")
         self.dtype = torch.float32
         self.name_or_path = str(graph.artifact.folder)
@@ -65,20 +71,20 @@ class CompiledModel:
         """Load from an artifact's folder or URI, after checking every digest.
 
         Args:
-            location: Folder, or STORE/manifests/sha256/DIGEST.json.
-            component: Which compiled graph of the artifact.
-            device: Where it runs; the target must know it. None: where the target runs first of all.
-            threads: Threads of one call; None leaves it to the runtime.
-            buckets: Which of the compiled shape buckets to load; None loads all.
-            digest: The artifact's own, or its first 12 digits and more; any other is refused.
-            trust: Load although files were altered or added, with a warning in the log. Compiled files are native
-                code, which then runs with your rights.
-            require_signature: True refuses an artifact whose provenance and verdict no trusted key signed; so do
-                public keys' PEM files, which are trusted instead. None: as COMPILEFLOW_REQUIRE_SIGNATURE says.
+            location: Folder, registered name, or URI such as STORE/manifests/sha256/DIGEST.json.
+            component: Name of the component to load.
+            device: Device to run on. None: the first device of the target.
+            threads: Threads per call. None: the runtime decides.
+            buckets: Compiled shape buckets to load. None: all.
+            digest: Expected digest of the artifact, or at least its first 12 digits.
+            trust: Load the artifact even if files were altered or added, with a warning in the log. Compiled files
+                are native code, which then runs with your rights.
+            require_signature: True accepts only artifacts whose provenance and verdict a trusted key signed. PEM
+                files of public keys replace the trusted keys. None: the setting COMPILEFLOW_REQUIRE_SIGNATURE.
 
         Raises:
-            ManifestError, IntegrityError, SignatureError: refused before anything is deserialised.
-            LoadError: it cannot run here; the hint says what is missing.
+            ManifestError, IntegrityError, SignatureError: The artifact fails a check. Nothing was deserialised.
+            LoadError: The artifact cannot run here; the hint says what is missing.
         """
         return cls.from_artifact(
             open_artifact(location, digest=digest, trust=trust, require_signature=require_signature),
@@ -98,12 +104,12 @@ class CompiledModel:
         threads: int | None = None,
         buckets: Sequence[ShapeBucket] | None = None,
     ) -> CompiledModel:
-        """Load from an artifact that is open already."""
+        """Load from an artifact that is already open."""
         _output_module(artifact.component(component).output_class)
         graph = LoadedComponent.load(
             artifact, component=component, device=device, threads=threads, buckets=buckets
         )
-        # After the checks: what is refused imports nothing.
+        # After the checks, so that an artifact that fails them imports nothing.
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(
@@ -111,7 +117,7 @@ class CompiledModel:
             local_files_only=True,
             trust_remote_code=artifact.manifest.spec.trust_remote_code,
         )
-        # transformers' pipelines look at the class's name; a subclass borrows it.
+        # transformers' pipelines read the name of the class, so a subclass takes the source model's.
         kind = type(artifact.manifest.source.architecture, (cls,), {"__module__": cls.__module__})
         model: CompiledModel = kind(graph, config)
         return model
@@ -130,24 +136,24 @@ class CompiledModel:
         target: str | None = None,
         **tracing_kwargs: Any,
     ) -> CompiledModel:
-        """Compile a model that is in memory; the model stays as it is.
+        """Compile a model that is in memory. The model itself stays unchanged.
 
         Args:
             model: A transformers model.
-            batch_size: Rows of the compiled shape; calls of any number of rows are padded or split to it.
-            max_length: Tokens of the compiled shape; -1 is the model's own maximum.
-            neuron: True compiles for AWS Neuron, False for torchscript, where no `target` is named.
+            batch_size: Rows of the compiled shape. Calls with any number of rows are padded or split to it.
+            max_length: Tokens of the compiled shape; -1 is the maximum of the model.
+            neuron: Without `target`, True compiles for AWS Neuron and False for torchscript.
             validate_compilation: Compare every output with the source model's before returning.
-            validation_rtol: Relative tolerance of that, a fraction.
-            validation_atol: Absolute tolerance of that, in the outputs' own units.
-            target: Any target's name; `compileflow targets` lists them.
-            **tracing_kwargs: The target's options.
+            validation_rtol: Relative tolerance of the comparison, a fraction.
+            validation_atol: Absolute tolerance of the comparison, in the units of the outputs.
+            target: Name of a target; `compileflow targets` lists them.
+            **tracing_kwargs: Options of the target.
 
         Raises:
-            SpecError: a shape, a target or an option that there is not.
-            TargetUnavailableError: the target's toolchain is missing here.
-            CompileError: the toolchain refused the model.
-            VerdictError: an output differs by more than the tolerance; nothing is left behind.
+            SpecError: The shape, the target or an option is invalid.
+            TargetUnavailableError: The target's toolchain is not installed.
+            CompileError: The toolchain cannot compile the model.
+            VerdictError: An output differs by more than the tolerance. No artifact remains.
         """
         local = in_memory()
 
@@ -163,7 +169,7 @@ class CompiledModel:
 
     @property
     def compilation_specs(self) -> dict[str, Any]:
-        """What it was compiled with: batch_size, max_length (tokens), target, and the target's options by name."""
+        """Settings of the compile: batch_size, max_length (tokens), target, and the target's options by name."""
         spec, record = self.manifest.spec, self.graph.record
         buckets = record.shape_buckets or spec.components[0].shape_buckets
         return {
@@ -174,75 +180,78 @@ class CompiledModel:
         }
 
     def __call__(self, main_input: Any = None, *, return_dict: bool | None = None, **kwargs: Any) -> Any:
-        """Run the compiled graph.
+        """Run the compiled component.
 
         Args:
-            main_input: `input_ids`, `pixel_values` or `input_values`, which may be given by its name, too: tensor,
-                array or lists, of the axes that `manifest` names.
-            return_dict: False gives a plain tuple, as in transformers.
-            **kwargs: The source model's inputs by their names.
+            main_input: `input_ids`, `pixel_values` or `input_values` as a tensor, array or lists, with the axes of
+                the manifest. It may also be passed by name.
+            return_dict: False returns a plain tuple, as in transformers.
+            **kwargs: Inputs of the source model by name.
 
         Returns:
-            The source model's output class, with torch tensors.
+            Outputs in the source model's output class, with torch tensors.
 
         Raises:
-            InputError: an input that the graph lacks, wrong shapes, or more tokens than compiled for.
+            InputError: The component does not have an input, shapes do not match, or there are more tokens than
+                the component was compiled for.
         """
-        import torch
-
         for flag in _FLAGS:
             if kwargs.pop(flag, None):
                 raise InputError(
-                    f"A compiled graph has a fixed set of outputs; {flag}=True would need others.",
-                    hint="Use the source model for that.",
+                    f"{flag}=True asks for outputs that the compiled model does not have.",
+                    hint="Use the source model for these outputs.",
                 )
         if main_input is not None:
             if self.main_input_name in kwargs:
-                raise InputError(f"{self.main_input_name} was given twice.", hint="Give it once.")
+                raise InputError(f"{self.main_input_name} was passed twice.", hint="Pass it once.")
             kwargs[self.main_input_name] = main_input
-        arrays = self.run(kwargs)
-        tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in arrays.items()}
-        if return_dict is False:
-            return tuple(tensors.values())
-        return _filled(self._output_class, tensors)
+        outputs = self.as_output(self.run(kwargs))
+        return outputs if return_dict is not False else tuple(outputs.values())
 
     forward = __call__
-    # transformers' classifiers ask for it in every call, and working it out takes as long as the checks of inputs.
+    # transformers' classifiers read the signature in every call; computing it takes as long as checking inputs.
     forward.__signature__ = signature(forward)  # type: ignore[attr-defined]
 
+    def as_output(self, arrays: Arrays) -> Any:
+        """Put named arrays into the source model's output class, as tensors that share their memory."""
+        import torch
+
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in arrays.items()}
+        return _filled(self._output_class, tensors)
+
     def run(self, inputs: Mapping[str, Any]) -> Arrays:
-        """Run the compiled graph on named inputs and return named NumPy arrays."""
-        return self.graph.run({name: _as_array(value) for name, value in inputs.items()})
+        """Run the compiled component on named inputs and return named NumPy arrays."""
+        return self.graph.run(inputs)
 
     def save_pretrained(self, dest: str | Path) -> Path:
         """Copy the whole artifact into `dest`, an empty or absent folder."""
         return copy_artifact(self.artifact, dest)
 
     def close(self) -> None:
-        """Release the graph. Closing twice does nothing."""
+        """Release the component. A second call does nothing."""
         self.graph.close()
 
     def can_generate(self) -> bool:
-        """Return False: none of the tasks compiled so far generates."""
+        """Return False: compileflow does not compile generating models yet."""
         return False
 
     def eval(self) -> CompiledModel:
-        """Return itself: a compiled graph is always in evaluation mode."""
+        """Return this object: a compiled model is always in evaluation mode."""
         return self
 
     def to(self, device: Any) -> CompiledModel:
-        """Return itself if it runs on that device already.
+        """Return this object if its tensors are already on that device.
 
         Raises:
-            LoadError: a loaded graph cannot be moved.
+            LoadError: The device differs; a loaded component cannot be moved.
         """
         import torch
 
         if isinstance(device, torch.dtype) or torch.device(device).type == self.device.type:
             return self
         raise LoadError(
-            f"The compiled graph runs on {self.device}, and cannot be moved to {device}.",
-            hint=f"Load it there: CompiledModel.from_pretrained(..., device={str(device)!r}).",
+            f"The compiled model takes tensors on {self.device} and cannot be moved to {device}.",
+            hint=f"Load it for that device: CompiledModel.from_pretrained(..., device={str(device)!r}).",
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -255,23 +264,8 @@ class CompiledModel:
         return f"CompiledModel({type(self).__name__}, target={target!r}, component={self.component!r})"
 
 
-def _as_array(value: Any) -> Any:
-    if value is None or isinstance(value, np.ndarray):
-        return value
-    if hasattr(value, "detach"):
-        if value.device.type == "meta":
-            raise InputError("A tensor on the meta device holds no data.", hint="Give it on the CPU.")
-        return value.detach().cpu().numpy()
-    try:
-        return np.asarray(value)
-    except ValueError as error:
-        raise InputError(
-            "Rows of different lengths do not make a batch.", hint="Call the tokenizer with padding=True."
-        ) from error
-
-
 def _filled(kind: Any, tensors: Mapping[str, Any]) -> Any:
-    """Make an output as the constructors of transformers do, which look at each field several times."""
+    """Create an output as transformers' constructors do, but without their repeated checks of each field."""
     if kind.__module__.partition(".")[0] != "transformers":
         return kind(**tensors)
     output = kind.__new__(kind)
@@ -288,7 +282,7 @@ def _output_class(path: str) -> Any:
 
 def _output_module(path: str) -> str:
     module = path.partition(":")[0]
-    # The path comes from a file: only transformers' own output classes are looked up.
+    # The path comes from a file, so only transformers' output classes are allowed.
     if module.partition(".")[0] not in ("transformers", "transformers_modules"):
-        raise LoadError(f"{path!r} is no transformers output class.", hint="Compile the model again.")
+        raise LoadError(f"{path!r} is not an output class of transformers.", hint="Compile the model again.")
     return module

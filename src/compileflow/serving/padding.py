@@ -1,4 +1,4 @@
-"""Fit any batch to what a graph takes: pad to a shape bucket, split what is larger, cut the answers back."""
+"""How inputs are checked, how rows and batches are padded to a shape that a component takes, and cut back."""
 
 from __future__ import annotations
 
@@ -13,106 +13,125 @@ from compileflow.errors import InputError
 from compileflow.source_model.lengths import call_sizes, frames_of, shortest_input
 from compileflow.spec import ShapeBucket
 
+# Inputs that a call may leave out; a component without them accepts their neutral values.
+OPTIONAL_INPUTS = ("attention_mask", "token_type_ids")
 # A bucket that is at least this full is worth padding up to; below it, smaller calls waste less.
 _WORTH_FILLING = 0.75
+_WHOLE_AXIS = slice(None)
 
 
-def complete_inputs(component: ComponentRecord, given: Mapping[str, Any]) -> Arrays:
-    """Turn what the caller gave into the graph's inputs, arrays of the axes and types that its record names.
+def complete_inputs(component: ComponentRecord, values: Mapping[str, Any]) -> Arrays:
+    """Turn a caller's values into the component's inputs: arrays with the axes and types of its record.
 
-    A missing attention_mask means that everything counts, missing token_type_ids that all are zero, as in
-    transformers.
+    As in transformers, a missing attention_mask counts every token, and missing token_type_ids are all zero.
+
+    Args:
+        component: Record of the component.
+        values: Tensors, arrays or lists by input name; None counts as missing.
 
     Raises:
-        InputError: no main input, an input that the graph lacks, or shapes that do not go together.
+        InputError: The main input is missing, the component does not have an input, or shapes do not match.
     """
     main = component.inputs[0]
-    names = [record.name for record in component.inputs]
-    named = {name for name, value in given.items() if value is not None}
-    unknown = sorted(named - set(names) - {"token_type_ids", "attention_mask"})
+    names = [tensor.name for tensor in component.inputs]
+    arrays_by_name = {name: _as_array(value) for name, value in values.items() if value is not None}
+    unknown = [name for name in arrays_by_name if name not in names and name not in OPTIONAL_INPUTS]
     if unknown:
         raise InputError(
-            f"The compiled graph has no input {unknown[0]!r}.", hint=f"Its inputs are: {', '.join(names)}."
+            f"The compiled model has no input {unknown[0]!r}.", hint=f"Its inputs are: {', '.join(names)}."
         )
-    types = given.get("token_type_ids")
+    types = arrays_by_name.get("token_type_ids")
     if "token_type_ids" not in names and types is not None and np.any(types):
         raise InputError(
-            "The source model has one token type, and token_type_ids holds others.",
+            "The source model has one token type, but token_type_ids contains others.",
             hint=f"Leave token_type_ids out; the inputs are: {', '.join(names)}.",
         )
-    mask = given.get("attention_mask")
+    mask = arrays_by_name.get("attention_mask")
     if "attention_mask" not in names and mask is not None and not np.all(mask):
         raise InputError(
-            "The source model has no attention mask, and attention_mask holds zeros.",
-            hint="Give one input at a time, or inputs of one length.",
+            "The source model has no attention mask, but attention_mask contains zeros.",
+            hint="Pass one input at a time, or inputs of equal length.",
         )
-    if given.get(main.name) is None:
-        maker = "Tokenize the text" if main.name == "input_ids" else "Call the model's own processor"
-        raise InputError(f"The compiled model was called without {main.name}.", hint=f"{maker} first.")
-    first = _checked(main, given[main.name], component)
-    rows, length = call_sizes(component.inputs[0], first)
-    arrays: Arrays = {main.name: first}
-    for record in component.inputs[1:]:
-        value = given.get(record.name)
-        if value is None:
-            fill = 1 if record.name == "attention_mask" else 0
-            array = np.full((rows, length), fill, dtype=record.dtype)
+    if main.name not in arrays_by_name:
+        preparation = "Tokenize the text" if main.name == "input_ids" else "Call the model's processor"
+        raise InputError(f"The compiled model was called without {main.name}.", hint=f"{preparation} first.")
+    main_array = _checked(main, arrays_by_name[main.name], component)
+    rows, length = call_sizes(main, main_array)
+    sizes: dict[str | int, int] = {"batch": rows, "sequence": length}
+    arrays: Arrays = {main.name: main_array}
+    for tensor in component.inputs[1:]:
+        if tensor.name in arrays_by_name:
+            array = _checked(tensor, arrays_by_name[tensor.name], component)
         else:
-            array = _checked(record, value, component)
-        wanted = tuple({"batch": rows, "sequence": length}.get(str(axis), axis) for axis in record.axes)
-        if array.shape != wanted:
+            fill = 1 if tensor.name == "attention_mask" else 0
+            array = np.full((rows, length), fill, dtype=tensor.dtype)
+        if array.shape != tuple([sizes.get(axis, axis) for axis in tensor.axes]):
             raise InputError(
-                f"{record.name} has shape {array.shape}, {main.name} has {first.shape}.",
+                f"{tensor.name} has shape {array.shape}, but {main.name} has shape {main_array.shape}.",
                 hint="Make the shapes equal.",
             )
-        arrays[record.name] = array
+        arrays[tensor.name] = array
     return arrays
 
 
-def _checked(record: TensorRecord, value: Any, component: ComponentRecord) -> NDArray[Any]:
-    """Return an input as an array of its type, or say what is wrong with it."""
-    array = np.asarray(value)
-    if record.name == "attention_mask" and array.dtype.kind == "f" and np.isin(array, (0, 1)).all():
-        array = array.astype(np.int64)
-    integers = record.dtype.startswith("int")
-    kinds = ("biu" if record.name == "attention_mask" else "iu") if integers else "f"
-    fits = array.ndim == len(record.axes) and all(
-        size == axis for size, axis in zip(array.shape, record.axes, strict=False) if isinstance(axis, int)
-    )
-    if not fits or array.size == 0 or array.dtype.kind not in kinds:
-        axes = ", ".join(map(str, record.axes))
+def _as_array(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value
+    if hasattr(value, "detach"):
+        if value.device.type == "meta":
+            raise InputError("A tensor on the meta device holds no data.", hint="Create it on the CPU.")
+        return value.detach().cpu().numpy()
+    try:
+        return np.asarray(value)
+    except ValueError as error:
         raise InputError(
-            f"{record.name} has shape {array.shape} and type {array.dtype}; needed is ({axes}) of "
-            f"{'integers' if integers else 'floats'}.",
+            "Rows of different lengths cannot form a batch.", hint="Call the tokenizer with padding=True."
+        ) from error
+
+
+def _checked(tensor: TensorRecord, array: NDArray[Any], component: ComponentRecord) -> NDArray[Any]:
+    """Return an input with the type of its record, or raise an InputError that says what is wrong with it."""
+    if tensor.name == "attention_mask" and array.dtype.kind == "f" and np.isin(array, (0, 1)).all():
+        array = array.astype(np.int64)
+    takes_integers = tensor.dtype.startswith("int")
+    kinds = ("biu" if tensor.name == "attention_mask" else "iu") if takes_integers else "f"
+    axis_sizes = zip(tensor.axes, array.shape, strict=False)
+    wrong_sizes = [size for axis, size in axis_sizes if isinstance(axis, int) and size != axis]
+    is_wrong_shape = array.ndim != len(tensor.axes) or wrong_sizes or array.size == 0
+    if is_wrong_shape or array.dtype.kind not in kinds:
+        axes = ", ".join(map(str, tensor.axes))
+        raise InputError(
+            f"{tensor.name}: expected {'integers' if takes_integers else 'floats'} of shape ({axes}), "
+            f"got {array.dtype} of shape {array.shape}.",
             hint="Call the tokenizer or processor with return_tensors='pt' or 'np' and padding=True.",
         )
-    if "sequence" in record.axes:
-        length, longest = array.shape[record.axes.index("sequence")], component.max_sequence_length
-        unit = "tokens" if record.name in ("input_ids", "token_type_ids") else "elements a row"
+    if "sequence" in tensor.axes:
+        length, longest = array.shape[tensor.axes.index("sequence")], component.max_sequence_length
+        unit = "tokens" if tensor.name in ("input_ids", "token_type_ids") else "elements per row"
         if length > longest:
             raise InputError(
-                f"{length} {unit}, and the model was compiled for at most {longest}.",
-                hint="Truncate, as CompiledTokenizer does, or compile with a larger max_sequence_length.",
+                f"The input has {length} {unit}, but the model was compiled for at most {longest}.",
+                hint="Truncate it, as CompiledTokenizer does, or compile with a larger max_sequence_length.",
             )
         shortest = shortest_input(component.frame_convolutions)
         if length < shortest:
             raise InputError(
-                f"{length} {unit}, and the model makes nothing of fewer than {shortest}.",
-                hint="Give a longer recording.",
+                f"The input has {length} {unit}, but the model needs at least {shortest}.",
+                hint="Pass a longer recording.",
             )
-    return np.ascontiguousarray(array, dtype=record.dtype)
+    return np.ascontiguousarray(array, dtype=tensor.dtype)
 
 
 def run_fitted(runner: Runner, component: ComponentRecord, inputs: Arrays) -> Arrays:
-    """Run a graph on inputs of any batch size and any length up to its maximum.
+    """Run a component on inputs of any batch size and any length up to its maximum.
 
     Args:
-        runner: The loaded graph.
-        component: Its record; decides whether shapes are free or buckets.
-        inputs: From `complete_inputs`.
+        runner: The loaded component.
+        component: Record of the component; says whether shapes are free or buckets.
+        inputs: Inputs as `complete_inputs` returns them.
 
     Returns:
-        Named outputs, their 'batch', 'sequence' and 'frames' axes as long as the inputs give them.
+        Outputs by name. The length of their 'batch', 'sequence' and 'frames' axes follows from the inputs.
     """
     if component.dynamic_axes:
         return runner.run(inputs)
@@ -122,8 +141,8 @@ def run_fitted(runner: Runner, component: ComponentRecord, inputs: Arrays) -> Ar
     for bucket in plan_calls(component.shape_buckets, rows, length):
         count = min(bucket.batch_size, rows - start)
         chunk = {name: value[start : start + count] for name, value in inputs.items()}
-        answer = runner.run(pad_to(chunk, bucket, component))
-        parts.append(cut_back(answer, component, count, length))
+        outputs = runner.run(pad_to(chunk, bucket, component))
+        parts.append(cut_back(outputs, component, count, length))
         start += count
     if len(parts) == 1:
         return parts[0]
@@ -132,48 +151,88 @@ def run_fitted(runner: Runner, component: ComponentRecord, inputs: Arrays) -> Ar
 
 def plan_calls(buckets: Sequence[ShapeBucket], rows: int, length: int) -> list[ShapeBucket]:
     """Choose the bucket of each call: the shortest length that fits, then batches with little padding."""
-    fitting = min(b.sequence_length for b in buckets if b.sequence_length >= length)
-    sizes = sorted((b for b in buckets if b.sequence_length == fitting), key=lambda b: b.batch_size)
+    fitting_length = min(bucket.sequence_length for bucket in buckets if bucket.sequence_length >= length)
+    candidates = sorted(
+        (bucket for bucket in buckets if bucket.sequence_length == fitting_length),
+        key=lambda bucket: bucket.batch_size,
+    )
     calls = []
     while rows > 0:
-        above = next((b for b in sizes if b.batch_size >= rows), None)
-        below = next((b for b in reversed(sizes) if b.batch_size <= rows), None)
-        if above is not None and (below is None or rows >= _WORTH_FILLING * above.batch_size):
-            chosen = above
+        larger = next((bucket for bucket in candidates if bucket.batch_size >= rows), None)
+        smaller = next((bucket for bucket in reversed(candidates) if bucket.batch_size <= rows), None)
+        if larger is not None and (smaller is None or rows >= _WORTH_FILLING * larger.batch_size):
+            bucket = larger
         else:
-            chosen = below or sizes[-1]
-        calls.append(chosen)
-        rows -= chosen.batch_size
+            bucket = smaller or candidates[-1]
+        calls.append(bucket)
+        rows -= bucket.batch_size
     return calls
 
 
 def pad_to(inputs: Arrays, bucket: ShapeBucket, component: ComponentRecord) -> Arrays:
-    """Pad on the right to a bucket's shape.
+    """Pad a batch on the right to a bucket's shape.
 
-    Added elements are masked out. Added rows repeat the last one: a row that is masked out whole makes some
-    graphs divide by zero.
+    The mask excludes the added elements. Added rows repeat the last one, because a row that is masked completely
+    makes some models divide by zero.
     """
     sizes = {"batch": bucket.batch_size, "sequence": bucket.sequence_length}
     padded = {}
-    for record in component.inputs:
-        value = inputs[record.name]
-        shape = tuple(sizes.get(str(axis), size) for axis, size in zip(record.axes, value.shape, strict=True))
-        # torch warns of arrays that it could not write to, and gets a copy of such.
+    for tensor in component.inputs:
+        value = inputs[tensor.name]
+        shape = tuple(sizes.get(str(axis), size) for axis, size in zip(tensor.axes, value.shape, strict=True))
+        # torch warns about arrays that it cannot write to, so those are copied.
         if shape == value.shape and value.flags.writeable:
-            padded[record.name] = value
+            padded[tensor.name] = value
             continue
-        wide = np.full(shape, component.pad_token_id if record.name == "input_ids" else 0, dtype=value.dtype)
+        wide = np.full(shape, _fill_value(tensor, component), dtype=value.dtype)
         wide[tuple(map(slice, value.shape))] = value
         wide[len(value) :] = wide[len(value) - 1]
-        padded[record.name] = wide
+        padded[tensor.name] = wide
     return padded
 
 
-def cut_back(answer: Arrays, component: ComponentRecord, rows: int, length: int) -> Arrays:
-    """Cut outputs of a padded call to the rows and the length that count."""
-    kept = {"batch": rows, "sequence": length, "frames": frames_of(component.frame_convolutions, length)}
-    cut: dict[str, NDArray[Any]] = {}
-    for record in component.outputs:
-        index = tuple(slice(kept[axis]) if isinstance(axis, str) else slice(None) for axis in record.axes)
-        cut[record.name] = answer[record.name][index]
-    return cut
+def stack_rows(component: ComponentRecord, rows: Sequence[Arrays]) -> Arrays:
+    """Stack rows into a batch. Shorter rows are padded on the right, and the mask excludes the padding.
+
+    The side does not depend on the tokenizer: padding on the right keeps the absolute positions of a single row.
+    """
+    stacked = {}
+    for tensor in component.inputs:
+        values = [row[tensor.name] for row in rows]
+        if all(value.shape == values[0].shape for value in values):
+            stacked[tensor.name] = np.concatenate(values)
+            continue
+        longest = max(value.shape[-1] for value in values)
+        wide = np.full((len(values), longest), _fill_value(tensor, component), dtype=values[0].dtype)
+        for position, value in enumerate(values):
+            wide[position, : value.shape[1]] = value[0]
+        stacked[tensor.name] = wide
+    return stacked
+
+
+def split_row(component: ComponentRecord, outputs: Arrays, position: int, row: Arrays) -> Arrays:
+    """Return a copy of one row's outputs from those of a batch, cut to the length of the row's inputs."""
+    main = component.inputs[0]
+    _, length = call_sizes(main, row[main.name])
+    slices = _axis_slices(component, slice(position, position + 1), length)
+    # A view would keep the whole batch in memory for as long as the caller keeps one answer.
+    return {tensor.name: outputs[tensor.name][_index(tensor, slices)].copy() for tensor in component.outputs}
+
+
+def cut_back(outputs: Arrays, component: ComponentRecord, rows: int, length: int) -> Arrays:
+    """Cut the outputs of a padded call to the rows and the length of the inputs before padding."""
+    slices = _axis_slices(component, slice(rows), length)
+    return {tensor.name: outputs[tensor.name][_index(tensor, slices)] for tensor in component.outputs}
+
+
+def _axis_slices(component: ComponentRecord, rows: slice, length: int) -> dict[str, slice]:
+    frames = frames_of(component.frame_convolutions, length)
+    return {"batch": rows, "sequence": slice(length), "frames": slice(frames)}
+
+
+def _index(tensor: TensorRecord, slices: Mapping[str, slice]) -> tuple[slice, ...]:
+    return tuple([slices[axis] if isinstance(axis, str) else _WHOLE_AXIS for axis in tensor.axes])
+
+
+def _fill_value(tensor: TensorRecord, component: ComponentRecord) -> int:
+    return component.pad_token_id if tensor.name == "input_ids" else 0

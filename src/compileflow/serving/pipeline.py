@@ -1,4 +1,4 @@
-"""CompiledPipeline: transformers' own pipeline around a compiled model."""
+"""CompiledPipeline: a transformers pipeline around a compiled model."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from compileflow.artifact.attestations.required import RequireSignature
+from compileflow.artifact.attestations.require_signature import RequireSignature
 from compileflow.artifact.open import OpenArtifact, copy_artifact, open_artifact
 from compileflow.contracts import Device
 from compileflow.errors import LoadError, SpecError
 from compileflow.serving.from_memory import in_memory
+from compileflow.serving.list_calls import call_list
 from compileflow.serving.model import CompiledModel
 from compileflow.serving.question_answering import QuestionAnsweringPipeline
 from compileflow.serving.sentence_embedding import SentenceEmbeddingPipeline
-from compileflow.serving.sorted_calls import call_sorted
 from compileflow.serving.tokenizer import CompiledTokenizer
 from compileflow.spec import HfTask, ShapeBucket
 
@@ -27,11 +27,11 @@ _NONE: Mapping[str, Any] = MappingProxyType({})
 class CompiledPipeline:
     """A transformers pipeline whose model is compiled.
 
-    Every attribute of the wrapped pipeline is available on this object.
+    All attributes of the wrapped pipeline are available on this object.
 
     Attributes:
-        pipeline: The wrapped pipeline: transformers', or compileflow's own where transformers has none.
-        original_pipeline: The pipeline that `from_pipeline` was given; None after loading.
+        pipeline: The wrapped pipeline: from transformers, or from compileflow for tasks that transformers lacks.
+        original_pipeline: The pipeline that was passed to `from_pipeline`; None after loading.
     """
 
     def __init__(self, pipeline: Any, artifact: OpenArtifact, original_pipeline: Any = None):
@@ -41,7 +41,7 @@ class CompiledPipeline:
 
     @property
     def compiled_pipeline(self) -> Any:
-        """The wrapped pipeline, by the name that it had in an older library."""
+        """The wrapped pipeline, under its name in the older library."""
         return self.pipeline
 
     @classmethod
@@ -59,23 +59,23 @@ class CompiledPipeline:
         *,
         target: str | None = None,
     ) -> CompiledPipeline:
-        """Compile the model of a pipeline that is in memory; the pipeline stays as it is.
+        """Compile the model of a pipeline that is in memory. The pipeline itself stays unchanged.
 
         Args:
-            pipeline: A pipeline for text.
-            max_length: Tokens of the compiled shape; -1 is the model's own maximum.
-            batch_size: Rows of the compiled shape; inputs of any number are padded or split to it.
-            neuron: True compiles for AWS Neuron, False for torchscript, where no `target` is named.
+            pipeline: A transformers pipeline for text.
+            max_length: Tokens of the compiled shape; -1 is the maximum of the model.
+            batch_size: Rows of the compiled shape. Inputs with any number of rows are padded or split to it.
+            neuron: Without `target`, True compiles for AWS Neuron and False for torchscript.
             validate_compilation: Compare every output with the source model's before returning.
-            validation_rtol: Relative tolerance of that, a fraction.
-            validation_atol: Absolute tolerance of that, in the outputs' own units.
+            validation_rtol: Relative tolerance of the comparison, a fraction.
+            validation_atol: Absolute tolerance of the comparison, in the units of the outputs.
             tokenizer_settings: Settings of the tokenizer; see `CompiledTokenizer.from_tokenizer`.
-            model_tracing_settings: The target's options.
-            target: Any target's name; `compileflow targets` lists them.
+            model_tracing_settings: Options of the target.
+            target: Name of a target; `compileflow targets` lists them.
 
         Raises:
-            SpecError: a pipeline, a shape, a setting or a target that is not possible.
-            TargetUnavailableError, CompileError, VerdictError: see `CompiledModel.from_model`.
+            SpecError: The pipeline, the shape, a setting or the target is invalid.
+            TargetUnavailableError, CompileError, VerdictError: See `CompiledModel.from_model`.
         """
         local = in_memory()
 
@@ -91,7 +91,7 @@ class CompiledPipeline:
             hf_task=_task_of(pipeline),
             tokenizer=tokenizer,
         )
-        # A copy keeps the pipeline's own class and settings, such as top_k.
+        # A copy keeps the class and settings of the pipeline, such as top_k.
         compiled = copy.copy(pipeline)
         compiled.model = CompiledModel.from_artifact(artifact)
         compiled.tokenizer = CompiledTokenizer.from_artifact(artifact)
@@ -116,23 +116,23 @@ class CompiledPipeline:
         """Load from an artifact's folder or URI, after checking every digest.
 
         Args:
-            location: Folder, or STORE/manifests/sha256/DIGEST.json.
-            component: Which compiled graph of the artifact.
-            task: Hub task to serve, where one graph serves two: feature-extraction and sentence-similarity,
-                text-classification and zero-shot-classification. None: the one that it was compiled for.
-            device: Where it runs; the target must know it. None: where the target runs first of all.
-            threads: Threads of one call; None leaves it to the runtime.
-            buckets: Which of the compiled shape buckets to load; None loads all.
-            digest: The artifact's own, or its first 12 digits and more; any other is refused.
-            trust: Load although files were altered or added, with a warning in the log. Compiled files are native
-                code, which then runs with your rights.
-            require_signature: True refuses an artifact whose provenance and verdict no trusted key signed; so do
-                public keys' PEM files, which are trusted instead. None: as COMPILEFLOW_REQUIRE_SIGNATURE says.
-            **pipeline_settings: As `transformers.pipeline` takes them, for example `batch_size` or `top_k`.
+            location: Folder, registered name, or URI such as STORE/manifests/sha256/DIGEST.json.
+            component: Name of the component to load.
+            task: Hub task to serve. A model compiled for feature-extraction also serves sentence-similarity, and
+                one for text-classification also zero-shot-classification. None: the task it was compiled for.
+            device: Device to run on. None: the first device of the target.
+            threads: Threads per call. None: the runtime decides.
+            buckets: Compiled shape buckets to load. None: all.
+            digest: Expected digest of the artifact, or at least its first 12 digits.
+            trust: Load the artifact even if files were altered or added, with a warning in the log. Compiled files
+                are native code, which then runs with your rights.
+            require_signature: True accepts only artifacts whose provenance and verdict a trusted key signed. PEM
+                files of public keys replace the trusted keys. None: the setting COMPILEFLOW_REQUIRE_SIGNATURE.
+            **pipeline_settings: Settings of `transformers.pipeline`, for example `batch_size` or `top_k`.
 
         Raises:
-            ManifestError, IntegrityError, SignatureError: refused before anything is deserialised.
-            LoadError: it cannot run here, or serves another task.
+            ManifestError, IntegrityError, SignatureError: The artifact fails a check. Nothing was deserialised.
+            LoadError: The artifact cannot run here, or does not serve the task.
         """
         artifact = open_artifact(location, digest=digest, trust=trust, require_signature=require_signature)
         served = served_task(artifact, task)
@@ -142,10 +142,10 @@ class CompiledPipeline:
         return cls(_wrapped(served, artifact, model, pipeline_settings), artifact)
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
-        """Call it as in transformers; what is in a list runs sorted by length and comes back in order."""
-        # A tuple is one input, a text pair, as in transformers.
+        """Call the pipeline as in transformers. Lists run in batches of similar length; answers keep the order."""
+        # As in transformers, a tuple is a single input: a text pair.
         if inputs and isinstance(inputs[0], list) and len(inputs[0]) > 1:
-            return call_sorted(self.pipeline, *inputs, **kwargs)
+            return call_list(self.pipeline, *inputs, **kwargs)
         return self.pipeline(*inputs, **kwargs)
 
     def save_pretrained(self, dest: str | Path) -> Path:
@@ -161,48 +161,48 @@ class CompiledPipeline:
         return f"CompiledPipeline(task={self.task!r}, model={self.model!r})"
 
 
-def served_task(artifact: OpenArtifact, asked: HfTask | str | None) -> HfTask:
-    """Return the task to serve.
+def served_task(artifact: OpenArtifact, requested_task: HfTask | str | None) -> HfTask:
+    """Return the task that an artifact is to serve; None requests the task that it was compiled for.
 
     Raises:
-        LoadError: the artifact's graph does not serve the one that was asked for.
+        LoadError: The artifact does not serve the requested task.
     """
-    compiled_for = artifact.manifest.hf_task
-    if asked is None:
-        return compiled_for
-    able = [task.value for task in HfTask if task.graph_task is compiled_for.graph_task]
-    if asked not in able:
+    compiled_task = artifact.manifest.hf_task
+    if requested_task is None:
+        return compiled_task
+    served_tasks = [task.value for task in HfTask if task.graph_task is compiled_task.graph_task]
+    if requested_task not in served_tasks:
         raise LoadError(
-            f"The artifact was compiled for {compiled_for.value}, and {str(asked)!r} was asked for.",
-            hint=f"It serves: {', '.join(able)}.",
+            f"The artifact was compiled for {compiled_task.value} and does not serve {str(requested_task)!r}.",
+            hint=f"It serves: {', '.join(served_tasks)}.",
         )
-    return HfTask(asked)
+    return HfTask(requested_task)
 
 
 def _task_of(pipeline: Any) -> HfTask | None:
-    """Return a pipeline's task; None where it was made without one, and its model's class decides."""
+    """Return the task of a pipeline; None if it has none, so that the class of its model decides."""
     if not pipeline.task:
         return None
-    # transformers has no pipeline for these two; ours are made from artifacts.
-    ours = (HfTask.QUESTION_ANSWERING, HfTask.SENTENCE_SIMILARITY)
-    able = [task.value for task in HfTask if task.modality == "text" and task not in ours]
-    if pipeline.task not in able:
+    # transformers has no pipeline for these two; those of compileflow are created from artifacts.
+    excluded = (HfTask.QUESTION_ANSWERING, HfTask.SENTENCE_SIMILARITY)
+    supported_tasks = [task.value for task in HfTask if task.modality == "text" and task not in excluded]
+    if pipeline.task not in supported_tasks:
         raise SpecError(
             f"from_pipeline does not compile {pipeline.task!r}.",
-            hint=f"It compiles: {', '.join(able)}. compileflow.pipeline takes the others.",
+            hint=f"It compiles: {', '.join(supported_tasks)}. Use compileflow.pipeline for other tasks.",
         )
     return HfTask(pipeline.task)
 
 
 def _fitting_tokenizer(pipeline: Any, length: int, settings: Mapping[str, Any]) -> CompiledTokenizer:
     if pipeline.tokenizer is None:
-        raise SpecError("The pipeline has no tokenizer.", hint="Make it with tokenizer=.")
+        raise SpecError("The pipeline has no tokenizer.", hint="Create it with tokenizer=.")
     tokenizer = CompiledTokenizer.from_tokenizer(pipeline.tokenizer, **({"max_length": length} | dict(settings)))
-    asked = tokenizer.tokenization_settings["max_length"]
-    if asked is None or asked > length:
+    max_length = tokenizer.tokenization_settings["max_length"]
+    if max_length is None or max_length > length:
         raise SpecError(
-            f"tokenizer_settings has max_length {asked}, and the model is compiled for {length} tokens.",
-            hint=f"Leave it out, or give {length} or fewer.",
+            f"tokenizer_settings has max_length {max_length}, but the model is compiled for {length} tokens.",
+            hint=f"Leave max_length out, or pass at most {length}.",
         )
     return tokenizer
 
@@ -219,37 +219,37 @@ def _wrapped(task: HfTask, artifact: OpenArtifact, model: CompiledModel, setting
         parts = _processors(task, artifact)
     from transformers import pipeline
 
-    # transformers would choose a GPU where there is one; the tensors are the CPU's, whatever computes.
-    made = pipeline(task.value, model=model, device=model.device, **parts, **settings)
+    # With the device, because transformers would move tensors to a GPU if it finds one.
+    wrapped_pipeline = pipeline(task.value, model=model, device=model.device, **parts, **settings)
     if task.modality == "text":
-        kind: Any = type(made)
-        made.__class__ = _without_device_moves(kind)
-    return made
+        pipeline_class: Any = type(wrapped_pipeline)
+        wrapped_pipeline.__class__ = _without_device_moves(pipeline_class)
+    return wrapped_pipeline
 
 
 @cache
-def _without_device_moves(kind: Any) -> Any:
-    """Return a pipeline class like `kind`, whose forward looks for no tensors on other devices: there are none.
+def _without_device_moves(pipeline_class: Any) -> Any:
+    """Return a subclass whose forward does not look for tensors on other devices, since there are none.
 
-    To look through inputs and outputs for tensors takes longer than all else that is done around a small graph.
+    The search through inputs and outputs takes longer than everything else around a small model.
     """
 
     def forward(self: Any, model_inputs: Mapping[str, Any], **settings: Any) -> Any:
-        # A copy, as transformers makes one, too: some tasks take entries out of it.
+        # A copy, as in transformers, because some tasks remove entries.
         return self._forward(dict(model_inputs), **settings)
 
-    named = {"__module__": kind.__module__, "__doc__": kind.__doc__}
-    return type(kind.__name__, (kind,), {**named, "forward": forward})
+    members = {"__module__": pipeline_class.__module__, "__doc__": pipeline_class.__doc__, "forward": forward}
+    return type(pipeline_class.__name__, (pipeline_class,), members)
 
 
 def _processors(task: HfTask, artifact: OpenArtifact) -> dict[str, Any]:
-    """Load what turns images or audio into a graph's inputs, and for speech, what spells its outputs."""
+    """Load the processor of images or audio, and for speech the tokenizer that turns outputs into text."""
     from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 
-    trusted = {"local_files_only": True, "trust_remote_code": artifact.manifest.spec.trust_remote_code}
+    options = {"local_files_only": True, "trust_remote_code": artifact.manifest.spec.trust_remote_code}
     if task.modality == "image":
-        return {"image_processor": AutoImageProcessor.from_pretrained(artifact.folder, **trusted)}
-    parts = {"feature_extractor": AutoFeatureExtractor.from_pretrained(artifact.folder, **trusted)}
+        return {"image_processor": AutoImageProcessor.from_pretrained(artifact.folder, **options)}
+    parts = {"feature_extractor": AutoFeatureExtractor.from_pretrained(artifact.folder, **options)}
     if task is HfTask.SPEECH_RECOGNITION:
-        parts["tokenizer"] = AutoTokenizer.from_pretrained(artifact.folder, **trusted)
+        parts["tokenizer"] = AutoTokenizer.from_pretrained(artifact.folder, **options)
     return parts

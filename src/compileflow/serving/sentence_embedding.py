@@ -1,4 +1,4 @@
-"""Sentence embeddings, pooled as the source model's own configuration says."""
+"""Sentence embeddings, pooled as the source model's configuration says."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from numpy.typing import NDArray
 
 from compileflow.contracts import Arrays
 from compileflow.errors import InputError, LoadError
-from compileflow.serving.batches import checked_batch_size, may_pad, plan_batches, stack_rows
 from compileflow.serving.embedding_recipe import checked_poolings, read_recipe
 from compileflow.serving.padding import complete_inputs
+from compileflow.serving.rows import PreparedItem, checked_batch_size, run_rows
 
 Embeddings = NDArray[np.float32]
 
 _SETTINGS = ("normalize", "batch_size", "pooling")
 _TOKENS = "last_hidden_state"
-# How many texts are tokenized and sorted at a time.
-_WINDOW_TEXTS = 1024
-# Lengths below this count as this: torch.nn.functional.normalize's eps.
+# How many texts one call of the tokenizer takes: a call for each text would be several times slower.
+_TOKENIZED_TEXTS = 1024
+# Shorter embeddings are divided by this length: eps of torch.nn.functional.normalize.
 _SHORTEST = 1e-12
 
 
@@ -31,7 +31,7 @@ def _weighted_mean(tokens: Embeddings) -> Embeddings:
     return np.asarray(weights @ tokens / weights.sum())
 
 
-# Each takes a text's tokens, shape (tokens, dimension), and gives shape (dimension,).
+# From the tokens of a text, shape (tokens, dimension), to shape (dimension,).
 _POOL: Mapping[str, Callable[[Embeddings], Embeddings]] = {
     "mean": lambda tokens: tokens.mean(axis=0),
     "cls": lambda tokens: tokens[0],
@@ -43,17 +43,17 @@ _POOL: Mapping[str, Callable[[Embeddings], Embeddings]] = {
 
 
 class SentenceEmbeddingPipeline:
-    """Call it with texts; the answer is one embedding a text, as sentence-transformers' `encode` gives it.
+    """Embeds texts as `encode` of sentence-transformers does: one embedding per text.
 
     Args:
         model: CompiledModel for feature-extraction.
-        tokenizer: CompiledTokenizer.
-        folder: The artifact's, with modules.json and what it names, if the source model has them.
-        **settings: normalize: None as modules.json says, or True or False; pooling: None as modules.json says,
-            or a way of pooling; batch_size: most texts a call of the graph.
+        tokenizer: CompiledTokenizer of the model.
+        folder: Folder of the artifact, with modules.json and the files named there if the source model has them.
+        **settings: `normalize` (True or False) and `pooling` (a mode of `POOLINGS`) override modules.json;
+            `batch_size` is the most texts per call of the component.
 
     Raises:
-        LoadError: an unknown setting, a module that is not compiled, or a graph that gives no tokens.
+        LoadError: A setting is unknown, a module cannot be compiled, or the component does not return tokens.
     """
 
     task = "sentence-similarity"
@@ -62,15 +62,16 @@ class SentenceEmbeddingPipeline:
         unknown = sorted(set(settings) - set(_SETTINGS))
         if unknown:
             raise LoadError(
-                f"Sentence embeddings have no setting {unknown[0]!r}.", hint=f"There are: {', '.join(_SETTINGS)}."
+                f"Sentence embeddings have no setting {unknown[0]!r}.",
+                hint=f"The settings are: {', '.join(_SETTINGS)}.",
             )
-        # Read here, so that a model that cannot be pooled is refused when it is loaded.
+        # Read here, so that loading fails for a model that cannot be pooled.
         recipe = read_recipe(folder)
         record = model.graph.record
         axes = {output.name: output.axes for output in record.outputs}
         if axes.get(_TOKENS, ())[:2] != ("batch", "sequence"):
             raise LoadError(
-                f"The graph gives {', '.join(axes)} and no {_TOKENS} to pool.",
+                f"Sentence embeddings pool {_TOKENS}, but the compiled model returns {', '.join(axes)}.",
                 hint="Compile the model for feature-extraction.",
             )
         normalize, pooling = settings.get("normalize"), settings.get("pooling")
@@ -91,55 +92,57 @@ class SentenceEmbeddingPipeline:
         batch_size: int | None = None,
         normalize: bool | None = None,
     ) -> Any:
-        """Embed a text, a list of texts, or one after the other those of an iterator.
+        """Embed a text, a list of texts, or the texts of an iterator one at a time.
 
         Args:
-            inputs: A text, a list or tuple of texts, or an iterator; what is longer than `max_tokens` is cut.
-            batch_size: Most texts a call of the graph; None as the pipeline was given.
-            normalize: Whether the embeddings get length 1; None as the pipeline was given.
+            inputs: A text, a list or tuple of texts, or an iterator. Texts longer than `max_tokens` are truncated.
+            batch_size: Most texts per call of the component. None: the pipeline's setting.
+            normalize: Whether the embeddings are scaled to length 1. None: the pipeline's setting.
 
         Returns:
-            float32, shape (dimension,) for one text, (texts, dimension) for a list, in its order; for an iterator
-            another, of one embedding a text.
+            float32 of shape (dimension,) for a text, or (texts, dimension) for a list, in its order. For an
+            iterator, an iterator with one embedding per text.
 
         Raises:
-            InputError: an input that is no text, or a text that the tokenizer makes no token of.
+            InputError: An input is not a text, or the tokenizer returns no token for it.
         """
         if isinstance(inputs, Iterator):
-            return (self(one, normalize=normalize) for one in inputs)
-        single = isinstance(inputs, str)
-        texts = _checked_texts([inputs] if single else inputs)
-        most = checked_batch_size(batch_size) or self.batch_size
-        found = np.empty((len(texts), self.dimension), dtype=np.float32)
-        for start in range(0, len(texts), _WINDOW_TEXTS):
-            window = texts[start : start + _WINDOW_TEXTS]
-            self._embed(window, most, found[start : start + len(window)])
+            return (self(text, normalize=normalize) for text in inputs)
+        is_single = isinstance(inputs, str)
+        texts = _checked_texts([inputs] if is_single else inputs)
+        embeddings = np.empty((len(texts), self.dimension), dtype=np.float32)
+        rows_per_call = checked_batch_size(batch_size) or self.batch_size
+        pooled = run_rows(self.model, self._prepared(texts), self._pool, batch_size=rows_per_call)
+        for index, embedding in enumerate(pooled):
+            embeddings[index] = embedding
         if self.normalize if normalize is None else normalize:
-            found /= np.maximum(np.linalg.norm(found, axis=1, keepdims=True), _SHORTEST)
-        return found[0] if single else found
+            embeddings /= np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), _SHORTEST)
+        return embeddings[0] if is_single else embeddings
 
-    def _embed(self, texts: Sequence[str], batch_size: int | None, into: Embeddings) -> None:
-        graph, record = self.model.graph, self.model.graph.record
-        rows = self._rows(texts)
-        pad = may_pad(record, self.model.config)
-        for batch in plan_batches(record, rows, batch_size=batch_size, pad=pad):
-            answer = graph.run(stack_rows(record, [rows[index] for index in batch]))
-            for place, index in enumerate(batch):
-                own = answer[_TOKENS][place, : rows[index]["input_ids"].shape[1]]
-                into[index] = np.concatenate([_POOL[pooling](own) for pooling in self.poolings])
-
-    def _rows(self, texts: Sequence[str]) -> list[Arrays]:
-        encoded = self.tokenizer(
-            [self._prompt + text for text in texts], padding=False, truncation=True, max_length=self.max_tokens
-        )
+    def _prepared(self, texts: Sequence[str]) -> Iterator[PreparedItem[None]]:
         record = self.model.graph.record
-        rows = []
-        for index, text in enumerate(texts):
-            if not encoded["input_ids"][index]:
-                raise InputError(f"The tokenizer makes no token of the text {text!r}.", hint="Leave it out.")
-            row = {name: np.array([values[index]]) for name, values in encoded.items()}
-            rows.append(complete_inputs(record, row))
-        return rows
+        for start in range(0, len(texts), _TOKENIZED_TEXTS):
+            chunk = texts[start : start + _TOKENIZED_TEXTS]
+            # Without the mask: it would be all ones, and `complete_inputs` adds it faster.
+            encoded = self.tokenizer(
+                [self._prompt + text for text in chunk],
+                padding=False,
+                truncation=True,
+                max_length=self.max_tokens,
+                return_attention_mask=False,
+            )
+            for index, text in enumerate(chunk):
+                if not encoded["input_ids"][index]:
+                    raise InputError(
+                        f"The tokenizer returns no token for the text {text!r}.", hint="Leave it out."
+                    )
+                row = {name: np.array([values[index]]) for name, values in encoded.items()}
+                yield PreparedItem([complete_inputs(record, row)], None)
+
+    def _pool(self, _: None, row_outputs: list[Arrays]) -> Embeddings:
+        tokens = row_outputs[0][_TOKENS][0]
+        pooled = [_POOL[pooling](tokens) for pooling in self.poolings]
+        return pooled[0] if len(pooled) == 1 else np.concatenate(pooled)
 
     def __repr__(self) -> str:
         return (
@@ -151,27 +154,29 @@ class SentenceEmbeddingPipeline:
 def _checked_texts(inputs: Any) -> list[str]:
     if not isinstance(inputs, list | tuple):
         raise InputError(
-            f"Embedded are texts; found a {type(inputs).__name__}.", hint="Give a str or a list of them."
+            f"Expected a text or a list of texts, got {type(inputs).__name__}.",
+            hint="Pass a str or a list of str.",
         )
     for position, text in enumerate(inputs):
         if not isinstance(text, str):
             raise InputError(
-                f"Entry {position} of the list is a {type(text).__name__}, not a text.", hint="Give a list of str."
+                f"Expected texts, got {type(text).__name__} at position {position} of the list.",
+                hint="Pass a list of str.",
             )
     return list(inputs)
 
 
 def _lowering(tokenizer: Any) -> Any:
-    """Return a tokenizer that lowers texts before its own normalisation and leaves special tokens as they are."""
+    """Return a tokenizer that lowercases texts before it normalises them, but leaves special tokens unchanged."""
     from tokenizers.normalizers import Lowercase
     from tokenizers.normalizers import Sequence as Chain
 
     if not tokenizer.is_fast:
         raise LoadError(
-            "The model lowers its texts, and its tokenizer is no fast one.",
-            hint="Save the model with its tokenizer.json.",
+            "The source model lowercases its texts, which needs a fast tokenizer.",
+            hint="Save the source model with its tokenizer.json and compile it again.",
         )
-    own = deepcopy(tokenizer)
-    before = own.backend_tokenizer.normalizer
-    own.backend_tokenizer.normalizer = Lowercase() if before is None else Chain([Lowercase(), before])
-    return own
+    lowering = deepcopy(tokenizer)
+    normalizer = lowering.backend_tokenizer.normalizer
+    lowering.backend_tokenizer.normalizer = Lowercase() if normalizer is None else Chain([Lowercase(), normalizer])
+    return lowering

@@ -1,4 +1,4 @@
-"""CompiledTokenizer: a Hugging Face tokenizer, with settings that fit what a model was compiled for."""
+"""CompiledTokenizer: a Hugging Face tokenizer with settings that fit the shapes of a compiled model."""
 
 from __future__ import annotations
 
@@ -11,27 +11,26 @@ from pathlib import Path
 from typing import Any
 
 from compileflow._process.folders import os_errors
-from compileflow.artifact.attestations.required import RequireSignature, requires_signature
+from compileflow.artifact.attestations.require_signature import RequireSignature, requires_signature
 from compileflow.artifact.manifest import MANIFEST_NAME
 from compileflow.artifact.open import OpenArtifact, copy_artifact, open_artifact
 from compileflow.errors import LoadError, SpecError, StoreError
+from compileflow.source_model.interface import length_limit
 from compileflow.sources.files import kind_of
 
 SETTINGS_FILE = "tokenization_settings.json"
 _TEXTS = ("self", "text", "text_pair", "text_target", "text_pair_target", "kwargs")
-# transformers writes a number of the order 1e30 where a tokenizer knows no maximum.
-_NO_MAXIMUM = 1_000_000
 
 
 class CompiledTokenizer:
-    """A Hugging Face tokenizer that pads and truncates to the compiled model's shapes by default.
+    """A Hugging Face tokenizer that pads and truncates to the shapes of a compiled model by default.
 
-    Every attribute of the wrapped tokenizer is available on this object, to read and to set.
+    All attributes of the wrapped tokenizer can be read and set on this object.
 
     Attributes:
         tokenizer: The wrapped Hugging Face tokenizer.
-        tokenization_settings: Settings of each call. What `from_tokenizer` was given wins over the call, the
-            call wins over the rest.
+        tokenization_settings: Settings of each call. A call can override them, except for those that were passed
+            to `from_tokenizer`.
     """
 
     def __init__(
@@ -40,11 +39,11 @@ class CompiledTokenizer:
         tokenization_settings: Mapping[str, Any],
         artifact: OpenArtifact | None = None,
         *,
-        given: Iterable[str] = (),
+        fixed: Iterable[str] = (),
     ):
         self.tokenizer = tokenizer
         self.tokenization_settings = dict(tokenization_settings)
-        self._given = frozenset(given)
+        self._fixed = frozenset(fixed)
         self._artifact = artifact
 
     @classmethod
@@ -53,12 +52,12 @@ class CompiledTokenizer:
 
         Args:
             tokenizer: A transformers tokenizer.
-            **settings: Settings of a tokenizer's call, which no call can change. The others are
-                `padding="max_length"`, `truncation=True`, `add_special_tokens=True` and
-                `max_length=tokenizer.model_max_length`, until a call gives its own.
+            **settings: Settings of the tokenizer's call, which calls cannot override. Calls can override the
+                defaults: `padding="max_length"`, `truncation=True`, `add_special_tokens=True` and
+                `max_length=tokenizer.model_max_length`.
 
         Raises:
-            SpecError: a setting that no call knows, or no maximum length.
+            SpecError: A setting is unknown, or the maximum length is missing.
         """
         wrapped = tokenizer.tokenizer if isinstance(tokenizer, cls) else tokenizer
         _check_names(wrapped, settings)
@@ -69,12 +68,12 @@ class CompiledTokenizer:
             "max_length": wrapped.model_max_length,
         }
         merged = defaults | settings
-        if (merged["max_length"] or 0) > _NO_MAXIMUM:
+        if merged["max_length"] and length_limit(merged["max_length"]) is None:
             raise SpecError(
-                "The tokenizer knows no maximum length, and none was given.",
-                hint="Give max_length, for example the model's max_position_embeddings.",
+                "The tokenizer has no maximum length, and max_length is missing.",
+                hint="Pass max_length, for example the model's max_position_embeddings.",
             )
-        return cls(wrapped, merged, given=settings)
+        return cls(wrapped, merged, fixed=settings)
 
     @classmethod
     def from_pretrained(
@@ -89,20 +88,20 @@ class CompiledTokenizer:
         """Load from an artifact's folder or URI, after checking every digest, or from a saved tokenizer's folder.
 
         Args:
-            location: Folder, or STORE/manifests/sha256/DIGEST.json.
-            component: Whose longest input the tokenizer truncates to.
-            digest: The artifact's own, or its first 12 digits and more; any other is refused.
-            trust: Load although files were altered or added, with a warning in the log.
-            require_signature: True refuses an artifact whose provenance and verdict no trusted key signed, and a
-                saved tokenizer, which nobody signs; so do public keys' PEM files, which are trusted instead.
-                None: as COMPILEFLOW_REQUIRE_SIGNATURE says.
+            location: Folder, registered name, or URI such as STORE/manifests/sha256/DIGEST.json.
+            component: Component whose maximum length the tokenizer truncates to.
+            digest: Expected digest of the artifact, or at least its first 12 digits.
+            trust: Load the artifact even if files were altered or added, with a warning in the log.
+            require_signature: True accepts only artifacts whose provenance and verdict a trusted key signed, and
+                therefore rejects a saved tokenizer. PEM files of public keys replace the trusted keys. None: the
+                setting COMPILEFLOW_REQUIRE_SIGNATURE.
 
         Raises:
-            ManifestError, IntegrityError, SignatureError: it is neither, was altered, or is not signed.
-            LoadError: the artifact has no tokenizer, or the saved settings cannot be read.
+            ManifestError, IntegrityError, SignatureError: The location has neither, or the artifact fails a check.
+            LoadError: The artifact has no tokenizer, or the saved settings cannot be read.
         """
         folder = Path(location).expanduser()
-        # An artifact that lost its manifest is no saved tokenizer.
+        # An artifact that lost its manifest is not a saved tokenizer.
         is_artifact = (
             digest is not None
             or requires_signature(require_signature)
@@ -119,22 +118,22 @@ class CompiledTokenizer:
 
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         saved = _read_settings(folder)
-        return cls.from_tokenizer(tokenizer) if saved is None else cls(tokenizer, saved[0], given=saved[1])
+        return cls.from_tokenizer(tokenizer) if saved is None else cls(tokenizer, saved[0], fixed=saved[1])
 
     @classmethod
     def from_artifact(cls, artifact: OpenArtifact, *, component: str = "default") -> CompiledTokenizer:
-        """Load from an artifact that is open already.
+        """Load from an artifact that is already open.
 
         Raises:
-            LoadError: it has no such component, or no tokenizer.
+            LoadError: The artifact does not have the component, or has no tokenizer.
         """
         record = artifact.component(component)
         if not any(kind_of(file.path) == "tokenizer" for file in artifact.manifest.files):
             raise LoadError(
-                "The artifact has no tokenizer: it was compiled from a model alone.",
+                "The artifact has no tokenizer, because it was compiled from a model alone.",
                 hint="Use CompiledModel, or compile with CompiledPipeline.from_pipeline.",
             )
-        # After the checks: what is refused imports nothing.
+        # After the checks, so that an artifact that fails them imports nothing.
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(
@@ -146,34 +145,37 @@ class CompiledTokenizer:
         saved = _read_settings(artifact.folder)
         if saved is None:
             return cls(tokenizer, {"padding": True, "truncation": True, "max_length": longest}, artifact)
-        # The settings may be older than the choice of this length.
-        fitting = min(saved[0].get("max_length") or longest, longest)
-        return cls(tokenizer, saved[0] | {"max_length": fitting}, artifact, given=saved[1])
+        # The settings may have been saved before this length was chosen.
+        max_length = min(saved[0].get("max_length") or longest, longest)
+        return cls(tokenizer, saved[0] | {"max_length": max_length}, artifact, fixed=saved[1])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Tokenize as the wrapped tokenizer does, with `tokenization_settings`."""
-        own = {name: value for name, value in kwargs.items() if name not in self._given}
-        settings = self.tokenization_settings | own
+        overrides = {name: value for name, value in kwargs.items() if name not in self._fixed}
+        settings = self.tokenization_settings | overrides
         if settings.get("return_tensors") != "pt":
             return self.tokenizer(*args, **settings)
         encoded = self.tokenizer(*args, **(settings | {"return_tensors": "np"}))
         if any(value.dtype.kind not in "bif" for value in encoded.values()):
-            # Rows of different lengths, most likely: transformers says it in its own words.
+            # Most likely rows of different lengths; this call raises the error of transformers.
             return self.tokenizer(*args, **settings)
         return _as_tensors(encoded)
 
     def save_pretrained(self, dest: str | Path) -> Path:
-        """Write the tokenizer and its settings; of an artifact, copy the whole into an empty or absent folder.
+        """Write the tokenizer and its settings, or copy the whole artifact that it was loaded from.
+
+        Args:
+            dest: Folder to write to; for an artifact, an empty or absent one.
 
         Raises:
-            StoreError: the folder cannot be written, or holds an artifact, whose files are fixed.
+            StoreError: The folder cannot be written, or contains an artifact.
         """
         if self._artifact is not None:
             return copy_artifact(self._artifact, dest)
         out = Path(dest).expanduser().absolute()
         if (out / MANIFEST_NAME).exists():
             raise StoreError(
-                f"{out} holds a compiled artifact, whose files its manifest lists.",
+                f"{out} contains a compiled artifact, whose files must not change.",
                 hint="Save the tokenizer elsewhere; CompiledPipeline.from_pipeline puts both into one artifact.",
             )
         with os_errors(out, "write to"):
@@ -184,13 +186,13 @@ class CompiledTokenizer:
     def write(self, folder: Path) -> None:
         """Write the tokenizer's files and the settings into an existing folder."""
         write_tokenizer(self.tokenizer, folder)
-        data = {"settings": self.tokenization_settings, "given": sorted(self._given)}
+        data = {"settings": self.tokenization_settings, "given": sorted(self._fixed)}
         try:
             text = json.dumps(data, indent=1, sort_keys=True)
         except TypeError as error:
             raise SpecError(
                 f"The tokenization settings cannot be saved: {error}.",
-                hint="Give plain values: text, numbers, true or false.",
+                hint="Pass plain values: text, numbers, True or False.",
             ) from error
         (folder / SETTINGS_FILE).write_text(text + "\n", "utf-8")
 
@@ -215,7 +217,7 @@ class CompiledTokenizer:
 
 
 def _as_tensors(encoded: Any) -> Any:
-    """Turn arrays into tensors; from lists, as transformers makes them, it takes several times as long."""
+    """Convert arrays to tensors, which is several times faster than transformers' conversion of lists."""
     import torch
 
     for name, value in encoded.items():
@@ -224,16 +226,17 @@ def _as_tensors(encoded: Any) -> Any:
 
 
 def write_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write a tokenizer's files, the same ones whatever it was called with before."""
-    fresh = copy.deepcopy(tokenizer)
-    core = getattr(fresh, "backend_tokenizer", None)
-    if core is not None:
-        # A fast tokenizer keeps the padding and truncation of its last call, and would save them.
-        core.no_padding()
-        core.no_truncation()
-    # transformers saves what a tokenizer was made with, not what was set since.
-    fresh.init_kwargs |= {side: getattr(fresh, side) for side in ("padding_side", "truncation_side")}
-    fresh.save_pretrained(folder)
+    """Write the files of a tokenizer; they do not depend on its earlier calls."""
+    tokenizer_copy = copy.deepcopy(tokenizer)
+    backend = getattr(tokenizer_copy, "backend_tokenizer", None)
+    if backend is not None:
+        # A fast tokenizer would save the padding and truncation of its last call.
+        backend.no_padding()
+        backend.no_truncation()
+    # transformers saves the arguments of the constructor, not the attributes that were set later.
+    sides = {side: getattr(tokenizer_copy, side) for side in ("padding_side", "truncation_side")}
+    tokenizer_copy.init_kwargs |= sides
+    tokenizer_copy.save_pretrained(folder)
 
 
 def _check_names(tokenizer: Any, settings: Mapping[str, Any]) -> None:
@@ -245,7 +248,7 @@ def _check_names(tokenizer: Any, settings: Mapping[str, Any]) -> None:
         if name not in known:
             near = get_close_matches(name, known, n=3) or sorted(known)
             raise SpecError(
-                f"No call of {type(tokenizer).__name__} knows the setting {name!r}.",
+                f"{type(tokenizer).__name__} has no setting {name!r}.",
                 hint=f"Did you mean {' or '.join(near)}?",
             )
 
@@ -259,6 +262,6 @@ def _read_settings(folder: Path) -> tuple[dict[str, Any], list[str]] | None:
         return dict(data["settings"]), list(data["given"])
     except (ValueError, KeyError, TypeError) as error:
         raise LoadError(
-            f"{path} is not what CompiledTokenizer.save_pretrained writes: {type(error).__name__}: {error}.",
-            hint='Write {"settings": {...}, "given": [...]}, or delete it.',
+            f"{path} was not written by CompiledTokenizer.save_pretrained: {type(error).__name__}: {error}.",
+            hint='Write {"settings": {...}, "given": [...]} to the file, or delete it.',
         ) from error

@@ -1,4 +1,4 @@
-"""What the conformance suite asks a compiled pipeline, and what it must answer: what transformers' own answers."""
+"""Inputs for the pipeline of every task, and the comparison of compiled answers with the source model's."""
 
 # ruff: noqa: S101 - the suite is tests.
 
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from numpy.typing import NDArray
 
 from compileflow.artifact.open import OpenArtifact
@@ -26,7 +25,7 @@ from compileflow.source_model.load import load_config, load_source_model
 from compileflow.spec import HfTask
 
 SCORE_ATOL = 1e-4
-# A compiled pipeline truncates unasked; transformers' own have three ways of being asked.
+# A compiled pipeline always truncates; pipelines of transformers truncate with one of three settings.
 _TRUNCATED: Mapping[HfTask, dict[str, Any]] = {
     HfTask.FEATURE_EXTRACTION: {"truncation": True},
     HfTask.TEXT_CLASSIFICATION: {"truncation": True},
@@ -34,18 +33,18 @@ _TRUNCATED: Mapping[HfTask, dict[str, Any]] = {
 }
 _SETTINGS: Mapping[HfTask, dict[str, Any]] = {
     HfTask.ZERO_SHOT_CLASSIFICATION: {"candidate_labels": ["travel", "food", "dogs and cats"]},
-    # Windows of 0.8 seconds, so that the longest recording is longer than what a graph takes.
+    # Windows of 0.8 seconds, so that the longest recording exceeds the longest input of the component.
     HfTask.SPEECH_RECOGNITION: {"chunk_length_s": 0.8, "stride_length_s": 0.1},
 }
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
-# Tokens, special ones included: around the edges of the suite's shape buckets, and beyond the maximum.
+# Numbers of tokens, including special ones: at the edges of the suite's shape buckets, and beyond the maximum.
 _TOKENS = (3, 7, 8, 9, 16, 17, 63, 64, 90)
 _SAMPLES = (300, 1600, 1601, 4000, 9000, 16_000)
 _BEYOND = 40_000
 
 
 class _EagerRunner:
-    """The source model in the place of a compiled graph."""
+    """Runs the source model in place of a compiled component."""
 
     def __init__(self, source: SourceModel):
         self._source = source
@@ -58,33 +57,33 @@ class _EagerRunner:
 
 
 def assert_pipeline_answers_like_the_source_models(artifact: OpenArtifact, source_dir: Path, task: HfTask) -> None:
-    """Compare a compiled pipeline with transformers' own, on single inputs, lists, batches and a generator.
+    """Compare a compiled pipeline with that of transformers on single inputs, lists, batches and a generator.
 
-    Where transformers has no pipeline for the task, it is compileflow's own around the source model itself.
+    If transformers has no pipeline for the task, the reference is compileflow's pipeline around the source model.
     """
     pipeline = CompiledPipeline.from_pretrained(artifact.folder, task=task, threads=1)
     reference = _reference(artifact, source_dir, task)
     settings = _SETTINGS.get(task, {})
     truncated = settings | _TRUNCATED.get(task, {})
-    asked = questions(task, pipeline)
-    expected = [reference(each, **truncated) for each in asked]
+    inputs = questions(task, pipeline)
+    expected = [reference(item, **truncated) for item in inputs]
     try:
-        for each, answer in zip(asked, expected, strict=True):
-            assert_same_result(pipeline(each, **settings), answer)
-        whole = reference(asked, **truncated)
-        assert_same_result(pipeline(asked, **settings), whole)
+        for item, answer in zip(inputs, expected, strict=True):
+            assert_same_result(pipeline(item, **settings), answer)
+        answers = reference(inputs, **truncated)
+        assert_same_result(pipeline(inputs, **settings), answers)
         for batch_size in (1, 3):
-            assert_same_result(pipeline(asked, batch_size=batch_size, **settings), whole)
-        assert_same_result(pipeline(asked[:1], **settings), reference(asked[:1], **truncated))
-        streamed = list(pipeline(_stream(asked), **settings))
-        assert_same_result(streamed, list(reference(_stream(asked), **truncated)))
-        assert len(streamed) == len(asked)
+            assert_same_result(pipeline(inputs, batch_size=batch_size, **settings), answers)
+        assert_same_result(pipeline(inputs[:1], **settings), reference(inputs[:1], **truncated))
+        streamed = list(pipeline(_stream(inputs), **settings))
+        assert_same_result(streamed, list(reference(_stream(inputs), **truncated)))
+        assert len(streamed) == len(inputs)
     finally:
         pipeline.model.close()
 
 
 def questions(task: HfTask, pipeline: Any) -> list[Any]:
-    """Return inputs of a task: edges of the shape buckets and beyond the maximum, odd ones between them."""
+    """Return inputs of a task: at the edges of the shape buckets, beyond the maximum, and unusual ones."""
     if task.modality == "image":
         return _images()
     if task.modality == "audio":
@@ -102,23 +101,66 @@ def questions(task: HfTask, pipeline: Any) -> list[Any]:
     return ["", *texts, "Zoë 東京 \U0001f600"]
 
 
-def assert_same_result(candidate: Any, reference: Any) -> None:
-    """Compare what pipelines return: floats within the score's tolerance, all else equal."""
-    assert type(candidate) is type(reference)
-    if isinstance(reference, dict):
-        assert list(candidate) == list(reference)
-        for name, value in reference.items():
-            assert_same_result(candidate[name], value)
-    elif isinstance(reference, list):
-        assert len(candidate) == len(reference)
-        for one, other in zip(candidate, reference, strict=True):
-            assert_same_result(one, other)
+def assert_same_result(candidate: Any, reference: Any, *, atol: float = SCORE_ATOL, rtol: float = 0.0) -> None:
+    """Fail unless two answers of models or pipelines are equal; the message names the first difference.
+
+    Types, keys and their order, lengths, shapes and dtypes must be equal, and numbers within the tolerance.
+
+    Args:
+        candidate: Answer to check: nested dicts, lists and tuples of numbers, arrays, tensors and texts.
+        reference: Expected answer.
+        atol: Absolute tolerance of floats.
+        rtol: Relative tolerance of floats, a fraction of the reference.
+
+    Raises:
+        AssertionError: The answers differ. The message has the path into the answer, the expected value, the value
+            found, and the tolerance.
+    """
+    difference = _first_difference(candidate, reference, (atol, rtol), "answer")
+    assert difference is None, difference
+
+
+def _first_difference(candidate: Any, reference: Any, tolerance: tuple[float, float], path: str) -> str | None:
+    """Return the first difference between two answers in words; None if there is none."""
+    if type(candidate) is not type(reference):
+        return f"{path}: expected {_described(reference)}, got {_described(candidate)}"
+    if isinstance(reference, Mapping):
+        if list(candidate) != list(reference):
+            return f"{path}: expected the keys {list(reference)}, got {list(candidate)}"
+        parts = [(f"{path}[{name!r}]", candidate[name], value) for name, value in reference.items()]
+    elif isinstance(reference, list | tuple):
+        if len(candidate) != len(reference):
+            return f"{path}: expected {len(reference)} entries, got {len(candidate)}"
+        parts = [(f"{path}[{index}]", candidate[index], value) for index, value in enumerate(reference)]
     elif isinstance(reference, np.ndarray) or hasattr(reference, "detach"):
-        np.testing.assert_allclose(candidate, reference, rtol=0, atol=SCORE_ATOL)
+        return _array_difference(candidate, reference, tolerance, path)
     elif isinstance(reference, float | np.floating):
-        assert candidate == pytest.approx(reference, abs=SCORE_ATOL)
+        return _array_difference(np.asarray(candidate), np.asarray(reference), tolerance, path)
     else:
-        assert candidate == reference
+        return None if candidate == reference else f"{path}: expected {reference!r}, got {candidate!r}"
+    differences = (_first_difference(value, expected, tolerance, place) for place, value, expected in parts)
+    return next((difference for difference in differences if difference is not None), None)
+
+
+def _array_difference(candidate: Any, reference: Any, tolerance: tuple[float, float], path: str) -> str | None:
+    if (candidate.dtype, tuple(candidate.shape)) != (reference.dtype, tuple(reference.shape)):
+        return f"{path}: expected {_described(reference)}, got {_described(candidate)}"
+    values, expected = np.asarray(candidate), np.asarray(reference)
+    atol, rtol = tolerance if expected.dtype.kind == "f" else (0.0, 0.0)
+    close = np.isclose(values, expected, rtol=rtol, atol=atol, equal_nan=True)
+    if close.all():
+        return None
+    index = tuple(int(position) for position in np.argwhere(~close)[0])
+    place = f"{path}[{', '.join(map(str, index))}]" if index else path
+    count = f" ({int((~close).sum())} of {close.size} elements differ)" if index else ""
+    limit = f"{atol:g}" + (f" + {rtol:g} * |expected|" if rtol else "")
+    return f"{place}: expected {expected[index]}, got {values[index]}, tolerance {limit}{count}"
+
+
+def _described(value: Any) -> str:
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"{type(value).__name__} of {value.dtype} with shape {tuple(value.shape)}"
+    return f"{type(value).__name__} {value!r}"
 
 
 def _reference(artifact: OpenArtifact, source_dir: Path, task: HfTask) -> Any:
@@ -128,8 +170,8 @@ def _reference(artifact: OpenArtifact, source_dir: Path, task: HfTask) -> Any:
         return pipeline(task.value, model=str(source_dir), device="cpu")
     source = load_source_model(source_dir, task)
     record = artifact.component("default").model_copy(update={"dynamic_axes": True, "shape_buckets": ()})
-    graph = LoadedComponent(replace(artifact), "default", record, _EagerRunner(source))
-    model = CompiledModel(graph, load_config(source_dir, trust_remote_code=False))
+    component = LoadedComponent(replace(artifact), "default", record, _EagerRunner(source))
+    model = CompiledModel(component, load_config(source_dir, trust_remote_code=False))
     tokenizer = CompiledTokenizer.from_artifact(artifact)
     if task is HfTask.QUESTION_ANSWERING:
         return QuestionAnsweringPipeline(model, tokenizer)
@@ -137,7 +179,7 @@ def _reference(artifact: OpenArtifact, source_dir: Path, task: HfTask) -> Any:
 
 
 def _text(tokens: int) -> str:
-    """Return a text whose letters are a token each, with two special ones around it."""
+    """Return a text of single letters that has `tokens` tokens, including two special ones."""
     return " ".join(_LETTERS[number * 7 % 26] for number in range(tokens - 2))
 
 
@@ -151,5 +193,5 @@ def _images() -> list[Any]:
     ]
 
 
-def _stream(asked: list[Any]) -> Iterator[Any]:
-    yield from asked
+def _stream(inputs: list[Any]) -> Iterator[Any]:
+    yield from inputs

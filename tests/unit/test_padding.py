@@ -189,20 +189,26 @@ def test_inputs_that_are_none_count_as_not_given() -> None:
     ("inputs", "says"),
     [
         ({"input_ids": np.ones((1, 17), dtype=np.int64)}, r"17 tokens.*at most 16.*CompiledTokenizer"),
-        ({"input_ids": np.ones(4, dtype=np.int64)}, r"shape \(4,\).*\(batch, sequence\)"),
+        ({"input_ids": np.ones(4, dtype=np.int64)}, r"shape \(batch, sequence\), got int64 of shape \(4,\)"),
         ({"input_ids": np.ones((1, 2, 3), dtype=np.int64)}, r"shape \(1, 2, 3\)"),
         ({"input_ids": np.ones((0, 4), dtype=np.int64)}, r"shape \(0, 4\)"),
         ({"input_ids": np.ones((2, 0), dtype=np.int64)}, r"shape \(2, 0\)"),
-        ({"input_ids": np.ones((1, 4), dtype=np.float32)}, r"type float32.*integers"),
-        ({"input_ids": np.array([["a", "text"]])}, r"type <U4.*integers"),
+        ({"input_ids": np.ones((1, 4), dtype=np.float32)}, r"expected integers.*got float32"),
+        ({"input_ids": np.array([["a", "text"]])}, r"expected integers.*got <U4"),
         ({}, r"without input_ids"),
         ({"input_ids": None}, r"without input_ids"),
         (
             given(2, 3) | {"attention_mask": np.ones((2, 4), dtype=np.int64)},
             r"attention_mask.*\(2, 4\).*\(2, 3\)",
         ),
-        (given(2, 3) | {"attention_mask": np.ones(3, dtype=np.int64)}, r"attention_mask has shape \(3,\)"),
-        (given(2, 3) | {"attention_mask": np.full((2, 3), 0.5)}, r"attention_mask has .*type float64.*integers"),
+        (
+            given(2, 3) | {"attention_mask": np.ones(3, dtype=np.int64)},
+            r"attention_mask: .*got int64 of shape \(3,\)",
+        ),
+        (
+            given(2, 3) | {"attention_mask": np.full((2, 3), 0.5)},
+            r"attention_mask: expected integers.*got float64",
+        ),
         (given(2, 3) | {"labels": np.ones((2,))}, r"no input 'labels'.*input_ids, attention_mask"),
     ],
 )

@@ -17,10 +17,11 @@ import transformers
 
 from compileflow import CompiledPipeline, HfTask
 from compileflow.errors import InputError
-from compileflow.serving import sorted_calls
+from compileflow.serving import rows
+from compileflow.serving.list_calls import call_list
 from compileflow.testing.pipelines import assert_same_result
-from compileflow.testing.shared import shared_folder
-from compileflow.testing.targets import BUCKETS, compiled_folder
+from compileflow.testing.targets import BUCKETS
+from tests.in_process import InProcess
 from tests.models import sentences
 from tests.unit.run_counter import RunCounter, counted
 
@@ -46,11 +47,11 @@ Reference = Callable[..., Any]
 
 
 @pytest.fixture(scope="session")
-def compiled(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def compiled(tiny_model: Callable[..., Path], in_process: InProcess) -> Callable[..., Path]:
     """Compile small models once a session."""
 
     def make(target: str, hf_task: HfTask, architecture: str = "bert") -> Path:
-        return compiled_folder(tiny_model(hf_task, architecture), target, hf_task, shared_folder(tmp_path_factory))
+        return in_process.compiled(tiny_model(hf_task, architecture), target, hf_task)
 
     return make
 
@@ -175,12 +176,12 @@ def test_shortest_lists_are_answered_as_in_transformers(
     for hf_task in (HfTask.TEXT_CLASSIFICATION, HfTask.FEATURE_EXTRACTION):
         pipeline = load("torchscript", hf_task).pipeline
         if inputs:
-            assert_same_result(sorted_calls.call_sorted(pipeline, inputs), reference(hf_task)(inputs))
+            assert_same_result(call_list(pipeline, inputs), reference(hf_task)(inputs))
         else:
             with pytest.raises(IndexError) as expected:
                 reference(hf_task)(inputs)
             with pytest.raises(IndexError, match=str(expected.value)):
-                sorted_calls.call_sorted(pipeline, inputs)
+                call_list(pipeline, inputs)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -221,12 +222,12 @@ def test_long_list_is_worked_through_in_windows(
     expected = reference(hf_task)(texts)
     runs = counted(pipeline)
 
-    monkeypatch.setattr(sorted_calls, "_WINDOW_ITEMS", 7)
+    monkeypatch.setattr(rows, "_WINDOW_ITEMS", 7)
     assert_same_result(pipeline(texts), expected)
     assert [rows for rows, _ in runs.shapes] == [7, 7, 7, 7, 2]
     runs.shapes.clear()
     # Each item alone is more than enough.
-    monkeypatch.setattr(sorted_calls, "_WINDOW_BYTES", 1)
+    monkeypatch.setattr(rows, "_WINDOW_BYTES", 1)
     assert_same_result(pipeline(texts), expected)
     assert [rows for rows, _ in runs.shapes] == [1] * len(texts)
 
@@ -284,7 +285,7 @@ def test_item_that_fails_at_its_end_comes_before_a_later_one_that_fails_at_its_s
 def test_text_that_is_too_long_for_the_graph_and_a_wrong_batch_size_are_refused(load: Load) -> None:
     pipeline = load("onnx-runtime", HfTask.TEXT_CLASSIFICATION)
 
-    with pytest.raises(InputError, match=r"tokens, and the model was compiled for at most"):
+    with pytest.raises(InputError, match=r"tokens, but the model was compiled for at most"):
         pipeline(["short", " ".join(WORDS[:200])], truncation=False, max_length=None)
     for wrong in (0, -1, 2.0, True):
         with pytest.raises(InputError, match="batch_size is"):

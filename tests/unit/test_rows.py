@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from compileflow.contracts import Arrays, ComponentRecord, TensorRecord
-from compileflow.serving.batches import may_pad, plan_batches, split_row, stack_rows
+from compileflow.serving.padding import split_row, stack_rows
+from compileflow.serving.rows import may_pad, plan_batches
 from compileflow.spec import ShapeBucket
 
 PAD = 9
