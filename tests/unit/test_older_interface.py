@@ -389,7 +389,7 @@ class TestModel:
 
     @pytest.mark.parametrize("wrong", ["bert-base-cased", torch.nn.Linear(2, 2)])
     def test_what_is_no_transformers_model_is_refused(self, wrong: Any) -> None:
-        with pytest.raises(SpecError, match=f"model with its weights is needed; found {type(wrong).__name__}"):
+        with pytest.raises(SpecError, match=f"transformers model with its weights, got {type(wrong).__name__}"):
             CompiledModel.from_model(wrong, neuron=False)
 
 
@@ -464,10 +464,10 @@ class TestValidation:
 
     def test_model_that_answers_otherwise_is_refused_and_leaves_nothing(self, shifted: Any, home: Path) -> None:
         before = everything_below(home)
-        with pytest.raises(VerdictError, match=r"logits\[\d, \d\] is .*allowed is 0\.01 \+ 0\.01 \*") as caught:
+        with pytest.raises(VerdictError, match=r"logits\[\d, \d\] = .*the limit is 0\.01 \+ 0\.01 \*") as caught:
             CompiledModel.from_model(shifted, max_length=LENGTH, neuron=False)
 
-        assert "they differ by 0.5" in caught.value.message
+        assert "The difference is 0.5" in caught.value.message
         assert "validation_atol" in caught.value.hint
         assert everything_below(home) == before
 
@@ -476,7 +476,7 @@ class TestValidation:
 
         CompiledModel.from_model(shifted, validation_atol=0.6, **asked)
         CompiledModel.from_model(shifted, validate_compilation=False, **asked)
-        with pytest.raises(VerdictError, match=r"allowed is 0\.4 \+"):
+        with pytest.raises(VerdictError, match=r"the limit is 0\.4 \+"):
             CompiledModel.from_model(shifted, validation_atol=0.4, **asked)
 
     def test_model_that_answers_nan_is_refused_at_any_tolerance(self, source: Sources) -> None:
@@ -484,7 +484,7 @@ class TestValidation:
         with torch.no_grad():
             model.classifier.bias[1] = float("nan")
 
-        with pytest.raises(VerdictError, match=r"the source model's logits\[0, 1\] is nan"):
+        with pytest.raises(VerdictError, match=r"logits\[0, 1\] of the source model is nan"):
             CompiledModel.from_model(
                 model, max_length=LENGTH, neuron=False, validation_rtol=1e9, validation_atol=1e9
             )
@@ -507,9 +507,9 @@ class TestValidation:
     @pytest.mark.parametrize(
         ("candidate", "says"),
         [
-            ([[1.0, 2.0], [3.0, float("inf")]], r"compiled model's logits\[1, 1\] is inf"),
-            ([[1.0, 2.0], [3.5, 4.0]], r"logits\[1, 0\] is 3\.5 .* source model's 3"),
-            ([[1.0, 2.0]], r"has the shape \(1, 2\), the source model's \(2, 2\)"),
+            ([[1.0, 2.0], [3.0, float("inf")]], r"logits\[1, 1\] of the compiled model is inf"),
+            ([[1.0, 2.0], [3.5, 4.0]], r"expected logits\[1, 0\] = 3, got 3\.5"),
+            ([[1.0, 2.0]], r"expected logits of shape \(2, 2\), got shape \(1, 2\)"),
         ],
     )
     def test_error_names_the_worst_element(self, candidate: list[list[float]], says: str) -> None:
@@ -533,7 +533,9 @@ class TestValidation:
     @staticmethod
     def _check(axes: tuple[Any, ...], reference: Any, candidate: Any, mask: Any = None) -> None:
         record = TensorRecord(name="logits", dtype="float32", axes=axes)
-        check_output(record, reference, candidate, mask=mask, tolerance=Tolerance(1e-2, 1e-2), case="here")
+        check_output(
+            record, reference, candidate, mask=mask, tolerance=Tolerance(1e-2, 1e-2), case="On this input"
+        )
 
 
 def test_code_of_the_page_runs(

@@ -1,4 +1,4 @@
-"""pipeline and optimize: a model by name, compiled into the local cache, proven, and ready to be called."""
+"""pipeline() and optimize(): compile a model into the local cache, validate it, and return it ready to call."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from compileflow.validation.settings import ValidationSettings
 
 logger = logging.getLogger(__name__)
 AUTO_LOCAL = "auto-local"
-# Tried in this order; the last one compiles and runs wherever torch does.
+# In order of preference; the last one compiles and runs wherever torch does.
 LOCAL_TARGETS = ("openvino", "onnx-runtime", "aot-inductor", "torchscript")
 _COMPILE_NAMES = ("max_sequence_length", "shape_buckets", "target_options", "trust_remote_code")
 
@@ -43,26 +43,26 @@ def pipeline(
     validate: bool | ValidationSettings = True,
     **kw: Any,
 ) -> CompiledPipeline:
-    """Make a compiled pipeline, as `transformers.pipeline` makes one that is not compiled.
+    """Return a compiled pipeline that is called like a pipeline of `transformers.pipeline`.
 
     Args:
-        task: Task or alias, for example "ner"; None is the model's own.
-        model: Folder, Hub id, or a transformers model in memory; None is transformers' default for the task.
-        target: A target's name; "auto-local" is the first of openvino, onnx-runtime, aot-inductor and
+        task: Task or alias, for example "ner". None: the task of the model.
+        model: Folder, Hub id, or a transformers model in memory. None: transformers' default for the task.
+        target: Name of a target. "auto-local" is the first of openvino, onnx-runtime, aot-inductor and
             torchscript that compiles and runs here.
-        precision: fp32, bf16, fp16 or int8, as the target has them.
-        tokenizer: A tokenizer, its folder or Hub id, where the model comes without one or with another.
+        precision: fp32, bf16, fp16 or int8, if the target supports it.
+        tokenizer: A tokenizer, its folder or Hub id. It replaces the tokenizer of the model.
         revision: Branch, tag or commit of a Hub model.
-        device: None, -1 or "cpu": which device it runs on is the target's.
-        validate: False returns it unproven; settings say how it is proven.
-        **kw: `max_sequence_length`, `shape_buckets`, `target_options` and `trust_remote_code` go to the compile,
-            the rest to the pipeline: `top_k`, `aggregation_strategy`, `batch_size`.
+        device: None, -1 or "cpu"; the target decides which device computes.
+        validate: False skips validation; `ValidationSettings` configure it.
+        **kw: `max_sequence_length`, `shape_buckets`, `target_options`, `trust_remote_code` configure the compile,
+            all others the pipeline, for example `top_k`, `aggregation_strategy` or `batch_size`.
 
     Raises:
-        ValueError: neither a task nor a model.
-        SpecError: a task, target, precision or option that there is not.
-        TargetUnavailableError, CompileError: it cannot be compiled here.
-        VerdictError: it was compiled and does not answer like the source model.
+        ValueError: Both the task and the model are missing.
+        SpecError: The task, the target, the precision or an option is invalid.
+        TargetUnavailableError, CompileError: The model cannot be compiled here.
+        VerdictError: The compiled model does not answer like the source model.
     """
     _check_device(device)
     compile_kw = {name: kw.pop(name) for name in _COMPILE_NAMES if name in kw}
@@ -81,23 +81,23 @@ def optimize(
     validate: bool | ValidationSettings = True,
     **compile_kw: Any,
 ) -> Any:
-    """Return a compiled model that is an instance of the source model's own class.
+    """Return a compiled model that is an instance of the source model's class.
 
-    It is called with the same arguments and answers with the same output class. It has no parameters, and
-    refuses what the compiled graph has not: training, labels, attentions, hidden states.
+    It takes the same arguments and returns the same output class. It has no parameters, and raises an error for
+    features that a compiled model does not have: training, labels, attentions and hidden states.
 
     Args:
-        task: As `pipeline` has it, and so are the next ones.
-        model: Folder, Hub id, or a transformers model in memory.
-        target: A target's name, or "auto-local".
-        precision: fp32, bf16, fp16 or int8.
-        tokenizer: Goes with a model in memory.
+        task: Task or alias, for example "ner". None: the task of the model.
+        model: Folder, Hub id, or a transformers model in memory. None: transformers' default for the task.
+        target: Name of a target, or "auto-local"; see `pipeline`.
+        precision: fp32, bf16, fp16 or int8, if the target supports it.
+        tokenizer: A tokenizer, its folder or Hub id; required for a model in memory.
         revision: Branch, tag or commit of a Hub model.
-        validate: False returns it unproven; settings say how it is proven.
+        validate: False skips validation; `ValidationSettings` configure it.
         **compile_kw: `max_sequence_length`, `shape_buckets`, `target_options`, `trust_remote_code`.
 
     Raises:
-        ValueError, SpecError, TargetUnavailableError, CompileError, VerdictError: as `pipeline`.
+        ValueError, SpecError, TargetUnavailableError, CompileError, VerdictError: See `pipeline`.
     """
     artifact, _ = _compiled(task, model, target, precision, tokenizer, revision, validate, compile_kw)
     return as_source_class(CompiledModel.from_artifact(artifact))
@@ -107,24 +107,24 @@ def local_target(hf_task: HfTask, precision: Precision) -> str:
     """Return the first target that compiles and runs this task at this precision on this machine.
 
     Raises:
-        TargetUnavailableError: there is none; the message says what each one lacks.
+        TargetUnavailableError: No target does; the message says what each of them lacks.
     """
-    passed_over = []
+    skipped = []
     for name in LOCAL_TARGETS:
         target = get_target(name)
-        here, can = target.probe(), target.capabilities
-        if hf_task not in can.hf_tasks or precision not in can.precisions:
-            passed_over.append(f"{name} has no {hf_task.value} at {precision.value}")
-        elif not (here.can_compile and here.can_run):
-            passed_over.append(f"{name}: {here.reason}")
-        elif precision in here.lacking:
-            passed_over.append(f"{name}: {here.lacking[precision]}")
+        availability, capabilities = target.probe(), target.capabilities
+        if hf_task not in capabilities.hf_tasks or precision not in capabilities.precisions:
+            skipped.append(f"{name} does not compile {hf_task.value} at {precision.value}")
+        elif not (availability.can_compile and availability.can_run):
+            skipped.append(f"{name}: {availability.reason}")
+        elif precision in availability.lacking:
+            skipped.append(f"{name}: {availability.lacking[precision]}")
         else:
-            why = f" (passed over: {'; '.join(passed_over)})" if passed_over else ""
-            logger.info("%s is %s here%s", AUTO_LOCAL, name, why)
+            reasons = f" (skipped: {'; '.join(skipped)})" if skipped else ""
+            logger.info("%s selects %s%s", AUTO_LOCAL, name, reasons)
             return name
     raise TargetUnavailableError(
-        f"No local target compiles {hf_task.value} at {precision.value} here: {'; '.join(passed_over)}.",
+        f"No local target compiles {hf_task.value} at {precision.value} here: {'; '.join(skipped)}.",
         hint="Install one: pip install 'compileflow[openvino]' or 'compileflow[onnx-runtime]'.",
     )
 
@@ -143,7 +143,7 @@ def _compiled(
     hf_task = None if task is None else known_task(task)
     if model is None:
         if hf_task is None:
-            raise ValueError("Neither a task nor a model was given. Give one, for example task='ner'.")
+            raise ValueError("Both task and model are missing. Pass at least one, for example task='ner'.")
         model, revision = default_model(hf_task)
     source = fetch_local(model, tokenizer, revision, settings)
     if hf_task is None:
@@ -179,9 +179,9 @@ def _prove(source: FetchedSource, artifact: CompiledArtifact, request: CompileRe
     logger.info("%s for %s: %s", source.uri, request.target, validated.reason)
     if validated.outcome in ("fail", "error"):
         raise VerdictError(
-            f"{source.uri} was compiled for {request.target} and refused: {validated.reason}.",
+            f"{source.uri}, compiled for {request.target}, failed validation: {validated.reason}.",
             hint=f"The report is {validated.report_uri}. Choose another target or precision; validate=False "
-            "skips the proof.",
+            "skips validation.",
         )
 
 
@@ -191,13 +191,13 @@ def _checked(asked: dict[str, Any]) -> CompileRequest:
     except ValidationError as error:
         raise SpecError(
             f"{first_problem(error, show_input=True)}.",
-            hint=f"Settings of a compile are: {', '.join(_COMPILE_NAMES)}.",
+            hint=f"The settings of a compile are: {', '.join(_COMPILE_NAMES)}.",
         ) from error
 
 
 def _check_device(device: Any) -> None:
     if device not in (None, -1) and str(device) != "cpu":
         raise LoadError(
-            f"device={device!r} was asked for; a compiled pipeline takes its tensors from the CPU.",
-            hint="Leave device out: the target decides where the graph runs.",
+            f"A compiled pipeline takes its tensors from the CPU, got device={device!r}.",
+            hint="Leave device out; the target decides where the model runs.",
         )

@@ -1,4 +1,4 @@
-"""Compile a model that is in memory, in a fresh process, prove it, and keep the artifact in the local cache."""
+"""Compile a model that is in memory in a child process, compare it, and keep the artifact in the local cache."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from compileflow._process.run import run_in_child
 from compileflow._process.folders import move_into_place, work_folder
+from compileflow._process.run import run_in_child
 from compileflow.artifact.open import OpenArtifact, open_artifact
 from compileflow.catalog import get_target, target_names
 from compileflow.contracts.digests import folder_digest, list_files
@@ -25,9 +25,9 @@ from compileflow.steps.compile import check_available, checked_target, detect_ta
 from compileflow.steps.request import StepTimeouts
 
 _CHILD = "compileflow.steps.build:build_artifact"
-# Inf1 first: what services wrote tracing settings for; Inf2 where only its toolchain is here.
+# Inf1 first, because services wrote their tracing settings for it; Inf2 if only its toolchain is installed.
 _NEURON_TARGETS = ("neuron", "neuronx")
-_OWN_NAMES = (
+_ARGUMENT_NAMES = (
     "batch_size", "max_length", "neuron", "target", "validate_compilation", "validation_rtol", "validation_atol",
 )  # fmt: skip
 
@@ -43,26 +43,26 @@ def compile_in_memory(
     hf_task: HfTask | None = None,
     tokenizer: CompiledTokenizer | None = None,
 ) -> OpenArtifact:
-    """Compile a model in memory for one shape; the model stays as it is.
+    """Compile a model in memory for one shape. The model itself stays unchanged.
 
     Args:
         model: A transformers model.
-        target: A target's name.
+        target: Name of a target.
         batch_size: Rows of the compiled shape.
-        max_length: Tokens a row; -1 is the model's own maximum.
-        options: The target's options.
-        tolerance: What the compiled model has to keep; None compares nothing.
-        hf_task: None reads it off the model's class.
-        tokenizer: Goes into the artifact with its settings.
+        max_length: Tokens per row; -1 is the maximum of the model.
+        options: Options of the target.
+        tolerance: Largest accepted difference from the source model. None: no comparison.
+        hf_task: Task of the model. None: the task of its class.
+        tokenizer: Tokenizer to include in the artifact with its settings.
 
     Returns:
-        The artifact, in the local cache. After an error nothing of it is left there.
+        The artifact in the local cache. After an error, the cache is unchanged.
 
     Raises:
-        SpecError: the model, a shape, the target or an option is not possible.
-        TargetUnavailableError: the target's toolchain or runtime is missing here.
-        CompileError: the toolchain refused or died.
-        VerdictError: the compiled model answers otherwise than the source model.
+        SpecError: The model, the shape, the target or an option is invalid.
+        TargetUnavailableError: The target's toolchain or runtime is not installed.
+        CompileError: The toolchain failed or died.
+        VerdictError: The compiled model does not answer like the source model.
     """
     settings = get_settings()
     with work_folder(settings.work_dir, label="compile") as work:
@@ -82,10 +82,10 @@ def compile_in_memory(
 
 
 def older_target(target: str | None, *, neuron: bool) -> str:
-    """Return the target that the older library's `neuron` means; a `target` that is named wins.
+    """Return `target`, or without it the target that `neuron` of the older library stands for.
 
     Raises:
-        TargetUnavailableError: neuron=True, and no Neuron toolchain works here.
+        TargetUnavailableError: neuron is True, but no Neuron toolchain works here.
     """
     if target is not None:
         return target
@@ -93,46 +93,46 @@ def older_target(target: str | None, *, neuron: bool) -> str:
         return "torchscript"
     missing, installs = [], []
     for name in _NEURON_TARGETS:
-        here = get_target(name).probe()
-        if here.can_compile and here.can_run:
+        availability = get_target(name).probe()
+        if availability.can_compile and availability.can_run:
             return name
-        missing.append(f"{name}: {here.reason}")
-        installs.append(f"for {name} {here.hint}")
+        missing.append(f"{name}: {availability.reason}")
+        installs.append(f"for {name} {availability.hint}")
     others = ", ".join(name for name in target_names() if name not in _NEURON_TARGETS)
     raise TargetUnavailableError(
-        f"neuron=True, and AWS Neuron does not work here: {'; '.join(missing)}.",
-        hint=f"Install the toolchain ({'; '.join(installs)}), or give neuron=False for torchscript, or target= "
+        f"neuron=True needs AWS Neuron, which does not work here: {'; '.join(missing)}.",
+        hint=f"Install the toolchain ({'; '.join(installs)}), or pass neuron=False for torchscript, or target= "
         f"with one of: {others}.",
     )
 
 
 def resolved_length(config: Any, max_length: int) -> int:
-    """Return a length in tokens; -1 is the model's own maximum.
+    """Return a length in tokens; -1 stands for the maximum of the model.
 
     Raises:
-        SpecError: the model has fewer positions.
+        SpecError: The model has fewer positions.
     """
     positions = maximum_length(config, None)
     if max_length > positions:
         raise SpecError(
-            f"max_length {max_length} was asked for; the model has positions for {positions} tokens.",
-            hint=f"Ask for {positions} or fewer, or for -1, the model's own maximum.",
+            f"max_length is {max_length}, but the model has positions for {positions} tokens.",
+            hint=f"Pass at most {positions}, or -1 for the maximum of the model.",
         )
     return positions if max_length == -1 else max_length
 
 
 def save_model(model: Any, folder: Path) -> None:
-    """Write a model's configuration and weights, and leave the model as it was.
+    """Write a model's configuration and weights. The model itself stays unchanged.
 
     Raises:
-        SpecError: it is no transformers model.
+        SpecError: The object is not a transformers model.
     """
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel) or next(model.parameters(), None) is None:
         raise SpecError(
-            f"A transformers model with its weights is needed; found {type(model).__name__}.",
-            hint="Give what AutoModel...from_pretrained returns, unwrapped and not compiled yet.",
+            f"Expected a transformers model with its weights, got {type(model).__name__}.",
+            hint="Pass a model as AutoModel...from_pretrained returns it, not wrapped or compiled.",
         )
     with _unchanged(model.config):
         model.save_pretrained(folder)
@@ -140,13 +140,13 @@ def save_model(model: Any, folder: Path) -> None:
 
 @contextmanager
 def _unchanged(config: Any) -> Iterator[None]:
-    """Put a configuration back: save_pretrained writes the model's class and type into it."""
-    before = dict(vars(config))
+    """Restore a configuration afterwards, because save_pretrained writes the model's class and type into it."""
+    attributes = dict(vars(config))
     try:
         yield
     finally:
         vars(config).clear()
-        vars(config).update(before)
+        vars(config).update(attributes)
 
 
 def _spec(
@@ -166,18 +166,18 @@ def _spec(
     except ValidationError as error:
         raise SpecError(
             f"{first_problem(error, show_input=True)}.",
-            hint="Give batch_size and max_length of at least 1 (-1 is the model's maximum), and plain values.",
+            hint="Pass plain values, and batch_size and max_length of at least 1 (-1 is the model's maximum).",
         ) from error
 
 
 def _check_names(target: str, options: Mapping[str, Any]) -> None:
-    """Refuse a misspelled argument of ours by its right name; the target's own check lists its options."""
+    """Suggest the correct name for a misspelled argument; the target checks the names of its options."""
     known = get_target(target).Options.model_fields
     for name in options:
-        near = get_close_matches(name, _OWN_NAMES, n=1)
+        near = get_close_matches(name, _ARGUMENT_NAMES, n=1)
         if name not in known and near:
             raise SpecError(
-                f"There is no setting {name!r}.",
+                f"Unknown setting {name!r}.",
                 hint=f"Did you mean {near[0]}? The options of {target} are: {', '.join(known) or 'none'}.",
             )
 
@@ -185,11 +185,12 @@ def _check_names(target: str, options: Mapping[str, Any]) -> None:
 def _check_here(spec: CompileSpec) -> None:
     target = checked_target(spec)
     check_available(target, Precision.FP32)
-    here = target.probe()
-    # The caller gets a model that answers, so that compiling alone is not enough.
-    if not here.can_run:
+    availability = target.probe()
+    # The caller gets a loaded model, so the target must also run here.
+    if not availability.can_run:
         raise TargetUnavailableError(
-            f"{target.name} compiles here and cannot run here: {here.reason}.", hint=f"Try: {here.hint}."
+            f"{target.name} compiles here but cannot run here: {availability.reason}.",
+            hint=f"Try: {availability.hint}.",
         )
 
 
@@ -228,8 +229,8 @@ def _run(
 
 
 def _keep(folder: Path, settings: Settings) -> OpenArtifact:
-    """Move an artifact to where the local cache has those that came from a store."""
-    # Nobody signs what this process made; what it was made of is in its memory.
-    kept = settings.home_dir / "artifacts" / open_artifact(folder, require_signature=False).digest
-    move_into_place(folder, kept)
-    return open_artifact(kept, require_signature=False)
+    """Move an artifact into the local cache of downloaded artifacts."""
+    # Artifacts of this process are unsigned; their source model is in its memory.
+    cached_folder = settings.home_dir / "artifacts" / open_artifact(folder, require_signature=False).digest
+    move_into_place(folder, cached_folder)
+    return open_artifact(cached_folder, require_signature=False)

@@ -1,4 +1,4 @@
-"""OptimizedModel: an instance of the source model's own class that has no weights and runs the compiled graph."""
+"""as_source_class: an instance of the source model's class that has no weights and runs the compiled model."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from compileflow.source_model.tasks import AUTO_CLASSES
 
 
 def as_source_class(compiled: CompiledModel) -> Any:
-    """Return an object for which isinstance(object, type(source model)) holds, and which answers like `compiled`.
+    """Return an instance of the source model's class that answers like `compiled`.
 
     Raises:
-        SpecError: the source model's class is no class of transformers.
+        SpecError: The source model's class is not part of transformers.
     """
-    # Here, since importing the base class imports torch.
+    # Imported here, because importing the base class imports torch.
     import torch
 
     source_class = _source_class(compiled)
     kind: Any = type(source_class.__name__, (_Optimized, source_class), {"__module__": source_class.__module__})
     optimized = kind.__new__(kind)
-    # Not the source class's own __init__, which would make the weights.
+    # Not __init__ of the source class, which would create the weights.
     torch.nn.Module.__init__(optimized)
     optimized.training = False
     optimized.config = compiled.config
@@ -34,92 +34,92 @@ def as_source_class(compiled: CompiledModel) -> Any:
 
 
 class _Optimized:
-    """What differs from the source class; stands before it in the order of method resolution."""
+    """Methods that override those of the source class; comes first in the method resolution order."""
 
     @property
     def device(self: Any) -> Any:
-        """Where tensors go in and come out."""
+        """Device of the inputs and outputs."""
         return self.compiled.device
 
     @property
     def dtype(self: Any) -> Any:
-        """Type of the outputs."""
+        """Data type of the outputs."""
         return self.compiled.dtype
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run the compiled graph on what the source model's forward takes, by position or by name.
+        """Run the compiled model on the arguments of the source model's forward, by position or by name.
 
         Raises:
-            InputError: an input or an output that the graph lacks.
+            InputError: The compiled model does not have an input or an output.
         """
         signature = inspect.signature(super().forward)  # type: ignore[misc]
         try:
             bound = signature.bind(*args, **kwargs).arguments
         except TypeError as error:
             raise InputError(
-                f"{type(self).__name__} was called with other arguments than its own: {error}.",
-                hint=f"It takes: {', '.join(signature.parameters)}.",
+                f"{type(self).__name__} cannot be called with these arguments: {error}.",
+                hint=f"Its arguments are: {', '.join(signature.parameters)}.",
             ) from error
-        named: dict[str, Any] = {}
+        inputs: dict[str, Any] = {}
         for name, value in bound.items():
             var_keyword = signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
-            named |= value if var_keyword else {name: value}
-        if named.get("labels") is not None:
+            inputs |= value if var_keyword else {name: value}
+        if inputs.get("labels") is not None:
             raise InputError(
-                "labels were given, and a compiled graph gives no loss.",
+                "A compiled model does not compute a loss, so it does not take labels.",
                 hint="Train and evaluate losses with the source model.",
             )
-        return self.compiled(**named)
+        return self.compiled(**inputs)
 
     def train(self: Any, mode: bool = True) -> Any:
-        """Return itself for mode False.
+        """Return this object for mode False.
 
         Raises:
-            InputError: a compiled graph cannot be trained.
+            InputError: The mode is True; a compiled model cannot be trained.
         """
         if mode:
             raise InputError(
-                "A compiled graph has no parameters and cannot be trained.", hint="Train the source model."
+                "A compiled model has no parameters and cannot be trained.", hint="Train the source model."
             )
         return self
 
     def to(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return itself if it is there and of that type already.
+        """Return this object if it already has that device and type.
 
         Raises:
-            LoadError: a loaded graph can be neither moved nor converted.
+            LoadError: A compiled model cannot be moved or converted.
         """
         import torch
 
-        for asked in (*args, *kwargs.values()):
-            if isinstance(asked, torch.dtype):
-                if asked is not self.dtype:
+        for argument in (*args, *kwargs.values()):
+            if isinstance(argument, torch.dtype):
+                if argument is not self.dtype:
                     raise LoadError(
-                        f"The compiled graph gives {self.dtype}, and cannot be converted to {asked}.",
+                        f"The compiled model returns {self.dtype} and cannot be converted to {argument}.",
                         hint="Optimize with another precision=.",
                     )
-            elif isinstance(asked, str | int | torch.device) and not isinstance(asked, bool):
-                self.compiled.to(asked)
+            elif isinstance(argument, str | int | torch.device) and not isinstance(argument, bool):
+                self.compiled.to(argument)
         return self
 
     def cuda(self: Any, device: Any = None) -> Any:
-        """Refuse, unless it runs there."""
+        """Raise LoadError unless the model takes its tensors there."""
         return self.to("cuda" if device is None else device)
 
     def half(self: Any) -> Any:
-        """Refuse: precision is chosen before compiling."""
+        """Raise LoadError, because the precision is chosen before compiling."""
         import torch
 
         return self.to(torch.float16)
 
     def bfloat16(self: Any) -> Any:
-        """Refuse: precision is chosen before compiling."""
+        """Raise LoadError, because the precision is chosen before compiling."""
         import torch
 
         return self.to(torch.bfloat16)
 
     def double(self: Any) -> Any:
-        """Refuse: precision is chosen before compiling."""
+        """Raise LoadError, because the precision is chosen before compiling."""
         import torch
 
         return self.to(torch.float64)
@@ -131,14 +131,14 @@ class _Optimized:
 
     @classmethod
     def from_pretrained(cls, location: str | Path, **settings: Any) -> Any:
-        """Load what `save_pretrained` wrote; settings as `CompiledModel.from_pretrained` has them."""
+        """Load a saved artifact; the settings are those of `CompiledModel.from_pretrained`."""
         return as_source_class(CompiledModel.from_pretrained(location, **settings))
 
     def __getattr__(self: Any, name: str) -> Any:
         try:
             return super().__getattr__(name)  # type: ignore[misc]
         except AttributeError:
-            # What the source class's __init__ takes over from its configuration, such as num_labels.
+            # Attributes that __init__ of the source class copies from its configuration, such as num_labels.
             config = self.__dict__.get("config")
             if config is None or not hasattr(config, name):
                 raise
@@ -156,7 +156,7 @@ def _source_class(compiled: CompiledModel) -> Any:
     mapping = getattr(transformers, auto_class)._model_mapping
     if type(compiled.config) not in mapping:
         raise SpecError(
-            f"{auto_class} has no class for {type(compiled.config).__name__}: the model brings its own code.",
-            hint="Use compileflow.pipeline or CompiledModel, which need no such class.",
+            f"{auto_class} has no class for {type(compiled.config).__name__}, because the model has custom code.",
+            hint="Use compileflow.pipeline or CompiledModel, which do not need the class.",
         )
     return _get_model_class(compiled.config, mapping)

@@ -1,4 +1,4 @@
-"""Where an adapter's model comes from: a task's default, a folder, the Hub or memory; each goes into the store."""
+"""Find the model of pipeline() and optimize() by task, folder, Hub id or in memory, and put it into the store."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ from compileflow.steps.values import FetchedSource
 
 
 def known_task(task: str) -> HfTask:
-    """Return a task by its name or by transformers' alias for it.
+    """Return a task by its name or its alias in transformers.
 
     Raises:
-        SpecError: compileflow compiles no such task.
+        SpecError: compileflow does not compile the task.
     """
     from transformers.pipelines import TASK_ALIASES
 
-    known = {alias: name for alias, name in TASK_ALIASES.items() if name in list(HfTask)}
-    name = known.get(task, task)
+    aliases = {alias: name for alias, name in TASK_ALIASES.items() if name in list(HfTask)}
+    name = aliases.get(task, task)
     if name not in list(HfTask):
         raise SpecError(
-            f"There is no task {task!r} that is compiled.", hint=f"Choose one of: {', '.join([*HfTask, *known])}."
+            f"compileflow does not compile the task {task!r}.",
+            hint=f"Choose one of: {', '.join([*HfTask, *aliases])}.",
         )
     return HfTask(name)
 
@@ -40,39 +41,39 @@ def default_model(hf_task: HfTask) -> tuple[str, str]:
     """Return the Hub id and the revision of transformers' default model for a task.
 
     Raises:
-        SpecError: transformers has none.
+        SpecError: transformers has no default model for the task.
     """
     from transformers.pipelines import SUPPORTED_TASKS
 
     default = SUPPORTED_TASKS.get(hf_task.value, {}).get("default")
     if default is None:
-        raise SpecError(f"transformers has no default model for {hf_task.value}.", hint="Give model=.")
+        raise SpecError(f"transformers has no default model for {hf_task.value}.", hint="Pass model=.")
     name, revision = default["model"]
     return name, revision
 
 
 def fetch_local(model: Any, tokenizer: Any, revision: str | None, settings: Settings) -> FetchedSource:
-    """Put a model's files into the local store, with another tokenizer where one is given.
+    """Put a model's files into the local store, optionally with another tokenizer.
 
     Args:
         model: Folder, Hub id, or a transformers model in memory.
-        tokenizer: None is the model's own; else a tokenizer, its folder or Hub id.
+        tokenizer: A tokenizer, its folder or Hub id. None: the tokenizer of the model.
         revision: Branch, tag or commit of a Hub model.
-        settings: Store, work folder, Hub.
+        settings: Settings of the store, the work folder and the Hub.
 
     Raises:
-        SourceError: there is no such model, or it is not whole.
-        SpecError: a model in memory without a tokenizer.
+        SourceError: The model does not exist, or its files are incomplete.
+        SpecError: The model is in memory, and the tokenizer is missing.
     """
     store_uri = settings.resolved_store_uri()
     if isinstance(model, str | Path):
         source = fetch_source(str(model), revision, store_uri=store_uri, settings=settings)
-        # As many services write it: the tokenizer is the model's own.
+        # Many services pass the model's location as the tokenizer.
         if tokenizer is None or str(tokenizer) == str(model):
             return source
         uri = source.uri
     elif tokenizer is None:
-        raise SpecError("A model in memory has no tokenizer.", hint="Give tokenizer=.")
+        raise SpecError("A model in memory has no tokenizer.", hint="Pass tokenizer=.")
     else:
         source, uri = None, f"memory://{type(model).__name__}"
     with work_folder(settings.work_dir, label="source") as work:
