@@ -1,4 +1,4 @@
-"""What the benchmarks share: compiled pipelines out of the local store, sentences, and tables for people."""
+"""Shared by the benchmarks: models, compiled pipelines from the local store, sentences, and tables."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def compiled_pipeline(
     settings: Settings,
     precision: str = "fp32",
 ) -> CompiledPipeline:
-    """Compile a model, or take it from the store of an earlier run, and load it with the settings' threads.
+    """Compile a model, or reuse the artifact of an earlier run, and load it with the threads of the settings.
 
     Args:
         model: Folder of a source model.
-        target: A target's name.
+        target: Name of a target.
         hf_task: Task to compile for.
-        shapes: (batch_size, sequence_length) of each bucket; a dynamic graph takes the longest as its maximum.
-        settings: Store and threads.
-        precision: Of the graph.
+        shapes: (batch_size, sequence_length) of each bucket; the longest is the maximum of a dynamic component.
+        settings: Settings with the store and the threads.
+        precision: Precision of the compiled model.
     """
     store_uri = settings.resolved_store_uri()
     source = fetch_source(str(model), None, store_uri=store_uri, settings=settings)
@@ -52,14 +52,25 @@ def compiled_pipeline(
     return CompiledPipeline.from_pretrained(artifact.uri, threads=settings.threads)
 
 
+def with_classifier(body: Path, folder: Path) -> Path:
+    """Write a classifier that has the weights of a model below a random head."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_pretrained(body, num_labels=3).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(body).save_pretrained(folder)
+    return folder
+
+
 def sentences() -> list[str]:
-    """Return the natural sentences that the library carries."""
+    """Return the natural sentences of the library."""
     examples, _, _ = load_examples(HfTask.FEATURE_EXTRACTION, None, sys.maxsize)
     return [example["text"] for example in examples]
 
 
 def print_rows(rows: Sequence[Sequence[str]]) -> None:
-    """Print a table, its header first, on standard error: standard output is the JSON's."""
+    """Print a table, header first, on standard error, because standard output is for the JSON."""
     for number, row in enumerate(rows):
         print(f"| {' | '.join(row)} |", file=sys.stderr)
         if number == 0:

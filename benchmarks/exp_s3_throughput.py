@@ -1,14 +1,14 @@
-"""How fast do 500 MB in 250 files go up to S3 and down again, compared with boto3 as it comes? JSON on stdout.
+"""How fast do 500 MB in 250 files upload to S3 and download again, compared with boto3? JSON on standard output.
 
 python benchmarks/exp_s3_throughput.py [--megabytes N] [--files N] [--rounds N] [--latency-ms N]
 
-boto3's own upload_file and download_file, with their defaults, take one file after another; the store a folder.
-Both talk to moto's server, a process on this machine, in turn, so that whatever else the machine does hits both.
-The store also does what boto3 does not: it hashes each file before it is sent and after it came, and never sends
-the same bytes twice. Each request waits at the server, as it does for one elsewhere: AWS speaks of 100 to 200 ms
-for small objects (Optimizing Amazon S3 performance, S3 user guide); the default here is a tenth of that. With
---latency-ms 0 it is a race of two processes for two cores, in which the server's own work is most of the time.
-What is printed is MB/s (10^6 bytes) and the median, over the rounds, of the times' ratio.
+The baseline calls boto3's upload_file and download_file with their defaults, one file after another; the store
+transfers the folder. Both talk in turn to moto's server, a process on this machine, so that other load affects
+both. The store also hashes each file before the upload and after the download, and never sends the same bytes
+twice. Each request waits at the server, as with a remote one: AWS states 100 to 200 ms for small objects
+(Optimizing Amazon S3 performance, S3 user guide); the default here is a tenth of that. With --latency-ms 0, two
+processes compete for two cores, and the server's work takes most of the time. The table shows MB/s (10^6 bytes)
+and the median, over the rounds, of the ratio of the times.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from compileflow.validation.report import environment
 from tests.services.moto_server import Moto, serve_moto, store_environment
 
 STORE, BOTO3 = "store", "boto3, one file after another"
-# What the store has to reach, up and down.
+# Smallest accepted ratio, for upload and download.
 LIMIT = 2.0
 
 
 def make_files(folder: Path, count: int, size_bytes: int) -> None:
-    """Write random files of mixed sizes, log-normal, as the files of models about are; the same in every run."""
+    """Write random files with log-normal sizes, similar to those of models; the same files in every run."""
     random = np.random.default_rng(5)
     shares = random.lognormal(sigma=1.0, size=count)
     sizes = np.maximum(1, shares / shares.sum() * size_bytes).astype(int)
@@ -53,11 +53,11 @@ def make_files(folder: Path, count: int, size_bytes: int) -> None:
 
 
 def race(moto: Moto, folder: Path, work: Path, rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Let both send and fetch the folder in turn; return seconds, by contestant and direction."""
+    """Let both upload and download the folder in turn; return seconds by contestant and direction."""
     times: dict[str, dict[str, list[float]]] = {name: {"up": [], "down": []} for name in (STORE, BOTO3)}
     contestants: dict[str, Callable[[], Any]] = {STORE: _store, BOTO3: _boto3}
     for number in range(rounds):
-        # Who goes first changes every round.
+        # The order changes every round.
         for name in list(contestants)[:: 1 if number % 2 else -1]:
             with _bucket(moto, f"round-{number}-{name[:5]}") as bucket:
                 send, fetch = contestants[name](moto, bucket, folder, work / "home")
@@ -107,18 +107,20 @@ def _boto3(moto: Moto, bucket: str, folder: Path, home: Path) -> tuple[Callable[
 
 @contextmanager
 def _bucket(moto: Moto, name: str) -> Iterator[str]:
-    """Give an empty bucket, and free the server's memory of it afterwards."""
+    """Create an empty bucket, and delete its objects afterwards to free the server's memory."""
     client = moto.client()
     bucket = moto.make_bucket(name.replace(",", ""))
     yield bucket
     for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket):
-        client.delete_objects(Bucket=bucket, Delete={"Objects": [{"Key": one["Key"]} for one in page["Contents"]]})
+        client.delete_objects(
+            Bucket=bucket, Delete={"Objects": [{"Key": entry["Key"]} for entry in page["Contents"]]}
+        )
 
 
 def _check_same(folder: Path, out: Path) -> None:
     for path in folder.iterdir():
         if path.read_bytes() != (out / path.name).read_bytes():
-            raise SystemExit(f"{path.name} came back as other bytes")
+            raise SystemExit(f"{path.name} was downloaded with other bytes")
 
 
 def main() -> None:
@@ -127,28 +129,32 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=500)
     parser.add_argument("--files", type=int, default=250)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--latency-ms", type=float, default=10.0, help="what each request waits at the server")
-    given = parser.parse_args()
+    parser.add_argument(
+        "--latency-ms", type=float, default=10.0, help="time that each request waits at the server"
+    )
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        make_files(work / "folder", given.files, int(given.megabytes * 1e6))
+        make_files(work / "folder", arguments.files, int(arguments.megabytes * 1e6))
         size_bytes = sum(path.stat().st_size for path in (work / "folder").iterdir())
-        with serve_moto(work / "moto", latency_s=given.latency_ms / 1e3) as moto:
-            times = race(moto, work / "folder", work, given.rounds)
+        with serve_moto(work / "moto", latency_s=arguments.latency_ms / 1e3) as moto:
+            times = race(moto, work / "folder", work, arguments.rounds)
     machine = environment(1) | {"cpu_count": os.cpu_count()}
     machine |= {name: version(name) for name in ("boto3", "moto")}
     rows = {
-        name: {f"{way}_mb_per_s": size_bytes / 1e6 / statistics.median(each) for way, each in ways.items()}
+        name: {f"{way}_mb_per_s": size_bytes / 1e6 / statistics.median(seconds) for way, seconds in ways.items()}
         for name, ways in times.items()
     }
     ratios = {
-        way: statistics.median(boto / own for boto, own in zip(times[BOTO3][way], times[STORE][way], strict=True))
+        way: statistics.median(
+            boto / store for boto, store in zip(times[BOTO3][way], times[STORE][way], strict=True)
+        )
         for way in ("up", "down")
     }
     print(", ".join(f"{name} {value}" for name, value in machine.items()), file=sys.stderr)
     print_rows(
         [
-            [f"{given.files} files, {size_bytes / 1e6:.0f} MB", "up MB/s", "down MB/s"],
+            [f"{arguments.files} files, {size_bytes / 1e6:.0f} MB", "up MB/s", "down MB/s"],
             *([name, *(f"{value:.0f}" for value in row.values())] for name, row in rows.items()),
             ["times as fast", *(f"{ratio:.2f}" for ratio in ratios.values())],
         ]
@@ -156,8 +162,8 @@ def main() -> None:
     answer = {
         "question": "times as fast as boto3's own defaults, one file after another",
         "environment": machine,
-        "latency_ms": given.latency_ms,
-        "files": given.files,
+        "latency_ms": arguments.latency_ms,
+        "files": arguments.files,
         "size_bytes": size_bytes,
         "within_limit": min(ratios.values()) >= LIMIT,
         "times_as_fast": ratios,

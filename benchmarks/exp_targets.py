@@ -1,9 +1,9 @@
-"""How fast, how large and how quickly compiled is each target at each precision? JSON on standard output.
+"""Speed, size and compile time of each target at each precision. JSON on standard output.
 
 python benchmarks/exp_targets.py [--model minilm|bert-base|FOLDER] [--shape BxT ...] [--among TARGET ...]
 
-Eager PyTorch in fp32, torch.compile and every compiled model take turns in one process; what is printed is the
-median, over the rounds, of eager's time divided by the other's in the same round: above 1 is faster than eager.
+Eager PyTorch in fp32, torch.compile and every compiled model take turns in one process. The speedup is the median,
+over the rounds, of eager's time divided by a contestant's time in the same round: above 1 is faster than eager.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from compileflow.steps.values import CompiledArtifact
 from compileflow.validation.report import environment
 
 SHAPES = ("1x16", "1x128", "8x128", "32x128")
-# A call that is over this soon may still find another library's threads spinning, and gets a second untimed one.
+# A call shorter than this may still meet spinning threads of another library, so it gets a second warm-up call.
 SHORT_S = 0.1
 PAUSE_S = 0.03
 
 
 @dataclass
 class Contestant:
-    """One model in the race: what it is called, how it is called, and what its compile cost."""
+    """One model in the race: its name, the function that runs it, and the cost of its compile."""
 
     name: str
     call: Callable[[dict[str, Any]], object]
@@ -52,7 +52,7 @@ class Contestant:
 
 
 def bert_base(folder: Path) -> Path:
-    """Write a BERT-base classifier of random weights, with MiniLM's tokenizer."""
+    """Write a BERT-base classifier with random weights and the tokenizer of MiniLM."""
     import torch
     from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
@@ -69,11 +69,11 @@ def contestants(model: Path, shapes: Sequence[tuple[int, int]], among: Sequence[
     store_uri = settings.resolved_store_uri()
     source = fetch_source(str(model), None, store_uri=store_uri, settings=settings)
     buckets = [{"batch_size": batch_size, "sequence_length": length} for batch_size, length in shapes]
-    asked = {"model": str(model), "target": AUTO, "auto": {"targets": among}, "shape_buckets": buckets}
-    plan = plan_candidates(source, CompileRequest.model_validate(asked), store_uri=store_uri, settings=settings)
-    for each in plan.unavailable:
-        print(f"left out: {each.label}: {each.reason}", file=sys.stderr)
-    found = []
+    fields = {"model": str(model), "target": AUTO, "auto": {"targets": among}, "shape_buckets": buckets}
+    plan = plan_candidates(source, CompileRequest.model_validate(fields), store_uri=store_uri, settings=settings)
+    for candidate in plan.unavailable:
+        print(f"left out: {candidate.label}: {candidate.reason}", file=sys.stderr)
+    racers = []
     for request in plan.requests:
         options = "".join(f" {name}={value}" for name, value in request.target_options.items())
         name = f"{request.target} {request.precision.value}{options}"
@@ -86,12 +86,12 @@ def contestants(model: Path, shapes: Sequence[tuple[int, int]], among: Sequence[
         except CompileflowError as error:
             print(f"left out: {name}: {error}", file=sys.stderr)
             continue
-        found.append(Contestant(name, compiled.run, cost_of(artifact)))
-    return found
+        racers.append(Contestant(name, compiled.run, cost_of(artifact)))
+    return racers
 
 
 def cost_of(artifact: CompiledArtifact) -> dict[str, Any]:
-    """Return what a compile cost, as it was measured when it was made."""
+    """Return the cost of a compile, measured when the artifact was compiled."""
     return {
         "compile_duration_s": artifact.compile_duration_s,
         "peak_rss_bytes": artifact.peak_rss_bytes,
@@ -100,7 +100,7 @@ def cost_of(artifact: CompiledArtifact) -> dict[str, Any]:
 
 
 def torch_compile(source_model: SourceModel) -> Contestant:
-    """Return the peer that compiles while it runs, once a shape."""
+    """Return the contestant that compiles at run time, once per shape."""
     import torch
 
     compiled = torch.compile(source_model.model)
@@ -115,7 +115,7 @@ def torch_compile(source_model: SourceModel) -> Contestant:
 def race(
     inputs: dict[str, Any], racers: Sequence[Contestant], *, rounds: int, budget_s: float
 ) -> dict[str, list[float]]:
-    """Let all take turns; return each one's times in seconds, a time a round. At least three rounds are run."""
+    """Run all contestants in turns for at least three rounds; return the seconds of each round."""
     times: dict[str, list[float]] = {racer.name: [] for racer in racers}
     warm = {}
     for racer in racers:
@@ -128,10 +128,10 @@ def race(
     for number in range(rounds):
         if number >= 3 and time.perf_counter() > end:
             break
-        # Who goes first changes every round.
+        # The first contestant changes every round.
         turn = number % len(racers)
         for racer in (*racers[turn:], *racers[:turn]):
-            # Until the last one's threads, which spin on for a while, have gone to sleep.
+            # Long enough for the spinning threads of the previous contestant to go to sleep.
             time.sleep(PAUSE_S)
             for _ in range(warm[racer.name]):
                 racer.call(inputs)
@@ -142,7 +142,7 @@ def race(
 
 
 def print_table(rows: dict[str, Any], shapes: Sequence[str]) -> None:
-    """Print the results for people, on standard error."""
+    """Print the results as a table on standard error."""
     header = ["times as fast as eager", *shapes, "compile s", "peak MB", "size MB"]
     lines = [header]
     for name, row in rows.items():
@@ -170,25 +170,25 @@ def main() -> None:
     parser.add_argument("--shape", action="append", help=f"BATCHxTOKENS; default: {' '.join(SHAPES)}")
     parser.add_argument("--among", action="append", default=[], help=f"a target: {', '.join(target_names())}")
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--budget-s", type=float, default=60.0, help="seconds a shape, after three rounds")
-    given = parser.parse_args()
-    shapes = [tuple(int(size) for size in text.split("x")) for text in given.shape or SHAPES]
+    parser.add_argument("--budget-s", type=float, default=60.0, help="seconds per shape, after three rounds")
+    arguments = parser.parse_args()
+    shapes = [tuple(int(size) for size in text.split("x")) for text in arguments.shape or SHAPES]
     import torch
 
     settings = get_settings()
     torch.set_num_threads(settings.threads)
     with tempfile.TemporaryDirectory() as folder:
-        if given.model == "minilm":
+        if arguments.model == "minilm":
             model = demo_model()
-        elif given.model == "bert-base":
+        elif arguments.model == "bert-base":
             model = bert_base(Path(folder) / "bert-base")
         else:
-            model = Path(given.model)
+            model = Path(arguments.model)
         source_model = load_source_model(model, detect_task(model))
         racers = [
             Contestant("eager fp32", source_model.run, {}),
             torch_compile(source_model),
-            *contestants(model, shapes, given.among),
+            *contestants(model, shapes, arguments.among),
         ]
     random = np.random.default_rng(1)
     rows: dict[str, Any] = {racer.name: {"shapes": {}, "cost": racer.cost} for racer in racers}
@@ -199,19 +199,19 @@ def main() -> None:
         ids = random.integers(0, source_model.vocab_size, (batch_size, length))
         inputs = {record.name: np.zeros_like(ids) for record in source_model.inputs}
         inputs |= {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-        times = race(inputs, racers, rounds=given.rounds, budget_s=given.budget_s)
-        for name, taken in times.items():
-            speedups = np.asarray(times["eager fp32"]) / np.asarray(taken)
+        times = race(inputs, racers, rounds=arguments.rounds, budget_s=arguments.budget_s)
+        for name, seconds in times.items():
+            speedups = np.asarray(times["eager fp32"]) / np.asarray(seconds)
             rows[name]["shapes"][names[-1]] = {
-                "p50_ms": float(np.median(taken) * 1e3),
+                "p50_ms": float(np.median(seconds) * 1e3),
                 "speedup": float(np.median(speedups)),
-                "speedup_quartiles": [float(each) for each in np.quantile(speedups, (0.25, 0.75))],
-                "rounds": len(taken),
+                "speedup_quartiles": [float(quartile) for quartile in np.quantile(speedups, (0.25, 0.75))],
+                "rounds": len(seconds),
             }
     print_table(rows, names)
     answer = {
         "question": "times as fast as eager PyTorch fp32, median over rounds; compile time, peak memory, size",
-        "model": given.model,
+        "model": arguments.model,
         "environment": environment(settings.threads),
         "results": rows,
     }

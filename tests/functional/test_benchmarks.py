@@ -1,4 +1,4 @@
-"""The benchmarks run, each on little, as they are run by hand: from the repository's root."""
+"""Each benchmark runs on small inputs, from the root of the repository, as it is run by hand."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tests.models import MAX_TOKENS
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = {
+    "exp_list_calls": ("--target", "torchscript", "--items", "40", "--rounds", "2"),
     "exp_targets": ("--shape", "1x16", "--rounds", "3", "--among", "torchscript"),
     "exp_text_stream": ("--sentences", "50", "--among", "torchscript", "--tokens", str(MAX_TOKENS)),
     "exp_wrapper_overhead": ("--blocks", "2", "--calls", "4", "--target", "torchscript"),
