@@ -72,7 +72,7 @@ class ShapeBucket(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    batch_size: int = Field(ge=1, le=4096, title="Batch size", description="Rows in a call.")
+    batch_size: int = Field(ge=1, le=4096, title="Batch size", description="Rows per call.")
     sequence_length: int = Field(
         ge=1,
         le=10_000_000,
@@ -105,7 +105,7 @@ GraphPrecision = Annotated[
 ]
 OptionValues = Annotated[
     dict[str, JsonValue],
-    Field(title="Target options", description="Settings that only this target has, by name."),
+    Field(title="Target options", description="Target-specific options, by name."),
 ]
 TrustRemoteCode = Annotated[
     bool,
@@ -173,7 +173,7 @@ class Objective(BaseModel):
     goal: Goal = Field(
         "latency",
         title="Goal",
-        description="latency: the lowest latency as a fraction of eager. throughput: the most rows a second. "
+        description="latency: the lowest latency as a fraction of eager. throughput: the most rows per second. "
         "size: the smallest artifact.",
     )
     max_accuracy_loss: float | None = Field(

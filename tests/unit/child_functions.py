@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from compileflow._process.child import report_progress
+from compileflow._process.child_process import report_progress
 from compileflow.errors import TargetUnavailableError
 
 MIB = 2**20

@@ -64,7 +64,7 @@ def test_strings_of_plugins_and_children_are_among_the_checked_ones() -> None:
     assert {
         ("compileflow.catalog", "compileflow.stores.s3.store", "S3Store"),
         ("compileflow.steps.compile", "compileflow.steps.build", "build_artifact"),
-        ("compileflow._process.run", "compileflow._process.run", "child_main"),
+        ("compileflow._process.run_in_child", "compileflow._process.run_in_child", "child_main"),
     } <= set(STRINGS)
 
 
@@ -102,12 +102,12 @@ def test_string_that_points_upwards_is_a_problem(holder: str, module: str, probl
 def test_strings_are_found_in_every_form() -> None:
     code = """
 _CHILD = "compileflow.steps.build:build_artifact"
-_ENTRY = "from compileflow._process.run import child_main; child_main()"
+_ENTRY = "from compileflow._process.run_in_child import child_main; child_main()"
 name = f"{folder} compileflow.cli.common:app {rest}"
 other = "compileflow: a library", "from compileflow import load", "flows.compile:main"
 """
     assert sorted(import_strings(code)) == [
-        ("compileflow._process.run", "child_main"),
+        ("compileflow._process.run_in_child", "child_main"),
         ("compileflow.cli.common", "app"),
         ("compileflow.steps.build", "build_artifact"),
     ]

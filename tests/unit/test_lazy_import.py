@@ -31,7 +31,7 @@ def heavy_modules_after(code: str) -> list[str]:
     [
         "import compileflow",
         "import compileflow.errors, compileflow.artifact.manifest, compileflow.settings",
-        "import compileflow._process.child",
+        "import compileflow._process.child_process",
         "from compileflow import ArtifactManifest, CompileSpec, CompileflowError, ShapeBucket",
         "import compileflow.cli",
         "import flows.__main__",

@@ -17,10 +17,10 @@ import pytest
 from pydantic import SecretStr
 
 from compileflow.errors import CompileflowError, RegistryError, RegistryUnavailableError
-from compileflow.registries.neptune import process as client_process
+from compileflow.registries.neptune import client_process
 from compileflow.registries.neptune.address import INSECURE, read_token
-from compileflow.registries.neptune.client import NeptuneClient
-from compileflow.registries.neptune.process import ClientProcess, process_for
+from compileflow.registries.neptune.calls import NeptuneClient
+from compileflow.registries.neptune.client_process import ClientProcess, process_for
 from compileflow.registries.neptune.registry import NeptuneRegistry
 from compileflow.settings import Settings
 from compileflow.testing.processes import other_process, say

@@ -17,13 +17,12 @@ import requests
 from pydantic import SecretStr
 from requests.adapters import HTTPAdapter
 
-from compileflow._process.child import Overdue
+from compileflow._process.child_process import Overdue
 from compileflow.errors import RegistryError, RegistryUnavailableError
-from compileflow.registries.neptune import process as client_process
-from compileflow.registries.neptune import worker
+from compileflow.registries.neptune import client_child, client_process
 from compileflow.registries.neptune.address import read_token
-from compileflow.registries.neptune.client import NeptuneClient
-from compileflow.registries.neptune.process import ClientProcess, Ended
+from compileflow.registries.neptune.calls import NeptuneClient
+from compileflow.registries.neptune.client_process import ClientProcess, Ended
 from compileflow.settings import Settings
 from deployments.neptune_server.tokens import make_api_token
 
@@ -188,8 +187,8 @@ def test_upload_that_goes_on_slowly_is_neither_cut_nor_silent(
     # Restored at the end of the test.
     monkeypatch.setattr(HTTPAdapter, "send", HTTPAdapter.send)
     signs: list[float] = []
-    on_bytes: Callable[[], None] = worker._throttled(lambda: signs.append(time.monotonic()))
-    worker._bound_requests(0.5, on_bytes)
+    on_bytes: Callable[[], None] = client_child._throttled(lambda: signs.append(time.monotonic()))
+    client_child._bound_requests(0.5, on_bytes)
     body = b"x" * (2 << 20)
     started = time.monotonic()
     with requests.Session() as session:

@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from compileflow import CompiledModel, CompiledPipeline, CompiledTokenizer, HfTask
-from compileflow._process.run import run_in_child
+from compileflow._process.run_in_child import run_in_child
 from compileflow.contracts import TensorRecord
 from compileflow.errors import (
     InputError,

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from compileflow._process.run import ChildResult, run_in_child
+from compileflow._process.run_in_child import ChildResult, run_in_child
 from compileflow.errors import (
     CompileError,
     OutOfMemoryError,
@@ -227,7 +227,7 @@ def test_peak_memory_does_not_count_the_parents(run: Run) -> None:
 def test_child_and_grandchild_end_when_the_parent_is_killed(tmp_path: Path, *, hold_gil: bool) -> None:
     pids = tmp_path / "pids"
     code = (
-        "from pathlib import Path; from compileflow._process.run import run_in_child; "
+        "from pathlib import Path; from compileflow._process.run_in_child import run_in_child; "
         f"folder = Path({str(tmp_path)!r}); "
         f"request = {{'path': {str(pids)!r}, 'hold_gil': {hold_gil}}}; "
         f"run_in_child('{FUNCTIONS}:family', request, work_dir=folder, log_path=folder / 'log')"

@@ -127,7 +127,7 @@ def file_written_whole(
     Args:
         path: Final path of the file; its folder is created.
         partial: Temporary path on the same file system. None: a new name beside `path`.
-        read_only: Take away the right to write to the file.
+        read_only: Make the file read-only.
         durable: Wait until the content is on disk before the file gets its name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -68,7 +68,7 @@ def torch_threads(count: int | None) -> Iterator[None]:
 
 
 def resident_bytes() -> int:
-    """Return the resident memory of this process in bytes; 0 if the system does not tell."""
+    """Return the resident memory of this process in bytes; 0 if the system does not report it."""
     try:
         fields = Path("/proc/self/statm").read_text("ascii").split()
     except OSError:

@@ -32,7 +32,7 @@ def collect_garbage(
 
     Args:
         store_uri: URI of the store.
-        registry_uris: All registries with versions in this store. A registry that is left out loses its artifacts.
+        registry_uris: All registries with versions in this store. Artifacts of omitted registries are deleted.
         settings: Settings with the credentials.
         min_age_s: Objects that were put less than this number of seconds ago are kept. Below a day, no other
             process may write to the store.

@@ -33,7 +33,7 @@ def promote_version(
         registry_uris: URIs of the registries. A registry that does not have the artifact is skipped.
         settings: Tokens and timeouts.
         who: Name of the person who promotes; the registry keeps it with the version.
-        reason: Reason of the promotion; the registry keeps it with the version.
+        reason: Reason for the promotion; the registry keeps it with the version.
         force: Promote even if the verdict is not pass; this needs a reason.
 
     Returns:

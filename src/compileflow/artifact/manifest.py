@@ -1,4 +1,4 @@
-"""ArtifactManifest, the content of manifest.json: what was compiled, its files, and what a load needs to know."""
+"""ArtifactManifest, the content of manifest.json: what was compiled, its files, and what loading needs."""
 
 from __future__ import annotations
 

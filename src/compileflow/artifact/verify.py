@@ -32,7 +32,7 @@ class Verification:
         signed_by: Ids of the trusted keys that signed at least one of the two statements.
         verdict: Attestations verdict: PASSED, WARNED or FAILED; None without one.
         report_intact: Whether the report is the one that the verdict names; None if it was not checked.
-        problems: One line for everything that is altered, or missing and required; () means that all is well.
+        problems: One line for everything that is altered, or missing and required; () if there are none.
     """
 
     digest: str

@@ -59,7 +59,7 @@ def artifact_location(text: str) -> str:
         return text
     version = resolve_reference(text, get_settings())
     subject = f"the URI of {version.name} version {version.version}"
-    hint = "Do not use this version; somebody changed it in the registry."
+    hint = "Do not use this version; it was changed in the registry."
     check_digest(subject, split_uri(version.artifact_uri)[1], version.artifact_digest, hint=hint)
     return version.artifact_uri
 

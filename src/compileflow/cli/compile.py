@@ -238,7 +238,7 @@ def _compile(
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="Text file with examples for static int8; use other ones than for validation.",
+            help="Text file with examples for static int8; use different ones than for validation.",
             rich_help_panel=_SHAPES,
         ),
     ] = None,

@@ -19,7 +19,7 @@ def promote(
     stage: Annotated[str, typer.Option(help="staging, production, archived or none.")],
     force: Annotated[bool, typer.Option(help="Promote a version whose verdict is not pass.")] = False,
     reason: Annotated[
-        str, typer.Option(help="Reason of the promotion; the registry keeps it with the version.")
+        str, typer.Option(help="Reason for the promotion; the registry keeps it with the version.")
     ] = "",
     registry: Annotated[
         list[str] | None, typer.Option(help="URI of a registry. Repeatable. Default: all configured registries.")

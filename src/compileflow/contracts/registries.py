@@ -17,7 +17,7 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 class VersionEntry(BaseModel):
-    """The registered facts about one compiled model."""
+    """What the registry records about one compiled model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

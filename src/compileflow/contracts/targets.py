@@ -42,7 +42,7 @@ class Availability:
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a target supports, on whatever machine.
+    """What a target supports on any machine.
 
     Attributes:
         hf_tasks: Hub tasks that the target compiles.

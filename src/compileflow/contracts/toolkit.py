@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
-from compileflow._process.child import report_progress
+from compileflow._process.child_process import report_progress
 from compileflow._process.cpu import cpu_features, lacking_precisions
 from compileflow._process.packages import installed_versions
 from compileflow._process.state import environment, torch_threads, undisturbed_process

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from compileflow._process.folders import move_into_place, work_folder
-from compileflow._process.run import run_in_child
+from compileflow._process.run_in_child import run_in_child
 from compileflow.artifact.open import OpenArtifact, open_artifact
 from compileflow.catalog import get_target, target_names
 from compileflow.contracts.digests import folder_digest, list_files

@@ -24,7 +24,7 @@ from compileflow.registries.lookup import (
 from compileflow.settings import Settings
 
 SCHEMA_VERSION = 2
-# From each schema to the next. A new file runs all of them, so that there is one way to get to the newest schema.
+# Migrations from each schema to the next. A new file runs all of them: one path to the newest.
 _MIGRATIONS = (
     """
 CREATE TABLE model(id INTEGER PRIMARY KEY, name TEXT UNIQUE NOT NULL);

@@ -34,7 +34,7 @@ class CandidateLatency(_Value):
 
     @classmethod
     def of(cls, latency: Latency) -> CandidateLatency:
-        """Return the latency that a report has."""
+        """Convert a report's latency."""
         return cls(
             shape=latency.shape,
             batch_size=int(latency.shape.partition(" ")[0]),

@@ -16,7 +16,7 @@ from compileflow.validation.report import megabytes, percent
 SAME_LATENCY = 0.02
 
 _OUTCOME_KINDS = {
-    "warn": "only warned, which is not allowed",
+    "warn": "got a warning, which is not allowed",
     "fail": "failed their gates",
     "error": "ended in an error",
     "unavailable": "cannot be compiled here",

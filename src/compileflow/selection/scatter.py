@@ -55,7 +55,7 @@ def scatter(
         return None
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    # A broken candidate must not squeeze the others into a corner.
+    # A broken candidate must not compress the others into a corner.
     sound = [place for n, place in drawn.items() if candidates[n].outcome in ACCEPTED_OUTCOMES]
     sound = sound or list(drawn.values())
     right = 1.08 * max(1.0, *(ratio for ratio, _ in sound))

@@ -86,7 +86,7 @@ class Window:
     Attributes:
         inputs: Inputs of the component by name, each of shape (1, length), int64.
         in_context: Whether a token belongs to the context, shape (length,), bool.
-        null: Index of the token that stands for "there is no answer"; None if the tokenizer has none.
+        null: Index of the token that stands for an impossible answer; None if the tokenizer has none.
         offsets: Start and end of each token in its text, in characters, shape (length, 2); the end is exclusive.
         words: Number of the word that each token belongs to, or -1, shape (length,).
     """
@@ -173,7 +173,7 @@ def best_spans(
         in_context: Tokens that an answer may contain, shape (length,); they are contiguous.
         null: Index of the null token, which is never part of a span.
         count: Most spans to return.
-        longest: Most tokens of a span; > 0.
+        longest: Maximum tokens per span; > 0.
 
     Returns:
         Spans, the most probable first; the earlier of two equal spans comes first. Without a null token, its

@@ -232,7 +232,7 @@ class CompiledModel:
         self.graph.close()
 
     def can_generate(self) -> bool:
-        """Return False: compileflow does not compile generating models yet."""
+        """Return False: compileflow does not compile generative models yet."""
         return False
 
     def eval(self) -> CompiledModel:

@@ -19,7 +19,7 @@ DEFAULT_BATCH_SIZE = 8
 # How much of a list is preprocessed and sorted at a time, whichever limit is reached first.
 _WINDOW_ITEMS = 1024
 _WINDOW_BYTES = 64 * 2**20
-# Model types whose tokens see the padding in spite of the mask: they shorten or hash the sequence, or look at
+# Model types in which padding affects other tokens despite the mask: they shorten or hash the sequence, or look at
 # neighbours before the mask counts. Found by comparing small random models with and without padding.
 _SEE_PADDING = ("canine", "convbert", "funnel", "mobilebert", "nystromformer", "yoso")
 
@@ -53,7 +53,7 @@ def run_rows(
         model: CompiledModel.
         items: Preprocessed items.
         postprocess: Turns an item's details and the outputs of its rows, in their order, into its answer.
-        batch_size: Most rows per call of the component. None: 8, or the size of the largest shape bucket.
+        batch_size: Maximum rows per call of the component. None: 8, or the size of the largest shape bucket.
 
     Raises:
         Exception: The first error of preprocessing or postprocessing, after the answers of the items before it.
@@ -102,7 +102,7 @@ def plan_batches(
     Args:
         record: Record of the component. Rows of a component with fixed shapes are grouped by their shape bucket.
         rows: Inputs of one row each, as `complete_inputs` returns them.
-        batch_size: Most rows per call. None: 8, or as many as the largest shape bucket of that length holds.
+        batch_size: Maximum rows per call. None: 8, or as many as the largest shape bucket of that length holds.
         pad: Whether rows of different lengths may share a call.
 
     Returns:

@@ -78,7 +78,7 @@ class SourceModel:
     def export_tensors(self, longest: int) -> dict[str, torch.Tensor]:
         """Return the example that a graph with free axes is exported with.
 
-        It has three rows, because torch.export takes a size of 1 for a constant.
+        It has three rows, because torch.export treats a size of 1 as a constant.
 
         Args:
             longest: Longest row that the component must take.
@@ -101,7 +101,7 @@ class SourceModel:
     def compiled_to(
         self, files: Sequence[str], load_options: Mapping[str, JsonValue] | None = None
     ) -> CompiledComponent:
-        """Return what `Target.compile` answers: the written files with this model's interface.
+        """Return the result of `Target.compile`: the written files with this model's interface.
 
         Args:
             files: Paths of the written files, relative to the component's folder.

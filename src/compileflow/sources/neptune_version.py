@@ -20,7 +20,7 @@ from compileflow.contracts.digests import safe_relative_path
 from compileflow.contracts.sources import TEST_FILES
 from compileflow.errors import SourceError, SourceUnavailableError, SpecError, first_line
 from compileflow.registries.neptune.address import parse_version
-from compileflow.registries.neptune.client import NeptuneClient
+from compileflow.registries.neptune.calls import NeptuneClient
 from compileflow.settings import Settings
 from compileflow.sources.files import card_task, choose_files_below, model_folder, read_json
 

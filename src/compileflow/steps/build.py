@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from compileflow._process.child import report_progress
+from compileflow._process.child_process import report_progress
 from compileflow._process.state import undisturbed_process
 from compileflow.artifact.manifest import ArtifactManifest, SourceRecord, TargetRecord
 from compileflow.catalog import get_target

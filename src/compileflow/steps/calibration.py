@@ -22,7 +22,7 @@ _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 # Longer inputs take more time and memory, but hardly change the ranges of activations.
 _LONGEST = 256
 _MOST_UNKNOWN = 0.5
-_FORMS = 'Give a text file, one example a line, or JSON lines with "text", or "question" and "context".'
+_FORMS = 'Give a text file, one example per line, or JSON lines with "text", or "question" and "context".'
 
 
 class CalibrationSettings(BaseModel):

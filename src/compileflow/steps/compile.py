@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from compileflow._process.folders import work_folder
-from compileflow._process.run import run_in_child
+from compileflow._process.run_in_child import run_in_child
 from compileflow.artifact.manifest import SCHEMA_VERSION
 from compileflow.catalog import get_target, open_store
 from compileflow.contracts import ArtifactStore, FileRecord, Target

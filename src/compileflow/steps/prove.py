@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from compileflow._process.child import report_progress
+from compileflow._process.child_process import report_progress
 from compileflow._process.state import resident_bytes
 from compileflow.artifact.open import OpenArtifact, open_artifact
 from compileflow.contracts import OUTCOMES, Arrays, ComponentRecord

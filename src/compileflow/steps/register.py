@@ -104,7 +104,7 @@ def check_verdict(validated: ValidatedArtifact, *, allow_warn: bool) -> None:
 def find_version(
     source: FetchedSource, artifact: CompiledArtifact, *, name: str | None, registry_uri: str, settings: Settings
 ) -> ModelVersion | None:
-    """Return the version that already holds an artifact under a name, or None; used where the step is off."""
+    """Return the version that already holds an artifact under a name, or None; used when the step is off."""
     registered_name = name or default_name(source.uri)
     versions = open_registry(registry_uri, settings).find(artifact.digest)
     return next((version for version in versions if version.name == registered_name), None)

@@ -123,7 +123,7 @@ class StepRunner:
         """Bring the source model into the store. Raises as `fetch_source` does.
 
         Raises:
-            MeasurementError: A library that the validate step needs is missing; a compile would be in vain.
+            MeasurementError: A library that the validate step needs is missing; compiling would be pointless.
         """
         if self._request.steps.validate:
             check_libraries()

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from compileflow._process.folders import work_folder
 from compileflow._process.packages import installed_versions
-from compileflow._process.run import run_in_child
+from compileflow._process.run_in_child import run_in_child
 from compileflow.artifact.manifest import read_manifest
 from compileflow.catalog import get_target, open_store
 from compileflow.contracts import ACCEPTED_OUTCOMES, ArtifactStore

@@ -30,7 +30,7 @@ class FetchedSource(_Value):
 
 
 class CompiledArtifact(_Value):
-    """A compiled model in the artifact store. It is not proven until a report refers to its digest."""
+    """A compiled model in the artifact store. It is unproven until a report names its digest."""
 
     uri: str
     digest: str = Field(pattern=SHA256)

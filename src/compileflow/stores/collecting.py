@@ -8,8 +8,8 @@ The collection does not lock the store. Four rules keep a folder whole while it 
    as if the put had written it. A younger one stays safe for at least another half a day. So a put has half a day
    from its first blob to its listing.
 3. The collection deletes listings first, then reads all remaining listings, and only then deletes the blobs that
-   none of them names. So a listing that was written meanwhile counts. Right before each deletion the collection
-   checks the age again, so that a refresh counts.
+   none of them names. So a listing that was written meanwhile counts. Immediately before each deletion the
+   collection checks the age again, so that a refresh counts.
 4. A refresh between that check and the deletion would go unnoticed. So a put that refreshed something verifies,
    after it has written its listing, that everything exists, and starts again if not.
 

@@ -46,7 +46,7 @@ from compileflow.spec import HfTask, Precision
 
 _FILE = "model.pt2"
 _LARGEST_BATCH = 4096
-# torch.export takes a size of 1 for a constant, so a single token or frame gets a masked neighbour.
+# torch.export treats a size of 1 as a constant, so a single token or frame gets a masked neighbour.
 _SHORTEST = 2
 
 # Precompiled headers only pay off from the second compile on, and stay outside the cache folder.
@@ -78,7 +78,7 @@ class AotInductorTarget:
         precisions=(Precision.FP32, Precision.BF16),
         devices=("cpu",),
         dynamic_axes=True,
-        # Packed kernels win on CPUs with AVX-512; without it, they lose on larger batches.
+        # Packed kernels are faster on CPUs with AVX-512; without it, they lose on larger batches.
         variants={Precision.FP32: ({"freezing": True}, {"freezing": False})},
         # The package's code is linked against torch's libraries, whose ABI changes between minor versions.
         runtime={"torch": "=={minor}.*"},

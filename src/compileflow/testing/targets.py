@@ -24,7 +24,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from compileflow._process.run import run_in_child
+from compileflow._process.run_in_child import run_in_child
 from compileflow.artifact.open import OpenArtifact, open_artifact
 from compileflow.catalog import get_target
 from compileflow.contracts import Arrays, ComponentRecord, Runner, Target, TargetOptions

@@ -7,12 +7,12 @@ The registry:
 - `lineage`: the list of compiled versions in their source version,
 - `fields`: the fields and files of a version.
 
-The client has waits without an end: an upload to a hung server, a queue that no server empties. It also changes a
+Some waits of the client never end: an upload to a hung server, a queue that no server empties. It also changes a
 whole process: environment, log handlers, exit hooks. Therefore it runs in a child process, where every call ends:
 
 - `address`: the content of a URI and of an API token,
-- `client`: the calls, with deadlines and errors,
-- `process`: the child as this process sees it: start, one call at a time, kill,
-- `worker`: the child's own side,
-- `operations`: the work with the client inside the child.
+- `calls`: the calls, with deadlines and errors,
+- `client_process`: the child as this process sees it: start, one call at a time, kill,
+- `client_child`: the child's own side,
+- `client_session`: the work with the client inside the child.
 """

@@ -1,4 +1,4 @@
-"""The layout of a registered version in Neptune: fields, files, model card, and the way back to an entry.
+"""The layout of a registered version in Neptune: fields, files, model card, and its conversion back to an entry.
 
 The entry's JSON is authoritative: always complete in the file `registry/entry`, and in the string
 `registry/entry_json` if it fits, so that a list of versions takes one query. The other fields serve people and

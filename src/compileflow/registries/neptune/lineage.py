@@ -13,7 +13,7 @@ from compileflow._process.folders import file_lock, work_folder
 from compileflow.contracts.digests import json_digest
 from compileflow.errors import RegistryError, RegistryUnavailableError, SpecError, first_line
 from compileflow.registries.neptune.address import parse_version
-from compileflow.registries.neptune.client import NeptuneClient
+from compileflow.registries.neptune.calls import NeptuneClient
 from compileflow.registries.neptune.fields import COMPILED, LONGEST_STRING
 from compileflow.settings import Settings
 

@@ -9,8 +9,8 @@ from compileflow._process.folders import work_folder
 from compileflow.contracts import ModelVersion
 from compileflow.registries.lookup import is_exclusive, unknown_name
 from compileflow.registries.neptune import fields as layout
-from compileflow.registries.neptune.client import NeptuneClient
-from compileflow.registries.neptune.operations import Value
+from compileflow.registries.neptune.calls import NeptuneClient
+from compileflow.registries.neptune.client_session import Value
 from compileflow.settings import Settings
 
 

@@ -26,7 +26,7 @@ from compileflow.errors import RegistryError, RegistryUnavailableError
 from compileflow.registries.lookup import check_stage, choose_version, is_exclusive, replaced_by
 from compileflow.registries.neptune import fields as layout
 from compileflow.registries.neptune.address import parse_project
-from compileflow.registries.neptune.client import NeptuneClient
+from compileflow.registries.neptune.calls import NeptuneClient
 from compileflow.registries.neptune.lineage import list_in_source
 from compileflow.registries.neptune.listing import Listing, Row, settle
 from compileflow.settings import Settings
@@ -145,7 +145,7 @@ class NeptuneRegistry:
         return [Promotion.model_validate_json(promotions[moment]) for moment in sorted(promotions)]
 
     def _complete(self, model: str, digest: str) -> ModelVersion | None:
-        """Return the complete version of an artifact; of several return the first, and trash the others."""
+        """Return the complete version of an artifact. Of several, keep the first and trash the others."""
         query = layout.all_of(layout.equals("sys/model_id", model), layout.equals(layout.DIGEST, digest))
         rows = self._listing.rows(query, duplicates=True)
         for row in rows[1:]:

@@ -125,7 +125,7 @@ def run_for_all(
 
 
 def largest_first(files: Sequence[FileRecord]) -> Sequence[FileRecord]:
-    """Sort files for a parallel transfer. A large file that starts last would be waited for at the end."""
+    """Sort files for a parallel transfer. A large file that starts last would delay the end."""
     return sorted(files, key=lambda record: -record.size_bytes)
 
 

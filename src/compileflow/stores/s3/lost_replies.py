@@ -1,4 +1,4 @@
-"""Writes to S3 whose reply may get lost: how a writer finds out that its request was carried out all the same.
+"""Writes to S3 whose replies may be lost: how a writer finds out that its request was carried out all the same.
 
 Every write names the object that it expects to find (If-Match) or that it expects none (If-None-Match), so that
 only one of several writers succeeds. boto3 repeats a request whose reply was lost. If the server carried out the
@@ -9,7 +9,7 @@ process has written the object, perhaps this one, and the writer looks at the ob
 - A listing is content-addressed as well (`S3Store._put_listing`).
 - A lease contains the id of its holder (`write_if_unchanged_or_ours`).
 
-A reply that breaks off in the middle of a download is another matter: see `fetch_blob` in blob_downloads.py.
+A reply that breaks off in the middle of a download is handled elsewhere: see `fetch_blob` in blob_downloads.py.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _try_write(objects: S3Objects, record: FileRecord, existing: S3Object | None
 
 
 def _appears(objects: S3Objects, record: FileRecord) -> bool:
-    """Say whether a blob exists despite an error 5xx. Some servers fail while another request completes it."""
+    """Say whether a blob exists despite a 5xx error. Some servers fail while another request completes it."""
     for pause_s in _APPEARS_WITHIN_S:
         time.sleep(pause_s)
         current = objects.head(blob_key(record.sha256))
@@ -89,7 +89,7 @@ def write_if_unchanged_or_ours(
         key: Key of the object.
         body: New content.
         etag: ETag of the object that is to be replaced; None if none is expected.
-        is_ours: Says whether a content was written by this writer.
+        is_ours: Says whether the content was written by this writer.
     """
     written = objects.write_if(key, body, etag=etag)
     if written is not None:

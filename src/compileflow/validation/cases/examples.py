@@ -1,4 +1,4 @@
-"""Natural examples: the user's own files, or those that compileflow carries or generates."""
+"""Natural examples: the user's own files, or those bundled with compileflow or generates."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SUFFIXES: dict[Modality, tuple[str, ...]] = {
 
 
 def load_examples(task: HfTask, path: str | None, limit: int) -> tuple[list[dict[str, str]], str, str]:
-    """Read natural examples of text: the user's file, or the one that compileflow carries.
+    """Read natural examples of text: the user's file, or the one bundled with compileflow.
 
     Returns:
         The examples ({"text": ...}, or {"question": ..., "context": ...}), their origin in words, and the

@@ -29,7 +29,7 @@ class GateResult(BaseModel):
         comparison: Side of the limit that passes.
         measured: Worst value, or rate; None if it is not a number.
         limit: Limit of the gate.
-        margin: Share of the room up to the limit that is left: 1 is all of it, 0 is at the limit, negative is
+        margin: Remaining share of the distance to the limit: 1 is all of it, 0 is at the limit, negative is
             beyond; None if the limit (0 or 1) leaves no room by design.
         detail: Counts and bounds of a rate, or the reason why the gate could not be judged.
     """

@@ -27,7 +27,7 @@ def measure(
     """Run both models on every case and compare their outputs and decisions.
 
     Raises:
-        MeasurementError: The source model fails or answers NaN or infinity, or natural examples are missing.
+        MeasurementError: The source model fails or returns NaN or infinity, or natural examples are missing.
     """
     measurements = Measurements()
     for number, case in enumerate(cases):
@@ -67,7 +67,7 @@ def _compared_rows(
     per_token = record.axes[:2] in (("batch", "sequence"), ("batch", "frames"))
     if not np.isfinite(expected[mask] if per_token else expected).all():
         raise MeasurementError(
-            f"The source model itself answers NaN or infinity on the case {case.name!r}.",
+            f"The source model itself returns NaN or infinity on the case {case.name!r}.",
             hint="Correct the source model first.",
         )
     rows = []

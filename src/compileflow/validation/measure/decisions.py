@@ -54,7 +54,7 @@ class Decisions:
     _changes: list[Change] = field(default_factory=list)
 
     def add(self, case: Case, expected: Arrays, actual: Arrays) -> None:
-        """Add one natural batch. Outputs of the wrong shape are left to the shape gate."""
+        """Add one natural batch. Outputs of the wrong shape are judged by the shape gate."""
         if any(name not in actual or actual[name].shape != value.shape for name, value in expected.items()):
             return
         for row, text in enumerate(case.texts):
@@ -104,7 +104,7 @@ class Decisions:
         return scalars
 
     def flips(self, decode: Decode, limit: int = 50) -> tuple[Flip, ...]:
-        """Return the examples whose decision differs, the surest first. Ties of the source model do not count.
+        """Return the examples whose decision differs, most confident first. Ties of the source model do not count.
 
         For embeddings: the ten examples that lost most of their nearest neighbours.
 

@@ -41,7 +41,7 @@ class ReportSubject(BaseModel):
 
 
 class Report(BaseModel):
-    """Everything of a validation that is kept."""
+    """The stored result of a validation."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -58,7 +58,7 @@ class Report(BaseModel):
     suite_digest: str
     environment: dict[str, str]
     flips: tuple[Flip, ...] = Field(
-        (), max_length=50, description="Examples decided differently, the surest first."
+        (), max_length=50, description="Examples decided differently, the most confident first."
     )
     flips_count: int = Field(0, ge=0, description="Number of all flips, listed or not.")
 

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from compileflow._process.child import (
+from compileflow._process.child_process import (
     JsonObject,
     connect_to_parent,
     end_child,
@@ -23,7 +23,7 @@ from compileflow._process.child import (
     skip_slow_grammar,
 )
 
-# Each opened object leaves hooks in the process for good; after so many of them a new process is cheaper.
+# Each opened object permanently leaves hooks in the process; after so many of them a new process is cheaper.
 _MOST_OBJECTS = 500
 # Seconds between two signs of life.
 _SIGN_S = 0.1
@@ -31,7 +31,7 @@ _BLOCK = 64 * 1024
 
 
 def main() -> None:
-    """Entry of the child process."""
+    """Entry point of the child process."""
     connect_to_parent()
     configuration = receive_from_parent()
     assert configuration is not None  # noqa: S101 - without a timeout it waits
@@ -54,7 +54,7 @@ def main() -> None:
 
 def _open_session(request_s: float, on_bytes: Callable[[], None]) -> Any:
     skip_slow_grammar()
-    from compileflow.registries.neptune.operations import Session
+    from compileflow.registries.neptune.client_session import Session
 
     on_bytes = _throttled(on_bytes)
     _bound_requests(request_s, on_bytes)
@@ -99,8 +99,8 @@ def _throttled(call: Callable[[], None]) -> Callable[[], None]:
 def _bound_requests(limit_s: float, on_bytes: Callable[[], None]) -> None:
     """Give every request a time limit: the client sets none for uploads, downloads and tokens.
 
-    The limit bounds a silence. requests applies it to a body of bytes as a whole, even on a slow line, so larger
-    bodies are sent in blocks.
+    The limit applies to silence, not to the whole request. The library requests applies it to a body of bytes as a
+    whole, even on a slow line, so larger bodies are sent in blocks.
     """
     from requests.adapters import HTTPAdapter
 

@@ -1,7 +1,7 @@
 """A child process and its parent: both sides of one protocol.
 
 Messages are JSON objects, one per line: to the child on standard input, and back on its original standard output.
-Everything that the child prints goes to its log. When the parent dies, however it dies, a watcher that the child
+Everything that the child prints goes to its log. However the parent dies, a watcher that the child
 forks kills the child and all that it started. A thread cannot do this: native code may hold the GIL for minutes.
 """
 
@@ -29,7 +29,7 @@ JsonObject = dict[str, Any]
 
 # A variable whose name contains one of these words stays out of every child's environment.
 _SECRET_WORDS = ("TOKEN", "SECRET", "PASSW", "_KEY", "CREDENTIAL", "AUTH", "DATABASE")
-# Seconds between two looks at a child that is silent.
+# Polling interval for a silent child, in seconds.
 _LOOK_S = 0.05
 _BLOCK = 64 * 1024
 _to_parent: TextIO | None = None
@@ -134,7 +134,7 @@ class ChildProcess:
 
     def kill(self) -> None:
         """Kill the child and all processes of its group."""
-        # Once only: after the child was waited for, its number may belong to another process.
+        # Once only: once the child is reaped, its pid may belong to another process.
         if not self._is_killed:
             self._is_killed = True
             with suppress(ProcessLookupError):

@@ -58,7 +58,7 @@ class Session:
         self.opened = 0
 
     def run(self, operation: str, arguments: Mapping[str, Any]) -> Any:
-        """Do one operation. After an error all objects are closed, because their state is unknown."""
+        """Run one operation. After an error all objects are closed, because their state is unknown."""
         function: Callable[..., Any] = getattr(self, f"do_{operation}")
         try:
             return function(**arguments)

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
-from compileflow._process.child import ChildProcess, JsonObject, Overdue, environment_without_secrets
+from compileflow._process.child_process import ChildProcess, JsonObject, Overdue, environment_without_secrets
 from compileflow._process.folders import work_folder
 from compileflow.registries.neptune.address import INSECURE, Token
 from compileflow.settings import Settings
 
-_ENTRY = "from compileflow.registries.neptune.worker import main; main()"
+_ENTRY = "from compileflow.registries.neptune.client_child import main; main()"
 # Importing the client takes seconds, and many more on a busy machine.
 _START_S = 90.0
 _IDLE_S = 60.0
@@ -44,7 +44,7 @@ class ClientProcess:
     def ask(
         self, operation: str, arguments: Mapping[str, Any], *, timeout_s: float, most_s: float = math.inf
     ) -> JsonObject:
-        """Let the child do an operation and return its answer, an object with "value", "error" or "missing".
+        """Run an operation in the child and return its answer, an object with "value", "error" or "missing".
 
         Args:
             operation: Name of a `Session.do_*`.
@@ -60,7 +60,7 @@ class ClientProcess:
         with self._lock:
             while True:
                 if self._child is not None and not self._child.is_running():
-                    # It died or stopped for lack of work between two calls.
+                    # It died or stopped when idle between two calls.
                     self._stop()
                 try:
                     if self._child is None:
@@ -75,7 +75,7 @@ class ClientProcess:
                     raise
                 if "idle" not in answer:
                     return answer
-                # It stopped for lack of work just before it saw the request.
+                # It stopped when idle just before it saw the request.
                 self._stop()
 
     def log_text(self) -> str:
@@ -129,7 +129,7 @@ class ClientProcess:
 
 
 def _environment(token: Token, folder: str, request_s: int) -> dict[str, str]:
-    """Return the child's environment: the token is its only secret, and Neptune's other settings are ours."""
+    """Return the child's environment: the token is its only secret, and other Neptune settings are set here."""
     variables = {
         name: value
         for name, value in environment_without_secrets().items()

@@ -10,11 +10,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from compileflow._process.child import Overdue
+from compileflow._process.child_process import Overdue
 from compileflow.errors import CompileflowError, first_line
 from compileflow.registries.neptune.address import Token, read_token
-from compileflow.registries.neptune.operations import Kind, Value
-from compileflow.registries.neptune.process import Ended, process_for
+from compileflow.registries.neptune.client_process import Ended, process_for
+from compileflow.registries.neptune.client_session import Kind, Value
 from compileflow.settings import Settings
 
 # An upload that is slower than this on average is given up, even if it progresses.
@@ -173,7 +173,7 @@ class NeptuneClient:
         if kind == "token":
             return self._refused(
                 f"Neptune at {token.address} refused the API token.",
-                hint="Set NEPTUNE_API_TOKEN to a token that this server gave.",
+                hint="Set NEPTUNE_API_TOKEN to a token issued by this server.",
             )
         if kind == "forbidden":
             return self._refused(
@@ -210,7 +210,7 @@ class NeptuneClient:
     def _keep_log(self, text: str) -> str:
         """Replace this process's log with the client's output and return its path; '' without output.
 
-        Only the newest logs of other processes stay.
+        Only the newest logs of other processes are kept.
         """
         if not text:
             return ""

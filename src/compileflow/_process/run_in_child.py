@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from compileflow._process.child import (
+from compileflow._process.child_process import (
     ChildProcess,
     JsonObject,
     Overdue,
@@ -38,7 +38,7 @@ from compileflow.errors import (
 
 logger = logging.getLogger(__name__)
 
-_ENTRY = "from compileflow._process.run import child_main; child_main()"
+_ENTRY = "from compileflow._process.run_in_child import child_main; child_main()"
 _OUT_OF_MEMORY = ("can't allocate memory", "cannot allocate memory", "std::bad_alloc", "out of memory")
 _MORE_MEMORY = "Run it on a machine with more memory, or lower max_sequence_length."
 
@@ -92,7 +92,7 @@ def run_in_child(
         def write_log(line: bytes) -> None:
             try:
                 log.write(line)
-            # Reading must go on, or the child would stop at a full pipe. After the end the file is closed.
+            # Keep reading, or the child would stop at a full pipe. The file is closed after the child ends.
             except (OSError, ValueError) as error:
                 logger.warning("The log %s lost a line: %s", log_path, error)
 
@@ -119,7 +119,7 @@ def run_in_child(
 
 
 def child_main() -> None:
-    """Entry of the child process."""
+    """Entry point of the child process."""
     connect_to_parent()
     request = receive_from_parent()
     assert request is not None  # noqa: S101 - without a timeout it waits
