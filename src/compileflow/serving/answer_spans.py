@@ -141,8 +141,10 @@ def best_answers(
             longest=settings.max_answer_len,
         )
         null_scores.append(null_score)
+        # Question and context both number their words from 0.
+        words = np.where(window.in_context & settings.align_to_words, window.words, -1)
         for span in spans:
-            start, end = _characters(window, span, settings.align_to_words)
+            start, end = _characters(window, span, words)
             text = context[start:end]
             answer = answers.setdefault(text.lower(), {"score": 0.0, "start": start, "end": end, "answer": text})
             answer["score"] += span.score
@@ -209,11 +211,10 @@ def _log_softmax(logits: Floats, candidates: NDArray[np.intp]) -> NDArray[np.flo
     return wide - total
 
 
-def _characters(window: Window, span: Span, align_to_words: bool) -> tuple[int, int]:
+def _characters(window: Window, span: Span, words: NDArray[np.int64]) -> tuple[int, int]:
+    """Return start and end of a span in the context, extended to whole words unless `words` is -1."""
     first, last = span.first, span.last
-    if align_to_words and window.words[first] >= 0 and window.words[last] >= 0:
-        # Question and context both number their words from 0.
-        words = np.where(window.in_context, window.words, -1)
+    if words[first] >= 0 and words[last] >= 0:
         first = int(np.flatnonzero(words == words[first])[0])
         last = int(np.flatnonzero(words == words[last])[-1])
     return int(window.offsets[first, 0]), int(window.offsets[last, 1])
