@@ -63,7 +63,7 @@ def test_folder_digest_sees_a_byte_and_a_name(tmp_path: Path) -> None:
 def test_only_the_files_asked_for_are_listed(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).write_text(name)
-    assert [record.path for record in list_files(tmp_path, only=["b"])] == ["b"]
+    assert [record.path for record in list_files(tmp_path, paths=["b"])] == ["b"]
 
 
 def test_link_inside_the_folder_is_its_file(tmp_path: Path) -> None:

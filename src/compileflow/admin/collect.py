@@ -52,18 +52,18 @@ def collect_garbage(
             "No registry is given, so every folder would be garbage.",
             hint="Name all registries that have versions in this store.",
         )
-    keep: set[str] = set()
+    digests_in_use: set[str] = set()
     for uri in registry_uris:
-        keep |= _needed(uri, settings)
-    if not keep:
+        digests_in_use |= _needed(uri, settings)
+    if not digests_in_use:
         names = ", ".join(map(without_credentials, registry_uris))
         raise RegistryError(
             f"{names} has no version, so everything in {store_uri} would be garbage.",
             hint="Check the registry's URI. To delete a whole store, delete its folder or prefix.",
         )
     store = open_store(store_uri, settings)
-    keep |= reports_on(store, keep)
-    return store.gc(keep, min_age_s=min_age_s, dry_run=dry_run)
+    digests_in_use |= reports_on(store, digests_in_use)
+    return store.gc(digests_in_use, min_age_s=min_age_s, dry_run=dry_run)
 
 
 def _needed(registry_uri: str, settings: Settings) -> set[str]:

@@ -34,14 +34,14 @@ def lineage_of(registry: ModelRegistry, name: str, version: int | str) -> Lineag
     Raises:
         RegistryError: The version does not exist.
     """
-    registered = registry.get(name, version)
-    relatives = registry.compiled_from(registered.source_uri)
+    version_record = registry.get(name, version)
+    relatives = registry.compiled_from(version_record.source_uri)
     return Lineage(
-        version=registered,
-        promotions=tuple(registry.promotions(name, registered.version)),
+        version=version_record,
+        promotions=tuple(registry.promotions(name, version_record.version)),
         siblings=tuple(
             relative
             for relative in relatives
-            if (relative.name, relative.version) != (registered.name, registered.version)
+            if (relative.name, relative.version) != (version_record.name, version_record.version)
         ),
     )

@@ -55,10 +55,11 @@ def mirror_store(
             continue
         on_progress(f"folder {number} of {len(folders)}: {digest[:12]}")
         with source.open_folder(digest) as folder:
-            stored = mirror.put_folder(folder)
-        if stored.digest != digest:
+            stored_folder = mirror.put_folder(folder)
+        if stored_folder.digest != digest:
             raise IntegrityError(
-                f"Digest mismatch in {mirror.uri}: expected {digest[:12]}..., found {stored.digest[:12]}...",
+                f"Digest mismatch in {mirror.uri}: expected {digest[:12]}..., "
+                f"found {stored_folder.digest[:12]}...",
                 hint="Do not use that store.",
             )
     for kind in _KINDS:
@@ -78,9 +79,9 @@ def _copy_record(source: ArtifactStore, mirror: ArtifactStore, kind: str, digest
     if value is None:
         return
     copy = {name: _with_mirror_uri(part, source, mirror) for name, part in value.items()}
-    existing = mirror.get_record(kind, digest)
+    existing_record = mirror.get_record(kind, digest)
     # An unsigned statement never replaces a signed one.
-    if existing == copy or (_is_signed(existing) and not _is_signed(copy)):
+    if existing_record == copy or (_is_signed(existing_record) and not _is_signed(copy)):
         return
     mirror.put_record(kind, digest, copy)
 

@@ -49,26 +49,26 @@ def promote_version(
     if force and not reason.strip():
         raise SpecError("Force was given without a reason.", hint='Give the reason, with --reason "...".')
     first_uri, *other_uris = registry_uris
-    registered = open_registry(first_uri, settings).get(name, version)
-    if stage in _SERVING_STAGES and registered.verdict != "pass" and not force:
+    version_record = open_registry(first_uri, settings).get(name, version)
+    if stage in _SERVING_STAGES and version_record.verdict != "pass" and not force:
         raise VerdictError(
-            f"{name} version {version} has the verdict {registered.verdict}, but {stage} takes only pass.",
+            f"{name} version {version} has the verdict {version_record.verdict}, but {stage} takes only pass.",
             hint="Read its report. To promote it regardless, give --force and --reason.",
         )
     numbers = {first_uri: version}
     for uri in other_uris:
-        candidates = open_registry(uri, settings).find(registered.artifact_digest)
+        candidates = open_registry(uri, settings).find(version_record.artifact_digest)
         same_name = [candidate for candidate in candidates if candidate.name == name]
         if same_name:
             numbers[uri] = same_name[0].version
-    promoted: dict[str, ModelVersion] = {}
+    promotions: dict[str, ModelVersion] = {}
     errors: dict[str, CompileflowError] = {}
     for uri, number in numbers.items():
         try:
-            promoted[without_credentials(uri)] = open_registry(uri, settings).set_stage(
+            promotions[without_credentials(uri)] = open_registry(uri, settings).set_stage(
                 name, number, stage, who=who, reason=reason
             )
         except CompileflowError as error:
             errors[without_credentials(uri)] = error
-    check_all_succeeded("Promoted", promoted, errors, hint="Run the same command again.")
-    return promoted
+    check_all_succeeded("Promoted", promotions, errors, hint="Run the same command again.")
+    return promotions

@@ -62,7 +62,7 @@ def file_digest(path: Path) -> str:
 def list_files(
     folder: Path,
     *,
-    only: Iterable[str] | None = None,
+    paths: Iterable[str] | None = None,
     at_once: int = 1,
     digest_of: Callable[[Path], str] = file_digest,
 ) -> tuple[FileRecord, ...]:
@@ -70,7 +70,7 @@ def list_files(
 
     Args:
         folder: Folder of the files.
-        only: Relative paths of the files to hash. None: all files.
+        paths: Relative paths of the files to hash. None: all files.
         at_once: Number of files that are hashed at once, in threads. SHA-256 releases Python's global lock.
         digest_of: Returns the SHA-256 of a file. A caller that needs the bytes can read and hash the file itself.
 
@@ -81,7 +81,7 @@ def list_files(
     root = folder.resolve()
     if not root.is_dir():
         raise IntegrityError(f"{folder} is not a folder.", hint="Give an existing folder.")
-    names = sorted(only) if only is not None else sorted(_walk(root))
+    names = sorted(paths) if paths is not None else sorted(_walk(root))
     try:
         with ThreadPoolExecutor(at_once) as threads:
             return tuple(threads.map(lambda name: _record(root, name, digest_of), names))

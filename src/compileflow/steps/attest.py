@@ -67,13 +67,13 @@ class Attester:
         run = CompileRun(str(uuid.uuid4()), started, datetime.now(UTC), self.threads)
         put_statement(self.store, digest, provenance_statement(read_manifest(folder), digest, run), self.signer)
 
-    def validated(self, digest: str, report_dir: Path, *, stored: StoredFolder, source_digest: str) -> None:
+    def validated(self, digest: str, report_dir: Path, *, stored_folder: StoredFolder, source_digest: str) -> None:
         """Record the verdict of a validation.
 
         Args:
             digest: Digest of the artifact.
             report_dir: Folder with report.json.
-            stored: The same folder in the store.
+            stored_folder: The same folder in the store.
             source_digest: Digest of the source model that the artifact was compared with.
         """
         report = Report.model_validate_json((report_dir / REPORT_JSON).read_bytes())
@@ -82,8 +82,8 @@ class Attester:
             gates={gate.gate: gate.outcome for gate in report.verdict.gates},
             suite_digest=report.suite_digest,
             source_digest=source_digest,
-            report_digest=stored.digest,
-            report_uri=stored.uri,
+            report_digest=stored_folder.digest,
+            report_uri=stored_folder.uri,
         )
         put_statement(self.store, digest, verdict_statement(digest, run), self.signer)
 
@@ -98,17 +98,18 @@ class Attester:
             digest: Digest of the artifact.
             report: Digest of the cached report. A later validation may have replaced its verdict.
         """
-        why, attestations = self._lack(digest, VERDICT_TYPE)
+        reason, attestations = self._lack(digest, VERDICT_TYPE)
         if (
-            why
+            reason
             or attestations is None
             or attestations.verdict is None
             or report_digest(attestations.verdict.statement) == report
         ):
-            return why
-        signed = _record(self.store, digest, VERDICT_TYPE).get("signatures")
+            return reason
+        signatures = _record(self.store, digest, VERDICT_TYPE).get("signatures")
         # A run without a key cannot replace a signed verdict, so repeating the validation would change nothing.
-        return "" if signed and self.signer is None else "a later validation replaced the verdict on this artifact"
+        can_replace = not signatures or self.signer is not None
+        return "a later validation replaced the verdict on this artifact" if can_replace else ""
 
     def _lack(self, digest: str, kind: str) -> tuple[str, Attestations | None]:
         name = RECORDS[kind]

@@ -59,7 +59,7 @@ def build_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
         )
         merged_plan = replace(merged_plan, calibration=batches)
     folder = f"components/{merged_plan.name}"
-    compiled = _compile(target, source_dir, merged_plan, out_dir / folder)
+    compiled_component = _compile(target, source_dir, merged_plan, out_dir / folder)
     report_progress("writing the manifest")
     _copy_interface_files(source_dir, out_dir)
     _write_manifest(
@@ -69,7 +69,9 @@ def build_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
             **request["source"], architecture=(getattr(config, "architectures", None) or ["unknown"])[0]
         ),
         target=target,
-        components=_component_records(plans, compiled, folder, dynamic_axes=target.capabilities.dynamic_axes),
+        components=_component_records(
+            plans, compiled_component, folder, dynamic_axes=target.capabilities.dynamic_axes
+        ),
         calibration=calibration,
     )
     return {}
@@ -97,32 +99,33 @@ def _load_tokenizer(source_dir: Path, trust_remote_code: bool) -> Any:
 def _compile(target: Target, source_dir: Path, plan: ComponentPlan, folder: Path) -> CompiledComponent:
     folder.mkdir(parents=True)
     with undisturbed_process():
-        compiled = target.compile(source_dir, plan, folder)
+        compiled_component = target.compile(source_dir, plan, folder)
     written_files = {record.path for record in list_files(folder)}
-    if written_files != set(compiled.files):
+    if written_files != set(compiled_component.files):
         raise CompileError(
-            f"Expected the files {sorted(compiled.files)} that {target.name} named, got {sorted(written_files)}.",
+            f"Expected the files {sorted(compiled_component.files)} that {target.name} named, "
+            f"got {sorted(written_files)}.",
             hint="Fix the target: its CompiledComponent must name every file that it writes, and no other.",
         )
-    return compiled
+    return compiled_component
 
 
 def _component_records(
-    plans: Sequence[ComponentPlan], compiled: CompiledComponent, folder: str, *, dynamic_axes: bool
+    plans: Sequence[ComponentPlan], compiled_component: CompiledComponent, folder: str, *, dynamic_axes: bool
 ) -> dict[str, ComponentRecord]:
     return {
         plan.name: ComponentRecord(
             folder=folder,
-            inputs=compiled.inputs,
-            outputs=compiled.outputs,
-            output_class=compiled.output_class,
+            inputs=compiled_component.inputs,
+            outputs=compiled_component.outputs,
+            output_class=compiled_component.output_class,
             max_sequence_length=plan.max_sequence_length,
             dynamic_axes=dynamic_axes,
             shape_buckets=plan.shape_buckets,
-            pad_token_id=compiled.pad_token_id,
+            pad_token_id=compiled_component.pad_token_id,
             precision=plan.precision,
-            load_options=dict(compiled.load_options),
-            frame_convolutions=compiled.frame_convolutions,
+            load_options=dict(compiled_component.load_options),
+            frame_convolutions=compiled_component.frame_convolutions,
         )
         for plan in plans
     }

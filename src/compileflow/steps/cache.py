@@ -70,10 +70,10 @@ def find_or_make(
     kind: type[Value],
     *,
     digest_fields: Sequence[str],
-    make: Callable[[str], Value],
-    say: Callable[[str], None],
-    keep: Callable[[Value], bool] = lambda value: True,
-    lacks: Callable[[Value], str] = lambda value: "",
+    compute: Callable[[str], Value],
+    report_line: Callable[[str], None],
+    is_cacheable: Callable[[Value], bool] = lambda value: True,
+    reason_to_redo: Callable[[Value], str] = lambda value: "",
 ) -> tuple[Value, bool]:
     """Return the result for a key, and whether it was cached. On a miss, make it once for all concurrent callers.
 
@@ -82,27 +82,27 @@ def find_or_make(
         key: Key of the result.
         kind: Class of the result.
         digest_fields: Fields of the result that hold digests of stored folders. A field that is None is skipped.
-        make: Called with the reason of the miss; returns the result.
-        say: Called with one line: the reason of a miss, or that another run is making the result.
-        keep: Returns whether a result may be cached.
-        lacks: Returns why a cached result must be made again; '' if it need not be.
+        compute: Called with the reason of the miss; returns the result.
+        report_line: Called with one line: the reason of a miss, or that another run is making the result.
+        is_cacheable: Returns whether a result may be cached.
+        reason_to_redo: Returns why a cached result must be made again; '' if it need not be.
     """
     value = find(store, key, kind, digest_fields=digest_fields)
-    if value is not None and not lacks(value):
+    if value is not None and not reason_to_redo(value):
         return value, True
 
     def say_waiting() -> None:
-        say("another run is producing the same result; waiting for it")
+        report_line("another run is producing the same result; waiting for it")
 
     with store.lock(f"{key.step}/{key.digest}", on_wait=say_waiting):
         value = find(store, key, kind, digest_fields=digest_fields)
-        lack = "" if value is None else lacks(value)
-        if value is not None and not lack:
+        redo_reason = "" if value is None else reason_to_redo(value)
+        if value is not None and not redo_reason:
             return value, True
-        reason = lack or why_missed(store, key)
-        say(f"not cached: {reason}")
-        value = make(reason)
-        if not keep(value):
+        reason = redo_reason or why_missed(store, key)
+        report_line(f"not cached: {reason}")
+        value = compute(reason)
+        if not is_cacheable(value):
             return value, False
         store.put_record(key.step, key.digest, {"value": value.model_dump(mode="json"), "parts": dict(key.parts)})
         store.put_record(f"{key.step}-latest", _subject_key(key), {"key": key.digest, "parts": dict(key.parts)})
@@ -119,18 +119,18 @@ def why_missed(store: ArtifactStore, key: CacheKey) -> str:
     previous = latest(store, key.step, key.subject)
     if previous is None:
         return f"first run for {key.subject}"
-    old = previous.get("parts")
-    changed = changed_parts(old if isinstance(old, dict) else {}, key.parts)
-    if not changed:
+    old_parts = previous.get("parts")
+    changes = changed_parts(old_parts if isinstance(old_parts, dict) else {}, key.parts)
+    if not changes:
         return "the store has lost its record or its folder"
-    return f"changed: {', '.join(changed)}"
+    return f"changed: {', '.join(changes)}"
 
 
-def changed_parts(old: Mapping[str, JsonValue], new: Mapping[str, str]) -> Sequence[str]:
+def changed_parts(old_parts: Mapping[str, JsonValue], new_parts: Mapping[str, str]) -> Sequence[str]:
     """Return one text per part that was changed, added or removed. Short values are shown, digests are not."""
     lines = []
-    for name in sorted({*old, *new}):
-        old_value, new_value = old.get(name), new.get(name)
+    for name in sorted({*old_parts, *new_parts}):
+        old_value, new_value = old_parts.get(name), new_parts.get(name)
         if old_value == new_value:
             continue
         if old_value is None:

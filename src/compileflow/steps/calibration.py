@@ -74,7 +74,7 @@ def load_calibration(task: HfTask, settings: CalibrationSettings) -> Calibration
             builtin_examples, origin, digest = load_examples(other_task, None, settings.max_examples + 1)
             if questions:
                 texts = [example["text"] for example in builtin_examples]
-                examples = [{"question": a, "context": b} for a, b in pairwise(texts)]
+                examples = [{"question": question, "context": context} for question, context in pairwise(texts)]
             else:
                 examples = [{"text": example["context"]} for example in builtin_examples]
             examples = examples[: settings.max_examples]
@@ -99,18 +99,18 @@ def calibration_batches(
         pad_token_id=pad_token_id,
     )
     cases = agreement_cases(builder, examples, task)
-    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    special_tokens = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     tokens = [
         int(token)
         for case in cases
         for token in case.inputs["input_ids"][case.mask.astype(bool)]
-        if int(token) not in special
+        if int(token) not in special_tokens
     ]
-    unknown = sum(token == tokenizer.unk_token_id for token in tokens)
-    if not tokens or unknown > _MOST_UNKNOWN * len(tokens):
+    unknown_count = sum(token == tokenizer.unk_token_id for token in tokens)
+    if not tokens or unknown_count > _MOST_UNKNOWN * len(tokens):
         raise CompileError(
-            f"The calibration examples do not fit the model: its tokenizer knows only {len(tokens) - unknown} of "
-            f"their {len(tokens)} tokens.",
+            "The calibration examples do not fit the model: its tokenizer knows only "
+            f"{len(tokens) - unknown_count} of their {len(tokens)} tokens.",
             hint="Give natural examples in the language of the model.",
         )
     return tuple(case.inputs for case in cases)

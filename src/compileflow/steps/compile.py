@@ -83,7 +83,7 @@ def compile_artifact(
         if not enabled:
             return _reuse(store, key)
 
-        def make(reason: str) -> CompiledArtifact:
+        def compute(reason: str) -> CompiledArtifact:
             check_available(target, spec.precision)
             build_request = {
                 "source_dir": str(folder),
@@ -101,9 +101,9 @@ def compile_artifact(
             key,
             CompiledArtifact,
             digest_fields=("digest",),
-            make=make,
-            say=on_progress,
-            lacks=lambda artifact: attester.lacks_provenance(artifact.digest),
+            compute=compute,
+            report_line=on_progress,
+            reason_to_redo=lambda artifact: attester.lacks_provenance(artifact.digest),
         )
     if cached:
         return value.model_copy(update={"cached": True, "why": "every part of its key is unchanged"})
@@ -232,13 +232,13 @@ def _compile(
                 f"The toolchain of {name} died: {error.message}", hint=error.hint, log_path=error.log_path
             ) from error
         on_progress("storing the artifact")
-        stored = attester.store.put_folder(out_dir)
-        attester.compiled(out_dir, stored.digest, started=started)
+        stored_folder = attester.store.put_folder(out_dir)
+        attester.compiled(out_dir, stored_folder.digest, started=started)
     return CompiledArtifact(
-        uri=stored.uri,
-        digest=stored.digest,
+        uri=stored_folder.uri,
+        digest=stored_folder.digest,
         cache_key=key.digest,
-        size_bytes=stored.size_bytes,
+        size_bytes=stored_folder.size_bytes,
         compile_duration_s=round(child.duration_s, 3),
         peak_rss_bytes=child.peak_rss_bytes,
         cached=False,

@@ -57,25 +57,27 @@ def fetch_source(
     uri, commit = source.pin(model, revision)
     with work_folder(settings.work_dir, label="fetch") as work:
         if commit is None:
-            located = source.locate(model, revision, work / "download")
-            check_weights(located.folder, located.files)
-            files = list_files(located.folder, only=located.files)
+            located_source = source.locate(model, revision, work / "download")
+            check_weights(located_source.folder, located_source.files)
+            files = list_files(located_source.folder, paths=located_source.files)
             parts = {"uri": uri} | {record.path: record.sha256 for record in files}
-            key = CacheKey(STEP, uri, parts | _card_parts(located))
-            pinned = folder_digest(files)
+            key = CacheKey(STEP, uri, parts | _card_parts(located_source))
+            pinned_revision = folder_digest(files)
         else:
-            located = None
+            located_source = None
             key = CacheKey(STEP, uri, {"uri": uri, "commit": commit})
-            pinned = commit
+            pinned_revision = commit
 
-        def make(reason: str) -> FetchedSource:
-            on_progress(f"fetching {uri} at {pinned[:12]}")
-            model_files = located or source.locate(model, pinned, work / "download")
-            if located is None:
+        def compute(reason: str) -> FetchedSource:
+            on_progress(f"fetching {uri} at {pinned_revision[:12]}")
+            model_files = located_source or source.locate(model, pinned_revision, work / "download")
+            if located_source is None:
                 check_weights(model_files.folder, model_files.files)
-            return _store_source(store, model_files, uri, model_files.revision or pinned, work / "model")
+            return _store_source(store, model_files, uri, model_files.revision or pinned_revision, work / "model")
 
-        value, cached = find_or_make(store, key, FetchedSource, digest_fields=_FOLDERS, make=make, say=on_progress)
+        value, cached = find_or_make(
+            store, key, FetchedSource, digest_fields=_FOLDERS, compute=compute, report_line=on_progress
+        )
     return value.model_copy(update={"cached": cached})
 
 
@@ -84,36 +86,38 @@ def scheme_of(model: str) -> str:
     scheme = model.partition(":")[0]
     if "://" in model or scheme in ("mlflow", "registry"):
         return scheme
-    looks_local = model.startswith((".", "/", "~")) or Path(model).exists() or model.count("/") != 1
-    return "file" if looks_local else "hf"
+    is_local = model.startswith((".", "/", "~")) or Path(model).exists() or model.count("/") != 1
+    return "file" if is_local else "hf"
 
 
 def _store_source(
-    store: ArtifactStore, located: LocatedSource, uri: str, revision: str, copy: Path
+    store: ArtifactStore, located_source: LocatedSource, uri: str, revision: str, copy: Path
 ) -> FetchedSource:
     """Store the files of the model only, so that the digest does not depend on other files of the folder."""
     with os_errors(copy, "write to"):
-        for name in located.files:
+        for name in located_source.files:
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(located.folder / name, copy / name)
-    stored = store.put_folder(copy)
+            shutil.copyfile(located_source.folder / name, copy / name)
+    stored_folder = store.put_folder(copy)
     return FetchedSource(
         uri=uri,
         revision=revision,
-        stored_uri=stored.uri,
-        digest=stored.digest,
-        size_bytes=stored.size_bytes,
+        stored_uri=stored_folder.uri,
+        digest=stored_folder.digest,
+        size_bytes=stored_folder.size_bytes,
         cached=False,
-        hf_task=located.hf_task,
-        test_files_digest=store.put_folder(located.test_files).digest if located.test_files else None,
+        hf_task=located_source.hf_task,
+        test_files_digest=store.put_folder(located_source.test_files).digest
+        if located_source.test_files
+        else None,
     )
 
 
-def _card_parts(located: LocatedSource) -> dict[str, str]:
+def _card_parts(located_source: LocatedSource) -> dict[str, str]:
     """Return the task and the test files of a registered version, as parts of the cache key."""
-    parts = {"task": located.hf_task.value} if located.hf_task else {}
-    if located.test_files is not None:
-        parts |= {f"test file {record.path}": record.sha256 for record in list_files(located.test_files)}
+    parts = {"task": located_source.hf_task.value} if located_source.hf_task else {}
+    if located_source.test_files is not None:
+        parts |= {f"test file {record.path}": record.sha256 for record in list_files(located_source.test_files)}
     return parts
 
 

@@ -77,10 +77,10 @@ def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
         if tests.predictions is not None:
             registered_scalars["registered_disagreement"] = tests.disagreement(predictions)
     reports = []
-    for compiled, serving_memory_bytes in loaded_components:
+    for compiled_component, serving_memory_bytes in loaded_components:
         report = _prove_component(
             source_model,
-            compiled,
+            compiled_component,
             Path(request["source_dir"]),
             validation,
             threads,
@@ -90,7 +90,7 @@ def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
         )
         figures = report.figures | {"serving_memory_bytes": float(serving_memory_bytes)}
         reports.append(report.model_copy(update={"figures": figures}))
-        compiled.close()
+        compiled_component.close()
     # The worst component's verdict is the artifact's.
     report = max(reports, key=lambda report: OUTCOMES.index(report.verdict.outcome))
     report_progress("writing the report")
@@ -117,13 +117,13 @@ def _load(
     record = artifact.component(component)
     bytes_before = resident_bytes()
     vocab_size = getattr(_config(artifact), "vocab_size", None) or 0
-    compiled = LoadedComponent.load(artifact, component=component, threads=threads)
+    compiled_component = LoadedComponent.load(artifact, component=component, threads=threads)
     for rows, length in _timed_shapes(artifact, record, validation):
         # The gates judge a call that raises.
         measuring.candidate_answer(
-            compiled.run, example_inputs(record.inputs, rows, length, vocab_size, record.pad_token_id)
+            compiled_component.run, example_inputs(record.inputs, rows, length, vocab_size, record.pad_token_id)
         )
-    return compiled, max(0, resident_bytes() - bytes_before)
+    return compiled_component, max(0, resident_bytes() - bytes_before)
 
 
 def _config(artifact: OpenArtifact) -> Any:
@@ -142,7 +142,7 @@ def _timed_shapes(
 
 def _prove_component(
     source_model: SourceModel,
-    compiled: LoadedComponent,
+    compiled_component: LoadedComponent,
     source_dir: Path,
     validation: ValidationSettings,
     threads: int,
@@ -151,8 +151,8 @@ def _prove_component(
     tests: RegisteredTests | None,
     registered_scalars: Mapping[str, float],
 ) -> Report:
-    manifest, record = compiled.artifact.manifest, compiled.record
-    spec, config = manifest.spec, _config(compiled.artifact)
+    manifest, record = compiled_component.artifact.manifest, compiled_component.record
+    spec, config = manifest.spec, _config(compiled_component.artifact)
     evidence = gather_evidence(source_dir, spec, record, validation, tests)
     labels = {int(key): str(value) for key, value in config.id2label.items()}
     decisions = Decisions(
@@ -162,7 +162,7 @@ def _prove_component(
     )
     measurements = measuring.measure(
         source_model.run,
-        compiled.run,
+        compiled_component.run,
         outputs=source_model.outputs,
         decisions=decisions,
         cases=evidence.generated + evidence.natural,
@@ -177,7 +177,7 @@ def _prove_component(
         )
     report_progress("probing padding, masks and token types")
     for probe in evidence.probes:
-        probe(measurements, source_model.run, compiled.run)
+        probe(measurements, source_model.run, compiled_component.run)
     report_progress("measuring the noise of the source model")
     noise_cases = evidence.natural[:: max(1, len(evidence.natural) // 3)][:3]
     measuring.measure_noise(measurements, _noise_variants(source_model, threads), source_model.run, noise_cases)
@@ -185,9 +185,9 @@ def _prove_component(
     measuring.measure_latency(
         measurements,
         source_model.run,
-        compiled.run,
+        compiled_component.run,
         evidence.timed,
-        shapes=_timed_shapes(compiled.artifact, record, validation),
+        shapes=_timed_shapes(compiled_component.artifact, record, validation),
         pairs=validation.latency_pairs,
     )
     overrides: dict[str, float] = {}
@@ -202,11 +202,11 @@ def _prove_component(
             source_digest=manifest.source.digest,
             architecture=manifest.source.architecture,
             artifact_uri=artifact_uri,
-            artifact_digest=compiled.artifact.digest,
+            artifact_digest=compiled_component.artifact.digest,
             target=spec.target,
             hf_task=spec.hf_task.value,
             precision=spec.precision.value,
-            component=compiled.component,
+            component=compiled_component.component,
             toolchain=manifest.target.toolchain,
         ),
         verdict=verdict,
@@ -237,7 +237,10 @@ def _noise_variants(source_model: SourceModel, threads: int) -> dict[str, Callab
         with torch.inference_mode():
             tensors = {name: torch.as_tensor(value) for name, value in case.inputs.items()}
             answer = float64_model(
-                **{name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
+                **{
+                    name: tensor.double() if tensor.is_floating_point() else tensor
+                    for name, tensor in tensors.items()
+                }
             )
         return {record.name: answer[record.name].numpy() for record in source_model.outputs}
 

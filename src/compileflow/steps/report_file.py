@@ -42,11 +42,11 @@ def read_values(kind: type[Kind], uri: str, name: str, settings: Settings | None
 def export_page(uri: str, name: str, settings: Settings) -> Path:
     """Copy the page `name` of a stored folder to HOME/reports and return its path."""
     store_uri, digest = split_uri(uri)
-    out = settings.home_dir / "reports" / f"{digest[:12]}.html"
-    with open_store(store_uri, settings).open_folder(digest) as folder, os_errors(out, "write to"):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_bytes(_member(folder, name, uri))
-    return out
+    page = settings.home_dir / "reports" / f"{digest[:12]}.html"
+    with open_store(store_uri, settings).open_folder(digest) as folder, os_errors(page, "write to"):
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_bytes(_member(folder, name, uri))
+    return page
 
 
 def _parsed(kind: type[Kind], body: bytes, uri: str) -> Kind:

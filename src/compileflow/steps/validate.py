@@ -74,7 +74,7 @@ def validate_artifact(
             ),
         )
 
-        def make(reason: str) -> ValidatedArtifact:
+        def compute(reason: str) -> ValidatedArtifact:
             with work_folder(settings.work_dir, label=STEP) as work:
                 (work / "report").mkdir()
                 answer = run_in_child(
@@ -94,12 +94,14 @@ def validate_artifact(
                     threads=settings.threads,
                     on_progress=on_progress,
                 ).value
-                stored = store.put_folder(work / "report")
-                attester.validated(artifact.digest, work / "report", stored=stored, source_digest=source.digest)
+                stored_folder = store.put_folder(work / "report")
+                attester.validated(
+                    artifact.digest, work / "report", stored_folder=stored_folder, source_digest=source.digest
+                )
             value = ValidatedArtifact(
                 artifact_digest=artifact.digest,
-                report_uri=stored.uri,
-                report_digest=stored.digest,
+                report_uri=stored_folder.uri,
+                report_digest=stored_folder.digest,
                 cached=False,
                 why=reason,
                 **answer,
@@ -112,10 +114,10 @@ def validate_artifact(
             key,
             ValidatedArtifact,
             digest_fields=("report_digest",),
-            make=make,
-            say=on_progress,
-            keep=lambda validated: validated.outcome in ACCEPTED_OUTCOMES,
-            lacks=lambda validated: attester.lacks_verdict(artifact.digest, validated.report_digest),
+            compute=compute,
+            report_line=on_progress,
+            is_cacheable=lambda validated: validated.outcome in ACCEPTED_OUTCOMES,
+            reason_to_redo=lambda validated: attester.lacks_verdict(artifact.digest, validated.report_digest),
         )
     if cached:
         return value.model_copy(update={"cached": True, "why": "every part of its key is unchanged"})
@@ -129,10 +131,10 @@ def check_libraries() -> dict[str, str]:
         MeasurementError: One of them is not installed.
     """
     versions = installed_versions(_LIBRARIES)
-    missing = [name for name in _LIBRARIES if name not in versions]
-    if missing:
+    missing_libraries = [name for name in _LIBRARIES if name not in versions]
+    if missing_libraries:
         raise MeasurementError(
-            f"Validation needs {missing[0]}, which is not installed.",
+            f"Validation needs {missing_libraries[0]}, which is not installed.",
             hint="Run: pip install 'compileflow[validation]'",
         )
     return versions

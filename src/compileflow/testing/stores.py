@@ -392,7 +392,7 @@ class StoreConformance:
 
     @staticmethod
     def _blob_key(folder: Path, name: str) -> str:
-        sha256 = next(record.sha256 for record in list_files(folder, only=[name]))
+        sha256 = next(record.sha256 for record in list_files(folder, paths=[name]))
         return f"blobs/sha256/{sha256[:2]}/{sha256}"
 
 

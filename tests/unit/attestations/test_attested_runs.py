@@ -244,9 +244,9 @@ class TestCached:
                 key,
                 Answer,
                 digest_fields=("digest",),
-                make=make,
-                say=lines.append,
-                lacks=lambda answer: attester.lacks_provenance(answer.digest),
+                compute=make,
+                report_line=lines.append,
+                reason_to_redo=lambda answer: attester.lacks_provenance(answer.digest),
             )
 
         assert not ask()[1]

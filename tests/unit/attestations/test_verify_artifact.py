@@ -56,7 +56,7 @@ class TestBesideTheFiles:
     def test_manifest_that_lists_them_is_refused(self, artifact: Path) -> None:
         attest(artifact, None)
         manifest = json.loads((artifact / "manifest.json").read_text("utf-8"))
-        manifest["files"] += [record.model_dump() for record in list_files(artifact, only=[ATTESTATIONS_NAME])]
+        manifest["files"] += [record.model_dump() for record in list_files(artifact, paths=[ATTESTATIONS_NAME])]
         (artifact / "manifest.json").write_text(json.dumps(manifest), "utf-8")
         with pytest.raises(ManifestError, match=r"files: .*must not be listed as a file"):
             verify_folder(artifact)
