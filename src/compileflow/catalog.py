@@ -15,7 +15,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from compileflow.contracts import ArtifactStore, ModelRegistry, ModelVersion, Source, Target
-from compileflow.errors import SpecError
+from compileflow.errors import SpecError, first_line
 from compileflow.registries import references
 from compileflow.registries.references import Reference
 from compileflow.settings import Settings, get_settings
@@ -58,7 +58,7 @@ def get_target(name: str) -> Target:
     """Return the target with this name.
 
     Raises:
-        SpecError: The target is unknown. The hint lists the known targets.
+        SpecError: The target is unknown, or the class of a third party cannot be imported.
     """
     target: Target = _load("target", TARGET_ALIASES.get(name, name), _with_entry_points("targets"))()
     return target
@@ -147,4 +147,12 @@ def _load(kind: str, name: str, classes: Mapping[str, str]) -> Any:
     if name not in classes:
         raise SpecError(f"Unknown {kind} {name!r}.", hint=f"Choose one of: {', '.join(sorted(classes))}.")
     module, _, attribute = classes[name].partition(":")
-    return getattr(import_module(module), attribute)
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        if module.startswith("compileflow."):
+            raise
+        raise SpecError(
+            f"The {kind} {name!r} cannot be imported from {classes[name]}: {first_line(error)}.",
+            hint="Update or uninstall the distribution that provides it.",
+        ) from error

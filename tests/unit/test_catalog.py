@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from compileflow import catalog
+from compileflow.cli.targets import targets as list_targets
 from compileflow.contracts import Target
 from compileflow.errors import SpecError
 from compileflow.settings import Settings
@@ -29,6 +32,7 @@ def third_party(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
         "class AcmeStore:\n    def __init__(self, uri, settings):\n        self.uri = uri\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "acme_plugin", raising=False)
     catalog._with_entry_points.cache_clear()
     yield tmp_path
     catalog._with_entry_points.cache_clear()
@@ -69,6 +73,22 @@ def test_installed_third_party_is_found_by_name() -> None:
 @pytest.mark.usefixtures("third_party")
 def test_third_party_cannot_replace_a_target_of_ours() -> None:
     assert type(catalog.get_target("onnx-runtime")).__module__ == "compileflow.targets.onnx_runtime"
+
+
+@pytest.mark.parametrize("plugin", ["import compileflow.gone\n", "class Renamed: ...\n"])
+def test_target_that_cannot_be_imported_is_listed_with_the_reason(
+    third_party: Path, plugin: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (third_party / "acme_plugin.py").write_text(plugin)
+    with pytest.raises(SpecError, match="'acme' cannot be imported from acme_plugin:AcmeTarget") as caught:
+        catalog.get_target("acme")
+    assert "Update or uninstall" in caught.value.hint
+    list_targets(as_json=True)
+    rows = {row["target"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows.keys() == {"acme", *catalog.TARGETS}
+    assert not rows["acme"]["can_run"]
+    assert rows["acme"]["reason"] == caught.value.message.rstrip(".")
+    assert rows["torchscript"]["can_run"]
 
 
 def test_listing_and_probing_load_nothing_heavy() -> None:

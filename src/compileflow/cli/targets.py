@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -14,25 +15,9 @@ from compileflow.cli.common import AsJson, one_line_errors
 @one_line_errors
 def targets(as_json: AsJson = False) -> None:
     """List the targets, and whether each can compile and run on this machine."""
-    from dataclasses import asdict
+    from compileflow.catalog import target_names
 
-    from compileflow.catalog import get_target, target_names
-
-    rows = []
-    for name in target_names():
-        target = get_target(name)
-        capabilities = target.capabilities
-        rows.append(
-            {
-                "target": name,
-                **asdict(target.probe()),
-                "precisions": [precision.value for precision in capabilities.precisions],
-                "hf_tasks": [task.value for task in capabilities.hf_tasks],
-                "devices": list(capabilities.devices),
-                "dynamic_axes": capabilities.dynamic_axes,
-                "summary": target.summary,
-            }
-        )
+    rows = [_row(name) for name in target_names()]
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return
@@ -52,3 +37,29 @@ def targets(as_json: AsJson = False) -> None:
     Console().print(table)
     for note in notes:
         typer.echo(note)
+
+
+def _row(name: str) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from compileflow.catalog import get_target
+    from compileflow.contracts import Availability, Capabilities
+    from compileflow.errors import SpecError
+
+    try:
+        target = get_target(name)
+    except SpecError as error:
+        # The class of a third party cannot be imported. The other targets are still listed.
+        summary, capabilities = "", Capabilities((), (), (), dynamic_axes=False)
+        availability = Availability(False, False, reason=error.message.rstrip("."), hint=error.hint)
+    else:
+        summary, capabilities, availability = target.summary, target.capabilities, target.probe()
+    return {
+        "target": name,
+        **asdict(availability),
+        "precisions": [precision.value for precision in capabilities.precisions],
+        "hf_tasks": [task.value for task in capabilities.hf_tasks],
+        "devices": list(capabilities.devices),
+        "dynamic_axes": capabilities.dynamic_axes,
+        "summary": summary,
+    }
