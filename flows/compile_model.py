@@ -52,13 +52,13 @@ def compile_model(request: CompileRequest) -> CompileResult | State[Any]:
 
 def compile_best(source: FetchedSource, request: CompileRequest) -> CompileResult:
     """Compile and validate every candidate, compare them, and finish the run with the winner."""
-    planned = plan(source, request)
-    attempts = [attempt(source, candidate) for candidate in planned.requests]
+    candidate_plan = plan(source, request)
+    attempts = [attempt(source, candidate) for candidate in candidate_plan.requests]
     candidates = [outcome.candidate(settings_for(request)) for outcome in attempts]
-    compared = compare(source, request, planned, candidates)
-    winner = winning_candidate(attempts, compared)
+    comparison = compare(source, request, candidate_plan, candidates)
+    winner = winning_candidate(attempts, comparison)
     result = finish(source, winner.artifact, winner.validated, winner.request)
-    return result.model_copy(update={"comparison_uri": compared.comparison_uri})
+    return result.model_copy(update={"comparison_uri": comparison.comparison_uri})
 
 
 def attempt(source: FetchedSource, request: CompileRequest) -> Attempt:

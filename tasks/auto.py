@@ -19,34 +19,34 @@ from tasks.settings import settings_for
 def plan(source: FetchedSource, request: CompileRequest) -> CandidatePlan:
     """Return the candidates and the targets that this machine cannot try."""
     settings = settings_for(request)
-    planned = plan_candidates(
+    candidate_plan = plan_candidates(
         source, request, store_uri=settings.resolved_store_uri(request.store_uri), settings=settings
     )
-    names = ", ".join(dict.fromkeys(candidate.target for candidate in planned.requests))
-    get_run_logger().info("%d candidates: %s", len(planned.requests), names or "none")
-    return planned
+    names = ", ".join(dict.fromkeys(candidate.target for candidate in candidate_plan.requests))
+    get_run_logger().info("%d candidates: %s", len(candidate_plan.requests), names or "none")
+    return candidate_plan
 
 
 @task(name="compare", description="Choose one of the candidates, and show all.", cache_policy=NO_CACHE)
 def compare(
-    source: FetchedSource, request: CompileRequest, planned: CandidatePlan, candidates: list[Candidate]
+    source: FetchedSource, request: CompileRequest, candidate_plan: CandidatePlan, candidates: list[Candidate]
 ) -> ComparedCandidates:
     """Return the stored comparison and its winner, and create a Prefect artifact with the table."""
     settings = settings_for(request)
-    compared = compare_candidates(
+    outcome = compare_candidates(
         source,
         request,
-        planned,
+        candidate_plan,
         candidates,
         store_uri=settings.resolved_store_uri(request.store_uri),
         settings=settings,
     )
-    comparison = read_comparison(compared.comparison_uri, settings)
+    comparison = read_comparison(outcome.comparison_uri, settings)
     header = comparison.comparison_header()
     create_table_artifact(
         [dict(zip(header, row, strict=True)) for row in comparison.comparison_rows()],
         key=prefect_key(request.name, source.uri, "comparison"),
-        description=compared.reason,
+        description=outcome.reason,
     )
-    get_run_logger().info(compared.reason)
-    return compared
+    get_run_logger().info(outcome.reason)
+    return outcome

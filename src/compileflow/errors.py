@@ -165,8 +165,8 @@ def first_problem(error: ValidationError, *, show_input: bool = False) -> str:
     problem = error.errors(include_url=False, include_input=show_input)[0]
     path = ".".join(str(part) for part in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ").rstrip(".")
-    got = f", got {problem['input']!r}" if show_input and path else ""
-    return f"{path}: {message}{got}" if path else message
+    found_value = f", got {problem['input']!r}" if show_input and path else ""
+    return f"{path}: {message}{found_value}" if path else message
 
 
 def _rebuild(name: str, message: str, hint: str, log_path: str) -> CompileflowError:

@@ -210,7 +210,7 @@ def test_when_none_can_be_chosen_the_reason_counts_why() -> None:
     )
     assert winner is None
     assert reason == (
-        "None of 6 candidates can be chosen: 2 failed their gates, 1 only warned, which is not allowed, "
+        "None of 6 candidates can be chosen: 2 failed their gates, 1 got a warning, which is not allowed, "
         "1 ended in an error, 1 cannot be compiled here, 1 exceeded the size budget."
     )
 

@@ -216,7 +216,7 @@ def test_circles_stand_where_the_numbers_say() -> None:
         candidate("b", 0.6, 0.02, size_bytes=40_000_000),
         candidate("c", 1.0, 0.03, size_bytes=40_000_000),
     )
-    picture = Picture(scatter(candidates, winner=0, front=(0,), dropped=(), description="x") or "")
+    picture = Picture(scatter(candidates, winner=0, front=(0,), drops=(), description="x") or "")
     (ax, ay, a_width, _), (bx, by, b_width, _), (cx, cy, _, _) = (picture.circle(f"{n}: ") for n in "ABC")
     assert bx - ax == pytest.approx(cx - bx, abs=0.1)
     assert ax < bx
@@ -228,7 +228,7 @@ def test_circles_stand_where_the_numbers_say() -> None:
 
 def test_a_candidate_beyond_the_axes_stands_at_their_edge_with_its_number() -> None:
     broken = candidate("b", 4.0, 0.4, outcome="fail")
-    picture = Picture(scatter((candidate("a"), broken), winner=0, front=(0,), dropped=(1,), description="x") or "")
+    picture = Picture(scatter((candidate("a"), broken), winner=0, front=(0,), drops=(1,), description="x") or "")
     assert "B (4.00, 40 %)" in picture.texts
     assert "1.0" in picture.texts
     assert "4.0" not in picture.texts
@@ -236,7 +236,7 @@ def test_a_candidate_beyond_the_axes_stands_at_their_edge_with_its_number() -> N
 
 def test_circles_in_one_place_share_a_label() -> None:
     candidates = (candidate("a", 0.5), candidate("b", 0.51), candidate("c", 0.9))
-    picture = Picture(scatter(candidates, winner=0, front=(0,), dropped=(), description="x") or "")
+    picture = Picture(scatter(candidates, winner=0, front=(0,), drops=(), description="x") or "")
     assert {"A, B", "C"} <= set(picture.texts)
 
 

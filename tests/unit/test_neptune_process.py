@@ -77,7 +77,7 @@ def test_request_that_the_child_does_not_read_ends_at_the_deadline(process: Clie
 def test_child_that_goes_on_is_waited_for_and_not_without_end(process: ClientProcess) -> None:
     assert "value" in process.ask("upload", {"signs": 6}, timeout_s=0.7)
     with pytest.raises(Overdue) as caught:
-        process.ask("upload", {"signs": 50}, timeout_s=0.7, most_s=1.0)
+        process.ask("upload", {"signs": 50}, timeout_s=0.7, limit_s=1.0)
     assert caught.value.args == (1.0,)
 
 

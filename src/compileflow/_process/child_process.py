@@ -82,12 +82,12 @@ class ChildProcess:
         """Return whether the child itself has not ended."""
         return self._popen.poll() is None
 
-    def send(self, message: JsonObject, *, until: float = math.inf) -> None:
+    def send(self, message: JsonObject, *, deadline: float = math.inf) -> None:
         """Write a message. A child that does not read would otherwise hold its writer forever.
 
         Args:
             message: JSON object for the child.
-            until: Deadline on the clock `time.monotonic`.
+            deadline: Deadline on the clock `time.monotonic`.
 
         Raises:
             Overdue: The child did not read the message before the deadline.
@@ -96,22 +96,22 @@ class ChildProcess:
         pipe = self._popen.stdin.fileno()
         poll = select.poll()
         poll.register(pipe, select.POLLOUT)
-        rest = json.dumps(message).encode() + b"\n"
+        data = json.dumps(message).encode() + b"\n"
         try:
-            while rest:
-                remaining_s = until - time.monotonic()
+            while data:
+                remaining_s = deadline - time.monotonic()
                 if not poll.poll(None if math.isinf(remaining_s) else 1000 * max(0.0, remaining_s)):
                     raise Overdue
                 # A pipe that is ready takes this many bytes without blocking.
-                rest = rest[os.write(pipe, rest[: select.PIPE_BUF]) :]
+                data = data[os.write(pipe, data[: select.PIPE_BUF]) :]
         except BrokenPipeError:
             logger.debug("the child %d ended before it read its request", self.pid)
 
-    def receive(self, *, until: float = math.inf) -> JsonObject | None:
+    def receive(self, *, deadline: float = math.inf) -> JsonObject | None:
         """Wait for the next message; return None if the child ended without one.
 
         Args:
-            until: Deadline on the clock `time.monotonic`.
+            deadline: Deadline on the clock `time.monotonic`.
 
         Raises:
             Overdue: The deadline passed; the child may still run.
@@ -123,7 +123,7 @@ class ChildProcess:
                 # Its grandchildren may hold the pipe open; the messages that it sent are in there.
                 self.kill()
                 self._readers[0].join(timeout=2)
-            remaining_s = until - time.monotonic()
+            remaining_s = deadline - time.monotonic()
             try:
                 return self._messages.get(timeout=max(0.0, min(_LOOK_S, remaining_s)))
             except queue.Empty as error:

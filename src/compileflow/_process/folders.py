@@ -84,15 +84,15 @@ def file_lock(path: Path, *, on_wait: Callable[[], None], poll_s: float = 0.1) -
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        waited = False
+        has_waited = False
         while True:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if not waited:
+                if not has_waited:
                     on_wait()
-                    waited = True
+                    has_waited = True
                 time.sleep(poll_s)
         yield
     finally:

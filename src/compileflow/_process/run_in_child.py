@@ -86,7 +86,7 @@ def run_in_child(
     """
     log_path.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    until = math.inf if timeout_s is None else start + timeout_s
+    deadline = math.inf if timeout_s is None else start + timeout_s
     with log_path.open("ab", buffering=0) as log:
 
         def write_log(line: bytes) -> None:
@@ -98,8 +98,8 @@ def run_in_child(
 
         child = ChildProcess(_ENTRY, environment=_environment(threads, work_dir), on_log=write_log)
         try:
-            child.send({"function": function, "request": dict(request)}, until=until)
-            while (answer := child.receive(until=until)) is not None and "progress" in answer:
+            child.send({"function": function, "request": dict(request)}, deadline=deadline)
+            while (answer := child.receive(deadline=deadline)) is not None and "progress" in answer:
                 on_progress(answer["progress"])
         except Overdue as error:
             raise ProcessTimeoutError(
@@ -184,9 +184,9 @@ def _foreign_error(function: str, error: Exception) -> CompileflowError:
     if any(sign in text.lower() for sign in _OUT_OF_MEMORY):
         return _out_of_memory(function, error)
     # Toolchains print pages; the first line names the problem, and the log holds the rest.
-    first = next((line for line in text.splitlines() if line.strip()), text)
+    first_line = next((line for line in text.splitlines() if line.strip()), text)
     return CompileError(
-        f"{function.partition(':')[2].lstrip('_')} failed: {first[:300]}",
+        f"{function.partition(':')[2].lstrip('_')} failed: {first_line[:300]}",
         hint="The toolchain's own messages are in the log.",
     )
 

@@ -56,18 +56,20 @@ def check_folder(folder: Path, *, trust: bool, hint: str) -> CheckedFolder:
     except IntegrityError as error:
         # Both calls raise again if a path or a link leaves the folder, which `trust` does not excuse.
         manifest, files = read_manifest(folder), artifact_files(folder)
-        listed = {record.path: record for record in manifest.files}
-        if listed.keys() - {record.path for record in files}:
+        manifest_records = {record.path: record for record in manifest.files}
+        if manifest_records.keys() - {record.path for record in files}:
             raise
         if not trust:
             raise IntegrityError(error.message, hint=hint) from error
-    unverified = [
-        record.path for record in files if record.path != MANIFEST_NAME and listed.get(record.path) != record
+    altered_files = [
+        record.path
+        for record in files
+        if record.path != MANIFEST_NAME and manifest_records.get(record.path) != record
     ]
     logger.warning(
         "Loading %s unverified, because of trust=True: %s differ from the manifest or are not listed in it.",
         folder,
-        ", ".join(unverified),
+        ", ".join(altered_files),
     )
     return CheckedFolder(manifest, folder_digest(files), verified=False)
 

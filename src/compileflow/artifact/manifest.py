@@ -136,12 +136,12 @@ def verify_folder(folder: Path) -> tuple[ArtifactManifest, tuple[FileRecord, ...
         IntegrityError: A file is missing, altered, not listed, or outside the folder.
     """
     manifest = read_manifest(folder)
-    unlisted = {record.path: record for record in list_files(folder)}
-    manifest_record = unlisted.pop(MANIFEST_NAME)
-    unlisted.pop(ATTESTATIONS_NAME, None)
+    remaining_files = {record.path: record for record in list_files(folder)}
+    manifest_record = remaining_files.pop(MANIFEST_NAME)
+    remaining_files.pop(ATTESTATIONS_NAME, None)
     hint = "Do not load this artifact; fetch it again."
     for record in manifest.files:
-        file = unlisted.pop(record.path, None)
+        file = remaining_files.pop(record.path, None)
         if file is None:
             raise IntegrityError(f"{folder}: {record.path} is missing.", hint=hint)
         if file != record:
@@ -150,6 +150,6 @@ def verify_folder(folder: Path) -> tuple[ArtifactManifest, tuple[FileRecord, ...
                 f"found {file.sha256[:12]}...",
                 hint=hint,
             )
-    if unlisted:
-        raise IntegrityError(f"{folder}: {sorted(unlisted)[0]} is not in the manifest.", hint=hint)
+    if remaining_files:
+        raise IntegrityError(f"{folder}: {sorted(remaining_files)[0]} is not in the manifest.", hint=hint)
     return manifest, (*manifest.files, manifest_record)

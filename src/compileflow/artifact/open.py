@@ -93,10 +93,10 @@ class OpenArtifact:
                 hint="Load it on another machine, or compile it at another precision: "
                 f"{self._compile_command()} --precision fp32",
             )
-        missing = missing_features(self.manifest.target.cpu_features)
-        if missing:
+        cpu_features = missing_features(self.manifest.target.cpu_features)
+        if cpu_features:
             raise LoadError(
-                f"The artifact was compiled for a CPU with {', '.join(missing)}, which this CPU lacks.",
+                f"The artifact was compiled for a CPU with {', '.join(cpu_features)}, which this CPU lacks.",
                 hint=f"Compile it on a machine like this one: {self._compile_command()}",
             )
         with undisturbed_process():
@@ -163,18 +163,20 @@ def open_artifact(
         if digest is not None:
             check_digest(text, uri_digest, digest, hint=_OTHER_DIGEST)
         folder = _fetch(store_uri, uri_digest, settings)
-        checked = check_folder(folder, trust=trust, hint=_DELETE_CACHED)
-        check_digest(str(folder), checked.digest, uri_digest, hint=_DELETE_CACHED)
+        checked_folder = check_folder(folder, trust=trust, hint=_DELETE_CACHED)
+        check_digest(str(folder), checked_folder.digest, uri_digest, hint=_DELETE_CACHED)
     else:
         folder = Path(location).expanduser().absolute()
         # With a given digest, an altered folder is the wrong artifact, so trust=True does not help.
-        checked = check_folder(folder, trust=trust, hint=_TRUST if digest is None else _FETCH_AGAIN)
+        checked_folder = check_folder(folder, trust=trust, hint=_TRUST if digest is None else _FETCH_AGAIN)
         if digest is not None:
-            check_digest(str(folder), checked.digest, digest, hint=_OTHER_DIGEST)
-    attested = None
+            check_digest(str(folder), checked_folder.digest, digest, hint=_OTHER_DIGEST)
+    attestations = None
     if keys is not None:
-        attested = check_signed(folder, checked, keys, store_uri=store_uri, settings=settings)
-    return OpenArtifact(folder, checked.manifest, checked.digest, checked.verified, attested)
+        attestations = check_signed(folder, checked_folder, keys, store_uri=store_uri, settings=settings)
+    return OpenArtifact(
+        folder, checked_folder.manifest, checked_folder.digest, checked_folder.verified, attestations
+    )
 
 
 def copy_artifact(artifact: OpenArtifact, dest: str | Path) -> Path:
@@ -183,26 +185,26 @@ def copy_artifact(artifact: OpenArtifact, dest: str | Path) -> Path:
     Raises:
         StoreError: `dest` is not empty or cannot be written.
     """
-    out = Path(dest).expanduser().absolute()
-    with os_errors(out, "write to"):
-        existed = out.exists()
-        if existed and (not out.is_dir() or any(out.iterdir())):
-            raise StoreError(f"{out} is not empty.", hint="Choose another folder.")
+    folder = Path(dest).expanduser().absolute()
+    with os_errors(folder, "write to"):
+        existed = folder.exists()
+        if existed and (not folder.is_dir() or any(folder.iterdir())):
+            raise StoreError(f"{folder} is not empty.", hint="Choose another folder.")
         try:
-            out.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             for path in sorted(artifact.folder.rglob("*")):
-                copy = out / path.relative_to(artifact.folder)
+                copy = folder / path.relative_to(artifact.folder)
                 if path.is_dir():
                     copy.mkdir()
                 else:
                     shutil.copyfile(path, copy)
         except BaseException:
             # A partial copy would block the next attempt.
-            shutil.rmtree(out, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
             if existed:
-                out.mkdir(exist_ok=True)
+                folder.mkdir(exist_ok=True)
             raise
-    return out
+    return folder
 
 
 def cached_folder(digest: str, settings: Settings) -> Path:

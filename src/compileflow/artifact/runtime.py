@@ -25,7 +25,7 @@ def runtime_needs(rules: Mapping[str, str], toolchain: Mapping[str, str]) -> dic
     >>> runtime_needs({"torch": ">={minor},<{next_major}"}, {"torch": "2.13.0+cpu", "transformers": "5.23.0"})
     {'torch': '>=2.13,<3'}
     """
-    needs = {}
+    requirements = {}
     for name, rule in rules.items():
         if name not in toolchain:
             continue
@@ -37,10 +37,10 @@ def runtime_needs(rules: Mapping[str, str], toolchain: Mapping[str, str]) -> dic
                 hint="Compile the model again.",
             ) from error
         major, minor = (*parts, 0)[:2]
-        needs[name] = rule.format(
+        requirements[name] = rule.format(
             major=major, next_major=major + 1, minor=f"{major}.{minor}", release=".".join(map(str, parts))
         )
-    return needs
+    return requirements
 
 
 def check_runtime(target: Target, toolchain: Mapping[str, str]) -> None:
@@ -52,15 +52,15 @@ def check_runtime(target: Target, toolchain: Mapping[str, str]) -> None:
         LoadError: A distribution is missing, too old or too new.
         ManifestError: See `runtime_needs`.
     """
-    needs = runtime_needs(target.capabilities.runtime, toolchain)
-    installed = installed_versions(needs)
-    misfits = [name for name in needs if not _fits(installed.get(name), needs[name])]
-    if misfits:
+    specifiers = runtime_needs(target.capabilities.runtime, toolchain)
+    versions = installed_versions(specifiers)
+    wrong_versions = [name for name in specifiers if not _fits(versions.get(name), specifiers[name])]
+    if wrong_versions:
         problems = [
-            f"{name} {needs[name]} (compiled with {toolchain[name]}), found {installed.get(name, 'none')}"
-            for name in misfits
+            f"{name} {specifiers[name]} (compiled with {toolchain[name]}), found {versions.get(name, 'none')}"
+            for name in wrong_versions
         ]
-        requirements = " ".join(f"'{name}{needs[name]}'" for name in misfits)
+        requirements = " ".join(f"'{name}{specifiers[name]}'" for name in wrong_versions)
         raise LoadError(
             f"{target.name} needs {'; and '.join(problems)}.",
             hint=f"Run: {target.capabilities.runtime_install.format(requirements)}",

@@ -96,16 +96,16 @@ def verify_artifact(
     problems: list[str] = []
     digest, manifest = _check_files(str(location), settings, problems)
     intact = not problems
-    attested = Attestations(None, None)
+    attestations = Attestations(None, None)
     try:
         envelopes = attestations_of(location, settings=settings)
         # The first pass reports what exists, even if the second one finds that something required is missing.
-        for strict in (False, True) if required else (False,):
-            attested = verify_attestations(
+        for is_required in (False, True) if required else (False,):
+            attestations = verify_attestations(
                 digest,
                 envelopes,
                 trusted_keys=trusted_keys,
-                require_signature=strict,
+                require_signature=is_required,
                 manifest_source=manifest.source.digest if manifest else None,
             )
     except SignatureError as error:
@@ -114,10 +114,10 @@ def verify_artifact(
         digest=digest,
         files=len(manifest.files) + 1 if manifest else 0,
         intact=intact,
-        attested=attested.complete,
-        signed_by=attested.signed_by,
-        verdict=attested.result,
-        report_intact=_check_report(str(location), attested, settings, problems),
+        attested=attestations.complete,
+        signed_by=attestations.signed_by,
+        verdict=attestations.result,
+        report_intact=_check_report(str(location), attestations, settings, problems),
         problems=tuple(problems),
     )
 
@@ -141,9 +141,11 @@ def _check_files(location: str, settings: Settings, problems: list[str]) -> tupl
     return folder_digest(files), manifest
 
 
-def _check_report(location: str, attested: Attestations, settings: Settings, problems: list[str]) -> bool | None:
+def _check_report(
+    location: str, attestations: Attestations, settings: Settings, problems: list[str]
+) -> bool | None:
     """Say whether the store holds the report that the verdict names, unaltered; None if it names none."""
-    digest = report_digest(attested.verdict.statement) if attested.verdict is not None else None
+    digest = report_digest(attestations.verdict.statement) if attestations.verdict is not None else None
     if digest is None or "://" not in location:
         return None
     try:

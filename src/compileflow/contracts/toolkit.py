@@ -45,15 +45,15 @@ def probe_installed(
         install: Command that installs them.
         lacking: Precisions that this machine cannot run, each with the reason.
     """
-    installed = installed_versions((*compile_needs, *run_needs))
-    missing = [name for name in dict.fromkeys((*run_needs, *compile_needs)) if name not in installed]
-    if not missing:
+    versions = installed_versions((*compile_needs, *run_needs))
+    missing_packages = [name for name in dict.fromkeys((*run_needs, *compile_needs)) if name not in versions]
+    if not missing_packages:
         return Availability(can_compile=True, can_run=True, lacking=lacking or {})
-    verb = "is" if len(missing) == 1 else "are"
+    verb = "is" if len(missing_packages) == 1 else "are"
     return Availability(
-        can_compile=installed.keys() >= set(compile_needs),
-        can_run=installed.keys() >= set(run_needs),
-        reason=f"{', '.join(missing)} {verb} not installed",
+        can_compile=versions.keys() >= set(compile_needs),
+        can_run=versions.keys() >= set(run_needs),
+        reason=f"{', '.join(missing_packages)} {verb} not installed",
         hint=install,
         lacking=lacking or {},
     )

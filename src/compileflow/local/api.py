@@ -41,7 +41,7 @@ def pipeline(
     revision: str | None = None,
     device: Any = None,
     validate: bool | ValidationSettings = True,
-    **kw: Any,
+    **settings: Any,
 ) -> CompiledPipeline:
     """Return a compiled pipeline that is called like a pipeline of `transformers.pipeline`.
 
@@ -55,8 +55,8 @@ def pipeline(
         revision: Branch, tag or commit of a Hub model.
         device: None, -1 or "cpu"; the target decides which device computes.
         validate: False skips validation; `ValidationSettings` configure it.
-        **kw: `max_sequence_length`, `shape_buckets`, `target_options`, `trust_remote_code` configure the compile,
-            all others the pipeline, for example `top_k`, `aggregation_strategy` or `batch_size`.
+        **settings: `max_sequence_length`, `shape_buckets`, `target_options`, `trust_remote_code` configure the
+            compile, all others the pipeline, for example `top_k`, `aggregation_strategy` or `batch_size`.
 
     Raises:
         ValueError: Both the task and the model are missing.
@@ -65,9 +65,9 @@ def pipeline(
         VerdictError: The compiled model does not answer like the source model.
     """
     _check_device(device)
-    compile_kw = {name: kw.pop(name) for name in _COMPILE_NAMES if name in kw}
-    artifact, hf_task = _compiled(task, model, target, precision, tokenizer, revision, validate, compile_kw)
-    return CompiledPipeline.from_pretrained(artifact.folder, task=hf_task, **kw)
+    compile_settings = {name: settings.pop(name) for name in _COMPILE_NAMES if name in settings}
+    artifact, hf_task = _compiled(task, model, target, precision, tokenizer, revision, validate, compile_settings)
+    return CompiledPipeline.from_pretrained(artifact.folder, task=hf_task, **settings)
 
 
 def optimize(
@@ -79,7 +79,7 @@ def optimize(
     tokenizer: Any = None,
     revision: str | None = None,
     validate: bool | ValidationSettings = True,
-    **compile_kw: Any,
+    **compile_settings: Any,
 ) -> Any:
     """Return a compiled model that is an instance of the source model's class.
 
@@ -94,12 +94,12 @@ def optimize(
         tokenizer: A tokenizer, its folder or Hub id; required for a model in memory.
         revision: Branch, tag or commit of a Hub model.
         validate: False skips validation; `ValidationSettings` configure it.
-        **compile_kw: `max_sequence_length`, `shape_buckets`, `target_options`, `trust_remote_code`.
+        **compile_settings: `max_sequence_length`, `shape_buckets`, `target_options`, `trust_remote_code`.
 
     Raises:
         ValueError, SpecError, TargetUnavailableError, CompileError, VerdictError: See `pipeline`.
     """
-    artifact, _ = _compiled(task, model, target, precision, tokenizer, revision, validate, compile_kw)
+    artifact, _ = _compiled(task, model, target, precision, tokenizer, revision, validate, compile_settings)
     return as_source_class(CompiledModel.from_artifact(artifact))
 
 
@@ -137,7 +137,7 @@ def _compiled(
     tokenizer: Any,
     revision: str | None,
     validate: bool | ValidationSettings,
-    compile_kw: Mapping[str, Any],
+    compile_settings: Mapping[str, Any],
 ) -> tuple[OpenArtifact, HfTask]:
     settings = get_settings()
     hf_task = None if task is None else known_task(task)
@@ -149,17 +149,17 @@ def _compiled(
     if hf_task is None:
         with open_store(settings.resolved_store_uri()).open_folder(source.digest) as folder:
             hf_task = detect_task(folder)
-    wanted = _checked(
+    base_request = _checked(
         {
             "model": source.uri,
             "hf_task": hf_task,
             "precision": precision,
             "validation": validate if isinstance(validate, ValidationSettings) else ValidationSettings(),
-            **compile_kw,
+            **compile_settings,
         }
     )
-    name = local_target(hf_task, wanted.precision) if target == AUTO_LOCAL else target
-    request = wanted.model_copy(update={"target": get_target(name).name})
+    name = local_target(hf_task, base_request.precision) if target == AUTO_LOCAL else target
+    request = base_request.model_copy(update={"target": get_target(name).name})
     artifact = compile_artifact(source, request, store_uri=settings.resolved_store_uri(), settings=settings)
     logger.info("%s for %s: %s", source.uri, request.target, compile_words(artifact))
     if validate:
@@ -185,9 +185,9 @@ def _prove(source: FetchedSource, artifact: CompiledArtifact, request: CompileRe
         )
 
 
-def _checked(asked: dict[str, Any]) -> CompileRequest:
+def _checked(fields: dict[str, Any]) -> CompileRequest:
     try:
-        return CompileRequest.model_validate(asked)
+        return CompileRequest.model_validate(fields)
     except ValidationError as error:
         raise SpecError(
             f"{first_problem(error, show_input=True)}.",

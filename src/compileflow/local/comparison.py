@@ -45,13 +45,13 @@ def compare_with_source(
     Raises:
         VerdictError: An output has another shape, is not finite, or differs by more than the tolerance.
     """
-    compiled = LoadedComponent.load(artifact)
+    component = LoadedComponent.load(artifact)
     try:
         with _evaluation_mode(model):
-            for case, inputs in _cases(model, compiled.record, artifact, tokenizer):
-                reference = _reference(model, inputs, compiled.record.outputs)
-                candidate = compiled.run(inputs)
-                for output in compiled.record.outputs:
+            for case, inputs in _cases(model, component.record, artifact, tokenizer):
+                reference = _reference(model, inputs, component.record.outputs)
+                candidate = component.run(inputs)
+                for output in component.record.outputs:
                     check_output(
                         output,
                         reference[output.name],
@@ -61,7 +61,7 @@ def compare_with_source(
                         case=case,
                     )
     finally:
-        compiled.close()
+        component.close()
 
 
 def check_output(
@@ -101,15 +101,15 @@ def check_output(
                 f"{case}, {output.name}{_place(index)} of the {name} model is {values[index]} "
                 f"({int(not_finite.sum())} such elements)"
             )
-    r, c = reference.astype(np.float64), candidate.astype(np.float64)
-    allowed = tolerance.atol + tolerance.rtol * np.abs(np.where(counts, r, 0.0))
-    excess = np.where(counts, np.abs(c - r) - allowed, -np.inf)
+    expected, actual = reference.astype(np.float64), candidate.astype(np.float64)
+    limits = tolerance.atol + tolerance.rtol * np.abs(np.where(counts, expected, 0.0))
+    excess = np.where(counts, np.abs(actual - expected) - limits, -np.inf)
     if (excess > 0).any():
         index = tuple(int(i) for i in np.unravel_index(int(excess.argmax()), excess.shape))
         raise _mismatch(
-            f"{case}, expected {output.name}{_place(index)} = {r[index]:.6g}, got {c[index]:.6g}. The difference "
-            f"is {abs(c[index] - r[index]):.3g}; the limit is {tolerance.atol:g} + {tolerance.rtol:g} * "
-            f"|{r[index]:.6g}| = {allowed[index]:.3g} "
+            f"{case}, expected {output.name}{_place(index)} = {expected[index]:.6g}, got {actual[index]:.6g}. "
+            f"The difference is {abs(actual[index] - expected[index]):.3g}; the limit is {tolerance.atol:g} + "
+            f"{tolerance.rtol:g} * |{expected[index]:.6g}| = {limits[index]:.3g} "
             f"({int((excess > 0).sum())} of {int(counts.sum())} elements exceed it)"
         )
 
@@ -124,10 +124,12 @@ def _cases(
     rows = max((bucket.batch_size for bucket in buckets), default=1)
     row = example_inputs(record.inputs, 1, longest, vocab_size, pad)
     shifts = range(rows)
-    full = {name: np.concatenate([np.roll(value, n, axis=1) for n in shifts]) for name, value in row.items()}
+    full = {
+        name: np.concatenate([np.roll(value, shift, axis=1) for shift in shifts]) for name, value in row.items()
+    }
     yield f"On {rows} full rows of {longest} tokens", full
-    ragged = example_inputs(record.inputs, rows + _MORE_ROWS, longest, vocab_size, pad)
-    yield f"On {rows + _MORE_ROWS} ragged rows of up to {longest} tokens", ragged
+    short_rows = example_inputs(record.inputs, rows + _MORE_ROWS, longest, vocab_size, pad)
+    yield f"On {rows + _MORE_ROWS} ragged rows of up to {longest} tokens", short_rows
     yield "On one token", example_inputs(record.inputs, 1, 1, vocab_size, pad)
     if tokenizer is not None:
         yield f"On {_TEXTS} natural texts", _natural(record, artifact.manifest.hf_task, tokenizer)

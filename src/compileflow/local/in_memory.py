@@ -66,19 +66,19 @@ def compile_in_memory(
     """
     settings = get_settings()
     with work_folder(settings.work_dir, label="compile") as work:
-        source, out = work / "source", work / "artifact"
-        out.mkdir()
+        source, artifact_dir = work / "source", work / "artifact"
+        artifact_dir.mkdir()
         save_model(model, source)
         if tokenizer is not None:
             tokenizer.write(source)
         spec = _spec(model, target, hf_task or detect_task(source), (batch_size, max_length), options)
         _check_here(spec)
-        _run(spec, source, out, work, settings, type(model).__name__, has_tokenizer=tokenizer is not None)
+        _run(spec, source, artifact_dir, work, settings, type(model).__name__, has_tokenizer=tokenizer is not None)
         if tolerance is not None:
-            plain = tokenizer.tokenizer if tokenizer is not None else None
-            compiled = open_artifact(out, require_signature=False)
-            compare_with_source(model, compiled, tolerance, tokenizer=plain)
-        return _keep(out, settings)
+            inner_tokenizer = tokenizer.tokenizer if tokenizer is not None else None
+            artifact = open_artifact(artifact_dir, require_signature=False)
+            compare_with_source(model, artifact, tolerance, tokenizer=inner_tokenizer)
+        return _keep(artifact_dir, settings)
 
 
 def older_target(target: str | None, *, neuron: bool) -> str:
@@ -91,18 +91,18 @@ def older_target(target: str | None, *, neuron: bool) -> str:
         return target
     if not neuron:
         return "torchscript"
-    missing, installs = [], []
+    reasons, hints = [], []
     for name in _NEURON_TARGETS:
         availability = get_target(name).probe()
         if availability.can_compile and availability.can_run:
             return name
-        missing.append(f"{name}: {availability.reason}")
-        installs.append(f"for {name} {availability.hint}")
-    others = ", ".join(name for name in target_names() if name not in _NEURON_TARGETS)
+        reasons.append(f"{name}: {availability.reason}")
+        hints.append(f"for {name} {availability.hint}")
+    other_targets = ", ".join(name for name in target_names() if name not in _NEURON_TARGETS)
     raise TargetUnavailableError(
-        f"neuron=True needs AWS Neuron, which does not work here: {'; '.join(missing)}.",
-        hint=f"Install the toolchain ({'; '.join(installs)}), or pass neuron=False for torchscript, or target= "
-        f"with one of: {others}.",
+        f"neuron=True needs AWS Neuron, which does not work here: {'; '.join(reasons)}.",
+        hint=f"Install the toolchain ({'; '.join(hints)}), or pass neuron=False for torchscript, or target= "
+        f"with one of: {other_targets}.",
     )
 
 
@@ -172,13 +172,14 @@ def _spec(
 
 def _check_names(target: str, options: Mapping[str, Any]) -> None:
     """Suggest the correct name for a misspelled argument; the target checks the names of its options."""
-    known = get_target(target).Options.model_fields
+    known_names = get_target(target).Options.model_fields
     for name in options:
-        near = get_close_matches(name, _ARGUMENT_NAMES, n=1)
-        if name not in known and near:
+        near_names = get_close_matches(name, _ARGUMENT_NAMES, n=1)
+        if name not in known_names and near_names:
             raise SpecError(
                 f"Unknown setting {name!r}.",
-                hint=f"Did you mean {near[0]}? The options of {target} are: {', '.join(known) or 'none'}.",
+                hint=f"Did you mean {near_names[0]}? "
+                f"The options of {target} are: {', '.join(known_names) or 'none'}.",
             )
 
 
@@ -197,7 +198,7 @@ def _check_here(spec: CompileSpec) -> None:
 def _run(
     spec: CompileSpec,
     source: Path,
-    out: Path,
+    artifact_dir: Path,
     work: Path,
     settings: Settings,
     class_name: str,
@@ -207,7 +208,7 @@ def _run(
     digest = folder_digest(list_files(source))
     request = {
         "source_dir": str(source),
-        "out_dir": str(out),
+        "out_dir": str(artifact_dir),
         "spec": spec.model_dump(mode="json"),
         "source": {"uri": f"memory://{class_name}", "revision": digest, "digest": digest},
         "threads": settings.threads,

@@ -11,8 +11,8 @@ from compileflow.serving.model import CompiledModel
 from compileflow.source_model.tasks import AUTO_CLASSES
 
 
-def as_source_class(compiled: CompiledModel) -> Any:
-    """Return an instance of the source model's class that answers like `compiled`.
+def as_source_class(compiled_model: CompiledModel) -> Any:
+    """Return an instance of the source model's class that answers like `compiled_model`.
 
     Raises:
         SpecError: The source model's class is not part of transformers.
@@ -20,16 +20,16 @@ def as_source_class(compiled: CompiledModel) -> Any:
     # Imported here, because importing the base class imports torch.
     import torch
 
-    source_class = _source_class(compiled)
+    source_class = _source_class(compiled_model)
     kind: Any = type(source_class.__name__, (_Optimized, source_class), {"__module__": source_class.__module__})
     optimized = kind.__new__(kind)
     # Not __init__ of the source class, which would create the weights.
     torch.nn.Module.__init__(optimized)
     optimized.training = False
-    optimized.config = compiled.config
-    optimized.name_or_path = compiled.name_or_path
+    optimized.config = compiled_model.config
+    optimized.name_or_path = compiled_model.name_or_path
     optimized.generation_config = None
-    optimized.compiled = compiled
+    optimized.compiled = compiled_model
     return optimized
 
 
@@ -148,15 +148,15 @@ class _Optimized:
         return f"{type(self).__name__}(compiled for {self.compiled.manifest.target.name})"
 
 
-def _source_class(compiled: CompiledModel) -> Any:
+def _source_class(model: CompiledModel) -> Any:
     import transformers
     from transformers.models.auto.auto_factory import _get_model_class
 
-    auto_class = AUTO_CLASSES[compiled.manifest.hf_task]
+    auto_class = AUTO_CLASSES[model.manifest.hf_task]
     mapping = getattr(transformers, auto_class)._model_mapping
-    if type(compiled.config) not in mapping:
+    if type(model.config) not in mapping:
         raise SpecError(
-            f"{auto_class} has no class for {type(compiled.config).__name__}, because the model has custom code.",
+            f"{auto_class} has no class for {type(model.config).__name__}, because the model has custom code.",
             hint="Use compileflow.pipeline or CompiledModel, which do not need the class.",
         )
-    return _get_model_class(compiled.config, mapping)
+    return _get_model_class(model.config, mapping)

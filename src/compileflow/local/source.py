@@ -82,8 +82,8 @@ def fetch_local(model: Any, tokenizer: Any, revision: str | None, settings: Sett
         if source is None:
             save_model(model, folder)
         else:
-            with open_store(store_uri).open_folder(source.digest) as stored:
-                _copy_all_but_tokenizer(stored, folder)
+            with open_store(store_uri).open_folder(source.digest) as source_folder:
+                _copy_all_but_tokenizer(source_folder, folder)
         write_tokenizer(_loaded(tokenizer), folder)
         stored_folder = open_store(store_uri).put_folder(folder)
     return FetchedSource(
@@ -104,8 +104,8 @@ def _loaded(tokenizer: Any) -> Any:
     return AutoTokenizer.from_pretrained(tokenizer)
 
 
-def _copy_all_but_tokenizer(stored: Path, folder: Path) -> None:
-    for record in list_files(stored):
+def _copy_all_but_tokenizer(source_folder: Path, folder: Path) -> None:
+    for record in list_files(source_folder):
         if kind_of(record.path) != "tokenizer":
             (folder / record.path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(stored / record.path, folder / record.path)
+            shutil.copyfile(source_folder / record.path, folder / record.path)

@@ -41,12 +41,12 @@ def choose_version(name: str, versions: Sequence[ModelVersion], version: int | s
     )
 
 
-def read_version(text: str, where: str, registry_fields: Mapping[str, object]) -> ModelVersion:
+def read_version(text: str, place: str, registry_fields: Mapping[str, object]) -> ModelVersion:
     """Combine an entry's JSON with the fields that the registry keeps beside it.
 
     Args:
         text: JSON of the registered entry.
-        where: Place of the entry for the error, for example "ner 3 in sqlite:////reg.db".
+        place: Place of the entry for the error, for example "ner 3 in sqlite:////reg.db".
         registry_fields: Number, time and stage.
 
     Raises:
@@ -56,7 +56,7 @@ def read_version(text: str, where: str, registry_fields: Mapping[str, object]) -
         return ModelVersion.model_validate(json.loads(text) | dict(registry_fields))
     except (ValueError, TypeError) as error:
         raise RegistryError(
-            f"{where} does not hold an entry that this compileflow can read ({type(error).__name__}).",
+            f"{place} does not hold an entry that this compileflow can read ({type(error).__name__}).",
             hint="Use the version of compileflow that registered it, or delete that entry.",
         ) from error
 

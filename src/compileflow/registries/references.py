@@ -50,11 +50,11 @@ def parse_reference(text: str, schemes: Collection[str]) -> Reference | None:
         registry_uri, hash_sign, version = text.rpartition("#")
         if not hash_sign or registry_uri.partition(":")[0] not in schemes:
             return None
-    name, at, ref = version.partition("@")
-    if not _is_name(name) or (at and not ref):
+    name, separator, ref = version.partition("@")
+    if not _is_name(name) or (separator and not ref):
         # The message omits the registry's URI, which may hold a password.
         raise SpecError(f"Expected a reference to a registered model, got {version!r}.", hint=f"Write {FORMS}.")
-    return Reference(registry_uri, name, _parse_ref(ref) if at else None)
+    return Reference(registry_uri, name, _parse_ref(ref) if separator else None)
 
 
 def _is_name(name: str) -> bool:

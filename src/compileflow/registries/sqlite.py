@@ -167,13 +167,13 @@ class SqliteRegistry:
             )
             return [Promotion(at=at, stage=stage, who=who, reason=reason) for at, stage, who, reason in rows]
 
-    def _read(self, where: str, *values: str) -> list[ModelVersion]:
+    def _read(self, condition: str, *values: str) -> list[ModelVersion]:
         if not self._path.exists():
             return []
         with _reading(self._path) as (db, schema):
             if schema == 0:
                 return []
-            query = (_SELECT if schema >= 2 else _SELECT_SCHEMA_1) + where
+            query = (_SELECT if schema >= 2 else _SELECT_SCHEMA_1) + condition
             rows = db.execute(query + " ORDER BY v.created_at DESC, m.name, v.number DESC", values)
             return [_version(row) for row in rows]
 
@@ -276,12 +276,12 @@ def _schema_version(db: sqlite3.Connection) -> int:
 
 def _use_wal(db: sqlite3.Connection) -> None:
     """Switch to the write-ahead log. SQLite does not wait for other processes in this statement."""
-    until = time.monotonic() + _WAIT_S
+    deadline = time.monotonic() + _WAIT_S
     while True:
         try:
             db.execute("PRAGMA journal_mode = WAL")
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
                 raise
             time.sleep(0.01)
         else:

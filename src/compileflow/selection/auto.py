@@ -75,37 +75,41 @@ def plan_candidates(
             hint="Switch the validate step on, or name a target.",
         )
     names = request.auto.targets or target_names()
-    unknown = sorted(set(names) - set(target_names()))
-    if unknown:
-        raise SpecError(f"Unknown target {unknown[0]!r}.", hint=f"Choose among: {', '.join(target_names())}.")
+    unknown_names = sorted(set(names) - set(target_names()))
+    if unknown_names:
+        raise SpecError(
+            f"Unknown target {unknown_names[0]!r}.", hint=f"Choose among: {', '.join(target_names())}."
+        )
     with open_store(store_uri, settings).open_folder(source.digest) as folder:
         hf_task = request.hf_task or source.hf_task or detect_task(folder)
     requests: list[CompileRequest] = []
-    unavailable: list[Candidate] = []
+    unavailable_candidates: list[Candidate] = []
     for name in names:
         target = get_target(name)
         if hf_task not in target.capabilities.hf_tasks:
             continue
-        requested = request.auto.precisions or target.capabilities.precisions
-        precisions = [precision for precision in target.capabilities.precisions if precision in requested]
+        requested_precisions = request.auto.precisions or target.capabilities.precisions
+        precisions = [
+            precision for precision in target.capabilities.precisions if precision in requested_precisions
+        ]
         availability = target.probe()
         if precisions and not (availability.can_compile and availability.can_run):
             reason = "; ".join(part for part in (availability.reason, availability.hint) if part)
-            unavailable.append(_unavailable(name, precisions[0], reason))
+            unavailable_candidates.append(_unavailable(name, precisions[0], reason))
             continue
         for precision in precisions:
             if precision in availability.lacking:
-                unavailable.append(_unavailable(name, precision, availability.lacking[precision]))
+                unavailable_candidates.append(_unavailable(name, precision, availability.lacking[precision]))
                 continue
             for options in target.capabilities.variants.get(precision, ({},)):
                 update = {"target": name, "precision": precision, "target_options": dict(options)}
                 requests.append(request.model_copy(update=update | {"hf_task": hf_task}))
-    if not requests and not unavailable:
+    if not requests and not unavailable_candidates:
         raise SpecError(
             f"None of the requested targets compiles {hf_task.value} in a requested precision.",
             hint="Allow more targets or precisions for auto.",
         )
-    return CandidatePlan(hf_task=hf_task, requests=tuple(requests), unavailable=tuple(unavailable))
+    return CandidatePlan(hf_task=hf_task, requests=tuple(requests), unavailable=tuple(unavailable_candidates))
 
 
 def measured_candidate(
@@ -183,9 +187,9 @@ def compare_candidates(
     with work_folder(settings.work_dir, label=AUTO) as work:
         (work / "comparison").mkdir()
         write_comparison(comparison, work / "comparison")
-        stored = open_store(store_uri, settings).put_folder(work / "comparison")
+        stored_folder = open_store(store_uri, settings).put_folder(work / "comparison")
     return ComparedCandidates(
-        comparison_uri=stored.uri, comparison_digest=stored.digest, winner=winner, reason=reason
+        comparison_uri=stored_folder.uri, comparison_digest=stored_folder.digest, winner=winner, reason=reason
     )
 
 

@@ -37,24 +37,24 @@ def drops(candidates: Sequence[Candidate], objective: Objective, *, allow_warn: 
     A number that was not measured exceeds any budget. Speeds are compared only among candidates that were timed
     at the same shapes.
     """
-    dropped: dict[int, Drop] = {}
+    drops_by_position: dict[int, Drop] = {}
     for position, candidate in enumerate(candidates):
         drop = _outcome_drop(candidate, allow_warn) or _budget_drop(candidate, objective)
         if drop is not None:
-            dropped[position] = drop
+            drops_by_position[position] = drop
     if objective.goal == "size":
-        return dropped
+        return drops_by_position
     shapes = {
         position: {latency.shape for latency in candidate.latencies}
         for position, candidate in enumerate(candidates)
-        if position not in dropped
+        if position not in drops_by_position
     }
     all_shapes = set().union(*shapes.values())
     for position, timed in shapes.items():
         if not timed or timed != all_shapes:
             detail = f"not timed at {', '.join(sorted(all_shapes - timed)) or 'any shape'}"
-            dropped[position] = Drop("lacked a timing", detail)
-    return dropped
+            drops_by_position[position] = Drop("lacked a timing", detail)
+    return drops_by_position
 
 
 def choose(candidates: Sequence[Candidate], objective: Objective, *, allow_warn: bool) -> tuple[int | None, str]:
@@ -70,25 +70,35 @@ def choose(candidates: Sequence[Candidate], objective: Objective, *, allow_warn:
     """
     if not candidates:
         return None, "No candidate was given."
-    dropped = drops(candidates, objective, allow_warn=allow_warn)
-    choosable = [position for position in range(len(candidates)) if position not in dropped]
-    if not choosable:
-        counts = Counter(drop.kind for drop in dropped.values())
+    drops_by_position = drops(candidates, objective, allow_warn=allow_warn)
+    eligible_positions = [position for position in range(len(candidates)) if position not in drops_by_position]
+    if not eligible_positions:
+        counts = Counter(drop.kind for drop in drops_by_position.values())
         kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
-        details = {drop.detail for drop in dropped.values()}
-        shared_detail = f": {details.pop()}" if len(details) == 1 and len(dropped) > 1 else "."
+        details = {drop.detail for drop in drops_by_position.values()}
+        shared_detail = f": {details.pop()}" if len(details) == 1 and len(drops_by_position) > 1 else "."
         return None, f"None of {len(candidates)} candidates can be chosen: {kinds}{shared_detail}"
-    pool = choosable
+    pool = eligible_positions
     if objective.goal == "size":
-        smallest = min(_or_inf(candidates[position].size_bytes) for position in choosable)
-        pool = [position for position in choosable if candidates[position].size_bytes == smallest]
+        smallest = min(_or_inf(candidates[position].size_bytes) for position in eligible_positions)
+        pool = [position for position in eligible_positions if candidates[position].size_bytes == smallest]
     costs = {position: _cost(candidates[position], objective) for position in pool}
     highest_cost = min(costs.values()) * (1 + SAME_LATENCY)
     winner = min(
         (position for position in pool if costs[position] <= highest_cost),
-        key=lambda n: (_or_inf(candidates[n].accuracy_loss), costs[n], candidates[n].label, n),
+        key=lambda position: (
+            _or_inf(candidates[position].accuracy_loss),
+            costs[position],
+            candidates[position].label,
+            position,
+        ),
     )
-    return winner, _reason(candidates[winner], [candidates[n] for n in choosable], objective, dropped=len(dropped))
+    return winner, _reason(
+        candidates[winner],
+        [candidates[position] for position in eligible_positions],
+        objective,
+        drop_count=len(drops_by_position),
+    )
 
 
 def pareto_front(candidates: Sequence[Candidate]) -> set[int]:
@@ -104,7 +114,8 @@ def pareto_front(candidates: Sequence[Candidate]) -> set[int]:
 
     def beaten(point: tuple[float, ...]) -> bool:
         return any(
-            rival != point and all(a <= b for a, b in zip(rival, point, strict=True)) for rival in points.values()
+            rival != point and all(rival_value <= value for rival_value, value in zip(rival, point, strict=True))
+            for rival in points.values()
         )
 
     return {position for position, point in points.items() if not beaten(point)}
@@ -113,26 +124,26 @@ def pareto_front(candidates: Sequence[Candidate]) -> set[int]:
 def _outcome_drop(candidate: Candidate, allow_warn: bool) -> Drop | None:
     if candidate.outcome == "pass" or (candidate.outcome == "warn" and allow_warn):
         return None
-    allowed = "a warning is not allowed: " if candidate.outcome == "warn" else ""
+    prefix = "a warning is not allowed: " if candidate.outcome == "warn" else ""
     return Drop(
-        _OUTCOME_KINDS[candidate.outcome], allowed + candidate.reason.removeprefix(f"{candidate.outcome}: ")
+        _OUTCOME_KINDS[candidate.outcome], prefix + candidate.reason.removeprefix(f"{candidate.outcome}: ")
     )
 
 
 def _budget_drop(candidate: Candidate, objective: Objective) -> Drop | None:
     loss, max_loss = candidate.accuracy_loss, objective.max_accuracy_loss
     if max_loss is not None and (loss is None or loss > max_loss):
-        measured = "unknown" if loss is None else percent(loss)
+        amount = "unknown" if loss is None else percent(loss)
         return Drop(
-            "exceeded the accuracy budget", f"accuracy loss {measured}, at most {percent(max_loss)} is allowed"
+            "exceeded the accuracy budget", f"accuracy loss {amount}, at most {percent(max_loss)} is allowed"
         )
     for kind, size, limit in (
         ("serving memory", candidate.serving_memory_bytes, objective.max_serving_memory_bytes),
         ("size", candidate.size_bytes, objective.max_size_bytes),
     ):
         if limit is not None and (size is None or size > limit):
-            measured = "unknown" if size is None else megabytes(size)
-            return Drop(f"exceeded the {kind} budget", f"{kind} {measured}, at most {megabytes(limit)} is allowed")
+            amount = "unknown" if size is None else megabytes(size)
+            return Drop(f"exceeded the {kind} budget", f"{kind} {amount}, at most {megabytes(limit)} is allowed")
     if objective.goal == "size" and candidate.size_bytes is None:
         return Drop("had no size", "its size is unknown")
     return None
@@ -144,24 +155,26 @@ def _cost(candidate: Candidate, objective: Objective) -> float:
     return _or_inf(candidate.latency_ratio)
 
 
-def _reason(winner: Candidate, choosable: Sequence[Candidate], objective: Objective, *, dropped: int) -> str:
-    best, measured = {
+def _reason(winner: Candidate, eligible: Sequence[Candidate], objective: Objective, *, drop_count: int) -> str:
+    superlative, figure = {
         "latency": ("lowest", f"{_or_inf(winner.latency_ratio):.2f} of eager's latency"),
         "throughput": ("most", f"{winner.throughput_per_s or 0.0:.0f} rows per second"),
         "size": ("smallest", megabytes(winner.size_bytes or 0)),
     }[objective.goal]
-    condition = f"passed {'its' if len(choosable) == 1 else 'their'} gates"
-    if any(candidate.outcome == "warn" for candidate in choosable):
+    condition = f"passed {'its' if len(eligible) == 1 else 'their'} gates"
+    if any(candidate.outcome == "warn" for candidate in eligible):
         condition = "passed or only warned"
     if objective.has_budget:
         condition += " and kept to the budget"
-    dropped_count = f" ({dropped} dropped)" if dropped else ""
-    if len(choosable) == 1:
-        return f"{winner.label}: {measured}, the only candidate that {condition}{dropped_count}"
-    rank = f"the {best} of {len(choosable)} that {condition}"
-    if objective.goal != "size" and any(_cost(c, objective) < _cost(winner, objective) for c in choosable):
+    drop_note = f" ({drop_count} dropped)" if drop_count else ""
+    if len(eligible) == 1:
+        return f"{winner.label}: {figure}, the only candidate that {condition}{drop_note}"
+    rank = f"the {superlative} of {len(eligible)} that {condition}"
+    if objective.goal != "size" and any(
+        _cost(candidate, objective) < _cost(winner, objective) for candidate in eligible
+    ):
         rank = f"within 2 % of {rank}, and the most accurate of those"
-    return f"{winner.label}: {measured}, {rank}{dropped_count}"
+    return f"{winner.label}: {figure}, {rank}{drop_note}"
 
 
 def _or_inf(value: float | None) -> float:

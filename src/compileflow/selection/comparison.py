@@ -55,11 +55,10 @@ class Comparison(BaseModel):
 
     def marks(self) -> list[str]:
         """Return one word per candidate: chosen, front, dropped, or empty."""
-        front, dropped = pareto_front(self.candidates), self.dropped()
-        return [
-            "chosen" if n == self.winner else "dropped" if n in dropped else "front" if n in front else ""
-            for n in range(len(self.candidates))
-        ]
+        words = dict.fromkeys(pareto_front(self.candidates), "front") | dict.fromkeys(self.dropped(), "dropped")
+        if self.winner is not None:
+            words[self.winner] = "chosen"
+        return [words.get(position, "") for position in range(len(self.candidates))]
 
     def comparison_header(self) -> tuple[str, ...]:
         """Return the titles of `comparison_rows`."""
@@ -109,18 +108,18 @@ class Comparison(BaseModel):
 
 def write_comparison(comparison: Comparison, folder: Path) -> None:
     """Write comparison.json and comparison.html into an existing folder."""
-    dropped = comparison.dropped()
+    drops_by_position = comparison.dropped()
     picture = scatter(
         comparison.candidates,
         winner=comparison.winner,
         front=pareto_front(comparison.candidates),
-        dropped=dropped,
+        drops=drops_by_position,
         description=f"{comparison.reason}. The table has every number.",
     )
     values = {
         "comparison": comparison,
         "marks": comparison.marks(),
-        "dropped": dropped,
+        "dropped": drops_by_position,
         "picture": picture,
         "letter": letter,
         "percent": percent,

@@ -70,7 +70,7 @@ def run_any_target(
     source = StepRunner(request, settings, progress=progress).fetch()
     plan = plan_candidates(source, request, store_uri=store_uri, settings=settings)
     attempts = [_attempt(candidate, source, settings, progress) for candidate in plan.requests]
-    compared = compare_candidates(
+    comparison = compare_candidates(
         source,
         request,
         plan,
@@ -78,23 +78,23 @@ def run_any_target(
         store_uri=store_uri,
         settings=settings,
     )
-    winner = winning_candidate(attempts, compared)
+    winner = winning_candidate(attempts, comparison)
     steps = StepRunner(winner.request, settings, progress=progress)
     versions = steps.register(source, winner.artifact, winner.validated)
     result = CompileResult.of(winner.request, source, winner.artifact, winner.validated, versions)
-    return result.model_copy(update={"comparison_uri": compared.comparison_uri})
+    return result.model_copy(update={"comparison_uri": comparison.comparison_uri})
 
 
-def winning_candidate(attempts: Sequence[Attempt], compared: ComparedCandidates) -> ProvenCandidate:
+def winning_candidate(attempts: Sequence[Attempt], comparison: ComparedCandidates) -> ProvenCandidate:
     """Return the candidate that the comparison chose.
 
     Raises:
         VerdictError: No candidate is good enough; the message says why.
     """
-    winner = attempts[compared.winner] if compared.winner is not None else None
+    winner = attempts[comparison.winner] if comparison.winner is not None else None
     if not isinstance(winner, ProvenCandidate):
         raise VerdictError(
-            compared.reason, hint=f"Nothing was registered. Run: compileflow inspect {compared.comparison_uri}"
+            comparison.reason, hint=f"Nothing was registered. Run: compileflow inspect {comparison.comparison_uri}"
         )
     return winner
 

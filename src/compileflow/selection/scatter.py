@@ -23,8 +23,8 @@ _SAME_PLACE = 0.05
 
 def letter(position: int) -> str:
     """Return the letter of a candidate: A, B, ... Z, AA, AB, ..."""
-    rest, last = divmod(position, 26)
-    return (letter(rest - 1) if rest else "") + chr(ord("A") + last)
+    prefix_number, letter_index = divmod(position, 26)
+    return (letter(prefix_number - 1) if prefix_number else "") + chr(ord("A") + letter_index)
 
 
 def scatter(
@@ -32,7 +32,7 @@ def scatter(
     *,
     winner: int | None,
     front: Collection[int],
-    dropped: Collection[int],
+    drops: Collection[int],
     description: str,
 ) -> Markup | None:
     """Draw the candidates that were timed and measured; None if there are none.
@@ -43,36 +43,38 @@ def scatter(
         candidates: All candidates of the comparison.
         winner: Position of the candidate that was chosen.
         front: Positions of the candidates on the Pareto front, which a line joins.
-        dropped: Positions of the candidates that cannot be chosen, which are drawn hollow.
+        drops: Positions of the candidates that cannot be chosen, which are drawn hollow.
         description: Text alternative of the picture.
     """
-    drawn = {
+    points = {
         position: (candidate.latency_ratio, candidate.accuracy_loss)
         for position, candidate in enumerate(candidates)
         if candidate.latency_ratio is not None and candidate.accuracy_loss is not None
     }
-    if not drawn:
+    if not points:
         return None
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     # A broken candidate must not compress the others into a corner.
-    sound = [place for n, place in drawn.items() if candidates[n].outcome in ACCEPTED_OUTCOMES]
-    sound = sound or list(drawn.values())
-    right = 1.08 * max(1.0, *(ratio for ratio, _ in sound))
-    top = 1.15 * max(0.005, *(loss for _, loss in sound))
-    places = {n: (min(ratio, right), min(loss, top)) for n, (ratio, loss) in drawn.items()}
+    reference_points = [
+        place for position, place in points.items() if candidates[position].outcome in ACCEPTED_OUTCOMES
+    ]
+    reference_points = reference_points or list(points.values())
+    x_limit = 1.08 * max(1.0, *(ratio for ratio, _ in reference_points))
+    y_limit = 1.15 * max(0.005, *(loss for _, loss in reference_points))
+    places = {position: (min(ratio, x_limit), min(loss, y_limit)) for position, (ratio, loss) in points.items()}
     figure, axes = new_picture(_HEIGHT)
     # Room below zero, so that circles without loss stand clear of the axis.
-    axes.set_xlim(0, right)
-    axes.set_ylim(-0.09 * top, top)
+    axes.set_xlim(0, x_limit)
+    axes.set_ylim(-0.09 * y_limit, y_limit)
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.yaxis.set_major_locator(MaxNLocator(6))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: percent(loss)))
     axes.set_xlabel("latency as a fraction of eager's, mean over the shapes", **text_style("soft"))
     axes.set_ylabel("decisions changed", **text_style("soft"))
     axes.axvline(1.0, color=COLOURS["soft"], linewidth=1, linestyle=(0, (5, 4)), clip_on=False)
-    axes.text(1.0, 1.01 * top, "eager", ha="center", va="bottom", **text_style("soft"))
-    line = sorted(places[n] for n in front if n in places)
+    axes.text(1.0, 1.01 * y_limit, "eager", ha="center", va="bottom", **text_style("soft"))
+    line = sorted(places[position] for position in front if position in places)
     axes.plot(
         [x for x, _ in line],
         [y for _, y in line],
@@ -84,36 +86,39 @@ def scatter(
     )
     largest = max((candidate.size_bytes or 0 for candidate in candidates), default=0) or 1
     diameters = {
-        n: max(_SMALLEST, _LARGEST * math.sqrt((candidates[n].size_bytes or 0) / largest)) for n in places
+        position: max(_SMALLEST, _LARGEST * math.sqrt((candidates[position].size_bytes or 0) / largest))
+        for position in places
     }
     # Small circles come last, on top of large ones.
-    for n in sorted(places, key=lambda n: -(candidates[n].size_bytes or 0)):
-        diameter = diameters[n]
-        colour = COLOURS["pass" if n == winner else "front" if n in front and n not in dropped else "rest"]
+    for position in sorted(places, key=lambda position: -(candidates[position].size_bytes or 0)):
+        diameter = diameters[position]
+        colour = COLOURS[
+            "pass" if position == winner else "front" if position in front and position not in drops else "rest"
+        ]
         axes.scatter(
-            [places[n][0]],
-            [places[n][1]],
+            [places[position][0]],
+            [places[position][1]],
             s=diameter**2,
-            facecolors="none" if n in dropped and n != winner else (colour, 0.5),
+            facecolors="none" if position in drops and position != winner else (colour, 0.5),
             edgecolors=colour,
-            linewidths=3 if n == winner else 1.5,
+            linewidths=3 if position == winner else 1.5,
             # Even solid outlines get a pattern: matplotlib writes circles without one as references.
-            linestyles=(0, (2, 2) if n in dropped and n != winner else (1, 0)),
+            linestyles=(0, (2, 2) if position in drops and position != winner else (1, 0)),
             clip_on=False,
             zorder=2,
-            gid=f"candidate-{n}",
+            gid=f"candidate-{position}",
         )
-    for group in _neighbours(places, right, top):
+    for group in _neighbours(places, x_limit, y_limit):
         x, y = places[group[0]]
-        offset = 4 + max(diameters[n] for n in group) / 2
-        label = ", ".join(letter(n) + _beyond(drawn[n], right, top) for n in group)
+        offset = 4 + max(diameters[position] for position in group) / 2
+        label = ", ".join(letter(position) + _beyond(points[position], x_limit, y_limit) for position in group)
         axes.annotate(
             label,
             (x, y),
-            (0, -offset if y == top else offset),
+            (0, -offset if y == y_limit else offset),
             textcoords="offset points",
-            ha="right" if x > 0.85 * right else "left" if x < 0.1 * right else "center",
-            va="top" if y == top else "bottom",
+            ha="right" if x > 0.85 * x_limit else "left" if x < 0.1 * x_limit else "center",
+            va="top" if y == y_limit else "bottom",
             annotation_clip=False,
             **text_style(fontweight="bold" if winner in group else "normal"),
         )
@@ -122,27 +127,30 @@ def scatter(
         name="comparison-picture",
         title="Decisions changed against latency, one circle per candidate",
         description=description,
-        titles={f"candidate-{n}": _title(n, candidates[n]) for n in places},
+        titles={f"candidate-{position}": _title(position, candidates[position]) for position in places},
     )
 
 
-def _neighbours(places: dict[int, tuple[float, float]], right: float, top: float) -> list[list[int]]:
+def _neighbours(places: dict[int, tuple[float, float]], x_limit: float, y_limit: float) -> list[list[int]]:
     """Group positions whose circles are too close for two labels."""
     groups: list[list[int]] = []
-    for n in sorted(places):
+    for position in sorted(places):
         for group in groups:
             x, y = places[group[0]]
-            if abs(places[n][0] - x) < _SAME_PLACE * right and abs(places[n][1] - y) < _SAME_PLACE * top:
-                group.append(n)
+            if (
+                abs(places[position][0] - x) < _SAME_PLACE * x_limit
+                and abs(places[position][1] - y) < _SAME_PLACE * y_limit
+            ):
+                group.append(position)
                 break
         else:
-            groups.append([n])
+            groups.append([position])
     return groups
 
 
-def _beyond(place: tuple[float, float], right: float, top: float) -> str:
+def _beyond(place: tuple[float, float], x_limit: float, y_limit: float) -> str:
     ratio, loss = place
-    numbers = [f"{ratio:.2f}"] * (ratio > right) + [percent(loss)] * (loss > top)
+    numbers = [f"{ratio:.2f}"] * (ratio > x_limit) + [percent(loss)] * (loss > y_limit)
     return f" ({', '.join(numbers)})" if numbers else ""
 
 

@@ -82,8 +82,8 @@ def put_statement(store: ArtifactStore, digest: str, statement: Statement, signe
     An unsigned statement never replaces a signed one. Otherwise a run without the key would undo a run with it.
     """
     kind = RECORDS[str(statement["predicateType"])]
-    previous = store.get_record(kind, digest)
-    if signer is None and previous is not None and previous.get("signatures"):
+    previous_record = store.get_record(kind, digest)
+    if signer is None and previous_record is not None and previous_record.get("signatures"):
         return
     store.put_record(kind, digest, seal(statement, signer))
 

@@ -45,7 +45,7 @@ def required_keys(requirement: RequireSignature, settings: Settings) -> tuple[SS
 
 def check_signed(
     folder: Path,
-    checked: CheckedFolder,
+    checked_folder: CheckedFolder,
     keys: Sequence[SSlibKey],
     *,
     store_uri: str | None,
@@ -58,7 +58,7 @@ def check_signed(
 
     Args:
         folder: Folder of the artifact.
-        checked: Result of `check_folder`.
+        checked_folder: Result of `check_folder`.
         keys: Trusted public keys. One of them must have signed each statement.
         store_uri: URI of the store that the folder was fetched from; None if it was not fetched.
         settings: Settings that name the work folder and how to reach the store.
@@ -69,11 +69,11 @@ def check_signed(
 
     def check(envelopes: Sequence[Envelope]) -> Attestations:
         return verify_attestations(
-            checked.digest,
+            checked_folder.digest,
             envelopes,
             trusted_keys=keys,
             require_signature=True,
-            manifest_source=checked.manifest.source.digest,
+            manifest_source=checked_folder.manifest.source.digest,
         )
 
     try:
@@ -81,8 +81,8 @@ def check_signed(
     except SignatureError:
         if store_uri is None:
             raise
-    envelopes = stored_envelopes(open_store(store_uri, settings), checked.digest)
-    attested = check(envelopes)
+    envelopes = stored_envelopes(open_store(store_uri, settings), checked_folder.digest)
+    attestations = check(envelopes)
     # The check has passed without this copy, and another user may own the cache.
     with (
         suppress(OSError, StoreError),
@@ -90,4 +90,4 @@ def check_signed(
         file_written_whole(folder / ATTESTATIONS_NAME, partial=work / ATTESTATIONS_NAME),
     ):
         write_bundle(work, envelopes)
-    return attested
+    return attestations

@@ -81,21 +81,23 @@ def verify_attestations(
         SignatureError: A statement is about another artifact or another source model, a kind of statement occurs
             twice, a trusted key's signature does not match its statement, or `require_signature` refuses.
     """
-    attestations: dict[str, Attestation] = {}
+    attestations_by_type: dict[str, Attestation] = {}
     for envelope in envelopes:
         statement = statement_in(envelope)
         kind = str(statement.get("predicateType")) if statement is not None else ""
         if statement is None or statement.get("_type") != STATEMENT_TYPE or kind not in RECORDS:
             continue
-        if kind in attestations:
+        if kind in attestations_by_type:
             raise SignatureError(f"The artifact has two {RECORDS[kind]} statements, expected one.", hint=_FORGED)
         _check_subject(RECORDS[kind], statement, artifact_digest)
-        attestations[kind] = Attestation(statement, _trusted_signers(RECORDS[kind], envelope, trusted_keys))
-    attested = Attestations(attestations.get(PROVENANCE_TYPE), attestations.get(VERDICT_TYPE))
-    _check_source(attested, manifest_source)
+        attestations_by_type[kind] = Attestation(
+            statement, _trusted_signers(RECORDS[kind], envelope, trusted_keys)
+        )
+    attestations = Attestations(attestations_by_type.get(PROVENANCE_TYPE), attestations_by_type.get(VERDICT_TYPE))
+    _check_source(attestations, manifest_source)
     if require_signature:
-        _check_required(attestations, attested.result, trusted_keys)
-    return attested
+        _check_required(attestations_by_type, attestations.result, trusted_keys)
+    return attestations
 
 
 def _check_subject(name: str, statement: Statement, artifact_digest: str) -> None:
@@ -108,9 +110,9 @@ def _check_subject(name: str, statement: Statement, artifact_digest: str) -> Non
         )
 
 
-def _check_source(attested: Attestations, manifest_source: str | None) -> None:
+def _check_source(attestations: Attestations, manifest_source: str | None) -> None:
     digests = {"manifest": manifest_source} if manifest_source is not None else {}
-    for name, attestation in (("provenance", attested.provenance), ("verdict", attested.verdict)):
+    for name, attestation in (("provenance", attestations.provenance), ("verdict", attestations.verdict)):
         if attestation is not None:
             digests[name] = source_digest(attestation.statement) or "none"
     if "none" in digests.values() or len(set(digests.values())) > 1:
@@ -130,17 +132,17 @@ def _check_required(
                 hint="Compile and validate the model again with COMPILEFLOW_SIGNING_KEY set, and load the result.",
             )
         if not attestations[kind].signed_by:
-            trusted = ", ".join(key.keyid[:12] for key in trusted_keys) or "none"
+            trusted_ids = ", ".join(key.keyid[:12] for key in trusted_keys) or "none"
             raise SignatureError(
-                f"A signature is required, but no trusted key signed the {name}. Trusted keys: {trusted}.",
+                f"A signature is required, but no trusted key signed the {name}. Trusted keys: {trusted_ids}.",
                 hint="Compile and validate the model with one of these keys, or add the key that signed it to "
                 "COMPILEFLOW_TRUSTED_KEYS.",
             )
     if verdict not in _ACCEPTED_RESULTS:
-        accepted = " or ".join(_ACCEPTED_RESULTS)
+        accepted_results = " or ".join(_ACCEPTED_RESULTS)
         raise SignatureError(
-            f"A signed verdict {accepted} is required, found {verdict or 'none'}.",
-            hint=f"Load an artifact whose verdict is {accepted}.",
+            f"A signed verdict {accepted_results} is required, found {verdict or 'none'}.",
+            hint=f"Load an artifact whose verdict is {accepted_results}.",
         )
 
 

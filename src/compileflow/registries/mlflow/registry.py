@@ -248,8 +248,10 @@ def _make_model(client: Any, name: str) -> None:
 
 def _record_promotion(client: Any, record: _Record, stage: Stage, who: str, reason: str) -> None:
     """Record a promotion, unless a killed call has recorded the same one last."""
-    last = read_promotions(record.tags)[-1:]
-    if [(promotion.stage, promotion.who, promotion.reason) for promotion in last] != [(stage, who, reason)]:
+    last_promotions = read_promotions(record.tags)[-1:]
+    if [(promotion.stage, promotion.who, promotion.reason) for promotion in last_promotions] != [
+        (stage, who, reason)
+    ]:
         key, value = promotion_tag(stage, who, reason)
         client.set_model_version_tag(record.version.name, str(record.version.version), key, value)
 

@@ -31,7 +31,9 @@ def entry_tags(entry: VersionEntry) -> dict[str, str]:
     """Return all tags of a new version."""
     # In ASCII a character is a byte, so the limit holds whether the database counts characters or bytes.
     body = json.dumps(entry.model_dump(mode="json", include=set(VersionEntry.model_fields)))
-    pieces = {f"{_ENTRY}{at // _PIECE:04d}": body[at : at + _PIECE] for at in range(0, len(body), _PIECE)}
+    pieces = {
+        f"{_ENTRY}{offset // _PIECE:04d}": body[offset : offset + _PIECE] for offset in range(0, len(body), _PIECE)
+    }
     readable_tags = {
         "compileflow.target": entry.target,
         "compileflow.verdict": entry.verdict,

@@ -94,8 +94,8 @@ class NeptuneClient:
         """Upload a file as a File field. Sent bytes extend the deadline, at an average of at least 16 KiB/s."""
         size = file.stat().st_size
         action = f"uploading {path} of {identity}, {size} bytes"
-        most_s = self._settings.neptune_timeout_s + size / _SLOWEST_BYTES_PER_S
-        self._call("upload", action, most_s=most_s, identity=identity, path=path, file=str(file.absolute()))
+        limit_s = self._settings.neptune_timeout_s + size / _SLOWEST_BYTES_PER_S
+        self._call("upload", action, limit_s=limit_s, identity=identity, path=path, file=str(file.absolute()))
 
     def change_stage(self, identity: str, stage: str) -> None:
         """Change a version's stage."""
@@ -115,9 +115,9 @@ class NeptuneClient:
         """Return a field's value, or the values in a namespace."""
         return self._call("fetch", f"reading {path} of {identity}", identity=identity, path=path)
 
-    def download(self, identity: str, path: str, out: Path) -> None:
+    def download(self, identity: str, path: str, dest: Path) -> None:
         """Download a File field, or a FileSet as a zip. Received bytes extend the deadline."""
-        self._call("download", f"downloading {path} of {identity}", identity=identity, path=path, out=str(out))
+        self._call("download", f"downloading {path} of {identity}", identity=identity, path=path, dest=str(dest))
 
     def extension(self, identity: str, path: str) -> str:
         """Return the extension of a File field, without the dot."""
@@ -127,13 +127,13 @@ class NeptuneClient:
         """Close the object that is open in Neptune."""
         self._call("release", "closing")
 
-    def _call(self, operation: str, action: str, *, most_s: float = math.inf, **arguments: Any) -> Any:
+    def _call(self, operation: str, action: str, *, limit_s: float = math.inf, **arguments: Any) -> Any:
         token = read_token(self._settings, refused=self._refused)
         process = process_for(token, self._settings)
         timeout_s = self._settings.neptune_timeout_s
         try:
             answer = process.ask(
-                operation, {"project": self.project, **arguments}, timeout_s=timeout_s, most_s=most_s
+                operation, {"project": self.project, **arguments}, timeout_s=timeout_s, limit_s=limit_s
             )
         except Overdue as error:
             raise self._unavailable(

@@ -42,7 +42,7 @@ class ClientProcess:
         self._log: deque[str] = deque(maxlen=_LOG_LINES)
 
     def ask(
-        self, operation: str, arguments: Mapping[str, Any], *, timeout_s: float, most_s: float = math.inf
+        self, operation: str, arguments: Mapping[str, Any], *, timeout_s: float, limit_s: float = math.inf
     ) -> JsonObject:
         """Run an operation in the child and return its answer, an object with "value", "error" or "missing".
 
@@ -50,7 +50,7 @@ class ClientProcess:
             operation: Name of a `Session.do_*`.
             arguments: Arguments of the operation; JSON values.
             timeout_s: Seconds without an answer or a sign of life after which the child is killed.
-            most_s: Seconds after which it is killed in any case.
+            limit_s: Seconds after which it is killed in any case.
 
         Raises:
             Overdue: The call, or the start, ran past its deadline; the child is dead. The argument: seconds.
@@ -68,7 +68,7 @@ class ClientProcess:
                         if "missing" in greeting:
                             self._stop()
                             return greeting
-                    answer = self._exchange(request, timeout_s, most_s)
+                    answer = self._exchange(request, timeout_s, limit_s)
                 except BaseException:
                     # Also when the user interrupts: the state of the child is unknown.
                     self._stop()
@@ -107,16 +107,16 @@ class ClientProcess:
         )
         return self._exchange({"request_s": self._request_s, "idle_s": _IDLE_S}, _START_S, math.inf)
 
-    def _exchange(self, message: JsonObject, timeout_s: float, most_s: float) -> JsonObject:
+    def _exchange(self, message: JsonObject, timeout_s: float, limit_s: float) -> JsonObject:
         assert self._child is not None  # noqa: S101 - the caller has started it
         start = time.monotonic()
-        until, limit_s = start + timeout_s, timeout_s
+        deadline, allowance_s = start + timeout_s, timeout_s
         try:
-            self._child.send(message, until=until)
-            while (answer := self._child.receive(until=until)) is not None and "alive" in answer:
-                until, limit_s = min((time.monotonic() + timeout_s, timeout_s), (start + most_s, most_s))
+            self._child.send(message, deadline=deadline)
+            while (answer := self._child.receive(deadline=deadline)) is not None and "alive" in answer:
+                deadline, allowance_s = min((time.monotonic() + timeout_s, timeout_s), (start + limit_s, limit_s))
         except Overdue as error:
-            raise Overdue(limit_s) from error
+            raise Overdue(allowance_s) from error
         if answer is None:
             raise Ended
         return answer

@@ -163,10 +163,10 @@ class Session:
         """Return the extension of a File field, without the dot."""
         return str(self._open(project, "version", identity, "read-only")[path].fetch_extension() or "")
 
-    def do_download(self, project: str, identity: str, path: str, out: str) -> None:
+    def do_download(self, project: str, identity: str, path: str, dest: str) -> None:
         """Download a File field, or a FileSet as a zip, and report received bytes to the parent."""
         field = self._open(project, "version", identity, "read-only")[path]
-        field.download(destination=out, progress_bar=self._progress)
+        field.download(destination=dest, progress_bar=self._progress)
 
     def do_release(self, project: str) -> None:
         """Close the open object: Neptune shows an open version as in use."""
@@ -188,8 +188,8 @@ class Session:
         key = (project, kind, identity, mode)
         if key != self._open_key:
             self._release()
-            make = self._neptune.init_model if kind == "model" else self._neptune.init_model_version
-            self._open_object, self._open_key = make(project=project, with_id=identity, mode=mode), key
+            opener = self._neptune.init_model if kind == "model" else self._neptune.init_model_version
+            self._open_object, self._open_key = opener(project=project, with_id=identity, mode=mode), key
             self.opened += 1
         return self._open_object
 

@@ -49,12 +49,12 @@ class Listing:
         records = self._client.find("version", layout.all_of(query, layout.IS_COMPLETE), layout.COLUMNS)
         records.sort(key=lambda record: _model_and_number(str(record["sys/id"])))
         rows: list[Row] = []
-        seen: set[tuple[str, str]] = set()
+        keys: set[tuple[str, str]] = set()
         for record in records:
             identity = str(record["sys/id"])
             key = (_model_and_number(identity)[0], str(record[layout.DIGEST]))
-            if key not in seen or duplicates:
-                seen.add(key)
+            if key not in keys or duplicates:
+                keys.add(key)
                 promoted_at = str(record[layout.PROMOTED_AT] or "")
                 rows.append(Row(identity, self._version(identity, record), promoted_at))
         return rows
@@ -75,21 +75,21 @@ class Listing:
         """Return versions newest first in their effective stage, given some versions of their names."""
         versions = settle(rows)
         names = {version.name for version in versions if is_exclusive(version.stage)}
-        settled = {
+        settled_versions = {
             (version.name, version.version): version for name in names for version in settle(self.named(name))
         }
-        return [settled.get((version.name, version.version), version) for version in versions]
+        return [settled_versions.get((version.name, version.version), version) for version in versions]
 
 
 def settle(rows: Iterable[Row]) -> list[ModelVersion]:
     """Return versions newest first; of two in one exclusive stage, only the last promoted one is in it."""
     rows = list(rows)
-    newest: dict[tuple[str, str], Row] = {}
+    newest_rows: dict[tuple[str, str], Row] = {}
     for row in sorted(rows, key=lambda row: row.promoted_at):
-        newest[(row.version.name, row.version.stage)] = row
+        newest_rows[(row.version.name, row.version.stage)] = row
     versions = [
         row.version
-        if not is_exclusive(row.version.stage) or newest[(row.version.name, row.version.stage)] is row
+        if not is_exclusive(row.version.stage) or newest_rows[(row.version.name, row.version.stage)] is row
         else row.version.model_copy(update={"stage": "archived"})
         for row in rows
     ]

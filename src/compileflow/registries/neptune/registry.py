@@ -179,12 +179,12 @@ class NeptuneRegistry:
         query = layout.all_of(
             layout.equals("sys/model_id", model), layout.equals(layout.DIGEST, entry.artifact_digest)
         )
-        unfinished = sorted(
+        incomplete_versions = sorted(
             (str(row["sys/id"]) for row in self._client.find("version", query)), key=layout.number_of
         )
-        if unfinished:
-            logger.info("Completing %s, which an earlier run left unfinished", unfinished[0])
-            return unfinished[0]
+        if incomplete_versions:
+            logger.info("Completing %s, which an earlier run left unfinished", incomplete_versions[0])
+            return incomplete_versions[0]
         identity = self._client.create_version(model)
         self._client.write(identity, {layout.DIGEST: entry.artifact_digest, layout.NAME: entry.name})
         return identity
@@ -221,14 +221,14 @@ class NeptuneRegistry:
         rows = self._client.find(
             "version", layout.equals("sys/model_id", model), ["sys/creation_time", layout.DIGEST, layout.COMPLETE]
         )
-        latest = datetime.now(UTC).timestamp() - _LITTER_AGE_S
+        newest_time = datetime.now(UTC).timestamp() - _LITTER_AGE_S
         self._client.trash(
             [
                 str(row["sys/id"])
                 for row in rows
                 if not row[layout.COMPLETE]
                 and row[layout.DIGEST] in (None, digest)
-                and datetime.fromisoformat(str(row["sys/creation_time"])).timestamp() < latest
+                and datetime.fromisoformat(str(row["sys/creation_time"])).timestamp() < newest_time
             ]
         )
 
@@ -250,10 +250,10 @@ class NeptuneRegistry:
         return file_lock(path, on_wait=lambda: logger.info("Another process registers %s; waiting", key[0]))
 
 
-def _wait_for(look: Callable[[], _T]) -> _T:
+def _wait_for(query: Callable[[], _T]) -> _T:
     """Repeat a query until it has a result: a hosted server lists a new object some seconds later."""
-    until = time.monotonic() + _LISTED_WITHIN_S
-    while not (result := look()) and time.monotonic() < until:
+    deadline = time.monotonic() + _LISTED_WITHIN_S
+    while not (result := query()) and time.monotonic() < deadline:
         time.sleep(0.5)
     return result
 
