@@ -62,12 +62,12 @@ class Collectable(Protocol):
         """Delete a blob if it is still at least that old, and say whether it was."""
 
 
-def collect(store: Collectable, keep: Collection[str], *, min_age_s: float, dry_run: bool) -> Collected:
+def collect(store: Collectable, digests_to_keep: Collection[str], *, min_age_s: float, dry_run: bool) -> Collected:
     """Delete what `ArtifactStore.gc` describes, in the order that the module's docstring explains."""
     listings: dict[str, tuple[FileRecord, ...]] = {}
     candidates: list[AgedObject] = []
     for listing in store.aged_listings():
-        if listing.digest not in keep and listing.age_s >= min_age_s:
+        if listing.digest not in digests_to_keep and listing.age_s >= min_age_s:
             candidates.append(listing)
         else:
             _read(store, listing.digest, listings)
@@ -79,11 +79,11 @@ def collect(store: Collectable, keep: Collection[str], *, min_age_s: float, dry_
     for listing in store.aged_listings():
         if listing.digest not in deleted_sizes:
             _read(store, listing.digest, listings)
-    needed = {record.sha256 for files in listings.values() for record in files}
+    blobs_in_use = {record.sha256 for files in listings.values() for record in files}
     blob_sizes = [
         blob.size_bytes
         for blob in store.aged_blobs()
-        if blob.digest not in needed
+        if blob.digest not in blobs_in_use
         and blob.age_s >= min_age_s
         and (dry_run or store.delete_blob(blob.digest, min_age_s=min_age_s))
     ]

@@ -34,13 +34,13 @@ class LocalStore:
 
     def __init__(self, uri: str, settings: Settings):
         """Keep the folder's path. Every store takes settings, but this one needs none of them."""
-        parsed = urlparse(uri)
-        if parsed.scheme != "file" or parsed.netloc not in ("", "localhost") or not parsed.path:
+        url = urlparse(uri)
+        if url.scheme != "file" or url.netloc not in ("", "localhost") or not url.path:
             raise SpecError(
                 f"{uri!r} is not the URI of a local folder.", hint="Write it as file:///absolute/path."
             )
         self.uri = uri.rstrip("/")
-        self.root = Path(unquote(parsed.path))
+        self.root = Path(unquote(url.path))
 
     def put_folder(self, folder: Path) -> StoredFolder:
         """Copy the blobs that the store lacks, then write the listing.
@@ -53,13 +53,13 @@ class LocalStore:
         digest = folder_digest(files)
         with os_errors(self.root, "write to the store"), work_folder(self.root / "tmp", label="put") as work:
             for _ in range(_PUT_ATTEMPTS):
-                refreshed = [
+                refreshes = [
                     self._put_blob(folder / record.path, record, work / str(number))
                     for number, record in enumerate(files)
                 ]
-                refreshed.append(self._put_listing(listing_bytes(files), digest, work / "listing"))
+                refreshes.append(self._put_listing(listing_bytes(files), digest, work / "listing"))
                 # Rule 4 of stores/collecting.py.
-                if not any(refreshed) or self.exists(digest):
+                if not any(refreshes) or self.exists(digest):
                     break
             else:
                 raise layout.collected_meanwhile(self.uri, folder)
@@ -153,9 +153,9 @@ class LocalStore:
         """Delete a blob if it is still at least that old."""
         return _delete_if_old(self._blob_path(sha256), min_age_s)
 
-    def _json_names(self, below: str) -> Iterator[str]:
+    def _json_names(self, prefix: str) -> Iterator[str]:
         with os_errors(self.root, "read the store"):
-            paths = _entries(self.root / below)
+            paths = _entries(self.root / prefix)
         for path in paths:
             if path.suffix == ".json":
                 yield path.stem
@@ -170,8 +170,8 @@ class LocalStore:
     def _put_blob(self, path: Path, record: FileRecord, partial: Path) -> bool:
         """Copy a file into the store unless it is there. Return whether an old blob was found and refreshed."""
         blob = self._blob_path(record.sha256)
-        if self._has_blob(record) and (refreshed := _refresh_if_old(blob)) is not None:
-            return refreshed
+        if self._has_blob(record) and (was_refreshed := _refresh_if_old(blob)) is not None:
+            return was_refreshed
         with _stored_file(blob, partial):
             shutil.copyfile(path, partial)
             if file_digest(partial) != record.sha256:
@@ -181,8 +181,8 @@ class LocalStore:
     def _put_listing(self, body: bytes, digest: str, partial: Path) -> bool:
         """Write a listing unless it is there. Return whether an old listing was found and refreshed."""
         path = self.root / layout.listing_key(digest)
-        if path.exists() and (refreshed := _refresh_if_old(path)) is not None:
-            return refreshed
+        if path.exists() and (was_refreshed := _refresh_if_old(path)) is not None:
+            return was_refreshed
         with _stored_file(path, partial):
             partial.write_bytes(body)
         return False
@@ -200,21 +200,21 @@ class LocalStore:
                 raise
         return files
 
-    def _write_file(self, record: FileRecord, out: Path, *, link: bool) -> None:
+    def _write_file(self, record: FileRecord, dest: Path, *, link: bool) -> None:
         blob = self._blob_path(record.sha256)
         if not self._has_blob(record):
             raise layout.bad_blob(self.uri, record)
-        out.parent.mkdir(parents=True, exist_ok=True)
+        dest.parent.mkdir(parents=True, exist_ok=True)
         try:
             if link:
-                link_or_copy(blob, out)
+                link_or_copy(blob, dest)
             else:
-                shutil.copyfile(blob, out)
+                shutil.copyfile(blob, dest)
         except FileNotFoundError as error:
             # A collection has just deleted it.
             raise layout.bad_blob(self.uri, record) from error
         # Hash the copy, because the blob may have changed since.
-        if file_digest(out) != record.sha256:
+        if file_digest(dest) != record.sha256:
             raise layout.bad_blob(self.uri, record)
 
     def _listing(self, digest: str) -> tuple[FileRecord, ...]:

@@ -44,15 +44,15 @@ class BlobCache:
             fetch(partial)
         return path
 
-    def copy(self, record: FileRecord, out: Path) -> bool:
+    def copy(self, record: FileRecord, dest: Path) -> bool:
         """Copy a cached blob to a writable file, and say whether the cache has it unaltered."""
         try:
-            shutil.copyfile(self._path(record), out)
+            shutil.copyfile(self._path(record), dest)
         except FileNotFoundError:
             return False
-        if out.stat().st_size == record.size_bytes and file_digest(out) == record.sha256:
+        if dest.stat().st_size == record.size_bytes and file_digest(dest) == record.sha256:
             return True
-        out.unlink()
+        dest.unlink()
         return False
 
     def _path(self, record: FileRecord) -> Path:

@@ -20,8 +20,8 @@ _ATTEMPTS = 4
 _PAUSE_S = 0.2
 
 
-def fetch_blob(objects: S3Objects, record: FileRecord, out: Path, on_bytes: Callable[[int], None]) -> None:
-    """Download a blob. `out` appears complete and verified, or not at all.
+def fetch_blob(objects: S3Objects, record: FileRecord, dest: Path, on_bytes: Callable[[int], None]) -> None:
+    """Download a blob. `dest` appears complete and verified, or not at all.
 
     If the reply breaks off, the download resumes at that byte. If the bytes are wrong, the blob is downloaded once
     more, because they may have been damaged on the way.
@@ -29,14 +29,14 @@ def fetch_blob(objects: S3Objects, record: FileRecord, out: Path, on_bytes: Call
     Args:
         objects: Objects of the store.
         record: Size and SHA-256 of the blob.
-        out: Path of the new file.
+        dest: Path of the new file.
         on_bytes: Called with the number of bytes that arrived.
 
     Raises:
         IntegrityError: The blob is missing or altered.
         StoreUnavailableError: The server did not answer, or every reply broke off.
     """
-    with file_written_whole(out) as partial:
+    with file_written_whole(dest) as partial:
         for _ in range(2):
             with partial.open("wb", buffering=0) as stream:
                 if _download(objects, record, stream, on_bytes) == record.sha256:
@@ -44,7 +44,7 @@ def fetch_blob(objects: S3Objects, record: FileRecord, out: Path, on_bytes: Call
         raise bad_blob(objects.uri, record)
 
 
-def _download(objects: S3Objects, record: FileRecord, out: BinaryIO, on_bytes: Callable[[int], None]) -> str:
+def _download(objects: S3Objects, record: FileRecord, file: BinaryIO, on_bytes: Callable[[int], None]) -> str:
     """Write the bytes of a blob and return their SHA-256."""
     from botocore.exceptions import BotoCoreError
     from urllib3.exceptions import HTTPError
@@ -60,7 +60,7 @@ def _download(objects: S3Objects, record: FileRecord, out: BinaryIO, on_bytes: C
                 if offset > record.size_bytes:
                     raise bad_blob(objects.uri, record)
                 blob_hash.update(block)
-                out.write(block)
+                file.write(block)
                 on_bytes(len(block))
             return blob_hash.hexdigest()
         # boto3 does not translate TLS errors in a body.

@@ -47,14 +47,14 @@ class BlobUploads:
             yield body, hashlib.sha256(body).hexdigest()
 
     def put_file(
-        self, path: Path, record: FileRecord, existing: S3Object | None, on_bytes: Callable[[int], None]
+        self, path: Path, record: FileRecord, existing_object: S3Object | None, on_bytes: Callable[[int], None]
     ) -> None:
         """Send a file from the disk in parts.
 
         Args:
             path: Path of the file.
             record: Size and SHA-256 of the file.
-            existing: Object of another size at the blob's place, which is replaced; None if there is none.
+            existing_object: Object of another size at the blob's place, which is replaced; None if there is none.
             on_bytes: Called with the number of bytes that were sent or found on the server.
 
         Raises:
@@ -64,12 +64,12 @@ class BlobUploads:
         write_blob_once(
             self._objects,
             record,
-            existing,
+            existing_object,
             lambda place, condition: self._send_file(path, record, place, condition, on_bytes),
         )
 
     def put_body(
-        self, body: bytes, record: FileRecord, existing: S3Object | None, on_bytes: Callable[[int], None]
+        self, body: bytes, record: FileRecord, existing_object: S3Object | None, on_bytes: Callable[[int], None]
     ) -> None:
         """Send bytes from memory with one request. Other arguments and errors are those of `put_file`."""
         arguments = object_arguments(self._objects.settings, blob=True)
@@ -79,7 +79,7 @@ class BlobUploads:
             self._objects.client.put_object(Body=body, ChecksumSHA256=checksum, **place, **condition, **arguments)
             on_bytes(len(body))
 
-        write_blob_once(self._objects, record, existing, send)
+        write_blob_once(self._objects, record, existing_object, send)
 
     def _send_file(
         self,
@@ -111,17 +111,17 @@ class BlobUploads:
         self, path: Path, part_bytes: int, upload: dict[str, str], on_bytes: Callable[[int], None]
     ) -> tuple[list[dict[str, Any]], str]:
         """Send the parts that the server lacks. Return all parts, and the SHA-256 of the whole file."""
-        arrived = self._arrived_parts(upload)
+        arrived_parts = self._arrived_parts(upload)
         # The file is read and hashed in order, although the parts leave in any order.
         file_hash = hashlib.sha256()
         futures: list[Future[dict[str, Any]]] = []
         pool = ThreadPoolExecutor(_PARTS_AT_ONCE)
-        failed = threading.Event()
+        failure = threading.Event()
 
         def send(number: int, data: bytes) -> dict[str, Any]:
             try:
                 checksum = b64encode(hashlib.sha256(data).digest()).decode()
-                part = arrived.get(number)
+                part = arrived_parts.get(number)
                 if part is None or not _holds(part, data, checksum):
                     part = self._objects.client.upload_part(
                         Body=data, PartNumber=number, ChecksumSHA256=checksum, **upload
@@ -129,14 +129,14 @@ class BlobUploads:
                 on_bytes(len(data))
                 return {"PartNumber": number, "ETag": part["ETag"], "ChecksumSHA256": checksum}
             except BaseException:
-                failed.set()
+                failure.set()
                 raise
             finally:
                 self._memory.release(part_bytes)
 
         try:
             with path.open("rb") as stream:
-                while not failed.is_set():
+                while not failure.is_set():
                     self._memory.acquire(part_bytes)
                     data = stream.read(part_bytes)
                     if not data:

@@ -68,10 +68,10 @@ def _check_endpoint(url: str | None) -> None:
     # boto3 accepts some invalid URLs and fails later with an unclear message.
     try:
         parts = urlsplit(url or "https://aws")
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        is_valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
     except ValueError:
-        valid = False
-    if not valid:
+        is_valid = False
+    if not is_valid:
         # The message does not show the URL, which may contain a password.
         raise StoreError(
             "COMPILEFLOW_S3_ENDPOINT_URL is not the URL of a server.",

@@ -64,8 +64,8 @@ class FolderUpload:
                 self._send(record, progress.add, partial(self._uploads.put_file, self._folder / record.path))
 
             files = list_files(self._folder, at_once=self._at_once, digest_of=send_small)
-            large = [record for record in files if record.size_bytes > self._uploads.single_bytes]
-            run_for_all(send_large, largest_first(large), at_once=self._at_once)
+            large_files = [record for record in files if record.size_bytes > self._uploads.single_bytes]
+            run_for_all(send_large, largest_first(large_files), at_once=self._at_once)
         for path, stamp in _stamps(self._folder).items():
             if stamps.get(path) != stamp:
                 raise layout.changed_while_stored(path)
@@ -84,18 +84,18 @@ class FolderUpload:
                 return
             self._claimed.add(record.sha256)
         key = layout.blob_key(record.sha256)
-        existing = self._listed.get(key) if self._listed is not None else self._objects.head(key)
-        if existing is not None and existing.size_bytes == record.size_bytes:
-            if existing.age_s < REFRESH_AFTER_S:
+        existing_object = self._listed.get(key) if self._listed is not None else self._objects.head(key)
+        if existing_object is not None and existing_object.size_bytes == record.size_bytes:
+            if existing_object.age_s < REFRESH_AFTER_S:
                 on_bytes(record.size_bytes)
                 return
-            if self._objects.refresh(existing, blob=True):
+            if self._objects.refresh(existing_object, blob=True):
                 with self._lock:
                     self.refreshed += 1
                 on_bytes(record.size_bytes)
                 return
-            existing = None
-        send(record, existing, on_bytes)
+            existing_object = None
+        send(record, existing_object, on_bytes)
 
 
 def listed_blobs(objects: S3Objects) -> dict[str, S3Object] | None:
@@ -106,11 +106,11 @@ def listed_blobs(objects: S3Objects) -> dict[str, S3Object] | None:
 
 def find_blobs(objects: S3Objects, blobs: Sequence[FileRecord], *, at_once: int) -> dict[str, S3Object | None]:
     """Return the existing object of each blob by SHA-256, whatever its size; None where there is none."""
-    listed = listed_blobs(objects) if len(blobs) >= _LIST_FROM else None
-    if listed is not None:
-        return {record.sha256: listed.get(layout.blob_key(record.sha256)) for record in blobs}
-    existing = run_for_all(lambda record: objects.head(layout.blob_key(record.sha256)), blobs, at_once=at_once)
-    return dict(zip((record.sha256 for record in blobs), existing, strict=True))
+    objects_by_key = listed_blobs(objects) if len(blobs) >= _LIST_FROM else None
+    if objects_by_key is not None:
+        return {record.sha256: objects_by_key.get(layout.blob_key(record.sha256)) for record in blobs}
+    heads = run_for_all(lambda record: objects.head(layout.blob_key(record.sha256)), blobs, at_once=at_once)
+    return dict(zip((record.sha256 for record in blobs), heads, strict=True))
 
 
 def run_for_all(

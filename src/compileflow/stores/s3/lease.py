@@ -40,11 +40,11 @@ def lease(objects: S3Objects, key: str, *, lease_s: float, on_wait: Callable[[],
         StoreUnavailableError: The server did not answer.
     """
     holder = _Lease(objects, key, lease_s)
-    waited = False
+    has_waited = False
     while not holder.take():
-        if not waited:
+        if not has_waited:
             on_wait()
-            waited = True
+            has_waited = True
         time.sleep(min(1.0, lease_s / 4))
     renewals = threading.Thread(target=holder.keep_renewing, name="compileflow-lease", daemon=True)
     renewals.start()
@@ -68,14 +68,14 @@ class _Lease:
 
     def take(self) -> bool:
         """Try once to take the lock, and say whether this run holds it now."""
-        current = self._objects.read(self._key)
-        if current is not None and not self._is_ours(current[0]) and current[1].age_s <= self._lease_s:
+        content = self._objects.read(self._key)
+        if content is not None and not self._is_ours(content[0]) and content[1].age_s <= self._lease_s:
             return False
-        return self._write(current[1].etag if current is not None else None)
+        return self._write(content[1].etag if content is not None else None)
 
     def keep_renewing(self) -> None:
         """Renew the lock until it is released or lost. Runs in a thread."""
-        renewed = time.monotonic()
+        renewed_at = time.monotonic()
         while not self.finished.wait(self._lease_s / 3):
             try:
                 if not self._write(self._etag):
@@ -83,10 +83,10 @@ class _Lease:
                     self._etag = None
                     return
             except StoreError as error:
-                overdue_s = time.monotonic() - renewed
+                overdue_s = time.monotonic() - renewed_at
                 logger.warning("the lock %s could not be renewed for %.0f s: %s", self._key, overdue_s, error)
             else:
-                renewed = time.monotonic()
+                renewed_at = time.monotonic()
 
     def release(self) -> None:
         """Delete the object if it is still ours. If that fails, the lock expires."""
@@ -103,10 +103,10 @@ class _Lease:
         # Each renewal has other bytes and therefore another ETag. A run that saw the old one cannot take over.
         self._beats += 1
         body = json.dumps({"holder": self._holder, "beat": self._beats}).encode()
-        written = write_if_unchanged_or_ours(self._objects, self._key, body, etag=etag, is_ours=self._is_ours)
-        if written is None:
+        new_etag = write_if_unchanged_or_ours(self._objects, self._key, body, etag=etag, is_ours=self._is_ours)
+        if new_etag is None:
             return False
-        self._etag = written
+        self._etag = new_etag
         return True
 
     def _is_ours(self, body: bytes) -> bool:

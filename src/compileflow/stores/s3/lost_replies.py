@@ -30,13 +30,15 @@ _APPEARS_WITHIN_S = (0.0, 0.2, 0.8)
 SendBlob = Callable[[dict[str, str], dict[str, str]], None]
 
 
-def write_blob_once(objects: S3Objects, record: FileRecord, existing: S3Object | None, send: SendBlob) -> None:
+def write_blob_once(
+    objects: S3Objects, record: FileRecord, existing_object: S3Object | None, send: SendBlob
+) -> None:
     """Send a blob unless another request, by this process or another, has already written it.
 
     Args:
         objects: Objects of the store.
         record: Size and SHA-256 of the blob.
-        existing: Object of another size at the blob's place, which is replaced; None if there is none.
+        existing_object: Object of another size at the blob's place, which is replaced; None if there is none.
         send: Sends the blob.
 
     Raises:
@@ -44,10 +46,10 @@ def write_blob_once(objects: S3Objects, record: FileRecord, existing: S3Object |
         StoreUnavailableError: The server did not answer, or other writers were faster every time.
     """
     for _ in range(_ATTEMPTS):
-        if _try_write(objects, record, existing, send):
+        if _try_write(objects, record, existing_object, send):
             return
-        existing = objects.head(blob_key(record.sha256))
-        if existing is not None and existing.size_bytes == record.size_bytes:
+        existing_object = objects.head(blob_key(record.sha256))
+        if existing_object is not None and existing_object.size_bytes == record.size_bytes:
             return
     raise StoreUnavailableError(
         f"{objects.uri}: {record.path} was refused {_ATTEMPTS} times, because other writers were faster.",
@@ -55,12 +57,15 @@ def write_blob_once(objects: S3Objects, record: FileRecord, existing: S3Object |
     )
 
 
-def _try_write(objects: S3Objects, record: FileRecord, existing: S3Object | None, send: SendBlob) -> bool:
+def _try_write(objects: S3Objects, record: FileRecord, existing_object: S3Object | None, send: SendBlob) -> bool:
     from botocore.exceptions import ClientError
 
     with s3_errors(objects.uri, "write to"):
         try:
-            send(objects.place(blob_key(record.sha256)), expecting(existing.etag if existing else None))
+            send(
+                objects.place(blob_key(record.sha256)),
+                expecting(existing_object.etag if existing_object else None),
+            )
         except ClientError as error:
             if is_conflict(error) or code_of(error) == "NoSuchUpload":
                 return False
@@ -73,8 +78,8 @@ def _appears(objects: S3Objects, record: FileRecord) -> bool:
     """Say whether a blob exists despite a 5xx error. Some servers fail while another request completes it."""
     for pause_s in _APPEARS_WITHIN_S:
         time.sleep(pause_s)
-        current = objects.head(blob_key(record.sha256))
-        if current is not None and current.size_bytes == record.size_bytes:
+        stored_object = objects.head(blob_key(record.sha256))
+        if stored_object is not None and stored_object.size_bytes == record.size_bytes:
             return True
     return False
 
@@ -91,8 +96,8 @@ def write_if_unchanged_or_ours(
         etag: ETag of the object that is to be replaced; None if none is expected.
         is_ours: Says whether the content was written by this writer.
     """
-    written = objects.write_if(key, body, etag=etag)
-    if written is not None:
-        return written
-    current = objects.read(key)
-    return current[1].etag if current is not None and is_ours(current[0]) else None
+    new_etag = objects.write_if(key, body, etag=etag)
+    if new_etag is not None:
+        return new_etag
+    content = objects.read(key)
+    return content[1].etag if content is not None and is_ours(content[0]) else None

@@ -83,20 +83,20 @@ class S3Objects:
                 raise
         return S3Object(key, reply["ContentLength"], _age(reply["LastModified"], reply), reply["ETag"])
 
-    def list(self, below: str) -> Iterator[S3Object]:
-        """Yield all objects whose key starts with `below`, sorted by key."""
+    def list(self, prefix: str) -> Iterator[S3Object]:
+        """Yield all objects whose key starts with `prefix`, sorted by key."""
         token: str | None = None
         while True:
-            page, token = self.page(below, token)
+            page, token = self.page(prefix, token)
             yield from page
             if token is None:
                 return
 
-    def page(self, below: str, token: str | None = None) -> tuple[tuple[S3Object, ...], str | None]:
+    def page(self, prefix: str, token: str | None = None) -> tuple[tuple[S3Object, ...], str | None]:
         """Return up to 1000 objects with one request, and the token of the next page; None after the last one."""
         arguments = {"ContinuationToken": token} if token else {}
         with s3_errors(self.uri, "list"):
-            reply = self.client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix + below, **arguments)
+            reply = self.client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix + prefix, **arguments)
         page = tuple(
             S3Object(
                 entry["Key"].removeprefix(self.prefix),
@@ -174,7 +174,7 @@ class S3Objects:
                 raise
         return True
 
-    def refresh(self, existing: S3Object, *, blob: bool) -> bool:
+    def refresh(self, existing_object: S3Object, *, blob: bool) -> bool:
         """Reset the age of an object, by a copy onto itself on the server; False if it does not exist any more."""
         from boto3.s3.transfer import TransferConfig
         from botocore.exceptions import ClientError
@@ -183,7 +183,7 @@ class S3Objects:
         arguments = object_arguments(self.settings, blob=blob) | {"MetadataDirective": "REPLACE"}
         if "Tagging" in arguments:
             arguments["TaggingDirective"] = "REPLACE"
-        place = self.place(existing.key)
+        place = self.place(existing_object.key)
         config = TransferConfig(multipart_threshold=_COPY_BYTES, preferred_transfer_client="classic")
         with s3_errors(self.uri, "write to"):
             try:
@@ -194,11 +194,11 @@ class S3Objects:
                 raise
         return True
 
-    def abort_uploads(self, below: str, *, min_age: timedelta) -> None:
+    def abort_uploads(self, prefix: str, *, min_age: timedelta) -> None:
         """Abort old multipart uploads, because the provider charges for their parts."""
         with s3_errors(self.uri, "collect garbage in"):
             pages = self.client.get_paginator("list_multipart_uploads").paginate(
-                Bucket=self.bucket, Prefix=self.prefix + below
+                Bucket=self.bucket, Prefix=self.prefix + prefix
             )
             for upload in [upload for page in pages for upload in page.get("Uploads", ())]:
                 if datetime.now(UTC) - upload["Initiated"] > min_age:

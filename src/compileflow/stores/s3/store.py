@@ -40,18 +40,18 @@ class S3Store:
 
     def __init__(self, uri: str, settings: Settings):
         """Keep the address and the settings. Sends no request."""
-        parsed = urlparse(uri)
-        if parsed.scheme != "s3" or not _BUCKET.fullmatch(parsed.netloc) or parsed.query or parsed.fragment:
+        url = urlparse(uri)
+        if url.scheme != "s3" or not _BUCKET.fullmatch(url.netloc) or url.query or url.fragment:
             raise SpecError(
                 f"{layout.without_user(uri)!r} is not the URI of a store on S3.",
                 hint="Write it as s3://bucket/prefix.",
             )
         self.uri = uri.rstrip("/")
-        prefix = parsed.path.strip("/")
+        prefix = url.path.strip("/")
         self._at_once = settings.s3_files_at_once
         self._lease_s = settings.s3_lease_s
         self._objects = S3Objects(
-            self.uri, bucket=parsed.netloc, prefix=f"{prefix}/" if prefix else "", settings=settings
+            self.uri, bucket=url.netloc, prefix=f"{prefix}/" if prefix else "", settings=settings
         )
         self._uploads = BlobUploads(self._objects)
         self._cache = BlobCache(settings.home_dir / "blobs")
@@ -68,9 +68,9 @@ class S3Store:
             with os_errors(folder, "read"):
                 files = upload.send()
             digest = folder_digest(files)
-            refreshed = self._put_listing(listing_bytes(files), digest) or upload.refreshed > 0
+            was_refreshed = self._put_listing(listing_bytes(files), digest) or upload.refreshed > 0
             # Rule 4 of stores/collecting.py.
-            if not refreshed or self.exists(digest):
+            if not was_refreshed or self.exists(digest):
                 return StoredFolder(self.folder_uri(digest), digest, sum(record.size_bytes for record in files))
         raise layout.collected_meanwhile(self.uri, folder)
 
@@ -89,12 +89,12 @@ class S3Store:
                 with TransferProgress("fetching", sum(record.size_bytes for record in files)) as progress:
 
                     def get(record: FileRecord) -> None:
-                        out = dest / record.path
-                        out.parent.mkdir(parents=True, exist_ok=True)
-                        if self._cache.copy(record, out):
+                        path = dest / record.path
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        if self._cache.copy(record, path):
                             progress.add(record.size_bytes)
                         else:
-                            fetch_blob(self._objects, record, out, progress.add)
+                            fetch_blob(self._objects, record, path, progress.add)
 
                     run_for_all(get, largest_first(files), at_once=self._at_once)
             except BaseException:
@@ -112,9 +112,9 @@ class S3Store:
                 (work / "folder").mkdir()
                 blobs = self._cached_blobs(files, work)
                 for record in files:
-                    out = work / "folder" / record.path
-                    out.parent.mkdir(parents=True, exist_ok=True)
-                    link_or_copy(blobs[record.sha256], out)
+                    file = work / "folder" / record.path
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    link_or_copy(blobs[record.sha256], file)
             yield work / "folder"
 
     def exists(self, digest: str) -> bool:
@@ -128,8 +128,8 @@ class S3Store:
             blobs = _distinct(self._listing(digest))
         except IntegrityError:
             return False
-        existing = find_blobs(self._objects, blobs, at_once=self._at_once)
-        return all(_has_size(existing[record.sha256], record.size_bytes) for record in blobs)
+        objects_by_digest = find_blobs(self._objects, blobs, at_once=self._at_once)
+        return all(_has_size(objects_by_digest[record.sha256], record.size_bytes) for record in blobs)
 
     def list(self) -> Iterator[str]:
         """Yield the digests of all folders, sorted."""
@@ -146,14 +146,14 @@ class S3Store:
 
     def get_record(self, kind: str, key: str) -> dict[str, JsonValue] | None:
         """Return the value of a record; None if it is missing or not JSON."""
-        current = self._objects.read(layout.record_key(kind, key))
-        return layout.parse_record(current[0]) if current is not None else None
+        content = self._objects.read(layout.record_key(kind, key))
+        return layout.parse_record(content[0]) if content is not None else None
 
     def list_records(self, kind: str) -> Iterator[str]:
         """Yield the keys of all records of a kind, sorted."""
-        below = layout.records_key(kind)
-        for record in self._objects.list(below):
-            yield record.key.removeprefix(below).removesuffix(".json")
+        prefix = layout.records_key(kind)
+        for record in self._objects.list(prefix):
+            yield record.key.removeprefix(prefix).removesuffix(".json")
 
     def lock(self, key: str, *, on_wait: Callable[[], None]) -> AbstractContextManager[None]:
         """Hold a lock that excludes all other machines that use this store, as stores/s3/lease.py explains."""
@@ -168,10 +168,10 @@ class S3Store:
             StoreError: The server refused.
             StoreUnavailableError: The server did not answer.
         """
-        collected = collect(self, keep, min_age_s=min_age_s, dry_run=dry_run)
+        result = collect(self, keep, min_age_s=min_age_s, dry_run=dry_run)
         if not dry_run:
             self._objects.abort_uploads(layout.BLOBS, min_age=_ABANDONED_UPLOAD)
-        return collected
+        return result
 
     def aged_listings(self) -> Iterator[AgedObject]:
         """Yield all listings."""
@@ -184,8 +184,8 @@ class S3Store:
     def read_listing(self, digest: str) -> tuple[FileRecord, ...] | None:
         """Return the files of a folder; None if its listing does not exist."""
         key = layout.listing_key(digest)
-        current = self._objects.read(key)
-        return layout.parse_listing(current[0], digest, f"{self.uri}/{key}") if current is not None else None
+        content = self._objects.read(key)
+        return layout.parse_listing(content[0], digest, f"{self.uri}/{key}") if content is not None else None
 
     def delete_listing(self, digest: str, *, min_age_s: float) -> bool:
         """Delete a listing if it is still at least that old."""
@@ -199,13 +199,15 @@ class S3Store:
         """Write a listing unless it is there. Return whether an old listing was found and refreshed."""
         key = layout.listing_key(digest)
         for _ in range(_PUT_ATTEMPTS):
-            existing = self._objects.head(key)
-            if existing is not None and _has_size(existing, len(body)):
-                if existing.age_s < REFRESH_AFTER_S:
+            existing_object = self._objects.head(key)
+            if existing_object is not None and _has_size(existing_object, len(body)):
+                if existing_object.age_s < REFRESH_AFTER_S:
                     return False
-                if self._objects.refresh(existing, blob=False):
+                if self._objects.refresh(existing_object, blob=False):
                     return True
-            elif self._objects.write_if(key, body, etag=existing.etag if existing is not None else None):
+            elif self._objects.write_if(
+                key, body, etag=existing_object.etag if existing_object is not None else None
+            ):
                 return False
             # Another writer was faster, or the reply to our own request was lost; the next attempt finds out.
         raise layout.collected_meanwhile(self.uri, digest)
@@ -232,15 +234,15 @@ class S3Store:
             raise layout.no_folder(self.uri, digest)
         return files
 
-    def _aged(self, below: str) -> Iterator[AgedObject]:
-        for existing in self._objects.list(below):
-            digest = existing.key.rpartition("/")[2].removesuffix(".json")
+    def _aged(self, prefix: str) -> Iterator[AgedObject]:
+        for stored_object in self._objects.list(prefix):
+            digest = stored_object.key.rpartition("/")[2].removesuffix(".json")
             if layout.is_digest(digest):
-                yield AgedObject(digest, existing.size_bytes, existing.age_s)
+                yield AgedObject(digest, stored_object.size_bytes, stored_object.age_s)
 
     def _delete_if_old(self, key: str, min_age_s: float) -> bool:
-        existing = self._objects.head(key)
-        return existing is not None and existing.age_s >= min_age_s and self._objects.delete(key)
+        existing_object = self._objects.head(key)
+        return existing_object is not None and existing_object.age_s >= min_age_s and self._objects.delete(key)
 
 
 def _distinct(files: Sequence[FileRecord]) -> Sequence[FileRecord]:
@@ -248,5 +250,5 @@ def _distinct(files: Sequence[FileRecord]) -> Sequence[FileRecord]:
     return largest_first(list({record.sha256: record for record in files}.values()))
 
 
-def _has_size(existing: S3Object | None, size_bytes: int) -> bool:
-    return existing is not None and existing.size_bytes == size_bytes
+def _has_size(existing_object: S3Object | None, size_bytes: int) -> bool:
+    return existing_object is not None and existing_object.size_bytes == size_bytes
