@@ -86,14 +86,14 @@ def commands() -> str:
     group: Any = typer.main.get_command(app)
     sections = []
     for name, command in sorted(group.commands.items()):
-        usage = [f"compileflow {name}", *(_spelling(p) for p in command.params if _is_argument(p)), "[OPTIONS]"]
+        usage = [f"compileflow {name}", *(_usage(p) for p in command.params if _is_argument(p)), "[OPTIONS]"]
         text = inspect.cleandoc(command.help or "").split("\f")[0].strip()
         sections.append(f"## compileflow {name}\n\n{text}\n\n```text\n{' '.join(usage)}\n```\n")
         panels: dict[str, list[tuple[str, str]]] = {}
         for parameter in command.params:
             panel = parameter.rich_help_panel or "argument or option"
             cell = f"`{_spelling(parameter)}`".replace(", ", "`, `")
-            panels.setdefault(panel, []).append((cell, (parameter.help or "").strip()))
+            panels.setdefault(panel, []).append((cell, (parameter.help or "").strip() + _default(parameter)))
         sections += [table((panel, "what it does"), rows) for panel, rows in panels.items()]
     return "\n".join(sections)
 
@@ -102,10 +102,20 @@ def _is_argument(parameter: Any) -> bool:
     return isinstance(parameter, typer.core.TyperArgument)
 
 
+def _usage(argument: Any) -> str:
+    return _spelling(argument) if argument.required else f"[{_spelling(argument)}]"
+
+
+def _default(parameter: Any) -> str:
+    """Return the default of a parameter as a sentence; '' for a switch, and for one that has none."""
+    return f" Default: {parameter.default}." if parameter.default and not parameter.is_flag else ""
+
+
 def _spelling(parameter: Any) -> str:
     if _is_argument(parameter):
         return str(parameter.metavar or parameter.name.upper())
-    return ", ".join((*parameter.opts, *parameter.secondary_opts))
+    value = f" {parameter.metavar}" if parameter.metavar else ""
+    return ", ".join((*parameter.opts, *parameter.secondary_opts)) + value
 
 
 def runtimes() -> str:

@@ -32,11 +32,11 @@ class Settings(BaseSettings):
         Path("~/.local/share/compileflow"),
         description="Folder of the embedded store, the embedded registry and work files.",
     )
-    store_uri: str | None = Field(None, description="Artifact store. Empty: file://HOME/store.")
+    store_uri: str | None = Field(None, description="Artifact store. Empty: file://COMPILEFLOW_HOME/store.")
     registry_uri: str | None = Field(
         None,
         description="Model registries, separated by commas; the first is read, all are written. "
-        "Empty: sqlite:///HOME/registry.db.",
+        "Empty: sqlite:///COMPILEFLOW_HOME/registry.db.",
     )
     threads: int = Field(2, ge=1, le=1024, description="Threads that a compile or a validation uses.")
     hub_endpoint: str = Field(

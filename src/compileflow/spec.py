@@ -105,7 +105,7 @@ GraphPrecision = Annotated[
 ]
 OptionValues = Annotated[
     dict[str, JsonValue],
-    Field(title="Target options", description="Target-specific options, by name."),
+    Field(title="Target options", description="Options of the target, by name."),
 ]
 TrustRemoteCode = Annotated[
     bool,
@@ -117,7 +117,7 @@ TrustRemoteCode = Annotated[
 
 
 class ComponentSpec(BaseModel):
-    """One compiled graph of an artifact."""
+    """A named maximum length and its shape buckets; all components share one graph."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -152,7 +152,10 @@ class CompileSpec(BaseModel):
     hf_task: HfTask = Field(title="Task", description="Hub task that the compiled model serves.")
     precision: GraphPrecision = Precision.FP32
     components: tuple[ComponentSpec, ...] = Field(
-        (ComponentSpec(),), min_length=1, title="Components", description="Compiled graphs of the artifact."
+        (ComponentSpec(),),
+        min_length=1,
+        title="Components",
+        description="Named maximum lengths and their shape buckets; they share one graph.",
     )
     target_options: OptionValues = Field(default_factory=dict)
     trust_remote_code: TrustRemoteCode = False

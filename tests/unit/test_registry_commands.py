@@ -47,8 +47,8 @@ def call(*words: str) -> Result:
     return CliRunner().invoke(app, list(words))
 
 
-def one_line(result: Result, *parts: str) -> None:
-    assert result.exit_code == 1
+def one_line(result: Result, *parts: str, exit_code: int = 1) -> None:
+    assert result.exit_code == exit_code
     assert result.stdout == ""
     assert result.stderr.count("\n") == 1
     for part in ("error: ", *parts):
@@ -88,7 +88,7 @@ def test_warned_version_is_promoted_only_by_force_and_with_a_reason(registry: Mo
     registry.register(version_entry("ner", 1).model_copy(update={"verdict": "warn"}))
     words = ("promote", "ner", "1", "--stage", "production")
     one_line(call(*words), "has the verdict warn", "takes only pass", "--force")
-    one_line(call(*words, "--force"), "without a reason")
+    one_line(call(*words, "--force"), "without a reason", exit_code=2)
     assert registry.get("ner", 1).stage == "none"
     assert call(*words, "--force", "--reason", "the old one is worse").exit_code == 0
     assert registry.get("ner", "production").version == 1
@@ -97,24 +97,24 @@ def test_warned_version_is_promoted_only_by_force_and_with_a_reason(registry: Mo
 
 
 @pytest.mark.parametrize(
-    ("words", "parts"),
+    ("words", "parts", "exit_code"),
     [
-        (("promote", "ner", "1", "--stage", "live"), ("Unknown stage 'live'", "staging, production")),
-        (("promote", "ner", "7", "--stage", "staging"), ("no version 7", "1")),
-        (("promote", "nor", "1", "--stage", "staging"), ("no model 'nor'", "ner")),
-        (("lineage", "ner", "7"), ("no version 7", "1")),
-        (("lineage", "ner", "production"), ("production",)),
-        (("pull", "ner@production", "out"), ("production",)),
-        (("pull", "ner@soon", "out"), ("Expected the number of a version or a stage, got 'soon'",)),
-        (("pull", "../ner", "out"), ("Expected a reference to a registered model",)),
-        (("mirror", "file:///a", "toaster:1"), ("Unknown artifact store 'toaster'", "s3")),
+        (("promote", "ner", "1", "--stage", "live"), ("Unknown stage 'live'", "staging, production"), 2),
+        (("promote", "ner", "7", "--stage", "staging"), ("no version 7", "1"), 1),
+        (("promote", "nor", "1", "--stage", "staging"), ("no model 'nor'", "ner"), 1),
+        (("lineage", "ner", "7"), ("no version 7", "1"), 1),
+        (("lineage", "ner", "production"), ("production",), 1),
+        (("pull", "ner@production", "out"), ("production",), 1),
+        (("pull", "ner@soon", "out"), ("Expected the number of a version or a stage, got 'soon'",), 2),
+        (("pull", "../ner", "out"), ("Expected a reference to a registered model",), 2),
+        (("mirror", "file:///a", "toaster:1"), ("Unknown artifact store 'toaster'", "s3"), 2),
     ],
 )
 def test_wrong_name_number_or_stage_is_one_line_that_says_what_there_is(
-    registry: ModelRegistry, words: tuple[str, ...], parts: tuple[str, ...]
+    registry: ModelRegistry, words: tuple[str, ...], parts: tuple[str, ...], exit_code: int
 ) -> None:
     registry.register(version_entry("ner", 1))
-    one_line(call(*words), *parts)
+    one_line(call(*words), *parts, exit_code=exit_code)
 
 
 def test_lineage_shows_source_artifact_report_promotions_and_siblings(registry: ModelRegistry) -> None:
@@ -148,7 +148,7 @@ def test_pull_writes_the_artifact_that_was_registered(
     result = call("pull", reference, str(tmp_path / "out"))
     assert result.exit_code == 0, result.stderr
     assert entry.artifact_digest in result.stdout
-    assert folder_digest(list_files(tmp_path / "out", only=names(OLD_ARTIFACT))) == entry.artifact_digest
+    assert folder_digest(list_files(tmp_path / "out", paths=names(OLD_ARTIFACT))) == entry.artifact_digest
     one_line(call("pull", reference, str(tmp_path / "out")), "is not empty")
 
 
@@ -195,7 +195,7 @@ def test_version_whose_uri_was_bent_to_another_artifact_is_refused(
     settings: Settings, registry: ModelRegistry, command: str
 ) -> None:
     registry.register(stored(settings).model_copy(update={"artifact_digest": "f" * 64}))
-    one_line(call(command, "registry:old"), "expected ffffffffffff", "somebody changed it")
+    one_line(call(command, "registry:old"), "expected ffffffffffff", "it was changed")
 
 
 def test_verify_refuses_what_failed_after_it_was_registered(settings: Settings, registry: ModelRegistry) -> None:
@@ -232,7 +232,7 @@ def test_record_of_a_report_that_cannot_be_read_counts_as_absent(settings: Setti
 def test_wrong_setting_is_one_line(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMPILEFLOW_THREADS", "many")
     get_settings.cache_clear()
-    one_line(call("versions"), "threads", "docs/reference/settings.md")
+    one_line(call("versions"), "threads", "docs/reference/settings.md", exit_code=2)
 
 
 def test_pull_refuses_what_is_not_the_registered_digest(

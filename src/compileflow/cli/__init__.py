@@ -54,7 +54,7 @@ def main(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Compile Hugging Face models, prove the result, and manage the compiled versions."""
+    """Compile Hugging Face models, validate the result, and manage the compiled versions."""
 
 
 for panel, commands in _COMMANDS.items():

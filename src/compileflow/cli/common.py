@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn, ParamSpec
 
 import typer
 
-from compileflow.errors import CompileflowError
+from compileflow.errors import CompileflowError, SpecError
 
 FAILED, WRONG_REQUEST, INTERRUPTED = 1, 2, 130
 
@@ -23,14 +23,14 @@ Parameters = ParamSpec("Parameters")
 
 
 def one_line_errors(command: Callable[Parameters, None]) -> Callable[Parameters, None]:
-    """End with one line and exit code 1 instead of a traceback."""
+    """End with one line and an exit code instead of a traceback."""
 
     @wraps(command)
     def wrapped(*args: Parameters.args, **kwargs: Parameters.kwargs) -> None:
         try:
             command(*args, **kwargs)
         except CompileflowError as error:
-            fail(error, FAILED)
+            fail(error)
         except KeyboardInterrupt as error:
             typer.echo("Interrupted. No partial result was kept.", err=True)
             raise typer.Exit(INTERRUPTED) from error
@@ -38,10 +38,15 @@ def one_line_errors(command: Callable[Parameters, None]) -> Callable[Parameters,
     return wrapped
 
 
-def fail(error: CompileflowError, exit_code: int) -> NoReturn:
-    """Print an error in one line and end the command."""
+def exit_code(error: CompileflowError) -> int:
+    """Return the exit code for an error: a wrong request differs from a failure."""
+    return WRONG_REQUEST if isinstance(error, SpecError) else FAILED
+
+
+def fail(error: CompileflowError, code: int | None = None) -> NoReturn:
+    """Print an error in one line and end the command; code None is the exit code of the error."""
     typer.echo(f"error: {error}", err=True)
-    raise typer.Exit(exit_code) from error
+    raise typer.Exit(exit_code(error) if code is None else code) from error
 
 
 def artifact_location(text: str) -> str:

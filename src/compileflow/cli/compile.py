@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
-from compileflow.cli.common import FAILED, INTERRUPTED, WRONG_REQUEST, fail
+from compileflow.cli.common import FAILED, INTERRUPTED, exit_code, fail
 from compileflow.errors import CompileflowError, SpecError
 from compileflow.spec import HfTask, Precision
 
@@ -25,7 +25,7 @@ _MODEL, _TARGET, _SHAPES = "Model", "Target", "Precision and shapes"
 _VALIDATION, _STORES, _RUN = "Validation", "Stores and registries", "Run"
 # Options without a panel come first in the help: the five that a newcomer needs.
 _TARGET_HELP = "Target to compile for, or auto, which tries all targets. Repeatable. List: compileflow targets."
-_MODEL_HELP = "A model folder, a Hub id (owner/name), or the URI of a registered version."
+_MODEL_HELP = "A model folder, a Hub id (owner/name), or a registered version, for example registry:NAME@STAGE."
 
 
 class Runner(Protocol):
@@ -109,7 +109,7 @@ def run_and_print(
             print_results(results)
     except CompileflowError as error:
         # The runner could not start, for example because a setting is wrong.
-        fail(error, _exit_code(error))
+        fail(error)
     except KeyboardInterrupt as error:
         typer.echo("Interrupted. No partial result was kept; run again to resume.", err=True)
         raise typer.Exit(INTERRUPTED) from error
@@ -117,7 +117,7 @@ def run_and_print(
         if verbose and failure.log_path:
             typer.echo(log_tail(failure.log_path), err=True)
         typer.echo(f"error: {failure}", err=True)
-    exit_codes = {_exit_code(failure) for failure in errors}
+    exit_codes = {exit_code(failure) for failure in errors}
     if exit_codes:
         raise typer.Exit(exit_codes.pop() if len(exit_codes) == 1 else FAILED)
     return results
@@ -167,7 +167,8 @@ def _compile(
     task: Annotated[
         str | None,
         typer.Option(
-            help=f"Hub task: {', '.join(HfTask)}. Default: detected from the model.",
+            help=f"Hub task: {', '.join(HfTask)}. Default: the task of the registered version, else "
+            "detected from the model's architecture.",
             autocompletion=_complete_task,
         ),
     ] = None,
@@ -198,7 +199,11 @@ def _compile(
     ] = False,
     option: Annotated[
         list[str] | None,
-        typer.Option(help="Target option as NAME=JSON. Repeatable.", rich_help_panel=_TARGET),
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="Target option. VALUE is read as JSON; anything else is taken as text. Repeatable.",
+            rich_help_panel=_TARGET,
+        ),
     ] = None,
     among: Annotated[
         list[str] | None,
@@ -218,20 +223,29 @@ def _compile(
     ] = None,
     max_memory_mb: Annotated[
         float | None,
-        typer.Option(help="With auto: limit of serving memory in MB (10**6 bytes).", rich_help_panel=_TARGET),
+        typer.Option(help="With auto: serving memory budget in MB (1 MB = 10**6 bytes).", rich_help_panel=_TARGET),
     ] = None,
     max_sequence_length: Annotated[
         int | None,
-        typer.Option(help="Longest input in tokens. Default: the model's maximum.", rich_help_panel=_SHAPES),
+        typer.Option(
+            help="Longest input in tokens (audio: samples). Default: the model's maximum.",
+            rich_help_panel=_SHAPES,
+        ),
     ] = None,
     bucket: Annotated[
         list[str] | None,
-        typer.Option(help="Shape bucket as BATCHxTOKENS, for example 1x128. Repeatable.", rich_help_panel=_SHAPES),
+        typer.Option(
+            metavar="BATCHxLENGTH",
+            help="Shape bucket, for example 1x128. The length is in tokens (audio: samples). Repeatable.",
+            rich_help_panel=_SHAPES,
+        ),
     ] = None,
     component: Annotated[
         list[str] | None,
         typer.Option(
-            help="Component as NAME=TOKENS: several lengths in one artifact, with shared weights. Repeatable.",
+            metavar="NAME=LENGTH",
+            help="Component: one of several maximum lengths in one artifact, which share the weights. The length "
+            "is in tokens (audio: samples). Repeatable.",
             rich_help_panel=_SHAPES,
         ),
     ] = None,
@@ -245,7 +259,9 @@ def _compile(
     shape: Annotated[
         list[str] | None,
         typer.Option(
-            help="Shape to time, as BATCHxTOKENS; the first is the headline. Repeatable.",
+            metavar="BATCHxLENGTH",
+            help="Shape to time, for example 8x128. The length is in tokens (audio: samples). The report quotes "
+            "the latency at the first shape. Repeatable.",
             rich_help_panel=_VALIDATION,
         ),
     ] = None,
@@ -294,7 +310,7 @@ def _compile(
         bool, typer.Option("--json", help="Print the results as JSON.", rich_help_panel=_RUN)
     ] = False,
 ) -> None:
-    """Compile a model, prove it, store it and register it. Each target is one run.
+    """Compile a model, validate it, store it and register it. Each target is one run.
 
     Exit codes: 0 success, 1 a run failed, 2 the request is wrong, 130 interrupted.
     """
@@ -334,12 +350,8 @@ def _compile(
         targets = [{"target": name} for name in target] if target else [{}]
         requests = [checked_request(fields | chosen) for chosen in targets]
     except CompileflowError as error:
-        fail(error, WRONG_REQUEST)
+        fail(error)
     run_and_print(runner, requests, progress=progress, verbose=verbose, as_json=as_json)
-
-
-def _exit_code(error: CompileflowError) -> int:
-    return WRONG_REQUEST if isinstance(error, SpecError) else FAILED
 
 
 def _model(argument: str | None, option: str | None) -> str:
@@ -354,14 +366,14 @@ def _model(argument: str | None, option: str | None) -> str:
 def _bucket(text: str) -> dict[str, int]:
     batch_size, cross, length = text.partition("x")
     if not (cross and batch_size.isdecimal() and length.isdecimal()):
-        raise SpecError(f"{text!r} is not a shape bucket.", hint="Write it as BATCHxTOKENS, for example 1x128.")
+        raise SpecError(f"{text!r} is not a shape bucket.", hint="Write it as BATCHxLENGTH, for example 1x128.")
     return {"batch_size": int(batch_size), "sequence_length": int(length)}
 
 
 def _component(text: str) -> dict[str, Any]:
     name, equals, length = text.partition("=")
     if not (equals and length.isdecimal()):
-        raise SpecError(f"{text!r} is not a component.", hint="Write it as NAME=TOKENS, for example word=16.")
+        raise SpecError(f"{text!r} is not a component.", hint="Write it as NAME=LENGTH, for example word=16.")
     return {"name": name, "max_sequence_length": int(length)}
 
 

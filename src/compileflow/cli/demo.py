@@ -26,7 +26,7 @@ def demo_command(runner: Runner) -> Callable[[], None]:
     """
 
     def demo() -> None:
-        """Compile all-MiniLM-L6-v2 for two targets, prove and register it, and show how to load it."""
+        """Compile all-MiniLM-L6-v2 for two targets, validate and register it, and show how to load it."""
         try:
             model = str(demo_model())
             requests = [checked_request({"model": model, "target": name, "name": NAME}) for name in TARGETS]

@@ -22,7 +22,8 @@ def inspect(
     artifact: Annotated[
         str,
         typer.Argument(
-            help="Folder or URI of an artifact, registry:NAME@STAGE, or URI of a report or comparison."
+            help="Folder or URI of an artifact, registry:NAME@STAGE or registry:NAME@NUMBER, or URI of a report "
+            "or comparison."
         ),
     ],
     as_json: AsJson = False,

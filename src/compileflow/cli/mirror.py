@@ -11,8 +11,10 @@ from compileflow.cli.common import one_line_errors
 
 @one_line_errors
 def mirror(
-    from_store: Annotated[str, typer.Argument(help="URI of the artifact store to copy from.")],
-    to_store: Annotated[str, typer.Argument(help="URI of the artifact store to copy to.")],
+    from_store: Annotated[
+        str, typer.Argument(metavar="FROM_STORE", help="URI of the artifact store to copy from.")
+    ],
+    to_store: Annotated[str, typer.Argument(metavar="TO_STORE", help="URI of the artifact store to copy to.")],
     digest: Annotated[
         list[str] | None, typer.Option(help="Digest of a folder to copy. Repeatable. Default: all folders.")
     ] = None,

@@ -17,7 +17,9 @@ def promote(
     name: ModelName,
     version: Annotated[int, typer.Argument(help="Version number in the first registry.")],
     stage: Annotated[str, typer.Option(help="staging, production, archived or none.")],
-    force: Annotated[bool, typer.Option(help="Promote a version whose verdict is not pass.")] = False,
+    force: Annotated[
+        bool, typer.Option(help="Promote a version whose verdict is not pass. Needs --reason.")
+    ] = False,
     reason: Annotated[
         str, typer.Option(help="Reason for the promotion; the registry keeps it with the version.")
     ] = "",
@@ -28,7 +30,7 @@ def promote(
 ) -> None:
     """Move a version to a stage, in every registry that has its artifact.
 
-    Only a version with the verdict pass may enter staging or production, unless --force is given.
+    Only a version with the verdict pass may enter staging or production, unless you give --force and --reason.
     """
     from compileflow.admin.promote import promote_version
     from compileflow.settings import get_settings

@@ -12,7 +12,13 @@ from compileflow.cli.common import AsJson, RegistryUri, one_line_errors
 
 @one_line_errors
 def pull(
-    reference: Annotated[str, typer.Argument(help="NAME@STAGE, NAME@NUMBER, or NAME for the newest version.")],
+    reference: Annotated[
+        str,
+        typer.Argument(
+            help="NAME@STAGE, NAME@NUMBER, or NAME for the newest version; also registry:NAME and "
+            "REGISTRY_URI#NAME."
+        ),
+    ],
     folder: Annotated[str, typer.Argument(help="Folder to write to; it must be empty or absent.")],
     registry: RegistryUri = None,
     as_json: AsJson = False,

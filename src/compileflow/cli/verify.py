@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 @one_line_errors
 def verify(
-    artifact: Annotated[str, typer.Argument(help="Folder or URI of an artifact, or registry:NAME@STAGE.")],
+    artifact: Annotated[
+        str, typer.Argument(help="Folder or URI of an artifact, or registry:NAME@STAGE or registry:NAME@NUMBER.")
+    ],
     integrity_only: Annotated[
         bool, typer.Option("--integrity-only", help="Do not require a passing verdict.")
     ] = False,

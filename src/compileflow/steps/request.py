@@ -84,7 +84,7 @@ class AutoSettings(BaseModel):
 
 
 class CompileRequest(BaseModel):
-    """One source model and one target: what to compile, how to prove it, and where to register it."""
+    """One source model and one target: what to compile, how to validate it, and where to register it."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -109,7 +109,10 @@ class CompileRequest(BaseModel):
         json_schema_extra=_list_targets,
     )
     hf_task: HfTask | None = Field(
-        None, title="Task", description="Hub task to serve. Empty: detected from the model's architecture."
+        None,
+        title="Task",
+        description="Hub task to serve. Empty: the task of the registered version, else detected from the model's "
+        "architecture.",
     )
     precision: GraphPrecision = Precision.FP32
     auto: AutoSettings = Field(
@@ -139,7 +142,7 @@ class CompileRequest(BaseModel):
         False, title="Allow warnings", description="Register the version even if its verdict is warn."
     )
     validation: ValidationSettings = Field(
-        default_factory=ValidationSettings, title="Validation", description="How the artifact is proven."
+        default_factory=ValidationSettings, title="Validation", description="How the artifact is validated."
     )
     steps: StepSwitches = Field(default_factory=StepSwitches, title="Steps", description="Steps that do work.")
     timeouts: StepTimeouts = Field(

@@ -88,7 +88,7 @@ def no_folder(store_uri: str, digest: str) -> IntegrityError:
     """Return the error for a folder that the store does not hold."""
     return IntegrityError(
         f"{store_uri} does not hold the folder {digest[:12]}...",
-        hint="Check the URI against `compileflow versions`. If the folder was deleted, run the compile again.",
+        hint="Check the URI against `compileflow versions --json`. If the folder was deleted, compile again.",
     )
 
 

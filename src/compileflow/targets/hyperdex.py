@@ -59,7 +59,7 @@ class HyperdexOptions(TargetOptions):
 
     num_device: int = Field(1, ge=1, description="Number of LPUs that share the model.")
     max_length: int | None = Field(
-        None, ge=1, description="Longest input in tokens. Empty: the maximum sequence length of the component."
+        None, ge=1, description="Longest input in tokens. null: the maximum sequence length of the component."
     )
     low_memory_usage: bool = Field(False, description="Compile with less memory.")
     fast_compile: bool = Field(True, description="Compile faster; HyperAccel's examples always do.")

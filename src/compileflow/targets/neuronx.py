@@ -70,11 +70,11 @@ class NeuronxOptions(TargetOptions):
         "inf2", description="Instance family that the graphs will run on; neuronx-cc calls it --target."
     )
     auto_cast: Literal["none", "matmult", "all"] | None = Field(
-        None, description="FP32 operators to cast. Empty: none at fp32, matmult at bf16 and fp16."
+        None, description="FP32 operators to cast. null: none at fp32, matmult at bf16 and fp16."
     )
     auto_cast_type: Literal["bf16", "fp16", "tf32"] | None = Field(
         None,
-        description="Format that these operators are cast to. Empty: the precision. tf32 needs precision fp32.",
+        description="Format that these operators are cast to. null: the precision. tf32 needs precision fp32.",
     )
     optlevel: Literal[1, 2, 3] = Field(2, description="Optimization level: 1 compiles fastest, 3 slowest.")
     model_type: Literal["generic", "transformer"] = Field(

@@ -45,7 +45,7 @@ class OnnxRuntimeOptions(TargetOptions):
     fusions: Literal["cpu", "none"] = Field(
         "cpu", description="Fuse attention, layer normalization and GELU for ONNX Runtime's CPU kernels."
     )
-    opset: int | None = Field(None, ge=18, le=25, description="ONNX opset. Empty: the exporter chooses.")
+    opset: int | None = Field(None, ge=18, le=25, description="ONNX opset. null: the exporter chooses.")
     quantization: Literal["dynamic", "static"] = Field(
         "dynamic",
         description="At int8: measure the ranges of activations in each call (dynamic), or once, on natural text "

@@ -32,7 +32,7 @@ class ValidationSettings(BaseModel):
     latency_shapes: tuple[ShapeBucket, ...] = Field(
         (),
         title="Latency shapes",
-        description="Batch sizes and lengths to time both models at; the first is the headline. Empty: "
+        description="Batch sizes and lengths to time both models at; the report quotes the first. Empty: "
         "1 x 16, 1 x 128 and 8 x 128, as far as the model's maximum length allows.",
     )
     latency_pairs: int = Field(
