@@ -187,8 +187,8 @@ def copy_artifact(artifact: OpenArtifact, dest: str | Path) -> Path:
     """
     folder = Path(dest).expanduser().absolute()
     with os_errors(folder, "write to"):
-        existed = folder.exists()
-        if existed and (not folder.is_dir() or any(folder.iterdir())):
+        was_present = folder.exists()
+        if was_present and (not folder.is_dir() or any(folder.iterdir())):
             raise StoreError(f"{folder} is not empty.", hint="Choose another folder.")
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -201,7 +201,7 @@ def copy_artifact(artifact: OpenArtifact, dest: str | Path) -> Path:
         except BaseException:
             # A partial copy would block the next attempt.
             shutil.rmtree(folder, ignore_errors=True)
-            if existed:
+            if was_present:
                 folder.mkdir(exist_ok=True)
             raise
     return folder

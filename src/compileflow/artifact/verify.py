@@ -90,9 +90,9 @@ def verify_artifact(
         SpecError: A key cannot be used, or a signature is required but no key is trusted.
         StoreUnavailableError: The store did not answer.
     """
-    required = settings.require_signature if require_signature is None else require_signature
+    needs_signature = settings.require_signature if require_signature is None else require_signature
     paths = keys or configured_keys(settings)
-    trusted_keys = load_public_keys(paths) if paths or required else ()
+    trusted_keys = load_public_keys(paths) if paths or needs_signature else ()
     problems: list[str] = []
     digest, manifest = _check_files(str(location), settings, problems)
     intact = not problems
@@ -100,12 +100,12 @@ def verify_artifact(
     try:
         envelopes = attestations_of(location, settings=settings)
         # The first pass reports what exists, even if the second one finds that something required is missing.
-        for is_required in (False, True) if required else (False,):
+        for is_strict in (False, True) if needs_signature else (False,):
             attestations = verify_attestations(
                 digest,
                 envelopes,
                 trusted_keys=trusted_keys,
-                require_signature=is_required,
+                require_signature=is_strict,
                 manifest_source=manifest.source.digest if manifest else None,
             )
     except SignatureError as error:

@@ -109,22 +109,22 @@ def local_target(hf_task: HfTask, precision: Precision) -> str:
     Raises:
         TargetUnavailableError: No target does; the message says what each of them lacks.
     """
-    skipped = []
+    skip_reasons = []
     for name in LOCAL_TARGETS:
         target = get_target(name)
         availability, capabilities = target.probe(), target.capabilities
         if hf_task not in capabilities.hf_tasks or precision not in capabilities.precisions:
-            skipped.append(f"{name} does not compile {hf_task.value} at {precision.value}")
+            skip_reasons.append(f"{name} does not compile {hf_task.value} at {precision.value}")
         elif not (availability.can_compile and availability.can_run):
-            skipped.append(f"{name}: {availability.reason}")
+            skip_reasons.append(f"{name}: {availability.reason}")
         elif precision in availability.lacking:
-            skipped.append(f"{name}: {availability.lacking[precision]}")
+            skip_reasons.append(f"{name}: {availability.lacking[precision]}")
         else:
-            reasons = f" (skipped: {'; '.join(skipped)})" if skipped else ""
+            reasons = f" (skipped: {'; '.join(skip_reasons)})" if skip_reasons else ""
             logger.info("%s selects %s%s", AUTO_LOCAL, name, reasons)
             return name
     raise TargetUnavailableError(
-        f"No local target compiles {hf_task.value} at {precision.value} here: {'; '.join(skipped)}.",
+        f"No local target compiles {hf_task.value} at {precision.value} here: {'; '.join(skip_reasons)}.",
         hint="Install one: pip install 'compileflow[openvino]' or 'compileflow[onnx-runtime]'.",
     )
 

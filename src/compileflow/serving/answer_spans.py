@@ -51,10 +51,10 @@ class AnswerSettings:
                 continue
             least = 0 if field.name == "doc_stride" else 1
             if isinstance(field.default, bool):
-                fits, rule = isinstance(value, bool), "True or False"
+                is_valid, rule = isinstance(value, bool), "True or False"
             else:
-                fits, rule = type(value) is int and value >= least, f"an integer of at least {least}"
-            if not fits:
+                is_valid, rule = type(value) is int and value >= least, f"an integer of at least {least}"
+            if not is_valid:
                 raise InputError(
                     f"{field.name} must be {rule}, got {value!r}.",
                     hint=f"Leave it out for the default, {field.default}.",
@@ -67,10 +67,11 @@ class AnswerSettings:
             InputError: A setting is unknown, or its value is invalid.
         """
         names = [field.name for field in fields(self)]
-        unknown = sorted(set(changes) - set(names))
-        if unknown:
+        unknown_names = sorted(set(changes) - set(names))
+        if unknown_names:
             raise InputError(
-                f"Question answering has no setting {unknown[0]!r}.", hint=f"The settings are: {', '.join(names)}."
+                f"Question answering has no setting {unknown_names[0]!r}.",
+                hint=f"The settings are: {', '.join(names)}.",
             )
         return replace(self, **{name: value for name, value in changes.items() if value is not None})
 
@@ -190,14 +191,14 @@ def best_spans(
     longest = min(longest, tokens.size)
     if longest == 0:
         return [], null_score
-    beyond = np.full(longest - 1, -np.inf)
+    padding = np.full(longest - 1, -np.inf)
     # Row i, column j: the span of j + 1 tokens that begins with token i of the context.
-    ends = np.lib.stride_tricks.sliding_window_view(np.concatenate([end[tokens], beyond]), longest)
+    ends = np.lib.stride_tricks.sliding_window_view(np.concatenate([end[tokens], padding]), longest)
     scores = start[tokens][:, None] + ends
-    best = np.argsort(-scores, axis=None, kind="stable")[:count]
+    top_indices = np.argsort(-scores, axis=None, kind="stable")[:count]
     spans = [
         Span(float(np.exp(scores[row, column])), int(tokens[row]), int(tokens[row + column]))
-        for row, column in zip(*np.unravel_index(best, scores.shape), strict=True)
+        for row, column in zip(*np.unravel_index(top_indices, scores.shape), strict=True)
         if scores[row, column] > -np.inf
     ]
     return spans, null_score
@@ -205,10 +206,10 @@ def best_spans(
 
 def _log_softmax(logits: Floats, candidates: NDArray[np.intp]) -> NDArray[np.float64]:
     # Logarithms, because products of small probabilities underflow to 0 and would compare as equal.
-    wide = logits.astype(np.float64)
-    highest = wide[candidates].max()
-    total: float = highest + np.log(np.exp(wide[candidates] - highest).sum())
-    return wide - total
+    values = logits.astype(np.float64)
+    highest = values[candidates].max()
+    total: float = highest + np.log(np.exp(values[candidates] - highest).sum())
+    return values - total
 
 
 def _characters(window: Window, span: Span, words: NDArray[np.int64]) -> tuple[int, int]:

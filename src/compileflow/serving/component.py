@@ -66,9 +66,13 @@ class LoadedComponent:
 def _with_buckets(record: ComponentRecord, buckets: Sequence[ShapeBucket]) -> ComponentRecord:
     if record.dynamic_axes:
         raise LoadError("The component takes any shape and has no shape buckets.", hint="Leave buckets out.")
-    unknown = [str(bucket) for bucket in buckets if bucket not in record.shape_buckets]
-    if unknown or not buckets:
-        problem = f"The component has no shape bucket {', '.join(unknown)}." if unknown else "buckets is empty."
+    unknown_buckets = [str(bucket) for bucket in buckets if bucket not in record.shape_buckets]
+    if unknown_buckets or not buckets:
+        problem = (
+            f"The component has no shape bucket {', '.join(unknown_buckets)}."
+            if unknown_buckets
+            else "buckets is empty."
+        )
         raise LoadError(problem, hint=f"Its shape buckets are: {', '.join(map(str, record.shape_buckets))}.")
     longest = max(bucket.sequence_length for bucket in buckets)
     return record.model_copy(update={"shape_buckets": tuple(buckets), "max_sequence_length": longest})

@@ -55,8 +55,8 @@ def read_recipe(folder: Path) -> EmbeddingRecipe:
         return EmbeddingRecipe(max_tokens=_tokenizer_maximum(folder))
     names = [str(module["type"]).rpartition(".")[2] for module in modules]
     kinds = dict(zip(names, modules, strict=True))
-    unknown = sorted(set(kinds) - set(_SUPPORTED))
-    if unknown or len(kinds) != len(modules) or "Pooling" not in kinds:
+    unknown_kinds = sorted(set(kinds) - set(_SUPPORTED))
+    if unknown_kinds or len(kinds) != len(modules) or "Pooling" not in kinds:
         raise LoadError(
             f"Compiled embeddings support Transformer, one Pooling and Normalize; modules.json lists "
             f"{', '.join(names)}.",
@@ -81,9 +81,11 @@ def checked_poolings(poolings: tuple[str, ...], setting: str) -> tuple[str, ...]
     Raises:
         LoadError: A mode is unknown; the hint lists the known ones.
     """
-    unknown = [mode for mode in poolings if mode not in POOLINGS]
-    if unknown or not poolings:
-        raise LoadError(f"{setting} has unknown modes: {unknown}.", hint=f"Known modes: {', '.join(POOLINGS)}.")
+    unknown_modes = [mode for mode in poolings if mode not in POOLINGS]
+    if unknown_modes or not poolings:
+        raise LoadError(
+            f"{setting} has unknown modes: {unknown_modes}.", hint=f"Known modes: {', '.join(POOLINGS)}."
+        )
     return poolings
 
 

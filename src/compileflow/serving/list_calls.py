@@ -113,8 +113,10 @@ class _AnsweredModel:
     outputs: Arrays
 
     def __call__(self, **inputs: Any) -> Any:
-        passed = {name: value for name, value in inputs.items() if value is not None}
-        if passed.keys() == self.tensors.keys() and all(passed[name] is self.tensors[name] for name in passed):
+        arguments = {name: value for name, value in inputs.items() if value is not None}
+        if arguments.keys() == self.tensors.keys() and all(
+            arguments[name] is self.tensors[name] for name in arguments
+        ):
             return self.model.as_output(self.outputs)
         return self.model(**inputs)
 

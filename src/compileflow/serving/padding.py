@@ -35,10 +35,10 @@ def complete_inputs(component: ComponentRecord, values: Mapping[str, Any]) -> Ar
     main = component.inputs[0]
     names = [tensor.name for tensor in component.inputs]
     arrays_by_name = {name: _as_array(value) for name, value in values.items() if value is not None}
-    unknown = [name for name in arrays_by_name if name not in names and name not in OPTIONAL_INPUTS]
-    if unknown:
+    unknown_names = [name for name in arrays_by_name if name not in names and name not in OPTIONAL_INPUTS]
+    if unknown_names:
         raise InputError(
-            f"The compiled model has no input {unknown[0]!r}.", hint=f"Its inputs are: {', '.join(names)}."
+            f"The compiled model has no input {unknown_names[0]!r}.", hint=f"Its inputs are: {', '.join(names)}."
         )
     types = arrays_by_name.get("token_type_ids")
     if "token_type_ids" not in names and types is not None and np.any(types):
@@ -158,12 +158,14 @@ def plan_calls(buckets: Sequence[ShapeBucket], rows: int, length: int) -> list[S
     )
     calls = []
     while rows > 0:
-        larger = next((bucket for bucket in candidates if bucket.batch_size >= rows), None)
-        smaller = next((bucket for bucket in reversed(candidates) if bucket.batch_size <= rows), None)
-        if larger is not None and (smaller is None or rows >= _WORTH_FILLING * larger.batch_size):
-            bucket = larger
+        larger_bucket = next((bucket for bucket in candidates if bucket.batch_size >= rows), None)
+        smaller_bucket = next((bucket for bucket in reversed(candidates) if bucket.batch_size <= rows), None)
+        if larger_bucket is not None and (
+            smaller_bucket is None or rows >= _WORTH_FILLING * larger_bucket.batch_size
+        ):
+            bucket = larger_bucket
         else:
-            bucket = smaller or candidates[-1]
+            bucket = smaller_bucket or candidates[-1]
         calls.append(bucket)
         rows -= bucket.batch_size
     return calls
@@ -176,19 +178,19 @@ def pad_to(inputs: Arrays, bucket: ShapeBucket, component: ComponentRecord) -> A
     makes some models divide by zero.
     """
     sizes = {"batch": bucket.batch_size, "sequence": bucket.sequence_length}
-    padded = {}
+    arrays = {}
     for tensor in component.inputs:
         value = inputs[tensor.name]
         shape = tuple(sizes.get(str(axis), size) for axis, size in zip(tensor.axes, value.shape, strict=True))
         # torch warns about arrays that it cannot write to, so those are copied.
         if shape == value.shape and value.flags.writeable:
-            padded[tensor.name] = value
+            arrays[tensor.name] = value
             continue
-        wide = np.full(shape, _fill_value(tensor, component), dtype=value.dtype)
-        wide[tuple(map(slice, value.shape))] = value
-        wide[len(value) :] = wide[len(value) - 1]
-        padded[tensor.name] = wide
-    return padded
+        array = np.full(shape, _fill_value(tensor, component), dtype=value.dtype)
+        array[tuple(map(slice, value.shape))] = value
+        array[len(value) :] = array[len(value) - 1]
+        arrays[tensor.name] = array
+    return arrays
 
 
 def stack_rows(component: ComponentRecord, rows: Sequence[Arrays]) -> Arrays:
@@ -196,18 +198,18 @@ def stack_rows(component: ComponentRecord, rows: Sequence[Arrays]) -> Arrays:
 
     The side does not depend on the tokenizer: padding on the right keeps the absolute positions of a single row.
     """
-    stacked = {}
+    arrays = {}
     for tensor in component.inputs:
         values = [row[tensor.name] for row in rows]
         if all(value.shape == values[0].shape for value in values):
-            stacked[tensor.name] = np.concatenate(values)
+            arrays[tensor.name] = np.concatenate(values)
             continue
         longest = max(value.shape[-1] for value in values)
-        wide = np.full((len(values), longest), _fill_value(tensor, component), dtype=values[0].dtype)
+        array = np.full((len(values), longest), _fill_value(tensor, component), dtype=values[0].dtype)
         for position, value in enumerate(values):
-            wide[position, : value.shape[1]] = value[0]
-        stacked[tensor.name] = wide
-    return stacked
+            array[position, : value.shape[1]] = value[0]
+        arrays[tensor.name] = array
+    return arrays
 
 
 def split_row(component: ComponentRecord, outputs: Arrays, position: int, row: Arrays) -> Arrays:

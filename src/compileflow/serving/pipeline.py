@@ -92,11 +92,11 @@ class CompiledPipeline:
             tokenizer=tokenizer,
         )
         # A copy keeps the class and settings of the pipeline, such as top_k.
-        compiled = copy.copy(pipeline)
-        compiled.model = CompiledModel.from_artifact(artifact)
-        compiled.tokenizer = CompiledTokenizer.from_artifact(artifact)
-        compiled.device = compiled.model.device
-        return cls(compiled, artifact, pipeline)
+        pipeline_copy = copy.copy(pipeline)
+        pipeline_copy.model = CompiledModel.from_artifact(artifact)
+        pipeline_copy.tokenizer = CompiledTokenizer.from_artifact(artifact)
+        pipeline_copy.device = pipeline_copy.model.device
+        return cls(pipeline_copy, artifact, pipeline)
 
     @classmethod
     def from_pretrained(
@@ -135,11 +135,11 @@ class CompiledPipeline:
             LoadError: The artifact cannot run here, or does not serve the task.
         """
         artifact = open_artifact(location, digest=digest, trust=trust, require_signature=require_signature)
-        served = served_task(artifact, task)
+        hf_task = served_task(artifact, task)
         model = CompiledModel.from_artifact(
             artifact, component=component, device=device, threads=threads, buckets=buckets
         )
-        return cls(_wrapped(served, artifact, model, pipeline_settings), artifact)
+        return cls(_wrapped(hf_task, artifact, model, pipeline_settings), artifact)
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
         """Call the pipeline as in transformers. Lists run in batches of similar length; answers keep the order."""
@@ -184,8 +184,8 @@ def _task_of(pipeline: Any) -> HfTask | None:
     if not pipeline.task:
         return None
     # transformers has no pipeline for these two; those of compileflow are created from artifacts.
-    excluded = (HfTask.QUESTION_ANSWERING, HfTask.SENTENCE_SIMILARITY)
-    supported_tasks = [task.value for task in HfTask if task.modality == "text" and task not in excluded]
+    unsupported_tasks = (HfTask.QUESTION_ANSWERING, HfTask.SENTENCE_SIMILARITY)
+    supported_tasks = [task.value for task in HfTask if task.modality == "text" and task not in unsupported_tasks]
     if pipeline.task not in supported_tasks:
         raise SpecError(
             f"from_pipeline does not compile {pipeline.task!r}.",

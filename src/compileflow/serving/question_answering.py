@@ -81,22 +81,22 @@ class QuestionAnsweringPipeline:
                 f"{limit} tokens.",
                 hint="Ask a shorter question, lower max_question_len, or compile for longer sequences.",
             )
-        shared = settings.shared_tokens(limit)
+        overlap = settings.shared_tokens(limit)
         question_first = self.tokenizer.padding_side == "right"
         encoded = self.tokenizer(
             *((question, context) if question_first else (context, question)),
             padding=False,
             truncation="only_second" if question_first else "only_first",
             max_length=limit,
-            stride=shared if shared < room else room // 2,
+            stride=overlap if overlap < room else room // 2,
             return_attention_mask=True,
             return_overflowing_tokens=True,
             return_offsets_mapping=True,
         )
         count = len(encoded["input_ids"])
-        if count > 1 and settings.doc_stride is not None and shared >= room:
+        if count > 1 and settings.doc_stride is not None and overlap >= room:
             raise InputError(
-                f"doc_stride is {shared} tokens, but a window has room for only {room} tokens of the context.",
+                f"doc_stride is {overlap} tokens, but a window has room for only {room} tokens of the context.",
                 hint="Lower doc_stride, or leave it out.",
             )
         return [self._window(encoded, index, context_sequence=int(question_first)) for index in range(count)]

@@ -59,10 +59,10 @@ class SentenceEmbeddingPipeline:
     task = "sentence-similarity"
 
     def __init__(self, model: Any, tokenizer: Any, folder: Path, **settings: Any):
-        unknown = sorted(set(settings) - set(_SETTINGS))
-        if unknown:
+        unknown_names = sorted(set(settings) - set(_SETTINGS))
+        if unknown_names:
             raise LoadError(
-                f"Sentence embeddings have no setting {unknown[0]!r}.",
+                f"Sentence embeddings have no setting {unknown_names[0]!r}.",
                 hint=f"The settings are: {', '.join(_SETTINGS)}.",
             )
         # Read here, so that loading fails for a model that cannot be pooled.
@@ -176,7 +176,9 @@ def _lowering(tokenizer: Any) -> Any:
             "The source model lowercases its texts, which needs a fast tokenizer.",
             hint="Save the source model with its tokenizer.json and compile it again.",
         )
-    lowering = deepcopy(tokenizer)
-    normalizer = lowering.backend_tokenizer.normalizer
-    lowering.backend_tokenizer.normalizer = Lowercase() if normalizer is None else Chain([Lowercase(), normalizer])
-    return lowering
+    tokenizer_copy = deepcopy(tokenizer)
+    normalizer = tokenizer_copy.backend_tokenizer.normalizer
+    tokenizer_copy.backend_tokenizer.normalizer = (
+        Lowercase() if normalizer is None else Chain([Lowercase(), normalizer])
+    )
+    return tokenizer_copy

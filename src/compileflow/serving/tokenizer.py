@@ -59,21 +59,21 @@ class CompiledTokenizer:
         Raises:
             SpecError: A setting is unknown, or the maximum length is missing.
         """
-        wrapped = tokenizer.tokenizer if isinstance(tokenizer, cls) else tokenizer
-        _check_names(wrapped, settings)
+        inner_tokenizer = tokenizer.tokenizer if isinstance(tokenizer, cls) else tokenizer
+        _check_names(inner_tokenizer, settings)
         defaults = {
             "padding": "max_length",
             "truncation": True,
             "add_special_tokens": True,
-            "max_length": wrapped.model_max_length,
+            "max_length": inner_tokenizer.model_max_length,
         }
-        merged = defaults | settings
-        if merged["max_length"] and length_limit(merged["max_length"]) is None:
+        call_settings = defaults | settings
+        if call_settings["max_length"] and length_limit(call_settings["max_length"]) is None:
             raise SpecError(
                 "The tokenizer has no maximum length, and max_length is missing.",
                 hint="Pass max_length, for example the model's max_position_embeddings.",
             )
-        return cls(wrapped, merged, fixed=settings)
+        return cls(inner_tokenizer, call_settings, fixed=settings)
 
     @classmethod
     def from_pretrained(
@@ -117,8 +117,12 @@ class CompiledTokenizer:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        saved = _read_settings(folder)
-        return cls.from_tokenizer(tokenizer) if saved is None else cls(tokenizer, saved[0], fixed=saved[1])
+        saved_settings = _read_settings(folder)
+        return (
+            cls.from_tokenizer(tokenizer)
+            if saved_settings is None
+            else cls(tokenizer, saved_settings[0], fixed=saved_settings[1])
+        )
 
     @classmethod
     def from_artifact(cls, artifact: OpenArtifact, *, component: str = "default") -> CompiledTokenizer:
@@ -142,12 +146,12 @@ class CompiledTokenizer:
             trust_remote_code=artifact.manifest.spec.trust_remote_code,
         )
         longest = tokenizer.model_max_length = record.max_sequence_length
-        saved = _read_settings(artifact.folder)
-        if saved is None:
+        saved_settings = _read_settings(artifact.folder)
+        if saved_settings is None:
             return cls(tokenizer, {"padding": True, "truncation": True, "max_length": longest}, artifact)
         # The settings may have been saved before this length was chosen.
-        max_length = min(saved[0].get("max_length") or longest, longest)
-        return cls(tokenizer, saved[0] | {"max_length": max_length}, artifact, fixed=saved[1])
+        max_length = min(saved_settings[0].get("max_length") or longest, longest)
+        return cls(tokenizer, saved_settings[0] | {"max_length": max_length}, artifact, fixed=saved_settings[1])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Tokenize as the wrapped tokenizer does, with `tokenization_settings`."""
@@ -172,16 +176,16 @@ class CompiledTokenizer:
         """
         if self._artifact is not None:
             return copy_artifact(self._artifact, dest)
-        out = Path(dest).expanduser().absolute()
-        if (out / MANIFEST_NAME).exists():
+        folder = Path(dest).expanduser().absolute()
+        if (folder / MANIFEST_NAME).exists():
             raise StoreError(
-                f"{out} contains a compiled artifact, whose files must not change.",
+                f"{folder} contains a compiled artifact, whose files must not change.",
                 hint="Save the tokenizer elsewhere; CompiledPipeline.from_pipeline puts both into one artifact.",
             )
-        with os_errors(out, "write to"):
-            out.mkdir(parents=True, exist_ok=True)
-            self.write(out)
-        return out
+        with os_errors(folder, "write to"):
+            folder.mkdir(parents=True, exist_ok=True)
+            self.write(folder)
+        return folder
 
     def write(self, folder: Path) -> None:
         """Write the tokenizer's files and the settings into an existing folder."""
@@ -206,9 +210,9 @@ class CompiledTokenizer:
 
     def __setattr__(self, name: str, value: Any) -> None:
         # `tokenizer.padding_side = "left"` must reach the tokenizer that pads.
-        wrapped = self.__dict__.get("tokenizer")
-        if name not in self.__dict__ and wrapped is not None and hasattr(wrapped, name):
-            setattr(wrapped, name, value)
+        inner_tokenizer = self.__dict__.get("tokenizer")
+        if name not in self.__dict__ and inner_tokenizer is not None and hasattr(inner_tokenizer, name):
+            setattr(inner_tokenizer, name, value)
         else:
             super().__setattr__(name, value)
 
@@ -242,14 +246,14 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> None:
 def _check_names(tokenizer: Any, settings: Mapping[str, Any]) -> None:
     calls = [tokenizer.__call__, getattr(tokenizer, "_encode_plus", None)]
     calls.append(getattr(tokenizer, "prepare_for_tokenization", None))
-    known = {name for call in calls if call is not None for name in inspect.signature(call).parameters}
-    known -= {*_TEXTS, "padding_strategy", "truncation_strategy"}
+    known_names = {name for call in calls if call is not None for name in inspect.signature(call).parameters}
+    known_names -= {*_TEXTS, "padding_strategy", "truncation_strategy"}
     for name in settings:
-        if name not in known:
-            near = get_close_matches(name, known, n=3) or sorted(known)
+        if name not in known_names:
+            near_names = get_close_matches(name, known_names, n=3) or sorted(known_names)
             raise SpecError(
                 f"{type(tokenizer).__name__} has no setting {name!r}.",
-                hint=f"Did you mean {' or '.join(near)}?",
+                hint=f"Did you mean {' or '.join(near_names)}?",
             )
 
 

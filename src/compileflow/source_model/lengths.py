@@ -33,7 +33,7 @@ def frame_convolutions(config: Any, observed: Sequence[tuple[int, int]]) -> Conv
         SpecError: The convolutions of the configuration do not give these numbers of frames.
     """
     kernels, strides = getattr(config, "conv_kernel", None) or (), getattr(config, "conv_stride", None) or ()
-    convolutions = tuple((int(k), int(s)) for k, s in zip(kernels, strides, strict=True))
+    convolutions = tuple((int(kernel), int(stride)) for kernel, stride in zip(kernels, strides, strict=True))
     for length, frames in observed:
         if frames_of(convolutions, length) != frames:
             raise SpecError(

@@ -105,17 +105,17 @@ def _load_model(
             f"The source model's weights cannot be loaded: {error}",
             hint="Check that the folder holds one complete model saved by save_pretrained.",
         ) from error
-    mismatched = report["mismatched_keys"]
-    if mismatched:
-        name, actual_shape, expected_shape = min(mismatched)
+    mismatched_keys = report["mismatched_keys"]
+    if mismatched_keys:
+        name, actual_shape, expected_shape = min(mismatched_keys)
         raise SourceError(
             f"Expected {name} of shape {tuple(expected_shape)} from config.json, got shape {tuple(actual_shape)} "
-            f"from the weights; {len(mismatched)} tensors differ.",
+            f"from the weights; {len(mismatched_keys)} tensors differ.",
             hint="Use the config.json that was saved with these weights.",
         )
-    missing = set(report["missing_keys"])
-    missing_pooler = {key for key in missing if hf_task is HfTask.FEATURE_EXTRACTION and "pooler." in key}
-    missing_head = sorted(missing - missing_pooler)
+    missing_keys = set(report["missing_keys"])
+    missing_pooler = {key for key in missing_keys if hf_task is HfTask.FEATURE_EXTRACTION and "pooler." in key}
+    missing_head = sorted(missing_keys - missing_pooler)
     if missing_head:
         raise SpecError(
             f"The weights hold no {missing_head[0]} ({len(missing_head)} tensors are missing): the model was "

@@ -81,12 +81,14 @@ def probe_signals(processor: Processor) -> tuple[NDArray[Any], NDArray[Any]]:
     """Return two signals of different sizes; axes on which their inputs agree are fixed."""
     random = np.random.default_rng(20)
     if processor.modality == "image":
-        small, large = (random.integers(0, 256, (side, side, 3), dtype=np.uint8) for side in _PROBE_PIXELS)
-        return small, large
-    short, long = (
+        small_image, large_image = (
+            random.integers(0, 256, (side, side, 3), dtype=np.uint8) for side in _PROBE_PIXELS
+        )
+        return small_image, large_image
+    short_sound, long_sound = (
         random.standard_normal(int(seconds * processor.sampling_rate), dtype=np.float32) for seconds in _PROBES_S
     )
-    return short, long
+    return short_sound, long_sound
 
 
 def signal_records(processor: Processor, parameters: Iterable[str], model_name: str) -> tuple[TensorRecord, ...]:
@@ -107,8 +109,8 @@ def signal_records(processor: Processor, parameters: Iterable[str], model_name: 
         if name not in parameter_names:
             continue
         axes: list[Axis] = ["batch"]
-        for short, long in zip(value.shape[1:], long_inputs[name].shape[1:], strict=True):
-            axes.append(short if short == long else "sequence")
+        for short_size, long_size in zip(value.shape[1:], long_inputs[name].shape[1:], strict=True):
+            axes.append(short_size if short_size == long_size else "sequence")
         records.append(TensorRecord(name=name, dtype=str(value.dtype), axes=tuple(axes)))
     if not records:
         raise SourceError(
@@ -124,8 +126,10 @@ def signal_lengths(processor: Processor, records: Sequence[TensorRecord]) -> tup
     if "sequence" not in records[0].axes:
         return 1, 1
     axis = records[0].axes.index("sequence")
-    short, long = (processor([signal])[records[0].name].shape[axis] for signal in probe_signals(processor))
-    return short, long
+    short_length, long_length = (
+        processor([signal])[records[0].name].shape[axis] for signal in probe_signals(processor)
+    )
+    return short_length, long_length
 
 
 def longest_signal(processor: Processor) -> int:
@@ -133,8 +137,8 @@ def longest_signal(processor: Processor) -> int:
     if processor.modality == "image":
         return 1
     main_input = next(iter(processor([probe_signals(processor)[0]])))
-    short, long = (
+    short_length, long_length = (
         processor([np.zeros(seconds * processor.sampling_rate, np.float32)])[main_input].shape[1]
         for seconds in (1, LONGEST_S)
     )
-    return long if long != short else 1
+    return long_length if long_length != short_length else 1

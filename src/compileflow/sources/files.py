@@ -41,12 +41,12 @@ def kind_of(name: str) -> str:
     return ""
 
 
-def choose_files(names: list[str], where: str) -> tuple[str, ...]:
+def choose_files(names: list[str], place: str) -> tuple[str, ...]:
     """Choose the files that make up the model; safetensors take precedence over pickled weights.
 
     Args:
         names: Paths of all files, relative to the model's folder.
-        where: Name of the place, for errors.
+        place: Name of the place, for errors.
 
     Raises:
         SourceError: config.json or the weights are missing.
@@ -59,24 +59,24 @@ def choose_files(names: list[str], where: str) -> tuple[str, ...]:
             candidates.append(name)
     if "config.json" not in candidates:
         raise SourceError(
-            f"{where} does not hold a model: config.json is missing.",
+            f"{place} does not hold a model: config.json is missing.",
             hint="Give the folder that save_pretrained wrote, or a Hub id as owner/name.",
         )
     safe = [name for name in candidates if any(fnmatch(name, pattern) for pattern in SAFE_WEIGHTS)]
-    legacy = [name for name in candidates if any(fnmatch(name, pattern) for pattern in LEGACY_WEIGHTS)]
-    weights = safe or legacy
+    legacy_weights = [name for name in candidates if any(fnmatch(name, pattern) for pattern in LEGACY_WEIGHTS)]
+    weights = safe or legacy_weights
     if all(name.endswith(".index.json") for name in weights):
         raise SourceError(
-            f"{where} does not hold weights: expected *.safetensors or pytorch_model*.bin.",
+            f"{place} does not hold weights: expected *.safetensors or pytorch_model*.bin.",
             hint="Save the model with save_pretrained, or download the complete repository.",
         )
     return tuple(name for name in candidates if name in weights or kind_of(name) not in ("weights", ""))
 
 
-def choose_files_below(folder: Path, where: str) -> tuple[str, ...]:
+def choose_files_below(folder: Path, place: str) -> tuple[str, ...]:
     """Choose the files below a folder that make up the model; see `choose_files`."""
     return choose_files(
-        [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()], where
+        [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()], place
     )
 
 
@@ -97,10 +97,11 @@ def check_weights(folder: Path, names: tuple[str, ...]) -> None:
     for name in names:
         if fnmatch(name, "*.index.json"):
             shards = _shards(folder / name)
-            missing = sorted(shards - set(names))
-            if missing:
+            missing_shards = sorted(shards - set(names))
+            if missing_shards:
                 raise SourceError(
-                    f"{name} names the shard {missing[0]}, which is missing ({len(missing)} shards in all).",
+                    f"{name} names the shard {missing_shards[0]}, which is missing "
+                    f"({len(missing_shards)} shards in all).",
                     hint="Copy or download the complete model again.",
                 )
         elif name.endswith(".safetensors"):
@@ -115,12 +116,12 @@ def check_weights(folder: Path, names: tuple[str, ...]) -> None:
                 ) from error
 
 
-def read_json(path: Path, where: str) -> Any:
+def read_json(path: Path, place: str) -> Any:
     """Read a JSON file from outside: a card or a test file.
 
     Args:
         path: Path of the file.
-        where: Name of the file, for the error.
+        place: Name of the file, for the error.
 
     Raises:
         SourceError: The file is larger than 64 MiB, not JSON in UTF-8, or nested too deeply.
@@ -128,13 +129,13 @@ def read_json(path: Path, where: str) -> Any:
     size = path.stat().st_size
     if size > _LONGEST_JSON_BYTES:
         raise SourceError(
-            f"Expected {where} to have at most {_LONGEST_JSON_BYTES} bytes, got {size}.",
+            f"Expected {place} to have at most {_LONGEST_JSON_BYTES} bytes, got {size}.",
             hint="Upload a smaller file.",
         )
     try:
         return json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{where} is not JSON: {first_line(error)}.", hint="Upload it as JSON.") from error
+        raise SourceError(f"{place} is not JSON: {first_line(error)}.", hint="Upload it as JSON.") from error
 
 
 def card_task(card: Mapping[str, Any], uri: str, registry_task: str | None = None) -> HfTask | None:

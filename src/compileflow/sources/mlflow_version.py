@@ -121,11 +121,11 @@ def _find(client: Any, place: MlflowPlace, name: str, ref: str) -> Any:
     return versions[number]
 
 
-def _download(client: Any, place: MlflowPlace, version: Any, out: Path) -> Path:
+def _download(client: Any, place: MlflowPlace, version: Any, dest: Path) -> Path:
     from mlflow.artifacts import download_artifacts
 
     uri = client.get_model_version_download_uri(version.name, str(version.version))
-    return Path(download_artifacts(artifact_uri=uri, dst_path=str(out), tracking_uri=place.tracking_uri))
+    return Path(download_artifacts(artifact_uri=uri, dst_path=str(dest), tracking_uri=place.tracking_uri))
 
 
 def _flavor(root: Path, uri: str) -> dict[str, Any]:
@@ -178,13 +178,13 @@ def _card(root: Path, folder: Path, uri: str) -> dict[str, Any]:
     return {}
 
 
-def _test_files(root: Path, folder: Path, out: Path) -> Path | None:
+def _test_files(root: Path, folder: Path, dest: Path) -> Path | None:
     for place in (root, root / "test_files", folder):
         if (place / TEST_FILES[0]).is_file():
-            with os_errors(out, "write to"):
-                out.mkdir()
+            with os_errors(dest, "write to"):
+                dest.mkdir()
                 for name in TEST_FILES:
                     if (place / name).is_file():
-                        shutil.copyfile(place / name, out / name)
-            return out
+                        shutil.copyfile(place / name, dest / name)
+            return dest
     return None

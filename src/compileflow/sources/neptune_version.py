@@ -104,7 +104,7 @@ class _Version:
             raise SourceError(f"{_CARD} of {self.uri} is not a JSON object.", hint="Upload it as a JSON object.")
         return card
 
-    def model(self, card: Mapping[str, Any], out: Path) -> Path:
+    def model(self, card: Mapping[str, Any], dest: Path) -> Path:
         """Download the files at the card's attribute path."""
         root = card.get("model_artifact_attribute_path")
         if not isinstance(root, str) or not root.strip("/"):
@@ -113,31 +113,33 @@ class _Version:
                 hint="Add the attribute path of the model's files to the card.",
             )
         root = root.strip("/")
-        below = {path: kind for path, kind in self._types.items() if path == root or path.startswith(f"{root}/")}
-        files = {path: kind for path, kind in below.items() if kind in ("File", "FileSet")}
+        field_types = {
+            path: kind for path, kind in self._types.items() if path == root or path.startswith(f"{root}/")
+        }
+        files = {path: kind for path, kind in field_types.items() if kind in ("File", "FileSet")}
         if not files or files.get(root) == "File":
             raise SourceError(
                 f"{self.uri} has no files at {root!r}, the path of the model in its card.",
-                hint=f"Upload the folder of save_pretrained there. Fields: {_summary(below) or 'none'}.",
+                hint=f"Upload the folder of save_pretrained there. Fields: {_summary(field_types) or 'none'}.",
             )
-        out.mkdir()
+        dest.mkdir()
         for path, kind in files.items():
             relative = path[len(root) + 1 :]
             if kind == "FileSet":
-                self._unpack(path, _below(out, relative, self.uri) if relative else out)
+                self._unpack(path, _below(dest, relative, self.uri) if relative else dest)
             else:
-                self._download(path, _below(out, self._with_extension(path, relative), self.uri))
-        return out
+                self._download(path, _below(dest, self._with_extension(path, relative), self.uri))
+        return dest
 
-    def test_files(self, card: Mapping[str, Any], out: Path) -> Path | None:
+    def test_files(self, card: Mapping[str, Any], dest: Path) -> Path | None:
         """Download the test files that the card names; return None if it names none."""
         paths = _test_paths(card.get("model_test_files"), self.uri)
         if not paths:
             return None
-        out.mkdir()
+        dest.mkdir()
         for kind, path in paths.items():
-            self._json(path, f"test file {kind}", "model_test_files in its card names it. ", out / f"{kind}.json")
-        return out
+            self._json(path, f"test file {kind}", "model_test_files in its card names it. ", dest / f"{kind}.json")
+        return dest
 
     def _json(self, path: str, description: str, reason: str, file: Path) -> Any:
         """Write a JSON file or string to `file`, and return its content."""
@@ -161,30 +163,30 @@ class _Version:
         extension = self._client.extension(self._identity, path)
         return f"{relative}.{extension}" if extension else relative
 
-    def _download(self, path: str, out: Path) -> None:
+    def _download(self, path: str, dest: Path) -> None:
         try:
-            out.parent.mkdir(parents=True, exist_ok=True)
+            dest.parent.mkdir(parents=True, exist_ok=True)
             # Into an existing folder the client would write under the name that the server sends.
-            if out.exists():
+            if dest.exists():
                 raise FileExistsError
         except (FileExistsError, NotADirectoryError) as error:
             raise SourceError(
                 f"{self.uri} holds two files, or a file and a folder, of the same name; one is {path!r}.",
                 hint="Upload the model's folder again.",
             ) from error
-        self._client.download(self._identity, path, out)
+        self._client.download(self._identity, path, dest)
 
-    def _unpack(self, path: str, out: Path) -> None:
+    def _unpack(self, path: str, dest: Path) -> None:
         archive = self._work_dir / "files.zip"
         self._download(path, archive)
         try:
-            with ZipFile(archive) as opened:
-                for member in opened.infolist():
+            with ZipFile(archive) as zip_file:
+                for member in zip_file.infolist():
                     if not member.is_dir():
-                        file = _below(out, member.filename, self.uri)
+                        file = _below(dest, member.filename, self.uri)
                         file.parent.mkdir(parents=True, exist_ok=True)
-                        with opened.open(member) as stream, file.open("xb") as written:
-                            shutil.copyfileobj(stream, written)
+                        with zip_file.open(member) as stream, file.open("xb") as target:
+                            shutil.copyfileobj(stream, target)
         except _BROKEN as error:
             raise SourceError(
                 f"The files at {path} of {self.uri} arrived as a broken archive: {first_line(error)}.",

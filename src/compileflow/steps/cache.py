@@ -116,10 +116,10 @@ def latest(store: ArtifactStore, step: str, subject: str) -> dict[str, JsonValue
 
 def why_missed(store: ArtifactStore, key: CacheKey) -> str:
     """Return in one line which parts of the key differ from the last key of the same subject."""
-    previous = latest(store, key.step, key.subject)
-    if previous is None:
+    previous_record = latest(store, key.step, key.subject)
+    if previous_record is None:
         return f"first run for {key.subject}"
-    old_parts = previous.get("parts")
+    old_parts = previous_record.get("parts")
     changes = changed_parts(old_parts if isinstance(old_parts, dict) else {}, key.parts)
     if not changes:
         return "the store has lost its record or its folder"

@@ -87,10 +87,10 @@ class AotInductorTarget:
     def probe(self) -> Availability:
         """Check whether torch and a C++ compiler are installed; running needs only torch."""
         lacking = lacking_precisions(self.capabilities.precisions)
-        torch_here = probe_installed(("torch",), ("torch",), install="pip install torch", lacking=lacking)
+        torch_availability = probe_installed(("torch",), ("torch",), install="pip install torch", lacking=lacking)
         compiler = os.environ.get("CXX") or "g++"
-        if not torch_here.can_run or shutil.which(compiler) is not None:
-            return torch_here
+        if not torch_availability.can_run or shutil.which(compiler) is not None:
+            return torch_availability
         return Availability(
             can_compile=False,
             can_run=True,
@@ -140,8 +140,8 @@ def _open(path: Path) -> Any:
 
     # torch unpacks into TMPDIR and keeps the files mapped. Its own clean-up misses kills and failed loads.
     with (
-        tempfile.TemporaryDirectory(prefix="aot-inductor-") as unpacked,
-        environment(TMPDIR=unpacked, TORCHINDUCTOR_CACHE_DIR=unpacked),
+        tempfile.TemporaryDirectory(prefix="aot-inductor-") as temporary_dir,
+        environment(TMPDIR=temporary_dir, TORCHINDUCTOR_CACHE_DIR=temporary_dir),
     ):
         return torch._inductor.aoti_load_package(str(path))
 

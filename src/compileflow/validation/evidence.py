@@ -85,14 +85,14 @@ def timed_shapes(
     hf_task: HfTask, record: ComponentRecord, validation: ValidationSettings, *, second: int
 ) -> tuple[tuple[int, int], ...]:
     """Return the shapes to time, each as (batch size, length); `second` is the length of one second of audio."""
-    requested = [(bucket.batch_size, bucket.sequence_length) for bucket in validation.latency_shapes]
+    requested_shapes = [(bucket.batch_size, bucket.sequence_length) for bucket in validation.latency_shapes]
     default = {
         "text": _TIMED_TEXT,
         "image": _TIMED_IMAGES,
         "audio": tuple((rows, seconds * second) for rows, seconds in _TIMED_SECONDS),
     }[hf_task.modality]
     longest = record.max_sequence_length
-    return tuple(dict.fromkeys((rows, min(length, longest)) for rows, length in requested or default))
+    return tuple(dict.fromkeys((rows, min(length, longest)) for rows, length in requested_shapes or default))
 
 
 def _tokenizer(source_dir: Path, spec: CompileSpec) -> Any:
@@ -119,10 +119,10 @@ def _text_evidence(
         pad_token_id=record.pad_token_id,
     )
     examples, origin, _ = load_examples(spec.hf_task, validation.examples_path, validation.max_examples)
-    registered = tests.examples(spec.hf_task) if tests else []
-    if registered:
-        origin = f"{len(registered)} test inputs of the source version, and {origin}"
-        examples = (registered + examples)[: max(validation.max_examples, len(registered))]
+    test_examples = tests.examples(spec.hf_task) if tests else []
+    if test_examples:
+        origin = f"{len(test_examples)} test inputs of the source version, and {origin}"
+        examples = (test_examples + examples)[: max(validation.max_examples, len(test_examples))]
     texts = [example.get("text") or example["context"] for example in examples]
 
     def mask(measurements: Measurements, reference: Model, candidate: Model) -> None:
@@ -154,11 +154,11 @@ def _signal_evidence(
     tokens: Mapping[int, str] = {}
     if task is HfTask.SPEECH_RECOGNITION:
         tokenizer = _tokenizer(source_dir, spec)
-        decode, tokens = tokenizer.decode, {n: token for token, n in tokenizer.get_vocab().items()}
-    smallest = sorted(signals, key=lambda signal: signal.values.size)[:4]
+        decode, tokens = tokenizer.decode, {token_id: token for token, token_id in tokenizer.get_vocab().items()}
+    short_signals = sorted(signals, key=lambda signal: signal.values.size)[:4]
 
     def padding(measurements: Measurements, reference: Model, candidate: Model) -> None:
-        measure_padding(measurements, reference, candidate, builder.case("", "", smallest))
+        measure_padding(measurements, reference, candidate, builder.case("", "", short_signals))
 
     return Evidence(
         generated=builder.generated(),

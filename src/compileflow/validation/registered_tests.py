@@ -37,7 +37,9 @@ class RegisteredTests:
             fields = ("question", "context")
             pairs = [item for item in self.inputs if isinstance(item, dict)]
             return [
-                {n: item[n] for n in fields} for item in pairs if all(isinstance(item.get(n), str) for n in fields)
+                {name: item[name] for name in fields}
+                for item in pairs
+                if all(isinstance(item.get(name), str) for name in fields)
             ]
         return [{"text": item} for item in self.inputs if isinstance(item, str)]
 
@@ -46,9 +48,9 @@ class RegisteredTests:
 
         Words, labels and positions must be equal. Numbers may differ by 0.01 or 1 %, whichever is more.
         """
-        registered = self.predictions or ()
-        misses = sum(not _agree(before, after) for before, after in zip(registered, answers, strict=True))
-        return misses / len(registered)
+        predictions = self.predictions or ()
+        misses = sum(not _agree(before, after) for before, after in zip(predictions, answers, strict=True))
+        return misses / len(predictions)
 
 
 def read_registered_tests(folder: Path) -> RegisteredTests:

@@ -81,9 +81,9 @@ def load_signals(processor: Processor, path: str | None, limit: int) -> tuple[li
         origin = f"{count} {processor.modality} examples that compileflow generates"
         return generated_signals(processor, count), origin, hashlib.sha256(origin.encode()).hexdigest()
     signal_files = _signal_files(path, processor.modality)[:limit]
-    read = _read_image if processor.modality == "image" else _read_wav
+    read_signal = _read_image if processor.modality == "image" else _read_wav
     try:
-        signals = [NamedSignal(file.name, read(file, processor.sampling_rate)) for file in signal_files]
+        signals = [NamedSignal(file.name, read_signal(file, processor.sampling_rate)) for file in signal_files]
     except (OSError, EOFError, ValueError, wave.Error) as error:
         raise MeasurementError(
             f"The examples in {path} cannot be used: {error}.",

@@ -28,8 +28,8 @@ def generated_signals(processor: Processor, count: int) -> list[NamedSignal]:
     """Return images with edges over 1/f noise, or voiced sounds. Each call returns the same signals."""
     random = np.random.default_rng(11)
     if processor.modality == "image":
-        return [NamedSignal(f"image {n + 1}", _image(random)) for n in range(count)]
-    return [NamedSignal(f"sound {n + 1}", _sound(random, processor.sampling_rate)) for n in range(count)]
+        return [NamedSignal(f"image {number + 1}", _image(random)) for number in range(count)]
+    return [NamedSignal(f"sound {number + 1}", _sound(random, processor.sampling_rate)) for number in range(count)]
 
 
 def odd_signals(processor: Processor) -> list[NamedSignal]:
@@ -74,7 +74,7 @@ def _sound(random: np.random.Generator, rate: int) -> Signal:
     time = np.arange(int(seconds * rate)) / rate
     pitch = random.uniform(90, 240) * (1 + 0.15 * np.sin(2 * np.pi * random.uniform(0.5, 2) * time))
     phase = 2 * np.pi * np.cumsum(pitch) / rate
-    voice = sum(np.sin(n * phase) / n ** random.uniform(0.8, 1.6) for n in range(1, 20))
+    voice = sum(np.sin(harmonic * phase) / harmonic ** random.uniform(0.8, 1.6) for harmonic in range(1, 20))
     syllables = np.clip(np.sin(2 * np.pi * random.uniform(2, 5) * time) + 0.3, 0, 1)
-    sound = 0.1 * np.asarray(voice) * syllables + 0.01 * random.standard_normal(time.size)
-    return sound.astype(np.float32)
+    samples = 0.1 * np.asarray(voice) * syllables + 0.01 * random.standard_normal(time.size)
+    return samples.astype(np.float32)

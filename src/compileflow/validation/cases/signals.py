@@ -38,14 +38,14 @@ class SignalCases:
 
     def output_mask(self, inputs: Arrays) -> NDArray[Any]:
         """Return 1 where a frame counts, shape (batch, frames); ones of (batch, 1) if no output has frames."""
-        rows, length = call_sizes(self.record.inputs[0], inputs[self.record.inputs[0].name])
+        rows, row_length = call_sizes(self.record.inputs[0], inputs[self.record.inputs[0].name])
         if not any("frames" in record.axes for record in self.record.outputs):
             return np.ones((rows, 1), int)
-        lengths = inputs["attention_mask"].sum(axis=1) if "attention_mask" in inputs else np.full(rows, length)
+        lengths = inputs["attention_mask"].sum(axis=1) if "attention_mask" in inputs else np.full(rows, row_length)
         rule = self.record.frame_convolutions
-        return np.stack([np.arange(frames_of(rule, length)) < frames_of(rule, int(n)) for n in lengths]).astype(
-            int
-        )
+        return np.stack(
+            [np.arange(frames_of(rule, row_length)) < frames_of(rule, int(length)) for length in lengths]
+        ).astype(int)
 
     def generated(self) -> list[Case]:
         """Build the cases that natural examples do not cover: odd signals, batches, extreme lengths."""
@@ -54,14 +54,17 @@ class SignalCases:
         cases += [self.case(f"{rows} at once", "batch", batch[:rows]) for rows in (2, 3, _BATCH)]
         cases.append(self.case("the batch's first row alone", "batch", batch[:1]))
         if "sequence" in self.record.inputs[0].axes:
-            cases += [self.case(f"length {n}", "length", [self.noise(n)]) for n in self._lengths()]
+            cases += [self.case(f"length {length}", "length", [self.noise(length)]) for length in self._lengths()]
         return cases
 
     def natural(self, signals: Sequence[NamedSignal]) -> list[Case]:
         """Build batches of 8 from natural examples, sorted by size."""
         ordered = sorted(signals, key=lambda signal: signal.values.size)
         batches = [ordered[start : start + _BATCH] for start in range(0, len(ordered), _BATCH)]
-        return [self.case(f"natural batch {n}", "agreement", batch) for n, batch in enumerate(batches, start=1)]
+        return [
+            self.case(f"natural batch {number}", "agreement", batch)
+            for number, batch in enumerate(batches, start=1)
+        ]
 
     def noise(self, length: int) -> NamedSignal:
         """Return noise that the processor turns into about `length` elements."""
@@ -84,8 +87,10 @@ class SignalCases:
     def _lengths(self) -> list[int]:
         shortest, longest = shortest_input(self.record.frame_convolutions), self.record.max_sequence_length
         edges = {bucket.sequence_length for bucket in self.record.shape_buckets}
-        lengths = {shortest, shortest + 1, longest} | {n for edge in edges for n in (edge - 1, edge, edge + 1)}
-        return sorted(n for n in lengths if shortest <= n <= longest)
+        lengths = {shortest, shortest + 1, longest} | {
+            length for edge in edges for length in (edge - 1, edge, edge + 1)
+        }
+        return sorted(length for length in lengths if shortest <= length <= longest)
 
     def _cut(self, axes: Sequence[Any], values: NDArray[Any]) -> NDArray[Any]:
         if "sequence" not in axes:

@@ -62,11 +62,11 @@ class CaseBuilder:
         arrays = {}
         for name in self.input_names:
             fill = self.pad_token_id if name == "input_ids" else 0
-            padded = []
+            padded_rows = []
             for row in rows:
                 space = [fill] * (longest - len(row[name]))
-                padded.append(space + row[name] if left else row[name] + space)
-            arrays[name] = np.asarray(padded, dtype=np.int64)
+                padded_rows.append(space + row[name] if left else row[name] + space)
+            arrays[name] = np.asarray(padded_rows, dtype=np.int64)
         return arrays
 
     def case(
@@ -94,23 +94,23 @@ def shape_cases(builder: CaseBuilder, sentences: Sequence[str]) -> list[Case]:
     for length in sorted(n for n in lengths if 1 <= n <= builder.max_length):
         row = {name: values[:length] for name, values in builder.encode(stream, max_length=max(length, 4)).items()}
         cases.append(builder.case(f"length {length}", "length", [row], [f"natural text, {length} tokens"]))
-    too_long = builder.encode(" ".join(sentences) * 4)
-    cases.append(builder.case("beyond the maximum, truncated", "length", [too_long], ["all sentences"]))
+    long_row = builder.encode(" ".join(sentences) * 4)
+    cases.append(builder.case("beyond the maximum, truncated", "length", [long_row], ["all sentences"]))
     for name, text in ODD_TEXTS.items():
         cases.append(builder.case(name, "text", [builder.encode(text)], [text]))
-    special = " ".join(str(token) for token in builder.tokenizer.all_special_tokens)
-    cases.append(builder.case("special tokens", "text", [builder.encode(special)], [special]))
-    ragged = sorted(sentences[:60], key=len)[:: 60 // 7][:7] if len(sentences) >= 60 else sentences[:7]
-    rows = [builder.encode(text) for text in ragged]
-    cases.append(builder.case("ragged batch, padded right", "batch", rows, ragged))
-    cases.append(builder.case("ragged batch, padded left", "batch", rows, ragged, left=True))
-    cases.append(builder.case("the batch's first row alone", "batch", rows[:1], ragged[:1]))
-    pair = builder.encode(ragged[0], ragged[-1])
-    cases.append(builder.case("text pair", "inputs", [pair], [f"{ragged[0]} | {ragged[-1]}"]))
-    complete = builder.case("", "inputs", rows[-1:], ragged[-1:])
-    for omitted in sorted(set(builder.input_names) - {"input_ids"}):
-        inputs = {name: value for name, value in complete.inputs.items() if name != omitted}
-        cases.append(Case(f"without {omitted}", "inputs", complete.texts, inputs, complete.mask))
+    special_text = " ".join(str(token) for token in builder.tokenizer.all_special_tokens)
+    cases.append(builder.case("special tokens", "text", [builder.encode(special_text)], [special_text]))
+    texts = sorted(sentences[:60], key=len)[:: 60 // 7][:7] if len(sentences) >= 60 else sentences[:7]
+    rows = [builder.encode(text) for text in texts]
+    cases.append(builder.case("ragged batch, padded right", "batch", rows, texts))
+    cases.append(builder.case("ragged batch, padded left", "batch", rows, texts, left=True))
+    cases.append(builder.case("the batch's first row alone", "batch", rows[:1], texts[:1]))
+    pair = builder.encode(texts[0], texts[-1])
+    cases.append(builder.case("text pair", "inputs", [pair], [f"{texts[0]} | {texts[-1]}"]))
+    full_case = builder.case("", "inputs", rows[-1:], texts[-1:])
+    for input_name in sorted(set(builder.input_names) - {"input_ids"}):
+        inputs = {name: value for name, value in full_case.inputs.items() if name != input_name}
+        cases.append(Case(f"without {input_name}", "inputs", full_case.texts, inputs, full_case.mask))
     return cases
 
 
@@ -151,8 +151,8 @@ def _mask_middle(row: Row, tokenizer: Any) -> int:
         raise MeasurementError(
             "The tokenizer has no mask token, so fill-mask cannot be validated.", hint="Choose another task."
         )
-    special = set(tokenizer.all_special_ids)
-    ordinary = [index for index, token in enumerate(row["input_ids"]) if token not in special]
-    position = ordinary[len(ordinary) // 2] if ordinary else 0
+    special_ids = set(tokenizer.all_special_ids)
+    word_positions = [index for index, token in enumerate(row["input_ids"]) if token not in special_ids]
+    position = word_positions[len(word_positions) // 2] if word_positions else 0
     row["input_ids"][position] = tokenizer.mask_token_id
     return position

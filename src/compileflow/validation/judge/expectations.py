@@ -85,7 +85,7 @@ class ExpectRateToBeAtLeast(ColumnAggregateExpectation):  # type: ignore[misc]
     def _validate(self, metrics: Any, runtime_configuration: Any = None, execution_engine: Any = None) -> Any:
         hits, trials = metrics["column.agreements"]["hits"], metrics["column.agreements"]["trials"]
         lower, upper = rate_bounds(hits, trials)
-        more = None
+        missing_trials = None
         if self.limit >= 1.0:
             decision = "pass" if hits == trials else "fail"
         elif lower >= self.limit:
@@ -94,9 +94,10 @@ class ExpectRateToBeAtLeast(ColumnAggregateExpectation):  # type: ignore[misc]
             decision = "fail"
         else:
             decision = "inconclusive"
-            more = trials_to_decide(hits, trials, self.limit)
+            missing_trials = trials_to_decide(hits, trials, self.limit)
         details = {
-            "hits": hits, "trials": trials, "lower": lower, "upper": upper, "decision": decision, "more": more
+            "hits": hits, "trials": trials, "lower": lower, "upper": upper,
+            "decision": decision, "more": missing_trials,
         }  # fmt: skip
         return {
             "success": decision == "pass",

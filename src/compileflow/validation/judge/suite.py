@@ -52,19 +52,19 @@ class SuiteFile(_Strict):
     @model_validator(mode="after")
     def _names_are_known(self) -> SuiteFile:
         """Refuse misspelt names: a gate without a limit would vanish, and a vanished gate passes."""
-        used = {entry.limit for entry in self.gates}
+        used_limits = {entry.limit for entry in self.gates}
         for task, table in (("limits", self.limits), *self.task_limits.items()):
-            if set(table) - used:
-                raise ValueError(f"{task}: no gate uses {', '.join(sorted(set(table) - used))}")
-        missing = used - set(self.limits)
-        if missing:
-            raise ValueError(f"limits has no {', '.join(sorted(missing))}")
+            if set(table) - used_limits:
+                raise ValueError(f"{task}: no gate uses {', '.join(sorted(set(table) - used_limits))}")
+        missing_limits = used_limits - set(self.limits)
+        if missing_limits:
+            raise ValueError(f"limits has no {', '.join(sorted(missing_limits))}")
         gates = {entry.gate for entry in self.gates}
         if len(gates) != len(self.gates):
             raise ValueError("two gates share a name")
-        unknown = {gate for names in self.warnings.values() for gate in names} - gates
-        if unknown:
-            raise ValueError(f"warnings names unknown gates: {', '.join(sorted(unknown))}")
+        unknown_gates = {gate for names in self.warnings.values() for gate in names} - gates
+        if unknown_gates:
+            raise ValueError(f"warnings names unknown gates: {', '.join(sorted(unknown_gates))}")
         return self
 
 
@@ -113,8 +113,8 @@ def gates_for(precision: Precision, task: HfTask, overrides: Mapping[str, float]
         table = suite.limits[entry.limit] | suite.task_limits.get(task.graph_task, {}).get(entry.limit, {})
         limit = overrides.get(entry.limit, table.get(precision))
         if limit is not None:
-            warns = entry.gate in suite.warnings.get(precision, ())
-            gates.append(Gate(entry, limit, "warning" if warns else "critical"))
+            is_warning = entry.gate in suite.warnings.get(precision, ())
+            gates.append(Gate(entry, limit, "warning" if is_warning else "critical"))
     if not gates:
         raise MeasurementError(f"The suite has no gate for {precision} {task}.", hint="Correct the suite file.")
     return gates

@@ -108,9 +108,9 @@ def _tables(measurements: Measurements) -> dict[str, Any]:
     import pandas as pd
 
     agreements = [
-        {"metric": row["metric"], "agrees": agrees}
+        {"metric": row["metric"], "agrees": agreement}
         for row in measurements.rates
-        for agrees in [1] * row["hits"] + [0] * (row["trials"] - row["hits"])
+        for agreement in [1] * row["hits"] + [0] * (row["trials"] - row["hits"])
     ]
     scalars = [{"metric": name, "value": value} for name, value in measurements.scalars.items()]
     return {
@@ -181,8 +181,8 @@ def _expectation(gate: Gate) -> Any:
 def _gate_result(gate: Gate, result: Any, examples: int) -> GateResult:
     exceptions = _exceptions(result)
     details = (result.result or {}).get("details") or {}
-    measured = (result.result or {}).get("observed_value")
-    number = float(measured) if measured is not None and math.isfinite(measured) else None
+    value = (result.result or {}).get("observed_value")
+    number = float(value) if value is not None and math.isfinite(value) else None
     outcome: Outcome
     if exceptions:
         outcome, detail = "error", exceptions
@@ -190,11 +190,13 @@ def _gate_result(gate: Gate, result: Any, examples: int) -> GateResult:
         outcome, detail = "pass", _rate_detail(details)
     elif details.get("decision") == "inconclusive":
         # One example may give many trials, such as its tokens or its neighbours.
-        more = None if details["more"] is None else math.ceil(details["more"] * examples / details["trials"])
+        missing_examples = (
+            None if details["more"] is None else math.ceil(details["more"] * examples / details["trials"])
+        )
         outcome = "warn"
         detail = _rate_detail(details) + (
-            f"; inconclusive: {more} more examples at this rate would decide"
-            if more is not None
+            f"; inconclusive: {missing_examples} more examples at this rate would decide"
+            if missing_examples is not None
             else "; inconclusive, and the rate is the limit itself"
         )
     else:
@@ -214,10 +216,10 @@ def _gate_result(gate: Gate, result: Any, examples: int) -> GateResult:
     )
 
 
-def _margin(measured: float | None, limit: float, at_most: bool) -> float | None:
-    if measured is None or limit == (0.0 if at_most else 1.0):
+def _margin(value: float | None, limit: float, at_most: bool) -> float | None:
+    if value is None or limit == (0.0 if at_most else 1.0):
         return None
-    return (limit - measured) / limit if at_most else (measured - limit) / (1.0 - limit)
+    return (limit - value) / limit if at_most else (value - limit) / (1.0 - limit)
 
 
 def _rate_detail(details: Mapping[str, Any]) -> str:
@@ -243,12 +245,12 @@ def _sum_up(results: Sequence[GateResult]) -> tuple[Outcome, str]:
     for outcomes in (("fail", "error"), ("warn",)):
         blocking = [result for result in results if result.outcome in outcomes]
         if blocking:
-            rest = f" (and {len(blocking) - 1} more)" if len(blocking) > 1 else ""
-            return blocking[0].outcome, f"{blocking[0].outcome}: {_in_words(blocking[0])}{rest}"
+            suffix = f" (and {len(blocking) - 1} more)" if len(blocking) > 1 else ""
+            return blocking[0].outcome, f"{blocking[0].outcome}: {_in_words(blocking[0])}{suffix}"
     return "pass", f"pass: all {len(results)} gates hold"
 
 
 def _in_words(result: GateResult) -> str:
-    measured = "no number" if result.measured is None else f"{result.measured:.4g}"
-    text = f"{result.gate} measured {measured}, the limit is {result.comparison} {result.limit:.4g}"
+    value = "no number" if result.measured is None else f"{result.measured:.4g}"
+    text = f"{result.gate} measured {value}, the limit is {result.comparison} {result.limit:.4g}"
     return f"{text}; {result.detail}" if result.detail else text

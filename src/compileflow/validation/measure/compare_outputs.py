@@ -34,12 +34,12 @@ def measure(
         if number % 10 == 0:
             progress(f"comparing case {number + 1} of {len(cases)}: {case.name}")
         expected = _reference_answer(reference, case)
-        actual, trouble = candidate_answer(candidate, case.inputs)
+        actual, error_text = candidate_answer(candidate, case.inputs)
         for record in outputs:
             measurements.comparisons += _compared_rows(
-                case, record, expected[record.name], actual.get(record.name), trouble
+                case, record, expected[record.name], actual.get(record.name), error_text
             )
-        if case.family == "agreement" and not trouble:
+        if case.family == "agreement" and not error_text:
             decisions.add(case, expected, actual)
     if not any(case.family == "agreement" for case in cases):
         raise MeasurementError(
@@ -61,7 +61,7 @@ def _reference_answer(reference: Model, case: Case) -> Arrays:
 
 
 def _compared_rows(
-    case: Case, record: TensorRecord, expected: Any, actual: Any, trouble: str
+    case: Case, record: TensorRecord, expected: Any, actual: Any, error_text: str
 ) -> list[dict[str, Any]]:
     mask = case.mask.astype(bool)
     per_token = record.axes[:2] in (("batch", "sequence"), ("batch", "frames"))
@@ -83,7 +83,7 @@ def _compared_rows(
                 "family": case.family,
                 "output": record.name,
                 "text": text[:200],
-                "trouble": trouble,
+                "trouble": error_text,
             }
             | metrics.compare(before, after)
         )

@@ -131,10 +131,12 @@ class Decisions:
     def _moved(self) -> list[Change]:
         """Return the examples that lost neighbours; those that lost most come first."""
         overlaps, k = self._neighbours()
-        moved = sorted((n, text) for n, text in zip(overlaps, self._texts, strict=False) if n < k)
+        losses = sorted(
+            (overlap, text) for overlap, text in zip(overlaps, self._texts, strict=False) if overlap < k
+        )
         return [
-            Change("neighbour_overlap", text, None, [f"{k} nearest examples"], [f"{k - n} of them lost"])
-            for n, text in moved
+            Change("neighbour_overlap", text, None, [f"{k} nearest examples"], [f"{k - overlap} of them lost"])
+            for overlap, text in losses
         ]
 
     def _add_label(self, text: str, before: Any, after: Any) -> None:
@@ -148,7 +150,7 @@ class Decisions:
 
         def describe(flipped: list[int]) -> list[Words]:
             return [
-                listed([[f"{self._name(n)}: {choice(logits[n], ('no', 'yes').__getitem__)}"] for n in flipped])
+                listed([[f"{self._name(i)}: {choice(logits[i], ('no', 'yes').__getitem__)}"] for i in flipped])
                 for logits in pair
             ]
 
@@ -159,7 +161,7 @@ class Decisions:
 
         def describe(flipped: list[int]) -> list[Words]:
             return [
-                listed([[f"token {n} ", [ids[n]], f": {choice(logits[n], self._name)}"] for n in flipped])
+                listed([[f"token {i} ", [ids[i]], f": {choice(logits[i], self._name)}"] for i in flipped])
                 for logits in (before, after)
             ]
 
@@ -171,18 +173,18 @@ class Decisions:
         """Compare the character of each frame, and the transcript, where repeats of a character merge (CTC)."""
         if not len(before):
             return
-        transcripts = [[int(n) for n, _ in groupby(logits.argmax(-1))] for logits in (before, after)]
+        transcripts = [[int(label) for label, _ in groupby(logits.argmax(-1))] for logits in (before, after)]
 
         def describe(flipped: list[int]) -> list[Words]:
             return [
-                listed([[f"frame {n}: {choice(logits[n], self._name)}"] for n in flipped])
+                listed([[f"frame {i}: {choice(logits[i], self._name)}"] for i in flipped])
                 for logits in (before, after)
             ]
 
         flips = len(self._changes)
         self._count("label_agreement", text, before, after, describe)
-        same = transcripts[0] == transcripts[1] or len(self._changes) == flips
-        self._rates.append({"metric": "exact_transcript", "text": text, "hits": int(same), "trials": 1})
+        is_equal = transcripts[0] == transcripts[1] or len(self._changes) == flips
+        self._rates.append({"metric": "exact_transcript", "text": text, "hits": int(is_equal), "trials": 1})
 
     def _add_mask(self, text: str, before: Any, after: Any) -> None:
         words = [token_choice(logits) for logits in (before, after)]
@@ -199,9 +201,9 @@ class Decisions:
         ]
         # A span flips with either end, but not with an end that is a tie of the reference.
         margin = max(margins, default=0.0)
-        agrees = margin < TIE_MARGIN
-        self._rates.append({"metric": "exact_span", "text": text, "hits": int(agrees), "trials": 1})
-        if not agrees:
+        is_equal = margin < TIE_MARGIN
+        self._rates.append({"metric": "exact_span", "text": text, "hits": int(is_equal), "trials": 1})
+        if not is_equal:
             words = [span_choice(ids, ends) for ends in (before, after)]
             self._changes.append(Change("exact_span", text, margin, *words))
 
@@ -210,12 +212,12 @@ class Decisions:
     ) -> None:
         """Count decisions, logits of shape (decisions, choices); `describe` puts the flipped ones into words."""
         margin = metrics.margins(before)
-        same = before.argmax(-1) == after.argmax(-1)
-        flipped = ~same & (margin >= TIE_MARGIN)
-        self._confident_flips += int((~same & (margin > SURE_MARGIN)).sum())
-        self._rates.append({"metric": metric, "text": text, "hits": int((~flipped).sum()), "trials": len(same)})
+        equals = before.argmax(-1) == after.argmax(-1)
+        flipped = ~equals & (margin >= TIE_MARGIN)
+        self._confident_flips += int((~equals & (margin > SURE_MARGIN)).sum())
+        self._rates.append({"metric": metric, "text": text, "hits": int((~flipped).sum()), "trials": len(equals)})
         if flipped.any():
-            words = describe([int(n) for n in np.flatnonzero(flipped)])
+            words = describe([int(position) for position in np.flatnonzero(flipped)])
             self._changes.append(Change(metric, text, float(margin[flipped].max()), *words))
 
     def _name(self, label: int) -> str:

@@ -29,9 +29,9 @@ def measure_latency(
         inputs = timed(batch_size, length)
         # The examples may be shorter than the requested length.
         shape = f"{batch_size} x {inputs['input_ids'].shape[1] if 'input_ids' in inputs else length}"
-        trouble = candidate_answer(candidate, inputs)[1]
-        if trouble:
-            measurements.notes.append(f"{shape} was not timed: {trouble}")
+        error_text = candidate_answer(candidate, inputs)[1]
+        if error_text:
+            measurements.notes.append(f"{shape} was not timed: {error_text}")
             continue
         measurements.latencies.append(
             time_pairs(
@@ -70,8 +70,8 @@ def time_pairs(
     end = time.perf_counter() + budget_s
     while len(times) < pairs and (len(times) < 5 or time.perf_counter() < end):
         # The second call finds warm caches, so the order changes with every pair.
-        first, second = (reference, candidate) if len(times) % 2 == 0 else (candidate, reference)
-        first_s, second_s = _seconds(first), _seconds(second)
+        first_model, second_model = (reference, candidate) if len(times) % 2 == 0 else (candidate, reference)
+        first_s, second_s = _seconds(first_model), _seconds(second_model)
         times.append((first_s, second_s) if len(times) % 2 == 0 else (second_s, first_s))
     values = np.asarray(times)
     ratios = values[:, 1] / values[:, 0]

@@ -140,16 +140,16 @@ def misplaced_labels(reference: Array, candidate: Array) -> int:
 def spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
     """Return entities as (type, start, end): from BIO prefixes if there are any, else from runs of one tag."""
     entities = set()
-    current: tuple[str, int] | None = None
+    open_entity: tuple[str, int] | None = None
     for position, tag in enumerate([*tags, "O"]):
-        prefix, dash, rest = tag.partition("-")
-        kind = "" if tag == "O" else rest if dash and prefix in ("B", "I") else tag
-        begins = bool(dash) and prefix == "B"
-        if current is not None and (begins or kind != current[0]):
-            entities.add((current[0], current[1], position))
-            current = None
-        if current is None and kind:
-            current = (kind, position)
+        prefix, dash, entity_type = tag.partition("-")
+        kind = "" if tag == "O" else entity_type if dash and prefix in ("B", "I") else tag
+        is_start = bool(dash) and prefix == "B"
+        if open_entity is not None and (is_start or kind != open_entity[0]):
+            entities.add((open_entity[0], open_entity[1], position))
+            open_entity = None
+        if open_entity is None and kind:
+            open_entity = (kind, position)
     return entities
 
 

@@ -25,19 +25,21 @@ def measure_mask(
     `mask_leak` is the candidate's rel_l2 between the two, minus the reference's; NaN if the candidate does not
     answer with finite numbers.
     """
-    spare = min(4, builder.max_length - 1)
-    rows = [builder.encode(text, max_length=builder.max_length - spare) for text in texts]
+    padding_length = min(4, builder.max_length - 1)
+    rows = [builder.encode(text, max_length=builder.max_length - padding_length) for text in texts]
     inputs = {
         name: np.pad(
-            value, ((0, 0), (0, spare)), constant_values=builder.pad_token_id if name == "input_ids" else 0
+            value,
+            ((0, 0), (0, padding_length)),
+            constant_values=builder.pad_token_id if name == "input_ids" else 0,
         )
         for name, value in builder.collate(rows).items()
     }
     mask = inputs["attention_mask"].astype(bool)
     # A real token in a masked place changes the answer of a model that looks there.
     token = inputs["input_ids"][0, mask[0].sum() // 2]
-    altered = inputs | {"input_ids": np.where(mask, inputs["input_ids"], token)}
-    _measure_leak(measurements, reference, candidate, inputs, altered, mask)
+    altered_inputs = inputs | {"input_ids": np.where(mask, inputs["input_ids"], token)}
+    _measure_leak(measurements, reference, candidate, inputs, altered_inputs, mask)
 
 
 def measure_padding(measurements: Measurements, reference: Model, candidate: Model, case: Case) -> None:
@@ -50,8 +52,8 @@ def measure_padding(measurements: Measurements, reference: Model, candidate: Mod
     noise = np.random.default_rng(5).standard_normal(inputs[name].shape, dtype=np.float32)
     mask = inputs["attention_mask"].astype(bool)
     mask = mask.reshape(*mask.shape, *[1] * (noise.ndim - 2))
-    altered = inputs | {name: np.where(mask, inputs[name], noise)}
-    _measure_leak(measurements, reference, candidate, inputs, altered, case.mask.astype(bool))
+    altered_inputs = inputs | {name: np.where(mask, inputs[name], noise)}
+    _measure_leak(measurements, reference, candidate, inputs, altered_inputs, case.mask.astype(bool))
 
 
 def measure_token_types(
@@ -72,9 +74,9 @@ def measure_token_types(
     size = len(row["input_ids"])
     types = [0] * (size // 2) + [1] * (size - size // 2)
     with_types = builder.collate([row | {"token_type_ids": types}])
-    without = with_types | {"token_type_ids": np.zeros_like(with_types["token_type_ids"])}
-    before, before_without = reference(with_types), reference(without)
-    after, after_without = (candidate_answer(candidate, inputs)[0] for inputs in (with_types, without))
+    zero_types = with_types | {"token_type_ids": np.zeros_like(with_types["token_type_ids"])}
+    before, before_without = reference(with_types), reference(zero_types)
+    after, after_without = (candidate_answer(candidate, inputs)[0] for inputs in (with_types, zero_types))
     errors = []
     for name, value in before.items():
         expected = np.asarray(value, np.float64) - before_without[name]
@@ -124,10 +126,15 @@ def measure_noise(
 
 
 def _measure_leak(
-    measurements: Measurements, reference: Model, candidate: Model, inputs: Arrays, altered: Arrays, mask: Any
+    measurements: Measurements,
+    reference: Model,
+    candidate: Model,
+    inputs: Arrays,
+    altered_inputs: Arrays,
+    mask: Any,
 ) -> None:
-    answer, altered_answer = (candidate_answer(candidate, arrays)[0] for arrays in (inputs, altered))
-    leak = _change(answer, altered_answer, mask) - _change(reference(inputs), reference(altered), mask)
+    answer, altered_answer = (candidate_answer(candidate, arrays)[0] for arrays in (inputs, altered_inputs))
+    leak = _change(answer, altered_answer, mask) - _change(reference(inputs), reference(altered_inputs), mask)
     measurements.scalars["mask_leak"] = max(0.0, leak) if np.isfinite(leak) else float("nan")
 
 

@@ -65,8 +65,8 @@ class Report(BaseModel):
     @property
     def noise_multiple(self) -> float | None:
         """Worst rel_l2 as a multiple of the source model's own noise; None if either was not measured."""
-        floor, measured = self.noise.get("rel_l2", 0.0), self.figures.get("rel_l2")
-        return measured / floor if floor > 0 and measured is not None else None
+        floor, rel_l2 = self.noise.get("rel_l2", 0.0), self.figures.get("rel_l2")
+        return rel_l2 / floor if floor > 0 and rel_l2 is not None else None
 
 
 def worst_rows(comparisons: Sequence[dict[str, Any]], count: int = 10) -> tuple[dict[str, Any], ...]:
