@@ -44,8 +44,8 @@ class RegistryConformance:
     @pytest.fixture
     def registry(self, registry_uri: str) -> ModelRegistry:
         """Open the registry under test."""
-        opened: ModelRegistry = resolve(self.opener)(registry_uri)
-        return opened
+        model_registry: ModelRegistry = resolve(self.opener)(registry_uri)
+        return model_registry
 
     def test_registered_version_holds_its_entry(self, registry: ModelRegistry) -> None:
         entry = version_entry("ner", 1)
@@ -57,17 +57,17 @@ class RegistryConformance:
         assert registry.get("ner", 1) == version
 
     def test_same_artifact_twice_is_one_version(self, registry: ModelRegistry) -> None:
-        first = registry.register(version_entry("ner", 1))
+        version = registry.register(version_entry("ner", 1))
         again = registry.register(version_entry("ner", 1))
-        assert again == first
+        assert again == version
         assert len(registry.versions("ner")) == 1
 
     def test_registered_version_is_a_value_to_register_again(self, registry: ModelRegistry) -> None:
-        first = registry.register(version_entry("ner", 1))
-        assert registry.register(first) == first
+        version = registry.register(version_entry("ner", 1))
+        assert registry.register(version) == version
 
     def test_distinct_artifacts_are_numbered_from_one(self, registry: ModelRegistry) -> None:
-        numbers = [registry.register(version_entry("ner", n)).version for n in range(1, 4)]
+        numbers = [registry.register(version_entry("ner", number)).version for number in range(1, 4)]
         assert numbers == [1, 2, 3]
 
     def test_each_name_counts_for_itself(self, registry: ModelRegistry) -> None:
@@ -75,8 +75,8 @@ class RegistryConformance:
         assert registry.register(version_entry("keywords", 2)).version == 1
 
     def test_versions_are_newest_first(self, registry: ModelRegistry) -> None:
-        for n in range(1, 11):
-            registry.register(version_entry("ner", n))
+        for number in range(1, 11):
+            registry.register(version_entry("ner", number))
         assert [version.version for version in registry.versions("ner")] == list(range(10, 0, -1))
 
     def test_versions_without_a_name_are_those_of_all(self, registry: ModelRegistry) -> None:
@@ -107,9 +107,9 @@ class RegistryConformance:
             lambda: registry.set_stage("sentiment", 1, "staging", who="ann"),
             lambda: registry.promotions("sentiment", 1),
         ):
-            with pytest.raises(RegistryError, match="'sentiment'") as caught:
+            with pytest.raises(RegistryError, match="'sentiment'") as error_info:
                 call()
-            assert "sentiment-en" in caught.value.hint
+            assert "sentiment-en" in error_info.value.hint
 
     def test_unknown_name_in_an_empty_registry_says_so(self, registry: ModelRegistry) -> None:
         with pytest.raises(RegistryError, match="empty"):
@@ -123,36 +123,36 @@ class RegistryConformance:
             lambda: registry.set_stage("ner", 3, "staging", who="ann"),
             lambda: registry.promotions("ner", 3),
         ):
-            with pytest.raises(RegistryError, match="no version 3") as caught:
+            with pytest.raises(RegistryError, match="no version 3") as error_info:
                 call()
-            assert "2, 1" in caught.value.hint
+            assert "2, 1" in error_info.value.hint
 
     def test_stage_that_no_version_is_in_lists_those_there_are(self, registry: ModelRegistry) -> None:
         registry.register(version_entry("ner", 1))
         registry.register(version_entry("ner", 2))
         registry.set_stage("ner", 1, "staging", who="ann")
         for stage in ("production", "live"):
-            with pytest.raises(RegistryError, match=f"'{stage}'") as caught:
+            with pytest.raises(RegistryError, match=f"'{stage}'") as error_info:
                 registry.get("ner", stage)
-            assert "staging (1)" in caught.value.hint
-            assert "none (2)" in caught.value.hint
+            assert "staging (1)" in error_info.value.hint
+            assert "none (2)" in error_info.value.hint
 
     def test_stage_that_does_not_exist_cannot_be_set(self, registry: ModelRegistry) -> None:
         registry.register(version_entry("ner", 1))
-        with pytest.raises(RegistryError, match="'live'") as caught:
+        with pytest.raises(RegistryError, match="'live'") as error_info:
             registry.set_stage("ner", 1, cast(Stage, "live"), who="ann")
-        assert "none, staging, production, archived" in caught.value.hint
+        assert "none, staging, production, archived" in error_info.value.hint
         assert registry.get("ner", 1).stage == "none"
 
     def test_version_is_found_by_its_stage(self, registry: ModelRegistry) -> None:
-        for n in (1, 2, 3):
-            registry.register(version_entry("ner", n))
-        staged = registry.set_stage("ner", 2, "staging", who="ann")
-        assert staged == registry.get("ner", 2) == registry.get("ner", "staging")
-        assert staged.stage == "staging"
+        for number in (1, 2, 3):
+            registry.register(version_entry("ner", number))
+        staging_version = registry.set_stage("ner", 2, "staging", who="ann")
+        assert staging_version == registry.get("ner", 2) == registry.get("ner", "staging")
+        assert staging_version.stage == "staging"
         assert registry.get("ner", "none").version == 3
-        moved = registry.set_stage("ner", 2, "production", who="ann")
-        assert registry.get("ner", "production") == moved
+        production_version = registry.set_stage("ner", 2, "production", who="ann")
+        assert registry.get("ner", "production") == production_version
         with pytest.raises(RegistryError, match="'staging'"):
             registry.get("ner", "staging")
 
@@ -161,23 +161,23 @@ class RegistryConformance:
         self, registry: ModelRegistry, stage: Stage
     ) -> None:
         for name in ("ner", "keywords"):
-            for n in (1, 2):
-                registry.register(version_entry(name, n))
+            for number in (1, 2):
+                registry.register(version_entry(name, number))
         for name, number in (("ner", 1), ("keywords", 1), ("ner", 2)):
             registry.set_stage(name, number, stage, who="ann", reason="tested")
         assert [version.stage for version in registry.versions("ner")] == [stage, "archived"]
         assert registry.get("keywords", stage).version == 1
         promotions = registry.promotions("ner", 1)
-        assert [change.stage for change in promotions] == [stage, "archived"]
+        assert [promotion.stage for promotion in promotions] == [stage, "archived"]
         assert "version 2" in promotions[-1].reason
 
     def test_any_number_of_versions_is_archived_or_in_no_stage(self, registry: ModelRegistry) -> None:
-        for n in (1, 2, 3):
-            registry.register(version_entry("ner", n))
-            registry.set_stage("ner", n, "archived", who="ann")
+        for number in (1, 2, 3):
+            registry.register(version_entry("ner", number))
+            registry.set_stage("ner", number, "archived", who="ann")
         assert [version.stage for version in registry.versions("ner")] == ["archived"] * 3
-        for n in (1, 2):
-            registry.set_stage("ner", n, "none", who="ann")
+        for number in (1, 2):
+            registry.set_stage("ner", number, "none", who="ann")
         assert [version.stage for version in registry.versions("ner")] == ["archived", "none", "none"]
 
     def test_promotions_tell_who_and_why_oldest_first(self, registry: ModelRegistry) -> None:
@@ -188,25 +188,25 @@ class RegistryConformance:
         for stage, who, reason in changes:
             registry.set_stage("ner", 1, cast(Stage, stage), who=who, reason=reason)
         promotions = registry.promotions("ner", 1)
-        assert [(change.stage, change.who, change.reason) for change in promotions] == changes
-        assert [change.at for change in promotions] == sorted(change.at for change in promotions)
+        assert [(promotion.stage, promotion.who, promotion.reason) for promotion in promotions] == changes
+        assert [promotion.at for promotion in promotions] == sorted(promotion.at for promotion in promotions)
 
     def test_same_stage_twice_is_one_promotion(self, registry: ModelRegistry) -> None:
         registry.register(version_entry("ner", 1))
-        first = registry.set_stage("ner", 1, "production", who="ann")
-        assert registry.set_stage("ner", 1, "production", who="ann") == first
-        assert [change.stage for change in registry.promotions("ner", 1)] == ["production"]
+        version = registry.set_stage("ner", 1, "production", who="ann")
+        assert registry.set_stage("ner", 1, "production", who="ann") == version
+        assert [promotion.stage for promotion in registry.promotions("ner", 1)] == ["production"]
 
     def test_registering_again_leaves_the_stage(self, registry: ModelRegistry) -> None:
         registry.register(version_entry("ner", 1))
-        promoted = registry.set_stage("ner", 1, "production", who="ann")
-        assert registry.register(version_entry("ner", 1)) == promoted
-        assert list(registry.find(promoted.artifact_digest)) == [promoted]
+        version = registry.set_stage("ner", 1, "production", who="ann")
+        assert registry.register(version_entry("ner", 1)) == version
+        assert list(registry.find(version.artifact_digest)) == [version]
 
     def test_source_leads_to_its_compiled_versions_and_back(self, registry: ModelRegistry) -> None:
         uri, similar_uri = "hf://owner/it's a name?x=1", "hf://owner/it's a name"
-        for n, source_uri in ((1, uri), (2, similar_uri), (3, uri)):
-            registry.register(version_entry("ner", n).model_copy(update={"source_uri": source_uri}))
+        for number, source_uri in ((1, uri), (2, similar_uri), (3, uri)):
+            registry.register(version_entry("ner", number).model_copy(update={"source_uri": source_uri}))
         versions = registry.compiled_from(uri)
         assert [(version.version, version.source_uri) for version in versions] == [(3, uri), (1, uri)]
         assert list(registry.compiled_from("hf://owner/it")) == []
@@ -228,10 +228,10 @@ class RegistryConformance:
 
     def test_near_and_long_names_are_models_of_their_own(self, registry: ModelRegistry) -> None:
         names = ["ner-a", "ner.a", "ner_a", "NER-A", "nera", "n" * 127, "n" * 128]
-        for n, name in enumerate(names):
-            assert registry.register(version_entry(name, n)).version == 1
-        for n, name in enumerate(names):
-            assert [version.entry for version in registry.versions(name)] == [version_entry(name, n)]
+        for number, name in enumerate(names):
+            assert registry.register(version_entry(name, number)).version == 1
+        for number, name in enumerate(names):
+            assert [version.entry for version in registry.versions(name)] == [version_entry(name, number)]
 
     def test_files_may_be_given_with_the_entry(self, registry: ModelRegistry, tmp_path: Path) -> None:
         files = version_files(tmp_path / "given")
@@ -239,8 +239,8 @@ class RegistryConformance:
         version = registry.register(entry, files)
         assert version.entry == entry
         assert registry.register(entry, files) == registry.register(entry) == version
-        without = VersionFiles(files.artifact, files.report)
-        assert registry.register(version_entry("ner", 2), without).version == 2
+        required_files = VersionFiles(files.artifact, files.report)
+        assert registry.register(version_entry("ner", 2), required_files).version == 2
         assert files_below(tmp_path / "given") == {
             f"{folder}/{name}": body
             for folder, bodies in (
@@ -252,7 +252,7 @@ class RegistryConformance:
         }
 
     def test_reopened_registry_holds_everything(self, registry: ModelRegistry, registry_uri: str) -> None:
-        versions = [registry.register(version_entry("ner", n)) for n in (1, 2)]
+        versions = [registry.register(version_entry("ner", number)) for number in (1, 2)]
         reopened: ModelRegistry = resolve(self.opener)(registry_uri)
         assert list(reopened.versions()) == versions[::-1]
 

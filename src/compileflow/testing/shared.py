@@ -17,19 +17,19 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
-def make_once(folder: Path, make: Callable[[Path], object]) -> Path:
+def make_once(folder: Path, fill: Callable[[Path], object]) -> Path:
     """Return a folder, and fill it first if no process has done so yet. It appears complete or not at all.
 
     Args:
         folder: Folder to fill. Do not write to it afterwards, because other tests read it.
-        make: Fills the empty folder that it is given, which is then moved to `folder`.
+        fill: Fills the empty folder that it is given, which is then moved to `folder`.
     """
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
-            unfinished = folder.with_name(f"{folder.name}.unfinished")
+            temporary_folder = folder.with_name(f"{folder.name}.unfinished")
             # A failed attempt may have left files.
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True)
-            make(unfinished)
-            unfinished.rename(folder)
+            shutil.rmtree(temporary_folder, ignore_errors=True)
+            temporary_folder.mkdir(parents=True)
+            fill(temporary_folder)
+            temporary_folder.rename(folder)
     return folder

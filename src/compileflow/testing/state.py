@@ -20,12 +20,12 @@ def unchanged_process() -> Iterator[None]:
     before = process_state()
     yield
     after = process_state()
-    changed = [name for name, value in before.items() if after[name] != value]
-    if "environment" in changed:
+    changes = [name for name, value in before.items() if after[name] != value]
+    if "environment" in changes:
         # The message shows only the names, because a value may be secret.
         difference = before["environment"].items() ^ after["environment"].items()
-        changed += sorted({name for name, _ in difference})
-    assert not changed, f"the process was changed: {', '.join(changed)}"
+        changes += sorted({name for name, _ in difference})
+    assert not changes, f"the process was changed: {', '.join(changes)}"
 
 
 def process_state() -> dict[str, Any]:

@@ -52,8 +52,8 @@ class StoreConformance:
     @pytest.fixture
     def store(self, store_uri: str) -> ArtifactStore:
         """Open the store under test."""
-        opened: ArtifactStore = resolve(self.opener)(store_uri)
-        return opened
+        artifact_store: ArtifactStore = resolve(self.opener)(store_uri)
+        return artifact_store
 
     @pytest.fixture
     def folder(self, tmp_path: Path) -> Path:
@@ -91,17 +91,17 @@ class StoreConformance:
         os.utime(path, (modified, modified))
 
     def test_a_folder_comes_back_as_it_was_put(self, store: ArtifactStore, folder: Path, tmp_path: Path) -> None:
-        stored = store.put_folder(folder)
-        records = store.get_folder(stored.digest, tmp_path / "out")
+        stored_folder = store.put_folder(folder)
+        records = store.get_folder(stored_folder.digest, tmp_path / "out")
         assert _contents(tmp_path / "out") == FILES
         assert sorted(record.path for record in records) == sorted(FILES)
-        assert stored.size_bytes == sum(map(len, FILES.values()))
+        assert stored_folder.size_bytes == sum(map(len, FILES.values()))
 
     def test_opened_folder_is_gone_after_the_block(self, store: ArtifactStore, folder: Path) -> None:
         digest = store.put_folder(folder).digest
-        with store.open_folder(digest) as opened:
-            assert _contents(opened) == FILES
-        assert not opened.exists()
+        with store.open_folder(digest) as copy:
+            assert _contents(copy) == FILES
+        assert not copy.exists()
 
     def test_digest_is_that_of_the_folder(self, store: ArtifactStore, folder: Path, tmp_path: Path) -> None:
         digest = store.put_folder(folder).digest
@@ -109,10 +109,10 @@ class StoreConformance:
         assert store.put_folder(shutil.copytree(folder, tmp_path / "moved")).digest == digest
 
     def test_stored_folder_has_an_address_in_the_store(self, store: ArtifactStore, folder: Path) -> None:
-        stored = store.put_folder(folder)
-        assert stored.uri == store.folder_uri(stored.digest)
-        assert stored.uri.startswith(store.uri)
-        assert stored.digest in stored.uri
+        stored_folder = store.put_folder(folder)
+        assert stored_folder.uri == store.folder_uri(stored_folder.digest)
+        assert stored_folder.uri.startswith(store.uri)
+        assert stored_folder.digest in stored_folder.uri
 
     def test_same_bytes_again_write_nothing(self, store: ArtifactStore, store_uri: str, folder: Path) -> None:
         store.put_folder(folder)
@@ -132,10 +132,10 @@ class StoreConformance:
 
     def test_list_yields_what_was_put(self, store: ArtifactStore, folder: Path) -> None:
         assert list(store.list()) == []
-        first = store.put_folder(folder).digest
+        first_digest = store.put_folder(folder).digest
         (folder / "added").write_bytes(b"added")
-        second = store.put_folder(folder).digest
-        assert sorted(store.list()) == sorted([first, second])
+        second_digest = store.put_folder(folder).digest
+        assert sorted(store.list()) == sorted([first_digest, second_digest])
 
     def test_reopened_store_holds_the_folder(self, store: ArtifactStore, store_uri: str, folder: Path) -> None:
         digest = store.put_folder(folder).digest
@@ -232,10 +232,10 @@ class StoreConformance:
             blobs = len(self._blobs(store_uri))
             with other_process("compileflow.testing.stores:put", self.opener, store_uri, str(folder)) as writer:
                 _wait_for(partial(self._has_more_blobs, store_uri, blobs))
-                put_ended = writer.kill() != []
+                has_ended = writer.kill() != []
             if store.exists(digest):
                 continue
-            assert not put_ended
+            assert not has_ended
             assert digest not in list(store.list())
             break
         else:
@@ -315,8 +315,8 @@ class StoreConformance:
         self, store: ArtifactStore, store_uri: str, folder: Path
     ) -> None:
         store.put_folder(folder)
-        collected = store.gc((), min_age_s=0)
-        assert (collected.folders, collected.blobs) == (1, len(FILES))
+        result = store.gc((), min_age_s=0)
+        assert (result.folders, result.blobs) == (1, len(FILES))
         assert [key for key in self.object_stamps(store_uri) if not key.startswith(("tmp/", "locks/"))] == []
 
     def test_listing_that_cannot_be_read_stops_the_collection(
@@ -339,10 +339,10 @@ class StoreConformance:
         for _ in range(3):
             self._make_all_old(store_uri)
             with ThreadPoolExecutor(2) as threads:
-                collecting = threads.submit(store.gc, (), min_age_s=DAY_S)
-                putting = threads.submit(store.put_folder, folder)
-                collecting.result()
-                assert putting.result().digest == digest
+                collection = threads.submit(store.gc, (), min_age_s=DAY_S)
+                upload = threads.submit(store.put_folder, folder)
+                collection.result()
+                assert upload.result().digest == digest
             assert store.exists(digest)
 
     def test_put_refreshes_old_objects_so_that_a_later_collection_keeps_them(

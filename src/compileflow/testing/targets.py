@@ -150,10 +150,12 @@ class TargetConformance:
         """Return a fresh runner, its record, and the source model that it must equal."""
 
         def make(hf_task: HfTask) -> tuple[Runner, ComponentRecord, SourceModel]:
-            opened = artifact(hf_task)
-            runner = opened.load(opened.component("default"), device=target.capabilities.devices[0], threads=None)
+            compiled_artifact = artifact(hf_task)
+            runner = compiled_artifact.load(
+                compiled_artifact.component("default"), device=target.capabilities.devices[0], threads=None
+            )
             source = load_source_model(tiny_model(hf_task), hf_task)
-            return runner, opened.manifest.components["default"], source
+            return runner, compiled_artifact.manifest.components["default"], source
 
         return make
 
@@ -195,10 +197,10 @@ class TargetConformance:
             precision=target.capabilities.precisions[0],
             target_options={"no_such_option": 1},
         )
-        with pytest.raises(SpecError, match="no_such_option") as caught:
+        with pytest.raises(SpecError, match="no_such_option") as error_info:
             checked_target(spec)
         for option in target.Options.model_fields or ("none",):
-            assert option in caught.value.hint
+            assert option in error_info.value.hint
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Parametrize over each graph that the target compiles, and each task that these graphs serve."""
@@ -247,21 +249,21 @@ class TargetConformance:
         hf_task = target.capabilities.hf_tasks[0]
         source_dir = tiny_model(hf_task)
         source_files = list_files(source_dir)
-        watched = tmp_path / "watched"
+        watched_folder = tmp_path / "watched"
         for name in ("HOME", "TMPDIR", "XDG_CACHE_HOME", "HF_HOME"):
-            (watched / name).mkdir(parents=True)
-            monkeypatch.setenv(name, str(watched / name))
-        (watched / "cwd").mkdir()
-        monkeypatch.chdir(watched / "cwd")
+            (watched_folder / name).mkdir(parents=True)
+            monkeypatch.setenv(name, str(watched_folder / name))
+        (watched_folder / "cwd").mkdir()
+        monkeypatch.chdir(watched_folder / "cwd")
         (tmp_path / "out").mkdir()
         run_in_child(
             "compileflow.steps.build:build_artifact",
             compile_request(source_dir, target.name, hf_task) | {"out_dir": str(tmp_path / "out")},
-            work_dir=watched / "TMPDIR",
+            work_dir=watched_folder / "TMPDIR",
             log_path=tmp_path / "log",
             timeout_s=300,
         )
-        assert [path for path in watched.rglob("*") if path.is_file()] == []
+        assert [path for path in watched_folder.rglob("*") if path.is_file()] == []
         assert list_files(source_dir) == source_files
         assert open_artifact(tmp_path / "out").manifest.target.name == target.name
 
@@ -277,9 +279,9 @@ class TargetConformance:
         import torch
 
         hf_task = target.capabilities.hf_tasks[0]
-        opened = artifact(hf_task)
+        compiled_artifact = artifact(hf_task)
         source = load_source_model(tiny_model(hf_task), hf_task)
-        record = opened.manifest.components["default"]
+        record = compiled_artifact.manifest.components["default"]
         inputs = _inputs(record, source, *_shapes(record)[1])
         reference = source.run(inputs)
         count = torch.get_num_threads()
@@ -287,7 +289,9 @@ class TargetConformance:
         torch.set_num_threads(2)
         try:
             with unchanged_process():
-                runner = opened.load(opened.component("default"), device=None, threads=threads)
+                runner = compiled_artifact.load(
+                    compiled_artifact.component("default"), device=None, threads=threads
+                )
             with unchanged_process():
                 _assert_close(runner.run(inputs), reference, self.atol)
                 runner.close()
@@ -338,10 +342,10 @@ class TargetConformance:
         self, target: Target, artifact: Callable[[HfTask], OpenArtifact], tmp_path: Path
     ) -> None:
         """The caller gets a LoadError for any error of the runtime."""
-        opened = artifact(target.capabilities.hf_tasks[0])
-        record = opened.manifest.components["default"]
+        compiled_artifact = artifact(target.capabilities.hf_tasks[0])
+        record = compiled_artifact.manifest.components["default"]
         folder = tmp_path / "component"
-        shutil.copytree(opened.folder / record.folder, folder)
+        shutil.copytree(compiled_artifact.folder / record.folder, folder)
         for path in folder.rglob("*"):
             if path.is_file():
                 path.write_bytes(b"not a graph")
