@@ -143,7 +143,7 @@ class NeuronxTarget:
         }
 
         def trace(tensors: tuple[Any, ...], work: Path) -> Any:
-            traced = torch_neuronx.trace(
+            traced_module = torch_neuronx.trace(
                 module,
                 tensors,
                 compiler_workdir=str(work),
@@ -153,28 +153,28 @@ class NeuronxTarget:
                 cpu_backend=True,
             )
             if options.dynamic_batch_size:
-                traced = torch_neuronx.dynamic_batch(traced)
+                traced_module = torch_neuronx.dynamic_batch(traced_module)
             # Both calls must come between tracing and saving.
             if options.async_load:
-                torch_neuronx.async_load(traced)
+                torch_neuronx.async_load(traced_module)
             if options.lazy_load:
-                torch_neuronx.lazy_load(traced)
+                torch_neuronx.lazy_load(traced_module)
             if not options.inline_weights_to_neff:
-                torch_neuronx.replace_weights(traced, placeholders)
-            return traced
+                torch_neuronx.replace_weights(traced_module, placeholders)
+            return traced_module
 
         files = compile_buckets(source_model, component, out_dir, compiler="torch_neuronx.trace", trace=trace)
-        tied: dict[str, str] = {}
+        tied_weights: dict[str, str] = {}
         if not options.inline_weights_to_neff:
             report_progress("writing the weights")
-            tied = _write_weights(module.state_dict(), out_dir / _WEIGHTS)
+            tied_weights = _write_weights(module.state_dict(), out_dir / _WEIGHTS)
             files = (*files, _WEIGHTS)
         return source_model.compiled_to(
             files,
             {
                 "dynamic_batch_size": options.dynamic_batch_size,
                 "inline_weights_to_neff": options.inline_weights_to_neff,
-                "tied_weights": dict(tied),
+                "tied_weights": dict(tied_weights),
             },
         )
 
@@ -241,21 +241,21 @@ def _write_weights(state: Mapping[str, Any], path: Path) -> dict[str, str]:
     from safetensors.torch import save_file
 
     stored_names: dict[tuple[int, tuple[int, ...]], str] = {}
-    tied = {}
+    tied_weights = {}
     for name, tensor in state.items():
         stored_name = stored_names.setdefault((tensor.data_ptr(), tuple(tensor.shape)), name)
         if stored_name != name:
-            tied[name] = stored_name
+            tied_weights[name] = stored_name
     save_file({name: state[name].contiguous() for name in stored_names.values()}, path)
-    return tied
+    return tied_weights
 
 
-def _read_weights(component_dir: Path, tied: Any) -> dict[str, Any]:
+def _read_weights(component_dir: Path, tied_weights: Any) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     try:
         weights: dict[str, Any] = load_file(component_dir / _WEIGHTS)
-        return weights | {name: weights[stored_name] for name, stored_name in tied.items()}
+        return weights | {name: weights[stored_name] for name, stored_name in tied_weights.items()}
     except Exception as error:
         raise LoadError(
             f"{_WEIGHTS} cannot be loaded: {first_line(error)}.", hint="Fetch the artifact again."

@@ -194,11 +194,11 @@ def _static_quantizer(options: OnnxRuntimeOptions, samples: list[dict[str, Any]]
                     value.shape = value.const_value.shape
             return super().quantize(model, *args, **kwargs)
 
-    seven_bits = nncf.OverflowFix.ENABLE if options.reduce_range else nncf.OverflowFix.DISABLE
+    overflow_fix = nncf.OverflowFix.ENABLE if options.reduce_range else nncf.OverflowFix.DISABLE
     config = NNCFQuantizationConfig(
         # Use all batches: NNCF would take only the first ones, and they are sorted by length.
         subset_size=len(samples),
-        advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=seven_bits),
+        advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=overflow_fix),
     )
     return Quantizer(config, calibration_dataset=samples)
 
