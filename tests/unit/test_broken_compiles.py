@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from compileflow.artifact.manifest import read_manifest
-from compileflow.catalog import open_registry, open_store
+from compileflow.catalog import get_target, open_registry, open_store
 from compileflow.errors import VerdictError
 from compileflow.settings import Settings
-from compileflow.spec import HfTask
+from compileflow.spec import HfTask, Precision
 from compileflow.steps.fetch import fetch_source
 from compileflow.steps.register import register_version
 from compileflow.steps.validate import validate_artifact
@@ -179,6 +179,17 @@ def test_the_healthy_compile_passes(healthy: Compiled, tmp_path: Path) -> None:
     assert proof.outcome == "pass", proof.reason
     assert {gate["outcome"] for gate in proof.report["verdict"]["gates"]} == {"pass"}
     assert proof.gate("token_types_respected")["measured"] < 1e-4
+
+
+def test_the_limits_of_a_target_win_over_those_of_the_suite(
+    healthy: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = type(get_target(read_manifest(healthy.artifact_dir).target.name))
+    limits = {Precision.FP32: {"rel_l2": -1.0}, Precision.BF16: {"max_abs_diff": -1.0}}
+    monkeypatch.setattr(target, "default_gates", limits, raising=False)
+    proof = validate_here(healthy.source_dir, healthy.artifact_dir, tmp_path / "report")
+    assert (proof.outcome, proof.gate("rel_l2")["limit"]) == ("fail", -1.0)
+    assert proof.gate("max_abs_diff")["outcome"] == "pass"
 
 
 @pytest.mark.parametrize("how", BREAKS)

@@ -13,6 +13,7 @@ from typing import Any
 from compileflow._process.child_process import report_progress
 from compileflow._process.state import resident_bytes
 from compileflow.artifact.open import OpenArtifact, open_artifact
+from compileflow.catalog import get_target
 from compileflow.contracts import OUTCOMES, Arrays, ComponentRecord
 from compileflow.serving.component import LoadedComponent
 from compileflow.serving.pipeline import CompiledPipeline
@@ -190,7 +191,8 @@ def _prove_component(
         shapes=_timed_shapes(compiled_component.artifact, record, validation),
         pairs=validation.latency_pairs,
     )
-    overrides: dict[str, float] = {}
+    # Optional attribute of a third party's target: its own limits for a precision.
+    overrides = dict(getattr(get_target(spec.target), "default_gates", {}).get(spec.precision, {}))
     if validation.max_latency_ratio is not None:
         overrides["latency_ratio"] = validation.max_latency_ratio
     report_progress("judging with Great Expectations")
