@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from compileflow._process.child import skip_slow_grammar
+from compileflow._process.child_process import skip_slow_grammar
 from compileflow._process.folders import os_errors
 from compileflow.settings import Settings
 

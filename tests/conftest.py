@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from compileflow._process.child import skip_slow_grammar
+from compileflow._process.child_process import skip_slow_grammar
 from compileflow.settings import Settings, get_settings
 from compileflow.spec import HfTask
 from compileflow.testing.shared import make_once, shared_folder

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from compileflow._process.run import ChildResult
+from compileflow._process.run_in_child import ChildResult
 from compileflow.artifact.manifest import SourceRecord, read_manifest
 from compileflow.catalog import get_target
 from compileflow.local import in_memory
