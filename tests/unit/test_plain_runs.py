@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,6 +55,23 @@ def test_library_that_validation_lacks_is_reported_before_the_compile(
     monkeypatch.setattr("compileflow.steps.validate._LIBRARIES", ("numpy", "not-installed"))
     request = pipeline.request(tiny_model(HfTask.TEXT_CLASSIFICATION))
     with pytest.raises(MeasurementError, match=r"not-installed.*pip install 'compileflow\[validation\]'"):
+        run_request(request, pipeline.settings)
+    assert pipeline.counts["compile"] == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"store_uri": "ftp://host/store"}, "Unknown artifact store 'ftp'"),
+        ({"registry_uris": ["redis://host"]}, "Unknown model registry 'redis'"),
+        ({"validation": {"examples_path": "missing.txt"}}, "missing.txt do not exist"),
+    ],
+)
+def test_wrong_places_are_refused_before_the_compile(
+    pipeline: Pipeline, tiny_model: ModelFactory, fields: dict[str, Any], message: str
+) -> None:
+    request = pipeline.request(tiny_model(HfTask.TEXT_CLASSIFICATION), **fields)
+    with pytest.raises(SpecError, match=message):
         run_request(request, pipeline.settings)
     assert pipeline.counts["compile"] == 0
 

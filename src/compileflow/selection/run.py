@@ -110,5 +110,5 @@ def _attempt(request: CompileRequest, source: FetchedSource, settings: Settings,
 
 
 def _label(request: CompileRequest) -> str:
-    options = (str(value) for value in request.target_options.values())
+    options = (f"{name}={value}" for name, value in request.target_options.items())
     return " ".join((request.target, request.precision.value, *options))
