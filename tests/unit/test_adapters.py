@@ -34,7 +34,7 @@ SMALL: dict[str, Any] = {"target": "torchscript", "shape_buckets": SHAPES, "vali
 
 
 def scores(answers: list[dict[str, Any]]) -> list[tuple[str, Any]]:
-    return [(each["label"], pytest.approx(each["score"], abs=1e-4)) for each in answers]
+    return [(answer["label"], pytest.approx(answer["score"], abs=1e-4)) for answer in answers]
 
 
 def load_source(folder: Path, hf_task: HfTask = TASK) -> Any:
@@ -46,14 +46,14 @@ class TestPipeline:
         self, pipeline: Pipeline, tiny_model: ModelFactory, caplog: pytest.LogCaptureFixture
     ) -> None:
         folder = tiny_model(TASK)
-        asked = SMALL | {"validate": QUICK, "top_k": 1}
+        arguments = SMALL | {"validate": QUICK, "top_k": 1}
         reference = transformers.pipeline(TASK.value, model=str(folder), top_k=1)
         caplog.set_level(logging.INFO, logger="compileflow")
 
-        first = compileflow.pipeline("text-classification", str(folder), **asked)
+        first = compileflow.pipeline("text-classification", str(folder), **arguments)
         assert pipeline.counts == {"compile": 1, "validate": 1}
         assert "compiled in" in caplog.text
-        second = compileflow.pipeline("sentiment-analysis", folder, device=-1, **asked)
+        second = compileflow.pipeline("sentiment-analysis", folder, device=-1, **arguments)
 
         assert pipeline.counts == {"compile": 1, "validate": 1}
         assert "cached, every part of its key is unchanged" in caplog.text
@@ -74,7 +74,7 @@ class TestPipeline:
         pipeline = compileflow.pipeline("ner", **SMALL)
 
         assert pipeline.task == "token-classification"
-        assert {found["entity"] for found in pipeline(TEXTS[0])} <= set(LABELS[HfTask.TOKEN_CLASSIFICATION])
+        assert {entity["entity"] for entity in pipeline(TEXTS[0])} <= set(LABELS[HfTask.TOKEN_CLASSIFICATION])
         assert any(path == "model.safetensors" for _, path in hub.downloaded())
 
     def test_model_alone_serves_its_own_task(self, pipeline: Pipeline, tiny_model: ModelFactory) -> None:
@@ -104,13 +104,13 @@ class TestPipeline:
         self, pipeline: Pipeline, tiny_model: ModelFactory
     ) -> None:
         folder = tiny_model(TASK)
-        other = transformers.AutoTokenizer.from_pretrained(folder)
-        other.padding_side = "left"
+        other_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        other_tokenizer.padding_side = "left"
 
-        given = compileflow.pipeline(model=str(folder), tokenizer=other, **SMALL)
+        pipeline_with_tokenizer = compileflow.pipeline(model=str(folder), tokenizer=other_tokenizer, **SMALL)
         named_twice = compileflow.pipeline(model=str(folder), tokenizer=str(folder), **SMALL)
 
-        assert given.tokenizer.padding_side == "left"
+        assert pipeline_with_tokenizer.tokenizer.padding_side == "left"
         assert named_twice.tokenizer.padding_side == "right"
 
     def test_artifact_that_fails_its_gates_is_refused_unless_unproven_is_asked_for(
@@ -225,10 +225,10 @@ class TestOptimize:
         self, optimized: Any, source: Any, tiny_model: ModelFactory
     ) -> None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model(TASK))
-        made = transformers.pipeline(TASK.value, model=optimized, tokenizer=tokenizer, device=-1)
+        reference_pipeline = transformers.pipeline(TASK.value, model=optimized, tokenizer=tokenizer, device=-1)
         reference = transformers.pipeline(TASK.value, model=source, tokenizer=tokenizer, device=-1)
 
-        assert scores(made(TEXTS)) == [(a["label"], a["score"]) for a in reference(TEXTS)]
+        assert scores(reference_pipeline(TEXTS)) == [(a["label"], a["score"]) for a in reference(TEXTS)]
 
     def test_refuses_what_the_graph_has_not(self, optimized: Any, encoded: Any) -> None:
         for flag in ("output_attentions", "output_hidden_states"):
@@ -251,10 +251,10 @@ class TestOptimize:
 
     def test_saves_and_loads_the_artifact(self, optimized: Any, encoded: Any, tmp_path: Path) -> None:
         optimized.save_pretrained(tmp_path / "saved")
-        again = type(optimized).from_pretrained(tmp_path / "saved")
+        reloaded = type(optimized).from_pretrained(tmp_path / "saved")
 
-        assert isinstance(again, transformers.BertForSequenceClassification)
-        assert torch.equal(again(**encoded).logits, optimized(**encoded).logits)
+        assert isinstance(reloaded, transformers.BertForSequenceClassification)
+        assert torch.equal(reloaded(**encoded).logits, optimized(**encoded).logits)
 
     def test_task_decides_the_class_of_a_model_with_another_head(
         self, pipeline: Pipeline, tiny_model: ModelFactory

@@ -1,4 +1,4 @@
-"""Lists through compiled pipelines: the answers of one text at a time, in order, from batches of like length."""
+"""Lists through compiled pipelines: batches of similar length give the answers of one text at a time, in order."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TASKS = (
     HfTask.TOKEN_CLASSIFICATION,
     HfTask.FILL_MASK,
 )
-# A compiled pipeline truncates unasked; transformers' own has three ways of being asked.
+# A compiled pipeline always truncates; pipelines of transformers truncate with one of three settings.
 TRUNCATED: dict[HfTask, dict[str, Any]] = {
     HfTask.FEATURE_EXTRACTION: {"truncation": True},
     HfTask.TEXT_CLASSIFICATION: {"truncation": True},
@@ -131,9 +131,9 @@ def test_settings_of_a_call_work_as_in_transformers(
 ) -> None:
     texts = ragged(hf_task, 7)
 
-    found = load(target, hf_task)(texts, batch_size=3, **settings)
+    answers = load(target, hf_task)(texts, batch_size=3, **settings)
 
-    assert_same_result(found, reference(hf_task)(texts, **settings))
+    assert_same_result(answers, reference(hf_task)(texts, **settings))
 
 
 def test_settings_of_the_pipeline_hold_for_lists(load: Load, reference: Reference) -> None:
@@ -141,10 +141,10 @@ def test_settings_of_the_pipeline_hold_for_lists(load: Load, reference: Referenc
     pipeline = load("onnx-runtime", HfTask.TEXT_CLASSIFICATION, top_k=None, batch_size=4)
     runs = counted(pipeline)
 
-    found = pipeline(texts)
+    answers = pipeline(texts)
 
     expected = reference(HfTask.TEXT_CLASSIFICATION)(texts, top_k=None, truncation=True)
-    assert_same_result(found, expected)
+    assert_same_result(answers, expected)
     assert max(rows for rows, _ in runs.shapes) == 4
     pipeline(texts, batch_size=2)
     assert max(rows for rows, _ in runs.shapes[-len(texts) // 2 :]) == 2
@@ -156,7 +156,7 @@ def test_text_pairs_and_words_are_answered_as_in_transformers(
 ) -> None:
     hf_task = HfTask.TEXT_CLASSIFICATION
     texts = ragged(hf_task)
-    pairs: list[Any] = [{"text": one, "text_pair": other} for one, other in pairwise(texts)]
+    pairs: list[Any] = [{"text": first, "text_pair": second} for first, second in pairwise(texts)]
     pairs.append("no pair")
     expected = reference(hf_task)(pairs, truncation=True)
     assert_same_result(load(target, hf_task)(pairs, batch_size=4), expected)
@@ -194,23 +194,23 @@ def test_many_texts_run_in_few_calls_with_little_padding_and_come_back_in_order(
     pipeline = load(target, hf_task)
     runs = counted(pipeline)
 
-    found = pipeline(texts, top_k=None, batch_size=8)
+    answers = pipeline(texts, top_k=None, batch_size=8)
 
-    assert_same_result(found, reference(hf_task)(texts, top_k=None, truncation=True))
-    assert len({answer[0]["score"] for answer in found}) > len(texts) // 2
-    ours, unsorted = runs.shapes, RunCounter(runs.runner)
+    assert_same_result(answers, reference(hf_task)(texts, top_k=None, truncation=True))
+    assert len({answer[0]["score"] for answer in answers}) > len(texts) // 2
+    shapes, unsorted = runs.shapes, RunCounter(runs.runner)
     pipeline.model.graph._runner = unsorted
     pipeline.pipeline(texts, top_k=None, batch_size=8)
     assert sum(lengths) <= runs.computed < unsorted.computed
     if target == "onnx-runtime":
-        assert len(ours) == -(-len(texts) // 8)
+        assert len(shapes) == -(-len(texts) // 8)
         # Neighbours in length differ by a token or two.
         assert runs.computed - sum(lengths) < (unsorted.computed - sum(lengths)) / 5
     else:
         # The static graph's only bucket of several rows is 4x16: it is filled.
         short = sum(8 < length <= 16 for length in lengths)
-        assert 4 * ours.count((4, 16)) >= short > 4
-        assert set(ours) <= {(each.batch_size, each.sequence_length) for each in BUCKETS["text"]}
+        assert 4 * shapes.count((4, 16)) >= short > 4
+        assert set(shapes) <= {(bucket.batch_size, bucket.sequence_length) for bucket in BUCKETS["text"]}
 
 
 def test_long_list_is_worked_through_in_windows(
@@ -240,21 +240,21 @@ def test_side_that_the_tokenizer_pads_on_does_not_matter(
     pipeline = load("onnx-runtime", hf_task)
     pipeline.tokenizer.padding_side = "left"
 
-    found = pipeline(texts, **settings)
+    answers = pipeline(texts, **settings)
 
-    assert_same_result(found, reference(hf_task)(texts, **settings, **TRUNCATED[hf_task]))
+    assert_same_result(answers, reference(hf_task)(texts, **settings, **TRUNCATED[hf_task]))
 
 
 def test_threads_get_the_answers_to_their_own_lists(load: Load) -> None:
     hf_task = HfTask.FEATURE_EXTRACTION
     pipeline = load("onnx-runtime", hf_task)
     lists = [ragged(hf_task, count) for count in (11, 13, 17, 19, 23, 29)]
-    alone = [pipeline(texts, return_tensors=True) for texts in lists]
+    single_answers = [pipeline(texts, return_tensors=True) for texts in lists]
 
     with ThreadPoolExecutor(2) as threads:
-        together = list(threads.map(lambda texts: pipeline(texts, return_tensors=True), lists))
+        answers = list(threads.map(lambda texts: pipeline(texts, return_tensors=True), lists))
 
-    assert_same_result(together, alone)
+    assert_same_result(answers, single_answers)
 
 
 @pytest.mark.parametrize(
@@ -293,8 +293,8 @@ def test_text_that_is_too_long_for_the_graph_and_a_wrong_batch_size_are_refused(
 
 
 def test_answers_do_not_hold_their_batch_in_memory(load: Load) -> None:
-    found = load("onnx-runtime", HfTask.FEATURE_EXTRACTION)(["one", "a longer text", "two"], return_tensors=True)
+    answers = load("onnx-runtime", HfTask.FEATURE_EXTRACTION)(["one", "a longer text", "two"], return_tensors=True)
 
-    for answer in found:
+    for answer in answers:
         assert isinstance(answer, torch.Tensor)
         assert answer.untyped_storage().nbytes() == answer.numel() * np.dtype(np.float32).itemsize

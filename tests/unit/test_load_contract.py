@@ -199,12 +199,12 @@ def test_signed_artifact_is_loaded_and_a_stranger_among_the_keys_does_no_harm(so
     folder = Path(shutil.copytree(sound, tmp_path / "artifact"))
     keys = make_keys(tmp_path)
     attest(folder, keys)
-    asked = {"require_signature": [make_keys(tmp_path, "stranger").public, keys.public]}
-    assert CompiledTokenizer.from_pretrained(folder, **asked)("a")["input_ids"]
-    pipeline = CompiledPipeline.from_pretrained(folder, **asked)
+    arguments = {"require_signature": [make_keys(tmp_path, "stranger").public, keys.public]}
+    assert CompiledTokenizer.from_pretrained(folder, **arguments)("a")["input_ids"]
+    pipeline = CompiledPipeline.from_pretrained(folder, **arguments)
     assert pipeline("the end") == CompiledPipeline.from_pretrained(sound)("the end")
-    again = CompiledModel.from_pretrained(pipeline.save_pretrained(tmp_path / "saved"), **asked)
-    assert again.artifact.attested == CompiledModel.from_pretrained(folder, **asked).artifact.attested
+    reloaded = CompiledModel.from_pretrained(pipeline.save_pretrained(tmp_path / "saved"), **arguments)
+    assert reloaded.artifact.attested == CompiledModel.from_pretrained(folder, **arguments).artifact.attested
 
 
 def test_artifact_is_loaded_by_its_digest_or_the_beginning_of_it(

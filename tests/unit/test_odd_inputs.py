@@ -47,7 +47,7 @@ def outcome(call: Callable[[], Any]) -> Any:
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "inputs",
     [
         "",
         [""],
@@ -63,12 +63,12 @@ def outcome(call: Callable[[], Any]) -> Any:
     ],
     ids=repr,
 )
-def test_odd_texts_get_the_source_models_answer(pipeline: CompiledPipeline, reference: Any, asked: Any) -> None:
-    assert_same_result(pipeline(asked), reference(asked))
+def test_odd_texts_get_the_source_models_answer(pipeline: CompiledPipeline, reference: Any, inputs: Any) -> None:
+    assert_same_result(pipeline(inputs), reference(inputs))
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "inputs",
     [
         None, b"bytes", 5, {"a"}, {"txt": "a"}, ["a", None], [b"a", "b"], [["a", "b"]], [], "\ud800",
         ["fine", "\ud800"],
@@ -76,12 +76,12 @@ def test_odd_texts_get_the_source_models_answer(pipeline: CompiledPipeline, refe
     ids=ascii,
 )  # fmt: skip
 def test_what_is_no_text_gets_the_source_models_kind_of_error(
-    pipeline: CompiledPipeline, reference: Any, asked: Any
+    pipeline: CompiledPipeline, reference: Any, inputs: Any
 ) -> None:
-    expected, found = outcome(lambda: reference(asked)), outcome(lambda: pipeline(asked))
+    expected, result = outcome(lambda: reference(inputs)), outcome(lambda: pipeline(inputs))
     assert isinstance(expected, Exception)
-    assert isinstance(found, type(expected)), repr(found)
-    assert str(found)
+    assert isinstance(result, type(expected)), repr(result)
+    assert str(result)
 
 
 def test_nothing_at_all_is_the_same_type_error(pipeline: CompiledPipeline, reference: Any) -> None:
@@ -172,6 +172,6 @@ class TestModel:
     def test_refuses_to_answer_once_closed(self, artifact: Path) -> None:
         closed = CompiledPipeline.from_pretrained(artifact)
         closed.model.close()
-        for asked in ("a", ["a", "b"]):
+        for inputs in ("a", ["a", "b"]):
             with pytest.raises(InputError, match="was closed"):
-                closed(asked)
+                closed(inputs)

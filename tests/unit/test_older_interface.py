@@ -87,8 +87,8 @@ def source(tiny_model: ModelFactory) -> Sources:
         folder = tiny_model(hf_task, base)
         model = getattr(transformers, AUTO_CLASSES[hf_task]).from_pretrained(folder)
         if architecture == "xlm-roberta":
-            kept = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures")}
-            twin = transformers.XLMRobertaForSequenceClassification(transformers.XLMRobertaConfig(**kept))
+            fields = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures")}
+            twin = transformers.XLMRobertaForSequenceClassification(transformers.XLMRobertaConfig(**fields))
             twin.load_state_dict(model.state_dict())
             model = twin.eval()
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -167,10 +167,10 @@ class TestTokenizer:
         tokenizer = CompiledTokenizer.from_tokenizer(plain, max_length=8)
         tokenizer.save_pretrained(tmp_path / "saved")
 
-        again = CompiledTokenizer.from_pretrained(tmp_path / "saved")
+        reloaded = CompiledTokenizer.from_pretrained(tmp_path / "saved")
 
-        assert again.tokenization_settings == tokenizer.tokenization_settings
-        assert again(TEXTS[:3], max_length=5).data == tokenizer(TEXTS[:3]).data
+        assert reloaded.tokenization_settings == tokenizer.tokenization_settings
+        assert reloaded(TEXTS[:3], max_length=5).data == tokenizer(TEXTS[:3]).data
 
     def test_saved_files_do_not_depend_on_earlier_calls(self, plain: Any, tmp_path: Path) -> None:
         CompiledTokenizer.from_tokenizer(plain).save_pretrained(tmp_path / "before")
@@ -219,17 +219,17 @@ def test_pipeline_answers_like_the_original_before_and_after_saving(
     original = pipeline.original_pipeline
     long = " ".join(TEXTS[:20])
 
-    for each in (pipeline, loaded):
-        assert each.model.compilation_specs == {
+    for item in (pipeline, loaded):
+        assert item.model.compilation_specs == {
             "batch_size": batch_size,
             "max_length": LENGTH,
             "target": "torchscript",
         }
-        assert each.tokenizer.tokenization_settings["max_length"] == LENGTH
+        assert item.tokenizer.tokenization_settings["max_length"] == LENGTH
         for texts in (TEXTS[0], TEXTS[:3], TEXTS[:5], [TEXTS[0], long]):
             expected = original(texts, truncation=True, max_length=LENGTH)
-            assert_same_result(each(texts), expected)
-            assert_same_result(each(texts, batch_size=3), expected)
+            assert_same_result(item(texts), expected)
+            assert_same_result(item(texts, batch_size=3), expected)
     assert type(pipeline.compiled_pipeline) is type(original)
     assert isinstance(pipeline.model, CompiledModel)
     assert isinstance(pipeline.tokenizer, CompiledTokenizer)
@@ -428,14 +428,14 @@ class TestTargets:
         )
         loaded = CompiledPipeline.from_pretrained(pipeline.save_pretrained(tmp_path / "saved"))
 
-        for each in (pipeline, loaded):
-            assert each.model.compilation_specs == {
+        for item in (pipeline, loaded):
+            assert item.model.compilation_specs == {
                 "batch_size": 2,
                 "max_length": LENGTH,
                 "target": "neuron",
                 "dynamic_batch_size": False,
             }
-            assert_same_result(each(TEXTS[:3]), original(TEXTS[:3], truncation=True, max_length=LENGTH))
+            assert_same_result(item(TEXTS[:3]), original(TEXTS[:3], truncation=True, max_length=LENGTH))
 
     @pytest.mark.slow
     def test_any_other_target_can_be_named(self, source: Sources, tmp_path: Path) -> None:
@@ -443,9 +443,9 @@ class TestTargets:
         pipeline = CompiledPipeline.from_pipeline(original, LENGTH, batch_size=2, target="openvino")
         loaded = CompiledPipeline.from_pretrained(pipeline.save_pretrained(tmp_path / "saved"))
 
-        for each in (pipeline, loaded):
-            assert each.model.compilation_specs == {"batch_size": 2, "max_length": LENGTH, "target": "openvino"}
-            assert_same_result(each(TEXTS[:3]), original(TEXTS[:3], truncation=True, max_length=LENGTH))
+        for item in (pipeline, loaded):
+            assert item.model.compilation_specs == {"batch_size": 2, "max_length": LENGTH, "target": "openvino"}
+            assert_same_result(item(TEXTS[:3]), original(TEXTS[:3], truncation=True, max_length=LENGTH))
 
 
 class ShiftedBertForSequenceClassification(transformers.BertForSequenceClassification):
@@ -499,10 +499,10 @@ class TestValidation:
         CompiledPipeline.from_pipeline(original, LENGTH, 2, neuron=False)
 
         lengths = [mask.sum(1).tolist() for mask in seen]
-        assert all(min(each) > 0 for each in lengths)
+        assert all(min(item) > 0 for item in lengths)
         assert [LENGTH, LENGTH] in lengths
         assert [1] in lengths
-        assert sum(len(set(each)) > 1 for each in lengths) == 2
+        assert sum(len(set(item)) > 1 for item in lengths) == 2
 
     @pytest.mark.parametrize(
         ("candidate", "says"),

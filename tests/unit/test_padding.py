@@ -1,4 +1,4 @@
-"""Fitting batches to shape buckets: which calls are made, what is padded, cut back and refused."""
+"""Checks of inputs, and how batches are padded to shape buckets, split, and cut back."""
 
 from __future__ import annotations
 

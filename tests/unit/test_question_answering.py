@@ -151,12 +151,12 @@ def test_windows_of_all_questions_share_batches_and_answers_keep_their_order(com
     pipeline = QuestionAnsweringPipeline(model, CompiledTokenizer.from_pretrained(folder))
     contexts = [SHORT, LONG, SHORT, LONG]
 
-    alone = [pipeline(question="Who?", context=context) for context in contexts]
+    single_answers = [pipeline(question="Who?", context=context) for context in contexts]
     windows = sum(rows for rows, _ in watched.shapes)
     watched.shapes.clear()
-    together = pipeline(question=["Who?"] * len(contexts), context=contexts, batch_size=3)
+    answers = pipeline(question=["Who?"] * len(contexts), context=contexts, batch_size=3)
 
-    assert_same_answers(together, alone)
+    assert_same_answers(answers, single_answers)
     full, rest = divmod(windows, 3)
     assert [rows for rows, _ in watched.shapes] == [3] * full + [rest] * (rest > 0)
     # Of like length: the two short ones come last.

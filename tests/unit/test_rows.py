@@ -1,7 +1,8 @@
-"""Which rows share a call, how they are put together and come apart, without a model."""
+"""run_rows without a model: which rows share a call, and how a batch is stacked and split."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from compileflow.contracts import Arrays, ComponentRecord, TensorRecord
 from compileflow.serving.padding import split_row, stack_rows
-from compileflow.serving.rows import may_pad, plan_batches
+from compileflow.serving.rows import PreparedItem, may_pad, plan_batches, run_rows
 from compileflow.spec import ShapeBucket
 
 PAD = 9
@@ -31,7 +32,7 @@ def record(*names: str, buckets: tuple[tuple[int, int], ...] = ()) -> ComponentR
 
 def rows_of(graph: ComponentRecord, *lengths: int) -> list[Arrays]:
     """Rows of ones, one for each length."""
-    return [{each.name: np.ones((1, length), dtype=np.int64) for each in graph.inputs} for length in lengths]
+    return [{tensor.name: np.ones((1, length), dtype=np.int64) for tensor in graph.inputs} for length in lengths]
 
 
 MASKED = record("input_ids", "attention_mask")
@@ -90,3 +91,53 @@ def test_only_tokens_behind_a_mask_are_padded(
     names: tuple[str, ...], config: dict[str, object], padded: bool
 ) -> None:
     assert may_pad(record(*names), SimpleNamespace(**config)) is padded
+
+
+class Doubling:
+    """A component that returns its input ids twice as large, and counts its calls."""
+
+    def __init__(self) -> None:
+        self.record = MASKED
+        self.calls = 0
+
+    def run(self, inputs: Arrays) -> Arrays:
+        self.calls += 1
+        return {"hidden": np.stack([inputs["input_ids"]] * 2, axis=2) * 2}
+
+
+def items_of(*lengths: int | None) -> Iterator[PreparedItem[int]]:
+    """One item for each length, of one row with its number as tokens; None fails."""
+    for number, length in enumerate(lengths):
+        if length is None:
+            raise ValueError(f"item {number}")
+        ids = np.full((1, length), number)
+        yield PreparedItem([{"input_ids": ids, "attention_mask": np.ones_like(ids)}], number)
+
+
+def total(number: int, row_outputs: list[Arrays]) -> tuple[int, int]:
+    if number == 9:
+        raise ValueError("item 9")
+    return number, int(row_outputs[0]["hidden"].sum())
+
+
+def test_answers_come_in_the_order_of_the_items_from_batches_of_similar_length() -> None:
+    component = Doubling()
+    model = SimpleNamespace(graph=component, config=SimpleNamespace(model_type="bert"))
+
+    answers = list(run_rows(model, items_of(3, 9, 1, 7), total, batch_size=2))
+
+    # Two columns of twice the number for each token.
+    assert answers == [(0, 0), (1, 4 * 9), (2, 4 * 2), (3, 4 * 3 * 7)]
+    assert component.calls == 2
+
+
+@pytest.mark.parametrize(("lengths", "count"), [((1, 2, None, 3), 2), ((1,) * 9 + (5, 1), 9)])
+def test_error_of_an_item_comes_after_the_answers_of_the_items_before_it(
+    lengths: tuple[int | None, ...], count: int
+) -> None:
+    model = SimpleNamespace(graph=Doubling(), config=SimpleNamespace(model_type="bert"))
+    answers = run_rows(model, items_of(*lengths), total)
+
+    assert [next(answers)[0] for _ in range(count)] == list(range(count))
+    with pytest.raises(ValueError, match=f"item {count}"):
+        next(answers)

@@ -97,9 +97,9 @@ def test_dynamic_graph_embeds_in_batches_of_like_length(sentence_model: MakeMode
     runs = counted(pipeline)
     texts = [text for text in TEXTS for _ in range(5)]
 
-    found = pipeline(texts)
+    module_list = pipeline(texts)
 
-    assert_embeddings(found, encode(source, texts))
+    assert_embeddings(module_list, encode(source, texts))
     assert [rows for rows, _ in runs.shapes] == [4] * (len(texts) // 4) + [2] * (len(texts) % 4 // 2)
     assert runs.shapes == sorted(runs.shapes, key=lambda shape: -shape[1])
 
@@ -116,10 +116,12 @@ def test_settings_win_over_the_source_models_files(sentence_model: MakeModel) ->
     assert_embeddings(plain(TEXTS, normalize=True), unit(TEXTS))
     assert_embeddings(unit(TEXTS), encode(source, TEXTS))
     for pooling in ("mean", "max"):
-        other = json.loads((source / "1_Pooling" / "config.json").read_text("utf-8"))
+        pooling_config = json.loads((source / "1_Pooling" / "config.json").read_text("utf-8"))
         copy = source.with_name(pooling)
         shutil.copytree(source, copy)
-        (copy / "1_Pooling" / "config.json").write_text(json.dumps(other | {"pooling_mode": pooling}), "utf-8")
+        (copy / "1_Pooling" / "config.json").write_text(
+            json.dumps(pooling_config | {"pooling_mode": pooling}), "utf-8"
+        )
         assert_embeddings(load(pooling=pooling)(TEXTS), encode(copy, TEXTS))
     with pytest.raises(LoadError, match=r"no setting 'top_k'.*normalize, batch_size, pooling"):
         load(top_k=1)
@@ -168,11 +170,11 @@ def test_flags_of_older_files_are_read_like_names(tmp_path: Path) -> None:
         "lasttoken": "pooling_mode_lasttoken",
     }
     for mode, flag in flags.items():
-        config = {"word_embedding_dimension": 32} | {other: other == flag for other in flags.values()}
+        config = {"word_embedding_dimension": 32} | {flag_name: flag_name == flag for flag_name in flags.values()}
         (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(config), "utf-8")
-        theirs = modules.Pooling.load(str(tmp_path), subfolder="1_Pooling", local_files_only=True)
+        reference = modules.Pooling.load(str(tmp_path), subfolder="1_Pooling", local_files_only=True)
         assert read_recipe(tmp_path) == EmbeddingRecipe(poolings=(mode,))
-        assert theirs.pooling_mode == mode
+        assert reference.pooling_mode == mode
 
 
 def test_module_with_weights_of_its_own_is_refused_when_it_is_loaded(sentence_model: MakeModel) -> None:
@@ -205,8 +207,8 @@ def test_files_that_ask_for_what_is_not_known_are_refused(
     tmp_path: Path, name: str, content: str, says: str
 ) -> None:
     kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
-    found = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()]
-    (tmp_path / "modules.json").write_text(json.dumps(found), "utf-8")
+    module_list = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()]
+    (tmp_path / "modules.json").write_text(json.dumps(module_list), "utf-8")
     assert read_recipe(tmp_path) == EmbeddingRecipe(normalize=True)
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text(content, "utf-8")

@@ -159,7 +159,7 @@ def test_pipeline_answers_like_transformers_own(
     if hf_task is HfTask.FILL_MASK:
         mask = pipeline.tokenizer.mask_token
         texts = [f"the {mask} is here", f"{mask}", f"{mask} {' '.join(TEXTS[:40])}", f"a {mask}."]
-    # A compiled pipeline truncates unasked; transformers' own has three ways of being asked.
+    # A compiled pipeline always truncates; pipelines of transformers truncate with one of three settings.
     truncated: dict[str, Any] = {
         HfTask.FEATURE_EXTRACTION: {"truncation": True},
         HfTask.TEXT_CLASSIFICATION: {"truncation": True},
@@ -334,9 +334,9 @@ def test_saved_artifact_loads_elsewhere(compiled: Compiled, tmp_path: Path, targ
     assert (first / MANIFEST_NAME).read_bytes() == (source / MANIFEST_NAME).read_bytes()
     first.rename(tmp_path / "second")
 
-    again = CompiledPipeline.from_pretrained(tmp_path / "second")
+    reloaded = CompiledPipeline.from_pretrained(tmp_path / "second")
 
-    assert_same_result(again(TEXTS[:3]), CompiledPipeline.from_pretrained(source)(TEXTS[:3]))
+    assert_same_result(reloaded(TEXTS[:3]), CompiledPipeline.from_pretrained(source)(TEXTS[:3]))
 
 
 def test_saving_into_a_folder_that_is_not_empty_is_refused(artifact: Path, tmp_path: Path) -> None:
@@ -404,8 +404,8 @@ def test_store_uri_is_fetched_once_into_the_local_cache(
     cached = settings.home_dir / "artifacts" / stored.digest
     shutil.rmtree(root)
 
-    again = CompiledPipeline.from_pretrained(stored.uri)
+    reloaded = CompiledPipeline.from_pretrained(stored.uri)
 
-    assert again(TEXTS[0]) == pipeline(TEXTS[0])
-    assert Path(again.model.name_or_path) == cached
+    assert reloaded(TEXTS[0]) == pipeline(TEXTS[0])
+    assert Path(reloaded.model.name_or_path) == cached
     assert [path.name for path in cached.parent.iterdir()] == [stored.digest]

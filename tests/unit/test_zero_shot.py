@@ -1,4 +1,4 @@
-"""Zero-shot classification from a graph of text classification, as transformers' own pipeline answers."""
+"""Zero-shot classification with a model compiled for text classification, compared with transformers."""
 
 from __future__ import annotations
 
@@ -65,11 +65,14 @@ def test_text_and_list_are_answered_as_in_transformers(
     pipeline: CompiledPipeline, reference: Any, settings: dict[str, Any]
 ) -> None:
     expected = reference(TEXTS, **settings)
-    labels, others = settings["candidate_labels"], {k: v for k, v in settings.items() if k != "candidate_labels"}
+    labels, other_settings = (
+        settings["candidate_labels"],
+        {k: v for k, v in settings.items() if k != "candidate_labels"},
+    )
 
     assert_same_result(pipeline(TEXTS[0], **settings), reference(TEXTS[0], **settings))
-    # As an argument without its name, too.
-    assert_same_result(pipeline(TEXTS, labels, **others), expected)
+    # The labels may also be passed by position.
+    assert_same_result(pipeline(TEXTS, labels, **other_settings), expected)
     for batch_size in (None, 1, 3, 64):
         assert_same_result(pipeline(TEXTS, batch_size=batch_size, **settings), expected)
     assert len({tuple(answer["labels"]) for answer in expected}) > 1 or len(expected[0]["labels"]) == 1
