@@ -100,7 +100,8 @@ class InProcess:
             return build_artifact(request)
         out_dir = Path(request["out_dir"])
         inputs = {name: value for name, value in request.items() if name != "out_dir"}
-        shutil.copytree(compile_once(inputs, self._shared), out_dir, dirs_exist_ok=True)
+        folder = compile_once(inputs, self._shared, other_threads_draw=True)
+        shutil.copytree(folder, out_dir, dirs_exist_ok=True)
         # Models with the same files may come from several places.
         manifest = read_manifest(out_dir)
         source = SourceRecord(**request["source"], architecture=manifest.source.architecture)

@@ -81,6 +81,17 @@ def test_suites_check_of_the_process_sees_a_change() -> None:
 
 
 @pytest.mark.usefixtures("prepared")
+def test_suites_check_leaves_out_what_other_threads_change() -> None:
+    with unchanged_process(other_threads_draw=True):
+        random.random()  # noqa: S311
+    with (
+        pytest.raises(AssertionError, match="torch random"),
+        unchanged_process(other_threads_draw=True),
+    ):
+        torch.rand(())
+
+
+@pytest.mark.usefixtures("prepared")
 def test_random_numbers_go_on_as_if_the_block_had_not_been() -> None:
     def draw() -> tuple[float, float, float]:
         return random.random(), float(np.random.random()), float(torch.rand(()))  # noqa: S311
