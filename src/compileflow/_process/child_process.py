@@ -172,7 +172,7 @@ def environment_without_secrets() -> dict[str, str]:
 def connect_to_parent() -> None:
     """In a child: start the watcher, take standard output for messages, and send all prints to the log."""
     global _to_parent
-    _start_watcher()
+    end_with_parent()
     _to_parent = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)
 
@@ -218,8 +218,12 @@ def skip_slow_grammar() -> None:
     sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
 
 
-def _start_watcher() -> None:
-    """Fork a process that passes messages on to this one, and ends the group when the parent's pipe closes."""
+def end_with_parent() -> None:
+    """In a child: fork a watcher that kills the child's group when the pipe from the parent closes.
+
+    The pipe is standard input, and the watcher passes on what the parent writes. The child must have a session of its
+    own, and call this before it starts a thread.
+    """
     reader, writer = os.pipe()
     if os.fork():
         os.dup2(reader, 0)

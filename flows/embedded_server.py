@@ -1,0 +1,46 @@
+"""Prefect's embedded server in the care of a watcher: it ends with this process, even if this process is killed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import prefect
+from prefect.server.api.server import SubprocessASGIServer
+from prefect.settings import get_current_settings
+
+_ENTRY = (
+    "import runpy; from compileflow._process.child_process import end_with_parent; "
+    "end_with_parent(); runpy.run_module('uvicorn', run_name='__main__')"
+)
+
+
+class EmbeddedServer(SubprocessASGIServer):
+    """Prefect's server process. The first object is the server that Prefect's clients start and share."""
+
+    def _run_uvicorn_command(self) -> subprocess.Popen[Any]:
+        """Start the server as Prefect does, except that a session of its own and a pipe tie it to this process."""
+        environment = {
+            **os.environ,
+            "PREFECT_UI_ENABLED": "0",
+            "PREFECT__SERVER_EPHEMERAL": "1",
+            "PREFECT__SERVER_FINAL": "1",
+            **get_current_settings().to_environment_variables(exclude_unset=True),
+        }
+        options = {
+            "--app-dir": str(Path(prefect.__module_path__).parent),
+            "--host": "127.0.0.1",
+            "--port": str(self.port),
+            "--log-level": "error",
+            "--lifespan": "on",
+        }
+        words = [word for option in options.items() for word in option]
+        return subprocess.Popen(
+            [sys.executable, "-c", _ENTRY, *words, "--factory", "prefect.server.api.server:create_app"],
+            stdin=subprocess.PIPE,
+            env=environment,
+            start_new_session=True,
+        )
