@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from safetensors.numpy import save_file
 
 from compileflow.errors import SourceError
 from compileflow.settings import Settings
-from compileflow.sources.files import check_weights
+from compileflow.sources.files import check_files
 from compileflow.sources.folder import FolderSource
 from compileflow.spec import HfTask
 from tests.conftest import ModelFactory
@@ -33,7 +34,7 @@ def model(tmp_path: Path) -> Path:
 
 def chosen(source: FolderSource, folder: Path) -> set[str]:
     located = source.locate(str(folder), None, folder.parent / "unused")
-    check_weights(located.folder, located.files)
+    check_files(located.folder, located.files)
     return set(located.files)
 
 
@@ -56,9 +57,12 @@ def test_folder_is_pinned_by_its_uri_alone(source: FolderSource, model: Path) ->
     assert source.pin(model.as_uri(), None) == (model.as_uri(), None)
 
 
-def test_uri_with_a_space_names_its_folder(source: FolderSource, model: Path) -> None:
-    spaced = model.rename(model.with_name("my model"))
-    assert source.locate(spaced.as_uri(), None, spaced).folder == spaced
+@pytest.mark.parametrize("name", ["my model", "100%", "a#b?c", "modèle & co"])
+def test_uri_of_a_path_with_signs_names_its_folder(source: FolderSource, model: Path, name: str) -> None:
+    folder = model.rename(model.with_name(name))
+    for uri in (folder.as_uri(), f"file://{folder}".replace("%", "%25")):
+        assert source.locate(uri, None, folder).folder == folder
+        assert source.pin(uri, None) == (folder.as_uri(), None)
 
 
 def test_nothing_is_copied(source: FolderSource, model: Path, tmp_path: Path) -> None:
@@ -170,10 +174,91 @@ def test_pickled_weights_are_left_out_when_there_are_safetensors(source: FolderS
     assert chosen(source, model) == {"config.json", "model.safetensors", "tokenizer.json"}
 
 
-def test_pickled_weights_are_chosen_when_there_is_nothing_else(source: FolderSource, model: Path) -> None:
-    (model / "model.safetensors").unlink()
-    write(model / "pytorch_model.bin", "pickled")
+@pytest.mark.parametrize("foreign_file", [None, "optimizer.safetensors", "head.safetensors"])
+def test_pickled_weights_are_chosen_when_transformers_would_load_them(
+    source: FolderSource, model: Path, foreign_file: str | None
+) -> None:
+    weights = model / "model.safetensors"
+    weights.rename(model / foreign_file) if foreign_file else weights.unlink()
+    (model / "pytorch_model.bin").write_bytes(pickle.dumps({}))
     assert chosen(source, model) == {"config.json", "pytorch_model.bin", "tokenizer.json"}
+
+
+def test_foreign_weights_beside_the_models_are_left_out(source: FolderSource, model: Path) -> None:
+    write(model / "optimizer.safetensors", "foreign")
+    assert chosen(source, model) == {"config.json", "model.safetensors", "tokenizer.json"}
+
+
+def test_weights_under_another_name_are_refused_by_that_name(source: FolderSource, model: Path) -> None:
+    (model / "model.safetensors").rename(model / "weights.safetensors")
+    with pytest.raises(SourceError, match=r"does not hold weights.*, got weights\.safetensors\."):
+        chosen(source, model)
+
+
+@pytest.mark.parametrize("data", [b"", b"PK\x03\x04 cut off", b"version https://git-lfs.github.com/spec/v1"])
+def test_damaged_pickled_weights_are_refused(source: FolderSource, model: Path, data: bytes) -> None:
+    (model / "model.safetensors").unlink()
+    (model / "pytorch_model.bin").write_bytes(data)
+    with pytest.raises(SourceError, match=r"pytorch_model\.bin is truncated or not a file of torch\.save"):
+        chosen(source, model)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
+@pytest.mark.parametrize("instead", [False, True])
+def test_adapter_beside_or_instead_of_weights_is_refused(
+    source: FolderSource, model: Path, name: str, *, instead: bool
+) -> None:
+    write(model / name)
+    if instead:
+        (model / "model.safetensors").unlink()
+        (model / "config.json").unlink()
+    with pytest.raises(SourceError, match=f"holds a PEFT adapter: {name}") as caught:
+        chosen(source, model)
+    assert "merge_and_unload" in caught.value.hint
+
+
+GOOD_JSON = b'{"model_type": "bert"}'
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "preprocessor_config.json",
+        "1_Pooling/config.json",
+    ],
+)
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        (b"\xef\xbb\xbf" + GOOD_JSON, "starts with a byte order mark"),
+        (GOOD_JSON[:9], "is not JSON: Unterminated string"),
+        (b"", "is empty"),
+        (b"\xff\xfe{", "is not JSON: 'utf-8' codec"),
+        (b"[" * 100_000, "is not JSON"),
+        (b"[]", "^Expected an object in NAME, got a list"),
+        (b'"bert"', "^Expected an object in NAME, got a string"),
+        (b"null", "^Expected an object in NAME, got null"),
+    ],
+)
+def test_json_that_transformers_cannot_read_is_refused_by_name(
+    source: FolderSource, model: Path, name: str, data: bytes, problem: str
+) -> None:
+    write(model / name)
+    (model / name).write_bytes(data)
+    with pytest.raises(SourceError, match=problem.replace("NAME", name)) as caught:
+        chosen(source, model)
+    assert name in caught.value.message
+
+
+def test_modules_json_is_a_list(source: FolderSource, model: Path) -> None:
+    write(model / "modules.json", "[]")
+    assert "modules.json" in chosen(source, model)
+    write(model / "modules.json", "{}")
+    with pytest.raises(SourceError, match=r"Expected a list in modules\.json, got an object"):
+        chosen(source, model)
 
 
 @pytest.mark.parametrize(

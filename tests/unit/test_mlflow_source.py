@@ -17,7 +17,7 @@ from compileflow.contracts import LocatedSource
 from compileflow.errors import SourceError, SourceUnavailableError
 from compileflow.registries.mlflow.client import parse_place
 from compileflow.settings import Settings
-from compileflow.sources.files import check_weights
+from compileflow.sources.files import check_files
 from compileflow.spec import HfTask
 from compileflow.testing.registries import TEST_FILES
 from tests.conftest import ModelFactory
@@ -101,7 +101,7 @@ def test_model_that_mlflow_itself_logged_is_the_model_that_was_logged(
     assert located.uri.endswith("#reviews@1")
     assert located.hf_task is HfTask.TEXT_CLASSIFICATION
     assert located.test_files is None
-    check_weights(located.folder, located.files)
+    check_files(located.folder, located.files)
     with torch.no_grad():
         located_outputs, source_outputs = (
             pipeline("text-classification", model=str(folder), tokenizer=str(folder))("a text to compare")

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.parse import unquote
 
 from compileflow.errors import CompileflowError, StoreError
 
@@ -97,6 +98,12 @@ def file_lock(path: Path, *, on_wait: Callable[[], None], poll_s: float = 0.1) -
         yield
     finally:
         os.close(handle)
+
+
+def path_of_uri(uri: str) -> Path:
+    """Return the path that a file: URI names. A "#" or "?" that is not escaped is part of the path."""
+    path = uri.removeprefix("file:").removeprefix("//").removeprefix("localhost")
+    return Path(unquote(path))
 
 
 def move_into_place(folder: Path, dest: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
+from zipfile import is_zipfile
 
 from compileflow.errors import SourceError, first_line
 from compileflow.spec import HfTask
@@ -22,6 +24,22 @@ TOKENIZER = (
     "merges.txt", "*.model", "*.jinja", "spiece*", "bpe.codes", "sentencepiece*",
 )  # fmt: skip
 CODE = ("*.py",)
+# The files that transformers looks for, in its order; an index names further files.
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+# PEFT and adapters write these instead of weights, or beside the weights of the base model.
+_ADAPTERS = ("adapter_config.json", "adapter_model.*", "pytorch_adapter.bin")
+# Weights in formats that compileflow does not read.
+_OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.h5", "*.msgpack", "*.gguf", "*.onnx")
+_COPY_AGAIN = "Copy or download the model again."
+_JSON_TYPES = {
+    dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number", bool: "a boolean",
+    type(None): "null",
+}  # fmt: skip
 # Cards and test files are smaller; JSON is read into memory completely.
 _LONGEST_JSON_BYTES = 64 * 2**20
 # Other exports of the same weights, and files that a training run left.
@@ -42,14 +60,14 @@ def kind_of(name: str) -> str:
 
 
 def choose_files(names: list[str], place: str) -> tuple[str, ...]:
-    """Choose the files that make up the model; safetensors take precedence over pickled weights.
+    """Choose the files that make up the model, and of its weights those that transformers loads.
 
     Args:
         names: Paths of all files, relative to the model's folder.
         place: Name of the place, for errors.
 
     Raises:
-        SourceError: config.json or the weights are missing.
+        SourceError: config.json or the weights are missing, or the folder holds an adapter.
     """
     candidates = []
     for name in sorted(names):
@@ -57,20 +75,40 @@ def choose_files(names: list[str], place: str) -> tuple[str, ...]:
         is_skipped = any(fnmatch(folder, pattern) for folder in folders for pattern in _SKIPPED_FOLDERS)
         if not is_skipped and (not folders or (len(folders) == 1 and kind_of(name) == "config")):
             candidates.append(name)
+    adapters = [name for name in candidates if _matches(name, _ADAPTERS)]
+    if adapters:
+        raise SourceError(
+            f"{place} holds a PEFT adapter: {adapters[0]}. Its base model alone would answer differently.",
+            hint="Merge it into its base model (merge_and_unload) and save the result with save_pretrained.",
+        )
     if "config.json" not in candidates:
         raise SourceError(
             f"{place} does not hold a model: config.json is missing.",
             hint="Give the folder that save_pretrained wrote, or a Hub id as owner/name.",
         )
-    safe = [name for name in candidates if any(fnmatch(name, pattern) for pattern in SAFE_WEIGHTS)]
-    legacy_weights = [name for name in candidates if any(fnmatch(name, pattern) for pattern in LEGACY_WEIGHTS)]
-    weights = safe or legacy_weights
-    if all(name.endswith(".index.json") for name in weights):
+    weights = _choose_weights(candidates, place)
+    return tuple(name for name in candidates if name in weights or kind_of(name) not in ("weights", ""))
+
+
+def _choose_weights(names: Sequence[str], place: str) -> tuple[str, ...]:
+    main_file = next((name for name in _WEIGHTS if name in names), None)
+    patterns = SAFE_WEIGHTS if main_file and "safetensors" in main_file else LEGACY_WEIGHTS
+    if main_file is not None and not main_file.endswith(".index.json"):
+        return (main_file,)
+    weights = tuple(name for name in names if _matches(name, patterns) and name not in _WEIGHTS)
+    if main_file is None or not weights:
+        other_weights = [name for name in names if _matches(name, _OTHER_WEIGHTS)]
+        found_files = ", ".join([*filter(None, [main_file]), *other_weights][:3])
         raise SourceError(
-            f"{place} does not hold weights: expected *.safetensors or pytorch_model*.bin.",
+            f"{place} does not hold weights: expected model.safetensors, pytorch_model.bin, or an index and its "
+            f"shards, got {found_files or 'none of them'}.",
             hint="Save the model with save_pretrained, or download the complete repository.",
         )
-    return tuple(name for name in candidates if name in weights or kind_of(name) not in ("weights", ""))
+    return (main_file, *weights)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def choose_files_below(folder: Path, place: str) -> tuple[str, ...]:
@@ -86,34 +124,56 @@ def model_folder(root: Path) -> Path:
     return inner[0] if len(inner) == 1 and not (root / "config.json").is_file() else root
 
 
-def check_weights(folder: Path, names: tuple[str, ...]) -> None:
-    """Check that safetensors files are complete, without reading their tensors.
+def check_files(folder: Path, names: Sequence[str]) -> None:
+    """Check that a model's files are complete, without reading its tensors.
 
     Raises:
-        SourceError: A file is truncated or not safetensors, or an index names a missing file.
+        SourceError: Weights are truncated or have another format, an index names a missing file, or a JSON file
+            is not the JSON that transformers expects.
     """
-    from safetensors import SafetensorError, safe_open
-
     for name in names:
         if fnmatch(name, "*.index.json"):
-            shards = _shards(folder / name)
-            missing_shards = sorted(shards - set(names))
-            if missing_shards:
-                raise SourceError(
-                    f"{name} names the shard {missing_shards[0]}, which is missing "
-                    f"({len(missing_shards)} shards in all).",
-                    hint="Copy or download the complete model again.",
-                )
+            _check_index(folder / name, names)
+        elif name.endswith(".json"):
+            read_model_json(folder / name, name)
         elif name.endswith(".safetensors"):
-            try:
-                with safe_open(folder / name, framework="np"):
-                    continue
-            except SafetensorError as error:
-                size = (folder / name).stat().st_size
-                raise SourceError(
-                    f"{name} is truncated or not safetensors ({size} bytes): {error}.",
-                    hint="Copy or download the model again.",
-                ) from error
+            _check_safetensors(folder / name)
+        elif name.endswith(".bin") and kind_of(name) == "weights":
+            _check_pickled(folder / name)
+
+
+def _check_index(index: Path, names: Sequence[str]) -> None:
+    missing_shards = sorted(_shards(index) - set(names))
+    if missing_shards:
+        raise SourceError(
+            f"{index.name} names the shard {missing_shards[0]}, which is missing ({len(missing_shards)} shards in "
+            "all).",
+            hint="Copy or download the complete model again.",
+        )
+
+
+def _check_safetensors(path: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np"):
+            return
+    except SafetensorError as error:
+        raise SourceError(
+            f"{path.name} is truncated or not safetensors ({path.stat().st_size} bytes): {error}.",
+            hint=_COPY_AGAIN,
+        ) from error
+
+
+def _check_pickled(path: Path) -> None:
+    with path.open("rb") as stream:
+        start = stream.read(2)
+    # torch.save writes a ZIP archive, whose directory is at its end; before torch 1.6 it wrote a pickle.
+    if not (is_zipfile(path) if start == b"PK" else start[:1] == b"\x80"):
+        raise SourceError(
+            f"{path.name} is truncated or not a file of torch.save ({path.stat().st_size} bytes).",
+            hint=_COPY_AGAIN,
+        )
 
 
 def read_json(path: Path, place: str) -> Any:
@@ -132,10 +192,42 @@ def read_json(path: Path, place: str) -> Any:
             f"Expected {place} to have at most {_LONGEST_JSON_BYTES} bytes, got {size}.",
             hint="Upload a smaller file.",
         )
+    return _parsed(path, place, hint="Upload it as JSON.")
+
+
+def read_model_json(path: Path, place: str) -> Any:
+    """Read a JSON file of a model: an object, or for modules.json a list of objects.
+
+    Args:
+        path: Path of the file.
+        place: Name of the file, for the error.
+
+    Raises:
+        SourceError: The file is empty, cut off, not JSON in UTF-8, or holds another type.
+    """
+    content = _parsed(path, place, hint=_COPY_AGAIN)
+    expected_type = list if path.name == "modules.json" else dict
+    if not isinstance(content, expected_type):
+        raise SourceError(
+            f"Expected {_JSON_TYPES[expected_type]} in {place}, got {_JSON_TYPES[type(content)]}.",
+            hint=_COPY_AGAIN,
+        )
+    return content
+
+
+def _parsed(path: Path, place: str, *, hint: str) -> Any:
+    data = path.read_bytes()
+    if data.startswith(codecs.BOM_UTF8):
+        raise SourceError(
+            f"{place} starts with a byte order mark (BOM), so it is not JSON.",
+            hint="Save the file as UTF-8 without BOM.",
+        )
+    if not data.strip():
+        raise SourceError(f"{place} is empty.", hint=hint)
     try:
-        return json.loads(path.read_text("utf-8"))
+        return json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{place} is not JSON: {first_line(error)}.", hint="Upload it as JSON.") from error
+        raise SourceError(f"{place} is not JSON: {first_line(error)}.", hint=hint) from error
 
 
 def card_task(card: Mapping[str, Any], uri: str, registry_task: str | None = None) -> HfTask | None:
@@ -163,6 +255,5 @@ def _shards(index: Path) -> set[str]:
         return set(json.loads(index.read_text("utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SourceError(
-            f"{index.name} is not an index of weights: {type(error).__name__}: {error}.",
-            hint="Copy or download the model again.",
+            f"{index.name} is not an index of weights: {type(error).__name__}: {error}.", hint=_COPY_AGAIN
         ) from error

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from urllib.parse import unquote, urlparse
 
+from compileflow._process.folders import path_of_uri
 from compileflow.contracts import LocatedSource
 from compileflow.errors import SourceError
 from compileflow.settings import Settings
@@ -44,6 +44,5 @@ class FolderSource:
 
 
 def _path(location: str) -> Path:
-    if location.startswith("file:"):
-        location = unquote(urlparse(location).path)
-    return Path(location).expanduser().absolute()
+    path = path_of_uri(location) if location.startswith("file:") else Path(location).expanduser()
+    return path.absolute()

@@ -20,6 +20,7 @@ from compileflow.contracts.digests import json_digest, list_files
 from compileflow.errors import (
     CompileError,
     ProcessError,
+    SourceError,
     SpecError,
     StepOffError,
     TargetUnavailableError,
@@ -27,7 +28,7 @@ from compileflow.errors import (
 )
 from compileflow.settings import Settings
 from compileflow.source_model.tasks import task_of_architecture
-from compileflow.sources.files import kind_of
+from compileflow.sources.files import kind_of, read_model_json
 from compileflow.spec import CompileSpec, HfTask, Precision
 from compileflow.steps.attest import Attester
 from compileflow.steps.cache import CacheKey, find, find_or_make, why_missed
@@ -116,12 +117,20 @@ def spec_of(request: CompileRequest, source_dir: Path, *, card_task: HfTask | No
 
 
 def detect_task(source_dir: Path) -> HfTask:
-    """Return the task of the architectures that config.json names.
+    """Return the task that sentence-transformers' files stand for, or else that of config.json's architectures.
 
     Raises:
+        SourceError: A file is not the JSON that transformers expects.
         SpecError: No architecture has a known head.
     """
-    architectures = json.loads((source_dir / "config.json").read_text("utf-8")).get("architectures") or []
+    if _pools_tokens(source_dir):
+        return HfTask.SENTENCE_SIMILARITY
+    architectures = read_model_json(source_dir / "config.json", "config.json").get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise SourceError(
+            f"Expected a list of class names as architectures in config.json, got {architectures!r:.80}.",
+            hint="Save the model again with save_pretrained.",
+        )
     for name in architectures:
         task = task_of_architecture(name)
         if task is not None:
@@ -130,6 +139,22 @@ def detect_task(source_dir: Path) -> HfTask:
         f"The architecture {', '.join(architectures) or '(none in config.json)'} does not determine the task.",
         hint=f"Give the task: one of {', '.join(task.value for task in HfTask)}.",
     )
+
+
+def _pools_tokens(source_dir: Path) -> bool:
+    """Say whether sentence-transformers saved the folder as a model that pools its tokens into one embedding.
+
+    Its `architectures` may still name the head that the model was trained from. Cross-encoders and sparse encoders
+    also have modules.json.
+    """
+    path, settings_path = (source_dir / name for name in ("modules.json", "config_sentence_transformers.json"))
+    if not path.exists():
+        return False
+    settings = read_model_json(settings_path, settings_path.name) if settings_path.exists() else {}
+    if settings.get("model_type", "SentenceTransformer") != "SentenceTransformer":
+        return False
+    modules = read_model_json(path, path.name)
+    return any(isinstance(module, dict) and str(module.get("type")).endswith("Pooling") for module in modules)
 
 
 def checked_target(spec: CompileSpec) -> Target:

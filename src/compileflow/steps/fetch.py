@@ -13,7 +13,7 @@ from compileflow.contracts import ArtifactStore, LocatedSource, Source
 from compileflow.contracts.digests import folder_digest, list_files
 from compileflow.errors import StepOffError
 from compileflow.settings import Settings
-from compileflow.sources.files import check_weights
+from compileflow.sources.files import check_files
 from compileflow.steps.cache import CacheKey, find, find_or_make, latest
 from compileflow.steps.values import FetchedSource
 
@@ -58,7 +58,7 @@ def fetch_source(
     with work_folder(settings.work_dir, label="fetch") as work:
         if commit is None:
             located_source = source.locate(model, revision, work / "download")
-            check_weights(located_source.folder, located_source.files)
+            check_files(located_source.folder, located_source.files)
             files = list_files(located_source.folder, paths=located_source.files)
             parts = {"uri": uri} | {record.path: record.sha256 for record in files}
             key = CacheKey(STEP, uri, parts | _card_parts(located_source))
@@ -72,7 +72,7 @@ def fetch_source(
             on_progress(f"fetching {uri} at {pinned_revision[:12]}")
             model_files = located_source or source.locate(model, pinned_revision, work / "download")
             if located_source is None:
-                check_weights(model_files.folder, model_files.files)
+                check_files(model_files.folder, model_files.files)
             return _store_source(store, model_files, uri, model_files.revision or pinned_revision, work / "model")
 
         value, cached = find_or_make(
@@ -122,14 +122,9 @@ def _card_parts(located_source: LocatedSource) -> dict[str, str]:
 
 
 def _reuse(store: ArtifactStore, source: Source, model: str, revision: str | None) -> FetchedSource:
-    scheme = scheme_of(model)
-    if scheme == "file":
-        uri = Path(model.removeprefix("file://")).expanduser().absolute().as_uri()
-    elif scheme == "hf":
-        # The step is off: reuse the last commit without asking the Hub.
-        uri = f"hf://{model.removeprefix('hf://')}"
-    else:
-        uri = source.pin(model, revision)[0]
+    # The step is off: reuse the last commit without asking the Hub.
+    is_on_hub = scheme_of(model) == "hf"
+    uri = f"hf://{model.removeprefix('hf://')}" if is_on_hub else source.pin(model, revision)[0]
     latest_record = latest(store, STEP, uri)
     parts = latest_record.get("parts") if latest_record else None
     if isinstance(parts, dict):

@@ -7,6 +7,7 @@ import re
 from contextlib import ExitStack
 from dataclasses import replace
 
+from compileflow._process.folders import path_of_uri
 from compileflow.artifact.manifest import read_manifest
 from compileflow.catalog import open_registry, open_store
 from compileflow.contracts import ACCEPTED_OUTCOMES, ModelVersion, VersionEntry, VersionFiles
@@ -115,12 +116,15 @@ def default_name(source_uri: str) -> str:
 
     >>> default_name("hf://sentence-transformers/all-MiniLM-L6-v2")
     'all-MiniLM-L6-v2'
+    >>> default_name("file:///srv/my%20model")
+    'my-model'
     >>> default_name("mlflow:http://host:5000#ner@3")
     'ner'
     """
     tracking_uri, hash_sign, reference = source_uri.rpartition("#")
     if hash_sign and tracking_uri.startswith("mlflow:"):
         source_uri = reference.partition("@")[0]
-    last_part = source_uri.rstrip("/").rpartition("/")[2]
+    path = str(path_of_uri(source_uri)) if source_uri.startswith("file:") else source_uri
+    last_part = path.rstrip("/").rpartition("/")[2]
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", last_part).lstrip("._-")
     return name[:128] or "model"

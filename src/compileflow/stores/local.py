@@ -13,11 +13,18 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from stat import S_ISREG
-from urllib.parse import unquote, urlparse
+from urllib.parse import urlparse
 
 from pydantic import JsonValue
 
-from compileflow._process.folders import file_lock, file_written_whole, link_or_copy, os_errors, work_folder
+from compileflow._process.folders import (
+    file_lock,
+    file_written_whole,
+    link_or_copy,
+    os_errors,
+    path_of_uri,
+    work_folder,
+)
 from compileflow.contracts import Collected, FileRecord, StoredFolder
 from compileflow.contracts.digests import file_digest, folder_digest, list_files, listing_bytes
 from compileflow.errors import IntegrityError, SpecError
@@ -40,7 +47,7 @@ class LocalStore:
                 f"{uri!r} is not the URI of a local folder.", hint="Write it as file:///absolute/path."
             )
         self.uri = uri.rstrip("/")
-        self.root = Path(unquote(url.path))
+        self.root = path_of_uri(uri)
 
     def put_folder(self, folder: Path) -> StoredFolder:
         """Copy the blobs that the store lacks, then write the listing.
