@@ -29,6 +29,7 @@ def validate(source: FetchedSource, artifact: CompiledArtifact, request: Compile
         settings=settings,
         timeout_s=request.timeouts.validate_s,
         enabled=request.steps.validate,
+        trust_remote_code=request.trust_remote_code,
         on_progress=logger.info,
     )
     logger.info(verdict_line(validated))

@@ -79,6 +79,11 @@ class ArtifactManifest(Record):
         """Size of all files except the manifest."""
         return sum(record.size_bytes for record in self.files)
 
+    @property
+    def python_files(self) -> tuple[str, ...]:
+        """Python files of the artifact; a load runs them only if its caller trusts them."""
+        return tuple(record.path for record in self.files if record.path.endswith(".py"))
+
     def write(self, folder: Path) -> Path:
         """Write manifest.json into `folder` and return the path."""
         path = folder / MANIFEST_NAME

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 from compileflow._process.cpu import missing_features
-from compileflow._process.folders import move_into_place, os_errors, work_folder
+from compileflow._process.folders import move_into_place, os_errors, path_of_uri, work_folder
 from compileflow._process.state import undisturbed_process
 from compileflow.artifact.attestations.envelopes import stored_envelopes, write_bundle
 from compileflow.artifact.attestations.require_signature import RequireSignature, check_signed, required_keys
@@ -38,6 +39,7 @@ class OpenArtifact:
         digest: Digest of the files that are in the folder.
         verified: False if a file is altered or unlisted, which only trust=True accepts.
         attested: Signed statements about the artifact; None if no signature was required.
+        trust_remote_code: Whether the caller lets the artifact's Python files run. Never read from the artifact.
     """
 
     folder: Path
@@ -45,6 +47,25 @@ class OpenArtifact:
     digest: str
     verified: bool
     attested: Attestations | None = None
+    trust_remote_code: bool = False
+
+    def check_code(self) -> None:
+        """Refuse an artifact that was compiled with Python files of its own, unless the caller trusts them.
+
+        Raises:
+            LoadError: The caller did not pass trust_remote_code=True.
+        """
+        if self.manifest.spec.trust_remote_code and not self.trust_remote_code:
+            raise self.untrusted_code()
+
+    def untrusted_code(self) -> LoadError:
+        """Return the error for Python files that the caller does not trust."""
+        paths = self.manifest.python_files
+        return LoadError(
+            f"The artifact brings its own Python code ({', '.join(paths) or 'no file of it is listed'}), "
+            "and trust_remote_code is off.",
+            hint=f"Read these files in {self.folder}; if you trust them, pass trust_remote_code=True to the load.",
+        )
 
     def component(self, name: str) -> ComponentRecord:
         """Return the record of one component.
@@ -114,8 +135,9 @@ class OpenArtifact:
             ) from error
 
     def _compile_command(self) -> str:
-        model = self.manifest.source.uri.removeprefix("hf://").removeprefix("file://")
-        return f"compileflow compile {model} --target {self.manifest.target.name}"
+        uri = self.manifest.source.uri
+        model = str(path_of_uri(uri)) if uri.startswith("file:") else uri.removeprefix("hf://")
+        return f"compileflow compile {shlex.quote(model)} --target {self.manifest.target.name}"
 
 
 def open_artifact(
@@ -124,6 +146,7 @@ def open_artifact(
     digest: str | None = None,
     trust: bool = False,
     require_signature: RequireSignature = None,
+    trust_remote_code: bool = False,
     settings: Settings | None = None,
 ) -> OpenArtifact:
     """Open an artifact by folder, URI or registered name. A remote artifact is fetched once into a local cache.
@@ -136,6 +159,7 @@ def open_artifact(
             native code, which then runs with the caller's rights.
         require_signature: True refuses an artifact that no trusted key signed. PEM files of public keys do the
             same and are trusted instead of the configured keys. None follows the settings.
+        trust_remote_code: Let a later load run the artifact's Python files. Opening itself runs none of them.
         settings: Settings that name the cache and the trusted keys. None means the configured ones.
 
     Raises:
@@ -175,7 +199,12 @@ def open_artifact(
     if keys is not None:
         attestations = check_signed(folder, checked_folder, keys, store_uri=store_uri, settings=settings)
     return OpenArtifact(
-        folder, checked_folder.manifest, checked_folder.digest, checked_folder.verified, attestations
+        folder,
+        checked_folder.manifest,
+        checked_folder.digest,
+        checked_folder.verified,
+        attestations,
+        trust_remote_code,
     )
 
 

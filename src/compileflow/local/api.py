@@ -67,7 +67,9 @@ def pipeline(
     _check_device(device)
     compile_settings = {name: settings.pop(name) for name in _COMPILE_NAMES if name in settings}
     artifact, hf_task = _compiled(task, model, target, precision, tokenizer, revision, validate, compile_settings)
-    return CompiledPipeline.from_pretrained(artifact.folder, task=hf_task, **settings)
+    return CompiledPipeline.from_pretrained(
+        artifact.folder, task=hf_task, trust_remote_code=artifact.trust_remote_code, **settings
+    )
 
 
 def optimize(
@@ -145,7 +147,8 @@ def _compiled(
         if hf_task is None:
             raise ValueError("Both task and model are missing. Pass at least one, for example task='ner'.")
         model, revision = default_model(hf_task)
-    source = fetch_local(model, tokenizer, revision, settings)
+    trust_remote_code = bool(compile_settings.get("trust_remote_code"))
+    source = fetch_local(model, tokenizer, revision, settings, trust_remote_code=trust_remote_code)
     if hf_task is None:
         with open_store(settings.resolved_store_uri()).open_folder(source.digest) as folder:
             hf_task = detect_task(folder)
@@ -164,7 +167,8 @@ def _compiled(
     logger.info("%s for %s: %s", source.uri, request.target, compile_words(artifact))
     if validate:
         _prove(source, artifact, request, settings)
-    return open_artifact(artifact.uri, settings=settings), hf_task
+    opened_artifact = open_artifact(artifact.uri, trust_remote_code=request.trust_remote_code, settings=settings)
+    return opened_artifact, hf_task
 
 
 def _prove(source: FetchedSource, artifact: CompiledArtifact, request: CompileRequest, settings: Settings) -> None:
@@ -175,6 +179,7 @@ def _prove(source: FetchedSource, artifact: CompiledArtifact, request: CompileRe
         store_uri=settings.resolved_store_uri(),
         settings=settings,
         timeout_s=request.timeouts.validate_s,
+        trust_remote_code=request.trust_remote_code,
     )
     logger.info("%s for %s: %s", source.uri, request.target, validated.reason)
     if validated.outcome in ("fail", "error"):

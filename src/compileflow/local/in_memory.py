@@ -76,9 +76,11 @@ def compile_in_memory(
         _run(spec, source, artifact_dir, work, settings, type(model).__name__, has_tokenizer=tokenizer is not None)
         if tolerance is not None:
             inner_tokenizer = tokenizer.tokenizer if tokenizer is not None else None
-            artifact = open_artifact(artifact_dir, require_signature=False)
+            artifact = open_artifact(
+                artifact_dir, require_signature=False, trust_remote_code=spec.trust_remote_code
+            )
             compare_with_source(model, artifact, tolerance, tokenizer=inner_tokenizer)
-        return _keep(artifact_dir, settings)
+        return _keep(artifact_dir, settings, trust_remote_code=spec.trust_remote_code)
 
 
 def older_target(target: str | None, *, neuron: bool) -> str:
@@ -161,6 +163,7 @@ def _spec(
             hf_task=hf_task,
             components=(ComponentSpec(max_sequence_length=length, shape_buckets=(bucket,)),),
             target_options=dict(options),
+            # The code of a model in memory already runs in this process.
             trust_remote_code=model.is_remote_code(),
         )
     except ValidationError as error:
@@ -229,9 +232,9 @@ def _run(
         ) from error
 
 
-def _keep(folder: Path, settings: Settings) -> OpenArtifact:
+def _keep(folder: Path, settings: Settings, *, trust_remote_code: bool) -> OpenArtifact:
     """Move an artifact into the local cache of downloaded artifacts."""
     # Artifacts of this process are unsigned; their source model is in its memory.
     cached_folder = settings.home_dir / "artifacts" / open_artifact(folder, require_signature=False).digest
     move_into_place(folder, cached_folder)
-    return open_artifact(cached_folder, require_signature=False)
+    return open_artifact(cached_folder, require_signature=False, trust_remote_code=trust_remote_code)

@@ -14,7 +14,7 @@ from compileflow.local.in_memory import save_model
 from compileflow.serving.tokenizer import write_tokenizer
 from compileflow.settings import Settings
 from compileflow.sources.files import kind_of
-from compileflow.spec import HfTask
+from compileflow.spec import TASK_ALIASES, HfTask
 from compileflow.steps.fetch import fetch_source
 from compileflow.steps.values import FetchedSource
 
@@ -25,16 +25,13 @@ def known_task(task: str) -> HfTask:
     Raises:
         SpecError: compileflow does not compile the task.
     """
-    from transformers.pipelines import TASK_ALIASES
-
-    aliases = {alias: name for alias, name in TASK_ALIASES.items() if name in list(HfTask)}
-    name = aliases.get(task, task)
-    if name not in list(HfTask):
+    try:
+        return HfTask(task)
+    except ValueError as error:
         raise SpecError(
             f"compileflow does not compile the task {task!r}.",
-            hint=f"Choose one of: {', '.join([*HfTask, *aliases])}.",
-        )
-    return HfTask(name)
+            hint=f"Choose one of: {', '.join([*HfTask, *TASK_ALIASES])}.",
+        ) from error
 
 
 def default_model(hf_task: HfTask) -> tuple[str, str]:
@@ -52,7 +49,9 @@ def default_model(hf_task: HfTask) -> tuple[str, str]:
     return name, revision
 
 
-def fetch_local(model: Any, tokenizer: Any, revision: str | None, settings: Settings) -> FetchedSource:
+def fetch_local(
+    model: Any, tokenizer: Any, revision: str | None, settings: Settings, *, trust_remote_code: bool = False
+) -> FetchedSource:
     """Put a model's files into the local store, optionally with another tokenizer.
 
     Args:
@@ -60,6 +59,7 @@ def fetch_local(model: Any, tokenizer: Any, revision: str | None, settings: Sett
         tokenizer: A tokenizer, its folder or Hub id. None: the tokenizer of the model.
         revision: Branch, tag or commit of a Hub model.
         settings: Settings of the store, the work folder and the Hub.
+        trust_remote_code: Run Python files of a tokenizer that is given by its folder or Hub id.
 
     Raises:
         SourceError: The model does not exist, or its files are incomplete.
@@ -84,7 +84,7 @@ def fetch_local(model: Any, tokenizer: Any, revision: str | None, settings: Sett
         else:
             with open_store(store_uri).open_folder(source.digest) as source_folder:
                 _copy_all_but_tokenizer(source_folder, folder)
-        write_tokenizer(_loaded(tokenizer), folder)
+        write_tokenizer(_loaded(tokenizer, trust_remote_code), folder)
         stored_folder = open_store(store_uri).put_folder(folder)
     return FetchedSource(
         uri=uri,
@@ -96,12 +96,12 @@ def fetch_local(model: Any, tokenizer: Any, revision: str | None, settings: Sett
     )
 
 
-def _loaded(tokenizer: Any) -> Any:
+def _loaded(tokenizer: Any, trust_remote_code: bool) -> Any:
     if not isinstance(tokenizer, str | Path):
         return tokenizer
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(tokenizer)
+    return AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=trust_remote_code)
 
 
 def _copy_all_but_tokenizer(source_folder: Path, folder: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from compileflow.contracts import Arrays, Device
 from compileflow.errors import InputError, LoadError
 from compileflow.serving.component import LoadedComponent
 from compileflow.serving.from_memory import in_memory
+from compileflow.serving.interface_files import check_output_class, load_part, output_class
 from compileflow.spec import ShapeBucket
 
 # Arguments of transformers models besides tensors; True asks for outputs that a compiled model does not have.
@@ -53,7 +53,7 @@ class CompiledModel:
         self.name_or_path = str(graph.artifact.folder)
         self.main_input_name = graph.record.inputs[0].name
         self.input_modalities = (self.manifest.hf_task.modality,)
-        self._output_class = _output_class(graph.record.output_class)
+        self._output_class = output_class(graph.artifact, graph.record.output_class)
 
     @classmethod
     def from_pretrained(
@@ -67,6 +67,7 @@ class CompiledModel:
         digest: str | None = None,
         trust: bool = False,
         require_signature: RequireSignature = None,
+        trust_remote_code: bool = False,
     ) -> CompiledModel:
         """Load from an artifact's folder or URI, after checking every digest.
 
@@ -81,13 +82,21 @@ class CompiledModel:
                 are native code, which then runs with your rights.
             require_signature: True accepts only artifacts whose provenance and verdict a trusted key signed. PEM
                 files of public keys replace the trusted keys. None: the setting COMPILEFLOW_REQUIRE_SIGNATURE.
+            trust_remote_code: Run the Python files that the artifact brings. Read them first: they run with your
+                rights. The artifact itself never decides this.
 
         Raises:
             ManifestError, IntegrityError, SignatureError: The artifact fails a check. Nothing was deserialised.
             LoadError: The artifact cannot run here; the hint says what is missing.
         """
         return cls.from_artifact(
-            open_artifact(location, digest=digest, trust=trust, require_signature=require_signature),
+            open_artifact(
+                location,
+                digest=digest,
+                trust=trust,
+                require_signature=require_signature,
+                trust_remote_code=trust_remote_code,
+            ),
             component=component,
             device=device,
             threads=threads,
@@ -105,18 +114,12 @@ class CompiledModel:
         buckets: Sequence[ShapeBucket] | None = None,
     ) -> CompiledModel:
         """Load from an artifact that is already open."""
-        _output_module(artifact.component(component).output_class)
+        artifact.check_code()
+        check_output_class(artifact, artifact.component(component).output_class)
         graph = LoadedComponent.load(
             artifact, component=component, device=device, threads=threads, buckets=buckets
         )
-        # After the checks, so that an artifact that fails them imports nothing.
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(
-            artifact.folder,
-            local_files_only=True,
-            trust_remote_code=artifact.manifest.spec.trust_remote_code,
-        )
+        config = load_part(artifact, "AutoConfig")
         # transformers' pipelines read the name of the class, so a subclass takes the source model's.
         kind = type(artifact.manifest.source.architecture, (cls,), {"__module__": cls.__module__})
         model: CompiledModel = kind(graph, config)
@@ -274,15 +277,3 @@ def _filled(kind: Any, tensors: Mapping[str, Any]) -> Any:
         if value is not None:
             OrderedDict.__setitem__(output, name, value)
     return output
-
-
-def _output_class(path: str) -> Any:
-    return getattr(import_module(_output_module(path)), path.partition(":")[2])
-
-
-def _output_module(path: str) -> str:
-    module = path.partition(":")[0]
-    # The path comes from a file, so only transformers' output classes are allowed.
-    if module.partition(".")[0] not in ("transformers", "transformers_modules"):
-        raise LoadError(f"{path!r} is not an output class of transformers.", hint="Compile the model again.")
-    return module

@@ -14,6 +14,7 @@ from compileflow.artifact.open import OpenArtifact, copy_artifact, open_artifact
 from compileflow.contracts import Device
 from compileflow.errors import LoadError, SpecError
 from compileflow.serving.from_memory import in_memory
+from compileflow.serving.interface_files import load_part
 from compileflow.serving.list_calls import call_list
 from compileflow.serving.model import CompiledModel
 from compileflow.serving.question_answering import QuestionAnsweringPipeline
@@ -111,6 +112,7 @@ class CompiledPipeline:
         digest: str | None = None,
         trust: bool = False,
         require_signature: RequireSignature = None,
+        trust_remote_code: bool = False,
         **pipeline_settings: Any,
     ) -> CompiledPipeline:
         """Load from an artifact's folder or URI, after checking every digest.
@@ -128,13 +130,21 @@ class CompiledPipeline:
                 are native code, which then runs with your rights.
             require_signature: True accepts only artifacts whose provenance and verdict a trusted key signed. PEM
                 files of public keys replace the trusted keys. None: the setting COMPILEFLOW_REQUIRE_SIGNATURE.
+            trust_remote_code: Run the Python files that the artifact brings. Read them first: they run with your
+                rights. The artifact itself never decides this.
             **pipeline_settings: Settings of `transformers.pipeline`, for example `batch_size` or `top_k`.
 
         Raises:
             ManifestError, IntegrityError, SignatureError: The artifact fails a check. Nothing was deserialised.
             LoadError: The artifact cannot run here, or does not serve the task.
         """
-        artifact = open_artifact(location, digest=digest, trust=trust, require_signature=require_signature)
+        artifact = open_artifact(
+            location,
+            digest=digest,
+            trust=trust,
+            require_signature=require_signature,
+            trust_remote_code=trust_remote_code,
+        )
         hf_task = served_task(artifact, task)
         model = CompiledModel.from_artifact(
             artifact, component=component, device=device, threads=threads, buckets=buckets
@@ -220,7 +230,14 @@ def _wrapped(task: HfTask, artifact: OpenArtifact, model: CompiledModel, setting
     from transformers import pipeline
 
     # With the device, because transformers would move tensors to a GPU if it finds one.
-    wrapped_pipeline = pipeline(task.value, model=model, device=model.device, **parts, **settings)
+    wrapped_pipeline = pipeline(
+        task.value,
+        model=model,
+        device=model.device,
+        trust_remote_code=artifact.trust_remote_code,
+        **parts,
+        **settings,
+    )
     if task.modality == "text":
         pipeline_class: Any = type(wrapped_pipeline)
         wrapped_pipeline.__class__ = _without_device_moves(pipeline_class)
@@ -244,12 +261,9 @@ def _without_device_moves(pipeline_class: Any) -> Any:
 
 def _processors(task: HfTask, artifact: OpenArtifact) -> dict[str, Any]:
     """Load the processor of images or audio, and for speech the tokenizer that turns outputs into text."""
-    from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
-
-    options = {"local_files_only": True, "trust_remote_code": artifact.manifest.spec.trust_remote_code}
     if task.modality == "image":
-        return {"image_processor": AutoImageProcessor.from_pretrained(artifact.folder, **options)}
-    parts = {"feature_extractor": AutoFeatureExtractor.from_pretrained(artifact.folder, **options)}
+        return {"image_processor": load_part(artifact, "AutoImageProcessor")}
+    parts = {"feature_extractor": load_part(artifact, "AutoFeatureExtractor")}
     if task is HfTask.SPEECH_RECOGNITION:
-        parts["tokenizer"] = AutoTokenizer.from_pretrained(artifact.folder, **options)
+        parts["tokenizer"] = load_part(artifact, "AutoTokenizer")
     return parts

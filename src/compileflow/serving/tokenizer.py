@@ -15,6 +15,7 @@ from compileflow.artifact.attestations.require_signature import RequireSignature
 from compileflow.artifact.manifest import MANIFEST_NAME
 from compileflow.artifact.open import OpenArtifact, copy_artifact, open_artifact
 from compileflow.errors import LoadError, SpecError, StoreError
+from compileflow.serving.interface_files import load_part
 from compileflow.source_model.interface import length_limit
 from compileflow.sources.files import kind_of
 
@@ -84,6 +85,7 @@ class CompiledTokenizer:
         digest: str | None = None,
         trust: bool = False,
         require_signature: RequireSignature = None,
+        trust_remote_code: bool = False,
     ) -> CompiledTokenizer:
         """Load from an artifact's folder or URI, after checking every digest, or from a saved tokenizer's folder.
 
@@ -95,6 +97,8 @@ class CompiledTokenizer:
             require_signature: True accepts only artifacts whose provenance and verdict a trusted key signed, and
                 therefore rejects a saved tokenizer. PEM files of public keys replace the trusted keys. None: the
                 setting COMPILEFLOW_REQUIRE_SIGNATURE.
+            trust_remote_code: Run the Python files that come with the tokenizer. Read them first: they run with
+                your rights. The artifact itself never decides this.
 
         Raises:
             ManifestError, IntegrityError, SignatureError: The location has neither, or the artifact fails a check.
@@ -108,15 +112,23 @@ class CompiledTokenizer:
             or any((folder / name).exists() for name in (MANIFEST_NAME, "components"))
         )
         if not is_artifact and (folder / "tokenizer_config.json").exists():
-            return cls._from_folder(folder)
-        artifact = open_artifact(location, digest=digest, trust=trust, require_signature=require_signature)
+            return cls._from_folder(folder, trust_remote_code)
+        artifact = open_artifact(
+            location,
+            digest=digest,
+            trust=trust,
+            require_signature=require_signature,
+            trust_remote_code=trust_remote_code,
+        )
         return cls.from_artifact(artifact, component=component)
 
     @classmethod
-    def _from_folder(cls, folder: Path) -> CompiledTokenizer:
+    def _from_folder(cls, folder: Path, trust_remote_code: bool) -> CompiledTokenizer:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
         saved_settings = _read_settings(folder)
         return (
             cls.from_tokenizer(tokenizer)
@@ -137,14 +149,7 @@ class CompiledTokenizer:
                 "The artifact has no tokenizer, because it was compiled from a model alone.",
                 hint="Use CompiledModel, or compile with CompiledPipeline.from_pipeline.",
             )
-        # After the checks, so that an artifact that fails them imports nothing.
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(
-            artifact.folder,
-            local_files_only=True,
-            trust_remote_code=artifact.manifest.spec.trust_remote_code,
-        )
+        tokenizer = load_part(artifact, "AutoTokenizer")
         longest = tokenizer.model_max_length = record.max_sequence_length
         saved_settings = _read_settings(artifact.folder)
         if saved_settings is None:

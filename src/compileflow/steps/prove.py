@@ -20,8 +20,7 @@ from compileflow.serving.pipeline import CompiledPipeline
 from compileflow.source_model.examples import example_inputs
 from compileflow.source_model.interface import SourceModel
 from compileflow.source_model.load import load_config, load_source_model
-from compileflow.source_model.processor import LONGEST_S, load_processor, longest_signal
-from compileflow.spec import CompileSpec
+from compileflow.source_model.processor import LONGEST_S, image_inputs, load_processor, longest_signal
 from compileflow.validation import measure as measuring
 from compileflow.validation.cases import Case
 from compileflow.validation.evidence import gather_evidence, timed_shapes
@@ -61,19 +60,21 @@ def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(threads)
     validation = ValidationSettings.model_validate(request["validation"])
     report_progress("loading the source model and the compiled model")
+    # The consent of the run counts, not what the manifest says.
+    trust_remote_code = bool(request.get("trust_remote_code"))
     # The artifact cannot be signed yet: the signature covers the verdict that this function returns.
-    artifact = open_artifact(request["artifact_dir"], require_signature=False)
+    artifact = open_artifact(request["artifact_dir"], require_signature=False, trust_remote_code=trust_remote_code)
     spec = artifact.manifest.spec
     # Components load before the source model, so that the growth in memory is due to them alone.
     loaded_components = [_load(artifact, component.name, validation, threads) for component in spec.components]
     source_model = load_source_model(
-        Path(request["source_dir"]), spec.hf_task, trust_remote_code=spec.trust_remote_code
+        Path(request["source_dir"]), spec.hf_task, trust_remote_code=trust_remote_code
     )
     tests = read_registered_tests(Path(request["tests_dir"])) if request.get("tests_dir") else None
     registered_scalars: dict[str, float] = {}
     if tests is not None:
         report_progress("answering the test inputs that are registered with the source version")
-        predictions = _predictions(tests, request["artifact_dir"], spec, threads)
+        predictions = _predictions(tests, artifact, threads)
         write_registered_tests(tests, predictions, Path(request["report_dir"]) / TEST_FILES_FOLDER)
         if tests.predictions is not None:
             registered_scalars["registered_disagreement"] = tests.disagreement(predictions)
@@ -103,10 +104,14 @@ def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _predictions(tests: RegisteredTests, artifact_dir: str, spec: CompileSpec, threads: int) -> list[Any]:
+def _predictions(tests: RegisteredTests, artifact: OpenArtifact, threads: int) -> list[Any]:
     """Answer the registered tests with the first component of the spec."""
     pipeline = CompiledPipeline.from_pretrained(
-        artifact_dir, component=spec.components[0].name, threads=threads, require_signature=False
+        artifact.folder,
+        component=artifact.manifest.spec.components[0].name,
+        threads=threads,
+        require_signature=False,
+        trust_remote_code=artifact.trust_remote_code,
     )
     return answers_to(tests, pipeline)
 
@@ -117,18 +122,26 @@ def _load(
     """Load a component and call it once at each timed shape; return it with the bytes of memory that this took."""
     record = artifact.component(component)
     bytes_before = resident_bytes()
-    vocab_size = getattr(_config(artifact), "vocab_size", None) or 0
+    example = _examples(artifact, record)
     compiled_component = LoadedComponent.load(artifact, component=component, threads=threads)
     for rows, length in _timed_shapes(artifact, record, validation):
         # The gates judge a call that raises.
-        measuring.candidate_answer(
-            compiled_component.run, example_inputs(record.inputs, rows, length, vocab_size, record.pad_token_id)
-        )
+        measuring.candidate_answer(compiled_component.run, example(rows, length))
     return compiled_component, max(0, resident_bytes() - bytes_before)
 
 
+def _examples(artifact: OpenArtifact, record: ComponentRecord) -> Callable[[int, int], Arrays]:
+    """Return a function from a batch size and a length to example inputs."""
+    spec = artifact.manifest.spec
+    if spec.hf_task.modality == "image":
+        processor = load_processor(artifact.folder, "image", trust_remote_code=artifact.trust_remote_code)
+        return lambda rows, _: image_inputs(processor, record.inputs, rows)
+    vocab_size = getattr(_config(artifact), "vocab_size", None) or 0
+    return lambda rows, length: example_inputs(record.inputs, rows, length, vocab_size, record.pad_token_id)
+
+
 def _config(artifact: OpenArtifact) -> Any:
-    return load_config(artifact.folder, trust_remote_code=artifact.manifest.spec.trust_remote_code)
+    return load_config(artifact.folder, trust_remote_code=artifact.trust_remote_code)
 
 
 def _timed_shapes(
@@ -137,7 +150,7 @@ def _timed_shapes(
     spec = artifact.manifest.spec
     if spec.hf_task.modality != "audio":
         return timed_shapes(spec.hf_task, record, validation, second=1)
-    processor = load_processor(artifact.folder, "audio", trust_remote_code=spec.trust_remote_code)
+    processor = load_processor(artifact.folder, "audio", trust_remote_code=artifact.trust_remote_code)
     return timed_shapes(spec.hf_task, record, validation, second=max(1, longest_signal(processor) // LONGEST_S))
 
 
@@ -154,7 +167,14 @@ def _prove_component(
 ) -> Report:
     manifest, record = compiled_component.artifact.manifest, compiled_component.record
     spec, config = manifest.spec, _config(compiled_component.artifact)
-    evidence = gather_evidence(source_dir, spec, record, validation, tests)
+    evidence = gather_evidence(
+        source_dir,
+        spec,
+        record,
+        validation,
+        tests,
+        trust_remote_code=compiled_component.artifact.trust_remote_code,
+    )
     labels = {int(key): str(value) for key, value in config.id2label.items()}
     decisions = Decisions(
         spec.hf_task.graph_task,

@@ -166,6 +166,7 @@ class StepRunner:
                 settings=self._settings,
                 timeout_s=self._request.timeouts.validate_s,
                 enabled=self._request.steps.validate,
+                trust_remote_code=self._request.trust_remote_code,
                 on_progress=show,
             )
             show(verdict_line(validated))

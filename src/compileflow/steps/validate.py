@@ -41,12 +41,13 @@ def validate_artifact(
     settings: Settings,
     timeout_s: float,
     enabled: bool = True,
+    trust_remote_code: bool = False,
     on_progress: Callable[[str], None] = logger.info,
 ) -> ValidatedArtifact:
     """Measure and judge an artifact, or return the cached verdict of the same key.
 
     Only the verdicts pass and warn are cached. A refused artifact is measured again, because the machine may have
-    been at fault.
+    been at fault. Python files of the source model and of the artifact run only with `trust_remote_code`.
 
     Raises:
         MeasurementError: The models could not be compared.
@@ -87,6 +88,7 @@ def validate_artifact(
                         "report_dir": str(work / "report"),
                         "validation": validation.model_dump(mode="json"),
                         "threads": settings.threads,
+                        "trust_remote_code": trust_remote_code,
                     },
                     work_dir=work,
                     log_path=settings.log_path(f"{STEP}-{key.digest[:12]}"),

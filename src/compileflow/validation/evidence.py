@@ -70,15 +70,26 @@ def gather_evidence(
     record: ComponentRecord,
     validation: ValidationSettings,
     tests: RegisteredTests | None = None,
+    *,
+    trust_remote_code: bool,
 ) -> Evidence:
     """Build the evidence for one component; the source version's registered test inputs come first.
+
+    Args:
+        source_dir: Folder of the source model.
+        spec: Specification of the artifact.
+        record: Record of the component.
+        validation: Settings of the validation.
+        tests: Test inputs that are registered with the source version.
+        trust_remote_code: Run Python files of the source model.
 
     Raises:
         MeasurementError: The examples cannot be used.
     """
     if spec.hf_task.modality == "text":
-        return _text_evidence(source_dir, spec, record, validation, tests)
-    return _signal_evidence(source_dir, spec, record, validation)
+        tokenizer = _tokenizer(source_dir, trust_remote_code)
+        return _text_evidence(tokenizer, spec, record, validation, tests)
+    return _signal_evidence(source_dir, spec, record, validation, trust_remote_code)
 
 
 def timed_shapes(
@@ -95,22 +106,19 @@ def timed_shapes(
     return tuple(dict.fromkeys((rows, min(length, longest)) for rows, length in requested_shapes or default))
 
 
-def _tokenizer(source_dir: Path, spec: CompileSpec) -> Any:
+def _tokenizer(source_dir: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(
-        source_dir, local_files_only=True, trust_remote_code=spec.trust_remote_code
-    )
+    return AutoTokenizer.from_pretrained(source_dir, local_files_only=True, trust_remote_code=trust_remote_code)
 
 
 def _text_evidence(
-    source_dir: Path,
+    tokenizer: Any,
     spec: CompileSpec,
     record: ComponentRecord,
     validation: ValidationSettings,
     tests: RegisteredTests | None,
 ) -> Evidence:
-    tokenizer = _tokenizer(source_dir, spec)
     builder = CaseBuilder(
         tokenizer=tokenizer,
         input_names=tuple(tensor.name for tensor in record.inputs),
@@ -144,16 +152,20 @@ def _text_evidence(
 
 
 def _signal_evidence(
-    source_dir: Path, spec: CompileSpec, record: ComponentRecord, validation: ValidationSettings
+    source_dir: Path,
+    spec: CompileSpec,
+    record: ComponentRecord,
+    validation: ValidationSettings,
+    trust_remote_code: bool,
 ) -> Evidence:
     task = spec.hf_task
-    processor = load_processor(source_dir, task.modality, trust_remote_code=spec.trust_remote_code)
+    processor = load_processor(source_dir, task.modality, trust_remote_code=trust_remote_code)
     builder = SignalCases(processor, record)
     signals, origin, _ = load_signals(processor, validation.examples_path, validation.max_examples)
     decode: Decode = lambda ids: " ".join(map(str, ids))  # noqa: E731 - a default for one field
     tokens: Mapping[int, str] = {}
     if task is HfTask.SPEECH_RECOGNITION:
-        tokenizer = _tokenizer(source_dir, spec)
+        tokenizer = _tokenizer(source_dir, trust_remote_code)
         decode, tokens = tokenizer.decode, {token_id: token for token, token_id in tokenizer.get_vocab().items()}
     short_signals = sorted(signals, key=lambda signal: signal.values.size)[:4]
 

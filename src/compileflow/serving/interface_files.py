@@ -1,0 +1,106 @@
+"""The configuration, tokenizer, processor and output class of an artifact, as transformers' own classes read them.
+
+An artifact may come from a stranger. Its Python files run only if the caller trusts them, and a file that
+transformers cannot use ends in one line.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+from compileflow.artifact.open import OpenArtifact
+from compileflow.errors import CompileflowError, LoadError, first_line
+
+# Modules of transformers that define output classes.
+_OUTPUT_CLASS = re.compile(r"transformers\.(?:\w+\.)*(?:modeling_\w+|utils\.generic|file_utils):\w+")
+# Model files with code are imported under this name.
+_REMOTE_MODULE = "transformers_modules"
+
+
+def load_part(artifact: OpenArtifact, auto_class: str) -> Any:
+    """Load one part of an artifact with a class of transformers, for example AutoConfig or AutoTokenizer.
+
+    Raises:
+        LoadError: The artifact brings Python code that the caller does not trust, or transformers cannot use its
+            files.
+    """
+    artifact.check_code()
+    # After the check, so that a refused artifact imports nothing.
+    import transformers
+
+    with foreign_errors(artifact, f"{auto_class} of transformers cannot use the files of the artifact"):
+        return getattr(transformers, auto_class).from_pretrained(
+            artifact.folder, local_files_only=True, trust_remote_code=artifact.trust_remote_code
+        )
+
+
+@contextmanager
+def foreign_errors(artifact: OpenArtifact, problem: str) -> Iterator[None]:
+    """Turn whatever a library raises about the files of an artifact into a LoadError of one line.
+
+    Args:
+        artifact: The artifact whose files are read.
+        problem: First part of the error: what cannot be done.
+    """
+    try:
+        yield
+    except CompileflowError:
+        raise
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise artifact.untrusted_code() from error
+        raise _load_error(problem, error) from error
+    except BaseException as error:
+        # A panic of a library in Rust is not an Exception.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise _load_error(problem, error) from error
+
+
+def check_output_class(artifact: OpenArtifact, path: str) -> None:
+    """Check that an output class, "module:Class", belongs to transformers or to code that the caller trusts.
+
+    Raises:
+        LoadError: It does not. Nothing was imported.
+    """
+    if path.startswith(f"{_REMOTE_MODULE}."):
+        artifact.check_code()
+        if not artifact.trust_remote_code:
+            raise artifact.untrusted_code()
+    elif _OUTPUT_CLASS.fullmatch(path) is None:
+        raise LoadError(f"{path!r} is not an output class of transformers.", hint="Compile the model again.")
+
+
+def output_class(artifact: OpenArtifact, path: str) -> Any:
+    """Import the output class of a component.
+
+    Raises:
+        LoadError: See `check_output_class`; or the installed transformers has no such class.
+    """
+    check_output_class(artifact, path)
+    module, _, name = path.partition(":")
+    with foreign_errors(artifact, f"The output class {path!r} cannot be imported"):
+        if module.startswith(f"{_REMOTE_MODULE}."):
+            from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+            # From the artifact's own file, which was checked, not from the cache of an earlier load.
+            return get_class_from_dynamic_module(
+                f"{module.rpartition('.')[2]}.{name}", str(artifact.folder), local_files_only=True
+            )
+        kind = getattr(import_module(module), name)
+        from transformers.utils import ModelOutput
+
+        if not (isinstance(kind, type) and issubclass(kind, ModelOutput)):
+            raise LoadError(f"{path!r} is not an output class of transformers.", hint="Compile the model again.")
+        return kind
+
+
+def _load_error(problem: str, error: BaseException) -> LoadError:
+    return LoadError(
+        f"{problem}: {type(error).__name__}: {first_line(error)}.",
+        hint="Compile the model again, or fetch the artifact again.",
+    )
