@@ -17,7 +17,7 @@ from compileflow.artifact.manifest import ArtifactManifest, SourceRecord, Target
 from compileflow.catalog import get_target
 from compileflow.contracts import CompiledComponent, ComponentPlan, ComponentRecord, Target
 from compileflow.contracts.digests import list_files
-from compileflow.errors import CompileError, SourceError
+from compileflow.errors import CompileError, SourceError, first_line
 from compileflow.source_model.load import load_config
 from compileflow.sources.files import kind_of
 from compileflow.spec import CompileSpec
@@ -85,8 +85,10 @@ def _load_tokenizer(source_dir: Path, trust_remote_code: bool) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             source_dir, local_files_only=True, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise SourceError(f"The source model's tokenizer cannot be loaded: {error}", hint=hint) from error
+    # The Rust library behind fast tokenizers raises bare exceptions.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise SourceError(f"The source model's tokenizer cannot be loaded: {reason}.", hint=hint) from error
     # Without tokenizer files, transformers returns a tokenizer that has only special tokens.
     if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
         raise SourceError(
