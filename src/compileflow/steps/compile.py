@@ -256,6 +256,8 @@ def _compile(
             raise CompileError(
                 f"The toolchain of {name} died: {error.message}", hint=error.hint, log_path=error.log_path
             ) from error
+        for warning in child.value.get("warnings", ()):
+            logger.warning("%s", warning)
         on_progress("storing the artifact")
         stored_folder = attester.store.put_folder(out_dir)
         attester.compiled(out_dir, stored_folder.digest, started=started)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -39,7 +40,7 @@ from compileflow.contracts.toolkit import (
     torch_threads,
     undisturbed_process,
 )
-from compileflow.errors import InputError
+from compileflow.errors import CompileError, InputError
 from compileflow.source_model import SourceModel, as_tuple_module, free_axes, load_source_model
 from compileflow.source_model.lengths import call_sizes, frames_of, shortest_input
 from compileflow.spec import HfTask, Precision
@@ -48,6 +49,7 @@ _FILE = "model.pt2"
 _LARGEST_BATCH = 4096
 # torch.export treats a size of 1 as a constant, so a single token or frame gets a masked neighbour.
 _SHORTEST = 2
+_PLAIN_PATH = re.compile(r"[A-Za-z0-9_./+:@=,~-]+")
 
 # Precompiled headers only pay off from the second compile on, and stay outside the cache folder.
 _ONE_COMPILE = {"cpp_cache_precompile_headers": False, "aot_inductor.precompile_headers": False}
@@ -140,7 +142,7 @@ def _open(path: Path) -> Any:
 
     # torch unpacks into TMPDIR and keeps the files mapped. Its own clean-up misses kills and failed loads.
     with (
-        tempfile.TemporaryDirectory(prefix="aot-inductor-") as temporary_dir,
+        tempfile.TemporaryDirectory(prefix="aot-inductor-", dir=_compiler_folder()) as temporary_dir,
         environment(TMPDIR=temporary_dir, TORCHINDUCTOR_CACHE_DIR=temporary_dir),
     ):
         return torch._inductor.aoti_load_package(str(path))
@@ -215,7 +217,7 @@ def _export(source_model: SourceModel, component: ComponentPlan) -> Any:
 def _package(program: Any, path: Path, options: AotInductorOptions) -> None:
     import torch
 
-    with tempfile.TemporaryDirectory(prefix="aot-inductor-") as cache:
+    with tempfile.TemporaryDirectory(prefix="aot-inductor-", dir=_compiler_folder()) as cache:
         try:
             # Inductor reads the variable at each compile. A fresh folder keeps compiles apart and is then deleted.
             with environment(TORCHINDUCTOR_CACHE_DIR=cache), warnings.catch_warnings(), torch.no_grad():
@@ -227,4 +229,25 @@ def _package(program: Any, path: Path, options: AotInductorOptions) -> None:
                     | {"freezing": options.freezing, "max_autotune": options.max_autotune},
                 )
         except Exception as error:
-            raise refusal("AOTInductor", error) from error
+            raise refusal("AOTInductor", error, reason=_compiler_error(error)) from error
+
+
+def _compiler_folder() -> str:
+    """Return a folder for temporary files: Inductor splits command lines of the C++ compiler at spaces and quotes.
+
+    Raises:
+        CompileError: All folders for temporary files have such a path, or cannot be written.
+    """
+    folders = (tempfile.gettempdir(), "/tmp", "/var/tmp")  # noqa: S108 - only for names made by mkdtemp
+    for folder in folders:
+        if _PLAIN_PATH.fullmatch(folder) and os.access(folder, os.W_OK):
+            return folder
+    raise CompileError(
+        f"The C++ compiler of aot-inductor needs a folder without spaces and quotes, got {folders[0]!r}.",
+        hint="Set TMPDIR or COMPILEFLOW_HOME to such a folder, or choose another target.",
+    )
+
+
+def _compiler_error(error: Exception) -> str:
+    """Return the first error of the C++ compiler; without one, "" stands for the first line."""
+    return next((line.strip()[:300] for line in str(error).splitlines() if "error:" in line), "")
