@@ -9,16 +9,22 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from compileflow.artifact.open import OpenArtifact
 from compileflow.errors import CompileflowError, LoadError, first_line
+from compileflow.source_model.interface_limits import check_interface_files
+from compileflow.source_model.processor import Processor, probe_signals
+from compileflow.spec import Modality
 
 # Modules of transformers that define output classes.
 _OUTPUT_CLASS = re.compile(r"transformers\.(?:\w+\.)*(?:modeling_\w+|utils\.generic|file_utils):\w+")
 # Model files with code are imported under this name.
 _REMOTE_MODULE = "transformers_modules"
+_MODALITIES: dict[str, Modality] = {"AutoImageProcessor": "image", "AutoFeatureExtractor": "audio"}
 
 
 def load_part(artifact: OpenArtifact, auto_class: str) -> Any:
@@ -29,13 +35,39 @@ def load_part(artifact: OpenArtifact, auto_class: str) -> Any:
             files.
     """
     artifact.check_code()
-    # After the check, so that a refused artifact imports nothing.
+    if not artifact.trust_remote_code:
+        _check_files(artifact.folder, artifact.digest)
+    # After the checks, so that a refused artifact imports nothing.
     import transformers
 
     with foreign_errors(artifact, f"{auto_class} of transformers cannot use the files of the artifact"):
-        return getattr(transformers, auto_class).from_pretrained(
+        part = getattr(transformers, auto_class).from_pretrained(
             artifact.folder, local_files_only=True, trust_remote_code=artifact.trust_remote_code
         )
+        _try(part, auto_class)
+    return part
+
+
+@lru_cache(maxsize=32)
+def _check_files(folder: Path, digest: str) -> None:
+    """Check the files of an artifact once; `digest` tells its contents."""
+    try:
+        check_interface_files(folder)
+    except (OSError, ValueError) as error:
+        raise LoadError(
+            f"{folder}: {first_line(error)}.",
+            hint="Compile the model again, or fetch the artifact again. If you trust the artifact, pass "
+            "trust_remote_code=True, which loads it without limits.",
+        ) from error
+
+
+def _try(part: Any, auto_class: str) -> None:
+    """Call a part once, so that settings which it does not take are found at the load."""
+    if auto_class == "AutoTokenizer":
+        part("a")
+    elif auto_class in _MODALITIES:
+        processor = Processor(part, _MODALITIES[auto_class])
+        processor(probe_signals(processor)[:1])
 
 
 @contextmanager
