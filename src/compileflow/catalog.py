@@ -54,6 +54,11 @@ def target_names() -> tuple[str, ...]:
     return tuple(sorted(_with_entry_points("targets")))
 
 
+def is_target(name: str) -> bool:
+    """Return whether a target has this name, or had it in older specs, even if its class cannot be imported."""
+    return TARGET_ALIASES.get(name, name) in _with_entry_points("targets")
+
+
 def get_target(name: str) -> Target:
     """Return the target with this name.
 
@@ -149,7 +154,7 @@ def _load(kind: str, name: str, classes: Mapping[str, str]) -> Any:
     module, _, attribute = classes[name].partition(":")
     try:
         return getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:
         if module.startswith("compileflow."):
             raise
         raise SpecError(

@@ -8,6 +8,10 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 
 
+# A message may quote a file that a stranger wrote.
+_LONGEST_TEXT = 2000
+
+
 class CompileflowError(Exception):
     """Base class of every error that compileflow raises on purpose.
 
@@ -15,6 +19,7 @@ class CompileflowError(Exception):
         message: One line: what was requested, and what was found.
         hint: One line: what to do.
         log_path: File with the output of the toolchain; "" without one.
+        report_uri: Stored report or comparison that gives the details; "" without one.
 
     Attributes:
         retryable: Whether the same call may succeed later although nothing was changed. Prefect retries a task
@@ -23,10 +28,11 @@ class CompileflowError(Exception):
 
     retryable: ClassVar[bool] = False
 
-    def __init__(self, message: str, *, hint: str = "", log_path: str = "") -> None:
-        self.message = one_line(message)
-        self.hint = one_line(hint)
+    def __init__(self, message: str, *, hint: str = "", log_path: str = "", report_uri: str = "") -> None:
+        self.message = _shortened(one_line(message))
+        self.hint = _shortened(one_line(hint))
         self.log_path = log_path
+        self.report_uri = report_uri
         super().__init__(self.message, self.hint)
 
     def __str__(self) -> str:
@@ -37,7 +43,7 @@ class CompileflowError(Exception):
         return f"{type(self).__name__}({str(self)!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self).__name__, self.message, self.hint, self.log_path)
+        return CompileflowError.from_dict, (self.to_dict(),)
 
     def to_dict(self) -> dict[str, str]:
         """Return a form that can be written as JSON; `from_dict` rebuilds the error from it."""
@@ -46,12 +52,14 @@ class CompileflowError(Exception):
             "message": self.message,
             "hint": self.hint,
             "log_path": self.log_path,
+            "report_uri": self.report_uri,
         }
 
     @staticmethod
     def from_dict(data: dict[str, str]) -> CompileflowError:
         """Rebuild an error that came from another process."""
-        return _rebuild(data["type"], data["message"], data.get("hint", ""), data.get("log_path", ""))
+        more = {name: data.get(name, "") for name in ("hint", "log_path", "report_uri")}
+        return _tree().get(data["type"], CompileflowError)(data["message"], **more)
 
 
 class SpecError(CompileflowError):
@@ -145,8 +153,18 @@ class RegistryUnavailableError(RegistryError):
 
 
 def one_line(text: str) -> str:
-    """Collapse all white space, so that an error is one line."""
-    return " ".join(text.split())
+    """Collapse all white space and escape control characters, so that an error is one line of plain text."""
+    return printable(" ".join(text.split()))
+
+
+def printable(text: str) -> str:
+    """Escape the characters that a terminal obeys or hides, such as ESC and the marks that reverse text."""
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
 
 
 def first_line(error: BaseException) -> str:
@@ -169,8 +187,8 @@ def first_problem(error: ValidationError, *, show_input: bool = False) -> str:
     return f"{path}: {message}{found_value}" if path else message
 
 
-def _rebuild(name: str, message: str, hint: str, log_path: str) -> CompileflowError:
-    return _tree().get(name, CompileflowError)(message, hint=hint, log_path=log_path)
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}..."
 
 
 def _tree() -> dict[str, type[CompileflowError]]:

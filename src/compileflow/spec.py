@@ -6,17 +6,37 @@ Each model lists its fields in its own order, because that order is part of a fi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    JsonValue,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 # Names that older specs use for a target.
 TARGET_ALIASES: Mapping[str, str] = {"generic": "torchscript"}
 TargetName = Annotated[str, AfterValidator(lambda name: TARGET_ALIASES.get(name, name))]
+# Targets for AWS Neuron; Inf1 first, because services wrote their tracing settings for it.
+NEURON_TARGETS = ("neuron", "neuronx")
+# Other names of tasks in transformers (transformers.pipelines.TASK_ALIASES).
+TASK_ALIASES: Mapping[str, str] = {"sentiment-analysis": "text-classification", "ner": "token-classification"}
+# Ten minutes of audio at 16,000 samples per second are 9,600,000.
+LONGEST_SEQUENCE = 10_000_000
+_MOST_ELEMENTS = 2**26
 Goal = Literal["latency", "throughput", "size"]
 Modality = Literal["text", "image", "audio"]
+# Library whose pipeline answers a task; None where neither has one.
+PipelineOwner = Literal["transformers", "compileflow"] | None
 
 
 class HfTask(StrEnum):
@@ -30,8 +50,26 @@ class HfTask(StrEnum):
     FILL_MASK = "fill-mask"
     QUESTION_ANSWERING = "question-answering"
     IMAGE_CLASSIFICATION = "image-classification"
+    IMAGE_FEATURE_EXTRACTION = "image-feature-extraction"
+    IMAGE_SEGMENTATION = "image-segmentation"
+    OBJECT_DETECTION = "object-detection"
+    DEPTH_ESTIMATION = "depth-estimation"
     AUDIO_CLASSIFICATION = "audio-classification"
+    AUDIO_FRAME_CLASSIFICATION = "audio-frame-classification"
+    AUDIO_XVECTOR = "audio-xvector"
     SPEECH_RECOGNITION = "automatic-speech-recognition"
+
+    @classmethod
+    def _missing_(cls, value: object) -> HfTask | None:
+        """Accept the aliases of transformers, for example HfTask("ner")."""
+        return cls(TASK_ALIASES[value]) if isinstance(value, str) and value in TASK_ALIASES else None
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """List the aliases, because forms and the API of Prefect refuse values that the schema does not list."""
+        json_schema = handler(schema)
+        handler.resolve_ref_schema(json_schema)["enum"] = [*(task.value for task in cls), *TASK_ALIASES]
+        return json_schema
 
     @property
     def graph_task(self) -> HfTask:
@@ -43,6 +81,11 @@ class HfTask(StrEnum):
         """Kind of the graph's inputs: text, image or audio."""
         return _MODALITIES.get(self, "text")
 
+    @property
+    def pipeline_owner(self) -> PipelineOwner:
+        """Library whose pipeline answers the task: transformers, compileflow where it lacks one, or none."""
+        return _PIPELINE_OWNERS.get(self, "transformers")
+
 
 _SAME_GRAPH = {
     HfTask.SENTENCE_SIMILARITY: HfTask.FEATURE_EXTRACTION,
@@ -50,8 +93,20 @@ _SAME_GRAPH = {
 }
 _MODALITIES: Mapping[HfTask, Modality] = {
     HfTask.IMAGE_CLASSIFICATION: "image",
+    HfTask.IMAGE_FEATURE_EXTRACTION: "image",
+    HfTask.IMAGE_SEGMENTATION: "image",
+    HfTask.OBJECT_DETECTION: "image",
+    HfTask.DEPTH_ESTIMATION: "image",
     HfTask.AUDIO_CLASSIFICATION: "audio",
+    HfTask.AUDIO_FRAME_CLASSIFICATION: "audio",
+    HfTask.AUDIO_XVECTOR: "audio",
     HfTask.SPEECH_RECOGNITION: "audio",
+}
+_PIPELINE_OWNERS: Mapping[HfTask, PipelineOwner] = {
+    HfTask.SENTENCE_SIMILARITY: "compileflow",
+    HfTask.QUESTION_ANSWERING: "compileflow",
+    HfTask.AUDIO_FRAME_CLASSIFICATION: None,
+    HfTask.AUDIO_XVECTOR: None,
 }
 TEXT_TASKS = tuple(task for task in HfTask if task.modality == "text")
 # One task per graph.
@@ -75,10 +130,16 @@ class ShapeBucket(BaseModel):
     batch_size: int = Field(ge=1, le=4096, title="Batch size", description="Rows per call.")
     sequence_length: int = Field(
         ge=1,
-        le=10_000_000,
+        le=LONGEST_SEQUENCE,
         title="Sequence length",
         description="Tokens in a row; samples for audio; 1 for images.",
     )
+
+    @model_validator(mode="after")
+    def _fits_in_memory(self) -> ShapeBucket:
+        if self.batch_size * self.sequence_length > _MOST_ELEMENTS:
+            raise ValueError(f"a shape bucket has at most {_MOST_ELEMENTS} elements, got {self}")
+        return self
 
     def __str__(self) -> str:
         return f"{self.batch_size}x{self.sequence_length}"
@@ -88,6 +149,7 @@ MaxSequenceLength = Annotated[
     int | None,
     Field(
         ge=1,
+        le=LONGEST_SEQUENCE,
         title="Maximum sequence length",
         description="Longest row, in tokens (with special tokens) or audio samples. Empty: the model's maximum.",
     ),
@@ -116,14 +178,31 @@ TrustRemoteCode = Annotated[
 ]
 
 
+def _name_rule(pattern: str, words: str) -> tuple[object, ...]:
+    """Return the parts of an annotated name whose error says in words what the pattern allows."""
+
+    def check(name: str) -> str:
+        if re.fullmatch(pattern, name) is None:
+            raise ValueError(f"expected {words}, the first one a letter or a digit")
+        return name
+
+    return AfterValidator(check), Field(json_schema_extra={"pattern": pattern})
+
+
+ComponentName = Annotated[
+    str, *_name_rule(r"^[a-z0-9][a-z0-9_-]*$", "lower-case letters, digits, underscores and hyphens")
+]
+RegisteredName = Annotated[
+    str, *_name_rule(r"^[A-Za-z0-9][A-Za-z0-9._-]*$", "letters, digits, dots, underscores and hyphens")
+]
+
+
 class ComponentSpec(BaseModel):
     """A named maximum length and its shape buckets; all components share one graph."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(
-        "default", pattern=r"^[a-z0-9][a-z0-9_-]*$", title="Name", description="Name of the component."
-    )
+    name: ComponentName = Field("default", title="Name", description="Name of the component.")
     max_sequence_length: MaxSequenceLength = None
     shape_buckets: ShapeBuckets = ()
 

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compileflow.artifact.manifest import (
-    ATTESTATIONS_NAME,
     MANIFEST_NAME,
     ArtifactManifest,
+    artifact_files,
     read_manifest,
     verify_folder,
 )
-from compileflow.contracts import FileRecord
-from compileflow.contracts.digests import folder_digest, list_files
+from compileflow.contracts.digests import folder_digest
 from compileflow.errors import IntegrityError, SpecError
 
 logger = logging.getLogger(__name__)
@@ -72,11 +71,6 @@ def check_folder(folder: Path, *, trust: bool, hint: str) -> CheckedFolder:
         ", ".join(altered_files),
     )
     return CheckedFolder(manifest, folder_digest(files), verified=False)
-
-
-def artifact_files(folder: Path) -> tuple[FileRecord, ...]:
-    """Hash the files that make up an artifact's digest: all files except the attestations."""
-    return tuple(record for record in list_files(folder) if record.path != ATTESTATIONS_NAME)
 
 
 def check_digest_format(text: str) -> None:

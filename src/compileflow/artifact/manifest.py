@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import FailFast, Field, ValidationError, field_validator, model_validator
 
+from compileflow._process.folders import os_errors
 from compileflow.contracts import SHA256, FileRecord
-from compileflow.contracts.digests import list_files
+from compileflow.contracts.digests import canonical_json, list_files
+from compileflow.contracts.json_files import read_json
 from compileflow.contracts.records import ComponentRecord, Record
 from compileflow.errors import IntegrityError, ManifestError, first_problem
 from compileflow.spec import CompileSpec, HfTask
@@ -17,8 +19,13 @@ from compileflow.spec import CompileSpec, HfTask
 MANIFEST_NAME = "manifest.json"
 # This file lies beside the artifact's files but does not belong to them, because it names the artifact's digest.
 ATTESTATIONS_NAME = "attestations.intoto.jsonl"
+# The uncompiled pipeline, which CompiledPipeline.save_pretrained adds. The manifest's source digest covers it.
+ORIGINAL_FOLDER = "pipeline"
 SCHEMA_VERSION: Literal[3] = 3
 _READABLE = (1, 2, 3)
+# A manifest of 10,000 files has about 2 MB.
+_MOST_BYTES = 4 * 2**20
+_FETCH_AGAIN = "Fetch the artifact again. If a newer compileflow wrote it, update compileflow."
 
 
 class SourceRecord(Record):
@@ -27,7 +34,11 @@ class SourceRecord(Record):
     uri: str = Field(description="hf://owner/name or file:///folder")
     revision: str = Field(description="Hub commit, or the digest of the folder.")
     digest: str = Field(pattern=SHA256, description="Digest of the source model's files.")
-    architecture: str = Field(description="Model class, for example BertForSequenceClassification.")
+    architecture: str = Field(
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        max_length=200,
+        description="Model class, for example BertForSequenceClassification.",
+    )
 
 
 class TargetRecord(Record):
@@ -58,8 +69,8 @@ class ArtifactManifest(Record):
     spec: CompileSpec
     source: SourceRecord
     target: TargetRecord
-    components: dict[str, ComponentRecord]
-    files: tuple[FileRecord, ...] = Field(description="Every file except manifest.json.")
+    components: dict[str, ComponentRecord] = Field(min_length=1)
+    files: Annotated[tuple[FileRecord, ...], FailFast()] = Field(description="Every file except manifest.json.")
     calibration: CalibrationRecord | None = Field(None, description="Calibration of a quantised artifact.")
 
     @field_validator("files")
@@ -68,6 +79,15 @@ class ArtifactManifest(Record):
         if any(record.path == ATTESTATIONS_NAME for record in files):
             raise ValueError(f"{ATTESTATIONS_NAME} must not be listed as a file of the artifact")
         return files
+
+    @model_validator(mode="after")
+    def _spec_names_the_components(self) -> Self:
+        names = {component.name for component in self.spec.components}
+        if names != set(self.components):
+            raise ValueError(
+                f"components are {', '.join(sorted(self.components))}, but spec names {', '.join(sorted(names))}"
+            )
+        return self
 
     @property
     def hf_task(self) -> HfTask:
@@ -100,7 +120,9 @@ def read_manifest(folder: Path) -> ArtifactManifest:
     """
     path = folder / MANIFEST_NAME
     try:
-        data = json.loads(path.read_bytes())
+        data: Any = read_json(path, most_bytes=_MOST_BYTES, strict=True)
+        # Refuses numbers that overflow and text that is not Unicode.
+        canonical_json(data)
     except FileNotFoundError as error:
         raise ManifestError(
             f"{folder} has no {MANIFEST_NAME}.", hint="Give the folder of a compiled artifact."
@@ -125,13 +147,20 @@ def read_manifest(folder: Path) -> ArtifactManifest:
             raise IntegrityError(
                 f"{path}: {problem}.", hint="Do not load this artifact; fetch it again."
             ) from error
-        raise ManifestError(f"{path}: {problem}.", hint="Fetch the artifact again.") from error
+        raise ManifestError(f"{path}: {problem}.", hint=_FETCH_AGAIN) from error
+
+
+def artifact_files(folder: Path) -> tuple[FileRecord, ...]:
+    """Hash the files that make up an artifact's digest: all but the attestations and the original pipeline."""
+    with os_errors(folder, "read", kind=IntegrityError):
+        records = list_files(folder, without=ORIGINAL_FOLDER)
+    return tuple(record for record in records if record.path != ATTESTATIONS_NAME)
 
 
 def verify_folder(folder: Path) -> tuple[ArtifactManifest, tuple[FileRecord, ...]]:
     """Compare every file of an artifact with its manifest, before any file is deserialised.
 
-    The attestations file is ignored and does not change the digest.
+    The attestations and the original pipeline are ignored and do not change the digest.
 
     Returns:
         The manifest, and the records of all files including manifest.json. Their digest is the artifact's digest.
@@ -141,9 +170,8 @@ def verify_folder(folder: Path) -> tuple[ArtifactManifest, tuple[FileRecord, ...
         IntegrityError: A file is missing, altered, not listed, or outside the folder.
     """
     manifest = read_manifest(folder)
-    remaining_files = {record.path: record for record in list_files(folder)}
+    remaining_files = {record.path: record for record in artifact_files(folder)}
     manifest_record = remaining_files.pop(MANIFEST_NAME)
-    remaining_files.pop(ATTESTATIONS_NAME, None)
     hint = "Do not load this artifact; fetch it again."
     for record in manifest.files:
         file = remaining_files.pop(record.path, None)

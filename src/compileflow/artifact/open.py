@@ -6,7 +6,8 @@ import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
+from uuid import uuid4
 
 from compileflow._process.cpu import missing_features
 from compileflow._process.folders import move_into_place, os_errors, path_of_uri, work_folder
@@ -15,11 +16,32 @@ from compileflow.artifact.attestations.envelopes import stored_envelopes, write_
 from compileflow.artifact.attestations.require_signature import RequireSignature, check_signed, required_keys
 from compileflow.artifact.attestations.verify import Attestations
 from compileflow.artifact.integrity import check_digest, check_digest_format, check_folder
-from compileflow.artifact.manifest import ArtifactManifest
+from compileflow.artifact.manifest import (
+    MANIFEST_NAME,
+    ORIGINAL_FOLDER,
+    ArtifactManifest,
+    artifact_files,
+    read_manifest,
+)
 from compileflow.artifact.runtime import check_runtime
-from compileflow.catalog import get_target, open_store, parse_reference, resolve_reference, target_names
+from compileflow.catalog import (
+    get_target,
+    is_target,
+    open_store,
+    parse_reference,
+    resolve_reference,
+    target_names,
+)
 from compileflow.contracts import ComponentRecord, Device, Runner, Target
-from compileflow.errors import LoadError, SpecError, StoreError
+from compileflow.errors import (
+    CompileflowError,
+    IntegrityError,
+    LoadError,
+    ManifestError,
+    SpecError,
+    StoreError,
+    first_line,
+)
 from compileflow.settings import Settings, get_settings
 from compileflow.stores.layout import split_uri
 
@@ -48,6 +70,21 @@ class OpenArtifact:
     verified: bool
     attested: Attestations | None = None
     trust_remote_code: bool = False
+
+    @property
+    def saved_folder(self) -> Path:
+        """Folder with all files of the artifact; a copy of it is a copy of the artifact."""
+        return self.folder
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Folder with the tokenizer and its settings."""
+        return self.folder
+
+    @property
+    def original_folder(self) -> Path:
+        """Folder of the uncompiled pipeline, whether or not it exists."""
+        return self.saved_folder / ORIGINAL_FOLDER
 
     def check_code(self) -> None:
         """Refuse an artifact that was compiled with Python files of its own, unless the caller trusts them.
@@ -92,10 +129,7 @@ class OpenArtifact:
         Raises:
             LoadError: The target is unknown or cannot run here. No compiled file was opened.
         """
-        target = self._target()
-        # Only targets that compile for one particular device record it.
-        compiled_for = cast("Device | None", record.load_options.get("device"))
-        device = device or compiled_for or target.capabilities.devices[0]
+        target, device = self.target_for(record, device)
         if device not in target.capabilities.devices:
             raise LoadError(
                 f"{target.name} does not run on {device!r}.",
@@ -121,13 +155,38 @@ class OpenArtifact:
                 hint=f"Compile it on a machine like this one: {self._compile_command()}",
             )
         with undisturbed_process():
-            return target.load(self.folder / record.folder, record, device=device, threads=threads)
+            try:
+                return target.load(self.folder / record.folder, record, device=device, threads=threads)
+            except CompileflowError:
+                raise
+            except Exception as error:
+                raise LoadError(
+                    f"{target.name} cannot load {record.folder}: {type(error).__name__}: {first_line(error)}.",
+                    hint=f"Compile the model again: {self._compile_command()}",
+                ) from error
+
+    def target_for(self, record: ComponentRecord, device: Device | None) -> tuple[Target, Device]:
+        """Return the target that compiled a component, and the device that it runs on if a load requests `device`.
+
+        Raises:
+            LoadError: The target is unknown.
+        """
+        target = self._target()
+        # Only targets that compile for one particular device record it.
+        compiled_for = cast("Device | None", record.load_options.get("device"))
+        return target, device or compiled_for or target.capabilities.devices[0]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        is_attested = self.attested is not None
+        return _open_again, (self.folder, self.digest, self.verified, is_attested, self.trust_remote_code)
 
     def _target(self) -> Target:
         name = self.manifest.target.name
         try:
             return get_target(name)
         except SpecError as error:
+            if is_target(name):
+                raise LoadError(f"The artifact needs its target: {error.message}", hint=error.hint) from error
             raise LoadError(
                 f"The artifact was compiled for the unknown target {name!r}. "
                 f"Known targets: {', '.join(target_names())}.",
@@ -208,32 +267,78 @@ def open_artifact(
     )
 
 
-def copy_artifact(artifact: OpenArtifact, dest: str | Path) -> Path:
-    """Copy an artifact's files and its attestations into `dest`, which must be empty or absent.
+def _open_again(
+    folder: Path, digest: str, verified: bool, is_attested: bool, trust_remote_code: bool
+) -> OpenArtifact:
+    """Open the folder of a pickled artifact, after the same checks as the first time."""
+    if not folder.is_dir():
+        raise LoadError(
+            f"The pickle needs the artifact in {folder}, which this machine does not have.",
+            hint="Copy that folder to the same path, or load the artifact here by its name or URI.",
+        )
+    return open_artifact(
+        folder,
+        digest=digest,
+        trust=not verified,
+        require_signature=None if is_attested else False,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def copy_artifact(
+    artifact: OpenArtifact, dest: str | Path, *, replace: bool = False, with_original: bool = True
+) -> Path:
+    """Copy an artifact's files, its attestations and its original pipeline into `dest`.
+
+    Args:
+        artifact: Artifact to copy.
+        dest: Empty or absent folder.
+        replace: Accept a folder that holds another artifact and no other file; the copy replaces that artifact.
+        with_original: Copy the original pipeline as well.
 
     Raises:
-        StoreError: `dest` is not empty or cannot be written.
+        StoreError: `dest` holds other files or cannot be written.
     """
     folder = Path(dest).expanduser().absolute()
     with os_errors(folder, "write to"):
         was_present = folder.exists()
-        if was_present and (not folder.is_dir() or any(folder.iterdir())):
+        if replace and was_present and folder.samefile(artifact.saved_folder):
+            return folder
+        old_paths = sorted(folder.iterdir()) if folder.is_dir() else []
+        if was_present and (not folder.is_dir() or (old_paths and not (replace and _is_artifact_only(folder)))):
             raise StoreError(f"{folder} is not empty.", hint="Choose another folder.")
+        # Inside the folder, which may be a mount of its own.
+        copy = folder / f".copy-{uuid4().hex}"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for path in sorted(artifact.folder.rglob("*")):
-                copy = folder / path.relative_to(artifact.folder)
+            copy.mkdir(parents=True)
+            for path in sorted(artifact.saved_folder.rglob("*")):
+                relative = path.relative_to(artifact.saved_folder)
+                if relative.parts[0] == ORIGINAL_FOLDER and not with_original:
+                    continue
                 if path.is_dir():
-                    copy.mkdir()
+                    (copy / relative).mkdir()
                 else:
-                    shutil.copyfile(path, copy)
+                    shutil.copyfile(path, copy / relative)
         except BaseException:
             # A partial copy would block the next attempt.
-            shutil.rmtree(folder, ignore_errors=True)
-            if was_present:
-                folder.mkdir(exist_ok=True)
+            shutil.rmtree(copy if was_present else folder, ignore_errors=True)
             raise
+        for path in old_paths:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in copy.iterdir():
+            path.rename(folder / path.name)
+        copy.rmdir()
     return folder
+
+
+def _is_artifact_only(folder: Path) -> bool:
+    """Return whether a folder holds an artifact, and no file that does not belong to it."""
+    try:
+        listed_files = {record.path for record in read_manifest(folder).files}
+        files = {record.path for record in artifact_files(folder)}
+    except (ManifestError, IntegrityError):
+        return False
+    return files <= {*listed_files, MANIFEST_NAME}
 
 
 def cached_folder(digest: str, settings: Settings) -> Path:

@@ -31,7 +31,8 @@ def runtime_needs(rules: Mapping[str, str], toolchain: Mapping[str, str]) -> dic
             continue
         try:
             parts = Version(toolchain[name]).release
-        except InvalidVersion as error:
+        # int() refuses a number of more than 4300 digits.
+        except ValueError as error:
             raise ManifestError(
                 f"The manifest names {name} {toolchain[name]!r}, which is not a version.",
                 hint="Compile the model again.",

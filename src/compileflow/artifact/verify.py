@@ -10,8 +10,7 @@ from compileflow.artifact.attestations.envelopes import Envelope, read_bundle, s
 from compileflow.artifact.attestations.keys import configured_keys, load_public_keys
 from compileflow.artifact.attestations.statements import report_digest
 from compileflow.artifact.attestations.verify import Attestations, verify_attestations
-from compileflow.artifact.integrity import artifact_files
-from compileflow.artifact.manifest import ArtifactManifest, read_manifest, verify_folder
+from compileflow.artifact.manifest import ArtifactManifest, artifact_files, read_manifest, verify_folder
 from compileflow.artifact.open import cached_folder
 from compileflow.catalog import open_store
 from compileflow.contracts.digests import folder_digest

@@ -63,6 +63,7 @@ def list_files(
     folder: Path,
     *,
     paths: Iterable[str] | None = None,
+    without: str | None = None,
     at_once: int = 1,
     digest_of: Callable[[Path], str] = file_digest,
 ) -> tuple[FileRecord, ...]:
@@ -71,6 +72,7 @@ def list_files(
     Args:
         folder: Folder of the files.
         paths: Relative paths of the files to hash. None: all files.
+        without: Name of a folder in `folder` whose files are left out.
         at_once: Number of files that are hashed at once, in threads. SHA-256 releases Python's global lock.
         digest_of: Returns the SHA-256 of a file. A caller that needs the bytes can read and hash the file itself.
 
@@ -81,7 +83,9 @@ def list_files(
     root = folder.resolve()
     if not root.is_dir():
         raise IntegrityError(f"{folder} is not a folder.", hint="Give an existing folder.")
-    names = sorted(paths) if paths is not None else sorted(_walk(root))
+    names = sorted(paths if paths is not None else _walk(root))
+    if without is not None:
+        names = [name for name in names if not name.startswith(f"{without}/")]
     try:
         with ThreadPoolExecutor(at_once) as threads:
             return tuple(threads.map(lambda name: _record(root, name, digest_of), names))

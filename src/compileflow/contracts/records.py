@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from math import prod
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, JsonValue, model_validator
 
 from compileflow.contracts.digests import safe_relative_path
-from compileflow.spec import Precision, ShapeBucket
+from compileflow.spec import LONGEST_SEQUENCE, Precision, ShapeBucket
 
-Axis = Literal["batch", "sequence", "frames"] | int
+# Side on which a row may be padded without changing its answer; none where padding on any side changes it.
+Padding = Literal["right", "left", "none"]
+Axis = Literal["batch", "sequence", "frames", "height", "width", "free"] | Annotated[int, Field(ge=1, le=2**31)]
+
+
+# One gibibyte of floats.
+_MOST_ELEMENTS = 2**28
 
 
 class Record(BaseModel):
@@ -21,11 +28,31 @@ class Record(BaseModel):
 class TensorRecord(Record):
     """One input or output of a compiled graph."""
 
-    name: str
-    dtype: str = Field(description="Name of the NumPy type, for example int64.")
-    axes: tuple[Axis, ...] = Field(
-        description="Per axis: 'batch', 'sequence', 'frames' (a sequence after convolutions), or a fixed size."
+    name: str = Field(min_length=1, max_length=200)
+    dtype: str = Field(
+        pattern=r"^(bool|u?int(8|16|32|64)|float(16|32|64))$",
+        description="Name of the NumPy type, for example int64.",
     )
+    axes: tuple[Axis, ...] = Field(
+        max_length=8,
+        description="Per axis: 'batch', 'sequence', 'frames' (a sequence after convolutions), 'height' and "
+        "'width' of an image, 'free' (another size that follows from the inputs), or a fixed size.",
+    )
+    below: int | None = Field(
+        None, ge=1, description="Values are at least 0 and below this number, for example token types; null: any."
+    )
+
+
+def _different_names(records: tuple[TensorRecord, ...]) -> tuple[TensorRecord, ...]:
+    if len({record.name for record in records}) != len(records):
+        raise ValueError("two tensors share a name")
+    return records
+
+
+Tensors = Annotated[
+    tuple[TensorRecord, ...], FailFast(), Field(min_length=1, max_length=1000), AfterValidator(_different_names)
+]
+ConvolutionSize = Annotated[int, Field(ge=1, le=LONGEST_SEQUENCE)]
 
 
 class ComponentRecord(Record):
@@ -34,19 +61,48 @@ class ComponentRecord(Record):
     folder: Annotated[str, AfterValidator(safe_relative_path)] = Field(
         description="Relative to the manifest. Components with the same graph share a folder."
     )
-    inputs: tuple[TensorRecord, ...]
-    outputs: tuple[TensorRecord, ...]
-    output_class: str = Field(description="Output class of the source model, as module:Class.")
-    max_sequence_length: int = Field(ge=1, description="Longest row, in tokens or audio samples; 1 for images.")
+    inputs: Tensors
+    outputs: Tensors
+    output_class: str = Field(max_length=500, description="Output class of the source model, as module:Class.")
+    max_sequence_length: int = Field(
+        ge=1, le=LONGEST_SEQUENCE, description="Longest row, in tokens or audio samples; 1 for images."
+    )
     dynamic_axes: bool = Field(description="Whether any shape runs. False: only the shape buckets run.")
-    shape_buckets: tuple[ShapeBucket, ...] = ()
-    pad_token_id: int = Field(0, description="Token that pads input_ids after the end of a row.")
+    shape_buckets: Annotated[tuple[ShapeBucket, ...], FailFast()] = ()
+    pad_token_id: int = Field(
+        0, ge=-(2**31), lt=2**31, description="Token that pads input_ids after the end of a row."
+    )
     precision: Precision = Field(
         Precision.FP32, description="Number format of the computation. Outputs are always float32."
     )
     load_options: dict[str, JsonValue] = Field(
         default_factory=dict, description="Values that the target needs for a load."
     )
-    frame_convolutions: tuple[tuple[int, int], ...] = Field(
-        (), description="(kernel, stride) of each convolution that turns the sequence into frames."
+    frame_convolutions: Annotated[tuple[tuple[ConvolutionSize, ConvolutionSize], ...], FailFast()] = Field(
+        (), max_length=100, description="(kernel, stride) of each convolution that turns the sequence into frames."
     )
+    padding: Padding | None = Field(
+        None,
+        description="Side on which padding leaves the answer to a row of tokens unchanged; 'none' where it never "
+        "does. null where nobody measured it, as in older manifests.",
+    )
+    vocab_size: int = Field(
+        0,
+        ge=0,
+        description="Number of token ids that the model takes; 0 where any number is a token id, or unknown.",
+    )
+    attention: str = Field(
+        "",
+        description="Implementation of attention in transformers that the graph was made from; empty if unknown.",
+    )
+
+    @model_validator(mode="after")
+    def _fits_in_memory(self) -> Self:
+        longest = max((bucket.batch_size * bucket.sequence_length for bucket in self.shape_buckets), default=1)
+        for tensor in self.inputs:
+            elements = longest * prod(axis for axis in tensor.axes if isinstance(axis, int))
+            if elements > _MOST_ELEMENTS:
+                raise ValueError(
+                    f"an input has at most {_MOST_ELEMENTS} elements, got {elements} for {tensor.name}"
+                )
+        return self
