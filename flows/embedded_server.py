@@ -1,4 +1,4 @@
-"""Prefect's embedded server in the care of a watcher: it ends with this process, even if this process is killed."""
+"""Prefect's embedded server, with a watcher that ends it when this process ends, even by SIGKILL."""
 
 from __future__ import annotations
 

@@ -1,7 +1,18 @@
-"""`python -m compileflow`: the command line without the script."""
+"""`compileflow`, and `python -m compileflow` without the script: the command line."""
 
 from __future__ import annotations
 
-from compileflow.cli import app
+from compileflow._process.interrupts import end_at_once
 
-app(prog_name="compileflow")
+
+def main() -> None:
+    """Run the command line."""
+    end_at_once()
+    from compileflow.cli import app
+    from compileflow.cli.common import run_app
+
+    run_app(app, "compileflow")
+
+
+if __name__ == "__main__":
+    main()

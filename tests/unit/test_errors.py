@@ -15,9 +15,11 @@ TREE = [kind for kind in vars(errors).values() if isinstance(kind, type) and iss
 
 @pytest.mark.parametrize("kind", TREE)
 def test_error_survives_pickling(kind: type[CompileflowError]) -> None:
-    error = pickle.loads(pickle.dumps(kind("what was found", hint="what to do", log_path="/logs/1.log")))
+    more = {"hint": "what to do", "log_path": "/logs/1.log", "report_uri": "file:///store/manifests/1.json"}
+    error = pickle.loads(pickle.dumps(kind("what was found", **more)))
     assert type(error) is kind
     assert (error.message, error.hint, error.log_path) == ("what was found", "what to do", "/logs/1.log")
+    assert error.report_uri == "file:///store/manifests/1.json"
 
 
 @pytest.mark.parametrize("kind", TREE)

@@ -221,8 +221,8 @@ def skip_slow_grammar() -> None:
 def end_with_parent() -> None:
     """In a child: fork a watcher that kills the child's group when the pipe from the parent closes.
 
-    The pipe is standard input, and the watcher passes on what the parent writes. The child must have a session of its
-    own, and call this before it starts a thread.
+    The pipe is standard input, and the watcher passes on what the parent writes. The child must have a session of
+    its own, and call this before it starts a thread.
     """
     reader, writer = os.pipe()
     if os.fork():

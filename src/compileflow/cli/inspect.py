@@ -6,10 +6,9 @@ import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Column, Table
 
 from compileflow.cli.common import AsJson, one_line_errors, stored_folder
+from compileflow.cli.tables import print_record, print_table
 
 if TYPE_CHECKING:
     from compileflow.artifact.manifest import ArtifactManifest
@@ -66,10 +65,7 @@ def _print_manifest(manifest: ArtifactManifest) -> None:
         shapes = ", ".join(str(bucket) for bucket in component.shape_buckets) or "any shape"
         longest = f"up to {component.max_sequence_length} {unit}; " if unit else ""
         rows[f"component {name}"] = f"{longest}{shapes}"
-    table = Table("field", Column("value", overflow="fold"), show_header=False)
-    for field, value in rows.items():
-        table.add_row(field, value)
-    Console().print(table)
+    print_record(rows)
 
 
 def _inspect_report(uri: str, as_json: bool) -> None:
@@ -80,11 +76,11 @@ def _inspect_report(uri: str, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(report.model_dump(mode="json"), indent=1))
         return
-    table = Table("gate", "outcome", "measured", "limit", title=report.verdict.reason)
+    rows = []
     for gate in report.verdict.gates:
         measured = "no number" if gate.measured is None else f"{gate.measured:.4g}"
-        table.add_row(gate.gate, gate.outcome, measured, f"{gate.comparison} {gate.limit:.4g}")
-    Console().print(table)
+        rows.append((gate.gate, gate.outcome, measured, f"{gate.comparison} {gate.limit:.4g}"))
+    print_table(("gate", "outcome", "measured", "limit"), rows, title=report.verdict.reason)
     typer.echo(f"report: {export_report(uri, get_settings())}")
 
 
@@ -96,10 +92,7 @@ def _inspect_comparison(uri: str, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(comparison.model_dump(mode="json"), indent=1))
         return
-    table = Table(*comparison.comparison_header(), title=comparison.reason)
-    for row in comparison.comparison_rows():
-        table.add_row(*row)
-    Console().print(table)
+    print_table(comparison.comparison_header(), comparison.comparison_rows(), title=comparison.reason)
     for line in comparison.comparison_notes():
         typer.echo(line)
     typer.echo(f"comparison: {export_comparison(uri, get_settings())}")

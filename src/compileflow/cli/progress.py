@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING
 
 import typer
@@ -28,12 +28,18 @@ class PlainProgress:
     def step(self, name: str) -> Iterator[Callable[[str], None]]:
         """Show one step."""
         start = time.monotonic()
-        typer.echo(f"{self._prefix}{name} ...", err=True)
+        _echo(f"{self._prefix}{name} ...")
 
         def show(line: str) -> None:
-            typer.echo(f"{self._prefix}{name}: {line} ({time.monotonic() - start:.1f} s)", err=True)
+            _echo(f"{self._prefix}{name}: {line} ({time.monotonic() - start:.1f} s)")
 
         yield show
+
+
+def _echo(line: str) -> None:
+    # A full disk or a closed pipe does not stop the run.
+    with suppress(OSError):
+        typer.echo(line, err=True)
 
 
 class TerminalProgress:

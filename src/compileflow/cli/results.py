@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
+from compileflow.cli.tables import output_console, print_lines, print_table
 
 if TYPE_CHECKING:
     from compileflow.steps.run import CompileResult
 
 _LOG_LINES = 60
-# Without a terminal, rich would cut lines at 80 characters.
-_WIDTH = 140
+_HEADER = ("target", "precision", "verdict", "latency / eager", "size", "compile", "registered as")
 
 
 def print_results(results: Sequence[CompileResult]) -> None:
@@ -24,24 +21,18 @@ def print_results(results: Sequence[CompileResult]) -> None:
     from compileflow.steps.report_file import export_report
     from compileflow.steps.summary import version_line
 
-    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
+    console = output_console()
     for result in results:
         if result.comparison_uri is not None:
-            _print_comparison(result.comparison_uri, console)
-    table = Table(title="compileflow")
-    for column in ("target", "precision", "verdict", "latency / eager", "size", "compile", "registered as"):
-        table.add_column(column, overflow="fold")
-    for result in results:
-        table.add_row(*_row(result))
-    console.print(table)
+            _print_comparison(result.comparison_uri)
+    print_table(_HEADER, [_row(result) for result in results], title="compileflow", optional=("compile", "size"))
     for result in results:
         lines = [("artifact", result.artifact.uri)]
         if result.validated is not None:
             lines.append(("report", str(export_report(result.validated.report_uri, get_settings()))))
         for uri, version in result.versions.items():
             lines.append(("version", version_line(version, uri)))
-        for label, value in lines:
-            console.print(f"{result.target} {label}: {value}", soft_wrap=True, highlight=False, markup=False)
+        print_lines(console, *(f"{result.target} {label}: {value}" for label, value in lines))
 
 
 def log_tail(log_path: str) -> str:
@@ -53,20 +44,20 @@ def log_tail(log_path: str) -> str:
     return "\n".join(lines[-_LOG_LINES:])
 
 
-def _print_comparison(uri: str, console: Console) -> None:
+def _print_comparison(uri: str) -> None:
     from compileflow.selection.comparison_file import export_comparison, read_comparison
     from compileflow.settings import get_settings
 
     comparison = read_comparison(uri)
-    table = Table(title="candidates")
-    for column in comparison.comparison_header():
-        table.add_column(column, overflow="fold")
-    for row in comparison.comparison_rows():
-        table.add_row(*row)
-    console.print(table)
+    print_table(
+        comparison.comparison_header(),
+        comparison.comparison_rows(),
+        title="candidates",
+        optional=("compile", "memory", "size"),
+    )
     plot = export_comparison(uri, get_settings())
-    for line in (*comparison.comparison_notes(), f"chosen: {comparison.reason}", f"plot: {plot}"):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    notes = (*comparison.comparison_notes(), f"chosen: {comparison.reason}", f"plot: {plot}")
+    print_lines(output_console(), *notes)
 
 
 def _row(result: CompileResult) -> tuple[str, ...]:

@@ -6,10 +6,9 @@ import json
 from typing import Any
 
 import typer
-from rich.console import Console
-from rich.table import Column, Table
 
 from compileflow.cli.common import AsJson, one_line_errors
+from compileflow.cli.tables import print_table
 
 
 @one_line_errors
@@ -21,20 +20,21 @@ def targets(as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return
-    table = Table(Column("target", no_wrap=True), "compiles here", "runs here", "precisions")
-    notes = []
+    table, notes = [], []
     for row in rows:
         lacking = row["lacking"] if row["can_run"] else {}
-        table.add_row(
-            str(row["target"]),
-            "yes" if row["can_compile"] else "no",
-            "yes" if row["can_run"] else "no",
-            ", ".join(f"({name})" if name in lacking else name for name in row["precisions"]),
+        table.append(
+            (
+                str(row["target"]),
+                "yes" if row["can_compile"] else "no",
+                "yes" if row["can_run"] else "no",
+                ", ".join(f"({name})" if name in lacking else name for name in row["precisions"]),
+            )
         )
         if row["reason"]:
             notes.append(f"{row['target']}: {row['reason']}. {row['hint']}")
         notes += [f"{row['target']} ({precision}): {reason}." for precision, reason in lacking.items()]
-    Console().print(table)
+    print_table(("target", "compiles here", "runs here", "precisions"), table)
     for note in notes:
         typer.echo(note)
 

@@ -6,10 +6,11 @@ import json
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Column, Table
 
 from compileflow.cli.common import AsJson, RegistryUri, one_line_errors
+from compileflow.cli.tables import print_table
+
+_HEADER = ("name", "target", "version", "stage", "verdict", "latency ratio", "size", "created", "digest")
 
 
 @one_line_errors
@@ -26,21 +27,20 @@ def versions(
     if as_json:
         typer.echo(json.dumps([version.model_dump(mode="json") for version in rows], indent=1))
         return
-    titles = ("version", "stage", "verdict", "latency ratio", "size", "created")
-    table = Table(
-        Column("name", overflow="fold"), Column("target", no_wrap=True), *titles, Column("digest", no_wrap=True)
-    )
+    table = []
     for version in rows:
         ratio = version.figures.get("latency_ratio")
-        table.add_row(
-            version.name,
-            version.target,
-            str(version.version),
-            "" if version.stage == "none" else version.stage,
-            version.verdict,
-            f"{ratio:.2f}" if ratio is not None else "",
-            f"{version.figures.get('size_bytes', 0) / 1e6:.1f} MB",
-            version.created_at[:10],
-            version.artifact_digest[:12],
+        table.append(
+            (
+                version.name,
+                version.target,
+                str(version.version),
+                "" if version.stage == "none" else version.stage,
+                version.verdict,
+                f"{ratio:.2f}" if ratio is not None else "",
+                f"{version.figures.get('size_bytes', 0) / 1e6:.1f} MB",
+                version.created_at[:10],
+                version.artifact_digest[:12],
+            )
         )
-    Console().print(table)
+    print_table(_HEADER, table, optional=("digest", "created", "size"))

@@ -50,6 +50,25 @@ class ComparedCandidates(BaseModel):
     reason: str
 
 
+def check_auto(request: CompileRequest) -> None:
+    """Check a request for target auto before its run.
+
+    Raises:
+        SpecError: The request contradicts itself.
+        TargetUnavailableError: None of its targets compiles and runs on this machine.
+    """
+    reasons = []
+    for name in _requested_targets(request):
+        availability = get_target(name).probe()
+        if availability.can_compile and availability.can_run:
+            return
+        reasons.append(f"{name}: {availability.reason}")
+    raise TargetUnavailableError(
+        f"None of the requested targets compiles and runs here: {'; '.join(reasons)}.",
+        hint="Run: compileflow targets, which says how to install each one.",
+    )
+
+
 def plan_candidates(
     source: FetchedSource, request: CompileRequest, *, store_uri: str, settings: Settings
 ) -> CandidatePlan:
@@ -64,22 +83,7 @@ def plan_candidates(
     Raises:
         SpecError: The request contradicts itself, or none of the requested targets has the task.
     """
-    if request.target_options:
-        raise SpecError(
-            f"Target {AUTO!r} takes no target options, got {', '.join(request.target_options)}.",
-            hint="Name the target that the options are for.",
-        )
-    if not request.steps.validate:
-        raise SpecError(
-            f"Target {AUTO!r} chooses by what validation measures, and the validate step is off.",
-            hint="Switch the validate step on, or name a target.",
-        )
-    names = request.auto.targets or target_names()
-    unknown_names = sorted(set(names) - set(target_names()))
-    if unknown_names:
-        raise SpecError(
-            f"Unknown target {unknown_names[0]!r}.", hint=f"Choose among: {', '.join(target_names())}."
-        )
+    names = _requested_targets(request)
     with open_store(store_uri, settings).open_folder(source.digest) as folder:
         hf_task = request.hf_task or source.hf_task or detect_task(folder)
     requests: list[CompileRequest] = []
@@ -191,6 +195,26 @@ def compare_candidates(
     return ComparedCandidates(
         comparison_uri=stored_folder.uri, comparison_digest=stored_folder.digest, winner=winner, reason=reason
     )
+
+
+def _requested_targets(request: CompileRequest) -> Sequence[str]:
+    if request.target_options:
+        raise SpecError(
+            f"Target {AUTO!r} takes no target options, got {', '.join(request.target_options)}.",
+            hint="Name the target that the options are for.",
+        )
+    if not request.steps.validate:
+        raise SpecError(
+            f"Target {AUTO!r} chooses by what validation measures, and the validate step is off.",
+            hint="Switch the validate step on, or name a target.",
+        )
+    names = request.auto.targets or target_names()
+    unknown_names = sorted(set(names) - set(target_names()))
+    if unknown_names:
+        raise SpecError(
+            f"Unknown target {unknown_names[0]!r}.", hint=f"Choose among: {', '.join(target_names())}."
+        )
+    return names
 
 
 def _unavailable(target: str, precision: Precision, reason: str) -> Candidate:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
-from compileflow.errors import CompileflowError, VerdictError
+from compileflow.catalog import get_source
+from compileflow.errors import CompileflowError, SourceUnavailableError, VerdictError
 from compileflow.selection.auto import (
     ComparedCandidates,
+    check_auto,
     compare_candidates,
     failed_candidate,
     measured_candidate,
@@ -15,6 +18,8 @@ from compileflow.selection.auto import (
 )
 from compileflow.selection.candidates import Candidate
 from compileflow.settings import Settings
+from compileflow.steps.fetch import scheme_of
+from compileflow.steps.preflight import check_request
 from compileflow.steps.request import AUTO, CompileRequest
 from compileflow.steps.run import CompileResult, LoggedProgress, Progress, StepRunner, run_request
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
@@ -47,6 +52,24 @@ class FailedCandidate:
 
 
 Attempt = ProvenCandidate | FailedCandidate
+
+
+def check_any_target(request: CompileRequest, settings: Settings, *, extras: Collection[str] = ()) -> None:
+    """Check a request before its run, as `check_request`; target auto needs one target that works here.
+
+    A Hub id is looked up, because a wrong one would otherwise fail after the start of a flow.
+
+    Raises:
+        CompileflowError: As `check_request`, and as the Hub answers.
+        TargetUnavailableError: No target of auto compiles and runs on this machine.
+    """
+    check_request(request, settings, extras=extras)
+    if request.target == AUTO:
+        check_auto(request)
+    if request.steps.fetch and scheme_of(request.model) == "hf":
+        # The run repeats a request that the Hub did not answer.
+        with suppress(SourceUnavailableError):
+            get_source("hf", settings).pin(request.model, request.revision)
 
 
 def run_any_target(
@@ -94,7 +117,9 @@ def winning_candidate(attempts: Sequence[Attempt], comparison: ComparedCandidate
     winner = attempts[comparison.winner] if comparison.winner is not None else None
     if not isinstance(winner, ProvenCandidate):
         raise VerdictError(
-            comparison.reason, hint=f"Nothing was registered. Run: compileflow inspect {comparison.comparison_uri}"
+            comparison.reason,
+            hint=f"Nothing was registered. Run: compileflow inspect {comparison.comparison_uri}",
+            report_uri=comparison.comparison_uri,
         )
     return winner
 

@@ -19,6 +19,7 @@ from compileflow.spec import (
     Objective,
     OptionValues,
     Precision,
+    RegisteredName,
     ShapeBuckets,
     TargetName,
     TrustRemoteCode,
@@ -131,9 +132,8 @@ class CompileRequest(BaseModel):
         default_factory=CalibrationSettings, title="Calibration", description="Examples for a static int8 compile."
     )
     trust_remote_code: TrustRemoteCode = False
-    name: str | None = Field(
+    name: RegisteredName | None = Field(
         None,
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
         max_length=128,
         title="Registered name",
         description="Name in the registry. Empty: the last part of the model's name.",

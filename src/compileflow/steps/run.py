@@ -8,23 +8,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 from typing import Protocol
 
 from pydantic import BaseModel, ConfigDict
 
-from compileflow.catalog import open_registry, open_store
 from compileflow.contracts import ModelVersion, without_credentials
-from compileflow.errors import CompileflowError, SpecError
+from compileflow.errors import CompileflowError
 from compileflow.registries.several import check_all_succeeded
 from compileflow.settings import Settings
 from compileflow.spec import Precision
 from compileflow.steps.compile import compile_artifact
 from compileflow.steps.fetch import fetch_source
+from compileflow.steps.preflight import check_request
 from compileflow.steps.register import check_verdict, find_version, register_version
 from compileflow.steps.request import CompileRequest
 from compileflow.steps.summary import artifact_line, source_line, verdict_line, version_line
-from compileflow.steps.validate import check_libraries, validate_artifact
+from compileflow.steps.validate import validate_artifact
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
 
 logger = logging.getLogger(__name__)
@@ -122,13 +121,11 @@ class StepRunner:
         self._store_uri = settings.resolved_store_uri(request.store_uri)
 
     def fetch(self) -> FetchedSource:
-        """Check what later steps need, and bring the source model into the store. Raises as `fetch_source` does.
+        """Check what later steps need, and bring the source model into the store.
 
-        Raises:
-            SpecError: The URI of a store or registry is wrong, or the file of examples does not exist.
-            MeasurementError: A library that the validate step needs is missing; compiling would be pointless.
+        Raises as `check_request` and `fetch_source` do.
         """
-        self._check_before_work()
+        check_request(self._request, self._settings)
         with self._progress.step("fetch") as show:
             source = fetch_source(
                 self._request.model,
@@ -214,18 +211,6 @@ class StepRunner:
                 source, artifact, name=self._request.name, registry_uri=registry_uri, settings=self._settings
             ),
         )
-
-    def _check_before_work(self) -> None:
-        """Refuse in the first second what would otherwise fail after a compile of minutes."""
-        request = self._request
-        open_store(self._store_uri, self._settings)
-        for registry_uri in self._registry_uris() if request.steps.register else ():
-            open_registry(registry_uri, self._settings)
-        if request.steps.validate:
-            check_libraries()
-            examples = request.validation.examples_path
-            if examples is not None and not Path(examples).expanduser().exists():
-                raise SpecError(f"The examples {examples} do not exist.", hint="Check the path of --examples.")
 
     def _registry_uris(self) -> Sequence[str]:
         return self._settings.resolved_registry_uris(self._request.registry_uris)

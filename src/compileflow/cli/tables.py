@@ -1,0 +1,72 @@
+"""Tables for terminals of any width: fewer columns where it is narrow, and lines where even those do not fit."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Collection, Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+# Wider than any table: without a terminal, rich would fold columns at 80 characters.
+_NO_LIMIT = 10_000
+
+
+def output_console() -> Console:
+    """Return the console for standard output; its width is the terminal's, or that of COLUMNS."""
+    has_width = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(width=None if has_width else _NO_LIMIT)
+
+
+def print_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", optional: Collection[str] = ()
+) -> None:
+    """Print rows as a table if it fits, without some optional columns if need be, or else one block per row.
+
+    Args:
+        header: Titles of the columns.
+        rows: Cells of each row, as text without markup.
+        title: Title of the table.
+        optional: Titles of columns that may be left out, in the order of leaving out.
+    """
+    console = output_console()
+    left_out: list[str] = []
+    for column in ("", *optional):
+        left_out += [column] if column else []
+        positions = [position for position, name in enumerate(header) if name not in left_out]
+        table = Table(*(header[position] for position in positions), title=title or None)
+        for row in rows:
+            table.add_row(*(Text(row[position]) for position in positions))
+        if _fits(table, console):
+            console.print(table)
+            if left_out:
+                print_lines(console, f"Not shown: {', '.join(left_out)}. A wider terminal shows all columns.")
+            return
+    print_lines(console, *filter(None, [title]))
+    for row in rows:
+        lines = (f"{name}: {cell}" if name else cell for name, cell in zip(header, row, strict=True) if cell)
+        print_lines(console, *lines, "")
+
+
+def print_record(values: Mapping[str, str]) -> None:
+    """Print names and values as a table if it fits, or else one per line."""
+    console = output_console()
+    table = Table(show_header=False)
+    for name, value in values.items():
+        table.add_row(Text(name), Text(value))
+    if _fits(table, console):
+        console.print(table)
+    else:
+        print_lines(console, *(f"{name}: {value}" for name, value in values.items()))
+
+
+def print_lines(console: Console, *lines: str) -> None:
+    """Print lines of any length, which the terminal wraps."""
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def _fits(table: Table, console: Console) -> bool:
+    return console.measure(table, options=console.options.update(width=_NO_LIMIT)).maximum <= console.width

@@ -1,0 +1,122 @@
+"""Checks before a run: refuse in the first second what would otherwise fail after minutes of work."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from importlib.metadata import requires
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from compileflow._process.packages import installed_versions
+from compileflow.catalog import get_source, get_target, open_registry, open_store, parse_reference
+from compileflow.errors import SourceError, SpecError
+from compileflow.settings import Settings
+from compileflow.steps.compile import check_available, checked_target
+from compileflow.steps.fetch import scheme_of
+from compileflow.steps.request import AUTO, CompileRequest
+from compileflow.steps.validate import check_libraries
+
+_EXTRA = re.compile(r"compileflow\[([a-z0-9,-]+)\]")
+# Extras by the scheme of a store or a registry.
+_SCHEMES = {"s3": "s3", "neptune": "neptune", "mlflow": "mlflow"}
+
+
+def check_request(request: CompileRequest, settings: Settings, *, extras: Collection[str] = ()) -> None:
+    """Check the model's folder, the target with its options and toolchain, extras, files, stores and registries.
+
+    The checks import nothing that takes long, and ask no server.
+
+    Args:
+        request: The request.
+        settings: Default store and registries.
+        extras: Extras of compileflow that the caller needs as well.
+
+    Raises:
+        SourceError: The model's folder does not hold a model, or only a Hub model has a revision.
+        SpecError: Some extras are not installed, the target does not have an option, a file of examples does not
+            exist, or the URI of a store or registry is wrong.
+        TargetUnavailableError: The target's toolchain is missing, or this machine lacks the precision.
+        MeasurementError: A library that the validate step needs is missing.
+    """
+    if request.steps.fetch:
+        _check_model(request, settings)
+    _check_extras(request, settings, extras)
+    if request.target != AUTO:
+        target = get_target(request.target)
+        checked_target(request.spec_for(request.hf_task or target.capabilities.hf_tasks[0]))
+        if request.steps.compile:
+            check_available(target, request.precision)
+    open_store(settings.resolved_store_uri(request.store_uri), settings)
+    for registry_uri in settings.resolved_registry_uris(request.registry_uris) if request.steps.register else ():
+        open_registry(registry_uri, settings)
+    if request.steps.validate:
+        check_libraries()
+        _check_exists(request.validation.examples_path, "examples", "--examples")
+    if request.steps.compile:
+        _check_exists(request.calibration.examples_path, "calibration examples", "--calibration")
+
+
+def _check_model(request: CompileRequest, settings: Settings) -> None:
+    scheme = scheme_of(request.model)
+    source = get_source(scheme, settings)
+    if scheme == "file":
+        # Chooses the files of the model, and copies nothing.
+        source.locate(request.model, request.revision, settings.work_dir)
+    elif scheme != "hf" and request.revision is not None:
+        raise SourceError(
+            f"{request.model} has no revision {request.revision!r}: only a Hub model has revisions.",
+            hint="Leave the revision empty.",
+        )
+    # Raises if the model is a malformed reference to a registered version.
+    parse_reference(request.model)
+
+
+def _check_extras(request: CompileRequest, settings: Settings, extras: Collection[str]) -> None:
+    missing = {extra: packages for extra in _extras_of(request, settings) if (packages := _missing_from(extra))}
+    missing |= {extra: packages for extra in extras if (packages := _missing_from(extra))}
+    if missing:
+        names = list(dict.fromkeys(name for packages in missing.values() for name in packages))
+        raise SpecError(
+            f"This run needs {', '.join(names)}, which {'is' if len(names) == 1 else 'are'} not installed.",
+            hint=f"Run: pip install 'compileflow[{','.join(missing)}]'",
+        )
+
+
+def _extras_of(request: CompileRequest, settings: Settings) -> Iterator[str]:
+    if request.target != AUTO and request.steps.compile:
+        availability = get_target(request.target).probe()
+        if not availability.can_compile:
+            for names in _EXTRA.findall(availability.hint):
+                yield from names.split(",")
+    if request.steps.validate:
+        yield "validation"
+    uris = [settings.resolved_store_uri(request.store_uri), request.model]
+    if request.steps.register:
+        uris += settings.resolved_registry_uris(request.registry_uris)
+    for uri in uris:
+        if uri.partition(":")[0] in _SCHEMES:
+            yield _SCHEMES[uri.partition(":")[0]]
+    if settings.signing_key is not None:
+        yield "signing"
+
+
+def _missing_from(extra: str) -> list[str]:
+    """Return the distributions of one of compileflow's extras that are not installed."""
+    requirements = [Requirement(line) for line in requires("compileflow") or ()]
+    names = [
+        requirement.name
+        for requirement in requirements
+        if requirement.marker is not None
+        and requirement.marker.evaluate({"extra": extra})
+        and not requirement.marker.evaluate({"extra": ""})
+        and requirement.name != "compileflow"
+    ]
+    versions = installed_versions(names)
+    return [name for name in names if name not in versions]
+
+
+def _check_exists(path: str | None, what: str, option: str) -> None:
+    if path is not None and not Path(path).expanduser().exists():
+        raise SpecError(f"The {what} {path} do not exist.", hint=f"Check the path of {option}.")
