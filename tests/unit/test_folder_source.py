@@ -233,7 +233,7 @@ GOOD_JSON = b'{"model_type": "bert"}'
 @pytest.mark.parametrize(
     ("data", "problem"),
     [
-        (b"\xef\xbb\xbf" + GOOD_JSON, "starts with a byte order mark"),
+        (b"\xef\xbb\xbf" + GOOD_JSON, "is not JSON: Unexpected UTF-8 BOM"),
         (GOOD_JSON[:9], "is not JSON: Unterminated string"),
         (b"", "is empty"),
         (b"\xff\xfe{", "is not JSON: 'utf-8' codec"),

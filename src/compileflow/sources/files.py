@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
@@ -10,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from zipfile import is_zipfile
 
+from compileflow.contracts import json_files
 from compileflow.errors import SourceError, first_line
 from compileflow.spec import HfTask
 
@@ -40,8 +40,6 @@ _JSON_TYPES = {
     dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number", bool: "a boolean",
     type(None): "null",
 }  # fmt: skip
-# Cards and test files are smaller; JSON is read into memory completely.
-_LONGEST_JSON_BYTES = 64 * 2**20
 # Other exports of the same weights, and files that a training run left.
 _SKIPPED_FOLDERS = ("onnx", "openvino", "coreml", "checkpoint-*", "runs", ".*", "__pycache__")
 
@@ -186,12 +184,6 @@ def read_json(path: Path, place: str) -> Any:
     Raises:
         SourceError: The file is larger than 64 MiB, not JSON in UTF-8, or nested too deeply.
     """
-    size = path.stat().st_size
-    if size > _LONGEST_JSON_BYTES:
-        raise SourceError(
-            f"Expected {place} to have at most {_LONGEST_JSON_BYTES} bytes, got {size}.",
-            hint="Upload a smaller file.",
-        )
     return _parsed(path, place, hint="Upload it as JSON.")
 
 
@@ -216,18 +208,14 @@ def read_model_json(path: Path, place: str) -> Any:
 
 
 def _parsed(path: Path, place: str, *, hint: str) -> Any:
-    data = path.read_bytes()
-    if data.startswith(codecs.BOM_UTF8):
-        raise SourceError(
-            f"{place} starts with a byte order mark (BOM), so it is not JSON.",
-            hint="Save the file as UTF-8 without BOM.",
-        )
-    if not data.strip():
-        raise SourceError(f"{place} is empty.", hint=hint)
     try:
-        return json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{place} is not JSON: {first_line(error)}.", hint=hint) from error
+        return json_files.read_json(path)
+    except ValueError as error:
+        reason = first_line(error)
+        problem = "empty" if path.stat().st_size == 0 else f"not JSON: {reason}"
+        if "BOM" in reason:
+            hint = "Save the file as UTF-8 without BOM, the byte order mark at its start."
+        raise SourceError(f"{place} is {problem}.", hint=hint) from error
 
 
 def card_task(card: Mapping[str, Any], uri: str, registry_task: str | None = None) -> HfTask | None:
