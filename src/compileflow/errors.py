@@ -146,6 +146,10 @@ class RegistryError(CompileflowError):
     """The model registry refused an operation or failed."""
 
 
+class EmptyRegistryError(RegistryError):
+    """The model registries hold no version."""
+
+
 class RegistryUnavailableError(RegistryError):
     """The model registry did not answer."""
 

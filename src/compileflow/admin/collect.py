@@ -6,11 +6,12 @@ from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from compileflow._process.folders import sweep
 from compileflow.artifact.attestations.envelopes import statement_in, stored_envelopes
 from compileflow.artifact.attestations.statements import report_digest
 from compileflow.catalog import open_registry, open_store
 from compileflow.contracts import ArtifactStore, Collected, without_credentials
-from compileflow.errors import RegistryError, SignatureError, SpecError
+from compileflow.errors import EmptyRegistryError, RegistryError, SignatureError, SpecError
 from compileflow.settings import Settings
 
 _DAY_S = 86400.0
@@ -40,8 +41,8 @@ def collect_garbage(
 
     Raises:
         SpecError: No registry is given.
-        RegistryError: A registry does not exist, or the registries have no version at all, which suggests a wrong
-            URI. Nothing was deleted.
+        RegistryError: A registry does not exist. Nothing was deleted.
+        EmptyRegistryError: The registries have no version at all, which suggests a wrong URI. Nothing was deleted.
         RegistryUnavailableError: A registry did not answer. Nothing was deleted.
         IntegrityError: A listing cannot be read. Nothing was deleted.
         StoreError: The store refused.
@@ -52,12 +53,15 @@ def collect_garbage(
             "No registry is given, so every folder would be garbage.",
             hint="Name all registries that have versions in this store.",
         )
+    if not dry_run:
+        # Killed runs leave work folders.
+        sweep(settings.work_dir)
     digests_in_use: set[str] = set()
     for uri in registry_uris:
         digests_in_use |= _needed(uri, settings)
     if not digests_in_use:
         names = ", ".join(map(without_credentials, registry_uris))
-        raise RegistryError(
+        raise EmptyRegistryError(
             f"{names} has no version, so everything in {store_uri} would be garbage.",
             hint="Check the registry's URI. To delete a whole store, delete its folder or prefix.",
         )
@@ -67,9 +71,13 @@ def collect_garbage(
 
 
 def _needed(registry_uri: str, settings: Settings) -> set[str]:
+    # The embedded registry is created with the first version.
+    is_embedded = settings.registry_uri is None and (registry_uri,) == settings.resolved_registry_uris()
     # A mistyped path would create an empty registry, and the collection would delete everything.
     for prefix in _FILE_SCHEMES:
         if registry_uri.startswith(prefix) and not Path(registry_uri.removeprefix(prefix)).exists():
+            if is_embedded:
+                return set()
             raise RegistryError(f"The registry {registry_uri} does not exist.", hint="Check its path.")
     return {
         digest

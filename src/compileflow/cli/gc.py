@@ -31,16 +31,21 @@ def gc(
 ) -> None:
     """Delete folders of a store that are old enough and that no registered version needs."""
     from compileflow.admin.collect import collect_garbage
+    from compileflow.errors import EmptyRegistryError
     from compileflow.settings import get_settings
 
     settings = get_settings()
-    collected = collect_garbage(
-        settings.resolved_store_uri(store),
-        settings.resolved_registry_uris(registry or ()),
-        settings=settings,
-        min_age_s=min_age_days * _SECONDS_PER_DAY,
-        dry_run=dry_run,
-    )
+    try:
+        collected = collect_garbage(
+            settings.resolved_store_uri(store),
+            settings.resolved_registry_uris(registry or ()),
+            settings=settings,
+            min_age_s=min_age_days * _SECONDS_PER_DAY,
+            dry_run=dry_run,
+        )
+    except EmptyRegistryError as error:
+        typer.echo(f"Nothing was deleted: {error.message}")
+        return
     typer.echo(
         f"{'would delete' if dry_run else 'deleted'} {collected.folders} folders and {collected.blobs} blobs, "
         f"{collected.size_bytes / 1e6:.1f} MB"

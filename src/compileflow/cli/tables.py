@@ -1,4 +1,7 @@
-"""Tables for terminals of any width: fewer columns where it is narrow, and lines where even those do not fit."""
+"""Tables for terminals of any width: fewer columns where it is narrow, and lines where even those do not fit.
+
+Cells may come from a stranger's file, so control characters are shown escaped.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from compileflow.errors import printable
+
 # Wider than any table: without a terminal, rich would fold columns at 80 characters.
 _NO_LIMIT = 10_000
 
 
 def output_console() -> Console:
     """Return the console for standard output; its width is the terminal's, or that of COLUMNS."""
-    has_width = sys.stdout.isatty() or "COLUMNS" in os.environ
+    # A process may be started without a standard output.
+    has_width = (sys.stdout is not None and sys.stdout.isatty()) or "COLUMNS" in os.environ
     return Console(width=None if has_width else _NO_LIMIT)
 
 
@@ -36,9 +42,11 @@ def print_table(
     for column in ("", *optional):
         left_out += [column] if column else []
         positions = [position for position, name in enumerate(header) if name not in left_out]
-        table = Table(*(header[position] for position in positions), title=title or None)
+        table = Table(
+            *(header[position] for position in positions), title=Text(printable(title)) if title else None
+        )
         for row in rows:
-            table.add_row(*(Text(row[position]) for position in positions))
+            table.add_row(*(Text(printable(row[position])) for position in positions))
         if _fits(table, console):
             console.print(table)
             if left_out:
@@ -55,7 +63,7 @@ def print_record(values: Mapping[str, str]) -> None:
     console = output_console()
     table = Table(show_header=False)
     for name, value in values.items():
-        table.add_row(Text(name), Text(value))
+        table.add_row(Text(printable(name)), Text(printable(value)))
     if _fits(table, console):
         console.print(table)
     else:
@@ -65,7 +73,7 @@ def print_record(values: Mapping[str, str]) -> None:
 def print_lines(console: Console, *lines: str) -> None:
     """Print lines of any length, which the terminal wraps."""
     for line in lines:
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+        console.print(printable(line), soft_wrap=True, highlight=False, markup=False)
 
 
 def _fits(table: Table, console: Console) -> bool:

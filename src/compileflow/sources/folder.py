@@ -45,4 +45,7 @@ class FolderSource:
 
 def _path(location: str) -> Path:
     path = path_of_uri(location) if location.startswith("file:") else Path(location).expanduser()
-    return path.absolute()
+    parts = path.absolute().parts
+    # The folder above a link is not the one that its name suggests. Other links keep their names: those of models.
+    last_up = max((position for position, part in enumerate(parts) if part == ".."), default=-1)
+    return Path(*parts[: last_up + 1]).resolve().joinpath(*parts[last_up + 1 :]) if last_up > 0 else Path(*parts)

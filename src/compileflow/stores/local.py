@@ -23,6 +23,7 @@ from compileflow._process.folders import (
     link_or_copy,
     os_errors,
     path_of_uri,
+    sweep,
     work_folder,
 )
 from compileflow.contracts import Collected, FileRecord, StoredFolder
@@ -136,6 +137,9 @@ class LocalStore:
             StoreError: The store cannot be written.
         """
         with os_errors(self.root, "collect garbage in"):
+            if not dry_run:
+                # Killed processes leave work folders.
+                sweep(self.root / "tmp")
             return collect(self, keep, min_age_s=min_age_s, dry_run=dry_run)
 
     def aged_listings(self) -> Iterator[AgedObject]:
