@@ -175,13 +175,11 @@ def gates() -> str:
 
 def tasks() -> str:
     """Return every task with its input, the pipeline that answers, and the targets that compile it."""
-    compileflow_pipelines = (HfTask.SENTENCE_SIMILARITY, HfTask.QUESTION_ANSWERING)
     supported_tasks = {name: get_target(name).capabilities.hf_tasks for name in target_names()}
     rows = []
     for task in HfTask:
         cells = ["yes" if task in supported_tasks[name] else "" for name in REAL_TARGETS]
-        pipeline = "compileflow" if task in compileflow_pipelines else "transformers"
-        rows.append((f"`{task}`", task.modality, pipeline, *cells))
+        rows.append((f"`{task}`", task.modality, task.pipeline_owner or "none", *cells))
     return table(("task", "input", "pipeline", *(f"`{name}`" for name in REAL_TARGETS)), rows)
 
 

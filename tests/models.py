@@ -18,6 +18,9 @@ LABELS = {
     HfTask.ZERO_SHOT_CLASSIFICATION: ("contradiction", "neutral", "entailment"),
     HfTask.TOKEN_CLASSIFICATION: ("O", "B-PER", "I-PER", "B-LOC", "I-LOC"),
     HfTask.IMAGE_CLASSIFICATION: ("cat", "dog", "bird", "boat"),
+    HfTask.IMAGE_SEGMENTATION: ("sky", "road", "tree"),
+    HfTask.OBJECT_DETECTION: ("cat", "dog", "bird", "boat"),
+    HfTask.AUDIO_FRAME_CLASSIFICATION: ("first speaker", "second speaker"),
     HfTask.AUDIO_CLASSIFICATION: ("yes", "no", "stop"),
 }
 _LETTERS = ("<pad>", "<s>", "</s>", "<unk>", "|", *"abcdefghijklmnopqrstuvwxyz'")
@@ -66,8 +69,7 @@ def _build_signal_model(folder: Path, hf_task: HfTask, seed: int) -> Path:
     named = {"id2label": dict(enumerate(labels)), "label2id": {label: n for n, label in enumerate(labels)}}
     size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     if hf_task.modality == "image":
-        config = transformers.ViTConfig(**size, **named, image_size=32, patch_size=8)
-        processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
+        config, processor = _image_parts(hf_task, size, named)
     else:
         config = transformers.Wav2Vec2Config(
             **size,
@@ -82,6 +84,8 @@ def _build_signal_model(folder: Path, hf_task: HfTask, seed: int) -> Path:
             num_conv_pos_embedding_groups=4,
             classifier_proj_size=32,
             do_stable_layer_norm=True,
+            tdnn_dim=(16, 16, 16, 16, 32),
+            xvector_output_dim=16,
         )
         processor = transformers.Wav2Vec2FeatureExtractor(return_attention_mask=True)
     model = getattr(transformers, AUTO_CLASSES[hf_task]).from_config(config)
@@ -96,6 +100,46 @@ def _build_signal_model(folder: Path, hf_task: HfTask, seed: int) -> Path:
         vocabulary.write_text(json.dumps({letter: n for n, letter in enumerate(_LETTERS)}), "utf-8")
         transformers.Wav2Vec2CTCTokenizer(str(vocabulary)).save_pretrained(folder)
     return folder
+
+
+def _image_parts(hf_task: HfTask, size: dict[str, int], named: dict[str, Any]) -> tuple[Any, Any]:
+    """Return the configuration of an image model and its processor: ViT, or another one with the task's head."""
+    import transformers
+
+    pixels = {"height": 32, "width": 32}
+    if hf_task is HfTask.IMAGE_SEGMENTATION:
+        config = transformers.SegformerConfig(
+            **named,
+            num_encoder_blocks=2,
+            depths=[1, 1],
+            sr_ratios=[2, 1],
+            hidden_sizes=[16, 32],
+            patch_sizes=[7, 3],
+            strides=[4, 2],
+            num_attention_heads=[1, 2],
+            mlp_ratios=[2, 2],
+            decoder_hidden_size=32,
+        )
+        return config, transformers.SegformerImageProcessor(size=pixels)
+    if hf_task is HfTask.OBJECT_DETECTION:
+        sides = {"height": 32, "width": 48}
+        config = transformers.YolosConfig(
+            **size, **named, image_size=list(sides.values()), patch_size=8, num_detection_tokens=12
+        )
+        return config, transformers.YolosImageProcessor(size=sides, do_pad=False)
+    if hf_task is HfTask.DEPTH_ESTIMATION:
+        config = transformers.DPTConfig(
+            **(size | {"num_hidden_layers": 4}),
+            image_size=32,
+            patch_size=8,
+            backbone_out_indices=[0, 1, 2, 3],
+            neck_hidden_sizes=[8, 8, 16, 16],
+            fusion_hidden_size=16,
+            is_hybrid=False,
+        )
+        return config, transformers.DPTImageProcessor(size=pixels)
+    config = transformers.ViTConfig(**size, **named, image_size=32, patch_size=8)
+    return config, transformers.ViTImageProcessor(size=pixels)
 
 
 def _tokenizer(architecture: str) -> Any:

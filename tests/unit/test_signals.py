@@ -32,7 +32,7 @@ from tests.unit.proving import reseal, validate_here
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:.*torch\.jit\..*deprecated")
 
-IMAGES, SOUNDS, SPEECH = SIGNAL_TASKS
+IMAGES, SOUNDS, SPEECH = HfTask.IMAGE_CLASSIFICATION, HfTask.AUDIO_CLASSIFICATION, HfTask.SPEECH_RECOGNITION
 CONVOLUTIONS = ((10, 5), (3, 2), (2, 2))
 
 
@@ -69,6 +69,14 @@ def test_architecture_whose_frames_its_configuration_does_not_explain_is_refused
         ("ASTForAudioClassification", SOUNDS),
         ("WavLMForCTC", SPEECH),
         ("BertForSequenceClassification", HfTask.TEXT_CLASSIFICATION),
+        ("SegformerForSemanticSegmentation", HfTask.IMAGE_SEGMENTATION),
+        ("YolosForObjectDetection", HfTask.OBJECT_DETECTION),
+        ("DPTForDepthEstimation", HfTask.DEPTH_ESTIMATION),
+        ("CLIPVisionModelWithProjection", HfTask.IMAGE_FEATURE_EXTRACTION),
+        ("SiglipVisionModel", HfTask.IMAGE_FEATURE_EXTRACTION),
+        ("CLIPTextModelWithProjection", HfTask.FEATURE_EXTRACTION),
+        ("WavLMForXVector", HfTask.AUDIO_XVECTOR),
+        ("Wav2Vec2ForAudioFrameClassification", HfTask.AUDIO_FRAME_CLASSIFICATION),
         ("T5ForConditionalGeneration", None),
         ("GPT2LMHeadModel", None),
     ],
@@ -164,7 +172,7 @@ def test_padded_speech_is_answered_with_as_many_frames_as_the_bare_one(
     source = load_source_model(tiny_model(SPEECH), SPEECH)
     graph = LoadedComponent.load(open_artifact(speech))
     for rows, length in ((1, 8000), (1, 5003), (3, 12_345), (9, 777)):
-        inputs = example_inputs(source.inputs, rows, length, 0, 0)
+        inputs = example_inputs(source.inputs, rows, length)
         answer, reference = graph.run(inputs)["logits"], source.run(inputs)["logits"]
         assert answer.shape == reference.shape == (rows, frames_of(source.frame_convolutions, length), 32)
         np.testing.assert_allclose(answer, reference, rtol=0, atol=1e-5)
@@ -299,11 +307,11 @@ class TestComponentsOfOneGraph:
         folder = self.compile(in_process, tiny_model, tmp_path / "both", "torchscript", "word document")
         source = load_source_model(tiny_model(HfTask.TEXT_CLASSIFICATION), HfTask.TEXT_CLASSIFICATION)
         artifact = open_artifact(folder)
-        inputs = example_inputs(source.inputs, 2, 8, source.vocab_size, source.pad_token_id)
+        inputs = source.example_arrays(2, 8)
         for component in ("word", "document"):
             answer = LoadedComponent.load(artifact, component=component).run(inputs)
             np.testing.assert_allclose(answer["logits"], source.run(inputs)["logits"], rtol=0, atol=1e-5)
-        longer = example_inputs(source.inputs, 1, 9, source.vocab_size, source.pad_token_id)
+        longer = source.example_arrays(1, 9)
         with pytest.raises(InputError, match=r"9 tokens.*at most 8"):
             LoadedComponent.load(artifact, component="word").run(longer)
         LoadedComponent.load(artifact, component="document").run(longer)

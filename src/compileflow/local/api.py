@@ -14,7 +14,7 @@ from compileflow.errors import LoadError, SpecError, TargetUnavailableError, Ver
 from compileflow.local.optimized_model import as_source_class
 from compileflow.local.source import default_model, fetch_local, known_task
 from compileflow.serving.model import CompiledModel
-from compileflow.serving.pipeline import CompiledPipeline
+from compileflow.serving.pipeline import CompiledPipeline, check_pipeline
 from compileflow.settings import Settings, get_settings
 from compileflow.spec import HfTask, Precision
 from compileflow.steps.compile import compile_artifact, detect_task
@@ -61,10 +61,13 @@ def pipeline(
     Raises:
         ValueError: Both the task and the model are missing.
         SpecError: The task, the target, the precision or an option is invalid.
+        LoadError: The task has no pipeline; `optimize` compiles its models.
         TargetUnavailableError, CompileError: The model cannot be compiled here.
         VerdictError: The compiled model does not answer like the source model.
     """
     _check_device(device)
+    if task is not None:
+        check_pipeline(known_task(task))
     compile_settings = {name: settings.pop(name) for name in _COMPILE_NAMES if name in settings}
     artifact, hf_task = _compiled(task, model, target, precision, tokenizer, revision, validate, compile_settings)
     return CompiledPipeline.from_pretrained(

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from compileflow.artifact.attestations.require_signature import RequireSignature
-from compileflow.artifact.open import OpenArtifact, copy_artifact, open_artifact
+from compileflow.artifact.open import OpenArtifact, copy_artifact
 from compileflow.contracts import Device
 from compileflow.errors import LoadError, SpecError
 from compileflow.serving.from_memory import in_memory
 from compileflow.serving.interface_files import load_part
 from compileflow.serving.list_calls import call_list
 from compileflow.serving.model import CompiledModel
+from compileflow.serving.older_folder import open_any
+from compileflow.serving.original import completed_artifact, load_original, original_task
 from compileflow.serving.question_answering import QuestionAnsweringPipeline
 from compileflow.serving.sentence_embedding import SentenceEmbeddingPipeline
 from compileflow.serving.tokenizer import CompiledTokenizer
-from compileflow.spec import HfTask, ShapeBucket
+from compileflow.spec import TEXT_TASKS, HfTask, ShapeBucket
 
 _NONE: Mapping[str, Any] = MappingProxyType({})
 
@@ -32,18 +35,44 @@ class CompiledPipeline:
 
     Attributes:
         pipeline: The wrapped pipeline: from transformers, or from compileflow for tasks that transformers lacks.
-        original_pipeline: The pipeline that was passed to `from_pipeline`; None after loading.
     """
 
-    def __init__(self, pipeline: Any, artifact: OpenArtifact, original_pipeline: Any = None):
-        self.pipeline = pipeline
-        self.original_pipeline = original_pipeline
-        self._artifact = artifact
+    def __init__(self, original_pipeline: Any, compiled_pipeline: Any, artifact: OpenArtifact | None = None):
+        """Wrap a pipeline whose model is compiled.
+
+        Args:
+            original_pipeline: The uncompiled pipeline; None if there is none.
+            compiled_pipeline: The pipeline that answers calls.
+            artifact: Artifact to save. None: the artifact of the compiled pipeline's model.
+        """
+        self.pipeline = compiled_pipeline
+        self._original_pipeline = original_pipeline
+        self._artifact = artifact or getattr(compiled_pipeline.model, "artifact", None)
 
     @property
     def compiled_pipeline(self) -> Any:
         """The wrapped pipeline, under its name in the older library."""
         return self.pipeline
+
+    @property
+    def original_pipeline(self) -> Any:
+        """The uncompiled pipeline: the one that was compiled, or after loading its saved copy.
+
+        None for an artifact that was saved without it, for example by `compileflow compile`.
+
+        Raises:
+            IntegrityError: A file of the saved copy was altered.
+        """
+        if self._original_pipeline is None and self._artifact is not None:
+            self._original_pipeline = load_original(self._artifact)
+        return self._original_pipeline
+
+    @property
+    def original_pipeline_task(self) -> str:
+        """Task of the original pipeline, as it was named there; "ner" stays "ner"."""
+        if self._original_pipeline is None and self._artifact is not None:
+            return original_task(self._artifact)
+        return str((self._original_pipeline or self.pipeline).task)
 
     @classmethod
     def from_pipeline(
@@ -71,7 +100,8 @@ class CompiledPipeline:
             validation_rtol: Relative tolerance of the comparison, a fraction.
             validation_atol: Absolute tolerance of the comparison, in the units of the outputs.
             tokenizer_settings: Settings of the tokenizer; see `CompiledTokenizer.from_tokenizer`.
-            model_tracing_settings: Options of the target.
+            model_tracing_settings: Options of the target. Settings of torch_neuron.trace or torch.jit.trace that
+                the target does not have are ignored, with a warning in the log.
             target: Name of a target; `compileflow targets` lists them.
 
         Raises:
@@ -80,7 +110,7 @@ class CompiledPipeline:
         """
         local = in_memory()
 
-        length = local.resolved_length(pipeline.model.config, max_length)
+        length = local.resolved_length(pipeline.model, max_length)
         tokenizer = _fitting_tokenizer(pipeline, length, tokenizer_settings)
         artifact = local.compile_in_memory(
             pipeline.model,
@@ -91,13 +121,14 @@ class CompiledPipeline:
             tolerance=local.Tolerance(validation_rtol, validation_atol) if validate_compilation else None,
             hf_task=_task_of(pipeline),
             tokenizer=tokenizer,
+            original_task=pipeline.task,
         )
         # A copy keeps the class and settings of the pipeline, such as top_k.
         pipeline_copy = copy.copy(pipeline)
         pipeline_copy.model = CompiledModel.from_artifact(artifact)
         pipeline_copy.tokenizer = CompiledTokenizer.from_artifact(artifact)
         pipeline_copy.device = pipeline_copy.model.device
-        return cls(pipeline_copy, artifact, pipeline)
+        return cls(pipeline, pipeline_copy, artifact)
 
     @classmethod
     def from_pretrained(
@@ -136,9 +167,9 @@ class CompiledPipeline:
 
         Raises:
             ManifestError, IntegrityError, SignatureError: The artifact fails a check. Nothing was deserialised.
-            LoadError: The artifact cannot run here, or does not serve the task.
+            LoadError: The artifact cannot run here, it does not serve the task, or the task has no pipeline.
         """
-        artifact = open_artifact(
+        artifact = open_any(
             location,
             digest=digest,
             trust=trust,
@@ -146,10 +177,11 @@ class CompiledPipeline:
             trust_remote_code=trust_remote_code,
         )
         hf_task = served_task(artifact, task)
+        check_pipeline(hf_task)
         model = CompiledModel.from_artifact(
             artifact, component=component, device=device, threads=threads, buckets=buckets
         )
-        return cls(_wrapped(hf_task, artifact, model, pipeline_settings), artifact)
+        return cls(None, _wrapped(hf_task, artifact, model, pipeline_settings), artifact)
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
         """Call the pipeline as in transformers. Lists run in batches of similar length; answers keep the order."""
@@ -158,9 +190,24 @@ class CompiledPipeline:
             return call_list(self.pipeline, *inputs, **kwargs)
         return self.pipeline(*inputs, **kwargs)
 
-    def save_pretrained(self, dest: str | Path) -> Path:
-        """Copy the whole artifact into `dest`, an empty or absent folder."""
-        return copy_artifact(self._artifact, dest)
+    def save_pretrained(self, dest: str | Path, *, original: bool = True) -> Path:
+        """Write the artifact, and beside it the original pipeline if there is one.
+
+        Args:
+            dest: An empty or absent folder, or one that holds another artifact, which is replaced.
+            original: False saves about half the disk space, but leaves `original_pipeline` None after loading.
+
+        Raises:
+            StoreError: The folder holds other files, or cannot be written.
+            SpecError: The model is not compiled.
+        """
+        if self._artifact is None:
+            raise SpecError(
+                "The pipeline has no compiled model to save.",
+                hint="Pass a pipeline around a CompiledModel as compiled_pipeline, or use from_pipeline.",
+            )
+        with completed_artifact(self._artifact, self.pipeline.tokenizer, self._original_pipeline) as artifact:
+            return copy_artifact(artifact, dest, replace=True, with_original=original)
 
     def __getattr__(self, name: str) -> Any:
         if name == "pipeline":
@@ -180,28 +227,43 @@ def served_task(artifact: OpenArtifact, requested_task: HfTask | str | None) -> 
     compiled_task = artifact.manifest.hf_task
     if requested_task is None:
         return compiled_task
-    served_tasks = [task.value for task in HfTask if task.graph_task is compiled_task.graph_task]
-    if requested_task not in served_tasks:
+    served_tasks = [task for task in HfTask if task.graph_task is compiled_task.graph_task]
+    with suppress(ValueError):
+        task = HfTask(requested_task)
+        if task in served_tasks:
+            return task
+    raise LoadError(
+        f"The artifact was compiled for {compiled_task.value} and does not serve {str(requested_task)!r}.",
+        hint=f"It serves: {', '.join(served_tasks)}.",
+    )
+
+
+def check_pipeline(task: HfTask) -> None:
+    """Check that a pipeline answers the task.
+
+    Raises:
+        LoadError: Neither transformers nor compileflow has a pipeline for it.
+    """
+    if task.pipeline_owner is None:
         raise LoadError(
-            f"The artifact was compiled for {compiled_task.value} and does not serve {str(requested_task)!r}.",
-            hint=f"It serves: {', '.join(served_tasks)}.",
+            f"transformers has no pipeline for {task.value}.",
+            hint="Load the model with CompiledModel.from_pretrained, and call it with the model's own processor.",
         )
-    return HfTask(requested_task)
 
 
 def _task_of(pipeline: Any) -> HfTask | None:
     """Return the task of a pipeline; None if it has none, so that the class of its model decides."""
     if not pipeline.task:
         return None
-    # transformers has no pipeline for these two; those of compileflow are created from artifacts.
-    unsupported_tasks = (HfTask.QUESTION_ANSWERING, HfTask.SENTENCE_SIMILARITY)
-    supported_tasks = [task.value for task in HfTask if task.modality == "text" and task not in unsupported_tasks]
-    if pipeline.task not in supported_tasks:
-        raise SpecError(
-            f"from_pipeline does not compile {pipeline.task!r}.",
-            hint=f"It compiles: {', '.join(supported_tasks)}. Use compileflow.pipeline for other tasks.",
-        )
-    return HfTask(pipeline.task)
+    supported_tasks = [task for task in TEXT_TASKS if task.pipeline_owner == "transformers"]
+    with suppress(ValueError):
+        task = HfTask(pipeline.task)
+        if task in supported_tasks:
+            return task
+    raise SpecError(
+        f"from_pipeline does not compile {pipeline.task!r}.",
+        hint=f"It compiles: {', '.join(supported_tasks)}. Use compileflow.pipeline for other tasks.",
+    )
 
 
 def _fitting_tokenizer(pipeline: Any, length: int, settings: Mapping[str, Any]) -> CompiledTokenizer:
@@ -255,8 +317,24 @@ def _without_device_moves(pipeline_class: Any) -> Any:
         # A copy, as in transformers, because some tasks remove entries.
         return self._forward(dict(model_inputs), **settings)
 
-    members = {"__module__": pipeline_class.__module__, "__doc__": pipeline_class.__doc__, "forward": forward}
+    def reduce(self: Any) -> tuple[Any, ...]:
+        # pickle looks a class up by its name, and finds the class of transformers there.
+        return _with_attributes, (pipeline_class, vars(self))
+
+    members = {
+        "__module__": pipeline_class.__module__,
+        "__doc__": pipeline_class.__doc__,
+        "__reduce__": reduce,
+        "forward": forward,
+    }
     return type(pipeline_class.__name__, (pipeline_class,), members)
+
+
+def _with_attributes(pipeline_class: Any, attributes: Mapping[str, Any]) -> Any:
+    subclass = _without_device_moves(pipeline_class)
+    pipeline_copy = subclass.__new__(subclass)
+    vars(pipeline_copy).update(attributes)
+    return pipeline_copy
 
 
 def _processors(task: HfTask, artifact: OpenArtifact) -> dict[str, Any]:

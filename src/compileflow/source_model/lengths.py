@@ -22,6 +22,22 @@ def call_sizes(main_input: TensorRecord, value: NDArray[Any]) -> tuple[int, int]
     return value.shape[0], value.shape[axes.index("sequence")] if "sequence" in axes else 1
 
 
+def convolutions_of(config: Any) -> Convolutions:
+    """Return (kernel, stride) of each convolution that the configuration of a speech model lists."""
+    kernels, strides = getattr(config, "conv_kernel", None) or (), getattr(config, "conv_stride", None) or ()
+    return tuple((int(kernel), int(stride)) for kernel, stride in zip(kernels, strides, strict=True))
+
+
+def x_vector_convolutions(config: Any) -> Convolutions:
+    """Return (kernel, stride) of each convolution of an x-vector model, and (2, 1) for its standard deviation.
+
+    The model has no output with frames, but these give the shortest input.
+    """
+    kernels = zip(config.tdnn_kernel, config.tdnn_dilation, strict=True)
+    head = [((kernel - 1) * dilation + 1, 1) for kernel, dilation in kernels]
+    return (*convolutions_of(config), *head, (2, 1))
+
+
 def frame_convolutions(config: Any, observed: Sequence[tuple[int, int]]) -> Convolutions:
     """Return (kernel, stride) of each convolution between a model's input and its frames.
 
@@ -32,8 +48,7 @@ def frame_convolutions(config: Any, observed: Sequence[tuple[int, int]]) -> Conv
     Raises:
         SpecError: The convolutions of the configuration do not give these numbers of frames.
     """
-    kernels, strides = getattr(config, "conv_kernel", None) or (), getattr(config, "conv_stride", None) or ()
-    convolutions = tuple((int(kernel), int(stride)) for kernel, stride in zip(kernels, strides, strict=True))
+    convolutions = convolutions_of(config)
     for length, frames in observed:
         if frames_of(convolutions, length) != frames:
             raise SpecError(

@@ -16,7 +16,13 @@ AUTO_CLASSES: Mapping[HfTask, str] = {
     HfTask.FILL_MASK: "AutoModelForMaskedLM",
     HfTask.QUESTION_ANSWERING: "AutoModelForQuestionAnswering",
     HfTask.IMAGE_CLASSIFICATION: "AutoModelForImageClassification",
+    HfTask.IMAGE_FEATURE_EXTRACTION: "AutoModel",
+    HfTask.IMAGE_SEGMENTATION: "AutoModelForSemanticSegmentation",
+    HfTask.OBJECT_DETECTION: "AutoModelForObjectDetection",
+    HfTask.DEPTH_ESTIMATION: "AutoModelForDepthEstimation",
     HfTask.AUDIO_CLASSIFICATION: "AutoModelForAudioClassification",
+    HfTask.AUDIO_FRAME_CLASSIFICATION: "AutoModelForAudioFrameClassification",
+    HfTask.AUDIO_XVECTOR: "AutoModelForAudioXVector",
     HfTask.SPEECH_RECOGNITION: "AutoModelForCTC",
 }
 # Endings of the class names in config.json's "architectures", with the task that each stands for.
@@ -26,10 +32,21 @@ HEADS: Mapping[str, HfTask] = {
     "ForMaskedLM": HfTask.FILL_MASK,
     "ForQuestionAnswering": HfTask.QUESTION_ANSWERING,
     "ForImageClassification": HfTask.IMAGE_CLASSIFICATION,
+    "ForSemanticSegmentation": HfTask.IMAGE_SEGMENTATION,
+    "ForObjectDetection": HfTask.OBJECT_DETECTION,
+    "ForDepthEstimation": HfTask.DEPTH_ESTIMATION,
     "ForAudioClassification": HfTask.AUDIO_CLASSIFICATION,
+    "ForAudioFrameClassification": HfTask.AUDIO_FRAME_CLASSIFICATION,
+    "ForXVector": HfTask.AUDIO_XVECTOR,
     "ForCTC": HfTask.SPEECH_RECOGNITION,
+    "VisionModel": HfTask.IMAGE_FEATURE_EXTRACTION,
+    "VisionModelWithProjection": HfTask.IMAGE_FEATURE_EXTRACTION,
+    "TextModelWithProjection": HfTask.FEATURE_EXTRACTION,
     "Model": HfTask.FEATURE_EXTRACTION,
 }
+# Tasks whose graph takes no attention mask, so that rows are never padded: x-vector heads average each row in a
+# Python loop over the rows, which no graph keeps.
+UNMASKED_TASKS = (HfTask.AUDIO_XVECTOR,)
 # Speech encoders call a classifier of whole recordings ForSequenceClassification, as text models do.
 _SPEECH_ENCODERS = ("Data2VecAudio", "Hubert", "SEW", "UniSpeech", "Wav2Vec2", "WavLM")
 # Modality of a model by the name of its main input.
@@ -54,9 +71,24 @@ def tasks_of(config: Any) -> tuple[HfTask, ...]:
             # Speech encoders and vision models also have an AutoModel, but it does not take text.
             classes = model_classes[type(config)]
             main_input = (classes[0] if isinstance(classes, tuple) else classes).main_input_name
-            if _MODALITIES.get(main_input) == task.modality:
+            has_head = auto_class != "AutoModel" and task.modality != "text"
+            if has_head or _MODALITIES.get(main_input) == task.modality:
                 tasks.append(task)
     return tuple(tasks)
+
+
+def model_class_of(config: Any, hf_task: HfTask) -> Any:
+    """Return the class that loads a model for a task: an auto class, or the class of a tower of CLIP.
+
+    AutoModel leaves out the projection of a tower that was saved as CLIPVisionModelWithProjection, for example.
+    """
+    import transformers
+
+    name = AUTO_CLASSES[hf_task]
+    architecture = (getattr(config, "architectures", None) or [""])[0]
+    if name == "AutoModel" and architecture.endswith("WithProjection") and hasattr(transformers, architecture):
+        name = architecture
+    return getattr(transformers, name)
 
 
 def task_of_architecture(name: str) -> HfTask | None:

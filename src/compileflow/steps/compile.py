@@ -133,12 +133,20 @@ def detect_task(source_dir: Path) -> HfTask:
         )
     for name in architectures:
         task = task_of_architecture(name)
+        if task is HfTask.FEATURE_EXTRACTION and _takes_images(source_dir):
+            return HfTask.IMAGE_FEATURE_EXTRACTION
         if task is not None:
             return task
     raise SpecError(
         f"The architecture {', '.join(architectures) or '(none in config.json)'} does not determine the task.",
         hint=f"Give the task: one of {', '.join(task.value for task in HfTask)}.",
     )
+
+
+def _takes_images(source_dir: Path) -> bool:
+    """Say whether the folder has an image processor: a class named ViTModel says no more than BertModel does."""
+    path = source_dir / "preprocessor_config.json"
+    return path.exists() and bool({"image_processor_type", "image_mean"} & set(read_model_json(path, path.name)))
 
 
 def _pools_tokens(source_dir: Path) -> bool:

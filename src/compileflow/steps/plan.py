@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from compileflow.contracts import ComponentPlan, Target
 from compileflow.errors import SpecError
-from compileflow.source_model.interface import maximum_length, tokenizer_maximum
-from compileflow.source_model.processor import LONGEST_S, load_processor, longest_signal, probe_signals
+from compileflow.source_model.interface import SourceModel, tokenizer_maximum
+from compileflow.source_model.processor import LONGEST_S, image_sizes, longest_signal
 from compileflow.spec import CompileSpec, ComponentSpec, ShapeBucket
 
 _SHORTEST_BUCKET = 16
+# Maximum length of a text component if neither the model nor its tokenizer has one.
+DEFAULT_TOKENS = 512
 # Batches speed up a CPU only for rows up to this length; a single longer row keeps it busy.
 _BATCH_SIZE, _BATCHED_UP_TO = 8, 128
 # Name of the plan for a graph that several components share.
@@ -29,51 +30,69 @@ class SourceLimits:
         longest: Longest row that the model has positions for; None without such a limit.
         default_length: Maximum length of a component whose spec sets none.
         default_buckets: Shape buckets of a target without dynamic axes, given the maximum length.
-        padding_changes_answers: The model has no attention mask, so a padded row gets another answer.
+        padding_changes_answers: A padded row gets another answer than the row alone.
+        image_sizes: Sizes, (height, width), that the processor gives to images of different sizes.
     """
 
     longest: int | None
     default_length: int
     default_buckets: Callable[[int], tuple[ShapeBucket, ...]]
     padding_changes_answers: bool = False
+    image_sizes: tuple[tuple[int, int], ...] = ()
 
 
-def source_limits(source_dir: Path, config: Any, spec: CompileSpec, tokenizer: Any) -> SourceLimits:
-    """Read the limits of a source model off its configuration, and its tokenizer or processor.
+def source_limits(source_model: SourceModel, spec: CompileSpec, tokenizer: Any) -> SourceLimits:
+    """Read the limits of a source model off the model, and its tokenizer or processor.
 
     Args:
-        source_dir: Folder of the source model.
-        config: Configuration of the source model.
+        source_model: The source model.
         spec: What to compile.
         tokenizer: Tokenizer of a text model; None without one.
     """
     modality = spec.hf_task.modality
     if modality == "text":
-        default_length = maximum_length(config, tokenizer_maximum(tokenizer))
-        return SourceLimits(maximum_length(config, None), default_length, text_buckets)
-    processor = load_processor(source_dir, modality, trust_remote_code=spec.trust_remote_code)
-    input_names = processor(probe_signals(processor)[:1])
+        longest = source_model.longest
+        lengths = [length for length in (longest, tokenizer_maximum(tokenizer)) if length]
+        return SourceLimits(
+            longest,
+            min(lengths, default=DEFAULT_TOKENS),
+            text_buckets,
+            padding_changes_answers=source_model.padding == "none",
+        )
+    processor = source_model.processor
+    assert processor is not None  # noqa: S101 - every image and audio model has one
+    if modality == "image":
+        return SourceLimits(1, 1, _single_row_buckets, image_sizes=image_sizes(processor))
     default_length = longest_signal(processor)
     if default_length == 1:
-        return SourceLimits(1, 1, _image_buckets)
+        return SourceLimits(1, 1, _single_row_buckets)
     # One second, in the unit of the graph's sequence axis.
     second = default_length // LONGEST_S
     return SourceLimits(
         None,
         default_length,
         partial(_audio_buckets, second),
-        padding_changes_answers="attention_mask" not in input_names,
+        padding_changes_answers=not source_model.cuts_padding,
     )
 
 
 def plan_components(
-    spec: CompileSpec, target: Target, limits: SourceLimits, *, threads: int
+    spec: CompileSpec, target: Target, limits: SourceLimits, *, threads: int, rows_fill_shapes: bool = False
 ) -> tuple[ComponentPlan, ...]:
     """Return the plan of each component of a spec.
+
+    Args:
+        spec: What to compile.
+        target: Target to compile for.
+        limits: Lengths that the source model takes.
+        threads: Threads that the compile may use.
+        rows_fill_shapes: The caller pads each row to a compiled shape, so that nothing else pads it.
 
     Raises:
         SpecError: A component is longer than the model allows, or the target cannot pad this model.
     """
+    if rows_fill_shapes:
+        limits = replace(limits, padding_changes_answers=False)
     return tuple(_plan(spec, component, target, limits, threads) for component in spec.components)
 
 
@@ -103,7 +122,8 @@ def text_buckets(longest: int) -> tuple[ShapeBucket, ...]:
     )
 
 
-def _image_buckets(longest: int) -> tuple[ShapeBucket, ...]:
+def _single_row_buckets(longest: int) -> tuple[ShapeBucket, ...]:
+    """Return batches of 1 and 8 for images, and for audio whose processor makes one length."""
     return tuple(ShapeBucket(batch_size=rows, sequence_length=longest) for rows in (1, _BATCH_SIZE))
 
 
@@ -128,9 +148,17 @@ def _plan(
         buckets = ()
     elif limits.padding_changes_answers:
         raise SpecError(
-            f"{target.name} pads inputs to fixed shapes, but this model has no attention mask, so padding would "
-            "change its answers.",
+            f"{target.name} pads inputs to fixed shapes, but padding changes the answers of this model: it has no "
+            "attention mask, or reads beyond it.",
             hint="Choose a target with dynamic axes; `compileflow targets --json` lists them.",
+        )
+    elif len(limits.image_sizes) > 1:
+        sizes = " and ".join(f"{height} x {width}" for height, width in limits.image_sizes[:2])
+        raise SpecError(
+            f"{target.name} compiles fixed shapes, but this model's processor keeps the aspect ratio: it makes "
+            f"images of {sizes} pixels.",
+            hint="Choose a target with dynamic axes; `compileflow targets --json` lists them. Or set size to a "
+            "height and a width in preprocessor_config.json.",
         )
     elif not buckets:
         buckets = limits.default_buckets(length)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from compileflow.serving.component import LoadedComponent
 from compileflow.serving.pipeline import CompiledPipeline
 from compileflow.source_model.examples import example_inputs
 from compileflow.source_model.interface import SourceModel
-from compileflow.source_model.load import load_config, load_source_model
+from compileflow.source_model.load import load_config, load_source_model, load_tokenizer
 from compileflow.source_model.processor import LONGEST_S, image_inputs, load_processor, longest_signal
+from compileflow.source_model.token_rows import token_rows
 from compileflow.validation import measure as measuring
 from compileflow.validation.cases import Case
 from compileflow.validation.evidence import gather_evidence, timed_shapes
@@ -64,6 +66,7 @@ def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
     trust_remote_code = bool(request.get("trust_remote_code"))
     # The artifact cannot be signed yet: the signature covers the verdict that this function returns.
     artifact = open_artifact(request["artifact_dir"], require_signature=False, trust_remote_code=trust_remote_code)
+    artifact.check_code()
     spec = artifact.manifest.spec
     # Components load before the source model, so that the growth in memory is due to them alone.
     loaded_components = [_load(artifact, component.name, validation, threads) for component in spec.components]
@@ -136,8 +139,11 @@ def _examples(artifact: OpenArtifact, record: ComponentRecord) -> Callable[[int,
     if spec.hf_task.modality == "image":
         processor = load_processor(artifact.folder, "image", trust_remote_code=artifact.trust_remote_code)
         return lambda rows, _: image_inputs(processor, record.inputs, rows)
-    vocab_size = getattr(_config(artifact), "vocab_size", None) or 0
-    return lambda rows, length: example_inputs(record.inputs, rows, length, vocab_size, record.pad_token_id)
+    tokens = None
+    if spec.hf_task.modality == "text":
+        tokenizer = load_tokenizer(artifact.folder, trust_remote_code=artifact.trust_remote_code)
+        tokens = token_rows(tokenizer, _config(artifact), record.vocab_size, spec.hf_task)
+    return partial(example_inputs, record.inputs, tokens=tokens, pad_left=record.padding == "left")
 
 
 def _config(artifact: OpenArtifact) -> Any:
@@ -253,12 +259,14 @@ def _noise_variants(source_model: SourceModel, threads: int) -> dict[str, Callab
     import numpy as np
     import torch
 
-    float64_model = copy.deepcopy(source_model.model).double()
+    @cache
+    def float64_model() -> Any:
+        return copy.deepcopy(source_model.model).double()
 
     def in_float64(case: Case) -> Arrays:
         with torch.inference_mode():
             tensors = {name: torch.as_tensor(value) for name, value in case.inputs.items()}
-            answer = float64_model(
+            answer = float64_model()(
                 **{
                     name: tensor.double() if tensor.is_floating_point() else tensor
                     for name, tensor in tensors.items()

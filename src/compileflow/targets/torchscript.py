@@ -29,11 +29,11 @@ from compileflow.contracts.toolkit import (
     report_progress,
     torch_threads,
 )
-from compileflow.source_model import as_tuple_module, load_source_model
+from compileflow.source_model import UNMASKED_TASKS, as_tuple_module, load_source_model
 from compileflow.spec import HfTask, Precision, ShapeBucket
 from compileflow.targets._traced import TracedRunner
 
-_FILE = "model.pt"
+GRAPH_FILE = "model.pt"
 
 
 class TorchScriptTarget:
@@ -44,7 +44,7 @@ class TorchScriptTarget:
     summary: ClassVar[str] = "torch.jit.trace, frozen; fixed shapes; any machine with torch"
     Options: ClassVar[type[TargetOptions]] = TargetOptions
     capabilities: ClassVar[Capabilities] = Capabilities(
-        hf_tasks=tuple(HfTask),
+        hf_tasks=tuple(task for task in HfTask if task not in UNMASKED_TASKS),
         precisions=(Precision.FP32, Precision.BF16),
         devices=("cpu",),
         dynamic_axes=False,
@@ -82,11 +82,11 @@ class TorchScriptTarget:
             report_progress(f"tracing shape bucket {bucket} ({number} of {len(component.shape_buckets)})")
             example = source_model.example_tensors(bucket.batch_size, bucket.sequence_length)
             with torch_threads(component.threads):
-                setattr(buckets, _attribute(bucket), _trace(module, tuple(example.values())))
+                setattr(buckets, bucket_attribute(bucket), _trace(module, tuple(example.values())))
         with warnings.catch_warnings():
             _silence_deprecation()
-            torch.jit.save(torch.jit.script(buckets), str(out_dir / _FILE))
-        return source_model.compiled_to([_FILE])
+            torch.jit.save(torch.jit.script(buckets), str(out_dir / GRAPH_FILE))
+        return source_model.compiled_to([GRAPH_FILE])
 
     def load(
         self, component_dir: Path, component: ComponentRecord, *, device: Device, threads: int | None
@@ -97,19 +97,20 @@ class TorchScriptTarget:
         with warnings.catch_warnings():
             _silence_deprecation()
             try:
-                buckets = torch.jit.load(str(component_dir / _FILE), map_location=device).eval()  # type: ignore[no-untyped-call]
+                buckets = torch.jit.load(str(component_dir / GRAPH_FILE), map_location=device).eval()  # type: ignore[no-untyped-call]
                 graphs = {
                     (bucket.batch_size, bucket.sequence_length): torch.jit.freeze(
-                        getattr(buckets, _attribute(bucket))
+                        getattr(buckets, bucket_attribute(bucket))
                     )
                     for bucket in component.shape_buckets
                 }
             except (RuntimeError, AttributeError) as error:
-                raise load_error(_FILE, f"torch {torch.__version__}", error) from error
+                raise load_error(GRAPH_FILE, f"torch {torch.__version__}", error) from error
         return TracedRunner(graphs, component, threads=threads)
 
 
-def _attribute(bucket: ShapeBucket) -> str:
+def bucket_attribute(bucket: ShapeBucket) -> str:
+    """Return the name under which the file holds the graph of a shape bucket."""
     return f"bucket_{bucket}"
 
 

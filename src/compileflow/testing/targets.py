@@ -30,7 +30,6 @@ from compileflow.catalog import get_target
 from compileflow.contracts import Arrays, ComponentRecord, Runner, Target, TargetOptions
 from compileflow.contracts.digests import list_files
 from compileflow.errors import InputError, LoadError, SpecError
-from compileflow.source_model.examples import example_inputs
 from compileflow.source_model.interface import SourceModel
 from compileflow.source_model.lengths import frames_of, shortest_input
 from compileflow.source_model.load import load_source_model
@@ -365,7 +364,8 @@ def _shapes(record: ComponentRecord) -> list[tuple[int, int]]:
 
 
 def _inputs(record: ComponentRecord, source: SourceModel, rows: int, length: int) -> Arrays:
-    return example_inputs(record.inputs, rows, length, source.vocab_size, source.pad_token_id)
+    assert record.inputs == source.inputs
+    return source.example_arrays(rows, length)
 
 
 def _assert_close(candidate: Arrays, reference: Arrays, atol: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,12 @@ class SignalCases:
     processor: Processor
     record: ComponentRecord
 
+    @property
+    def mixes_sizes(self) -> bool:
+        """Whether signals of different sizes may share a call: not where answers cannot be cut to each of them."""
+        tensors = (*self.record.inputs, *self.record.outputs)
+        return not any(axis in ("height", "width", "free") for tensor in tensors for axis in tensor.axes)
+
     def case(self, name: str, family: str, signals: Sequence[NamedSignal]) -> Case:
         """Build one batch of signals. The processor's mask decides what counts; without one, everything does."""
         arrays = self.processor([signal.values for signal in signals])
@@ -50,6 +57,8 @@ class SignalCases:
     def generated(self) -> list[Case]:
         """Build the cases that natural examples do not cover: odd signals, batches, extreme lengths."""
         batch = generated_signals(self.processor, _BATCH)
+        if not self.mixes_sizes:
+            batch = _cropped(batch)
         cases = [self.case(signal.name, "signal", [signal]) for signal in odd_signals(self.processor)]
         cases += [self.case(f"{rows} at once", "batch", batch[:rows]) for rows in (2, 3, _BATCH)]
         cases.append(self.case("the batch's first row alone", "batch", batch[:1]))
@@ -58,9 +67,12 @@ class SignalCases:
         return cases
 
     def natural(self, signals: Sequence[NamedSignal]) -> list[Case]:
-        """Build batches of 8 from natural examples, sorted by size."""
-        ordered = sorted(signals, key=lambda signal: signal.values.size)
-        batches = [ordered[start : start + _BATCH] for start in range(0, len(ordered), _BATCH)]
+        """Build batches of 8 from natural examples, sorted by size; of one size where sizes must not be mixed."""
+        ordered = sorted(signals, key=lambda signal: (signal.values.size, signal.values.shape))
+        batches = []
+        for _, group in groupby(ordered, key=lambda signal: None if self.mixes_sizes else signal.values.shape):
+            alike = list(group)
+            batches += [alike[start : start + _BATCH] for start in range(0, len(alike), _BATCH)]
         return [
             self.case(f"natural batch {number}", "agreement", batch)
             for number, batch in enumerate(batches, start=1)
@@ -97,3 +109,9 @@ class SignalCases:
             return values
         index = [slice(self.record.max_sequence_length if axis == "sequence" else None) for axis in axes]
         return np.ascontiguousarray(values[tuple(index)])
+
+
+def _cropped(signals: Sequence[NamedSignal]) -> list[NamedSignal]:
+    """Crop signals to the largest size that all of them have."""
+    crop = tuple(slice(min(sizes)) for sizes in zip(*(signal.values.shape for signal in signals), strict=True))
+    return [NamedSignal(signal.name, signal.values[crop]) for signal in signals]

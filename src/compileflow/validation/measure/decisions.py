@@ -30,6 +30,19 @@ TIE_MARGIN = 1e-3
 _NEIGHBOURS = 10
 # Tasks with one decision per input.
 _WHOLE_INPUT = (HfTask.TEXT_CLASSIFICATION, HfTask.IMAGE_CLASSIFICATION, HfTask.AUDIO_CLASSIFICATION)
+# Tasks with labels whose columns of logits may be misplaced.
+_LABELLED = (
+    *_WHOLE_INPUT,
+    HfTask.TOKEN_CLASSIFICATION,
+    HfTask.IMAGE_SEGMENTATION,
+    HfTask.OBJECT_DETECTION,
+    HfTask.AUDIO_FRAME_CLASSIFICATION,
+)
+# Pixels of a picture that are compared one by one, and detections of a picture, best first.
+_PIXELS, _DETECTIONS = 500, 10
+# How far the corner of a box may move, as a share of the picture's width or height, and how far a depth may, as a
+# share of the picture's range of depths.
+_BOX_TOLERANCE, _DEPTH_TOLERANCE = 0.01, 0.01
 
 
 @dataclass
@@ -48,6 +61,7 @@ class Decisions:
     _rates: list[dict[str, Any]] = field(default_factory=list)
     _confident_flips: int = 0
     _logits: list[tuple[Any, Any]] = field(default_factory=list)
+    _pictures: list[tuple[Any, Any]] = field(default_factory=list)
     _embeddings: list[tuple[Any, Any]] = field(default_factory=list)
     _tags: list[tuple[list[str], list[str]]] = field(default_factory=list)
     _texts: list[str] = field(default_factory=list)
@@ -59,11 +73,13 @@ class Decisions:
             return
         for row, text in enumerate(case.texts):
             mask = case.mask[row].astype(bool)
+            if self.task.modality != "text":
+                self._add_signal(
+                    text, mask, *({n: o[row] for n, o in outputs.items()} for outputs in (expected, actual))
+                )
+                continue
             if self.task in _WHOLE_INPUT:
                 self._add_label(text, expected["logits"][row], actual["logits"][row])
-                continue
-            if self.task is HfTask.SPEECH_RECOGNITION:
-                self._add_speech(text, expected["logits"][row][mask], actual["logits"][row][mask])
                 continue
             ids = [int(token) for token in case.inputs["input_ids"][row][mask]]
             if self.task is HfTask.FEATURE_EXTRACTION:
@@ -94,10 +110,12 @@ class Decisions:
     def scalars(self) -> dict[str, float]:
         """Return one number per metric, over all examples."""
         scalars: dict[str, float] = {}
-        if self.task in (*_WHOLE_INPUT, HfTask.TOKEN_CLASSIFICATION) and self._logits:
+        if self.task in _LABELLED and self._logits:
             before, after = (np.concatenate(logits) for logits in zip(*self._logits, strict=True))
             scalars["misplaced_labels"] = metrics.misplaced_labels(before, after)
             scalars["confident_flips"] = self._confident_flips
+        if self._pictures:
+            scalars["mean_iou"] = metrics.mean_iou(*zip(*self._pictures, strict=True))
         if self._tags:
             before_tags, after_tags = zip(*self._tags, strict=True)
             scalars["entity_f1"] = metrics.entity_f1(before_tags, after_tags)
@@ -139,22 +157,117 @@ class Decisions:
             for overlap, text in losses
         ]
 
+    def _add_signal(self, text: str, mask: Any, before: Arrays, after: Arrays) -> None:
+        """Add one image or recording: its outputs by name, without the batch axis."""
+        if self.task in _WHOLE_INPUT:
+            self._add_label(text, before["logits"], after["logits"])
+        elif self.task is HfTask.SPEECH_RECOGNITION:
+            self._add_speech(text, *(_counted(outputs["logits"], mask) for outputs in (before, after)))
+        elif self.task is HfTask.AUDIO_FRAME_CLASSIFICATION:
+            self._add_frames(text, *(_counted(outputs["logits"], mask) for outputs in (before, after)))
+        elif self.task is HfTask.IMAGE_SEGMENTATION:
+            self._add_picture(text, before["logits"], after["logits"])
+        elif self.task is HfTask.OBJECT_DETECTION:
+            self._add_detections(text, before, after)
+        elif self.task is HfTask.DEPTH_ESTIMATION:
+            self._add_depths(text, before["predicted_depth"], after["predicted_depth"])
+        else:
+            # The pipelines answer with the first output; of speaker verification, the embedding counts.
+            name = "embeddings" if self.task is HfTask.AUDIO_XVECTOR else next(iter(before))
+            self._texts.append(text)
+            self._embeddings.append((_pooled(before[name]), _pooled(after[name])))
+
     def _add_label(self, text: str, before: Any, after: Any) -> None:
         self._logits.append((before[None], after[None]))
         if not self.multi_label and before.size > 1:
             words: list[Words] = [[choice(logits, self._name)] for logits in (before, after)]
             self._count("label_agreement", text, before[None], after[None], lambda _: words)
             return
-        # Each label is a choice of two: no or yes.
-        before, after = pair = [np.stack([-logits / 2, logits / 2], axis=-1) for logits in (before, after)]
+        self._count_each("label_agreement", text, before, after, self._name)
+
+    def _add_frames(self, text: str, before: Any, after: Any) -> None:
+        """Compare each label of each frame, logits of shape (frames, labels)."""
+        labels = before.shape[-1]
+        self._logits.append((before, after))
+        self._count_each(
+            "label_agreement",
+            text,
+            before.ravel(),
+            after.ravel(),
+            lambda i: f"frame {i // labels}, {self._name(i % labels)}",
+        )
+
+    def _add_picture(self, text: str, before: Any, after: Any) -> None:
+        """Compare the labels of all pixels, and some pixels one by one; logits (labels, height, width)."""
+        self._pictures.append((before.argmax(0), after.argmax(0)))
+        pixels = _spread(before[0].size)
+        width = before.shape[-1]
+        before, after = pair = [logits.reshape(len(logits), -1).T[pixels] for logits in (before, after)]
+        self._logits.append((before, after))
 
         def describe(flipped: list[int]) -> list[Words]:
             return [
-                listed([[f"{self._name(i)}: {choice(logits[i], ('no', 'yes').__getitem__)}"] for i in flipped])
+                listed(
+                    [
+                        [f"row {pixels[i] // width}, column {pixels[i] % width}: {choice(logits[i], self._name)}"]
+                        for i in flipped
+                    ]
+                )
                 for logits in pair
             ]
 
         self._count("label_agreement", text, before, after, describe)
+
+    def _add_depths(self, text: str, before: Any, after: Any) -> None:
+        """Compare the depths of some pixels, with a tolerance that is a share of the picture's range of depths."""
+        pixels = _spread(before.size)
+        tolerance = _DEPTH_TOLERANCE * np.ptp(before)
+        before, after = (np.asarray(depths, np.float64).ravel()[pixels] for depths in (before, after))
+        equals = np.abs(before - after) <= tolerance
+        self._rates.append(
+            {"metric": "depth_agreement", "text": text, "hits": int(equals.sum()), "trials": len(equals)}
+        )
+        if not equals.all():
+            worst = int(np.abs(before - after).argmax())
+            words: list[Words] = [[f"pixel {pixels[worst]}: {depths[worst]:.4g}"] for depths in (before, after)]
+            self._changes.append(Change("depth_agreement", text, None, *words))
+
+    def _add_detections(self, text: str, before: Arrays, after: Arrays) -> None:
+        """Look for the best detections of the source model among those of the compiled model, in any order.
+
+        A detection is repeated by one of equal label whose corners are nearly in the same place.
+        """
+        self._logits.append((before["logits"], after["logits"]))
+        labels, scores, margins = _detected(before["logits"], len(self.labels))
+        boxes, other_boxes = (metrics.corners(outputs["pred_boxes"]) for outputs in (before, after))
+        other_labels, _, _ = _detected(after["logits"], len(self.labels))
+        best = np.argsort(-scores, kind="stable")[:_DETECTIONS]
+        hits = 0
+        for query in best:
+            distances = np.abs(other_boxes - boxes[query]).max(axis=-1)
+            is_alike = (other_labels == labels[query]) | (margins[query] < TIE_MARGIN)
+            if (is_alike & (distances <= _BOX_TOLERANCE)).any():
+                hits += 1
+                continue
+            nearest = int(distances.argmin())
+            words: list[Words] = [
+                [f"{self._name(int(label))} at {np.array2string(box, precision=3)}"]
+                for label, box in ((labels[query], boxes[query]), (other_labels[nearest], other_boxes[nearest]))
+            ]
+            self._changes.append(Change("box_agreement", text, float(margins[query]), *words))
+        self._rates.append({"metric": "box_agreement", "text": text, "hits": hits, "trials": len(best)})
+
+    def _count_each(self, metric: str, text: str, before: Any, after: Any, name: Callable[[int], str]) -> None:
+        """Count decisions of two choices, no or yes, each by one logit, shape (decisions,)."""
+        before, after = pair = [np.stack([-logits / 2, logits / 2], axis=-1) for logits in (before, after)]
+
+        def describe(flipped: list[int]) -> list[Words]:
+            return [
+                listed([[f"{name(i)}: {choice(logits[i], ('no', 'yes').__getitem__)}"] for i in flipped])
+                for logits in pair
+            ]
+
+        self._count(metric, text, before, after, describe)
 
     def _add_tokens(self, text: str, ids: list[int], before: Any, after: Any) -> None:
         self._logits.append((before, after))
@@ -222,3 +335,30 @@ class Decisions:
 
     def _name(self, label: int) -> str:
         return self.labels.get(label, str(label))
+
+
+def _spread(count: int) -> Any:
+    """Return the numbers of some pixels of a picture with `count` pixels, evenly spread."""
+    return np.linspace(0, count - 1, min(_PIXELS, count)).astype(int)
+
+
+def _counted(logits: Any, mask: Any) -> Any:
+    """Return the frames that the mask counts; all where the number of frames does not follow from the input."""
+    return logits[mask] if len(mask) == len(logits) else logits
+
+
+def _pooled(features: Any) -> Any:
+    """Return one vector: of tokens (tokens, features) or of a picture (features, height, width), the mean."""
+    return (
+        features.reshape(len(features), -1).mean(axis=1) if features.ndim == 3 else np.atleast_2d(features).mean(0)
+    )
+
+
+def _detected(logits: Any, count: int) -> tuple[Any, Any, Any]:
+    """Return the label of each query, its score and its margin, from logits of shape (queries, labels).
+
+    Detectors with one more label than names choose among the labels and "nothing"; others score each label alone.
+    """
+    has_nothing = logits.shape[-1] > count
+    scores = metrics.softmax(logits)[:, :-1] if has_nothing else np.asarray(logits, np.float64)
+    return scores.argmax(-1), scores.max(-1), metrics.margins(logits)

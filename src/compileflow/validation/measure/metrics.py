@@ -22,10 +22,11 @@ def compare(reference: Array, candidate: Array) -> dict[str, float | int]:
         candidate: Output of the compiled model.
 
     Returns:
-        `shape_matches` (1 or 0), `reference_nonfinite_count`, `candidate_nonfinite_count`, `n_values`, and four
+        `shape_matches` (1 or 0), `reference_nonfinite_count`, `candidate_nonfinite_count`, `n_values`, and five
         numbers that are NaN if shapes differ or an element is not finite: `max_abs_diff` in the output's units;
         `rel_l2` = ||r - c|| / ||r||; `one_minus_cosine`; `tolerance_use` = max(|r - c| / (1e-4 + 1e-3 |r|)),
-        which is at most 1 if numpy.isclose(c, r, rtol=1e-3, atol=1e-4) holds everywhere.
+        which is at most 1 if numpy.isclose(c, r, rtol=1e-3, atol=1e-4) holds everywhere; and `peak_error` =
+        max |r - c| / max |r|, which does not depend on the output's units.
 
     >>> compare(np.array([3.0, 4.0]), np.array([3.0, 4.5]))["rel_l2"]
     0.1
@@ -37,7 +38,7 @@ def compare(reference: Array, candidate: Array) -> dict[str, float | int]:
         "candidate_nonfinite_count": int(c.size - np.isfinite(c).sum()),
         "n_values": int(r.size),
     }
-    names = ("max_abs_diff", "rel_l2", "one_minus_cosine", "tolerance_use")
+    names = ("max_abs_diff", "rel_l2", "one_minus_cosine", "tolerance_use", "peak_error")
     comparable = (
         row["shape_matches"]
         and not row["reference_nonfinite_count"]
@@ -52,16 +53,14 @@ def compare(reference: Array, candidate: Array) -> dict[str, float | int]:
         "rel_l2": rel_l2(r, c),
         "one_minus_cosine": one_minus_cosine(r, c),
         "tolerance_use": float((difference / (_ATOL + _RTOL * np.abs(r))).max()),
+        "peak_error": _share(float(difference.max()), float(np.abs(r).max())),
     }
 
 
 def rel_l2(reference: Array, candidate: Array) -> float:
     """Return ||r - c|| / ||r||; 0 if both are zero, infinity if only the reference is."""
-    norm = float(np.linalg.norm(np.asarray(reference, np.float64)))
-    distance = float(np.linalg.norm(np.asarray(reference, np.float64) - np.asarray(candidate, np.float64)))
-    if norm == 0.0:
-        return 0.0 if distance == 0.0 else float("inf")
-    return distance / norm
+    r, c = np.asarray(reference, np.float64), np.asarray(candidate, np.float64)
+    return _share(float(np.linalg.norm(r - c)), float(np.linalg.norm(r)))
 
 
 def one_minus_cosine(reference: Array, candidate: Array) -> float:
@@ -135,6 +134,33 @@ def misplaced_labels(reference: Array, candidate: Array) -> int:
     # Column by column, since all pairs at once would take examples x labels x labels numbers.
     distances = (np.linalg.norm(r[:, label, None] - c, axis=0) for label in range(r.shape[1]))
     return sum(bool(distance.min() < 0.5 * distance[label]) for label, distance in enumerate(distances))
+
+
+def mean_iou(before: Sequence[Array], after: Sequence[Array]) -> float:
+    """Return the mean over the labels of intersection over union, of all pictures of labels together.
+
+    Args:
+        before: Labels that the source model gives to the pixels of each picture, any shape.
+        after: Labels that the compiled model gives to them.
+    """
+    r, c = (np.concatenate([labels.ravel() for labels in pictures]) for pictures in (before, after))
+    size = int(max(r.max(), c.max())) + 1
+    intersections = np.bincount(r[r == c], minlength=size)
+    unions = np.bincount(r, minlength=size) + np.bincount(c, minlength=size) - intersections
+    return float(np.mean(intersections[unions > 0] / unions[unions > 0]))
+
+
+def corners(boxes: Array) -> Array:
+    """Turn boxes (centre x, centre y, width, height) into (left, top, right, bottom), over the last axis."""
+    centres, half_sizes = boxes[..., :2], boxes[..., 2:] / 2
+    return np.concatenate([centres - half_sizes, centres + half_sizes], axis=-1)
+
+
+def _share(part: float, whole: float) -> float:
+    """Return part / whole; 0 if both are zero, infinity if only the whole is."""
+    if whole == 0.0:
+        return 0.0 if part == 0.0 else float("inf")
+    return part / whole
 
 
 def spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
