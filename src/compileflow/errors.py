@@ -172,8 +172,12 @@ def printable(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text that is not empty, cut to 300 characters, without a full stop."""
-    lines = (line.strip() for line in str(error).splitlines())
+    """Return the first line of an error's text that is not empty, cut to 300 characters, without a full stop.
+
+    Of an error of the operating system, this is its reason alone, without the number and the path.
+    """
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    lines = (line.strip() for line in text.splitlines())
     return next(filter(None, lines), type(error).__name__)[:300].rstrip(".:")
 
 

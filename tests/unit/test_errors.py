@@ -81,3 +81,8 @@ def test_error_with_a_log_says_where_it_is() -> None:
 )
 def test_first_line_is_short_and_has_no_full_stop(text: str, line: str) -> None:
     assert first_line(ValueError(text)) == line
+
+
+def test_first_line_of_a_systems_error_has_neither_number_nor_path() -> None:
+    assert first_line(FileNotFoundError(2, "No such file or directory", "/m")) == "No such file or directory"
+    assert first_line(OSError("Can't load the model")) == "Can't load the model"

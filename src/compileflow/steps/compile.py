@@ -19,6 +19,7 @@ from compileflow.contracts import ArtifactStore, FileRecord, Target
 from compileflow.contracts.digests import json_digest, list_files
 from compileflow.errors import (
     CompileError,
+    LoadError,
     ProcessError,
     SourceError,
     SpecError,
@@ -27,6 +28,7 @@ from compileflow.errors import (
     first_problem,
 )
 from compileflow.settings import Settings
+from compileflow.source_model.sentence_modules import read_recipe
 from compileflow.source_model.tasks import task_of_architecture
 from compileflow.sources.files import kind_of, read_model_json
 from compileflow.spec import CompileSpec, HfTask, Precision
@@ -72,6 +74,7 @@ def compile_artifact(
     with store.open_folder(source.digest) as folder:
         spec = spec_of(request, folder, card_task=source.hf_task)
         target = checked_target(spec)
+        _check_modules(spec.hf_task, folder)
         calibration = None
         if target.Options.model_validate(spec.target_options).needs_calibration(spec.precision):
             if spec.hf_task.modality != "text":
@@ -86,13 +89,17 @@ def compile_artifact(
 
         def compute(reason: str) -> CompiledArtifact:
             check_available(target, spec.precision)
-            build_request = {
+            build_request: dict[str, Any] = {
                 "source_dir": str(folder),
                 "spec": spec.model_dump(mode="json"),
                 "source": {"uri": source.uri, "revision": source.revision, "digest": source.digest},
                 "threads": settings.threads,
                 "calibration": calibration.to_json() if calibration else None,
             }
+            if request.validation.latency_shapes and request.steps.validate:
+                # Refused before the compile if they are too long. They do not change the artifact.
+                shapes = request.validation.latency_shapes
+                build_request["timed_shapes"] = [shape.model_dump() for shape in shapes]
             return _compile(
                 attester, build_request, key, reason, request.timeouts.compile_s, settings, on_progress
             )
@@ -163,6 +170,19 @@ def _pools_tokens(source_dir: Path) -> bool:
         return False
     modules = read_model_json(path, path.name)
     return any(isinstance(module, dict) and str(module.get("type")).endswith("Pooling") for module in modules)
+
+
+def _check_modules(hf_task: HfTask, source_dir: Path) -> None:
+    """Check that what comes after the graph can be served, before anything is compiled.
+
+    Raises:
+        SpecError: The modules of sentence-transformers are of another kind, or their weights are missing.
+    """
+    try:
+        if hf_task is HfTask.SENTENCE_SIMILARITY:
+            read_recipe(source_dir)
+    except LoadError as error:
+        raise SpecError(error.message, hint=error.hint) from error
 
 
 def checked_target(spec: CompileSpec) -> Target:

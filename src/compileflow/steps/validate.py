@@ -19,6 +19,7 @@ from compileflow.settings import Settings
 from compileflow.spec import HfTask
 from compileflow.steps.attest import Attester
 from compileflow.steps.cache import CacheKey, find_or_make
+from compileflow.steps.plan import check_timed_shapes
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
 from compileflow.validation.cases import load_examples, signals_digest
 from compileflow.validation.judge.suite import suite_digest
@@ -52,7 +53,7 @@ def validate_artifact(
     Raises:
         MeasurementError: The models could not be compared.
         ProcessError: The child process died.
-        SpecError: The signing key cannot be used.
+        SpecError: The signing key cannot be used, or a shape to time is longer than the longest row.
         SignatureError: A signing key is set, but securesystemslib is missing.
         StepOffError: The step is off, and the store has no report on this artifact.
     """
@@ -67,6 +68,8 @@ def validate_artifact(
         if source.test_files_digest is not None:
             tests_dir = stack.enter_context(store.open_folder(source.test_files_digest))
         manifest = read_manifest(artifact_dir)
+        longest = max(component.max_sequence_length for component in manifest.components.values())
+        check_timed_shapes(validation.latency_shapes, longest)
         key = CacheKey(
             STEP,
             f"{source.uri} for {manifest.target.name}",

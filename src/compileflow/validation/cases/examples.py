@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from compileflow.errors import MeasurementError
+from compileflow.errors import MeasurementError, first_line
 from compileflow.source_model.processor import Processor
 from compileflow.spec import HfTask, Modality
 from compileflow.validation.cases.generated_signals import NamedSignal, Signal, generated_signals
@@ -45,7 +45,7 @@ def load_examples(task: HfTask, path: str | None, limit: int) -> tuple[list[dict
         examples = [_example(line, questions) for line in lines if line.strip()]
     except (OSError, ValueError) as error:
         raise MeasurementError(
-            f"The examples in {path} cannot be used: {error}.",
+            f"The examples in {path} cannot be used: {first_line(error)}.",
             hint='Give a text file with one example per line, or JSON lines with "question" and "context".',
         ) from error
     if not examples:
@@ -86,7 +86,7 @@ def load_signals(processor: Processor, path: str | None, limit: int) -> tuple[li
         signals = [NamedSignal(file.name, read_signal(file, processor.sampling_rate)) for file in signal_files]
     except (OSError, EOFError, ValueError, wave.Error) as error:
         raise MeasurementError(
-            f"The examples in {path} cannot be used: {error}.",
+            f"The examples in {path} cannot be used: {first_line(error)}.",
             hint=f"Give a folder of {', '.join(_SUFFIXES[processor.modality])} files.",
         ) from error
     return signals, Path(path).name, signals_digest(path, processor.modality)
