@@ -8,10 +8,10 @@ PIP := -m pip install --quiet --disable-pip-version-check --constraint constrain
 PYTEST := $(DEV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo neptune check docs test test-slow format clean
+.PHONY: help demo neptune check docs architectures test test-slow format clean
 
 help: ## Print the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
 
 demo: $(DEMO)/installed ## Compile a real model for two targets, validate it and register it; needs no account
 	@COMPILEFLOW_HOME=.demo $(DEMO)/bin/python -m flows demo
@@ -29,6 +29,10 @@ check: $(DEV)/installed ## Check code style, types, import directions, language 
 
 docs: $(DEV)/installed ## Build the documentation into site/
 	@NO_MKDOCS_2_WARNING=1 $(DEV)/bin/mkdocs build --quiet --strict
+
+architectures: $(DEV)/installed ## Compile a small model of every class that transformers has; takes hours
+	@$(DEV)/bin/python -m benchmarks.architectures
+	@$(DEV)/bin/python -m benchmarks.architectures --page
 
 test: $(DEV)/installed ## Run the tests that are not marked slow
 	@$(PYTEST) -m "not slow"

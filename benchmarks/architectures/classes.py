@@ -1,0 +1,42 @@
+"""all_classes: the model classes that transformers has for the tasks that compileflow compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.architectures.tiny_models import ModelClass
+from compileflow.source_model.tasks import AUTO_CLASSES
+from compileflow.spec import GRAPH_TASKS
+
+# Main inputs of each modality. Other classes of an auto class's mapping belong to another task.
+_MAIN_INPUTS: Mapping[str, tuple[str, ...]] = {
+    "text": ("input_ids", "inputs"),
+    "image": ("pixel_values", "inputs", "input_ids"),
+    "audio": ("input_values", "input_features", "input_ids"),
+}
+
+
+def all_classes() -> list[ModelClass]:
+    """Return one entry for each graph task and model type, in the order of transformers' mappings."""
+    import transformers
+
+    classes = []
+    for hf_task in (task for task in AUTO_CLASSES if task in GRAPH_TASKS):
+        mapping = getattr(transformers, AUTO_CLASSES[hf_task])._model_mapping
+        main_inputs = _MAIN_INPUTS[hf_task.modality]
+        if AUTO_CLASSES[hf_task] == "AutoModel":
+            main_inputs = main_inputs[:1] if hf_task.modality == "image" else main_inputs[:2]
+        for model_type, names in mapping._model_mapping.items():
+            name = names[0] if isinstance(names, (tuple, list)) else names
+            if _main_input(mapping, model_type, name) in main_inputs:
+                classes.append(ModelClass(hf_task, AUTO_CLASSES[hf_task], model_type, name))
+    return classes
+
+
+def _main_input(mapping: Any, model_type: str, name: str) -> str | None:
+    """Return the name of a class's main input; None if this installation cannot import the class."""
+    try:
+        return getattr(mapping._load_attr_from_module(model_type, name), "main_input_name", None)
+    except (ImportError, ValueError, AttributeError):
+        return None

@@ -1,0 +1,161 @@
+"""page: docs/reference/architectures.md, the table of tasks, architectures and targets, from a sweep's results."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.architectures.check import TOLERANCE
+from benchmarks.architectures.sweep import ALL_CLASSES_TARGETS, SAMPLE_TARGETS, in_sample, key_of
+from benchmarks.architectures.tiny_models import ModelClass
+from compileflow.spec import HfTask
+
+TARGETS = (*ALL_CLASSES_TARGETS, *SAMPLE_TARGETS)
+_MARKS = {"works": "works", "refused": "refused", "fails": "fails", "transformers": "", None: "not run"}
+Results = Mapping[str, Mapping[str, Any]]
+
+
+def page(classes: Sequence[ModelClass], results: Results) -> str:
+    """Return the page as Markdown.
+
+    Args:
+        classes: All classes of the sweep.
+        results: Results by key, as `read_results` returns them.
+    """
+    lines = {
+        (model_class, target): results.get(key_of(model_class, target))
+        for model_class in classes
+        for target in TARGETS
+        if target in ALL_CLASSES_TARGETS or in_sample(model_class)
+    }
+    versions = sorted({str(line["versions"]) for line in lines.values() if line})
+    parts = [
+        _INTRODUCTION.format(tolerance=TOLERANCE),
+        "Versions: " + ", ".join(sorted({name for version in versions for name in _names(version)})) + ".\n",
+        "## Summary\n",
+        _summary(classes, lines),
+        "## Architectures that the optimum projects test\n",
+        _peers(classes, lines),
+        "## Every class\n",
+        _every_class(classes, lines),
+        "## Refused and failing classes\n",
+        _problems(classes, lines, ("refused", "fails")),
+        "## Classes that transformers cannot build or run here\n",
+        "Most need inputs of another kind, or a library that is not installed. They are not counted.\n",
+        _problems(classes, lines, ("transformers",)),
+    ]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+_INTRODUCTION = """# Architectures
+
+This page is generated. It shows which of transformers' model classes compile for which target.
+
+A class **works** if a small random model of it compiles and answers like transformers: each row alone, all rows in
+one list, and a padded batch of short and long rows. The relative difference in fp32 is at most {tolerance:g}. A
+class is **refused** if compileflow says in one line, before anything is compiled, why it cannot compile it. Blank:
+transformers itself cannot build or run the class here. All classes run on onnx-runtime and openvino. A third of them
+also run on torchscript and aot-inductor; the others have a dash.
+
+Regenerate the page with `make architectures`. The sweep keeps its results in `.architectures/` and continues where
+it stopped; it takes hours on two cores.
+"""
+
+
+def _names(versions: str) -> list[str]:
+    words = versions.split()
+    return [f"{name} {version}" for name, version in zip(words[::2], words[1::2], strict=True)]
+
+
+def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    names = list(header)
+    lines = [names, ["---"] * len(names), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _share(outcomes: Counter[str]) -> str:
+    counted = outcomes["works"] + outcomes["refused"] + outcomes["fails"]
+    return f"{outcomes['works']} of {counted} ({outcomes['works'] / counted:.1%})" if counted else ""
+
+
+def _summary(classes: Sequence[ModelClass], lines: Mapping[tuple[ModelClass, str], Any]) -> str:
+    rows = []
+    for task in [*dict.fromkeys(model_class.hf_task for model_class in classes), None]:
+        cells = []
+        for target in TARGETS:
+            outcomes = Counter(
+                line["outcome"]
+                for (model_class, name), line in lines.items()
+                if line and name == target and task in (None, model_class.hf_task)
+            )
+            cells.append(_share(outcomes))
+        rows.append((f"`{task.value}`" if task else "**all**", *cells))
+    return _table(("task", *(f"`{target}`" for target in TARGETS)), rows)
+
+
+def _peers(classes: Sequence[ModelClass], lines: Mapping[tuple[ModelClass, str], Any]) -> str:
+    peers = yaml.safe_load((Path(__file__).parent / "peers.yaml").read_text("utf-8"))
+    aliases = peers.pop("aliases")
+    by_name = {(model_class.hf_task.value, model_class.model_type): model_class for model_class in classes}
+    text = ""
+    for peer, entry in peers.items():
+        outcomes: Counter[str] = Counter()
+        problems = []
+        for task, architectures in entry["tasks"].items():
+            graph_task = HfTask(task).graph_task.value if task in set(HfTask) else task
+            for architecture in architectures:
+                model_class = by_name.get((graph_task, aliases.get(architecture, architecture)))
+                line = lines.get((model_class, "onnx-runtime")) if model_class else None
+                outcome = line["outcome"] if line else ("transformers" if model_class is None else "not run")
+                outcomes[outcome] += 1
+                if outcome != "works":
+                    absent = "transformers has no such class"
+                    problems.append((f"`{task}`", architecture, outcome, line["reason"] if line else absent))
+        text += (
+            f"**{peer}**, `{entry['file']}` at `{entry['commit'][:12]}`: {_share(outcomes)} of the architectures "
+            "that transformers can build work on onnx-runtime.\n\n"
+        )
+        if problems:
+            text += _table(("task", "architecture", "outcome", "reason"), problems) + "\n"
+    return text
+
+
+def _every_class(classes: Sequence[ModelClass], lines: Mapping[tuple[ModelClass, str], Any]) -> str:
+    text = ""
+    for task in dict.fromkeys(model_class.hf_task for model_class in classes):
+        rows = []
+        for model_class in classes:
+            if model_class.hf_task is task:
+                cells = []
+                for target in TARGETS:
+                    line = lines.get((model_class, target))
+                    skipped = (model_class, target) not in lines
+                    cells.append("-" if skipped else _MARKS[line["outcome"] if line else None])
+                rows.append((f"`{model_class.model_type}`", model_class.name, *cells))
+        text += f"### {task.value}\n\n" + _table(("model type", "class", *TARGETS), rows) + "\n"
+    return text
+
+
+def _problems(
+    classes: Sequence[ModelClass], lines: Mapping[tuple[ModelClass, str], Any], outcomes: tuple[str, ...]
+) -> str:
+    """Return one row for each reason with the classes that it holds for."""
+    groups: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for (model_class, target), line in lines.items():
+        if line and line["outcome"] in outcomes:
+            reason = (line["outcome"], line["reason"] or line["stage"])
+            name = f"{model_class.name} ({model_class.hf_task.value})"
+            groups.setdefault(reason, {}).setdefault(name, []).append(target)
+    if not groups:
+        return "None.\n"
+    rows = []
+    for (outcome, reason), names in sorted(groups.items(), key=lambda group: (-len(group[1]), group[0])):
+        targets = sorted({target for found in names.values() for target in found}, key=TARGETS.index)
+        cells = (", ".join(names), ", ".join(targets), reason)
+        rows.append(cells if outcomes == ("transformers",) else (outcome, *cells))
+    header = ("classes", "targets", "reason")
+    return _table(header if outcomes == ("transformers",) else ("outcome", *header), rows)
