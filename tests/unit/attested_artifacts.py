@@ -21,8 +21,13 @@ from compileflow.artifact.attestations.statements import (
     provenance_statement,
     verdict_statement,
 )
-from compileflow.artifact.integrity import artifact_files
-from compileflow.artifact.manifest import ArtifactManifest, SourceRecord, TargetRecord, read_manifest
+from compileflow.artifact.manifest import (
+    ArtifactManifest,
+    SourceRecord,
+    TargetRecord,
+    artifact_files,
+    read_manifest,
+)
 from compileflow.contracts import ComponentRecord, TensorRecord
 from compileflow.contracts.digests import folder_digest, list_files
 from compileflow.settings import Settings

@@ -22,6 +22,7 @@ from compileflow._process.run_in_child import run_in_child
 from compileflow.contracts import TensorRecord
 from compileflow.errors import (
     InputError,
+    IntegrityError,
     LoadError,
     SpecError,
     StoreError,
@@ -121,6 +122,20 @@ def tokens_of(folder: Path) -> Any:
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
+def specs(batch_size: int, max_length: int, target: str, **options: Any) -> dict[str, Any]:
+    """Return the compilation_specs of this shape: the names of compileflow and those of the older library."""
+    return {
+        "batch_size": batch_size,
+        "max_length": max_length,
+        "target": target,
+        **options,
+        "tracing_kwargs": options,
+        "tracing__batch_size": batch_size,
+        "tracing__max_length": max_length,
+        "tracing__neuron": target == "neuron",
+    }
+
+
 def everything_below(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
@@ -142,14 +157,46 @@ class TestTokenizer:
         assert len(tokenizer(TEXTS[0])["input_ids"]) == MAX_TOKENS
         assert len(tokenizer(" ".join(TEXTS))["input_ids"]) == MAX_TOKENS
 
-    def test_given_setting_wins_over_the_call_and_the_call_over_a_default(self, plain: Any) -> None:
+    def test_settings_and_defaults_win_over_the_call(self, plain: Any, tmp_path: Path) -> None:
         tokenizer = CompiledTokenizer.from_tokenizer(plain, max_length=8, add_special_tokens=False)
+        tokenizer.save_pretrained(tmp_path)
 
         assert tokenizer.tokenization_settings["max_length"] == 8
-        fixed = tokenizer("the", max_length=12, add_special_tokens=True)
-        assert len(fixed["input_ids"]) == 8
-        assert plain.cls_token_id not in fixed["input_ids"]
-        assert len(tokenizer("the", padding=False)["input_ids"]) == 1
+        for item in (tokenizer, CompiledTokenizer.from_pretrained(tmp_path)):
+            fixed = item("the", max_length=12, add_special_tokens=True)
+            assert len(fixed["input_ids"]) == 8
+            assert plain.cls_token_id not in fixed["input_ids"]
+            assert len(item("the", padding=False)["input_ids"]) == 8
+            encoded = item(["the"], truncation=True, padding=True, return_tensors="np")
+            assert encoded["attention_mask"].shape == (1, 8)
+
+    def test_has_the_attributes_and_methods_of_the_older_library(self, plain: Any) -> None:
+        tokenizer = CompiledTokenizer.from_tokenizer(plain, max_length=8)
+
+        assert tokenizer.compiled is True
+        assert tokenizer.is_fast is plain.is_fast is True
+        assert tokenizer.model_max_length == 8
+        assert tokenizer.unk_token_id == plain.unk_token_id
+        assert tokenizer.clean_up_tokenization("some ,example text .") == "some,example text."
+        # These are the wrapped tokenizer's, without the settings.
+        assert tokenizer.encode(TEXTS[0]) == plain.encode(TEXTS[0])
+        assert tokenizer.encode_plus(TEXTS[0], TEXTS[1]).data == plain(TEXTS[0], TEXTS[1]).data
+        assert tokenizer.decode(plain.encode("the")) == plain.decode(plain.encode("the"))
+        assert tokenizer.convert_ids_to_tokens([5, 6]) == plain.convert_ids_to_tokens([5, 6])
+
+    @pytest.mark.parametrize("architecture", ["bert", "roberta"])
+    def test_token_types_of_sequences_are_those_of_tokenized_texts(
+        self, tiny_model: ModelFactory, architecture: str
+    ) -> None:
+        plain = tokens_of(tiny_model(TASK, architecture))
+        tokenizer = CompiledTokenizer.from_tokenizer(plain)
+        first, second = plain.tokenize("the order is here"), plain.tokenize("where")
+
+        types = tokenizer.create_token_type_ids_from_sequences
+        single = plain("the order is here", return_token_type_ids=True)["token_type_ids"]
+        pair = plain("the order is here", "where", return_token_type_ids=True)["token_type_ids"]
+        assert types(first) == single
+        assert types(first, second) == pair
 
     @pytest.mark.parametrize(("wrong", "right"), [("paddding", "padding"), ("max_len", "max_length")])
     def test_misspelled_setting_is_refused_with_the_near_name(self, plain: Any, wrong: str, right: str) -> None:
@@ -220,21 +267,21 @@ def test_pipeline_answers_like_the_original_before_and_after_saving(
     long = " ".join(TEXTS[:20])
 
     for item in (pipeline, loaded):
-        assert item.model.compilation_specs == {
-            "batch_size": batch_size,
-            "max_length": LENGTH,
-            "target": "torchscript",
-        }
+        assert item.model.compilation_specs == specs(batch_size, LENGTH, "torchscript")
         assert item.tokenizer.tokenization_settings["max_length"] == LENGTH
         for texts in (TEXTS[0], TEXTS[:3], TEXTS[:5], [TEXTS[0], long]):
             expected = original(texts, truncation=True, max_length=LENGTH)
             assert_same_result(item(texts), expected)
             assert_same_result(item(texts, batch_size=3), expected)
+        assert isinstance(item.model, CompiledModel)
+        assert isinstance(item.model, transformers.PreTrainedModel)
+        assert isinstance(item.tokenizer, CompiledTokenizer)
+        assert item.model is item.compiled_pipeline.model
+        assert item.tokenizer is item.compiled_pipeline.tokenizer
+        assert item.original_pipeline_task == TASK.value
+        assert not isinstance(item.original_pipeline.model, CompiledModel)
+        assert_same_result(item.original_pipeline(TEXTS[:2]), original(TEXTS[:2]))
     assert type(pipeline.compiled_pipeline) is type(original)
-    assert isinstance(pipeline.model, CompiledModel)
-    assert isinstance(pipeline.tokenizer, CompiledTokenizer)
-    assert not isinstance(original.model, CompiledModel)
-    assert loaded.original_pipeline is None
 
 
 @pytest.mark.parametrize("hf_task", [HfTask.TOKEN_CLASSIFICATION, HfTask.FILL_MASK])
@@ -321,9 +368,35 @@ class TestModel:
             answer = model(input_ids=ids, attention_mask=mask, token_type_ids=types)
             assert type(answer) is type(expected)
             torch.testing.assert_close(answer.logits, expected.logits, atol=ATOL, rtol=0)
-            assert model.compilation_specs == {"batch_size": 2, "max_length": LENGTH, "target": "torchscript"}
+            assert model.compilation_specs == specs(2, LENGTH, "torchscript")
         # The token types are not dropped: without them the answer is another.
         assert length == 1 or not torch.allclose(plain.logits, expected.logits, atol=1e-3)
+
+    def test_takes_tensors_by_position_and_answers_by_index_and_by_name(
+        self, compiled_model: CompiledModel, source: Sources
+    ) -> None:
+        ids, mask = torch.tensor([[5, 6, 7]]), torch.tensor([[1, 1, 0]], dtype=torch.int32)
+        with torch.no_grad():
+            expected = source("bert").model(ids, mask).logits
+
+        answer = compiled_model(ids, mask)
+        assert answer[0] is answer["logits"] is answer.logits
+        for logits in (answer[0], compiled_model.forward(ids, mask)[0], compiled_model.model(ids, mask)["logits"]):
+            torch.testing.assert_close(logits, expected, atol=ATOL, rtol=0)
+        with pytest.raises(InputError, match="at most 3 inputs, got 4"):
+            compiled_model(ids, mask, None, mask)
+        with pytest.raises(InputError, match="attention_mask was passed twice"):
+            compiled_model(ids, mask, attention_mask=mask)
+
+    def test_is_a_model_of_transformers_that_cannot_be_changed(self, compiled_model: CompiledModel) -> None:
+        assert isinstance(compiled_model, transformers.PreTrainedModel)
+        assert not compiled_model.training
+        assert list(compiled_model.parameters()) == []
+        assert compiled_model.eval() is compiled_model.to("cpu") is compiled_model.train(False) is compiled_model
+        with pytest.raises(InputError, match="cannot be trained"):
+            compiled_model.train()
+        with pytest.raises(LoadError, match="cannot be converted"):
+            compiled_model.half()
 
     @pytest.mark.parametrize("architecture", ["distilbert", "roberta"])
     def test_default_length_is_the_models_own_maximum(self, source: Sources, architecture: str) -> None:
@@ -331,7 +404,7 @@ class TestModel:
         model = CompiledModel.from_model(original, neuron=False)
         ids = torch.full((1, MAX_TOKENS), 7)
 
-        assert model.compilation_specs == {"batch_size": 1, "max_length": MAX_TOKENS, "target": "torchscript"}
+        assert model.compilation_specs == specs(1, MAX_TOKENS, "torchscript")
         with torch.no_grad():
             torch.testing.assert_close(model(ids).logits, original(ids).logits, atol=ATOL, rtol=0)
         with pytest.raises(InputError, match=f"at most {MAX_TOKENS}"):
@@ -393,11 +466,114 @@ class TestModel:
             CompiledModel.from_model(wrong, neuron=False)
 
 
+@pytest.mark.parametrize("alias", ["sentiment-analysis", "ner"])
+def test_aliases_of_tasks_are_compiled(source: Sources, tmp_path: Path, alias: str) -> None:
+    hf_task = HfTask(alias)
+    plain = source("bert", hf_task)
+    original = transformers.pipeline(alias, model=plain.model, tokenizer=plain.tokenizer)
+    pipeline = CompiledPipeline.from_pipeline(original, LENGTH, neuron=False)
+    folder = pipeline.save_pretrained(tmp_path / "saved")
+
+    loaded = [CompiledPipeline.from_pretrained(folder, task=task) for task in (None, alias)]
+    for item in (pipeline, *loaded):
+        assert item.original_pipeline_task == alias
+        assert item.model.manifest.hf_task is hf_task
+        assert_same_result(item(TEXTS[0][:20]), original(TEXTS[0][:20]))
+
+
+Parts = tuple[Any, CompiledModel, CompiledTokenizer]
+
+
+class TestPipelineOfParts:
+    @pytest.fixture
+    def parts(self, source: Sources, compiled_model: CompiledModel) -> Parts:
+        original = source("bert")
+        return original, compiled_model, CompiledTokenizer.from_tokenizer(original.tokenizer, max_length=LENGTH)
+
+    def test_is_saved_and_loaded_whole(self, parts: Parts, tmp_path: Path) -> None:
+        original, model, tokenizer = parts
+        inner = transformers.pipeline(TASK.value, model=model, tokenizer=tokenizer)
+        pipeline = CompiledPipeline(original_pipeline=original, compiled_pipeline=inner)
+        assert pipeline.compiled_pipeline is inner
+        assert pipeline.model is model
+        assert pipeline.tokenizer is tokenizer
+        assert pipeline.original_pipeline is original
+        loaded = CompiledPipeline.from_pretrained(pipeline.save_pretrained(tmp_path / "saved"))
+
+        expected = original(TEXTS[:3], truncation=True, max_length=LENGTH)
+        for item in (pipeline, loaded):
+            assert item.original_pipeline_task == TASK.value
+            assert_same_result(item(TEXTS[:3]), expected)
+        assert loaded.tokenizer.tokenization_settings == tokenizer.tokenization_settings
+        assert_same_result(loaded.original_pipeline(TEXTS[:3], truncation=True, max_length=LENGTH), expected)
+
+    def test_uncompiled_pipeline_answers_but_cannot_be_saved(self, source: Sources, tmp_path: Path) -> None:
+        original = source("bert")
+        pipeline = CompiledPipeline(original_pipeline=original, compiled_pipeline=original)
+
+        assert pipeline.tokenizer is original.tokenizer
+        assert_same_result(pipeline(TEXTS[0]), original(TEXTS[0]))
+        with pytest.raises(SpecError, match="no compiled model to save"):
+            pipeline.save_pretrained(tmp_path)
+
+
+class TestSavedFolder:
+    def test_saving_again_replaces_the_artifact(
+        self, compiled_pipeline: Callable[..., CompiledPipeline], compiled_model: CompiledModel, tmp_path: Path
+    ) -> None:
+        pipeline = compiled_pipeline("bert", 4)
+        folder = compiled_model.save_pretrained(tmp_path / "saved")
+        pipeline.save_pretrained(folder)
+        once = everything_below(folder)
+        loaded = CompiledPipeline.from_pretrained(pipeline.save_pretrained(folder))
+        assert loaded.save_pretrained(folder) == folder
+
+        assert everything_below(folder) == once
+        assert_same_result(loaded(TEXTS[:3]), pipeline(TEXTS[:3]))
+
+    def test_other_files_are_never_deleted(
+        self, compiled_pipeline: Callable[..., CompiledPipeline], tmp_path: Path
+    ) -> None:
+        folder = compiled_pipeline("bert", 4).save_pretrained(tmp_path / "saved")
+        (folder / "components" / "notes.txt").write_text("x")
+        before = everything_below(folder)
+
+        with pytest.raises(StoreError, match="is not empty"):
+            compiled_pipeline("bert", 1).save_pretrained(folder)
+        assert everything_below(folder) == before
+
+    def test_altered_original_is_refused_when_it_is_used(
+        self, compiled_pipeline: Callable[..., CompiledPipeline], tmp_path: Path
+    ) -> None:
+        folder = compiled_pipeline("bert", 4).save_pretrained(tmp_path / "saved")
+        (folder / "pipeline" / "config.json").write_text("{}")
+        loaded = CompiledPipeline.from_pretrained(folder)
+
+        assert loaded(TEXTS[0])
+        with pytest.raises(IntegrityError, match="pipeline was altered"):
+            loaded.original_pipeline  # noqa: B018 - reading it loads it
+
+
+def test_settings_that_only_the_older_tracers_have_are_ignored_with_one_line(
+    source: Sources, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracing = {"dynamic_batch_size": True, "strict": False, "compiler_args": ["--fast-math", "none"]}
+    pipeline = CompiledPipeline.from_pipeline(source("bert"), LENGTH, neuron=False, model_tracing_settings=tracing)
+
+    assert [record.message for record in caplog.records if record.name.startswith("compileflow")] == [
+        "torchscript does not have these tracing settings, which are ignored: "
+        "dynamic_batch_size, strict, compiler_args"
+    ]
+    assert pipeline.model.compilation_specs == specs(1, LENGTH, "torchscript")
+    with pytest.raises(SpecError, match="Did you mean batch_size"):
+        CompiledModel.from_model(source("bert").model, batchsize=2, max_length=LENGTH, neuron=False)
+
+
 def test_saved_pipeline_is_about_as_large_as_the_weights(
     compiled_pipeline: Callable[..., CompiledPipeline], tmp_path: Path
 ) -> None:
     pipeline = compiled_pipeline("bert", 4)
-    folder = pipeline.save_pretrained(tmp_path / "saved")
+    folder = pipeline.save_pretrained(tmp_path / "saved", original=False)
     weights = sum(p.numel() * p.element_size() for p in pipeline.original_pipeline.model.parameters())
 
     sizes = {path.name: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
@@ -405,6 +581,7 @@ def test_saved_pipeline_is_about_as_large_as_the_weights(
     assert not {"model.safetensors", "pytorch_model.bin"} & set(sizes)
     assert {"tokenizer.json", "tokenization_settings.json", "config.json"} <= set(sizes)
     assert weights < sum(sizes.values()) < 2 * weights
+    assert CompiledPipeline.from_pretrained(folder).original_pipeline is None
 
 
 class TestTargets:
@@ -429,12 +606,7 @@ class TestTargets:
         loaded = CompiledPipeline.from_pretrained(pipeline.save_pretrained(tmp_path / "saved"))
 
         for item in (pipeline, loaded):
-            assert item.model.compilation_specs == {
-                "batch_size": 2,
-                "max_length": LENGTH,
-                "target": "neuron",
-                "dynamic_batch_size": False,
-            }
+            assert item.model.compilation_specs == specs(2, LENGTH, "neuron", dynamic_batch_size=False)
             assert_same_result(item(TEXTS[:3]), original(TEXTS[:3], truncation=True, max_length=LENGTH))
 
     @pytest.mark.slow
@@ -444,7 +616,7 @@ class TestTargets:
         loaded = CompiledPipeline.from_pretrained(pipeline.save_pretrained(tmp_path / "saved"))
 
         for item in (pipeline, loaded):
-            assert item.model.compilation_specs == {"batch_size": 2, "max_length": LENGTH, "target": "openvino"}
+            assert item.model.compilation_specs == specs(2, LENGTH, "openvino")
             assert_same_result(item(TEXTS[:3]), original(TEXTS[:3], truncation=True, max_length=LENGTH))
 
 

@@ -33,14 +33,13 @@ from compileflow.catalog import (
     target_names,
 )
 from compileflow.contracts import ComponentRecord, Device, Runner, Target
+from compileflow.contracts.toolkit import library_errors
 from compileflow.errors import (
-    CompileflowError,
     IntegrityError,
     LoadError,
     ManifestError,
     SpecError,
     StoreError,
-    first_line,
 )
 from compileflow.settings import Settings, get_settings
 from compileflow.stores.layout import split_uri
@@ -93,16 +92,7 @@ class OpenArtifact:
             LoadError: The caller did not pass trust_remote_code=True.
         """
         if self.manifest.spec.trust_remote_code and not self.trust_remote_code:
-            raise self.untrusted_code()
-
-    def untrusted_code(self) -> LoadError:
-        """Return the error for Python files that the caller does not trust."""
-        paths = self.manifest.python_files
-        return LoadError(
-            f"The artifact brings its own Python code ({', '.join(paths) or 'no file of it is listed'}), "
-            "and trust_remote_code is off.",
-            hint=f"Read these files in {self.folder}; if you trust them, pass trust_remote_code=True to the load.",
-        )
+            raise untrusted_code(self.saved_folder)
 
     def component(self, name: str) -> ComponentRecord:
         """Return the record of one component.
@@ -155,15 +145,9 @@ class OpenArtifact:
                 hint=f"Compile it on a machine like this one: {self._compile_command()}",
             )
         with undisturbed_process():
-            try:
+            hint = f"Compile the model again: {self._compile_command()}"
+            with library_errors(f"{target.name} cannot load {record.folder}", hint=hint):
                 return target.load(self.folder / record.folder, record, device=device, threads=threads)
-            except CompileflowError:
-                raise
-            except Exception as error:
-                raise LoadError(
-                    f"{target.name} cannot load {record.folder}: {type(error).__name__}: {first_line(error)}.",
-                    hint=f"Compile the model again: {self._compile_command()}",
-                ) from error
 
     def target_for(self, record: ComponentRecord, device: Device | None) -> tuple[Target, Device]:
         """Return the target that compiled a component, and the device that it runs on if a load requests `device`.
@@ -197,6 +181,16 @@ class OpenArtifact:
         uri = self.manifest.source.uri
         model = str(path_of_uri(uri)) if uri.startswith("file:") else uri.removeprefix("hf://")
         return f"compileflow compile {shlex.quote(model)} --target {self.manifest.target.name}"
+
+
+def untrusted_code(folder: Path) -> LoadError:
+    """Return the error for a folder that brings Python code which its caller does not trust."""
+    paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.py"))
+    return LoadError(
+        f"{folder} brings its own Python code ({', '.join(paths) or 'of another repository'}), and "
+        "trust_remote_code is off.",
+        hint="Read that code; if you trust it, load with trust_remote_code=True.",
+    )
 
 
 def open_artifact(

@@ -11,6 +11,7 @@ import typer
 from compileflow.cli.compile import compile_command, run_here
 from compileflow.cli.demo import demo_command
 from compileflow.cli.gc import gc
+from compileflow.cli.import_older import import_older
 from compileflow.cli.inspect import inspect
 from compileflow.cli.lineage import lineage
 from compileflow.cli.mirror import mirror
@@ -35,6 +36,7 @@ _COMMANDS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
         "lineage": lineage,
         "promote": promote,
         "pull": pull,
+        "import-older": import_older,
     },
     "Artifact stores": {"gc": gc, "mirror": mirror},
 }

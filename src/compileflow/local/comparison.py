@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from compileflow.contracts import Arrays, ComponentRecord, TensorRecord
 from compileflow.errors import VerdictError
 from compileflow.serving.component import LoadedComponent
 from compileflow.source_model.examples import example_inputs
+from compileflow.source_model.token_rows import token_rows
 from compileflow.spec import HfTask
 from compileflow.validation.cases import CaseBuilder, load_examples
 
@@ -47,7 +49,7 @@ def compare_with_source(
     """
     component = LoadedComponent.load(artifact)
     try:
-        with _evaluation_mode(model):
+        with evaluation_mode(model):
             for case, inputs in _cases(model, component.record, artifact, tokenizer):
                 reference = _reference(model, inputs, component.record.outputs)
                 candidate = component.run(inputs)
@@ -117,20 +119,23 @@ def check_output(
 def _cases(
     model: Any, record: ComponentRecord, artifact: OpenArtifact, tokenizer: Any
 ) -> Iterator[tuple[str, Arrays]]:
-    vocab_size, pad = int(model.config.vocab_size), record.pad_token_id
+    tokens = token_rows(tokenizer, model.config, record.vocab_size, artifact.manifest.hf_task)
+    example = partial(example_inputs, record.inputs, tokens=tokens, pad_left=record.padding == "left")
     longest = record.max_sequence_length
     # The record of a dynamic component has no batch size, but the spec has.
     buckets = record.shape_buckets or artifact.manifest.spec.components[0].shape_buckets
     rows = max((bucket.batch_size for bucket in buckets), default=1)
-    row = example_inputs(record.inputs, 1, longest, vocab_size, pad)
+    row = example(1, longest)
     shifts = range(rows)
     full = {
         name: np.concatenate([np.roll(value, shift, axis=1) for shift in shifts]) for name, value in row.items()
     }
     yield f"On {rows} full rows of {longest} tokens", full
-    short_rows = example_inputs(record.inputs, rows + _MORE_ROWS, longest, vocab_size, pad)
+    short_rows = example(rows + _MORE_ROWS, longest)
     yield f"On {rows + _MORE_ROWS} ragged rows of up to {longest} tokens", short_rows
-    yield "On one token", example_inputs(record.inputs, 1, 1, vocab_size, pad)
+    # A model that reads two texts looks for the token between them.
+    shortest = tokens.shortest if tokens.between else 1
+    yield f"On a row of length {shortest}", example(1, shortest)
     if tokenizer is not None:
         yield f"On {_TEXTS} natural texts", _natural(record, artifact.manifest.hf_task, tokenizer)
 
@@ -158,7 +163,7 @@ def _reference(model: Any, inputs: Mapping[str, NDArray[Any]], outputs: tuple[Te
 
 
 @contextmanager
-def _evaluation_mode(model: Any) -> Iterator[None]:
+def evaluation_mode(model: Any) -> Iterator[None]:
     """Switch dropout off, and restore the mode of each module afterwards, because some may be frozen."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

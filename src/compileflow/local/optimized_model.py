@@ -6,16 +6,19 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from compileflow.errors import InputError, LoadError, SpecError
-from compileflow.serving.model import CompiledModel
+from compileflow.errors import InputError, SpecError
+from compileflow.local.blade_forms import Forms
+from compileflow.serving.model import CompiledModel, FixedModule
 from compileflow.source_model.tasks import AUTO_CLASSES
 
+_NO_FORMS = Forms()
 
-def as_source_class(compiled_model: CompiledModel) -> Any:
+
+def as_source_class(compiled_model: CompiledModel, forms: Forms = _NO_FORMS) -> Any:
     """Return an instance of the source model's class that answers like `compiled_model`.
 
     Raises:
-        SpecError: The source model's class is not part of transformers.
+        SpecError: The source model's class is not part of transformers, or the forms do not fit the model.
     """
     # Imported here, because importing the base class imports torch.
     import torch
@@ -29,11 +32,17 @@ def as_source_class(compiled_model: CompiledModel) -> Any:
     optimized.config = compiled_model.config
     optimized.name_or_path = compiled_model.name_or_path
     optimized.generation_config = None
-    optimized.compiled = compiled_model
+    # Not a submodule, which would be looked up more slowly in each call.
+    vars(optimized).update(
+        compiled=compiled_model,
+        forms=forms,
+        info=forms.info(compiled_model, source_class),
+        opt_model=compiled_model,
+    )
     return optimized
 
 
-class _Optimized:
+class _Optimized(FixedModule):
     """Methods that override those of the source class; comes first in the method resolution order."""
 
     @property
@@ -64,65 +73,21 @@ class _Optimized:
         for name, value in bound.items():
             var_keyword = signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
             inputs |= value if var_keyword else {name: value}
+        for name, value in self.forms.forward_default_kwargs.items():
+            if inputs.get(name) is None:
+                inputs[name] = value() if callable(value) else value
         if inputs.get("labels") is not None:
             raise InputError(
                 "A compiled model does not compute a loss, so it does not take labels.",
                 hint="Train and evaluate losses with the source model.",
             )
-        return self.compiled(**inputs)
-
-    def train(self: Any, mode: bool = True) -> Any:
-        """Return this object for mode False.
-
-        Raises:
-            InputError: The mode is True; a compiled model cannot be trained.
-        """
-        if mode:
-            raise InputError(
-                "A compiled model has no parameters and cannot be trained.", hint="Train the source model."
-            )
-        return self
-
-    def to(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return this object if it already has that device and type.
-
-        Raises:
-            LoadError: A compiled model cannot be moved or converted.
-        """
-        import torch
-
-        for argument in (*args, *kwargs.values()):
-            if isinstance(argument, torch.dtype):
-                if argument is not self.dtype:
-                    raise LoadError(
-                        f"The compiled model returns {self.dtype} and cannot be converted to {argument}.",
-                        hint="Optimize with another precision=.",
-                    )
-            elif isinstance(argument, str | int | torch.device) and not isinstance(argument, bool):
-                self.compiled.to(argument)
-        return self
-
-    def cuda(self: Any, device: Any = None) -> Any:
-        """Raise LoadError unless the model takes its tensors there."""
-        return self.to("cuda" if device is None else device)
-
-    def half(self: Any) -> Any:
-        """Raise LoadError, because the precision is chosen before compiling."""
-        import torch
-
-        return self.to(torch.float16)
-
-    def bfloat16(self: Any) -> Any:
-        """Raise LoadError, because the precision is chosen before compiling."""
-        import torch
-
-        return self.to(torch.bfloat16)
-
-    def double(self: Any) -> Any:
-        """Raise LoadError, because the precision is chosen before compiling."""
-        import torch
-
-        return self.to(torch.float64)
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        if self.forms.output_names is None:
+            return self.compiled(**inputs)
+        return_dict = inputs.pop("return_dict", True)
+        outputs = self.compiled(**inputs)
+        chosen = type(outputs)(**{name: outputs[name] for name in self.forms.output_names})
+        return chosen if return_dict else chosen.to_tuple()
 
     def save_pretrained(self: Any, dest: str | Path, **_: Any) -> Path:
         """Copy the whole artifact into `dest`, an empty or absent folder."""
@@ -143,6 +108,10 @@ class _Optimized:
             if config is None or not hasattr(config, name):
                 raise
             return getattr(config, name)
+
+    def __reduce__(self: Any) -> tuple[Any, ...]:
+        # pickle would look for the subclass by its name.
+        return as_source_class, (self.compiled,)
 
     def __repr__(self: Any) -> str:
         return f"{type(self).__name__}(compiled for {self.compiled.manifest.target.name})"

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from compileflow.artifact.open import OpenArtifact
 from compileflow.contracts import Arrays, ComponentRecord, Device, Runner
-from compileflow.errors import LoadError
+from compileflow.contracts.toolkit import require_open
+from compileflow.errors import InputError, LoadError
 from compileflow.serving.padding import complete_inputs, run_fitted
 from compileflow.spec import ShapeBucket
+
+# Of a forked process whose threads use their components for the first time.
+_FORK_LOCK = threading.Lock()
 
 
 class LoadedComponent:
     """A compiled component that is ready to run. Calls are safe from several threads.
+
+    A process that was forked after the load loads the component again at its first call. A deep copy and an
+    unpickled component are loaded again as well.
 
     Attributes:
         artifact: Artifact that the component belongs to.
@@ -21,11 +33,26 @@ class LoadedComponent:
         record: Inputs, outputs and shapes of the component.
     """
 
-    def __init__(self, artifact: OpenArtifact, component: str, record: ComponentRecord, runner: Runner):
+    def __init__(
+        self,
+        artifact: OpenArtifact,
+        component: str,
+        record: ComponentRecord,
+        runner: Runner,
+        *,
+        device: Device | None = None,
+        threads: int | None = None,
+        buckets: Sequence[ShapeBucket] | None = None,
+    ):
         self.artifact = artifact
         self.component = component
         self.record = record
         self._runner = runner
+        self._device: Device | None = device
+        self._threads = threads
+        self._buckets = buckets
+        self._process_id = os.getpid()
+        self._is_closed = False
 
     @classmethod
     def load(
@@ -52,15 +79,84 @@ class LoadedComponent:
         record = artifact.component(component)
         if buckets is not None:
             record = _with_buckets(record, buckets)
-        return cls(artifact, component, record, artifact.load(record, device=device, threads=threads))
+        runner = artifact.load(record, device=device, threads=threads)
+        return cls(artifact, component, record, runner, device=device, threads=threads, buckets=buckets)
 
     def run(self, inputs: Mapping[str, Any]) -> Arrays:
         """Run the component on named arrays, checked by `complete_inputs`, and return named arrays."""
+        if os.getpid() != self._process_id:
+            self._load_after_fork()
         return run_fitted(self._runner, self.record, complete_inputs(self.record, inputs))
+
+    def __call__(self, *inputs: Any) -> dict[str, Any]:
+        """Run the component on inputs by position and return named tensors, as a traced model does."""
+        import torch
+
+        outputs = self.run(named_inputs(self.record, inputs))
+        return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in outputs.items()}
 
     def close(self) -> None:
         """Release the component. A second call does nothing."""
-        self._runner.close()
+        self._is_closed = True
+        if os.getpid() == self._process_id:
+            self._runner.close()
+
+    def _load_after_fork(self) -> None:
+        """Load the component again, because the threads of its runtime exist only in the process that loaded it.
+
+        Raises:
+            InputError: The component was closed, or it runs on a device, which a forked process cannot use.
+        """
+        with _FORK_LOCK:
+            if os.getpid() == self._process_id:
+                return
+            require_open(None if self._is_closed else self._runner)
+            target, device = self.artifact.target_for(self.record, self._device)
+            if device != "cpu":
+                raise InputError(
+                    f"The compiled model was loaded in another process, {self._process_id}, and {target.name} "
+                    "cannot be used in a process that was forked from it.",
+                    hint="Load it after the fork, in each process.",
+                )
+            threads = self._threads
+            if "torch" in target.capabilities.runtime:
+                import torch
+
+                # torch's pool of threads is not usable either, as in the workers of torch's DataLoader.
+                torch.set_num_threads(1)
+                threads = None
+            # Its destructor would wait for threads that this process does not have.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._runner))
+            self._runner = self.artifact.load(self.record, device=device, threads=threads)
+            self._process_id = os.getpid()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _load, (self.artifact, self.component, self._device, self._threads, self._buckets)
+
+
+def _load(
+    artifact: OpenArtifact,
+    component: str,
+    device: Device | None,
+    threads: int | None,
+    buckets: Sequence[ShapeBucket] | None,
+) -> LoadedComponent:
+    return LoadedComponent.load(artifact, component=component, device=device, threads=threads, buckets=buckets)
+
+
+def named_inputs(record: ComponentRecord, inputs: Sequence[Any]) -> dict[str, Any]:
+    """Name inputs by their position; None stands for an input that is left out.
+
+    Raises:
+        InputError: There are more inputs than the component has.
+    """
+    names = [tensor.name for tensor in record.inputs]
+    if len(inputs) > len(names):
+        raise InputError(
+            f"Expected at most {len(names)} inputs, got {len(inputs)}.",
+            hint=f"The inputs are, in this order: {', '.join(names)}.",
+        )
+    return {name: value for name, value in zip(names, inputs, strict=False) if value is not None}
 
 
 def _with_buckets(record: ComponentRecord, buckets: Sequence[ShapeBucket]) -> ComponentRecord:

@@ -9,21 +9,30 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from compileflow.artifact.open import OpenArtifact
-from compileflow.errors import CompileflowError, LoadError, first_line
+from compileflow.artifact.open import OpenArtifact, untrusted_code
+from compileflow.contracts import ComponentRecord
+from compileflow.contracts.toolkit import library_errors
+from compileflow.errors import LoadError, first_line
 from compileflow.source_model.interface_limits import check_interface_files
 from compileflow.source_model.processor import Processor, probe_signals
-from compileflow.spec import Modality
+from compileflow.spec import HfTask, Modality
 
 # Modules of transformers that define output classes.
-_OUTPUT_CLASS = re.compile(r"transformers\.(?:\w+\.)*(?:modeling_\w+|utils\.generic|file_utils):\w+")
+_OUTPUT_CLASS = re.compile(r"transformers\.(?:\w+\.)*modeling_\w+:\w+")
 # Model files with code are imported under this name.
 _REMOTE_MODULE = "transformers_modules"
+_LABELLED_TASKS = (
+    HfTask.TEXT_CLASSIFICATION,
+    HfTask.TOKEN_CLASSIFICATION,
+    HfTask.IMAGE_CLASSIFICATION,
+    HfTask.AUDIO_CLASSIFICATION,
+)
 _MODALITIES: dict[str, Modality] = {"AutoImageProcessor": "image", "AutoFeatureExtractor": "audio"}
 
 
@@ -35,22 +44,50 @@ def load_part(artifact: OpenArtifact, auto_class: str) -> Any:
             files.
     """
     artifact.check_code()
-    if not artifact.trust_remote_code:
-        _check_files(artifact.folder, artifact.digest)
+    folder = artifact.tokenizer_folder if auto_class == "AutoTokenizer" else artifact.folder
+    check_files(artifact, folder)
     # After the checks, so that a refused artifact imports nothing.
     import transformers
 
-    with foreign_errors(artifact, f"{auto_class} of transformers cannot use the files of the artifact"):
+    with foreign_errors(folder, f"{auto_class} of transformers cannot use the files in {folder}"):
         part = getattr(transformers, auto_class).from_pretrained(
-            artifact.folder, local_files_only=True, trust_remote_code=artifact.trust_remote_code
+            folder, local_files_only=True, trust_remote_code=artifact.trust_remote_code
         )
         _try(part, auto_class)
     return part
 
 
+def load_saved_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
+    """Load a tokenizer from a folder that is not an artifact.
+
+    Raises:
+        LoadError: The tokenizer brings Python code that the caller does not trust, or transformers cannot use it.
+    """
+    if not trust_remote_code:
+        _check_limits(folder)
+    from transformers import AutoTokenizer
+
+    with foreign_errors(folder, f"AutoTokenizer of transformers cannot use the files in {folder}"):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+
+
+def check_files(artifact: OpenArtifact, folder: Path) -> None:
+    """Check the files of an artifact in a folder against the limits of files that a stranger may have written.
+
+    Raises:
+        LoadError: A file breaks a limit, and the caller does not trust the artifact with trust_remote_code.
+    """
+    if not artifact.trust_remote_code:
+        _check_once(folder, artifact.digest)
+
+
 @lru_cache(maxsize=32)
-def _check_files(folder: Path, digest: str) -> None:
-    """Check the files of an artifact once; `digest` tells its contents."""
+def _check_once(folder: Path, digest: str) -> None:
+    """Check a folder of an artifact only at the first load; `digest` stands for its contents."""
+    _check_limits(folder)
+
+
+def _check_limits(folder: Path) -> None:
     try:
         check_interface_files(folder)
     except (OSError, ValueError) as error:
@@ -71,26 +108,49 @@ def _try(part: Any, auto_class: str) -> None:
 
 
 @contextmanager
-def foreign_errors(artifact: OpenArtifact, problem: str) -> Iterator[None]:
-    """Turn whatever a library raises about the files of an artifact into a LoadError of one line.
+def foreign_errors(folder: Path, problem: str) -> Iterator[None]:
+    """Turn whatever a library raises about the files in a folder into a LoadError of one line.
 
     Args:
-        artifact: The artifact whose files are read.
+        folder: Folder whose files are read.
         problem: First part of the error: what cannot be done.
     """
-    try:
-        yield
-    except CompileflowError:
-        raise
-    except Exception as error:
-        if "trust_remote_code" in str(error):
-            raise artifact.untrusted_code() from error
-        raise _load_error(problem, error) from error
-    except BaseException as error:
-        # A panic of a library in Rust is not an Exception.
-        if type(error).__name__ != "PanicException":
+    with library_errors(problem, hint="Compile the model again, or fetch the artifact again."):
+        try:
+            yield
+        except ValueError as error:
+            if "trust_remote_code" in str(error):
+                raise untrusted_code(folder) from error
             raise
-        raise _load_error(problem, error) from error
+
+
+def check_answers(artifact: OpenArtifact, record: ComponentRecord, config: Any, kind: Any) -> None:
+    """Check that the output class takes the outputs of the graph, and that the configuration names their classes.
+
+    Args:
+        artifact: The artifact.
+        record: Record of the component.
+        config: Configuration of the source model.
+        kind: Output class.
+
+    Raises:
+        LoadError: It does not.
+    """
+    hint = "Compile the model again, or fetch the artifact again."
+    # Code that the caller trusts may define another kind of class.
+    fields = getattr(kind, "__dataclass_fields__", None)
+    unknown_names = [tensor.name for tensor in record.outputs if fields is not None and tensor.name not in fields]
+    if unknown_names:
+        raise LoadError(f"{record.output_class} has no output {unknown_names[0]!r}.", hint=hint)
+    if artifact.manifest.hf_task.graph_task not in _LABELLED_TASKS:
+        return
+    labels = getattr(config, "id2label", None) or {}
+    for tensor in record.outputs:
+        classes = tensor.axes[-1] if tensor.name == "logits" and tensor.axes else 0
+        if isinstance(classes, int) and any(number not in labels for number in range(classes)):
+            raise LoadError(
+                f"The graph returns {classes} classes, but config.json names {len(labels)} labels.", hint=hint
+            )
 
 
 def check_output_class(artifact: OpenArtifact, path: str) -> None:
@@ -102,7 +162,7 @@ def check_output_class(artifact: OpenArtifact, path: str) -> None:
     if path.startswith(f"{_REMOTE_MODULE}."):
         artifact.check_code()
         if not artifact.trust_remote_code:
-            raise artifact.untrusted_code()
+            raise untrusted_code(artifact.saved_folder)
     elif _OUTPUT_CLASS.fullmatch(path) is None:
         raise LoadError(f"{path!r} is not an output class of transformers.", hint="Compile the model again.")
 
@@ -115,7 +175,7 @@ def output_class(artifact: OpenArtifact, path: str) -> Any:
     """
     check_output_class(artifact, path)
     module, _, name = path.partition(":")
-    with foreign_errors(artifact, f"The output class {path!r} cannot be imported"):
+    with foreign_errors(artifact.saved_folder, f"The output class {path!r} cannot be imported"):
         if module.startswith(f"{_REMOTE_MODULE}."):
             from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -126,13 +186,6 @@ def output_class(artifact: OpenArtifact, path: str) -> Any:
         kind = getattr(import_module(module), name)
         from transformers.utils import ModelOutput
 
-        if not (isinstance(kind, type) and issubclass(kind, ModelOutput)):
+        if not (isinstance(kind, type) and issubclass(kind, ModelOutput) and is_dataclass(kind)):
             raise LoadError(f"{path!r} is not an output class of transformers.", hint="Compile the model again.")
         return kind
-
-
-def _load_error(problem: str, error: BaseException) -> LoadError:
-    return LoadError(
-        f"{problem}: {type(error).__name__}: {first_line(error)}.",
-        hint="Compile the model again, or fetch the artifact again.",
-    )

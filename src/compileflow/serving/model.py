@@ -11,22 +11,91 @@ from typing import Any
 import numpy as np
 
 from compileflow.artifact.attestations.require_signature import RequireSignature
-from compileflow.artifact.open import OpenArtifact, copy_artifact, open_artifact
+from compileflow.artifact.open import OpenArtifact, copy_artifact
 from compileflow.contracts import Arrays, Device
 from compileflow.errors import InputError, LoadError
-from compileflow.serving.component import LoadedComponent
+from compileflow.serving.component import LoadedComponent, named_inputs
 from compileflow.serving.from_memory import in_memory
-from compileflow.serving.interface_files import check_output_class, load_part, output_class
-from compileflow.spec import ShapeBucket
+from compileflow.serving.interface_files import check_answers, check_output_class, load_part, output_class
+from compileflow.serving.older_folder import open_any
+from compileflow.spec import NEURON_TARGETS, ShapeBucket
 
 # Arguments of transformers models besides tensors; True asks for outputs that a compiled model does not have.
 _FLAGS = ("output_attentions", "output_hidden_states", "use_cache")
 
 
-class CompiledModel:
+class FixedModule:
+    """Methods of a model whose device, data type and weights are fixed, because it is compiled."""
+
+    def train(self: Any, mode: bool = True) -> Any:
+        """Return this object for mode False.
+
+        Raises:
+            InputError: The mode is True; a compiled model cannot be trained.
+        """
+        if mode:
+            raise InputError(
+                "A compiled model has no parameters and cannot be trained.", hint="Train the source model."
+            )
+        return self
+
+    def eval(self: Any) -> Any:
+        """Return this object: a compiled model is always in evaluation mode."""
+        return self
+
+    def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return this object if it already has that device and data type.
+
+        Raises:
+            LoadError: A compiled model cannot be moved or converted.
+        """
+        import torch
+
+        for argument in (*args, *kwargs.values()):
+            if isinstance(argument, torch.dtype):
+                if argument is not self.dtype:
+                    raise LoadError(
+                        f"The compiled model returns {self.dtype} and cannot be converted to {argument}.",
+                        hint="Compile with another precision.",
+                    )
+            elif (
+                isinstance(argument, str | int | torch.device)
+                and not isinstance(argument, bool)
+                and torch.device(argument).type != self.device.type
+            ):
+                raise LoadError(
+                    f"The compiled model takes tensors on {self.device} and cannot be moved to {argument}.",
+                    hint=f"Load it for that device: CompiledModel.from_pretrained(..., device={str(argument)!r}).",
+                )
+        return self
+
+    def cuda(self: Any, device: Any = None) -> Any:
+        """Raise LoadError, because tensors enter and leave in host memory."""
+        return self.to("cuda" if device is None else device)
+
+    def half(self: Any) -> Any:
+        """Raise LoadError, because the precision is chosen before compiling."""
+        import torch
+
+        return self.to(torch.float16)
+
+    def bfloat16(self: Any) -> Any:
+        """Raise LoadError, because the precision is chosen before compiling."""
+        import torch
+
+        return self.to(torch.bfloat16)
+
+    def double(self: Any) -> Any:
+        """Raise LoadError, because the precision is chosen before compiling."""
+        import torch
+
+        return self.to(torch.float64)
+
+
+class CompiledModel(FixedModule):
     """A compiled component that is called like a transformers model and returns the source model's output class.
 
-    Calls are safe from several threads.
+    A loaded model is also an instance of transformers' PreTrainedModel. Calls are safe from several threads.
 
     Attributes:
         graph: The loaded component.
@@ -42,18 +111,19 @@ class CompiledModel:
     def __init__(self, graph: LoadedComponent, config: Any):
         import torch
 
+        if isinstance(self, torch.nn.Module):
+            torch.nn.Module.__init__(self)
+            self.training = False
         self.graph = graph
         self.artifact = graph.artifact
         self.manifest = graph.artifact.manifest
         self.component = graph.component
         self.config = config
-        # Tensors enter and leave in host memory, whatever device computes.
-        self.device = torch.device("cpu")
-        self.dtype = torch.float32
         self.name_or_path = str(graph.artifact.folder)
         self.main_input_name = graph.record.inputs[0].name
         self.input_modalities = (self.manifest.hf_task.modality,)
         self._output_class = output_class(graph.artifact, graph.record.output_class)
+        check_answers(graph.artifact, graph.record, config, self._output_class)
 
     @classmethod
     def from_pretrained(
@@ -90,7 +160,7 @@ class CompiledModel:
             LoadError: The artifact cannot run here; the hint says what is missing.
         """
         return cls.from_artifact(
-            open_artifact(
+            open_any(
                 location,
                 digest=digest,
                 trust=trust,
@@ -119,9 +189,18 @@ class CompiledModel:
         graph = LoadedComponent.load(
             artifact, component=component, device=device, threads=threads, buckets=buckets
         )
+        return cls._with_graph(graph)
+
+    @classmethod
+    def _with_graph(cls, graph: LoadedComponent) -> CompiledModel:
+        artifact = graph.artifact
         config = load_part(artifact, "AutoConfig")
-        # transformers' pipelines read the name of the class, so a subclass takes the source model's.
-        kind = type(artifact.manifest.source.architecture, (cls,), {"__module__": cls.__module__})
+        from transformers import PreTrainedModel
+
+        # transformers' pipelines read the name of the class, so a subclass takes the source model's. Only the
+        # subclass is a PreTrainedModel, because importing that class imports torch.
+        name, bases = artifact.manifest.source.architecture, (cls, PreTrainedModel)
+        kind: Any = type(name, bases, {"__module__": cls.__module__})
         model: CompiledModel = kind(graph, config)
         return model
 
@@ -171,23 +250,51 @@ class CompiledModel:
         return cls.from_artifact(artifact)
 
     @property
+    def device(self) -> Any:
+        """Device of the inputs and outputs: host memory, whatever device computes."""
+        import torch
+
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> Any:
+        """Data type of the outputs."""
+        import torch
+
+        return torch.float32
+
+    @property
+    def model(self) -> LoadedComponent:
+        """The loaded component, under its name in the older library. It takes tensors by position."""
+        return self.graph
+
+    @property
     def compilation_specs(self) -> dict[str, Any]:
-        """Settings of the compile: batch_size, max_length (tokens), target, and the target's options by name."""
+        """Settings of the compile: batch_size, max_length (tokens), target, and the target's options by name.
+
+        The older library's names are there as well: tracing_kwargs, tracing__batch_size, tracing__max_length and
+        tracing__neuron.
+        """
         spec, record = self.manifest.spec, self.graph.record
         buckets = record.shape_buckets or spec.components[0].shape_buckets
+        batch_size = max((bucket.batch_size for bucket in buckets), default=1)
         return {
-            "batch_size": max((bucket.batch_size for bucket in buckets), default=1),
+            "batch_size": batch_size,
             "max_length": record.max_sequence_length,
             "target": spec.target,
             **spec.target_options,
+            "tracing_kwargs": dict(spec.target_options),
+            "tracing__batch_size": batch_size,
+            "tracing__max_length": record.max_sequence_length,
+            "tracing__neuron": spec.target in NEURON_TARGETS,
         }
 
-    def __call__(self, main_input: Any = None, *, return_dict: bool | None = None, **kwargs: Any) -> Any:
+    def __call__(self, *inputs: Any, return_dict: bool | None = None, **kwargs: Any) -> Any:
         """Run the compiled component.
 
         Args:
-            main_input: `input_ids`, `pixel_values` or `input_values` as a tensor, array or lists, with the axes of
-                the manifest. It may also be passed by name.
+            *inputs: Tensors, arrays or lists in the order and with the axes of the manifest, for example
+                `input_ids` and `attention_mask`.
             return_dict: False returns a plain tuple, as in transformers.
             **kwargs: Inputs of the source model by name.
 
@@ -204,11 +311,11 @@ class CompiledModel:
                     f"{flag}=True asks for outputs that the compiled model does not have.",
                     hint="Use the source model for these outputs.",
                 )
-        if main_input is not None:
-            if self.main_input_name in kwargs:
-                raise InputError(f"{self.main_input_name} was passed twice.", hint="Pass it once.")
-            kwargs[self.main_input_name] = main_input
-        outputs = self.as_output(self.run(kwargs))
+        by_position = named_inputs(self.graph.record, inputs)
+        for name in by_position:
+            if name in kwargs:
+                raise InputError(f"{name} was passed twice.", hint="Pass it once.")
+        outputs = self.as_output(self.run(kwargs | by_position))
         return outputs if return_dict is not False else tuple(outputs.values())
 
     forward = __call__
@@ -227,8 +334,8 @@ class CompiledModel:
         return self.graph.run(inputs)
 
     def save_pretrained(self, dest: str | Path) -> Path:
-        """Copy the whole artifact into `dest`, an empty or absent folder."""
-        return copy_artifact(self.artifact, dest)
+        """Copy the whole artifact into `dest`: an empty or absent folder, or one that holds another artifact."""
+        return copy_artifact(self.artifact, dest, replace=True)
 
     def close(self) -> None:
         """Release the component. A second call does nothing."""
@@ -238,29 +345,19 @@ class CompiledModel:
         """Return False: compileflow does not compile generative models yet."""
         return False
 
-    def eval(self) -> CompiledModel:
-        """Return this object: a compiled model is always in evaluation mode."""
-        return self
-
-    def to(self, device: Any) -> CompiledModel:
-        """Return this object if its tensors are already on that device.
-
-        Raises:
-            LoadError: The device differs; a loaded component cannot be moved.
-        """
-        import torch
-
-        if isinstance(device, torch.dtype) or torch.device(device).type == self.device.type:
-            return self
-        raise LoadError(
-            f"The compiled model takes tensors on {self.device} and cannot be moved to {device}.",
-            hint=f"Load it for that device: CompiledModel.from_pretrained(..., device={str(device)!r}).",
-        )
-
     def __getattr__(self, name: str) -> Any:
         if name in ("config", "graph"):
             raise AttributeError(name)
         return getattr(self.config, name)
+
+    def __copy__(self) -> CompiledModel:
+        model_copy = type(self).__new__(type(self))
+        vars(model_copy).update(vars(self))
+        return model_copy
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # pickle would look for the subclass by its name.
+        return type(self).__bases__[0]._with_graph, (self.graph,)
 
     def __repr__(self) -> str:
         target = self.manifest.target.name

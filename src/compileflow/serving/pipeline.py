@@ -181,7 +181,34 @@ class CompiledPipeline:
         model = CompiledModel.from_artifact(
             artifact, component=component, device=device, threads=threads, buckets=buckets
         )
-        return cls(None, _wrapped(hf_task, artifact, model, pipeline_settings), artifact)
+        return cls.from_model(model, task=hf_task, **pipeline_settings)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: CompiledModel,
+        *,
+        task: HfTask | str | None = None,
+        tokenizer: Any = None,
+        **pipeline_settings: Any,
+    ) -> CompiledPipeline:
+        """Put a compiled model that is loaded into a pipeline.
+
+        Args:
+            model: The compiled model.
+            task: Hub task to serve; see `from_pretrained`.
+            tokenizer: Tokenizer of a text model. None: the tokenizer of its artifact.
+            **pipeline_settings: Settings of `transformers.pipeline`, for example `batch_size` or `top_k`.
+
+        Raises:
+            LoadError: The model does not serve the task, or its artifact has no tokenizer.
+        """
+        hf_task = served_task(model.artifact, task)
+        check_pipeline(hf_task)
+        if tokenizer is not None and not isinstance(tokenizer, CompiledTokenizer):
+            longest = model.graph.record.max_sequence_length
+            tokenizer = CompiledTokenizer(tokenizer, {"padding": True, "truncation": True, "max_length": longest})
+        return cls(None, _wrapped(hf_task, model, tokenizer, pipeline_settings), model.artifact)
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
         """Call the pipeline as in transformers. Lists run in batches of similar length; answers keep the order."""
@@ -279,9 +306,11 @@ def _fitting_tokenizer(pipeline: Any, length: int, settings: Mapping[str, Any]) 
     return tokenizer
 
 
-def _wrapped(task: HfTask, artifact: OpenArtifact, model: CompiledModel, settings: dict[str, Any]) -> Any:
+def _wrapped(task: HfTask, model: CompiledModel, tokenizer: Any, settings: dict[str, Any]) -> Any:
+    artifact = model.artifact
     if task.modality == "text":
-        tokenizer = CompiledTokenizer.from_artifact(artifact, component=model.component)
+        if tokenizer is None:
+            tokenizer = CompiledTokenizer.from_artifact(artifact, component=model.component)
         if task is HfTask.QUESTION_ANSWERING:
             return QuestionAnsweringPipeline(model, tokenizer, **settings)
         if task is HfTask.SENTENCE_SIMILARITY:

@@ -5,34 +5,69 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 from compileflow._process.folders import os_errors
 from compileflow.artifact.attestations.require_signature import RequireSignature, requires_signature
 from compileflow.artifact.manifest import MANIFEST_NAME
-from compileflow.artifact.open import OpenArtifact, copy_artifact, open_artifact
-from compileflow.errors import LoadError, SpecError, StoreError
-from compileflow.serving.interface_files import load_part
+from compileflow.artifact.open import OpenArtifact, copy_artifact
+from compileflow.errors import InputError, LoadError, SpecError, StoreError, first_line
+from compileflow.serving.interface_files import load_part, load_saved_tokenizer
+from compileflow.serving.older_folder import open_any
 from compileflow.source_model.interface import length_limit
 from compileflow.sources.files import kind_of
+from compileflow.spec import HfTask
 
 SETTINGS_FILE = "tokenization_settings.json"
+# Methods of the wrapped tokenizer that set its truncation and padding.
+_ENCODING_METHODS = ("encode", "batch_encode_plus", "tokenize", "apply_chat_template", "_encode_plus")
 _TEXTS = ("self", "text", "text_pair", "text_target", "text_pair_target", "kwargs")
 
 
-class CompiledTokenizer:
-    """A Hugging Face tokenizer that pads and truncates to the shapes of a compiled model by default.
+class _Turns:
+    """Lets one thread at a time use a tokenizer.
 
-    All attributes of the wrapped tokenizer can be read and set on this object.
+    Truncation and padding are state of a fast tokenizer, which each call sets before it encodes. A call of another
+    thread in between would change the result. Deep copies and pickles have their own tokenizer and their own lock.
+    """
+
+    def __init__(self) -> None:
+        # Reentrant, because some methods call others.
+        self.lock = threading.RLock()
+
+    def guarded(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a method that waits for its turn."""
+
+        @wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self.lock:
+                return method(*args, **kwargs)
+
+        return call
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Turns, ()
+
+
+class CompiledTokenizer:
+    """A Hugging Face tokenizer that pads and truncates to the shapes of a compiled model.
+
+    All attributes of the wrapped tokenizer can be read and set on this object. Only calls of the object itself use
+    the settings; `encode`, `encode_plus` and `decode` are those of the wrapped tokenizer.
 
     Attributes:
         tokenizer: The wrapped Hugging Face tokenizer.
-        tokenization_settings: Settings of each call. A call can override them, except for those that were passed
-            to `from_tokenizer`.
+        tokenization_settings: Settings of each call. The settings of `from_tokenizer`, its defaults included, and
+            saved settings win over the arguments of a call. Those of an artifact without saved settings do not.
+        compiled: True, as in the older library.
     """
+
+    compiled = True
 
     def __init__(
         self,
@@ -40,12 +75,13 @@ class CompiledTokenizer:
         tokenization_settings: Mapping[str, Any],
         artifact: OpenArtifact | None = None,
         *,
-        fixed: Iterable[str] = (),
+        fixed: bool = False,
     ):
         self.tokenizer = tokenizer
         self.tokenization_settings = dict(tokenization_settings)
-        self._fixed = frozenset(fixed)
+        self._fixed = fixed
         self._artifact = artifact
+        self._turns = _Turns()
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any, **settings: Any) -> CompiledTokenizer:
@@ -53,9 +89,9 @@ class CompiledTokenizer:
 
         Args:
             tokenizer: A transformers tokenizer.
-            **settings: Settings of the tokenizer's call, which calls cannot override. Calls can override the
-                defaults: `padding="max_length"`, `truncation=True`, `add_special_tokens=True` and
-                `max_length=tokenizer.model_max_length`.
+            **settings: Settings of the tokenizer's call. The defaults are `padding="max_length"`,
+                `truncation=True`, `add_special_tokens=True` and `max_length=tokenizer.model_max_length`. All of
+                them win over the arguments of a call, because the compiled shape is fixed.
 
         Raises:
             SpecError: A setting is unknown, or the maximum length is missing.
@@ -63,7 +99,7 @@ class CompiledTokenizer:
         inner_tokenizer = tokenizer.tokenizer if isinstance(tokenizer, cls) else tokenizer
         _check_names(inner_tokenizer, settings)
         defaults = {
-            "padding": "max_length",
+            "padding": "max_length" if _can_pad(inner_tokenizer) else False,
             "truncation": True,
             "add_special_tokens": True,
             "max_length": inner_tokenizer.model_max_length,
@@ -74,7 +110,7 @@ class CompiledTokenizer:
                 "The tokenizer has no maximum length, and max_length is missing.",
                 hint="Pass max_length, for example the model's max_position_embeddings.",
             )
-        return cls(inner_tokenizer, call_settings, fixed=settings)
+        return cls(inner_tokenizer, call_settings, fixed=True)
 
     @classmethod
     def from_pretrained(
@@ -113,7 +149,7 @@ class CompiledTokenizer:
         )
         if not is_artifact and (folder / "tokenizer_config.json").exists():
             return cls._from_folder(folder, trust_remote_code)
-        artifact = open_artifact(
+        artifact = open_any(
             location,
             digest=digest,
             trust=trust,
@@ -124,16 +160,10 @@ class CompiledTokenizer:
 
     @classmethod
     def _from_folder(cls, folder: Path, trust_remote_code: bool) -> CompiledTokenizer:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_remote_code
-        )
-        saved_settings = _read_settings(folder)
+        tokenizer = load_saved_tokenizer(folder, trust_remote_code=trust_remote_code)
+        saved_settings = _read_settings(folder, tokenizer)
         return (
-            cls.from_tokenizer(tokenizer)
-            if saved_settings is None
-            else cls(tokenizer, saved_settings[0], fixed=saved_settings[1])
+            cls.from_tokenizer(tokenizer) if saved_settings is None else cls(tokenizer, saved_settings, fixed=True)
         )
 
     @classmethod
@@ -151,36 +181,88 @@ class CompiledTokenizer:
             )
         tokenizer = load_part(artifact, "AutoTokenizer")
         longest = tokenizer.model_max_length = record.max_sequence_length
-        saved_settings = _read_settings(artifact.folder)
+        saved_settings = _read_settings(artifact.tokenizer_folder, tokenizer)
         if saved_settings is None:
-            return cls(tokenizer, {"padding": True, "truncation": True, "max_length": longest}, artifact)
+            defaults = {"padding": _can_pad(tokenizer), "truncation": True, "max_length": longest}
+            return cls(tokenizer, defaults, artifact)
         # The settings may have been saved before this length was chosen.
-        max_length = min(saved_settings[0].get("max_length") or longest, longest)
-        return cls(tokenizer, saved_settings[0] | {"max_length": max_length}, artifact, fixed=saved_settings[1])
+        settings = saved_settings | {"max_length": min(saved_settings.get("max_length") or longest, longest)}
+        # Question answering splits long contexts, which needs settings of its own in each call.
+        fixed = artifact.manifest.hf_task is not HfTask.QUESTION_ANSWERING
+        return cls(tokenizer, settings, artifact, fixed=fixed)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Tokenize as the wrapped tokenizer does, with `tokenization_settings`."""
-        overrides = {name: value for name, value in kwargs.items() if name not in self._fixed}
-        settings = self.tokenization_settings | overrides
+        settings = kwargs | self.tokenization_settings if self._fixed else self.tokenization_settings | kwargs
         if settings.get("return_tensors") != "pt":
-            return self.tokenizer(*args, **settings)
-        encoded = self.tokenizer(*args, **(settings | {"return_tensors": "np"}))
+            return self._encoded(*args, **settings)
+        encoded = self._encoded(*args, **(settings | {"return_tensors": "np"}))
         if any(value.dtype.kind not in "bif" for value in encoded.values()):
             # Most likely rows of different lengths; this call raises the error of transformers.
-            return self.tokenizer(*args, **settings)
+            return self._encoded(*args, **settings)
         return _as_tensors(encoded)
+
+    def _encoded(self, *args: Any, **settings: Any) -> Any:
+        """Call the wrapped tokenizer; see `_Turns` for the lock.
+
+        Raises:
+            InputError: Rows need padding, but the tokenizer has no token for it.
+        """
+        try:
+            with self._turns.lock:
+                return self.tokenizer(*args, **settings)
+        except ValueError as error:
+            if _can_pad(self.tokenizer) or "pad" not in str(error):
+                raise
+            raise InputError(
+                "The tokenizer has no padding token, so it cannot make a batch of texts of different lengths.",
+                hint="Tokenize one text at a time without padding, or set tokenizer.pad_token to a token.",
+            ) from error
+
+    @property
+    def model_max_length(self) -> int:
+        """Longest row of a call in tokens; without a maximum in the settings, that of the wrapped tokenizer."""
+        return int(self.tokenization_settings.get("max_length") or self.tokenizer.model_max_length)
+
+    def encode_plus(self, text: Any, text_pair: Any = None, **kwargs: Any) -> Any:
+        """Tokenize one text or pair as the wrapped tokenizer does, without `tokenization_settings`."""
+        # transformers 5 dropped this method; calling the tokenizer does the same.
+        return self._encoded(text, text_pair, **kwargs)
+
+    def create_token_type_ids_from_sequences(
+        self, token_ids_0: Sequence[Any], token_ids_1: Sequence[Any] | None = None
+    ) -> list[int]:
+        """Return the token types of one or two sequences with the special tokens around them.
+
+        Args:
+            token_ids_0: Tokens of the first sequence; only their number counts.
+            token_ids_1: Tokens of the second sequence, None for a single one.
+        """
+        if hasattr(self.tokenizer, "create_token_type_ids_from_sequences"):
+            return list(self.tokenizer.create_token_type_ids_from_sequences(token_ids_0, token_ids_1))
+        # transformers 5 has the method only for slow tokenizers, so the types come from a tokenized example.
+        texts = ("a",) if token_ids_1 is None else ("a", "a")
+        example = self._encoded(*texts, return_token_type_ids=True)
+        counts = {None: 1, 0: len(token_ids_0), 1: len(token_ids_1 or ())}
+        types: list[int] = []
+        last_sequence = None
+        for token_type, sequence in zip(example["token_type_ids"], example.sequence_ids(0), strict=True):
+            if sequence is None or sequence != last_sequence:
+                types += [token_type] * counts[sequence]
+            last_sequence = sequence
+        return types
 
     def save_pretrained(self, dest: str | Path) -> Path:
         """Write the tokenizer and its settings, or copy the whole artifact that it was loaded from.
 
         Args:
-            dest: Folder to write to; for an artifact, an empty or absent one.
+            dest: Folder to write to; for an artifact, an empty or absent one, or one that holds another artifact.
 
         Raises:
             StoreError: The folder cannot be written, or contains an artifact.
         """
         if self._artifact is not None:
-            return copy_artifact(self._artifact, dest)
+            return copy_artifact(self._artifact, dest, replace=True)
         folder = Path(dest).expanduser().absolute()
         if (folder / MANIFEST_NAME).exists():
             raise StoreError(
@@ -195,9 +277,8 @@ class CompiledTokenizer:
     def write(self, folder: Path) -> None:
         """Write the tokenizer's files and the settings into an existing folder."""
         write_tokenizer(self.tokenizer, folder)
-        data = {"settings": self.tokenization_settings, "given": sorted(self._fixed)}
         try:
-            text = json.dumps(data, indent=1, sort_keys=True)
+            text = json.dumps(self.tokenization_settings, indent=1, sort_keys=True)
         except TypeError as error:
             raise SpecError(
                 f"The tokenization settings cannot be saved: {error}.",
@@ -211,7 +292,8 @@ class CompiledTokenizer:
     def __getattr__(self, name: str) -> Any:
         if name == "tokenizer":
             raise AttributeError(name)
-        return getattr(self.tokenizer, name)
+        value = getattr(self.tokenizer, name)
+        return self._turns.guarded(value) if name in _ENCODING_METHODS else value
 
     def __setattr__(self, name: str, value: Any) -> None:
         # `tokenizer.padding_side = "left"` must reach the tokenizer that pads.
@@ -223,6 +305,11 @@ class CompiledTokenizer:
 
     def __repr__(self) -> str:
         return f"CompiledTokenizer({self.tokenizer!r}, settings={self.tokenization_settings})"
+
+
+def _can_pad(tokenizer: Any) -> bool:
+    """Return whether a tokenizer has a padding token. One text, and the rows of a list call, need none."""
+    return tokenizer.pad_token is not None
 
 
 def _as_tensors(encoded: Any) -> Any:
@@ -262,15 +349,20 @@ def _check_names(tokenizer: Any, settings: Mapping[str, Any]) -> None:
             )
 
 
-def _read_settings(folder: Path) -> tuple[dict[str, Any], list[str]] | None:
+def _read_settings(folder: Path, tokenizer: Any) -> dict[str, Any] | None:
+    """Read the saved settings, also in the form of earlier versions, which has "settings" and "given"."""
     path = folder / SETTINGS_FILE
     if not path.exists():
         return None
     try:
         data = json.loads(path.read_text("utf-8"))
-        return dict(data["settings"]), list(data["given"])
-    except (ValueError, KeyError, TypeError) as error:
+        settings = dict(data["settings"] if data.keys() == {"settings", "given"} else data)
+        _check_names(tokenizer, settings)
+    except (ValueError, TypeError, AttributeError, RecursionError, SpecError) as error:
         raise LoadError(
-            f"{path} was not written by CompiledTokenizer.save_pretrained: {type(error).__name__}: {error}.",
-            hint='Write {"settings": {...}, "given": [...]} to the file, or delete it.',
+            f"{path} was not written by CompiledTokenizer.save_pretrained: {type(error).__name__}: "
+            f"{first_line(error)}.",
+            hint='Write the settings to the file, for example {"padding": "max_length", "max_length": 128}, or '
+            "delete it.",
         ) from error
+    return settings

@@ -91,5 +91,7 @@ class RegisteredVersionSource:
 
 def _task(version: ModelVersion) -> HfTask | None:
     """Return the task of the version's spec, None without one."""
-    name = version.spec.get("hf_task")
-    return HfTask(name) if isinstance(name, str) and name in set(HfTask) else None
+    try:
+        return HfTask(version.spec.get("hf_task"))
+    except ValueError:
+        return None

@@ -50,6 +50,7 @@ def compile_artifact(
     store_uri: str,
     settings: Settings,
     enabled: bool = True,
+    needs_tokenizer: bool = True,
     on_progress: Callable[[str], None] = logger.info,
 ) -> CompiledArtifact:
     """Compile a stored source model, or return the cached artifact of the same key.
@@ -60,6 +61,7 @@ def compile_artifact(
         store_uri: URI of the artifact store.
         settings: Work folder, threads and signing key.
         enabled: False returns the cached artifact, or raises StepOffError.
+        needs_tokenizer: False also compiles a text model that has no tokenizer.
         on_progress: Called with one line for each stage.
 
     Raises:
@@ -94,6 +96,7 @@ def compile_artifact(
                 "spec": spec.model_dump(mode="json"),
                 "source": {"uri": source.uri, "revision": source.revision, "digest": source.digest},
                 "threads": settings.threads,
+                "needs_tokenizer": needs_tokenizer,
                 "calibration": calibration.to_json() if calibration else None,
             }
             if request.validation.latency_shapes and request.steps.validate:

@@ -11,8 +11,7 @@ import pytest
 
 from compileflow.artifact import verify
 from compileflow.artifact.attestations.envelopes import put_statement, read_bundle, stored_envelopes
-from compileflow.artifact.integrity import artifact_files
-from compileflow.artifact.manifest import ATTESTATIONS_NAME, verify_folder
+from compileflow.artifact.manifest import ATTESTATIONS_NAME, artifact_files, verify_folder
 from compileflow.artifact.open import open_artifact
 from compileflow.artifact.verify import attestations_of, verify_artifact
 from compileflow.contracts.digests import folder_digest, list_files
