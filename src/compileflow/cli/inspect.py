@@ -9,6 +9,7 @@ import typer
 
 from compileflow.cli.common import AsJson, one_line_errors, stored_folder
 from compileflow.cli.tables import print_record, print_table
+from compileflow.errors import printable
 
 if TYPE_CHECKING:
     from compileflow.artifact.manifest import ArtifactManifest
@@ -58,6 +59,7 @@ def _print_manifest(manifest: ArtifactManifest) -> None:
         "source digest": manifest.source.digest,
         "architecture": manifest.source.architecture,
         "toolchain": toolchain,
+        "Python code": ", ".join(manifest.python_files) or "none",
         "size": f"{manifest.size_bytes / 1e6:.1f} MB in {len(manifest.files)} files",
     }
     unit = _UNITS[manifest.hf_task.modality]
@@ -94,5 +96,5 @@ def _inspect_comparison(uri: str, as_json: bool) -> None:
         return
     print_table(comparison.comparison_header(), comparison.comparison_rows(), title=comparison.reason)
     for line in comparison.comparison_notes():
-        typer.echo(line)
+        typer.echo(printable(line))
     typer.echo(f"comparison: {export_comparison(uri, get_settings())}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from compileflow.cli.common import FAILED, AsJson, artifact_location, one_line_errors
+from compileflow.errors import printable
 
 if TYPE_CHECKING:
     from compileflow.artifact.verify import Verification
@@ -63,7 +64,7 @@ def verify(
         _print_verification(verification, proof)
     if problems:
         rest = f" (and {len(problems) - 1} more; --json lists them)" if len(problems) > 1 else ""
-        typer.echo(f"error: {problems[0]}{rest}", err=True)
+        typer.echo(printable(f"error: {problems[0]}{rest}"), err=True)
         raise typer.Exit(FAILED)
 
 
@@ -73,11 +74,11 @@ def _print_verification(verification: Verification, proof: str | None) -> None:
     if verification.attested:
         signers = ", ".join(verification.signed_by)
         signature = f"signed by {signers}" if signers else "not signed by a trusted key"
-        typer.echo(f"attested: provenance and verdict {verification.verdict}, {signature}")
+        typer.echo(printable(f"attested: provenance and verdict {verification.verdict}, {signature}"))
     if verification.report_intact:
         typer.echo("report: intact, and the one that the verdict names")
     if proof is not None:
-        typer.echo(f"proven: {proof}")
+        typer.echo(printable(f"proven: {proof}"))
 
 
 def _proof(location: str, digest: str) -> str | None:

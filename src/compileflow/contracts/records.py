@@ -10,6 +10,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, Jso
 from compileflow.contracts.digests import safe_relative_path
 from compileflow.spec import LONGEST_SEQUENCE, Precision, ShapeBucket
 
+# Implementation of attention in transformers.
+Attention = Literal["sdpa", "eager"]
 # Side on which a row may be padded without changing its answer; none where padding on any side changes it.
 Padding = Literal["right", "left", "none"]
 Axis = Literal["batch", "sequence", "frames", "height", "width", "free"] | Annotated[int, Field(ge=1, le=2**31)]
@@ -95,6 +97,16 @@ class ComponentRecord(Record):
         "",
         description="Implementation of attention in transformers that the graph was made from; empty if unknown.",
     )
+
+    @model_validator(mode="after")
+    def _longest_bucket_is_the_maximum(self) -> Self:
+        longest = max((bucket.sequence_length for bucket in self.shape_buckets), default=0)
+        if not self.dynamic_axes and longest != self.max_sequence_length:
+            raise ValueError(
+                f"the longest shape bucket has the length {longest}, but max_sequence_length is "
+                f"{self.max_sequence_length}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _fits_in_memory(self) -> Self:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 from compileflow._process.child_process import report_progress
@@ -10,7 +11,7 @@ from compileflow._process.cpu import cpu_features, lacking_precisions
 from compileflow._process.packages import installed_versions
 from compileflow._process.state import environment, torch_threads, undisturbed_process
 from compileflow.contracts.targets import Availability
-from compileflow.errors import CompileError, InputError, LoadError, first_line
+from compileflow.errors import CompileError, CompileflowError, InputError, LoadError, first_line
 from compileflow.spec import Precision
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "environment",
     "installed_versions",
     "lacking_precisions",
+    "library_errors",
     "load_error",
     "probe_installed",
     "refusal",
@@ -87,6 +89,25 @@ def load_error(name: str, runtime: str, error: BaseException, *, reason: str = "
         f"{name} cannot be loaded by {runtime}: {reason or first_line(error)}.",
         hint="Use the versions that the manifest names, or compile again.",
     )
+
+
+@contextmanager
+def library_errors(problem: str, *, hint: str) -> Iterator[None]:
+    """Turn whatever a library raises about a file that a stranger may have written into a LoadError of one line.
+
+    Args:
+        problem: First part of the error: what cannot be done.
+        hint: What to do.
+    """
+    try:
+        yield
+    except CompileflowError:
+        raise
+    except BaseException as error:
+        # A panic of a library in Rust is not an Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise LoadError(f"{problem}: {type(error).__name__}: {first_line(error)}.", hint=hint) from error
 
 
 def require_open(loaded: Loaded | None) -> Loaded:

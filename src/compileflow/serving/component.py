@@ -13,7 +13,7 @@ import numpy as np
 from compileflow.artifact.open import OpenArtifact
 from compileflow.contracts import Arrays, ComponentRecord, Device, Runner
 from compileflow.contracts.toolkit import require_open
-from compileflow.errors import InputError, LoadError
+from compileflow.errors import CompileflowError, InputError, LoadError, first_line
 from compileflow.serving.padding import complete_inputs, run_fitted
 from compileflow.spec import ShapeBucket
 
@@ -86,7 +86,34 @@ class LoadedComponent:
         """Run the component on named arrays, checked by `complete_inputs`, and return named arrays."""
         if os.getpid() != self._process_id:
             self._load_after_fork()
-        return run_fitted(self._runner, self.record, complete_inputs(self.record, inputs))
+        arrays = complete_inputs(self.record, inputs)
+        try:
+            outputs = run_fitted(self._runner, self.record, arrays)
+        except (CompileflowError, MemoryError):
+            raise
+        except Exception as error:
+            shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
+            raise InputError(
+                f"The compiled graph failed on inputs of the shapes {shapes}: {type(error).__name__}: "
+                f"{first_line(error)}.",
+                hint="If it fails on every input, compile the model again.",
+            ) from error
+        self._check_shapes(outputs)
+        return outputs
+
+    def _check_shapes(self, outputs: Arrays) -> None:
+        """Compare the outputs with the record, because the answers are cut and read by its axes."""
+        for tensor in self.record.outputs:
+            shape = outputs[tensor.name].shape
+            sizes = zip(tensor.axes, shape, strict=False)
+            if len(shape) != len(tensor.axes) or any(
+                isinstance(axis, int) and axis != size for axis, size in sizes
+            ):
+                raise InputError(
+                    f"The compiled graph returned {tensor.name} of shape {shape}, but the manifest gives the axes "
+                    f"{', '.join(map(str, tensor.axes))}.",
+                    hint="Compile the model again.",
+                )
 
     def __call__(self, *inputs: Any) -> dict[str, Any]:
         """Run the component on inputs by position and return named tensors, as a traced model does."""

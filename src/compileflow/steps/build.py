@@ -6,7 +6,7 @@ The compile step runs this module in a child process, with the model and the too
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,17 @@ from compileflow._process.child_process import report_progress
 from compileflow._process.state import undisturbed_process
 from compileflow.artifact.manifest import ArtifactManifest, SourceRecord, TargetRecord
 from compileflow.catalog import get_target
-from compileflow.contracts import CompiledComponent, ComponentPlan, ComponentRecord, Target
+from compileflow.contracts import ComponentRecord, Target
 from compileflow.contracts.digests import list_files
-from compileflow.errors import CompileError, SourceError, first_line
-from compileflow.source_model.load import load_config
+from compileflow.errors import SourceError, first_line
+from compileflow.source_model.interface_limits import check_interface_files
+from compileflow.source_model.load import load_config, load_tokenizer, loaded_once
+from compileflow.source_model.sentence_modules import write_module_weights
 from compileflow.sources.files import kind_of
-from compileflow.spec import CompileSpec
+from compileflow.spec import CompileSpec, ShapeBucket
 from compileflow.steps.calibration import Calibration, calibration_batches
-from compileflow.steps.plan import merge_plans, plan_components, source_limits
+from compileflow.steps.graph import compile_graph, component_record
+from compileflow.steps.plan import check_timed_shapes, merge_plans, plan_components, source_limits
 
 
 def build_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -30,7 +33,10 @@ def build_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         request: What `steps.compile` sends. "needs_tokenizer" is False for a model that was in memory, which may
-            have no tokenizer.
+            have no tokenizer. "rows_fill_shapes" is True if the caller pads each row to a compiled shape.
+
+    Returns:
+        Warnings for the user, under "warnings".
 
     Raises:
         SpecError: The spec does not fit the model or the target.
@@ -41,27 +47,44 @@ def build_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
     spec = CompileSpec.model_validate(request["spec"])
     target = get_target(spec.target)
     report_progress(f"importing {', '.join(target.toolchain())}")
+    if not spec.trust_remote_code:
+        _check_limits(source_dir)
     config = load_config(source_dir, trust_remote_code=spec.trust_remote_code)
     tokenizer = None
     if spec.hf_task.modality == "text" and request.get("needs_tokenizer", True):
-        tokenizer = _load_tokenizer(source_dir, spec.trust_remote_code)
-    limits = source_limits(source_dir, config, spec, tokenizer)
-    plans = plan_components(spec, target, limits, threads=request["threads"])
-    merged_plan = merge_plans(plans)
-    calibration = Calibration.from_json(request["calibration"]) if request.get("calibration") else None
-    if calibration is not None:
-        batches = calibration_batches(
-            calibration.examples,
-            tokenizer,
-            task=spec.hf_task,
-            max_length=merged_plan.max_sequence_length,
-            pad_token_id=config.pad_token_id or 0,
+        tokenizer = load_tokenizer(source_dir, trust_remote_code=spec.trust_remote_code)
+    report_progress("loading the source model")
+    with (
+        undisturbed_process(),
+        loaded_once(source_dir, spec.hf_task, trust_remote_code=spec.trust_remote_code) as source_model,
+    ):
+        warnings = _unknown_tokens(tokenizer, source_model.vocab_size) if tokenizer is not None else []
+        limits = source_limits(source_model, spec, tokenizer)
+        plans = plan_components(
+            spec,
+            target,
+            limits,
+            threads=request["threads"],
+            rows_fill_shapes=request.get("rows_fill_shapes", False),
         )
-        merged_plan = replace(merged_plan, calibration=batches)
-    folder = f"components/{merged_plan.name}"
-    compiled_component = _compile(target, source_dir, merged_plan, out_dir / folder)
+        merged_plan = merge_plans(plans)
+        timed_shapes = [ShapeBucket.model_validate(shape) for shape in request.get("timed_shapes", ())]
+        check_timed_shapes(timed_shapes, merged_plan.max_sequence_length)
+        calibration = Calibration.from_json(request["calibration"]) if request.get("calibration") else None
+        if calibration is not None:
+            batches = calibration_batches(
+                calibration.examples,
+                tokenizer,
+                task=spec.hf_task,
+                max_length=merged_plan.max_sequence_length,
+                pad_token_id=source_model.pad_token_id,
+            )
+            merged_plan = replace(merged_plan, calibration=batches)
+        folder = f"components/{merged_plan.name}"
+        compiled_component = compile_graph(target, source_dir, source_model, merged_plan, out_dir / folder)
     report_progress("writing the manifest")
     _copy_interface_files(source_dir, out_dir)
+    write_module_weights(source_dir, out_dir)
     _write_manifest(
         out_dir,
         spec=spec,
@@ -69,68 +92,46 @@ def build_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
             **request["source"], architecture=(getattr(config, "architectures", None) or ["unknown"])[0]
         ),
         target=target,
-        components=_component_records(
-            plans, compiled_component, folder, dynamic_axes=target.capabilities.dynamic_axes
-        ),
+        components={plan.name: component_record(target, plan, compiled_component, folder) for plan in plans},
         calibration=calibration,
     )
-    return {}
+    return {"warnings": warnings}
 
 
-def _load_tokenizer(source_dir: Path, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
+def _unknown_tokens(tokenizer: Any, vocab_size: int) -> list[str]:
+    """Return a warning if the tokenizer has tokens that the model does not have; a call with one is refused.
 
-    hint = "Save the tokenizer into the model's folder with save_pretrained."
+    Args:
+        tokenizer: Tokenizer of the source model.
+        vocab_size: Number of token ids that the model takes; 0 if it takes any.
+
+    Raises:
+        SourceError: The tokenizer puts such a token into every text.
+    """
+    vocabulary = tokenizer.get_vocab()
+    unknown_tokens = [(number, token) for token, number in vocabulary.items() if number >= vocab_size > 0]
+    if not unknown_tokens:
+        return []
+    number, token = min(unknown_tokens)
+    text = (
+        f"The tokenizer has {len(unknown_tokens)} tokens that the model lacks, for example {token!r} with the id "
+        f"{number}; the model has {vocab_size} ids"
+    )
+    hint = "Resize the embeddings of the model (resize_token_embeddings), or use the tokenizer saved with it."
+    if max(tokenizer("a")["input_ids"], default=0) >= vocab_size:
+        raise SourceError(f"{text}. The tokenizer adds such a token to every text.", hint=hint)
+    return [f"{text}. Texts with such a token are refused. {hint}"]
+
+
+def _check_limits(source_dir: Path) -> None:
+    """Refuse before the compile what a load of the artifact would refuse."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source_dir, local_files_only=True, trust_remote_code=trust_remote_code
-        )
-    # The Rust library behind fast tokenizers raises bare exceptions.
-    except Exception as error:
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise SourceError(f"The source model's tokenizer cannot be loaded: {reason}.", hint=hint) from error
-    # Without tokenizer files, transformers returns a tokenizer that has only special tokens.
-    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
+        check_interface_files(source_dir)
+    except ValueError as error:
         raise SourceError(
-            f"The source model's tokenizer has no vocabulary: it has {len(tokenizer)} tokens, all special.",
-            hint=hint,
-        )
-    return tokenizer
-
-
-def _compile(target: Target, source_dir: Path, plan: ComponentPlan, folder: Path) -> CompiledComponent:
-    folder.mkdir(parents=True)
-    with undisturbed_process():
-        compiled_component = target.compile(source_dir, plan, folder)
-    written_files = {record.path for record in list_files(folder)}
-    if written_files != set(compiled_component.files):
-        raise CompileError(
-            f"Expected the files {sorted(compiled_component.files)} that {target.name} named, "
-            f"got {sorted(written_files)}.",
-            hint="Fix the target: its CompiledComponent must name every file that it writes, and no other.",
-        )
-    return compiled_component
-
-
-def _component_records(
-    plans: Sequence[ComponentPlan], compiled_component: CompiledComponent, folder: str, *, dynamic_axes: bool
-) -> dict[str, ComponentRecord]:
-    return {
-        plan.name: ComponentRecord(
-            folder=folder,
-            inputs=compiled_component.inputs,
-            outputs=compiled_component.outputs,
-            output_class=compiled_component.output_class,
-            max_sequence_length=plan.max_sequence_length,
-            dynamic_axes=dynamic_axes,
-            shape_buckets=plan.shape_buckets,
-            pad_token_id=compiled_component.pad_token_id,
-            precision=plan.precision,
-            load_options=dict(compiled_component.load_options),
-            frame_convolutions=compiled_component.frame_convolutions,
-        )
-        for plan in plans
-    }
+            f"The source model is not safe to load: {first_line(error)}.",
+            hint="Repair that file. If you trust the model, set trust_remote_code to true: it lifts the limits.",
+        ) from error
 
 
 def _copy_interface_files(source_dir: Path, out_dir: Path) -> None:

@@ -16,19 +16,22 @@ from compileflow._process.state import resident_bytes
 from compileflow.artifact.open import OpenArtifact, open_artifact
 from compileflow.catalog import get_target
 from compileflow.contracts import OUTCOMES, Arrays, ComponentRecord
+from compileflow.errors import LoadError
 from compileflow.serving.component import LoadedComponent
 from compileflow.serving.pipeline import CompiledPipeline
 from compileflow.source_model.examples import example_inputs
 from compileflow.source_model.interface import SourceModel
 from compileflow.source_model.load import load_config, load_source_model, load_tokenizer
 from compileflow.source_model.processor import LONGEST_S, image_inputs, load_processor, longest_signal
+from compileflow.source_model.sentence_modules import read_recipe
 from compileflow.source_model.token_rows import token_rows
+from compileflow.spec import HfTask
 from compileflow.validation import measure as measuring
 from compileflow.validation.cases import Case
 from compileflow.validation.evidence import gather_evidence, timed_shapes
 from compileflow.validation.judge import judge
 from compileflow.validation.judge.suite import suite_digest
-from compileflow.validation.measure.decisions import Decisions
+from compileflow.validation.measure.decisions import Decisions, Pool, mean_of_tokens
 from compileflow.validation.registered_tests import (
     RegisteredTests,
     answers_to,
@@ -186,6 +189,7 @@ def _prove_component(
         spec.hf_task.graph_task,
         labels=dict(evidence.tokens) or labels,
         multi_label=config.problem_type == "multi_label_classification",
+        pools=_pools(spec.hf_task, source_dir, compiled_component.artifact.folder),
     )
     measurements = measuring.measure(
         source_model.run,
@@ -250,6 +254,22 @@ def _prove_component(
         flips=decisions.flips(evidence.decode),
         flips_count=decisions.flips_count(),
     )
+
+
+def _pools(hf_task: HfTask, *folders: Path) -> tuple[Pool, Pool]:
+    """Return the functions from tokens to an embedding, of the source model and of the compiled model.
+
+    Modules that cannot be served do not matter to feature extraction; its tokens are then averaged.
+    """
+    if hf_task.graph_task is not HfTask.FEATURE_EXTRACTION:
+        return mean_of_tokens, mean_of_tokens
+    try:
+        before, after = (read_recipe(folder).embed for folder in folders)
+        return before, after
+    except LoadError:
+        if hf_task is HfTask.SENTENCE_SIMILARITY:
+            raise
+        return mean_of_tokens, mean_of_tokens
 
 
 def _noise_variants(source_model: SourceModel, threads: int) -> dict[str, Callable[[Case], Arrays]]:
