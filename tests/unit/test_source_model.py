@@ -16,12 +16,14 @@ from compileflow import CompiledModel, HfTask
 from compileflow.artifact.manifest import read_manifest
 from compileflow.errors import SourceError, SpecError
 from compileflow.source_model.examples import example_inputs
-from compileflow.source_model.interface import as_tuple_module, maximum_length, tokenizer_maximum
+from compileflow.source_model.interface import as_tuple_module, tokenizer_maximum
 from compileflow.source_model.load import load_config, load_source_model
 from compileflow.source_model.tasks import tasks_of
-from compileflow.spec import TEXT_TASKS, ComponentSpec, ShapeBucket
+from compileflow.source_model.text_model import longest_of
+from compileflow.source_model.token_rows import TokenRows
+from compileflow.spec import TEXT_TASKS, CompileSpec, ComponentSpec, ShapeBucket
 from compileflow.steps.compile import detect_task
-from compileflow.steps.plan import text_buckets
+from compileflow.steps.plan import source_limits, text_buckets
 from tests.in_process import InProcess
 from tests.models import ARCHITECTURES, MAX_TOKENS, TEXT_GRAPHS
 
@@ -173,23 +175,41 @@ def test_model_without_pooler_weights_has_no_pooler_output(
 
 
 @pytest.mark.parametrize(
-    ("values", "tokenizer_maximum", "longest"),
+    ("model_type", "values", "longest"),
     [
-        ({"model_type": "bert", "max_position_embeddings": 512}, None, 512),
-        ({"model_type": "bert", "max_position_embeddings": 512}, 128, 128),
-        ({"model_type": "bert", "max_position_embeddings": 512}, 1024, 512),
-        ({"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 1}, None, 512),
-        ({"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 1}, 514, 512),
-        ({"model_type": "xlm-roberta", "max_position_embeddings": 514, "pad_token_id": 1}, 512, 512),
-        ({"model_type": "longformer", "max_position_embeddings": 4098, "pad_token_id": 1}, None, 4096),
+        ("bert", {"max_position_embeddings": 512}, 512),
+        # Positions are numbered from pad_token_id + 1.
+        ("roberta", {"max_position_embeddings": 514, "pad_token_id": 1}, 512),
+        ("xlm-roberta", {"max_position_embeddings": 514, "pad_token_id": 1}, 512),
+        ("longformer", {"max_position_embeddings": 4098, "pad_token_id": 1, "attention_window": 4}, 4096),
+        ("esm", {"max_position_embeddings": 66, "pad_token_id": 1, "position_embedding_type": "absolute"}, 64),
+        ("opt", {"max_position_embeddings": 64, "ffn_dim": 32, "word_embed_proj_dim": 16}, 64),
+        ("xlnet", {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16}, None),
+        ("bert", {"max_position_embeddings": 8}, 8),
     ],
 )
 def test_longest_input_is_what_there_are_positions_for(
-    tmp_path: Path, values: dict[str, Any], tokenizer_maximum: int | None, longest: int
+    model_type: str, values: dict[str, Any], longest: int | None
 ) -> None:
-    config = load_config(config_folder(tmp_path / "model", **values), trust_remote_code=False)
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.AutoConfig.for_model(model_type, vocab_size=100, **size, **values)
 
-    assert maximum_length(config, tokenizer_maximum) == longest
+    assert longest_of(transformers.AutoModel.from_config(config).eval()) == longest
+
+
+@pytest.mark.parametrize(("tokenizer_maximum", "longest"), [(None, 64), (32, 32), (1024, 64)])
+def test_tokenizer_shortens_the_default_length(
+    tiny_model: TinyModel, tmp_path: Path, tokenizer_maximum: int | None, longest: int
+) -> None:
+    source = tiny_model(HfTask.TEXT_CLASSIFICATION)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    tokenizer.model_max_length = tokenizer_maximum or 10**30
+    spec = CompileSpec(target="onnx-runtime", hf_task=HfTask.TEXT_CLASSIFICATION)
+
+    limits = source_limits(load_source_model(source, HfTask.TEXT_CLASSIFICATION), spec, tokenizer)
+
+    assert limits.default_length == longest
+    assert limits.longest == 64
 
 
 def test_tokenizer_without_a_maximum_has_none() -> None:
@@ -203,7 +223,8 @@ def test_tokenizer_without_a_maximum_has_none() -> None:
 
 def test_roberta_runs_at_its_longest_and_not_beyond(tiny_model: TinyModel) -> None:
     source_model = load_source_model(tiny_model(HfTask.TEXT_CLASSIFICATION, "roberta"), HfTask.TEXT_CLASSIFICATION)
-    longest = maximum_length(source_model.model.config, None)
+    longest = source_model.longest
+    assert longest == MAX_TOKENS
     ids = np.full((1, longest + 1), 7, dtype=np.int64)
     mask = np.ones_like(ids)
 
@@ -297,7 +318,7 @@ def test_remote_code_does_not_run_unless_trusted(tmp_path: Path, monkeypatch: py
 def test_examples_are_ragged_full_once_and_always_the_same(tiny_model: TinyModel) -> None:
     records = load_source_model(tiny_model(HfTask.FEATURE_EXTRACTION), HfTask.FEATURE_EXTRACTION).inputs
 
-    first, second = (example_inputs(records, 4, 8, 600, 0) for _ in range(2))
+    first, second = (example_inputs(records, 4, 8, TokenRows(600)) for _ in range(2))
 
     assert list(first) == ["input_ids", "attention_mask", "token_type_ids"]
     for name, value in first.items():

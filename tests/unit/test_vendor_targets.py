@@ -20,6 +20,7 @@ from compileflow.contracts.digests import list_files
 from compileflow.errors import CompileError, InputError, LoadError, SpecError, TargetUnavailableError
 from compileflow.source_model.examples import example_inputs
 from compileflow.source_model.load import load_source_model
+from compileflow.source_model.token_rows import TokenRows
 from compileflow.spec import CompileSpec, HfTask, Precision, ShapeBucket
 from compileflow.steps.compile import check_available
 from compileflow.targets import neuron, neuronx
@@ -93,7 +94,7 @@ def calls(module: str) -> list[dict[str, Any]]:
 
 
 def inputs_of(component: CompiledComponent, rows: int, length: int) -> dict[str, Any]:
-    return example_inputs(component.inputs, rows, length, 100, component.pad_token_id)
+    return example_inputs(component.inputs, rows, length, TokenRows(100, pad_token_id=component.pad_token_id))
 
 
 def tensor_bytes(path: Path) -> int:

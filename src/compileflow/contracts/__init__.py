@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from compileflow.contracts.digests import SHA256, FileRecord
-from compileflow.contracts.records import Axis, ComponentRecord, TensorRecord
+from compileflow.contracts.records import Attention, Axis, ComponentRecord, Padding, TensorRecord
 from compileflow.contracts.registries import (
     STAGES,
     ModelRegistry,
@@ -38,6 +38,7 @@ __all__ = [
     "AcceptedOutcome",
     "Arrays",
     "ArtifactStore",
+    "Attention",
     "Availability",
     "Axis",
     "Capabilities",
@@ -52,6 +53,7 @@ __all__ = [
     "ModelRegistry",
     "ModelVersion",
     "Outcome",
+    "Padding",
     "Promotion",
     "Runner",
     "Source",

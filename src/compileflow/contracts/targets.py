@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, JsonValue
 
-from compileflow.contracts.records import ComponentRecord, TensorRecord
+from compileflow.contracts.records import Attention, ComponentRecord, Padding, TensorRecord
 from compileflow.spec import CompileSpec, ComponentSpec, HfTask, Precision, ShapeBucket
 
 Arrays = dict[str, NDArray[Any]]
@@ -78,12 +78,14 @@ class ComponentPlan:
         threads: Threads that the compile may use.
         calibration: Batches of natural examples, as arrays of the graph's inputs; () unless the target's options
             return True from `needs_calibration`.
+        attention: Attention to load the source model with. It is eager in a second attempt, after sdpa failed.
     """
 
     spec: CompileSpec
     component: ComponentSpec
     threads: int = 1
     calibration: tuple[Arrays, ...] = ()
+    attention: Attention = "sdpa"
 
     def __post_init__(self) -> None:
         if self.component.max_sequence_length is None:
@@ -138,6 +140,9 @@ class CompiledComponent:
         pad_token_id: Token that pads input_ids after the end of a row.
         load_options: JSON values that `Target.load` receives again, in the record of the component.
         frame_convolutions: (kernel, stride) of each convolution that turns a sequence into frames; () if none.
+        attention: Implementation of attention that the graph was made from: sdpa or eager; "" if unknown.
+        padding: Side on which padding leaves answers unchanged, or none; None if nobody measured it.
+        vocab_size: Number of token ids that the model takes; 0 if unknown.
     """
 
     files: tuple[str, ...]
@@ -147,6 +152,9 @@ class CompiledComponent:
     pad_token_id: int
     load_options: Mapping[str, JsonValue] = field(default_factory=dict)
     frame_convolutions: tuple[tuple[int, int], ...] = ()
+    attention: str = ""
+    padding: Padding | None = None
+    vocab_size: int = 0
 
 
 class Runner(Protocol):

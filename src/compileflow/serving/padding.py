@@ -56,16 +56,17 @@ def complete_inputs(component: ComponentRecord, values: Mapping[str, Any]) -> Ar
         preparation = "Tokenize the text" if main.name == "input_ids" else "Call the model's processor"
         raise InputError(f"The compiled model was called without {main.name}.", hint=f"{preparation} first.")
     main_array = _checked(main, arrays_by_name[main.name], component)
-    rows, length = call_sizes(main, main_array)
-    sizes: dict[str | int, int] = {"batch": rows, "sequence": length}
+    axis_sizes = zip(main.axes, main_array.shape, strict=True)
+    sizes: dict[str | int, int] = {axis: size for axis, size in axis_sizes if isinstance(axis, str)}
     arrays: Arrays = {main.name: main_array}
     for tensor in component.inputs[1:]:
+        shape = tuple([sizes.get(axis, axis) for axis in tensor.axes])
         if tensor.name in arrays_by_name:
             array = _checked(tensor, arrays_by_name[tensor.name], component)
         else:
-            fill = 1 if tensor.name == "attention_mask" else 0
-            array = np.full((rows, length), fill, dtype=tensor.dtype)
-        if array.shape != tuple([sizes.get(axis, axis) for axis in tensor.axes]):
+            fill = 1 if tensor.name.endswith("mask") else 0
+            array = np.full(shape, fill, dtype=tensor.dtype)
+        if array.shape != shape:
             raise InputError(
                 f"{tensor.name} has shape {array.shape}, but {main.name} has shape {main_array.shape}.",
                 hint="Make the shapes equal.",
@@ -119,7 +120,17 @@ def _checked(tensor: TensorRecord, array: NDArray[Any], component: ComponentReco
                 f"The input has {length} {unit}, but the model needs at least {shortest}.",
                 hint="Pass a longer recording.",
             )
-    return np.ascontiguousarray(array, dtype=tensor.dtype)
+    array = np.ascontiguousarray(array, dtype=tensor.dtype)
+    count = component.vocab_size if tensor.name == "input_ids" else tensor.below
+    # Native code would read beyond its table. As an unsigned number, a negative one is too large as well.
+    if count and array.view(f"u{tensor.dtype}").max() >= count:
+        wrong_value = array[(array < 0) | (array >= count)][0]
+        raise InputError(
+            f"{tensor.name} contains {wrong_value}, but the model takes numbers from 0 to {count - 1}.",
+            hint="Use the tokenizer that was saved with the model. If tokens were added to it, the embeddings of "
+            "the model must be resized (resize_token_embeddings).",
+        )
+    return array
 
 
 def run_fitted(runner: Runner, component: ComponentRecord, inputs: Arrays) -> Arrays:
@@ -140,13 +151,23 @@ def run_fitted(runner: Runner, component: ComponentRecord, inputs: Arrays) -> Ar
     start = 0
     for bucket in plan_calls(component.shape_buckets, rows, length):
         count = min(bucket.batch_size, rows - start)
-        chunk = {name: value[start : start + count] for name, value in inputs.items()}
+        chunk = {
+            tensor.name: inputs[tensor.name][start : start + count]
+            if tensor.axes[0] == "batch"
+            else inputs[tensor.name]
+            for tensor in component.inputs
+        }
         outputs = runner.run(pad_to(chunk, bucket, component))
         parts.append(cut_back(outputs, component, count, length))
         start += count
     if len(parts) == 1:
         return parts[0]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return {
+        tensor.name: np.concatenate([part[tensor.name] for part in parts], axis=tensor.axes.index("batch"))
+        if "batch" in tensor.axes
+        else parts[0][tensor.name]
+        for tensor in component.outputs
+    }
 
 
 def plan_calls(buckets: Sequence[ShapeBucket], rows: int, length: int) -> list[ShapeBucket]:
@@ -172,7 +193,7 @@ def plan_calls(buckets: Sequence[ShapeBucket], rows: int, length: int) -> list[S
 
 
 def pad_to(inputs: Arrays, bucket: ShapeBucket, component: ComponentRecord) -> Arrays:
-    """Pad a batch on the right to a bucket's shape.
+    """Pad a batch to a bucket's shape, on the side of the component's record; without one, on the right.
 
     The mask excludes the added elements. Added rows repeat the last one, because a row that is masked completely
     makes some models divide by zero.
@@ -187,16 +208,17 @@ def pad_to(inputs: Arrays, bucket: ShapeBucket, component: ComponentRecord) -> A
             arrays[tensor.name] = value
             continue
         array = np.full(shape, _fill_value(tensor, component), dtype=value.dtype)
-        array[tuple(map(slice, value.shape))] = value
+        array[tuple(_filled_part(tensor, component, value.shape))] = value
         array[len(value) :] = array[len(value) - 1]
         arrays[tensor.name] = array
     return arrays
 
 
 def stack_rows(component: ComponentRecord, rows: Sequence[Arrays]) -> Arrays:
-    """Stack rows into a batch. Shorter rows are padded on the right, and the mask excludes the padding.
+    """Stack rows into a batch. Shorter rows are padded, and the mask excludes the padding.
 
     The side does not depend on the tokenizer: padding on the right keeps the absolute positions of a single row.
+    Only where the component's record says so, it is the left.
     """
     arrays = {}
     for tensor in component.inputs:
@@ -207,7 +229,7 @@ def stack_rows(component: ComponentRecord, rows: Sequence[Arrays]) -> Arrays:
         longest = max(value.shape[-1] for value in values)
         array = np.full((len(values), longest), _fill_value(tensor, component), dtype=values[0].dtype)
         for position, value in enumerate(values):
-            array[position, : value.shape[1]] = value[0]
+            array[position, _filled_part(tensor, component, value.shape)[1]] = value[0]
         arrays[tensor.name] = array
     return arrays
 
@@ -229,7 +251,17 @@ def cut_back(outputs: Arrays, component: ComponentRecord, rows: int, length: int
 
 def _axis_slices(component: ComponentRecord, rows: slice, length: int) -> dict[str, slice]:
     frames = frames_of(component.frame_convolutions, length)
-    return {"batch": rows, "sequence": slice(length), "frames": slice(frames)}
+    sequence = slice(-length, None) if component.padding == "left" else slice(length)
+    return {"batch": rows, "sequence": sequence, "frames": slice(frames)}
+
+
+def _filled_part(tensor: TensorRecord, component: ComponentRecord, shape: Sequence[int]) -> list[slice]:
+    """Return the place of a value with this shape in a padded array."""
+    left = component.padding == "left"
+    return [
+        slice(-size, None) if left and axis == "sequence" else slice(size)
+        for axis, size in zip(tensor.axes, shape, strict=True)
+    ]
 
 
 def _index(tensor: TensorRecord, slices: Mapping[str, slice]) -> tuple[slice, ...]:

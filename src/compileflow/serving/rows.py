@@ -19,8 +19,7 @@ DEFAULT_BATCH_SIZE = 8
 # How much of a list is preprocessed and sorted at a time, whichever limit is reached first.
 _WINDOW_ITEMS = 1024
 _WINDOW_BYTES = 64 * 2**20
-# Model types in which padding affects other tokens despite the mask: they shorten or hash the sequence, or look at
-# neighbours before the mask counts. Found by comparing small random models with and without padding.
+# Model types in which padding affects other tokens despite the mask, for artifacts that do not record it.
 _SEE_PADDING = ("canine", "convbert", "funnel", "mobilebert", "nystromformer", "yoso")
 
 
@@ -82,13 +81,15 @@ def checked_batch_size(batch_size: Any) -> int | None:
 def may_pad(record: ComponentRecord, config: Any) -> bool:
     """Tell whether rows of different lengths may share a call, that is, whether padding leaves answers unchanged.
 
-    This holds for tokens with a mask, unless the model has convolutions over the tokens or attention that reads
-    every token.
+    The compile measured it. In older artifacts, it holds for tokens with a mask, unless the model has convolutions
+    over the tokens or attention that reads every token.
 
     Args:
         record: Record of the component.
         config: Configuration of the source model.
     """
+    if record.padding is not None:
+        return record.padding != "none"
     has_mask = {"input_ids", "attention_mask"} <= {tensor.name for tensor in record.inputs}
     has_convolutions = bool(getattr(config, "conv_kernel_size", 0))
     return has_mask and not has_convolutions and config.model_type not in _SEE_PADDING

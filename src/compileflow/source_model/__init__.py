@@ -8,15 +8,15 @@ from compileflow.source_model.interface import (
     as_tuple_module,
     free_axes,
     length_limit,
-    maximum_length,
     tokenizer_maximum,
 )
 from compileflow.source_model.load import load_config, load_source_model
-from compileflow.source_model.tasks import AUTO_CLASSES, HEADS, task_of_architecture, tasks_of
+from compileflow.source_model.tasks import AUTO_CLASSES, HEADS, UNMASKED_TASKS, task_of_architecture, tasks_of
 
 __all__ = [
     "AUTO_CLASSES",
     "HEADS",
+    "UNMASKED_TASKS",
     "SourceModel",
     "as_tuple_module",
     "calibration_tensors",
@@ -26,7 +26,6 @@ __all__ = [
     "length_limit",
     "load_config",
     "load_source_model",
-    "maximum_length",
     "task_of_architecture",
     "tasks_of",
     "tokenizer_maximum",

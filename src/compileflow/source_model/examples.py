@@ -9,15 +9,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compileflow.contracts import Arrays, TensorRecord
+from compileflow.source_model.token_rows import TokenRows
 
 if TYPE_CHECKING:
     import torch
 
 
 def example_inputs(
-    inputs: Sequence[TensorRecord], batch_size: int, sequence_length: int, vocab_size: int, pad_token_id: int
+    inputs: Sequence[TensorRecord],
+    batch_size: int,
+    sequence_length: int,
+    tokens: TokenRows | None = None,
+    *,
+    pad_left: bool = False,
+    variant: int = 0,
 ) -> Arrays:
-    """Generate example inputs: varied tokens or noise, masks of different lengths, both token types.
+    """Generate example inputs: rows of text or noise, masks of different lengths, both token types.
 
     The same arguments always give the same arrays.
 
@@ -25,25 +32,30 @@ def example_inputs(
         inputs: Inputs of the graph.
         batch_size: Rows of every array.
         sequence_length: Size of the sequence axis. The last row fills it; earlier rows are shorter.
-        vocab_size: Token ids are drawn below this number.
-        pad_token_id: Token id beyond the end of a row.
+        tokens: Form of the rows of a text model.
+        pad_left: Pad shorter rows on the left.
+        variant: Another number gives other values.
     """
-    random = np.random.default_rng(20)
-    mask = np.ones((batch_size, sequence_length), np.int64)
-    for row in range(batch_size):
-        # The last row is the longest, so that at least one row is full.
-        row_length = max(1, sequence_length * (row + 1) // batch_size) if batch_size > 1 else sequence_length
-        mask[row, row_length:] = 0
+    random = np.random.default_rng(20 + variant)
+    shortest = min(sequence_length, tokens.shortest if tokens else 1)
+    # The last row is the longest, so that at least one row is full.
+    lengths = [max(shortest, sequence_length * (row + 1) // batch_size) for row in range(batch_size)]
+    places = [slice(sequence_length - length, None) if pad_left else slice(length) for length in lengths]
+    mask = np.zeros((batch_size, sequence_length), np.int64)
+    for row, place in enumerate(places):
+        mask[row, place] = 1
     values: Arrays = {}
     for record in inputs:
-        if record.name == "input_ids":
-            ids = random.integers(0, vocab_size, (batch_size, sequence_length), dtype=np.int64)
-            values[record.name] = np.where(mask == 1, ids, pad_token_id)
+        if record.name == "input_ids" and tokens is not None:
+            values[record.name] = np.full_like(mask, tokens.pad_token_id)
+            for row, place in enumerate(places):
+                values[record.name][row, place] = tokens.row(lengths[row], random)
         elif record.name == "attention_mask":
             values[record.name] = mask
-        elif record.name == "token_type_ids":
-            second_type = np.arange(sequence_length) >= sequence_length // 2
-            values[record.name] = second_type.astype(np.int64) * mask
+        elif record.name == "token_type_ids" and tokens is not None:
+            values[record.name] = np.zeros_like(mask)
+            for row, place in enumerate(places):
+                values[record.name][row, place] = tokens.types(lengths[row])
         else:
             has_mask = any(other.name == "attention_mask" for other in inputs)
             values[record.name] = _noise(random, record, mask, has_mask=has_mask)

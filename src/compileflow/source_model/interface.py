@@ -2,40 +2,25 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pydantic import JsonValue
 
-from compileflow.contracts import Arrays, Axis, CompiledComponent, TensorRecord
-from compileflow.errors import CompileError, SourceError
+from compileflow.contracts import Arrays, Axis, CompiledComponent, Padding, TensorRecord
+from compileflow.errors import CompileError
 from compileflow.source_model.examples import example_inputs, example_length
-from compileflow.source_model.lengths import Convolutions, frame_convolutions
+from compileflow.source_model.lengths import Convolutions, convolutions_of, frame_convolutions, frames_of
+from compileflow.source_model.processor import Processor, image_inputs
+from compileflow.source_model.token_rows import TokenRows
 from compileflow.spec import Precision
 
 if TYPE_CHECKING:
     import torch
 
-# Two lengths of text that a model is probed with.
-TEXT_PROBES = (7, 11)
 # transformers writes an integer near 1e30 where a tokenizer has no maximum length.
 _NO_MAXIMUM = 1_000_000
-# Model types whose embeddings number positions with transformers' create_position_ids_from_input_ids.
-_POSITIONS_AFTER_PADDING = (
-    "camembert",
-    "data2vec-text",
-    "ibert",
-    "longformer",
-    "luke",
-    "mpnet",
-    "roberta",
-    "roberta-prelayernorm",
-    "xlm-roberta",
-    "xlm-roberta-xl",
-    "xmod",
-)
 
 
 @dataclass(frozen=True)
@@ -50,6 +35,11 @@ class SourceModel:
         pad_token_id: Token id beyond the end of a row.
         vocab_size: Number of token ids; 0 for images and audio.
         frame_convolutions: (kernel, stride) of each convolution between the sequence axis and the frames.
+        processor: Processor of an image or audio model.
+        tokens: Form of the rows of a text model.
+        padding: Side on which padding leaves the answers of a text model unchanged, or none; None: not measured.
+        longest: Longest row that the model has positions for; None without a limit.
+        attention: Implementation of attention.
     """
 
     model: Any
@@ -59,6 +49,17 @@ class SourceModel:
     pad_token_id: int
     vocab_size: int
     frame_convolutions: Convolutions = ()
+    processor: Processor | None = None
+    tokens: TokenRows | None = None
+    padding: Padding | None = None
+    longest: int | None = None
+    attention: str = ""
+
+    @property
+    def cuts_padding(self) -> bool:
+        """Whether a mask hides padding, and the answers to padded inputs can be cut to those of the bare ones."""
+        has_mask = any(record.name == "attention_mask" for record in self.inputs)
+        return has_mask and not any("free" in record.axes for record in self.outputs)
 
     def run(self, inputs: Mapping[str, Any]) -> Arrays:
         """Run the source model on named arrays with the axes of `inputs`, and return named float arrays."""
@@ -68,11 +69,26 @@ class SourceModel:
             answer = self.model(**{name: torch.as_tensor(value) for name, value in inputs.items()})
         return {record.name: answer[record.name].numpy() for record in self.outputs}
 
+    def example_arrays(self, batch_size: int, sequence_length: int, *, variant: int = 0) -> Arrays:
+        """Return example inputs: tokens or noise of that length, or images from the processor.
+
+        Args:
+            batch_size: Rows of every array.
+            sequence_length: Size of the sequence axis.
+            variant: 1 gives other values than 0, and images of another size.
+        """
+        if self.processor is not None and self.processor.modality == "image":
+            return image_inputs(self.processor, self.inputs, batch_size, probe=variant)
+        pad_left = self.padding == "left"
+        return example_inputs(
+            self.inputs, batch_size, sequence_length, self.tokens, pad_left=pad_left, variant=variant
+        )
+
     def example_tensors(self, batch_size: int, sequence_length: int) -> dict[str, torch.Tensor]:
         """Return example inputs as tensors, in the order of `inputs`."""
         import torch
 
-        arrays = example_inputs(self.inputs, batch_size, sequence_length, self.vocab_size, self.pad_token_id)
+        arrays = self.example_arrays(batch_size, sequence_length)
         return {record.name: torch.as_tensor(arrays[record.name]) for record in self.inputs}
 
     def export_tensors(self, longest: int) -> dict[str, torch.Tensor]:
@@ -115,6 +131,9 @@ class SourceModel:
             pad_token_id=self.pad_token_id,
             load_options=load_options or {},
             frame_convolutions=self.frame_convolutions,
+            attention=self.attention,
+            padding=self.padding,
+            vocab_size=self.vocab_size,
         )
 
 
@@ -125,6 +144,8 @@ def probe_model(
     lengths: tuple[int, int],
     *,
     ignored_outputs: Sequence[str] = (),
+    processor: Processor | None = None,
+    tokens: TokenRows | None = None,
 ) -> SourceModel:
     """Run a model on two batches of different shapes, and read its outputs and their axes off the answers.
 
@@ -134,16 +155,22 @@ def probe_model(
         inputs: Inputs of the model.
         lengths: Sequence lengths of the two batches.
         ignored_outputs: Names of outputs that the compiled component does not have.
+        processor: Processor of an image or audio model.
+        tokens: Form of the rows of a text model.
 
     Raises:
         SpecError: The configuration does not explain the number of frames.
     """
     import torch
 
-    vocab_size, pad_token_id = getattr(config, "vocab_size", None) or 0, getattr(config, "pad_token_id", None) or 0
+    convolutions = convolutions_of(config) if "sequence" in inputs[0].axes else ()
+    convolved = tuple(frames_of(convolutions, length) for length in lengths)
     answers = []
-    for batch_size, length in zip((2, 3), lengths, strict=True):
-        example = example_inputs(inputs, batch_size, length, vocab_size, pad_token_id)
+    for probe, (batch_size, length) in enumerate(zip((2, 3), lengths, strict=True)):
+        if processor is not None and processor.modality == "image":
+            example = image_inputs(processor, inputs, batch_size, probe=probe)
+        else:
+            example = example_inputs(inputs, batch_size, length, tokens)
         with torch.inference_mode():
             answers.append(model(**{name: torch.as_tensor(value) for name, value in example.items()}))
     outputs = []
@@ -159,6 +186,8 @@ def probe_model(
                 axes.append("batch")
             elif sizes == lengths:
                 axes.append("sequence")
+            elif processor is not None and sizes != convolved:
+                axes.append("free")
             else:
                 axes.append("frames")
                 frames = list(zip(lengths, sizes, strict=True))
@@ -170,47 +199,13 @@ def probe_model(
         inputs=tuple(inputs),
         outputs=tuple(outputs),
         output_class=f"{answer_class.__module__}:{answer_class.__qualname__}",
-        pad_token_id=pad_token_id,
-        vocab_size=int(vocab_size),
+        pad_token_id=tokens.pad_token_id if tokens else 0,
+        vocab_size=tokens.vocab_size if tokens else 0,
         frame_convolutions=frame_convolutions(config, frames) if "sequence" in inputs[0].axes else (),
+        processor=processor,
+        tokens=tokens,
+        attention=getattr(model.config, "_attn_implementation", None) or "",
     )
-
-
-def text_inputs(model: Any, config: Any) -> tuple[TensorRecord, ...]:
-    """Return the inputs of a text model: those of the usual three that its `forward` takes.
-
-    Raises:
-        SourceError: `forward` does not take input_ids.
-    """
-    parameters = list(inspect.signature(model.forward).parameters)
-    if "input_ids" not in parameters:
-        raise SourceError(
-            f"{type(model).__name__}.forward has no parameter input_ids; it has {', '.join(parameters)}.",
-            hint="Name the inputs in the signature of forward: a compiled graph needs named inputs.",
-        )
-    names = ["input_ids", "attention_mask"]
-    if getattr(config, "type_vocab_size", 0) > 1:
-        names.append("token_type_ids")
-    return tuple(
-        TensorRecord(name=name, dtype="int64", axes=("batch", "sequence")) for name in names if name in parameters
-    )
-
-
-def maximum_length(config: Any, tokenizer_maximum: int | None) -> int:
-    """Return the longest input, in tokens, for which a model has positions and its tokenizer has room.
-
-    RoBERTa-like models number positions from pad_token_id + 1, and lose that many.
-
-    Args:
-        config: Configuration of the model.
-        tokenizer_maximum: Longest input of the tokenizer; None where it has no maximum.
-    """
-    positions = getattr(config, "max_position_embeddings", None) or 512
-    if config.model_type in _POSITIONS_AFTER_PADDING:
-        positions -= (config.pad_token_id or 0) + 1
-    if tokenizer_maximum is not None and 0 < tokenizer_maximum < positions:
-        return tokenizer_maximum
-    return int(positions)
 
 
 def tokenizer_maximum(tokenizer: Any) -> int | None:
@@ -225,7 +220,10 @@ def length_limit(value: float | None) -> int | None:
 
 def free_axes(inputs: Sequence[TensorRecord], batch: Any, sequence: Any) -> dict[str, dict[int, Any]]:
     """Return the argument dynamic_shapes of torch.export: for each input, its free axes and their dimensions."""
-    dimensions = {"batch": batch, "sequence": sequence}
+    import torch
+
+    size = torch.export.Dim.DYNAMIC
+    dimensions = {"batch": batch, "sequence": sequence, "height": size, "width": size}
     return {
         record.name: {number: dimensions[axis] for number, axis in enumerate(record.axes) if isinstance(axis, str)}
         for record in inputs

@@ -7,59 +7,142 @@ inside the functions.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from compileflow.errors import SourceError, SpecError
-from compileflow.source_model.interface import TEXT_PROBES, SourceModel, probe_model, text_inputs
-from compileflow.source_model.processor import load_processor, signal_lengths, signal_records
-from compileflow.source_model.tasks import AUTO_CLASSES, tasks_of
+from compileflow.contracts import Attention
+from compileflow.contracts import TensorRecord
+from compileflow.errors import SourceError, SpecError, first_line
+from compileflow.source_model.interface import SourceModel, probe_model
+from compileflow.source_model.lengths import x_vector_convolutions
+from compileflow.source_model.processor import (
+    load_processor,
+    signal_lengths,
+    signal_records,
+    single_image_records,
+)
+from compileflow.source_model.tasks import UNMASKED_TASKS, model_class_of, tasks_of
+from compileflow.source_model.text_model import probe_text_model
 from compileflow.spec import HfTask
+
+# Tasks that read hidden states. The pooler of their models may be untrained.
+_BARE_MODELS = (HfTask.FEATURE_EXTRACTION, HfTask.IMAGE_FEATURE_EXTRACTION)
+# The model that `loaded_once` holds, with the arguments that it was loaded for.
+_loaded: ContextVar[tuple[tuple[Any, ...], SourceModel] | None] = ContextVar("loaded", default=None)
 
 
 def load_source_model(
     folder: Path,
     hf_task: HfTask,
     *,
-    attention: str = "sdpa",
+    attention: Attention = "sdpa",
     trust_remote_code: bool = False,
 ) -> SourceModel:
-    """Load a source model in fp32 with the head of a task, and run it twice to learn its interface.
+    """Load a source model in fp32 with the head of a task, and run it on a few examples to learn its interface.
 
     Args:
         folder: Folder that save_pretrained wrote.
         hf_task: Task whose head the model must have.
-        attention: Implementation of attention in transformers.
+        attention: Preferred implementation of attention in transformers. A class without sdpa uses eager.
         trust_remote_code: Run Python files of the folder.
 
     Raises:
         SpecError: The architecture or the weights have no head for the task, or remote code is not trusted.
         SourceError: The configuration or the weights cannot be read.
     """
+    key = (folder, hf_task, attention, trust_remote_code)
+    loaded = _loaded.get()
+    if loaded is not None and loaded[0] == key:
+        return loaded[1]
     config = load_config(folder, trust_remote_code=trust_remote_code)
     model, has_pooler = _load_model(folder, config, hf_task, attention, trust_remote_code)
-    if hf_task.modality == "text":
-        inputs = text_inputs(model, config)
-        lengths = TEXT_PROBES
-    else:
-        processor = load_processor(folder, hf_task.modality, trust_remote_code=trust_remote_code)
-        inputs = signal_records(processor, inspect.signature(model.forward).parameters, type(model).__name__)
-        lengths = signal_lengths(processor, inputs)
-    return probe_model(model, config, inputs, lengths, ignored_outputs=() if has_pooler else ("pooler_output",))
+    ignored_outputs = () if has_pooler else ("pooler_output",)
+    if hf_task.takes_text:
+        tokenizer = _tokenizer_or_none(folder, trust_remote_code)
+        image: tuple[TensorRecord, ...] = ()
+        if hf_task.modality == "image-text":
+            processor = load_processor(folder, "image", trust_remote_code=trust_remote_code)
+            image = single_image_records(processor, inspect.signature(model.forward).parameters, type(model).__name__)
+        return probe_text_model(
+            model, config, tokenizer, hf_task, ignored_outputs=ignored_outputs, other_inputs=image
+        )
+    processor = load_processor(folder, hf_task.modality, trust_remote_code=trust_remote_code)
+    is_unmasked = hf_task in UNMASKED_TASKS
+    inputs = signal_records(
+        processor,
+        inspect.signature(model.forward).parameters,
+        type(model).__name__,
+        ignored_inputs=("attention_mask",) if is_unmasked else (),
+    )
+    lengths = signal_lengths(processor, inputs)
+    try:
+        source = probe_model(model, config, inputs, lengths, ignored_outputs=ignored_outputs, processor=processor)
+        return replace(source, frame_convolutions=x_vector_convolutions(config)) if is_unmasked else source
+    except (ValueError, RuntimeError, IndexError, TypeError) as error:
+        shapes = "; ".join(f"{record.name} ({', '.join(map(str, record.axes))})" for record in inputs)
+        raise SourceError(
+            f"{type(model).__name__} does not run on the inputs that its processor prepares, {shapes}: "
+            f"{first_line(error)}.",
+            hint="Use the processor that was saved with this model. If it keeps the aspect ratio and the model "
+            "takes one size, set size to a height and a width in preprocessor_config.json.",
+        ) from error
+
+
+@contextmanager
+def loaded_once(
+    folder: Path, hf_task: HfTask, *, attention: Attention = "sdpa", trust_remote_code: bool = False
+) -> Iterator[SourceModel]:
+    """Load a source model; inside the block, `load_source_model` returns it for the same arguments."""
+    source_model = load_source_model(folder, hf_task, attention=attention, trust_remote_code=trust_remote_code)
+    token = _loaded.set(((folder, hf_task, attention, trust_remote_code), source_model))
+    try:
+        yield source_model
+    finally:
+        _loaded.reset(token)
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
+    """Load the tokenizer of a source model.
+
+    Raises:
+        SourceError: The folder has no tokenizer, or transformers cannot load it.
+    """
+    from transformers import AutoTokenizer
+
+    hint = "Save the tokenizer into the model's folder with save_pretrained."
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    # The Rust library behind fast tokenizers raises bare exceptions.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise SourceError(f"The source model's tokenizer cannot be loaded: {reason}.", hint=hint) from error
+    # Without tokenizer files, transformers returns a tokenizer that has only special tokens.
+    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
+        raise SourceError(
+            f"The source model's tokenizer has no vocabulary: it has {len(tokenizer)} tokens, all special.",
+            hint=hint,
+        )
+    return tokenizer
 
 
 def load_config(folder: Path, *, trust_remote_code: bool) -> Any:
     """Load the configuration of a source model.
 
     Raises:
-        SpecError: The model brings Python code that is not trusted.
+        SpecError: The model brings Python code that is not trusted, or it is already quantized.
         SourceError: transformers cannot use config.json.
     """
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:
         text = str(error)
         if "trust_remote_code" in text:
             raise SpecError(
@@ -70,6 +153,24 @@ def load_config(folder: Path, *, trust_remote_code: bool) -> Any:
             f"transformers cannot use config.json of the source model: {text}",
             hint="Use a model that this version of transformers supports.",
         ) from error
+    quantization = getattr(config, "quantization_config", None)
+    if quantization:
+        method = (
+            quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
+        )
+        raise SpecError(
+            f"The source model is already quantized ({method or 'quantization_config'} in its config.json).",
+            hint="Give the model before quantization, and compile it with precision int8.",
+        )
+    return config
+
+
+def _tokenizer_or_none(folder: Path, trust_remote_code: bool) -> Any:
+    """Return the tokenizer of a folder; None for a model that was in memory and came without one."""
+    try:
+        return load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    except SourceError:
+        return None
 
 
 def _load_model(
@@ -77,7 +178,6 @@ def _load_model(
 ) -> tuple[Any, bool]:
     """Return the model, and whether the weights hold everything that its pooler needs."""
     import torch
-    import transformers
     from safetensors import SafetensorError
 
     supported_tasks = tasks_of(config)
@@ -89,11 +189,12 @@ def _load_model(
             else "Choose another model: this one has no task that compileflow compiles.",
         )
     try:
-        model, report = getattr(transformers, AUTO_CLASSES[hf_task]).from_pretrained(
+        model, report = model_class_of(config, hf_task).from_pretrained(
             folder,
             config=config,
             dtype=torch.float32,
-            attn_implementation=attention,
+            # None is sdpa where the class has it, and eager where it does not; "sdpa" would be an error there.
+            attn_implementation=None if attention == "sdpa" else attention,
             local_files_only=True,
             output_loading_info=True,
             # Without it, transformers' error names no tensor. Mismatched tensors are refused below.
@@ -114,7 +215,7 @@ def _load_model(
             hint="Use the config.json that was saved with these weights.",
         )
     missing_keys = set(report["missing_keys"])
-    missing_pooler = {key for key in missing_keys if hf_task is HfTask.FEATURE_EXTRACTION and "pooler." in key}
+    missing_pooler = {key for key in missing_keys if hf_task.graph_task in _BARE_MODELS and "pooler." in key}
     missing_head = sorted(missing_keys - missing_pooler)
     if missing_head:
         raise SpecError(

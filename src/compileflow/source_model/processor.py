@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compileflow.contracts import Arrays, Axis, TensorRecord
-from compileflow.errors import SourceError
+from compileflow.errors import SourceError, first_line
 from compileflow.spec import Modality
 
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 # Longest recording, in seconds, of an audio component whose request sets no maximum.
 LONGEST_S = 30
 _PROBES_S = (1.0, 1.5)
@@ -78,10 +79,17 @@ def load_processor(folder: Path, modality: Modality, *, trust_remote_code: bool)
         inner = auto_class.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise SourceError(
-            f"The source model's {modality} processor cannot be loaded: {str(error).splitlines()[0]}",
+            f"The source model's {modality} processor cannot be loaded: {_reason(error, folder)}.",
             hint="Save the processor (preprocessor_config.json) into the model's folder with save_pretrained.",
         ) from error
     return Processor(inner, modality)
+
+
+def _reason(error: Exception, folder: Path) -> str:
+    """Return the reason without the path of the folder, a temporary copy."""
+    if not any((folder / name).is_file() for name in _PROCESSOR_FILES):
+        return f"{_PROCESSOR_FILES[0]} is missing"
+    return first_line(error).replace(str(folder), "the model's folder")
 
 
 def probe_signals(processor: Processor) -> list[NDArray[Any]]:
@@ -134,6 +142,23 @@ def signal_records(
         )
     # The signal comes before the mask: its shape is the call's shape.
     return tuple(sorted(records, key=lambda record: record.name.endswith("mask")))
+
+
+def single_image_records(
+    processor: Processor, parameters: Iterable[str], model_name: str
+) -> tuple[TensorRecord, ...]:
+    """Return the inputs for one image of a model that compares it with a batch of texts.
+
+    Raises:
+        SourceError: The processor gives images of different sizes.
+    """
+    records = signal_records(processor, parameters, model_name)
+    if any(axis in ("height", "width") for record in records for axis in record.axes):
+        raise SourceError(
+            f"The processor of {model_name} keeps the aspect ratio, but the graph takes images of one size.",
+            hint="Let the processor crop, or set size to a height and a width in preprocessor_config.json.",
+        )
+    return tuple(record.model_copy(update={"axes": (1, *record.axes[1:])}) for record in records)
 
 
 def image_inputs(

@@ -51,7 +51,7 @@ def build_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
         _check_limits(source_dir)
     config = load_config(source_dir, trust_remote_code=spec.trust_remote_code)
     tokenizer = None
-    if spec.hf_task.modality == "text" and request.get("needs_tokenizer", True):
+    if spec.hf_task.takes_text and request.get("needs_tokenizer", True):
         tokenizer = load_tokenizer(source_dir, trust_remote_code=spec.trust_remote_code)
     report_progress("loading the source model")
     with (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -49,8 +49,7 @@ def source_limits(source_model: SourceModel, spec: CompileSpec, tokenizer: Any) 
         spec: What to compile.
         tokenizer: Tokenizer of a text model; None without one.
     """
-    modality = spec.hf_task.modality
-    if modality == "text":
+    if spec.hf_task.takes_text:
         longest = source_model.longest
         lengths = [length for length in (longest, tokenizer_maximum(tokenizer)) if length]
         return SourceLimits(
@@ -61,7 +60,7 @@ def source_limits(source_model: SourceModel, spec: CompileSpec, tokenizer: Any) 
         )
     processor = source_model.processor
     assert processor is not None  # noqa: S101 - every image and audio model has one
-    if modality == "image":
+    if spec.hf_task.modality == "image":
         return SourceLimits(1, 1, _single_row_buckets, image_sizes=image_sizes(processor))
     default_length = longest_signal(processor)
     if default_length == 1:
@@ -94,6 +93,20 @@ def plan_components(
     if rows_fill_shapes:
         limits = replace(limits, padding_changes_answers=False)
     return tuple(_plan(spec, component, target, limits, threads) for component in spec.components)
+
+
+def check_timed_shapes(shapes: Iterable[ShapeBucket], longest: int) -> None:
+    """Refuse a shape to time whose rows are longer than the longest row of the artifact.
+
+    Raises:
+        SpecError: A shape is longer.
+    """
+    for shape in shapes:
+        if shape.sequence_length > longest:
+            raise SpecError(
+                f"Cannot time the shape {shape}: the longest row of this model is {longest}.",
+                hint="Give shapes with rows of at most that length.",
+            )
 
 
 def merge_plans(plans: Sequence[ComponentPlan]) -> ComponentPlan:

@@ -143,7 +143,7 @@ def _examples(artifact: OpenArtifact, record: ComponentRecord) -> Callable[[int,
         processor = load_processor(artifact.folder, "image", trust_remote_code=artifact.trust_remote_code)
         return lambda rows, _: image_inputs(processor, record.inputs, rows)
     tokens = None
-    if spec.hf_task.modality == "text":
+    if spec.hf_task.takes_text:
         tokenizer = load_tokenizer(artifact.folder, trust_remote_code=artifact.trust_remote_code)
         tokens = token_rows(tokenizer, _config(artifact), record.vocab_size, spec.hf_task)
     return partial(example_inputs, record.inputs, tokens=tokens, pad_left=record.padding == "left")

@@ -114,7 +114,10 @@ class AotInductorTarget:
         options = AotInductorOptions.model_validate(dict(component.options))
         report_progress("loading the source model")
         source_model = load_source_model(
-            source_dir, component.hf_task, trust_remote_code=component.trust_remote_code
+            source_dir,
+            component.hf_task,
+            attention=component.attention,
+            trust_remote_code=component.trust_remote_code,
         )
         with torch_threads(component.threads):
             report_progress("exporting the graph")

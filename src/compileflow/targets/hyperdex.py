@@ -120,7 +120,10 @@ class HyperdexTarget:
             )
         report_progress("loading the source model")
         source_model = load_source_model(
-            source_dir, component.hf_task, trust_remote_code=component.trust_remote_code
+            source_dir,
+            component.hf_task,
+            attention=component.attention,
+            trust_remote_code=component.trust_remote_code,
         )
         folder = out_dir / _FOLDER
         source_files = list_files(source_dir)

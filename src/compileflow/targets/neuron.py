@@ -105,7 +105,10 @@ class NeuronTarget:
         torch_neuron = _TOOLCHAIN.import_module("torch_neuron")
         report_progress("loading the source model")
         source_model = load_source_model(
-            source_dir, component.hf_task, trust_remote_code=component.trust_remote_code
+            source_dir,
+            component.hf_task,
+            attention=component.attention,
+            trust_remote_code=component.trust_remote_code,
         )
         module = as_tuple_module(source_model)
 

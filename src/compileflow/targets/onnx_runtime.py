@@ -95,7 +95,10 @@ class OnnxRuntimeTarget:
         options = OnnxRuntimeOptions.model_validate(dict(component.options))
         report_progress("loading the source model")
         source_model = load_source_model(
-            source_dir, component.hf_task, trust_remote_code=component.trust_remote_code
+            source_dir,
+            component.hf_task,
+            attention=component.attention,
+            trust_remote_code=component.trust_remote_code,
         )
         quantizer = _quantizer(options, component, source_model) if component.precision is Precision.INT8 else None
         report_progress(f"exporting to ONNX ({component.precision.value})")

@@ -111,7 +111,10 @@ class OpenVinoTarget:
         options = OpenVinoOptions.model_validate(dict(component.options))
         report_progress("loading the source model")
         source_model = load_source_model(
-            source_dir, component.hf_task, trust_remote_code=component.trust_remote_code
+            source_dir,
+            component.hf_task,
+            attention=component.attention,
+            trust_remote_code=component.trust_remote_code,
         )
         example = source_model.export_tensors(component.max_sequence_length)
         calibration = calibration_tensors(source_model.inputs, component.calibration)

@@ -119,19 +119,21 @@ def _text_evidence(
     validation: ValidationSettings,
     tests: RegisteredTests | None,
 ) -> Evidence:
-    builder = CaseBuilder(
-        tokenizer=tokenizer,
-        input_names=tuple(tensor.name for tensor in record.inputs),
-        max_length=record.max_sequence_length,
-        edges=tuple(sorted({bucket.sequence_length for bucket in record.shape_buckets})) or _DYNAMIC_EDGES,
-        pad_token_id=record.pad_token_id,
-    )
     examples, origin, _ = load_examples(spec.hf_task, validation.examples_path, validation.max_examples)
     test_examples = tests.examples(spec.hf_task) if tests else []
     if test_examples:
         origin = f"{len(test_examples)} test inputs of the source version, and {origin}"
         examples = (test_examples + examples)[: max(validation.max_examples, len(test_examples))]
     texts = [example.get("text") or example["context"] for example in examples]
+    builder = CaseBuilder(
+        tokenizer=tokenizer,
+        input_names=tuple(tensor.name for tensor in record.inputs),
+        max_length=record.max_sequence_length,
+        edges=tuple(sorted({bucket.sequence_length for bucket in record.shape_buckets})) or _DYNAMIC_EDGES,
+        pad_token_id=record.pad_token_id,
+        question=examples[0].get("question"),
+        pad_left=record.padding == "left",
+    )
 
     def mask(measurements: Measurements, reference: Model, candidate: Model) -> None:
         measure_mask(measurements, reference, candidate, builder, texts[:4])

@@ -19,6 +19,10 @@ class Case:
         inputs: Arrays that both models get, batch first.
         mask: 1 where a position counts. Nothing else is compared.
         positions: For fill-mask, the masked position of each row.
+        may_fail: The source model may refuse these inputs, because no tokenizer makes them. The case is then left
+            out, with a note in the report.
+        same_as: Inputs to which the source model should give the same answer, as the compiled model does. If it
+            does not, the case is left out as well.
     """
 
     name: str
@@ -27,3 +31,5 @@ class Case:
     inputs: Arrays
     mask: Any
     positions: tuple[int, ...] = field(default=())
+    may_fail: bool = False
+    same_as: Arrays | None = None

@@ -38,6 +38,8 @@ class CaseBuilder:
         max_length: Maximum length in tokens.
         edges: Lengths at which the compiled model may switch to other code, such as the buckets' lengths.
         pad_token_id: Token that fills shorter rows.
+        question: First text of each row, for tasks that read two texts.
+        pad_left: Shorter rows are padded on the left.
     """
 
     tokenizer: Any
@@ -45,9 +47,19 @@ class CaseBuilder:
     max_length: int
     edges: tuple[int, ...]
     pad_token_id: int
+    question: str | None = None
+    pad_left: bool = False
+
+    @property
+    def shortest(self) -> int:
+        """Length of the shortest row that has all special tokens and some text."""
+        pairs = self.question is not None
+        return int(self.tokenizer.num_special_tokens_to_add(pair=pairs)) + (2 if pairs else 1)
 
     def encode(self, text: str, pair: str | None = None, *, max_length: int | None = None) -> Row:
         """Tokenize one text or pair; truncate it, but do not pad it."""
+        if pair is None and self.question is not None:
+            text, pair = self.question, text
         limit = max_length or self.max_length
         encoded = self.tokenizer(
             text, pair, truncation=True, max_length=limit, padding=False, return_token_type_ids=True
@@ -56,8 +68,9 @@ class CaseBuilder:
         types = list(encoded.get("token_type_ids", ()))[: len(ids)] or [0] * len(ids)
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "token_type_ids": types}
 
-    def collate(self, rows: Sequence[Row], *, left: bool = False) -> Arrays:
+    def collate(self, rows: Sequence[Row], *, left: bool | None = None) -> Arrays:
         """Pad rows to the longest one; the mask is 0 where a row is padded."""
+        left = self.pad_left if left is None else left
         longest = max(len(row["input_ids"]) for row in rows)
         arrays = {}
         for name in self.input_names:
@@ -76,12 +89,13 @@ class CaseBuilder:
         rows: Sequence[Row],
         texts: Sequence[str],
         *,
-        left: bool = False,
+        left: bool | None = None,
         positions: tuple[int, ...] = (),
+        may_fail: bool = False,
     ) -> Case:
         """Build one case from encoded rows."""
         inputs = self.collate(rows, left=left)
-        return Case(name, family, tuple(texts), inputs, inputs["attention_mask"], positions)
+        return Case(name, family, tuple(texts), inputs, inputs["attention_mask"], positions, may_fail)
 
 
 def shape_cases(builder: CaseBuilder, sentences: Sequence[str]) -> list[Case]:
@@ -92,17 +106,23 @@ def shape_cases(builder: CaseBuilder, sentences: Sequence[str]) -> list[Case]:
     for edge in builder.edges:
         lengths |= {edge - 1, edge, edge + 1}
     for length in sorted(n for n in lengths if 1 <= n <= builder.max_length):
-        row = {name: values[:length] for name, values in builder.encode(stream, max_length=max(length, 4)).items()}
-        cases.append(builder.case(f"length {length}", "length", [row], [f"natural text, {length} tokens"]))
+        encoded = builder.encode(stream, max_length=max(length, builder.shortest))
+        # A row that is too short for all special tokens keeps the last ones.
+        row = {name: values[-length:] for name, values in encoded.items()}
+        is_cut = length < builder.shortest
+        texts = [f"natural text, {length} tokens"]
+        cases.append(builder.case(f"length {length}", "length", [row], texts, may_fail=is_cut))
     long_row = builder.encode(" ".join(sentences) * 4)
     cases.append(builder.case("beyond the maximum, truncated", "length", [long_row], ["all sentences"]))
     for name, text in ODD_TEXTS.items():
         cases.append(builder.case(name, "text", [builder.encode(text)], [text]))
     special_text = " ".join(str(token) for token in builder.tokenizer.all_special_tokens)
-    cases.append(builder.case("special tokens", "text", [builder.encode(special_text)], [special_text]))
+    cases.append(
+        builder.case("special tokens", "text", [builder.encode(special_text)], [special_text], may_fail=True)
+    )
     texts = sorted(sentences[:60], key=len)[:: 60 // 7][:7] if len(sentences) >= 60 else sentences[:7]
     rows = [builder.encode(text) for text in texts]
-    cases.append(builder.case("ragged batch, padded right", "batch", rows, texts))
+    cases.append(builder.case("ragged batch, padded right", "batch", rows, texts, left=False))
     cases.append(builder.case("ragged batch, padded left", "batch", rows, texts, left=True))
     cases.append(builder.case("the batch's first row alone", "batch", rows[:1], texts[:1]))
     pair = builder.encode(texts[0], texts[-1])
@@ -110,7 +130,18 @@ def shape_cases(builder: CaseBuilder, sentences: Sequence[str]) -> list[Case]:
     full_case = builder.case("", "inputs", rows[-1:], texts[-1:])
     for input_name in sorted(set(builder.input_names) - {"input_ids"}):
         inputs = {name: value for name, value in full_case.inputs.items() if name != input_name}
-        cases.append(Case(f"without {input_name}", "inputs", full_case.texts, inputs, full_case.mask))
+        neutral = np.full_like(full_case.inputs[input_name], 1 if input_name == "attention_mask" else 0)
+        cases.append(
+            Case(
+                f"without {input_name}",
+                "inputs",
+                full_case.texts,
+                inputs,
+                full_case.mask,
+                may_fail=True,
+                same_as=inputs | {input_name: neutral},
+            )
+        )
     return cases
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from compileflow.contracts import Arrays
+from compileflow.errors import first_line
 from compileflow.validation.cases.case import Case
 from compileflow.validation.cases.text import CaseBuilder
 from compileflow.validation.measure import metrics
@@ -25,7 +26,10 @@ def measure_mask(
     `mask_leak` is the candidate's rel_l2 between the two, minus the reference's; NaN if the candidate does not
     answer with finite numbers.
     """
-    padding_length = min(4, builder.max_length - 1)
+    padding_length = min(4, builder.max_length - builder.shortest)
+    if padding_length < 1:
+        measurements.notes.append("mask_respected was not judged: rows this short have no room for padding.")
+        return
     rows = [builder.encode(text, max_length=builder.max_length - padding_length) for text in texts]
     inputs = {
         name: np.pad(
@@ -113,7 +117,18 @@ def measure_noise(
     for name, run in variants.items():
         variant_rel_l2 = 0.0
         for case in cases:
-            expected, actual = reference(case.inputs), run(case)
+            expected = reference(case.inputs)
+            try:
+                actual = run(case)
+            except MemoryError:
+                raise
+            # Not every model runs in another precision, or one row at a time.
+            except Exception as error:  # noqa: BLE001
+                measurements.notes.append(
+                    f"The noise of the source model was not measured ({name}): {type(error).__name__}: "
+                    f"{first_line(error)}."
+                )
+                break
             mask = case.mask.astype(bool)
             for output in expected:
                 row = metrics.compare(_masked(expected[output], mask), _masked(actual[output], mask))

@@ -1,0 +1,212 @@
+"""A text model: its inputs, its longest row, and how its rows may be padded, found by running it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compileflow.contracts import Arrays, Padding, TensorRecord
+from compileflow.errors import SourceError, first_line
+from compileflow.source_model.examples import example_inputs
+from compileflow.source_model.interface import SourceModel, probe_model
+from compileflow.source_model.positions import declared_longest, longest_row
+from compileflow.source_model.token_rows import TokenRows, text_config, token_rows
+from compileflow.spec import HfTask
+
+# Lengths of the two probes; shorter ones are for models that take few tokens. 2 and 3 are sizes of the batches.
+_PROBES = ((7, 11), (5, 8), (4, 6))
+# Two answers of one model that differ by more, as a share of their norm, differ by more than rounding.
+_ROUNDING = 1e-4
+
+
+def probe_text_model(
+    model: Any,
+    config: Any,
+    tokenizer: Any,
+    hf_task: HfTask,
+    *,
+    ignored_outputs: Sequence[str] = (),
+    other_inputs: Sequence[TensorRecord] = (),
+) -> SourceModel:
+    """Run a text model on a few short rows, and return it with its interface.
+
+    Args:
+        model: A transformers model in evaluation mode.
+        config: Configuration of the model.
+        tokenizer: Tokenizer of the model; None without one.
+        hf_task: Task of the model.
+        ignored_outputs: Names of outputs that the compiled component does not have.
+        other_inputs: Inputs besides the tokens, of fixed shape.
+
+    Raises:
+        SourceError: The model does not take token ids, fails on each example, or does not repeat its answers.
+    """
+    inputs = (*text_inputs(model, config, tokenizer), *other_inputs)
+    tokens = token_rows(tokenizer, config, embedding_rows(model), hf_task)
+    _give_pad_token(model, tokenizer, tokens)
+    errors: list[Exception] = []
+    for lengths in _PROBES:
+        try:
+            source_model = probe_model(
+                model, config, inputs, lengths, ignored_outputs=ignored_outputs, tokens=tokens
+            )
+            break
+        except SourceError:
+            raise
+        except Exception as error:  # noqa: BLE001 - models raise whatever they like
+            errors.append(error)
+    else:
+        raise SourceError(
+            f"{type(model).__name__} fails on an example of its own inputs, {', '.join(r.name for r in inputs)}: "
+            f"{type(errors[0]).__name__}: {first_line(errors[0])}.",
+            hint="Run the model on tokenized text in transformers first: it must answer for these inputs alone.",
+        ) from errors[0]
+    _check_repeatable(source_model, source_model.example_arrays(3, lengths[1]))
+    return replace(
+        source_model, longest=measured_longest(model, inputs, tokens), padding=_padding(source_model, lengths)
+    )
+
+
+def longest_of(model: Any) -> int | None:
+    """Return the longest row that a model in memory has positions for; None without a limit."""
+    config = model.config
+    inputs = text_inputs(model, config, None)
+    return measured_longest(
+        model, inputs, token_rows(None, config, embedding_rows(model), HfTask.FEATURE_EXTRACTION)
+    )
+
+
+def measured_longest(model: Any, inputs: Sequence[TensorRecord], tokens: TokenRows) -> int | None:
+    """Return the longest row that a model has positions for; None without a limit.
+
+    Args:
+        model: A transformers model.
+        inputs: Inputs of the model.
+        tokens: Form of its rows.
+    """
+    import torch
+
+    for _, length in _PROBES:
+        example = example_inputs(inputs, 3, length, tokens)
+        tensors = {name: torch.as_tensor(value).to(model.device) for name, value in example.items()}
+        # The example may be too long; the probe reports what else is wrong with the model.
+        with suppress(Exception):
+            return longest_row(model, text_config(model.config), partial(model, **tensors), length)
+    return declared_longest(text_config(model.config))
+
+
+def text_inputs(model: Any, config: Any, tokenizer: Any) -> tuple[TensorRecord, ...]:
+    """Return the inputs of a text model: those of the usual three that its `forward` takes.
+
+    Raises:
+        SourceError: `forward` does not take input_ids.
+    """
+    parameters = list(inspect.signature(model.forward).parameters)
+    if "input_ids" not in parameters:
+        raise SourceError(
+            f"{type(model).__name__}.forward has no parameter input_ids; it has {', '.join(parameters)}.",
+            hint="Name the inputs in the signature of forward: a compiled graph needs named inputs.",
+        )
+    names = ["input_ids", "attention_mask"]
+    types_count = getattr(text_config(config), "type_vocab_size", None)
+    # XLNet has any number of token types, and says so by leaving their number out.
+    takes_types = (
+        "token_type_ids" in getattr(tokenizer, "model_input_names", ()) if types_count is None else types_count > 1
+    )
+    if takes_types:
+        names.append("token_type_ids")
+    return tuple(
+        TensorRecord(
+            name=name,
+            dtype="int64",
+            axes=("batch", "sequence"),
+            below=types_count if name == "token_type_ids" else None,
+        )
+        for name in names
+        if name in parameters
+    )
+
+
+def embedding_rows(model: Any) -> int:
+    """Return the number of token ids that a model takes; 0 if it takes any, because it hashes them."""
+    try:
+        weight = getattr(model.get_input_embeddings(), "weight", None)
+    # Not every model has one table for its tokens.
+    except (NotImplementedError, AttributeError):
+        weight = None
+    if weight is not None and weight.ndim == 2:
+        return int(weight.shape[0])
+    return int(getattr(text_config(model.config), "vocab_size", None) or 0)
+
+
+def _give_pad_token(model: Any, tokenizer: Any, tokens: TokenRows) -> None:
+    """Name the padding token to a model whose configuration lacks it: some refuse every batch without one."""
+    config = text_config(model.config)
+    if getattr(config, "pad_token_id", None) is None:
+        has_token = getattr(tokenizer, "pad_token_id", None) is not None
+        # No token has the number -1: a classifier then reads the last token of each row, as of a single row.
+        config.pad_token_id = tokens.pad_token_id if has_token and tokens.pad_token_id not in tokens.after else -1
+
+
+def _padding(source_model: SourceModel, lengths: tuple[int, int]) -> Padding:
+    """Return the side on which a short row may be padded to a longer one without changing its answer.
+
+    Most models take padding on the right. XLNet reads its answer off the last position, so that its rows are
+    padded on the left. Others look at neighbours before the mask counts, or hash the sequence: no side suits them.
+    """
+    if all(record.name != "attention_mask" for record in source_model.inputs):
+        return "none"
+    single = example_inputs(source_model.inputs, 1, lengths[0], source_model.tokens)
+    expected = source_model.run(single)
+    sides: tuple[Padding, ...] = ("right", "left")
+    for side in sides:
+        # A model that refuses the batch cannot take padded rows either.
+        with suppress(Exception):
+            batch = source_model.run(_batch(source_model, single, lengths[1], left=side == "left"))
+            place = slice(-lengths[0], None) if side == "left" else slice(lengths[0])
+            index = {"batch": slice(1), "sequence": place}
+            row = {
+                record.name: batch[record.name][tuple(index.get(str(axis), slice(None)) for axis in record.axes)]
+                for record in source_model.outputs
+            }
+            if all(_is_close(expected[name], row[name]) for name in expected):
+                return side
+    return "none"
+
+
+def _batch(source_model: SourceModel, single: Arrays, length: int, *, left: bool) -> Arrays:
+    """Return a batch of a short row, padded, and a long one."""
+    long_row = example_inputs(source_model.inputs, 1, length, source_model.tokens)
+    batch = {}
+    for name, row in single.items():
+        if row.shape == long_row[name].shape:
+            batch[name] = row
+            continue
+        widths = (length - row.shape[1], 0) if left else (0, length - row.shape[1])
+        fill = source_model.pad_token_id if name == "input_ids" else 0
+        batch[name] = np.concatenate([np.pad(row, ((0, 0), widths), constant_values=fill), long_row[name]])
+    return batch
+
+
+def _check_repeatable(source_model: SourceModel, example: Arrays) -> None:
+    first, second = source_model.run(example), source_model.run(example)
+    if not all(_is_close(first[name], second[name]) for name in first):
+        raise SourceError(
+            f"{type(source_model.model).__name__} gives different answers to the same input, so that no compiled "
+            "model can be compared with it.",
+            hint="Fix the random numbers that it draws, for example with hash_seed in config.json.",
+        )
+
+
+def _is_close(expected: NDArray[Any], actual: NDArray[Any]) -> bool:
+    if expected.shape != actual.shape:
+        return False
+    difference = float(np.linalg.norm(expected.astype(np.float64) - actual))
+    return difference <= _ROUNDING * float(np.linalg.norm(expected.astype(np.float64)))

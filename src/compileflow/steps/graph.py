@@ -1,0 +1,183 @@
+"""Compile the graph of a component, and check its first answers.
+
+The check finds graphs that are wrong as a whole before they are stored. It is not the proof.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from compileflow._process.child_process import report_progress
+from compileflow.contracts import Arrays, CompiledComponent, ComponentPlan, ComponentRecord, Target
+from compileflow.contracts.digests import list_files
+from compileflow.errors import CompileError, CompileflowError, first_line
+from compileflow.serving.padding import run_fitted
+from compileflow.source_model.examples import example_length
+from compileflow.source_model.interface import SourceModel
+from compileflow.source_model.load import loaded_once
+from compileflow.spec import Precision
+
+logger = logging.getLogger(__name__)
+# Largest accepted ||reference - answer|| / ||reference||. Rounding stays far below; int8 has no limit here.
+_LIMITS: Mapping[Precision, float] = {Precision.FP32: 1e-3, Precision.BF16: 0.3, Precision.FP16: 0.3}
+_OTHER_TARGET = "Another target may compile it; `compileflow targets` lists them."
+
+
+def compile_graph(
+    target: Target, source_dir: Path, source_model: SourceModel, plan: ComponentPlan, folder: Path
+) -> CompiledComponent:
+    """Compile a component. If its graph cannot be compiled or answers wrongly with sdpa, use eager attention.
+
+    Args:
+        target: Target to compile for.
+        source_dir: Folder of the source model.
+        source_model: The source model, as `loaded_once` holds it.
+        plan: Plan of the component.
+        folder: New folder for the compiled files.
+
+    Raises:
+        CompileError: The target refused the model, or the graph does not answer like the source model.
+    """
+    try:
+        return _checked(target, source_dir, source_model, plan, folder)
+    except CompileError as error:
+        if source_model.attention != "sdpa":
+            raise
+        first_error = error
+    report_progress(f"trying eager attention, because sdpa failed: {first_error.message}")
+    shutil.rmtree(folder)
+    eager_plan = replace(plan, attention="eager")
+    trust = plan.trust_remote_code
+    with loaded_once(source_dir, plan.hf_task, attention="eager", trust_remote_code=trust) as eager_model:
+        try:
+            return _checked(target, source_dir, eager_model, eager_plan, folder)
+        except CompileError:
+            logger.exception("eager attention failed as well")
+    raise first_error
+
+
+def component_record(
+    target: Target, plan: ComponentPlan, compiled_component: CompiledComponent, folder: str
+) -> ComponentRecord:
+    """Return the record of a compiled component for the manifest."""
+    return ComponentRecord(
+        folder=folder,
+        inputs=compiled_component.inputs,
+        outputs=compiled_component.outputs,
+        output_class=compiled_component.output_class,
+        max_sequence_length=plan.max_sequence_length,
+        dynamic_axes=target.capabilities.dynamic_axes,
+        shape_buckets=plan.shape_buckets,
+        pad_token_id=compiled_component.pad_token_id,
+        precision=plan.precision,
+        load_options=dict(compiled_component.load_options),
+        frame_convolutions=compiled_component.frame_convolutions,
+        attention=compiled_component.attention,
+        padding=compiled_component.padding,
+        vocab_size=compiled_component.vocab_size,
+    )
+
+
+def _checked(
+    target: Target, source_dir: Path, source_model: SourceModel, plan: ComponentPlan, folder: Path
+) -> CompiledComponent:
+    folder.mkdir(parents=True)
+    name = type(source_model.model).__name__
+    try:
+        compiled_component = target.compile(source_dir, plan, folder)
+    except (CompileflowError, MemoryError):
+        raise
+    except OSError as error:
+        raise CompileError(
+            f"{target.name} cannot write its files: {first_line(error)}.",
+            hint=f"Check the free space and the permissions of {folder}.",
+        ) from error
+    except Exception as error:
+        raise CompileError(
+            f"{target.name} failed on {name}: {type(error).__name__}: {first_line(error)}.", hint=_OTHER_TARGET
+        ) from error
+    written_files = {record.path for record in list_files(folder)}
+    if written_files != set(compiled_component.files):
+        raise CompileError(
+            f"Expected the files {sorted(compiled_component.files)} that {target.name} named, "
+            f"got {sorted(written_files)}.",
+            hint="Fix the target: its CompiledComponent must name every file that it writes, and no other.",
+        )
+    record = component_record(target, plan, compiled_component, plan.name)
+    _check_first_answers(target, source_model, folder, record, threads=plan.threads)
+    return compiled_component
+
+
+def _check_first_answers(
+    target: Target, source_model: SourceModel, component_dir: Path, record: ComponentRecord, *, threads: int
+) -> None:
+    """Load a component that was just compiled, and compare it with its source model.
+
+    Where the target cannot run, nothing is compared.
+
+    Raises:
+        CompileError: The component cannot be loaded or called, or it answers differently.
+    """
+    if not target.probe().can_run:
+        return
+    report_progress("comparing a few answers with the source model")
+    name = type(source_model.model).__name__
+    try:
+        runner = target.load(component_dir, record, device=target.capabilities.devices[0], threads=threads)
+        try:
+            for rows, length in _shapes(source_model, record):
+                # Other values than those of the export, which may have become constants of the graph.
+                inputs = source_model.example_arrays(rows, length, variant=1)
+                expected, actual = source_model.run(inputs), run_fitted(runner, record, inputs)
+                difference = max(_difference(source_model, inputs, expected, actual), 0.0)
+                limit = _LIMITS.get(record.precision)
+                if limit is not None and not difference <= limit:
+                    raise CompileError(
+                        f"{target.name} compiled {name} to a model that answers {rows} rows of length {length} "
+                        f"differently: by {difference:.2g} of the answer's norm.",
+                        hint=_OTHER_TARGET,
+                    )
+        finally:
+            runner.close()
+    except (CompileError, MemoryError):
+        raise
+    except Exception as error:
+        raise CompileError(
+            f"{target.name} compiled {name} to a model that does not run: {type(error).__name__}: "
+            f"{first_line(error)}.",
+            hint=_OTHER_TARGET,
+        ) from error
+
+
+def _shapes(source_model: SourceModel, record: ComponentRecord) -> list[tuple[int, int]]:
+    """Return the (rows, length) of the examples: of each other shape than the example of the export."""
+    if not record.dynamic_axes:
+        bucket = min(record.shape_buckets, key=lambda bucket: (bucket.sequence_length, bucket.batch_size))
+        return [(bucket.batch_size, bucket.sequence_length)]
+    longest = record.max_sequence_length
+    length = example_length(source_model.inputs, longest)
+    lengths = (min(longest, length * 3 // 4 + 1), min(longest, 2 * length + 1))
+    return list(zip((2, 1), lengths, strict=True))
+
+
+def _difference(source_model: SourceModel, inputs: Arrays, expected: Arrays, actual: Arrays) -> float:
+    """Return the largest difference of an output as a share of its norm, where the mask counts tokens."""
+    differences = [0.0]
+    for record in source_model.outputs:
+        reference, answer = expected[record.name].astype(np.float64), actual[record.name].astype(np.float64)
+        if reference.shape != answer.shape:
+            return float("inf")
+        if record.axes[:2] == ("batch", "sequence") and "attention_mask" in inputs:
+            counts = inputs["attention_mask"].astype(bool)
+            reference, answer = reference[counts], answer[counts]
+        norm = float(np.linalg.norm(reference))
+        distance = float(np.linalg.norm(reference - answer))
+        differences.append(distance / norm if norm else distance)
+    # numpy's maximum, unlike max(), never drops a NaN.
+    return float(np.max(differences))
