@@ -12,6 +12,9 @@ import prefect
 from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import get_current_settings
 
+from compileflow.errors import ProcessError
+
+_MOST_STARTS = 3
 _ENTRY = (
     "import runpy; from compileflow._process.child_process import end_with_parent; "
     "end_with_parent(); runpy.run_module('uvicorn', run_name='__main__')"
@@ -21,8 +24,20 @@ _ENTRY = (
 class EmbeddedServer(SubprocessASGIServer):
     """Prefect's server process. The first object is the server that Prefect's clients start and share."""
 
+    _starts = 0
+
     def _run_uvicorn_command(self) -> subprocess.Popen[Any]:
-        """Start the server as Prefect does, except that a session of its own and a pipe tie it to this process."""
+        """Start the server as Prefect does, except that a session of its own and a pipe tie it to this process.
+
+        Raises:
+            ProcessError: The server ended too often. Prefect starts it again because its port may be taken.
+        """
+        if self._starts == _MOST_STARTS:
+            raise ProcessError(
+                "The embedded Prefect server ended while it started.",
+                hint="Check the space on the disk of COMPILEFLOW_HOME, or set PREFECT_API_URL to a server.",
+            )
+        self._starts += 1
         environment = {
             **os.environ,
             "PREFECT_UI_ENABLED": "0",

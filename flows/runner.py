@@ -8,7 +8,7 @@ from prefect.exceptions import TerminationSignal
 from prefect.settings import PREFECT_API_URL
 
 from compileflow._process.interrupts import Stopped
-from compileflow.errors import CompileflowError, ProcessError
+from compileflow.errors import CompileflowError, ProcessError, first_line
 from compileflow.steps.request import CompileRequest
 from compileflow.steps.run import CompileResult
 from flows.compile_model import compile_model
@@ -31,7 +31,15 @@ def run_requests(requests: Sequence[CompileRequest]) -> list[CompileResult | Com
 
 
 def _run(request: CompileRequest) -> CompileResult | CompileflowError:
-    state = compile_model(request, return_state=True)
+    try:
+        state = compile_model(request, return_state=True)
+    except CompileflowError as error:
+        return error
+    except Exception as error:  # noqa: BLE001 - Prefect raises what its client and its database raise
+        return ProcessError(
+            f"Prefect cannot run the flow: {type(error).__name__}: {first_line(error)}.",
+            hint="Check the Prefect server of PREFECT_API_URL; without one, unset the variable.",
+        )
     outcome = state.result(raise_on_failure=False)
     if isinstance(outcome, CompileResult | CompileflowError):
         return outcome

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,18 @@ ROOT = Path(__file__).parents[2]
 
 def environment(settings: Settings) -> dict[str, str]:
     return os.environ | {"COMPILEFLOW_HOME": str(settings.home_dir), "HF_HUB_OFFLINE": "1"}
+
+
+def processes_of(settings: Settings) -> list[str]:
+    """Return the command lines of all processes that inherited the environment of these settings."""
+    mark = f"COMPILEFLOW_HOME={settings.home_dir}".encode()
+    lines = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if mark in (folder / "environ").read_bytes().split(b"\0"):
+                lines.append((folder / "cmdline").read_text().replace("\0", " "))
+    # A process that has ended has an empty command line until its parent asks for its exit code.
+    return [line for line in lines if line]
 
 
 def drive(settings: Settings, model: Path, *place: str) -> subprocess.CompletedProcess[str]:
@@ -71,6 +84,43 @@ def test_run_killed_in_the_middle_leaves_nothing_that_verify_accepts_and_the_nex
     # Killed at registering, the artifact has its passing report already; before, nothing has one.
     assert len(accepted_by_verify(settings)) == len(proven)
     assert_next_run_completes(settings, model)
+
+
+@pytest.mark.functional
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "place"),
+    [
+        (signal.SIGKILL, "prefect/prefect.db"),
+        (signal.SIGKILL, "work/compile-*/artifact"),
+        (signal.SIGTERM, "prefect/prefect.db"),
+        (signal.SIGTERM, "work/validate-*/report"),
+    ],
+)
+def test_no_process_outlives_a_flow_that_is_killed(
+    settings: Settings, tiny_model: ModelFactory, number: signal.Signals, place: str
+) -> None:
+    command = [
+        sys.executable, "-m", "flows", "compile", "--model", str(tiny_model(HfTask.TEXT_CLASSIFICATION)),
+        "--target", "torchscript", "--bucket", "1x16", "--no-progress",
+    ]  # fmt: skip
+    flow = subprocess.Popen(command, cwd=ROOT, env=environment(settings), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 180
+    while not list(settings.home_dir.glob(place)):
+        assert flow.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    # The flow, its embedded server and the server's watcher.
+    assert len(processes_of(settings)) >= 3
+    flow.send_signal(number)
+    _, err = flow.communicate(timeout=60)
+    if number is signal.SIGTERM:
+        assert flow.returncode == 143
+        assert err == "Terminated. No partial result was kept; run again to resume.\n"
+    deadline = time.monotonic() + 10
+    while processes := processes_of(settings):
+        assert time.monotonic() < deadline, processes
+        time.sleep(0.05)
 
 
 @pytest.mark.functional

@@ -133,7 +133,10 @@ def test_reading_commands_refuse_in_one_line(
             ("m", "--target", "toaster"),
             ("Unknown target 'toaster'", "auto, aot-inductor", "openvino, torchscript"),
         ),
-        (("m", "--task", "poetry"), ("--task: expected", "'feature-extraction'", "'question-answering'", "'poetry'")),
+        (
+            ("m", "--task", "poetry"),
+            ("--task: expected", "'feature-extraction'", "'question-answering'", "'poetry'"),
+        ),
         (("m", "--precision", "fp12"), ("precision", "'fp32'", "'int8'")),
         (("m", "--bucket", "1by16"), ("'1by16' is not a shape bucket", "1x128")),
         (("m", "--component", "word"), ("'word' is not a component", "word=16")),
@@ -340,9 +343,17 @@ def test_unwritable_home_is_one_line(tmp_path: Path) -> None:
     assert_one_line(completed, "ENOTDIR")
 
 
-@pytest.mark.parametrize("module", ["compileflow", pytest.param("flows", marks=pytest.mark.slow)])
-def test_interrupt_ends_without_traceback_and_the_next_run_works(
-    settings: Settings, tiny_model: ModelFactory, module: str
+@pytest.mark.parametrize(
+    ("module", "number", "word"),
+    [
+        ("compileflow", signal.SIGINT, "Interrupted."),
+        ("compileflow", signal.SIGTERM, "Terminated."),
+        pytest.param("flows", signal.SIGINT, "Interrupted.", marks=pytest.mark.slow),
+        pytest.param("flows", signal.SIGTERM, "Terminated.", marks=pytest.mark.slow),
+    ],
+)
+def test_signal_ends_without_traceback_and_the_next_run_works(
+    settings: Settings, tiny_model: ModelFactory, module: str, number: signal.Signals, word: str
 ) -> None:
     command = [
         sys.executable, "-m", module, "compile", "--model", str(tiny_model(HfTask.TEXT_CLASSIFICATION)),
@@ -358,11 +369,11 @@ def test_interrupt_ends_without_traceback_and_the_next_run_works(
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert "Traceback" not in err, err
-    assert one_line(err) == "Interrupted. No partial result was kept; run again to resume.", out
+    assert one_line(err) == f"{word} No partial result was kept; run again to resume.", out
     assert not list((settings.home_dir / "work").iterdir())
     # The source model is whole; nothing else is in the store.
     store = open_store(settings.resolved_store_uri())
@@ -372,13 +383,52 @@ def test_interrupt_ends_without_traceback_and_the_next_run_works(
     assert len(list(store.list())) == 2
 
 
+@pytest.mark.parametrize(("number", "line"), [(signal.SIGINT, "Interrupted."), (signal.SIGTERM, "Terminated.")])
+def test_signal_while_python_imports_ends_at_once_with_one_line(number: signal.Signals, line: str) -> None:
+    code = (
+        "import os; from compileflow._process.interrupts import end_at_once; end_at_once(); "
+        f"os.kill(os.getpid(), {number:d}); import numpy"
+    )
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (completed.returncode, completed.stderr) == (128 + number, f"{line}\n")
+
+
+def test_output_that_cannot_be_written_is_one_line(settings: Settings) -> None:
+    environment = os.environ | {"COMPILEFLOW_HOME": str(settings.home_dir)}
+    command = [sys.executable, "-m", "compileflow", "targets", "--json"]
+    with Path("/dev/full").open("w") as full:
+        completed = subprocess.run(
+            command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert completed.returncode == 1
+    assert completed.stderr == "error: The output cannot be written: No space left on device.\n"
+    reader, writer = os.pipe()
+    os.close(reader)
+    completed = subprocess.run(
+        command, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60
+    )
+    os.close(writer)
+    assert (completed.returncode, completed.stderr) == (1, "")
+
+
 def test_reading_command_starts_within_a_second(settings: Settings) -> None:
-    assert min(_cpu_seconds(settings) for _ in range(3)) < 1.0
+    assert min(_cpu_seconds(settings, "compileflow", "targets") for _ in range(3)) < 1.0
 
 
-def _cpu_seconds(settings: Settings) -> float:
-    """Run a reading command and return its CPU time, which other load on the machine hardly changes."""
+@pytest.mark.parametrize("words", [("no/such/model",), (".", "--target", "neuron"), (".", "--option", "x=1")])
+def test_refusal_of_a_flow_takes_less_than_two_seconds(
+    settings: Settings, tiny_model: ModelFactory, words: tuple[str, ...]
+) -> None:
+    model = str(tiny_model(HfTask.TEXT_CLASSIFICATION))
+    command = ("flows", "compile", *(model if word == "." else word for word in words))
+    assert any(_cpu_seconds(settings, *command, refused=True) < 2.0 for _ in range(2))
+    # The embedded server keeps its database there.
+    assert not (settings.home_dir / "prefect").exists()
+
+
+def _cpu_seconds(settings: Settings, *words: str, refused: bool = False) -> float:
+    """Run a command and return its CPU time, which other load on the machine hardly changes."""
     start = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert call(settings, "compileflow", "targets").returncode == 0
+    assert bool(call(settings, *words).returncode) is refused
     end = resource.getrusage(resource.RUSAGE_CHILDREN)
     return end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime

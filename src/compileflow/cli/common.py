@@ -81,7 +81,7 @@ def report_page(error: CompileflowError) -> Path | None:
 
 
 def stop(error: KeyboardInterrupt, outcome: str) -> NoReturn:
-    """End the command after Ctrl-C or SIGTERM, with one line that says what is left."""
+    """End the command after Ctrl-C or SIGTERM, with one line about the outcome."""
     number = signal_of(error)
     typer.echo(f"{word_for(number)} {outcome}", err=True)
     raise typer.Exit(128 + number) from error
@@ -96,7 +96,7 @@ def run_app(app: typer.Typer, prog_name: str) -> NoReturn:
     except OSError as error:
         if error.filename is not None:
             raise
-        # Python writes what is left in the buffer when it ends.
+        # Python writes the rest of its buffer when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if error.errno != errno.EPIPE:
             with suppress(OSError):

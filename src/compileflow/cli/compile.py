@@ -37,7 +37,7 @@ from compileflow.cli.options import (
     target_option_of,
     targets_of,
 )
-from compileflow.errors import CompileflowError, TargetUnavailableError
+from compileflow.errors import CompileflowError, MeasurementError, SourceError, SpecError
 from compileflow.spec import TASK_ALIASES, HfTask, Precision
 
 if TYPE_CHECKING:
@@ -153,8 +153,8 @@ def _refusal(request: CompileRequest, extras: Collection[str]) -> CompileflowErr
 
 
 def _is_wrong(error: CompileflowError, refusals: Sequence[CompileflowError | None]) -> bool:
-    """Return whether the request is wrong: it was refused, and not for the lack of a toolchain."""
-    return error in refusals and not isinstance(error, TargetUnavailableError)
+    """Return whether the request is wrong: a run that was not refused may find the same kinds of error itself."""
+    return error in refusals and isinstance(error, SpecError | SourceError | MeasurementError)
 
 
 def _print_outcomes(

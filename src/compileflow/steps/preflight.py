@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from collections.abc import Collection, Iterator
 from importlib.metadata import requires
@@ -9,6 +11,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from compileflow._process.folders import os_errors
 from compileflow._process.packages import installed_versions
 from compileflow.catalog import get_source, get_target, open_registry, open_store, parse_reference
 from compileflow.errors import SourceError, SpecError
@@ -34,12 +37,14 @@ def check_request(request: CompileRequest, settings: Settings, *, extras: Collec
         extras: Extras of compileflow that the caller needs as well.
 
     Raises:
+        StoreError: The home folder cannot be written.
         SourceError: The model's folder does not hold a model, or only a Hub model has a revision.
         SpecError: Some extras are not installed, the target does not have an option, a file of examples does not
             exist, or the URI of a store or registry is wrong.
         TargetUnavailableError: The target's toolchain is missing, or this machine lacks the precision.
         MeasurementError: A library that the validate step needs is missing.
     """
+    _check_home(settings.home_dir)
     if request.steps.fetch:
         _check_model(request, settings)
     _check_extras(request, settings, extras)
@@ -56,6 +61,16 @@ def check_request(request: CompileRequest, settings: Settings, *, extras: Collec
         _check_exists(request.validation.examples_path, "examples", "--examples")
     if request.steps.compile:
         _check_exists(request.calibration.examples_path, "calibration examples", "--calibration")
+
+
+def _check_home(home: Path) -> None:
+    """Check that the home folder can be made or written, without making it."""
+    with os_errors(home, "write to"):
+        existing = next(folder for folder in (home, *home.parents) if folder.exists())
+        if not existing.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def _check_model(request: CompileRequest, settings: Settings) -> None:

@@ -1,0 +1,239 @@
+"""Runs that are refused or fail: checked before anything starts, with the way to the report, and as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer import Typer
+from typer.testing import CliRunner
+
+from compileflow.catalog import open_registry, open_store
+from compileflow.cli import app as compileflow_app
+from compileflow.settings import Settings, get_settings
+from compileflow.spec import HfTask
+from compileflow.testing.registries import version_entry
+from flows.commands import app as flows_app
+from tests.conftest import ModelFactory
+from tests.in_process import InProcess
+
+APPS = {"compileflow": compileflow_app, "flows": flows_app}
+
+
+def invoke(app: Typer, *words: str) -> Any:
+    return CliRunner().invoke(app, list(words))
+
+
+@pytest.fixture
+def uninstall(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let some distributions seem absent."""
+
+    def hide(*names: str) -> None:
+        def version_of(name: str) -> str:
+            if name.replace("_", "-") in names:
+                raise PackageNotFoundError(name)
+            return version(name)
+
+        monkeypatch.setattr("compileflow._process.packages.version", version_of)
+
+    return hide
+
+
+@pytest.mark.parametrize("app", APPS.values(), ids=APPS)
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--target", "torchscript", "--option", "opset=18"), "torchscript option opset: Extra inputs"),
+        (("--target", "torchscript", "--precision", "int8"), "torchscript does not support int8"),
+        (("--target", "auto", "--option", "opset=18"), "Target 'auto' takes no target options"),
+        (("--target", "auto", "--skip", "validate"), "the validate step is off"),
+        (("--target", "auto", "--among", "toaster"), "Unknown target 'toaster'"),
+        (("--component", "a=8", "--component", "a=9"), "two components share a name"),
+        (("--examples", "missing.txt"), "The examples missing.txt do not exist"),
+        (
+            ("--precision", "int8", "--option", "quantization=static", "--calibration", "missing.txt"),
+            "The calibration examples missing.txt do not exist",
+        ),
+        (("--store", "ftp://host/store"), "Unknown artifact store 'ftp'"),
+        (("--registry", "redis://host"), "Unknown model registry 'redis'"),
+    ],
+)
+def test_wrong_request_about_a_real_model_is_refused_before_anything_is_stored(
+    settings: Settings, tiny_model: ModelFactory, app: Typer, words: tuple[str, ...], message: str
+) -> None:
+    outcome = invoke(app, "compile", str(tiny_model(HfTask.TEXT_CLASSIFICATION)), *words)
+    assert outcome.exit_code == 2
+    assert outcome.stderr.startswith("error: ")
+    assert outcome.stderr.count("\n") == 1
+    assert message in outcome.stderr
+    assert not settings.home_dir.exists()
+
+
+def test_missing_toolchain_of_every_target_of_auto_is_refused(
+    settings: Settings, tiny_model: ModelFactory
+) -> None:
+    words = ("--target", "auto", "--among", "neuron", "--among", "blade")
+    outcome = invoke(flows_app, "compile", str(tiny_model(HfTask.TEXT_CLASSIFICATION)), *words)
+    assert outcome.exit_code == 1
+    assert "None of the requested targets compiles and runs here: neuron: torch-neuron" in outcome.stderr
+    assert not settings.home_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("app", "hidden", "packages", "extras"),
+    [
+        (
+            compileflow_app,
+            ("onnx", "onnxscript", "great-expectations", "boto3"),
+            "onnx, onnxscript, great-expectations, boto3, which are",
+            "onnx-runtime,validation,s3",
+        ),
+        (flows_app, ("prefect",), "prefect, which is", "prefect"),
+    ],
+)
+@pytest.mark.usefixtures("settings")
+def test_all_missing_extras_are_named_at_once(
+    tiny_model: ModelFactory,
+    uninstall: Callable[..., None],
+    app: Typer,
+    hidden: tuple[str, ...],
+    packages: str,
+    extras: str,
+) -> None:
+    uninstall(*hidden)
+    store = ("--store", "s3://bucket/prefix") if "boto3" in hidden else ()
+    outcome = invoke(app, "compile", str(tiny_model(HfTask.TEXT_CLASSIFICATION)), *store)
+    assert outcome.exit_code == 2
+    assert outcome.stderr == (
+        f"error: This run needs {packages} not installed. Run: pip install 'compileflow[{extras}]'\n"
+    )
+
+
+@pytest.mark.usefixtures("settings")
+def test_demo_names_its_missing_extras_like_compile(uninstall: Callable[..., None]) -> None:
+    uninstall("onnxruntime", "great-expectations")
+    outcome = invoke(compileflow_app, "demo")
+    assert outcome.exit_code == 2
+    assert "needs onnxruntime, great-expectations" in outcome.stderr.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("inspect", "nowhere"),
+        ("verify", "nowhere"),
+        ("versions", "nothing"),
+        ("lineage", "nothing", "1"),
+        ("promote", "nothing", "1", "--stage", "production"),
+        ("pull", "nothing", "folder"),
+    ],
+    ids=lambda words: words[0],
+)
+@pytest.mark.usefixtures("settings")
+def test_failure_is_json_too(words: tuple[str, ...]) -> None:
+    outcome = invoke(compileflow_app, *words, "--json")
+    error = json.loads(outcome.stdout)["error"]
+    assert outcome.exit_code == 1
+    assert outcome.stderr.startswith(f"error: {error['message']}")
+    assert {"type", "message", "hint", "log_path"} <= error.keys()
+
+
+@pytest.mark.usefixtures("settings")
+def test_wrong_request_is_json_too() -> None:
+    outcome = invoke(compileflow_app, "compile", "m", "--task", "poetry", "--json")
+    error = json.loads(outcome.stdout)["error"]
+    assert (outcome.exit_code, error["type"]) == (2, "SpecError")
+    assert error["message"].startswith("--task: expected")
+
+
+@pytest.mark.parametrize("extra", [(), ("--json",)])
+def test_refused_run_names_the_page_of_its_report(
+    settings: Settings, in_process: InProcess, tiny_model: ModelFactory, extra: tuple[str, ...]
+) -> None:
+    words = (
+        "compile", str(tiny_model(HfTask.TEXT_CLASSIFICATION)), "--target", "torchscript", "--bucket", "1x16",
+        "--bucket", "1x64", "--max-latency-ratio", "1e-6", "--no-progress", *extra,
+    )  # fmt: skip
+    with in_process.instead_of_children():
+        outcome = invoke(compileflow_app, *words)
+    assert outcome.exit_code == 1
+    error_line, report_line = outcome.stderr.splitlines()
+    assert error_line.startswith("error: fail: latency_ratio")
+    page = Path(report_line.removeprefix("report: "))
+    assert page.parent == settings.home_dir / "reports"
+    assert "latency_ratio" in page.read_text("utf-8")
+    if extra:
+        (entry,) = json.loads(outcome.stdout)
+        assert (entry["target"], entry["error"]["type"]) == ("torchscript", "VerdictError")
+        assert entry["error"]["report"] == str(page)
+        assert open_store(settings.resolved_store_uri()).folder_uri("")[:-5] in entry["error"]["report_uri"]
+    else:
+        assert outcome.stdout == ""
+
+
+def test_shape_that_is_too_long_to_time_is_refused_before_the_compile(
+    settings: Settings, in_process: InProcess, tiny_model: ModelFactory
+) -> None:
+    words = (
+        "compile", str(tiny_model(HfTask.TEXT_CLASSIFICATION)), "--target", "torchscript", "--bucket", "1x16",
+        "--shape", "1x99999", "--no-progress",
+    )  # fmt: skip
+    with in_process.instead_of_children():
+        outcome = invoke(compileflow_app, *words)
+    assert (outcome.exit_code, outcome.stderr) == (
+        2,
+        "error: Cannot time the shape 1x99999: the longest row of this model is 16. "
+        "Give shapes with rows of at most that length.\n",
+    )
+    # The source model alone was stored.
+    assert len(list(open_store(settings.resolved_store_uri()).list())) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("promote", "ner", "1", "--stage", "shipped"), "Unknown stage 'shipped'"),
+        (("pull", "a/b@1", "folder"), "'a/b@1'"),
+        (("versions", ""), "NAME was given an empty value"),
+        (("gc", "--store", ""), "--store was given an empty value"),
+        (("verify", "somewhere", "--key", ""), "--key was given an empty value"),
+    ],
+)
+@pytest.mark.usefixtures("settings")
+def test_wrong_request_of_other_commands_exits_with_two(words: tuple[str, ...], message: str) -> None:
+    outcome = invoke(compileflow_app, *words)
+    assert outcome.exit_code == 2
+    assert message in outcome.stderr
+
+
+def test_gc_with_nothing_registered_says_so(settings: Settings) -> None:
+    outcome = invoke(compileflow_app, "gc")
+    assert outcome.exit_code == 0
+    assert outcome.stdout.startswith("Nothing was deleted: sqlite:///")
+    (settings.home_dir / "mistyped.db").parent.mkdir(parents=True, exist_ok=True)
+    mistyped = invoke(compileflow_app, "gc", "--registry", f"sqlite:///{settings.home_dir / 'mistyped.db'}")
+    assert (mistyped.exit_code, "does not exist" in mistyped.stderr) == (1, True)
+
+
+@pytest.mark.parametrize("columns", [40, 80, 120, 200])
+def test_versions_fit_the_terminal(settings: Settings, monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    registry = open_registry(settings.resolved_registry_uri(), settings)
+    registry.register(version_entry("a-model-with-a-rather-long-name", 1))
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = invoke(compileflow_app, "versions").stdout.splitlines()
+    # Every cell stays in one piece.
+    assert sum("a-model-with-a-rather-long-name" in line for line in lines) == 1
+    assert max(map(len, lines)) <= columns
+    assert any("│" in line for line in lines) is (columns > 40)
+
+
+@pytest.mark.usefixtures("settings")
+def test_versions_are_whole_without_a_terminal() -> None:
+    registry = open_registry(get_settings().resolved_registry_uri(), get_settings())
+    entry = version_entry("a-model-with-a-rather-long-name", 1)
+    registry.register(entry)
+    assert entry.artifact_digest[:12] in invoke(compileflow_app, "versions").stdout
