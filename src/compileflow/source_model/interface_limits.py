@@ -67,10 +67,10 @@ def _check_json(name: str, content: Any) -> None:
         limit = _LARGEST_NUMBER
         if name.startswith("tokenizer") and _TOKEN_COUNT.search(key):
             limit = _MOST_EXTRA_TOKENS
-        elif _COUNT.search(key):
-            limit = _MOST_OBJECTS
         elif name.endswith("processor_config.json") and _SIZE.search(key):
             limit = _LARGEST_SIZE
+        elif _COUNT.search(key):
+            limit = _MOST_OBJECTS
         # Tokenizers without a maximum store 10^30, and thetas of rotary positions may be large.
         elif "length" in key or "theta" in key or key.endswith("_id"):
             continue
