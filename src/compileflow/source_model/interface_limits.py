@@ -167,7 +167,7 @@ def _growth(step: Mapping[str, Any]) -> float:
     """Return how many times longer a step can make a text.
 
     Raises:
-        ValueError: Its pattern or a size breaks a limit.
+        ValueError: The pattern or a size breaks a limit.
     """
     kind = step.get("type")
     pattern = step.get("pattern")
