@@ -50,7 +50,7 @@ def print_table(
         if _fits(table, console):
             console.print(table)
             if left_out:
-                print_lines(console, f"Not shown: {', '.join(left_out)}. A wider terminal shows all columns.")
+                print_lines(console, f"Not shown for lack of width: {', '.join(left_out)}.")
             return
     print_lines(console, *filter(None, [title]))
     for row in rows:

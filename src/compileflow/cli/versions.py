@@ -43,4 +43,4 @@ def versions(
                 version.artifact_digest[:12],
             )
         )
-    print_table(_HEADER, table, optional=("digest", "created", "size"))
+    print_table(_HEADER, table, optional=("digest", "created", "size", "latency ratio"))
