@@ -57,6 +57,8 @@ def fail(error: CompileflowError, code: int | None = None, *, as_json: bool = Fa
     if as_json:
         typer.echo(json.dumps({"error": error_values(error)}, indent=1))
     typer.echo(f"error: {error}", err=True)
+    if page := report_page(error):
+        typer.echo(f"report: {page}", err=True)
     raise typer.Exit(exit_code(error) if code is None else code) from error
 
 
