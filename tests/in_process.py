@@ -32,6 +32,7 @@ BUCKETS = {
     modality: tuple(ShapeBucket(batch_size=rows, sequence_length=length) for rows, length in shapes)
     for modality, shapes in {
         "text": ((1, 16), (8, 64)),
+        "image-text": ((1, 16), (8, 64)),
         "image": ((1, 1), (8, 1)),
         "audio": ((1, 8000), (8, 48000)),
     }.items()

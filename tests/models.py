@@ -45,6 +45,8 @@ def build_model(folder: Path, hf_task: HfTask, *, architecture: str = "bert", se
     import torch
     import transformers
 
+    if hf_task.modality == "image-text":
+        return _build_clip(folder, seed)
     if hf_task.modality != "text":
         return _build_signal_model(folder, hf_task, seed)
     torch.manual_seed(seed)
@@ -99,6 +101,31 @@ def _build_signal_model(folder: Path, hf_task: HfTask, seed: int) -> Path:
         vocabulary = folder / "vocab.json"
         vocabulary.write_text(json.dumps({letter: n for n, letter in enumerate(_LETTERS)}), "utf-8")
         transformers.Wav2Vec2CTCTokenizer(str(vocabulary)).save_pretrained(folder)
+    return folder
+
+
+def _build_clip(folder: Path, seed: int) -> Path:
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    tokenizer = _tokenizer("roberta")
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    config = transformers.CLIPConfig(
+        text_config={**size, **ids, "vocab_size": len(tokenizer), "max_position_embeddings": MAX_TOKENS},
+        vision_config={**size, "image_size": 32, "patch_size": 8},
+        projection_dim=16,
+    )
+    model = transformers.CLIPModel(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0.0, 0.3 if "embedding" in name else 0.15)
+    model.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    pixels = {"height": 32, "width": 32}
+    transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=pixels).save_pretrained(folder)
     return folder
 
 

@@ -22,7 +22,7 @@ def all_classes() -> list[ModelClass]:
     import transformers
 
     classes = []
-    for hf_task in (task for task in AUTO_CLASSES if task in GRAPH_TASKS):
+    for hf_task in (task for task in AUTO_CLASSES if task in GRAPH_TASKS and task.modality in _MAIN_INPUTS):
         mapping = getattr(transformers, AUTO_CLASSES[hf_task])._model_mapping
         main_inputs = _MAIN_INPUTS[hf_task.modality]
         if AUTO_CLASSES[hf_task] == "AutoModel":

@@ -34,7 +34,7 @@ TASK_ALIASES: Mapping[str, str] = {"sentiment-analysis": "text-classification", 
 LONGEST_SEQUENCE = 10_000_000
 _MOST_ELEMENTS = 2**26
 Goal = Literal["latency", "throughput", "size"]
-Modality = Literal["text", "image", "audio"]
+Modality = Literal["text", "image", "audio", "image-text"]
 # Library whose pipeline answers a task; None where neither has one.
 PipelineOwner = Literal["transformers", "compileflow"] | None
 
@@ -49,7 +49,10 @@ class HfTask(StrEnum):
     TOKEN_CLASSIFICATION = "token-classification"  # noqa: S105 - a task's name, not a password
     FILL_MASK = "fill-mask"
     QUESTION_ANSWERING = "question-answering"
+    MULTIPLE_CHOICE = "multiple-choice"
+    TEXT_RANKING = "text-ranking"
     IMAGE_CLASSIFICATION = "image-classification"
+    ZERO_SHOT_IMAGE_CLASSIFICATION = "zero-shot-image-classification"
     IMAGE_FEATURE_EXTRACTION = "image-feature-extraction"
     IMAGE_SEGMENTATION = "image-segmentation"
     OBJECT_DETECTION = "object-detection"
@@ -78,8 +81,18 @@ class HfTask(StrEnum):
 
     @property
     def modality(self) -> Modality:
-        """Kind of the graph's inputs: text, image or audio."""
+        """Kind of the graph's inputs: text, image, audio, or one image with several texts."""
         return _MODALITIES.get(self, "text")
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether the graph takes tokens."""
+        return self.modality in ("text", "image-text")
+
+    @property
+    def reads_pairs(self) -> bool:
+        """Whether a row of the graph holds two texts, such as a question and a document."""
+        return self in _PAIR_TASKS
 
     @property
     def pipeline_owner(self) -> PipelineOwner:
@@ -90,9 +103,12 @@ class HfTask(StrEnum):
 _SAME_GRAPH = {
     HfTask.SENTENCE_SIMILARITY: HfTask.FEATURE_EXTRACTION,
     HfTask.ZERO_SHOT_CLASSIFICATION: HfTask.TEXT_CLASSIFICATION,
+    HfTask.TEXT_RANKING: HfTask.TEXT_CLASSIFICATION,
 }
+_PAIR_TASKS = (HfTask.QUESTION_ANSWERING, HfTask.MULTIPLE_CHOICE, HfTask.TEXT_RANKING)
 _MODALITIES: Mapping[HfTask, Modality] = {
     HfTask.IMAGE_CLASSIFICATION: "image",
+    HfTask.ZERO_SHOT_IMAGE_CLASSIFICATION: "image-text",
     HfTask.IMAGE_FEATURE_EXTRACTION: "image",
     HfTask.IMAGE_SEGMENTATION: "image",
     HfTask.OBJECT_DETECTION: "image",
@@ -105,6 +121,8 @@ _MODALITIES: Mapping[HfTask, Modality] = {
 _PIPELINE_OWNERS: Mapping[HfTask, PipelineOwner] = {
     HfTask.SENTENCE_SIMILARITY: "compileflow",
     HfTask.QUESTION_ANSWERING: "compileflow",
+    HfTask.MULTIPLE_CHOICE: None,
+    HfTask.TEXT_RANKING: "compileflow",
     HfTask.AUDIO_FRAME_CLASSIFICATION: None,
     HfTask.AUDIO_XVECTOR: None,
 }

@@ -30,6 +30,7 @@ from tests.unit.proving import validate_here
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:.*torch\.jit\..*deprecated")
 NEW_TASKS = (
+    HfTask.ZERO_SHOT_IMAGE_CLASSIFICATION,
     HfTask.IMAGE_FEATURE_EXTRACTION,
     HfTask.IMAGE_SEGMENTATION,
     HfTask.OBJECT_DETECTION,
@@ -169,6 +170,53 @@ class TestAudioOfFixedLength:
         assert_same_result(compiled(sounds), reference(sounds), atol=1e-5)
 
 
+class TestTowersOfClip:
+    @pytest.fixture
+    def clip(self, tiny_model: ModelFactory) -> Path:
+        return tiny_model(HfTask.ZERO_SHOT_IMAGE_CLASSIFICATION)
+
+    def test_model_of_both_towers_is_found_by_its_processor_and_its_tokenizer(self, clip: Path) -> None:
+        assert detect_task(clip) is HfTask.ZERO_SHOT_IMAGE_CLASSIFICATION
+
+    @pytest.mark.parametrize("task", [HfTask.FEATURE_EXTRACTION, HfTask.IMAGE_FEATURE_EXTRACTION])
+    def test_both_towers_at_once_have_no_features_of_one_input(self, clip: Path, task: HfTask) -> None:
+        with pytest.raises(SpecError, match=f"CLIPModel takes text and image inputs together.*{task}"):
+            load_source_model(clip, task)
+
+    def test_image_tower_with_its_projection_answers_with_embeddings(
+        self, clip: Path, in_process: InProcess, tmp_path: Path
+    ) -> None:
+        tower = transformers.CLIPVisionModelWithProjection.from_pretrained(clip)
+        processor = transformers.AutoImageProcessor.from_pretrained(clip)
+        tower.save_pretrained(tmp_path / "tower")
+        processor.save_pretrained(tmp_path / "tower")
+        task = detect_task(tmp_path / "tower")
+        artifact = in_process.compile(
+            tmp_path / "tower", tmp_path / "artifact", target="torchscript", hf_task=task
+        )
+        embed = CompiledPipeline.from_pretrained(artifact)
+        reference = transformers.pipeline(task, tower, image_processor=processor)
+        pictures = images((40, 40), (64, 48))
+        assert_same_result(embed(pictures), reference(pictures), atol=1e-5)
+        assert np.shape(embed(pictures[0])) == (1, 16)
+
+    def test_text_tower_with_its_projection_answers_with_embeddings(
+        self, clip: Path, in_process: InProcess, tmp_path: Path
+    ) -> None:
+        tower = transformers.CLIPTextModelWithProjection.from_pretrained(clip)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(clip)
+        tower.save_pretrained(tmp_path / "tower")
+        tokenizer.save_pretrained(tmp_path / "tower")
+        artifact = in_process.compile(
+            tmp_path / "tower", tmp_path / "artifact", target="torchscript", hf_task=HfTask.FEATURE_EXTRACTION
+        )
+        embed = CompiledPipeline.from_pretrained(artifact)
+        reference = transformers.pipeline("feature-extraction", tower, tokenizer=tokenizer)
+        texts = ["a cat", "two dogs in a wide street"]
+        assert_same_result(embed(texts), reference(texts), atol=1e-5)
+        assert np.shape(embed(texts[0])) == (1, 16)
+
+
 class TestDecisions:
     def test_segmentation_counts_pixels_and_whole_pictures(self) -> None:
         before = np.zeros((1, 2, 2, 2), np.float32)
@@ -182,6 +230,14 @@ class TestDecisions:
         assert decisions.scalars()["mean_iou"] == pytest.approx((1 / 2 + 2 / 3) / 2)
         (flip,) = decisions.flips(str)
         assert (flip.before, flip.after) == ("row 0, column 0: cat", "row 0, column 0: dog")
+
+    def test_labels_of_an_image_are_compared_over_the_texts(self) -> None:
+        before = {"logits_per_image": np.array([[3.0, 1.0]], np.float32)}
+        (rate,) = decided(HfTask.ZERO_SHOT_IMAGE_CLASSIFICATION, before, before).rates()
+        assert (rate["metric"], rate["hits"], rate["trials"]) == ("label_agreement", 1, 1)
+        after = {"logits_per_image": np.array([[1.0, 3.0]], np.float32)}
+        (flip,) = decided(HfTask.ZERO_SHOT_IMAGE_CLASSIFICATION, before, after).flips(str)
+        assert (flip.before, flip.after) == ("cat", "dog")
 
     def test_detections_may_come_in_another_order(self) -> None:
         before = detections()

@@ -29,6 +29,7 @@ SCALED = (
     HfTask.OBJECT_DETECTION,
     HfTask.DEPTH_ESTIMATION,
     HfTask.AUDIO_XVECTOR,
+    HfTask.ZERO_SHOT_IMAGE_CLASSIFICATION,
 )
 BY_TASK = {
     HfTask.TEXT_CLASSIFICATION: {"label_agreement": {FP32: 1.0, FP16: 0.99, BF16: 0.99, INT8: 0.98}},
@@ -41,6 +42,7 @@ BY_TASK = {
     HfTask.QUESTION_ANSWERING: {"exact_span": {FP32: 0.99, FP16: 0.99, BF16: 0.99}},
     HfTask.IMAGE_CLASSIFICATION: {"label_agreement": {FP32: 1.0, FP16: 0.99, BF16: 0.99, INT8: 0.98}},
     HfTask.AUDIO_CLASSIFICATION: {"label_agreement": {FP32: 1.0, FP16: 0.99, BF16: 0.99, INT8: 0.98}},
+    HfTask.ZERO_SHOT_IMAGE_CLASSIFICATION: {"label_agreement": {FP32: 1.0, FP16: 0.99, BF16: 0.99, INT8: 0.98}},
     HfTask.IMAGE_FEATURE_EXTRACTION: {"neighbour_overlap": {FP32: 0.99, FP16: 0.99, BF16: 0.99, INT8: 0.95}},
     HfTask.IMAGE_SEGMENTATION: {
         "label_agreement": {FP32: 0.999, FP16: 0.99, BF16: 0.98, INT8: 0.95},
@@ -61,6 +63,7 @@ CLASSIFIES = (
     HfTask.IMAGE_CLASSIFICATION,
     HfTask.AUDIO_CLASSIFICATION,
     HfTask.AUDIO_FRAME_CLASSIFICATION,
+    HfTask.ZERO_SHOT_IMAGE_CLASSIFICATION,
 )
 # Their labels have places, but they decide about too many pixels or boxes for a limit of no flip.
 LABELS_PLACES = (HfTask.IMAGE_SEGMENTATION, HfTask.OBJECT_DETECTION)

@@ -14,7 +14,7 @@ from compileflow.errors import printable
 if TYPE_CHECKING:
     from compileflow.artifact.manifest import ArtifactManifest
 
-_UNITS = {"text": "tokens", "audio": "samples or spectra", "image": ""}
+_UNITS = {"text": "tokens", "image-text": "tokens", "audio": "samples or spectra", "image": ""}
 
 
 @one_line_errors

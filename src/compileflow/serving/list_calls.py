@@ -33,6 +33,9 @@ def call_list(pipeline: Any, inputs: Sequence[Any], *args: Any, **kwargs: Any) -
         return pipeline(list(inputs), *args, **kwargs)
     requested_size = kwargs.get("batch_size")
     batch_size = checked_batch_size(pipeline._batch_size if requested_size is None else requested_size)
+    if any(tensor.axes[0] != "batch" for tensor in pipeline.model.graph.record.inputs):
+        # An item has rows of its own, such as the labels of an image, and fills a call.
+        return pipeline(list(inputs), *args, **(kwargs | {"batch_size": 1}))
     # `__call__` resolves the settings of its task and then takes the answers from `get_iterator`.
     batching = copy(pipeline)
     batching.get_iterator = partial(_answers, pipeline, batch_size)

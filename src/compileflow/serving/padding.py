@@ -151,22 +151,30 @@ def run_fitted(runner: Runner, component: ComponentRecord, inputs: Arrays) -> Ar
     start = 0
     for bucket in plan_calls(component.shape_buckets, rows, length):
         count = min(bucket.batch_size, rows - start)
-        chunk = {
-            tensor.name: inputs[tensor.name][start : start + count]
-            if tensor.axes[0] == "batch"
-            else inputs[tensor.name]
-            for tensor in component.inputs
-        }
+        chunk = take_rows(component.inputs, inputs, slice(start, start + count))
         outputs = runner.run(pad_to(chunk, bucket, component))
         parts.append(cut_back(outputs, component, count, length))
         start += count
     if len(parts) == 1:
         return parts[0]
+    return join_rows(component.outputs, parts)
+
+
+def take_rows(tensors: Sequence[TensorRecord], arrays: Arrays, rows: slice) -> Arrays:
+    """Select rows of the batch; an input without a batch axis, such as one image for all texts, stays whole."""
+    return {
+        tensor.name: arrays[tensor.name][rows] if tensor.axes[0] == "batch" else arrays[tensor.name]
+        for tensor in tensors
+    }
+
+
+def join_rows(tensors: Sequence[TensorRecord], parts: Sequence[Arrays]) -> Arrays:
+    """Join the outputs of several calls along their batch axes; one without such an axis is equal in all calls."""
     return {
         tensor.name: np.concatenate([part[tensor.name] for part in parts], axis=tensor.axes.index("batch"))
         if "batch" in tensor.axes
         else parts[0][tensor.name]
-        for tensor in component.outputs
+        for tensor in tensors
     }
 
 

@@ -367,10 +367,11 @@ def _with_attributes(pipeline_class: Any, attributes: Mapping[str, Any]) -> Any:
 
 
 def _processors(task: HfTask, artifact: OpenArtifact) -> dict[str, Any]:
-    """Load the processor of images or audio, and for speech the tokenizer that turns outputs into text."""
-    if task.modality == "image":
-        return {"image_processor": load_part(artifact, "AutoImageProcessor")}
-    parts = {"feature_extractor": load_part(artifact, "AutoFeatureExtractor")}
-    if task is HfTask.SPEECH_RECOGNITION:
+    """Load the processor of images or audio, and the tokenizer of labels or transcripts."""
+    if task.modality == "audio":
+        parts = {"feature_extractor": load_part(artifact, "AutoFeatureExtractor")}
+    else:
+        parts = {"image_processor": load_part(artifact, "AutoImageProcessor")}
+    if task is HfTask.SPEECH_RECOGNITION or task.takes_text:
         parts["tokenizer"] = load_part(artifact, "AutoTokenizer")
     return parts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,10 @@ AUTO_CLASSES: Mapping[HfTask, str] = {
     HfTask.TOKEN_CLASSIFICATION: "AutoModelForTokenClassification",
     HfTask.FILL_MASK: "AutoModelForMaskedLM",
     HfTask.QUESTION_ANSWERING: "AutoModelForQuestionAnswering",
+    HfTask.MULTIPLE_CHOICE: "AutoModelForMultipleChoice",
+    HfTask.TEXT_RANKING: "AutoModelForSequenceClassification",
     HfTask.IMAGE_CLASSIFICATION: "AutoModelForImageClassification",
+    HfTask.ZERO_SHOT_IMAGE_CLASSIFICATION: "AutoModelForZeroShotImageClassification",
     HfTask.IMAGE_FEATURE_EXTRACTION: "AutoModel",
     HfTask.IMAGE_SEGMENTATION: "AutoModelForSemanticSegmentation",
     HfTask.OBJECT_DETECTION: "AutoModelForObjectDetection",
@@ -31,6 +35,7 @@ HEADS: Mapping[str, HfTask] = {
     "ForTokenClassification": HfTask.TOKEN_CLASSIFICATION,
     "ForMaskedLM": HfTask.FILL_MASK,
     "ForQuestionAnswering": HfTask.QUESTION_ANSWERING,
+    "ForMultipleChoice": HfTask.MULTIPLE_CHOICE,
     "ForImageClassification": HfTask.IMAGE_CLASSIFICATION,
     "ForSemanticSegmentation": HfTask.IMAGE_SEGMENTATION,
     "ForObjectDetection": HfTask.OBJECT_DETECTION,
@@ -78,7 +83,7 @@ def tasks_of(config: Any) -> tuple[HfTask, ...]:
 
 
 def model_class_of(config: Any, hf_task: HfTask) -> Any:
-    """Return the class that loads a model for a task: an auto class, or the class of a tower of CLIP.
+    """Return the class that loads a model for a task: an auto class, a tower of CLIP, or an encoder.
 
     AutoModel leaves out the projection of a tower that was saved as CLIPVisionModelWithProjection, for example.
     """
@@ -88,7 +93,27 @@ def model_class_of(config: Any, hf_task: HfTask) -> Any:
     architecture = (getattr(config, "architectures", None) or [""])[0]
     if name == "AutoModel" and architecture.endswith("WithProjection") and hasattr(transformers, architecture):
         name = architecture
-    return getattr(transformers, name)
+    auto_class = getattr(transformers, name)
+    return (_encoder_of(config, architecture) if name == "AutoModel" else None) or auto_class
+
+
+def _encoder_of(config: Any, architecture: str) -> Any:
+    """Return the class of an encoder without its decoder; None for models that do not have one.
+
+    AutoModel is the whole T5Model, which needs token ids for its decoder; sentence-transformers always takes
+    T5EncoderModel. Other families have such a class only where their encoder was saved alone.
+    """
+    import transformers
+
+    mapping = transformers.AutoModel._model_mapping
+    if type(config) not in mapping:
+        return None
+    whole_class = mapping[type(config)]
+    names = [architecture] if architecture.endswith(("Encoder", "EncoderModel")) else []
+    if getattr(config, "is_encoder_decoder", False):
+        names.append(f"{whole_class.__name__.removesuffix('Model')}EncoderModel")
+    module = sys.modules[whole_class.__module__]
+    return next((getattr(module, name) for name in names if hasattr(module, name)), None)
 
 
 def task_of_architecture(name: str) -> HfTask | None:

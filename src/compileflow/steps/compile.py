@@ -144,7 +144,8 @@ def detect_task(source_dir: Path) -> HfTask:
     for name in architectures:
         task = task_of_architecture(name)
         if task is HfTask.FEATURE_EXTRACTION and _takes_images(source_dir):
-            return HfTask.IMAGE_FEATURE_EXTRACTION
+            has_tokenizer = (source_dir / "tokenizer_config.json").exists()
+            return HfTask.ZERO_SHOT_IMAGE_CLASSIFICATION if has_tokenizer else HfTask.IMAGE_FEATURE_EXTRACTION
         if task is not None:
             return task
     raise SpecError(

@@ -16,8 +16,9 @@ from compileflow._process.state import resident_bytes
 from compileflow.artifact.open import OpenArtifact, open_artifact
 from compileflow.catalog import get_target
 from compileflow.contracts import OUTCOMES, Arrays, ComponentRecord
-from compileflow.errors import LoadError
+from compileflow.errors import LoadError, MeasurementError, first_line
 from compileflow.serving.component import LoadedComponent
+from compileflow.serving.padding import join_rows, take_rows
 from compileflow.serving.pipeline import CompiledPipeline
 from compileflow.source_model.examples import example_inputs
 from compileflow.source_model.interface import SourceModel
@@ -33,8 +34,9 @@ from compileflow.validation.judge import judge
 from compileflow.validation.judge.suite import suite_digest
 from compileflow.validation.measure.decisions import Decisions, Pool, mean_of_tokens
 from compileflow.validation.registered_tests import (
+    AnsweredTests,
     RegisteredTests,
-    answers_to,
+    answer_tests,
     read_registered_tests,
     write_registered_tests,
 )
@@ -80,10 +82,12 @@ def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
     registered_scalars: dict[str, float] = {}
     if tests is not None:
         report_progress("answering the test inputs that are registered with the source version")
-        predictions = _predictions(tests, artifact, threads)
-        write_registered_tests(tests, predictions, Path(request["report_dir"]) / TEST_FILES_FOLDER)
-        if tests.predictions is not None:
-            registered_scalars["registered_disagreement"] = tests.disagreement(predictions)
+        answered = _answered(tests, artifact, threads)
+        tests = answered.tests
+        if answered.answers is not None:
+            write_registered_tests(tests, answered.answers, Path(request["report_dir"]) / TEST_FILES_FOLDER)
+        if answered.disagreement is not None:
+            registered_scalars["registered_disagreement"] = answered.disagreement
     reports = []
     for compiled_component, serving_memory_bytes in loaded_components:
         report = _prove_component(
@@ -110,7 +114,7 @@ def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _predictions(tests: RegisteredTests, artifact: OpenArtifact, threads: int) -> list[Any]:
+def _answered(tests: RegisteredTests, artifact: OpenArtifact, threads: int) -> AnsweredTests:
     """Answer the registered tests with the first component of the spec."""
     pipeline = CompiledPipeline.from_pretrained(
         artifact.folder,
@@ -119,7 +123,7 @@ def _predictions(tests: RegisteredTests, artifact: OpenArtifact, threads: int) -
         require_signature=False,
         trust_remote_code=artifact.trust_remote_code,
     )
-    return answers_to(tests, pipeline)
+    return answer_tests(tests, pipeline, artifact.manifest.hf_task)
 
 
 def _load(
@@ -207,15 +211,16 @@ def _prove_component(
             source_labels.get(number) != compiled_labels.get(number) for number in source_labels | compiled_labels
         )
     report_progress("probing padding, masks and token types")
+    reference = _reference(source_model)
     for probe in evidence.probes:
-        probe(measurements, source_model.run, compiled_component.run)
+        probe(measurements, reference, compiled_component.run)
     report_progress("measuring the noise of the source model")
     noise_cases = evidence.natural[:: max(1, len(evidence.natural) // 3)][:3]
-    measuring.measure_noise(measurements, _noise_variants(source_model, threads), source_model.run, noise_cases)
+    measuring.measure_noise(measurements, _noise_variants(source_model, threads), reference, noise_cases)
     report_progress("timing both models in turn")
     measuring.measure_latency(
         measurements,
-        source_model.run,
+        reference,
         compiled_component.run,
         evidence.timed,
         shapes=_timed_shapes(compiled_component.artifact, record, validation),
@@ -272,11 +277,29 @@ def _pools(hf_task: HfTask, *folders: Path) -> tuple[Pool, Pool]:
         return mean_of_tokens, mean_of_tokens
 
 
+def _reference(source_model: SourceModel) -> Callable[[Arrays], Arrays]:
+    """Return the source model as a function; if it fails, the error says that it was the source model."""
+
+    def run(inputs: Arrays) -> Arrays:
+        try:
+            return source_model.run(inputs)
+        except MemoryError:
+            raise
+        except Exception as error:
+            rows, length = next(iter(inputs.values())).shape[:2]
+            raise MeasurementError(
+                f"The source model itself fails on {rows} rows of length {length}: {type(error).__name__}: "
+                f"{first_line(error)}.",
+                hint="Check that the model and its tokenizer belong together.",
+            ) from error
+
+    return run
+
+
 def _noise_variants(source_model: SourceModel, threads: int) -> dict[str, Callable[[Case], Arrays]]:
     """Return functions that run the source model in ways that should all give the same answer."""
     import copy
 
-    import numpy as np
     import torch
 
     @cache
@@ -295,11 +318,12 @@ def _noise_variants(source_model: SourceModel, threads: int) -> dict[str, Callab
         return {record.name: answer[record.name].numpy() for record in source_model.outputs}
 
     def row_by_row(case: Case) -> Arrays:
+        records = [record for record in source_model.inputs if record.name in case.inputs]
         rows = [
-            source_model.run({name: value[row : row + 1] for name, value in case.inputs.items()})
+            source_model.run(take_rows(records, case.inputs, slice(row, row + 1)))
             for row in range(len(case.texts))
         ]
-        return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+        return join_rows(source_model.outputs, rows)
 
     def with_one_thread(case: Case) -> Arrays:
         torch.set_num_threads(1)

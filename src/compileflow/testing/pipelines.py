@@ -34,6 +34,9 @@ _TRUNCATED: Mapping[HfTask, dict[str, Any]] = {
 }
 _SETTINGS: Mapping[HfTask, dict[str, Any]] = {
     HfTask.OBJECT_DETECTION: {"threshold": 0.3},
+    HfTask.ZERO_SHOT_IMAGE_CLASSIFICATION: {
+        "candidate_labels": ["a cat", "dogs", "cars in a wide street", "b", "c d"]
+    },
     HfTask.ZERO_SHOT_CLASSIFICATION: {"candidate_labels": ["travel", "food", "dogs and cats"]},
     # Windows of 0.8 seconds, so that the longest recording exceeds the longest input of the component.
     HfTask.SPEECH_RECOGNITION: {"chunk_length_s": 0.8, "stride_length_s": 0.1},
@@ -104,7 +107,7 @@ def _assert_model_answers_like_the_source_model(artifact: OpenArtifact, source_d
 
 def questions(task: HfTask, pipeline: Any) -> list[Any]:
     """Return inputs of a task: at the edges of the shape buckets, beyond the maximum, and unusual ones."""
-    if task.modality == "image":
+    if task.modality in ("image", "image-text"):
         return _images()
     if task.modality == "audio":
         random = np.random.default_rng(3)

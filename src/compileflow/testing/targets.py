@@ -47,6 +47,7 @@ BUCKETS = {
     modality: tuple(ShapeBucket(batch_size=rows, sequence_length=length) for rows, length in shapes)
     for modality, shapes in {
         "text": ((1, 8), (4, 16), (1, 64)),
+        "image-text": ((1, 8), (4, 16), (1, 64)),
         "image": ((1, 1), (4, 1), (8, 1)),
         "audio": ((1, 1600), (3, 4000), (1, 16000)),
     }.items()

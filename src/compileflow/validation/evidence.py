@@ -19,6 +19,7 @@ from compileflow.validation.cases import (
     load_signals,
     shape_cases,
 )
+from compileflow.validation.cases.image_text import LABELS, ImageTextCases
 from compileflow.validation.measure import (
     Measurements,
     Model,
@@ -33,6 +34,7 @@ from compileflow.validation.settings import ValidationSettings
 _DYNAMIC_EDGES = (8, 16, 32, 64, 128, 256)
 _TIMED_TEXT = ((1, 16), (1, 128), (8, 128))
 _TIMED_IMAGES = ((1, 1), (8, 1))
+_TIMED_LABELS = ((8, 16),)
 _TIMED_SECONDS = ((1, 1), (1, 5))
 
 Decode = Callable[[Sequence[int]], str]
@@ -86,6 +88,8 @@ def gather_evidence(
     Raises:
         MeasurementError: The examples cannot be used.
     """
+    if spec.hf_task.modality == "image-text":
+        return _image_text_evidence(source_dir, record, validation, trust_remote_code)
     if spec.hf_task.modality == "text":
         tokenizer = _tokenizer(source_dir, trust_remote_code)
         return _text_evidence(tokenizer, spec, record, validation, tests)
@@ -100,6 +104,7 @@ def timed_shapes(
     default = {
         "text": _TIMED_TEXT,
         "image": _TIMED_IMAGES,
+        "image-text": _TIMED_LABELS,
         "audio": tuple((rows, seconds * second) for rows, seconds in _TIMED_SECONDS),
     }[hf_task.modality]
     longest = record.max_sequence_length
@@ -121,8 +126,9 @@ def _text_evidence(
 ) -> Evidence:
     examples, origin, _ = load_examples(spec.hf_task, validation.examples_path, validation.max_examples)
     test_examples = tests.examples(spec.hf_task) if tests else []
-    if test_examples:
-        origin = f"{len(test_examples)} test inputs of the source version, and {origin}"
+    if test_examples or (tests and tests.note):
+        note = f" ({tests.note})" if tests and tests.note else ""
+        origin = f"{len(test_examples)} test inputs of the source version{note}, and {origin}"
         examples = (test_examples + examples)[: max(validation.max_examples, len(test_examples))]
     texts = [example.get("text") or example["context"] for example in examples]
     builder = CaseBuilder(
@@ -150,6 +156,25 @@ def _text_evidence(
         tokens={},
         origin=origin,
         examples_count=len(examples),
+    )
+
+
+def _image_text_evidence(
+    source_dir: Path, record: ComponentRecord, validation: ValidationSettings, trust_remote_code: bool
+) -> Evidence:
+    tokenizer = _tokenizer(source_dir, trust_remote_code)
+    processor = load_processor(source_dir, "image", trust_remote_code=trust_remote_code)
+    builder = ImageTextCases(tokenizer, processor, record)
+    signals, origin, _ = load_signals(processor, validation.examples_path, validation.max_examples)
+    return Evidence(
+        generated=builder.generated(),
+        natural=[builder.case(signal.name, "agreement", signal, LABELS) for signal in signals],
+        probes=(),
+        timed=builder.timed,
+        decode=tokenizer.decode,
+        tokens=dict(enumerate(LABELS)),
+        origin=origin,
+        examples_count=len(signals),
     )
 
 

@@ -18,6 +18,7 @@ from compileflow.validation.cases.generated_signals import NamedSignal, Signal, 
 _GENERATED = 64
 _SUFFIXES: dict[Modality, tuple[str, ...]] = {
     "image": (".bmp", ".jpeg", ".jpg", ".png", ".webp"),
+    "image-text": (".bmp", ".jpeg", ".jpg", ".png", ".webp"),
     "audio": (".wav",),
 }
 
@@ -32,7 +33,7 @@ def load_examples(task: HfTask, path: str | None, limit: int) -> tuple[list[dict
     Raises:
         MeasurementError: The file cannot be read, or holds no example in the form that the task needs.
     """
-    questions = task is HfTask.QUESTION_ANSWERING
+    questions = task.reads_pairs
     try:
         if path is not None:
             origin, body = Path(path).name, Path(path).expanduser().read_bytes()

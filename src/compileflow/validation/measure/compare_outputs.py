@@ -93,7 +93,9 @@ def _compared_rows(
             hint="Correct the source model first.",
         )
     rows = []
-    for index, text in enumerate(case.texts):
+    # An output without a batch axis, such as the scores of one image for all texts, is compared as a whole.
+    indices = range(len(case.texts)) if record.axes[0] == "batch" else [...]
+    for index, text in zip(indices, case.texts, strict=False):
         before = expected[index][mask[index]] if per_token else expected[index]
         if actual is None or actual.shape != expected.shape:
             after = np.empty(0)

@@ -37,12 +37,21 @@ _LABELLED = (
     HfTask.IMAGE_SEGMENTATION,
     HfTask.OBJECT_DETECTION,
     HfTask.AUDIO_FRAME_CLASSIFICATION,
+    HfTask.ZERO_SHOT_IMAGE_CLASSIFICATION,
 )
 # Pixels of a picture that are compared one by one, and detections of a picture, best first.
 _PIXELS, _DETECTIONS = 500, 10
 # How far the corner of a box may move, as a share of the picture's width or height, and how far a depth may, as a
 # share of the picture's range of depths.
 _BOX_TOLERANCE, _DEPTH_TOLERANCE = 0.01, 0.01
+
+# From the tokens of a text to its embedding.
+Pool = Callable[[Any], Any]
+
+
+def mean_of_tokens(tokens: Any) -> Any:
+    """Return the mean of tokens, shape (tokens, size)."""
+    return tokens.mean(axis=0)
 
 
 @dataclass
@@ -53,16 +62,20 @@ class Decisions:
         task: Task that defines the decision; one of `GRAPH_TASKS`.
         labels: Name of each class: id2label of the model's configuration, or the characters of a speech model.
         multi_label: True if the model decides about each label separately.
+        pools: Functions from the tokens of a text, shape (tokens, size), to its embedding: that of the source model
+            and that of the compiled model.
     """
 
     task: HfTask
     labels: dict[int, str] = field(default_factory=dict)
     multi_label: bool = False
+    pools: tuple[Pool, Pool] = (mean_of_tokens, mean_of_tokens)
     _rates: list[dict[str, Any]] = field(default_factory=list)
     _confident_flips: int = 0
     _logits: list[tuple[Any, Any]] = field(default_factory=list)
     _pictures: list[tuple[Any, Any]] = field(default_factory=list)
     _embeddings: list[tuple[Any, Any]] = field(default_factory=list)
+    _embedding_errors: list[float] = field(default_factory=list)
     _tags: list[tuple[list[str], list[str]]] = field(default_factory=list)
     _texts: list[str] = field(default_factory=list)
     _changes: list[Change] = field(default_factory=list)
@@ -70,6 +83,9 @@ class Decisions:
     def add(self, case: Case, expected: Arrays, actual: Arrays) -> None:
         """Add one natural batch. Outputs of the wrong shape are judged by the shape gate."""
         if any(name not in actual or actual[name].shape != value.shape for name, value in expected.items()):
+            return
+        if self.task is HfTask.ZERO_SHOT_IMAGE_CLASSIFICATION:
+            self._add_label(case.name, *(outputs["logits_per_image"][0] for outputs in (expected, actual)))
             return
         for row, text in enumerate(case.texts):
             mask = case.mask[row].astype(bool)
@@ -83,13 +99,8 @@ class Decisions:
                 continue
             ids = [int(token) for token in case.inputs["input_ids"][row][mask]]
             if self.task is HfTask.FEATURE_EXTRACTION:
-                self._texts.append(text)
-                self._embeddings.append(
-                    (
-                        expected["last_hidden_state"][row][mask].mean(axis=0),
-                        actual["last_hidden_state"][row][mask].mean(axis=0),
-                    )
-                )
+                tokens = (outputs["last_hidden_state"][row][mask] for outputs in (expected, actual))
+                self._add_embedding(text, *(pool(value) for pool, value in zip(self.pools, tokens, strict=True)))
             elif self.task is HfTask.TOKEN_CLASSIFICATION:
                 self._add_tokens(text, ids, expected["logits"][row][mask], actual["logits"][row][mask])
             elif self.task is HfTask.FILL_MASK:
@@ -114,6 +125,8 @@ class Decisions:
             before, after = (np.concatenate(logits) for logits in zip(*self._logits, strict=True))
             scalars["misplaced_labels"] = metrics.misplaced_labels(before, after)
             scalars["confident_flips"] = self._confident_flips
+        if self._embedding_errors:
+            scalars["embedding_error"] = float(np.max(self._embedding_errors))
         if self._pictures:
             scalars["mean_iou"] = metrics.mean_iou(*zip(*self._pictures, strict=True))
         if self._tags:
@@ -176,6 +189,13 @@ class Decisions:
             name = "embeddings" if self.task is HfTask.AUDIO_XVECTOR else next(iter(before))
             self._texts.append(text)
             self._embeddings.append((_pooled(before[name]), _pooled(after[name])))
+
+    def _add_embedding(self, text: str, before: Any, after: Any) -> None:
+        """Compare two embeddings of a text, each of shape (size,)."""
+        self._texts.append(text)
+        self._embeddings.append((before, after))
+        is_alike = before.shape == after.shape
+        self._embedding_errors.append(metrics.rel_l2(before, after) if is_alike else float("inf"))
 
     def _add_label(self, text: str, before: Any, after: Any) -> None:
         self._logits.append((before[None], after[None]))
