@@ -83,7 +83,10 @@ def list_files(
     root = folder.resolve()
     if not root.is_dir():
         raise IntegrityError(f"{folder} is not a folder.", hint="Give an existing folder.")
-    names = sorted(paths if paths is not None else _walk(root))
+    try:
+        names = sorted(paths if paths is not None else _walk(root))
+    except RecursionError as error:
+        raise IntegrityError(f"{folder} has folders nested too deeply.", hint="Give another folder.") from error
     if without is not None:
         names = [name for name in names if not name.startswith(f"{without}/")]
     try:

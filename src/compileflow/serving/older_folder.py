@@ -141,7 +141,7 @@ def open_older(root: Path, *, trust_remote_code: bool = False) -> OlderArtifact:
     output_class, names = _OUTPUTS[task.graph_task]
     graph = load_graph(folder, target)
     component = ComponentRecord(
-        folder=".",
+        folder=_MODEL,
         inputs=_INPUTS,
         outputs=_outputs(graph, bucket, names, per_token=task is HfTask.QUESTION_ANSWERING),
         output_class=f"transformers.modeling_outputs:{output_class}",

@@ -37,7 +37,7 @@ from compileflow.contracts.toolkit import (
     require_open,
     torch_threads,
 )
-from compileflow.errors import CompileError, SpecError
+from compileflow.errors import CompileError, LoadError, SpecError
 from compileflow.source_model import AUTO_CLASSES, HEADS, load_config, load_source_model
 from compileflow.spec import TEXT_TASKS, Precision
 from compileflow.targets._vendor.toolchain import VendorToolchain, vendor_call
@@ -156,6 +156,11 @@ class HyperdexTarget:
         """Load the compiled folder onto the number of LPUs that it was compiled for."""
         runtime = _TOOLCHAIN.import_module("hyperdex.transformers")
         load_options = component.load_options
+        if load_options["auto_class"] not in AUTO_CLASSES.values():
+            raise LoadError(
+                f"{load_options['auto_class']!r} is not a class that loads a model.",
+                hint="Compile the model again.",
+            )
         try:
             model = getattr(runtime, str(load_options["auto_class"])).from_pretrained(
                 model_id=str(component_dir / _FOLDER), device_map={"lpu": load_options["num_device"]}
