@@ -113,6 +113,23 @@ def write(version: Any, fields: dict[str, Any], files: dict[str, str], sets: dic
         version[path].upload_files(pattern)
 
 
+def track(project: str, identity: str, locations: dict[str, str], endpoint: str) -> None:
+    """Track files in S3, at `endpoint`, by path of the field."""
+    import os
+
+    import neptune
+
+    os.environ |= {
+        "S3_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    with neptune.init_model_version(project=project, with_id=identity, mode="sync") as version:
+        for path, location in locations.items():
+            version[path].track_files(location)
+
+
 def read_version(project: str, identity: str) -> dict[str, Any]:
     """Return the values of a version, nested like their paths."""
     import neptune

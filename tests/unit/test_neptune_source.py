@@ -7,7 +7,7 @@ import json
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -16,12 +16,13 @@ from safetensors.numpy import save_file
 
 from compileflow.contracts.digests import file_digest
 from compileflow.errors import SourceError, SourceUnavailableError
-from compileflow.settings import Settings
+from compileflow.settings import Settings, get_settings
 from compileflow.sources import files as source_files
 from compileflow.sources.neptune_version import NeptuneSource
 from compileflow.spec import HfTask
 from deployments.neptune_server.tokens import make_api_token
 from tests.services.fault_proxy import Answer, CutResponse, FaultProxy
+from tests.services.moto_server import Moto
 from tests.services.neptune import Neptune
 from tests.services.neptune_writer import NeptuneWriter
 
@@ -51,6 +52,12 @@ class Team:
         written |= {path: str(file) for path, file in (files or {}).items()}
         sets = {} if folder is None else {"model/artifact": folder}
         identity = self.client("make_version", self.project, "SRC", fields, written, sets)
+        return f"neptune://{self.project}/{identity}"
+
+    def tracked(self, locations: dict[str, str], moto: Moto) -> str:
+        """Create a version whose attributes track files in S3."""
+        identity = self.client("make_version", self.project, "SRC", {}, {}, {})
+        self.client("track", self.project, identity, locations, moto.url)
         return f"neptune://{self.project}/{identity}"
 
     def _json(self, name: str, value: Any) -> str:
@@ -126,6 +133,133 @@ def test_folder_that_was_uploaded_by_its_own_name_is_found(
     assert located.folder.name == "my-model"
     assert "config.json" in located.files
     assert (located.hf_task, located.test_files) == (None, None)
+
+
+def json_file(folder: Path, name: str, value: Any) -> Path:
+    path = folder / name
+    path.write_text(json.dumps(value))
+    return path
+
+
+class TestSeveralModels:
+    """Two models below the path of the model, as a NER service with two languages registers them."""
+
+    CARD: ClassVar[dict[str, Any]] = {
+        "model_type": "trained",
+        "ner_model_params_base": {"huggingface_pipeline_task": "ner"},
+        "ner_model_params_kj": {"huggingface_pipeline_task_kj": "token-classification"},
+        "model_params": None,
+    }
+
+    @pytest.fixture
+    def uri(self, team: Team) -> str:
+        files = {}
+        for name in ("base_ner", "korean_japanese_ner"):
+            config = json_file(team.folder, f"{name}.json", {"model_type": "bert", "_name_or_path": name})
+            files |= {
+                f"model/artifact/{name}/{path.name}": path for path in team.model.iterdir() if path.is_file()
+            }
+            files[f"model/artifact/{name}/config.json"] = config
+        return team.version(card=team.card(**self.CARD), files=files)
+
+    def test_one_is_chosen_by_its_name(self, uri: str, source: NeptuneSource, tmp_path: Path) -> None:
+        for name in ("base_ner", "korean_japanese_ner"):
+            located = source.locate(f"{uri}#{name}", None, tmp_path / name)
+            assert located.uri == source.pin(f"{uri}#{name}", None)[0] == f"{uri}#{name}"
+            assert located.hf_task is HfTask.TOKEN_CLASSIFICATION
+            assert json.loads((located.folder / "config.json").read_text())["_name_or_path"] == name
+            assert {"config.json", "model.safetensors"} <= set(located.files)
+            # The predictions are those of the service, which uses both models.
+            assert located.test_files is not None
+            assert {path.name for path in located.test_files.iterdir()} == {"inputs.json", "inference_params.json"}
+
+    @pytest.mark.parametrize(
+        ("name", "message", "hint"),
+        [
+            ("", "holds 2 models: base_ner, korean_japanese_ner", "#base_ner"),
+            ("#french_ner", "the version holds the models base_ner, korean_japanese_ner", "#base_ner"),
+        ],
+    )
+    def test_choice_that_is_missing_or_wrong_lists_the_models(
+        self, name: str, message: str, hint: str, uri: str, source: NeptuneSource, tmp_path: Path
+    ) -> None:
+        with pytest.raises(SourceError, match=message) as caught:
+            source.locate(f"{uri}{name}", None, tmp_path / "work")
+        assert hint in caught.value.hint
+        assert not list((tmp_path / "work" / "model").iterdir())
+
+    def test_name_of_the_only_model_is_refused_if_it_has_none(
+        self, team: Team, source: NeptuneSource, tmp_path: Path
+    ) -> None:
+        uri = team.version(card=team.card(), folder=f"{team.model}/*")
+        with pytest.raises(SourceError, match="holds one model, which has no name"):
+            source.locate(f"{uri}#base_ner", None, tmp_path / "work")
+
+
+class TestTrackedFiles:
+    """Files that lie in S3, which the version's attributes only refer to."""
+
+    @pytest.fixture
+    def s3_source(self, bucket: str, settings: Settings) -> NeptuneSource:
+        return NeptuneSource(get_settings())
+
+    @pytest.fixture
+    def uploaded(self, team: Team, bucket: str, moto: Moto) -> dict[str, str]:
+        """Locations of the model's files, the card and the test files in S3, by attribute path."""
+        files = {f"model/artifact/{path.name}": path for path in team.model.iterdir() if path.is_file()}
+        files["model/model_card"] = json_file(team.folder, "card.json", team.card())
+        files |= {
+            f"model/test/{kind}": json_file(team.folder, f"{kind}.json", value)
+            for kind, value in TEST_FILES.items()
+        }
+        for path, file in files.items():
+            moto.client().put_object(Bucket=bucket, Key=f"registry/SRC-1/{path}", Body=file.read_bytes())
+        return {path: f"s3://{bucket}/registry/SRC-1/{path}" for path in files}
+
+    def test_version_whose_files_are_all_tracked_is_fetched(
+        self, team: Team, uploaded: dict[str, str], s3_source: NeptuneSource, moto: Moto, tmp_path: Path
+    ) -> None:
+        uri = team.tracked(uploaded, moto)
+        located = s3_source.locate(uri, None, tmp_path / "work")
+        assert located.hf_task is HfTask.TEXT_CLASSIFICATION
+        assert digests(located.folder, located.files) == digests(team.model, located.files)
+        assert {"config.json", "tokenizer.json", "model.safetensors"} == set(located.files)
+        assert located.test_files is not None
+        contents = {path.name: json.loads(path.read_text()) for path in located.test_files.iterdir()}
+        assert contents == {f"{kind}.json": value for kind, value in TEST_FILES.items()}
+
+    def test_folder_that_one_attribute_tracks_is_fetched(
+        self,
+        team: Team,
+        uploaded: dict[str, str],
+        s3_source: NeptuneSource,
+        bucket: str,
+        moto: Moto,
+        tmp_path: Path,
+    ) -> None:
+        locations = {path: place for path, place in uploaded.items() if not path.startswith("model/artifact")}
+        locations["model/artifact"] = f"s3://{bucket}/registry/SRC-1/model/artifact"
+        located = s3_source.locate(team.tracked(locations, moto), None, tmp_path / "work")
+        assert digests(located.folder, located.files) == digests(team.model, located.files)
+
+    def test_object_that_was_replaced_or_deleted_is_one_clear_error(
+        self,
+        team: Team,
+        uploaded: dict[str, str],
+        s3_source: NeptuneSource,
+        bucket: str,
+        moto: Moto,
+        tmp_path: Path,
+    ) -> None:
+        uri = team.tracked(uploaded, moto)
+        key = "registry/SRC-1/model/artifact/config.json"
+        moto.client().put_object(Bucket=bucket, Key=key, Body=b"{}")
+        with pytest.raises(SourceError, match=r"config\.json was replaced since"):
+            s3_source.locate(uri, None, tmp_path / "replaced")
+        moto.client().delete_object(Bucket=bucket, Key=key)
+        with pytest.raises(SourceError, match="NoSuchKey") as caught:
+            s3_source.locate(uri, None, tmp_path / "deleted")
+        assert "\n" not in str(caught.value)
 
 
 def test_pin_gives_the_whole_id_and_no_revision(team: Team, source: NeptuneSource) -> None:

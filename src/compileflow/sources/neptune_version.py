@@ -1,7 +1,9 @@
 """neptune: a model version on a Neptune server, in the layout of teams that register with Neptune's client.
 
 The version's card, `model/model_card`, names the task, the attribute path of the model's files, and the test
-files. The model's files are a file set at that path, or single files below it. The source only reads.
+files. The model's files are a file set at that path, or single files below it, uploaded or tracked in S3. If a
+version holds several models, each in its own folder, neptune://workspace/project/ID#FOLDER chooses one. The source
+only reads.
 """
 
 from __future__ import annotations
@@ -9,8 +11,8 @@ from __future__ import annotations
 import shutil
 import struct
 import zlib
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 from zipfile import BadZipFile, ZipFile
 
@@ -22,7 +24,8 @@ from compileflow.errors import SourceError, SourceUnavailableError, SpecError, f
 from compileflow.registries.neptune.address import parse_version
 from compileflow.registries.neptune.calls import NeptuneClient
 from compileflow.settings import Settings
-from compileflow.sources.files import card_task, choose_files_below, model_folder, read_json
+from compileflow.sources.files import card_task, choose_files_below, folder_names, model_folder, read_json
+from compileflow.sources.tracked_files import TrackedFile, download_tracked
 
 _CARD = "model/model_card"
 # The card names test files without their extension.
@@ -46,8 +49,8 @@ class NeptuneSource:
             SourceError: The version does not exist, or a revision was given.
             SourceUnavailableError: The server did not answer.
         """
-        client, identity = self._open(location, revision)
-        return f"neptune://{client.project}/{identity}", None
+        client, identity, model_name = self._open(location, revision)
+        return _uri(client, identity, model_name), None
 
     def locate(self, location: str, revision: str | None, work_dir: Path) -> LocatedSource:
         """Download the model's files and the test files to `work_dir`.
@@ -56,10 +59,10 @@ class NeptuneSource:
             SourceError: The version has no card, or lacks a file that its card names.
             SourceUnavailableError: The server did not answer.
         """
-        client, identity = self._open(location, revision)
+        client, identity, model_name = self._open(location, revision)
         with os_errors(work_dir, "download to"):
             work_dir.mkdir(parents=True, exist_ok=True)
-            version = _Version(client, identity, work_dir)
+            version = _Version(client, identity, model_name, work_dir, self._settings)
             card = version.card()
             folder = model_folder(version.model(card, work_dir / "model"))
             test_files = version.test_files(card, work_dir / "test_files")
@@ -73,29 +76,37 @@ class NeptuneSource:
             test_files=test_files,
         )
 
-    def _open(self, location: str, revision: str | None) -> tuple[NeptuneClient, str]:
+    def _open(self, location: str, revision: str | None) -> tuple[NeptuneClient, str, str]:
         if revision is not None:
             raise SourceError(
                 f"{location} is a model version, and a model version has no revision {revision!r}.",
                 hint="Leave the revision empty; the id identifies the version.",
             )
+        uri, _, model_name = location.partition("#")
         try:
-            project, text = parse_version(location)
+            project, text = parse_version(uri)
         except SpecError as error:
             raise SourceError(error.message, hint=error.hint) from error
         client = NeptuneClient(project, self._settings, refused=SourceError, unavailable=SourceUnavailableError)
-        return client, client.version_id(text)
+        return client, client.version_id(text), model_name
+
+
+def _uri(client: NeptuneClient, identity: str, model_name: str) -> str:
+    return f"neptune://{client.project}/{identity}" + (f"#{model_name}" if model_name else "")
 
 
 class _Version:
-    """One model version and the folder of its downloads."""
+    """One model version, the name of its model if it holds several, and the folder of its downloads."""
 
-    def __init__(self, client: NeptuneClient, identity: str, work_dir: Path):
-        self.uri = f"neptune://{client.project}/{identity}"
+    def __init__(self, client: NeptuneClient, identity: str, model_name: str, work_dir: Path, settings: Settings):
+        self.uri = _uri(client, identity, model_name)
         self._client = client
         self._identity = identity
+        self._model_name = model_name
         self._work_dir = work_dir
+        self._settings = settings
         self._types: Mapping[str, str] = client.types(identity)
+        self._is_one_of_several = False
 
     def card(self) -> dict[str, Any]:
         """Return the model card; it may be a JSON file or a string."""
@@ -116,24 +127,71 @@ class _Version:
         field_types = {
             path: kind for path, kind in self._types.items() if path == root or path.startswith(f"{root}/")
         }
-        files = {path: kind for path, kind in field_types.items() if kind in ("File", "FileSet")}
+        files = {path: kind for path, kind in field_types.items() if kind in ("File", "FileSet", "Artifact")}
         if not files or files.get(root) == "File":
             raise SourceError(
                 f"{self.uri} has no files at {root!r}, the path of the model in its card.",
                 hint=f"Upload the folder of save_pretrained there. Fields: {_summary(field_types) or 'none'}.",
             )
         dest.mkdir()
+        chosen_folder = self._choose_model(folder_names([path[len(root) + 1 :] for path in files]))
+        tracked: list[tuple[TrackedFile, Path]] = []
         for path, kind in files.items():
             relative = path[len(root) + 1 :]
+            if relative and chosen_folder and not relative.startswith(f"{chosen_folder}/"):
+                continue
             if kind == "FileSet":
                 self._unpack(path, _below(dest, relative, self.uri) if relative else dest)
+            elif kind == "Artifact":
+                tracked += self._tracked(path, relative, dest)
             else:
                 self._download(path, _below(dest, self._with_extension(path, relative), self.uri))
-        return dest
+        download_tracked(tracked, self._settings, self.uri)
+        # A file set or a tracked folder shows its folders only now.
+        names = folder_names([file.relative_to(dest).as_posix() for file in dest.rglob("*") if file.is_file()])
+        chosen_folder = chosen_folder or self._choose_model(names)
+        if self._model_name and not chosen_folder:
+            raise SourceError(
+                f"{self.uri} does not exist: the version holds one model, which has no name.",
+                hint=f"Leave the name out: {self.uri.partition('#')[0]}.",
+            )
+        return dest / chosen_folder if chosen_folder else dest
+
+    def _choose_model(self, names: Sequence[str]) -> str:
+        """Return the folder of the chosen model; "" for a version that holds one model without a folder.
+
+        Raises:
+            SourceError: The version holds several models and none was chosen, or it lacks the chosen one.
+        """
+        if self._model_name and names and self._model_name not in names:
+            raise SourceError(
+                f"{self.uri} does not exist: the version holds the models {', '.join(names)}.",
+                hint=f"Choose one of them, for example {self.uri.partition('#')[0]}#{names[0]}.",
+            )
+        if not self._model_name and len(names) > 1:
+            raise SourceError(
+                f"{self.uri} holds {len(names)} models: {', '.join(names)}.",
+                hint=f"Compile each by its name, for example {self.uri}#{names[0]}.",
+            )
+        self._is_one_of_several = self._is_one_of_several or len(names) > 1
+        return self._model_name if names else ""
+
+    def _tracked(self, path: str, relative: str, dest: Path) -> list[tuple[TrackedFile, Path]]:
+        """Return the tracked files of a field, each with its place below `dest`."""
+        files = [TrackedFile(**values) for values in self._client.tracked_files(self._identity, path)]
+        if relative and len(files) == 1:
+            extension = PurePosixPath(files[0].location).suffix
+            has_extension = "." in relative.rpartition("/")[2]
+            return [(files[0], _below(dest, relative if has_extension else relative + extension, self.uri))]
+        folder = _below(dest, relative, self.uri) if relative else dest
+        return [(file, _below(folder, file.path, self.uri)) for file in files]
 
     def test_files(self, card: Mapping[str, Any], dest: Path) -> Path | None:
         """Download the test files that the card names; return None if it names none."""
         paths = _test_paths(card.get("model_test_files"), self.uri)
+        if self._is_one_of_several:
+            # The predictions come from a service around all models, so one model cannot repeat them.
+            paths.pop("predictions", None)
         if not paths:
             return None
         dest.mkdir()
@@ -148,8 +206,17 @@ class _Version:
             file.write_text(str(self._client.fetch(self._identity, path)), "utf-8", "replace")
         elif kind == "File":
             self._download(path, file)
+        elif kind == "Artifact":
+            entries = [entry for entry, _ in self._tracked(path, "", self._work_dir)]
+            if len(entries) != 1:
+                raise SourceError(
+                    f"{path} of {self.uri} tracks {len(entries)} files, expected one: the {description}.",
+                    hint="Track that file alone.",
+                )
+            download_tracked([(entries[0], file)], self._settings, self.uri)
         else:
-            fields = _summary({name: kind for name, kind in self._types.items() if kind in ("File", "String")})
+            readable = ("File", "String", "Artifact")
+            fields = _summary({name: kind for name, kind in self._types.items() if kind in readable})
             raise SourceError(
                 f"{self.uri} has no {description} at {path!r}.",
                 hint=f"{reason}Upload it there. Fields: {fields or 'none'}.",

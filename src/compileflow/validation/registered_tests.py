@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,17 @@ class RegisteredTests:
         inputs: One item per call: a text, or an object with question and context.
         parameters: Keyword arguments of each call.
         predictions: One answer per input; None if the version has none.
+        note: Why the predictions are not judged, for the report; "" if they are.
     """
 
     inputs: tuple[Any, ...]
     parameters: Mapping[str, Any]
     predictions: tuple[Any, ...] | None
+    note: str = ""
 
     def examples(self, hf_task: HfTask) -> list[dict[str, str]]:
         """Return the inputs that can serve as natural examples of a text task."""
-        if hf_task.graph_task is HfTask.QUESTION_ANSWERING:
+        if hf_task.reads_pairs:
             fields = ("question", "context")
             pairs = [item for item in self.inputs if isinstance(item, dict)]
             return [
@@ -51,6 +54,75 @@ class RegisteredTests:
         predictions = self.predictions or ()
         misses = sum(not _agree(before, after) for before, after in zip(predictions, answers, strict=True))
         return misses / len(predictions)
+
+
+@dataclass(frozen=True)
+class AnsweredTests:
+    """Registered tests after the compiled model answered them.
+
+    Attributes:
+        tests: The tests; the note says why predictions were not judged.
+        answers: Answers of the compiled model; None if the inputs are not those of its task.
+        disagreement: See `RegisteredTests.disagreement`; None if nothing was judged.
+    """
+
+    tests: RegisteredTests
+    answers: list[Any] | None
+    disagreement: float | None
+
+
+def answer_tests(tests: RegisteredTests, pipeline: Callable[..., Any], hf_task: HfTask) -> AnsweredTests:
+    """Answer registered tests with a pipeline, and compare the answers if predictions have the pipeline's format.
+
+    Teams also register the inputs and answers of a service around the model, such as keywords with their scores.
+    These are reported, and not judged.
+
+    Raises:
+        MeasurementError: The inputs are those of the task, but the pipeline does not answer them.
+    """
+    kind = dict if hf_task.graph_task is HfTask.QUESTION_ANSWERING else str
+    if hf_task.modality == "text" and not all(isinstance(item, kind) for item in tests.inputs):
+        note = f"they are not inputs of a {hf_task.value} pipeline, so its predictions were not judged"
+        return AnsweredTests(replace(tests, note=note), None, None)
+    try:
+        answers = answers_to(tests, pipeline)
+    except MeasurementError:
+        if not tests.parameters:
+            raise
+        answers = answers_to(replace(tests, parameters={}), pipeline)
+        note = "its parameters are not those of the pipeline, so its predictions were not judged"
+        return AnsweredTests(replace(tests, parameters={}, note=note), answers, None)
+    if tests.predictions is None:
+        return AnsweredTests(tests, answers, None)
+    if not _same_format(list(tests.predictions), answers):
+        note = "its predictions do not have the format of the pipeline, so they were not judged"
+        return AnsweredTests(replace(tests, note=note), answers, None)
+    return AnsweredTests(tests, answers, tests.disagreement(answers))
+
+
+def _same_format(before: Any, after: Any) -> bool:
+    """Return whether two answers are built alike: the same keys, and lists of the same kinds, of any length."""
+    before, after = (
+        value[0] if isinstance(value, list) and len(value) == 1 and isinstance(other, dict) else value
+        for value, other in ((before, after), (after, before))
+    )
+    if isinstance(before, dict) and isinstance(after, dict):
+        return before.keys() == after.keys() and all(_same_format(before[name], after[name]) for name in before)
+    if isinstance(before, list) and isinstance(after, list):
+        return all(_same_format(*pair) for pair in product(before[:1], after[:1])) and all(
+            _same_format(values[0], value) for values in (before, after) for value in values[1:]
+        )
+    # Numbers that are not finite are stored as null.
+    kinds = {_kind(value) for value in (before, after)} - {"null"}
+    return len(kinds) <= 1
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return "number"
+    return type(value).__name__
 
 
 def read_registered_tests(folder: Path) -> RegisteredTests:

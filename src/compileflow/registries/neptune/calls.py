@@ -119,6 +119,13 @@ class NeptuneClient:
         """Download a File field, or a FileSet as a zip. Received bytes extend the deadline."""
         self._call("download", f"downloading {path} of {identity}", identity=identity, path=path, dest=str(dest))
 
+    def tracked_files(self, identity: str, path: str) -> list[dict[str, str]]:
+        """Return path, location and hash of each file that an Artifact field tracks outside Neptune."""
+        files: list[dict[str, str]] = self._call(
+            "tracked_files", f"reading {path} of {identity}", identity=identity, path=path
+        )
+        return files
+
     def extension(self, identity: str, path: str) -> str:
         """Return the extension of a File field, without the dot."""
         return str(self._call("extension", f"reading {path} of {identity}", identity=identity, path=path))

@@ -163,6 +163,18 @@ class Session:
         """Return the extension of a File field, without the dot."""
         return str(self._open(project, "version", identity, "read-only")[path].fetch_extension() or "")
 
+    def do_tracked_files(self, project: str, identity: str, path: str) -> list[dict[str, str]]:
+        """Return path, location and hash of each file that an Artifact field tracks."""
+        files = self._open(project, "version", identity, "read-only")[path].fetch_files_list()
+        return [
+            {
+                "path": file.file_path,
+                "location": file.metadata.get("location") or file.metadata.get("file_path") or "",
+                "etag": file.file_hash,
+            }
+            for file in files
+        ]
+
     def do_download(self, project: str, identity: str, path: str, dest: str) -> None:
         """Download a File field, or a FileSet as a zip, and report received bytes to the parent."""
         field = self._open(project, "version", identity, "read-only")[path]
