@@ -12,6 +12,7 @@ import prefect
 from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import get_current_settings
 
+from compileflow._process.folders import file_lock
 from compileflow.errors import ProcessError
 
 _MOST_STARTS = 3
@@ -25,6 +26,13 @@ class EmbeddedServer(SubprocessASGIServer):
     """Prefect's server process. The first object is the server that Prefect's clients start and share."""
 
     _starts = 0
+
+    def start(self, timeout: int | None = None) -> None:
+        """Start the server. Runs with one home start theirs one after the other: each may change the database."""
+        if self.running:
+            return
+        with file_lock(get_current_settings().home / "start.lock", on_wait=lambda: None):
+            super().start(timeout)
 
     def _run_uvicorn_command(self) -> subprocess.Popen[Any]:
         """Start the server as Prefect does, except that a session of its own and a pipe tie it to this process.

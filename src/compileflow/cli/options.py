@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from compileflow.steps.request import CompileRequest
 
-_ABSENT = (None, [])
+_ABSENT: tuple[object, ...] = (None, [])
 _STEPS = ("fetch", "compile", "validate", "register")
 # Options by the path of their field in a request; the longest path counts.
 _OPTIONS: Mapping[tuple[str, ...], str] = {
