@@ -135,7 +135,21 @@ REFUSALS = {
         rewrite_manifest(lambda data: data.update(schema_version=99)),
         TRUST,
     ),
-    "unknown field": Refusal(ManifestError, "surprise", rewrite_manifest(lambda data: data.update(surprise=1))),
+    "unknown field": Refusal(
+        ManifestError,
+        "surprise: .*If a newer compileflow wrote it, update compileflow",
+        rewrite_manifest(lambda data: data.update(surprise=1)),
+    ),
+    "unknown task": Refusal(
+        ManifestError,
+        "hf_task: .*update compileflow",
+        rewrite_manifest(lambda data: data["spec"].update(hf_task="video-dreaming")),
+    ),
+    "code of its own": Refusal(
+        LoadError,
+        "brings its own Python code .*and trust_remote_code is off.*load with trust_remote_code=True",
+        rewrite_manifest(lambda data: data["spec"].update(trust_remote_code=True)),
+    ),
     "path out": Refusal(
         IntegrityError,
         "leaves its folder.*Do not load",

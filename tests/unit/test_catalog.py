@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,11 +11,14 @@ from pathlib import Path
 import pytest
 
 from compileflow import catalog
+from compileflow.artifact.open import open_artifact
 from compileflow.cli.targets import targets as list_targets
 from compileflow.contracts import Target
-from compileflow.errors import SpecError
+from compileflow.errors import LoadError, SpecError
 from compileflow.settings import Settings
 from tests.unit.test_lazy_import import heavy_modules_after
+
+OLD_ARTIFACT = Path(__file__).parents[1] / "artifacts" / "v1-torchscript"
 
 
 @pytest.fixture
@@ -75,7 +79,7 @@ def test_third_party_cannot_replace_a_target_of_ours() -> None:
     assert type(catalog.get_target("onnx-runtime")).__module__ == "compileflow.targets.onnx_runtime"
 
 
-@pytest.mark.parametrize("plugin", ["import compileflow.gone\n", "class Renamed: ...\n"])
+@pytest.mark.parametrize("plugin", ["import compileflow.gone\n", "class Renamed: ...\n", "x =\n", "1 / 0\n"])
 def test_target_that_cannot_be_imported_is_listed_with_the_reason(
     third_party: Path, plugin: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -89,6 +93,20 @@ def test_target_that_cannot_be_imported_is_listed_with_the_reason(
     assert not rows["acme"]["can_run"]
     assert rows["acme"]["reason"] == caught.value.message.rstrip(".")
     assert rows["torchscript"]["can_run"]
+
+
+def test_artifact_of_a_target_that_cannot_be_imported_says_why(third_party: Path, tmp_path: Path) -> None:
+    (third_party / "acme_plugin.py").write_text("raise RuntimeError('no licence')")
+    folder = Path(shutil.copytree(OLD_ARTIFACT, tmp_path / "artifact"))
+    data = json.loads((folder / "manifest.json").read_text("utf-8"))
+    data["target"]["name"] = "acme"
+    (folder / "manifest.json").write_text(json.dumps(data), "utf-8")
+    artifact = open_artifact(folder)
+    with pytest.raises(
+        LoadError, match=r"needs its target: .*'acme' cannot be imported from acme_plugin:AcmeTarget: no licence"
+    ) as caught:
+        artifact.load(artifact.component("default"), device=None, threads=None)
+    assert "Update or uninstall" in caught.value.hint
 
 
 def test_listing_and_probing_load_nothing_heavy() -> None:
