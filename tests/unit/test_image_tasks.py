@@ -23,6 +23,7 @@ from compileflow.testing.pipelines import assert_same_result
 from compileflow.validation.cases import SignalCases
 from compileflow.validation.cases.case import Case
 from compileflow.validation.measure.decisions import Decisions
+from compileflow.validation.measure.detections import in_same_order
 from tests.conftest import ModelFactory
 from tests.in_process import InProcess
 from tests.models import build_model
@@ -244,6 +245,15 @@ class TestDecisions:
         after = {name: value[:, ::-1] for name, value in before.items()}
         (rate,) = decided(HfTask.OBJECT_DETECTION, before, after).rates()
         assert (rate["metric"], rate["hits"], rate["trials"]) == ("box_agreement", 3, 3)
+
+    def test_outputs_are_compared_in_the_order_of_the_source_models_queries(self) -> None:
+        before = detections() | {"last_hidden_state": np.arange(6, dtype=np.float32).reshape(1, 3, 2)}
+        swapped = {name: value[:, [1, 0, 2]] for name, value in before.items()}
+        for name, value in in_same_order(before, swapped).items():
+            np.testing.assert_array_equal(value, before[name])
+        lost = detections()
+        lost["logits"][0, 1] = lost["logits"][0, 0]
+        np.testing.assert_array_equal(in_same_order(before, lost)["logits"], lost["logits"])
 
     @pytest.mark.parametrize(("step", "hits"), [(0.009, 3), (0.011, 2)])
     def test_box_may_move_by_one_percent_of_the_image(self, step: float, hits: int) -> None:

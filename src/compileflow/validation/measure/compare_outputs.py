@@ -9,9 +9,11 @@ import numpy as np
 
 from compileflow.contracts import Arrays, TensorRecord
 from compileflow.errors import MeasurementError, first_line
+from compileflow.spec import HfTask
 from compileflow.validation.cases.case import Case
 from compileflow.validation.measure import metrics
 from compileflow.validation.measure.decisions import Decisions
+from compileflow.validation.measure.detections import in_same_order
 from compileflow.validation.measure.measurements import Measurements, Model, candidate_answer
 
 # Two answers of the source model that should be equal differ by less than this share of their norm.
@@ -40,6 +42,8 @@ def measure(
         if expected is None:
             continue
         actual, error_text = candidate_answer(candidate, case.inputs)
+        if decisions.task is HfTask.OBJECT_DETECTION:
+            actual = in_same_order(expected, actual)
         for record in outputs:
             measurements.comparisons += _compared_rows(
                 case, record, expected[record.name], actual.get(record.name), error_text

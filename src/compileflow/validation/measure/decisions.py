@@ -13,6 +13,7 @@ from compileflow.contracts import Arrays
 from compileflow.spec import HfTask
 from compileflow.validation.cases.case import Case
 from compileflow.validation.measure import metrics
+from compileflow.validation.measure.detections import corners, detected
 from compileflow.validation.measure.flips import (
     SURE_MARGIN,
     Change,
@@ -258,9 +259,9 @@ class Decisions:
         A detection is repeated by one of equal label whose corners are nearly in the same place.
         """
         self._logits.append((before["logits"], after["logits"]))
-        labels, scores, margins = _detected(before["logits"], len(self.labels))
-        boxes, other_boxes = (metrics.corners(outputs["pred_boxes"]) for outputs in (before, after))
-        other_labels, _, _ = _detected(after["logits"], len(self.labels))
+        labels, scores, margins = detected(before["logits"], len(self.labels))
+        boxes, other_boxes = (corners(outputs["pred_boxes"]) for outputs in (before, after))
+        other_labels, _, _ = detected(after["logits"], len(self.labels))
         best = np.argsort(-scores, kind="stable")[:_DETECTIONS]
         hits = 0
         for query in best:
@@ -372,13 +373,3 @@ def _pooled(features: Any) -> Any:
     return (
         features.reshape(len(features), -1).mean(axis=1) if features.ndim == 3 else np.atleast_2d(features).mean(0)
     )
-
-
-def _detected(logits: Any, count: int) -> tuple[Any, Any, Any]:
-    """Return the label of each query, its score and its margin, from logits of shape (queries, labels).
-
-    Detectors with one more label than names choose among the labels and "nothing"; others score each label alone.
-    """
-    has_nothing = logits.shape[-1] > count
-    scores = metrics.softmax(logits)[:, :-1] if has_nothing else np.asarray(logits, np.float64)
-    return scores.argmax(-1), scores.max(-1), metrics.margins(logits)

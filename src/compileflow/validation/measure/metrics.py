@@ -150,12 +150,6 @@ def mean_iou(before: Sequence[Array], after: Sequence[Array]) -> float:
     return float(np.mean(intersections[unions > 0] / unions[unions > 0]))
 
 
-def corners(boxes: Array) -> Array:
-    """Turn boxes (centre x, centre y, width, height) into (left, top, right, bottom), over the last axis."""
-    centres, half_sizes = boxes[..., :2], boxes[..., 2:] / 2
-    return np.concatenate([centres - half_sizes, centres + half_sizes], axis=-1)
-
-
 def _share(part: float, whole: float) -> float:
     """Return part / whole; 0 if both are zero, infinity if only the whole is."""
     if whole == 0.0:
