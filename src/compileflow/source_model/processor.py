@@ -77,7 +77,7 @@ def load_processor(folder: Path, modality: Modality, *, trust_remote_code: bool)
     auto_class = AutoImageProcessor if modality == "image" else AutoFeatureExtractor
     try:
         inner = auto_class.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:
         raise SourceError(
             f"The source model's {modality} processor cannot be loaded: {_reason(error, folder)}.",
             hint="Save the processor (preprocessor_config.json) into the model's folder with save_pretrained.",
