@@ -33,6 +33,8 @@ _LABELLED_TASKS = (
     HfTask.IMAGE_CLASSIFICATION,
     HfTask.AUDIO_CLASSIFICATION,
 )
+# Values of `function_to_apply` in transformers' pipelines for classification.
+_FUNCTIONS = (None, "sigmoid", "softmax", "none")
 _MODALITIES: dict[str, Modality] = {"AutoImageProcessor": "image", "AutoFeatureExtractor": "audio"}
 
 
@@ -54,6 +56,9 @@ def load_part(artifact: OpenArtifact, auto_class: str) -> Any:
             folder, local_files_only=True, trust_remote_code=artifact.trust_remote_code
         )
         _try(part, auto_class)
+    if auto_class == "AutoConfig" and not artifact.trust_remote_code:
+        # These are names of classes in Python files. The graph answers behind transformers' own pipeline.
+        vars(part).pop("custom_pipelines", None)
     return part
 
 
@@ -144,6 +149,9 @@ def check_answers(artifact: OpenArtifact, record: ComponentRecord, config: Any, 
         raise LoadError(f"{record.output_class} has no output {unknown_names[0]!r}.", hint=hint)
     if artifact.manifest.hf_task.graph_task not in _LABELLED_TASKS:
         return
+    function = getattr(config, "function_to_apply", None)
+    if function not in _FUNCTIONS:
+        raise LoadError(f"function_to_apply of config.json is {function!r}, which no pipeline knows.", hint=hint)
     labels = getattr(config, "id2label", None) or {}
     for tensor in record.outputs:
         classes = tensor.axes[-1] if tensor.name == "logits" and tensor.axes else 0

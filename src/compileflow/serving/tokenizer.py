@@ -17,7 +17,7 @@ from compileflow.artifact.attestations.require_signature import RequireSignature
 from compileflow.artifact.manifest import MANIFEST_NAME
 from compileflow.artifact.open import OpenArtifact, copy_artifact
 from compileflow.errors import InputError, LoadError, SpecError, StoreError, first_line
-from compileflow.serving.interface_files import load_part, load_saved_tokenizer
+from compileflow.serving.interface_files import foreign_errors, load_part, load_saved_tokenizer
 from compileflow.serving.older_folder import open_any
 from compileflow.source_model.interface import length_limit
 from compileflow.sources.files import kind_of
@@ -186,7 +186,9 @@ class CompiledTokenizer:
             defaults = {"padding": _can_pad(tokenizer), "truncation": True, "max_length": longest}
             return cls(tokenizer, defaults, artifact)
         # The settings may have been saved before this length was chosen.
-        settings = saved_settings | {"max_length": min(saved_settings.get("max_length") or longest, longest)}
+        with foreign_errors(artifact.tokenizer_folder, f"{SETTINGS_FILE} cannot be used"):
+            settings = saved_settings | {"max_length": min(saved_settings.get("max_length") or longest, longest)}
+            tokenizer("a", **settings)
         # Question answering splits long contexts, which needs settings of its own in each call.
         fixed = artifact.manifest.hf_task is not HfTask.QUESTION_ANSWERING
         return cls(tokenizer, settings, artifact, fixed=fixed)

@@ -67,6 +67,8 @@ def _check_json(name: str, content: Any) -> None:
         limit = _LARGEST_NUMBER
         if name.startswith("tokenizer") and _TOKEN_COUNT.search(key):
             limit = _MOST_EXTRA_TOKENS
+        elif name == "tokenization_settings.json" and "length" not in key:
+            limit = _LARGEST_SIZE
         elif name.endswith("processor_config.json") and _SIZE.search(key):
             limit = _LARGEST_SIZE
         elif _COUNT.search(key):

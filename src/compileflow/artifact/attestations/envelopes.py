@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from securesystemslib.signer import Signer
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
+# Two statements have a few kilobytes each.
+_MOST_BUNDLE_BYTES = 16 * 2**20
 # Predicate type to the kind of the store's record, whose key is the artifact's digest.
 RECORDS: Mapping[str, str] = {PROVENANCE_TYPE: "provenance", VERDICT_TYPE: "verdict"}
 
@@ -109,7 +111,11 @@ def read_bundle(folder: Path) -> tuple[Envelope, ...]:
     """
     path = folder / ATTESTATIONS_NAME
     try:
-        envelopes = [json.loads(line) for line in path.read_bytes().splitlines() if line.strip()]
+        with path.open("rb") as stream:
+            data = stream.read(_MOST_BUNDLE_BYTES + 1)
+        if len(data) > _MOST_BUNDLE_BYTES:
+            raise ValueError(f"it is larger than {_MOST_BUNDLE_BYTES / 2**20:g} MiB")
+        envelopes = [json.loads(line) for line in data.splitlines() if line.strip()]
     except FileNotFoundError:
         return ()
     except (OSError, ValueError, RecursionError) as error:
