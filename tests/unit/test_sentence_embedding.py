@@ -11,14 +11,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from compileflow import CompiledPipeline, HfTask
 from compileflow.artifact.manifest import read_manifest
-from compileflow.errors import InputError, LoadError
-from compileflow.serving.embedding_recipe import POOLINGS, EmbeddingRecipe, read_recipe
+from compileflow.errors import InputError, LoadError, SourceError, SpecError
+from compileflow.source_model.sentence_modules import (
+    POOLINGS,
+    EmbeddingRecipe,
+    Normalize,
+    Pooling,
+    read_recipe,
+)
+from compileflow.sources.files import choose_files_below
 from compileflow.testing.pipelines import assert_same_result
 from compileflow.testing.targets import compiled_folder
 from tests.models import sentences
+from tests.steps import Pipeline
 from tests.unit.run_counter import counted
 
 st = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
@@ -173,18 +183,177 @@ def test_flags_of_older_files_are_read_like_names(tmp_path: Path) -> None:
         config = {"word_embedding_dimension": 32} | {flag_name: flag_name == flag for flag_name in flags.values()}
         (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(config), "utf-8")
         reference = modules.Pooling.load(str(tmp_path), subfolder="1_Pooling", local_files_only=True)
-        assert read_recipe(tmp_path) == EmbeddingRecipe(poolings=(mode,))
+        assert read_recipe(tmp_path) == EmbeddingRecipe(modules=(Pooling((mode,)),))
         assert reference.pooling_mode == mode
 
 
-def test_module_with_weights_of_its_own_is_refused_when_it_is_loaded(sentence_model: MakeModel) -> None:
+def assert_recipe(source: Path) -> None:
+    """Fail where the modules give other embeddings than sentence-transformers for the tokens of its own model."""
+    model = st.SentenceTransformer(str(source), device="cpu", local_files_only=True)
+    recipe = read_recipe(source)
+    for text in TEXTS:
+        tokens = model.encode(text, output_value="token_embeddings").numpy()
+        assert_embeddings(recipe.embed(tokens), model.encode(text))
+
+
+@pytest.mark.parametrize(
+    ("pooling", "more"),
+    [
+        ("cls", [modules.Dense(32, 8), modules.Normalize()]),
+        ("mean", [modules.Dense(32, 8, bias=False, activation_function=torch.nn.GELU(), use_residual=True)]),
+        ("max", [modules.Dropout(0.5), modules.Dense(32, 32, activation_function=None, use_residual=True)]),
+        (("cls", "mean"), [modules.LayerNorm(64), modules.Dense(64, 16, activation_function=torch.nn.Softmax())]),
+    ],
+)
+def test_modules_behind_the_pooling_compute_as_in_sentence_transformers(
+    sentence_model: MakeModel, pooling: Any, more: list[Any]
+) -> None:
+    torch.manual_seed(5)
+    for module in more:
+        for parameter in module.parameters():
+            torch.nn.init.normal_(parameter, 0.5, 0.4)
+    assert_recipe(sentence_model(pooling, *more))
+
+
+def test_modules_before_the_pooling_change_the_tokens(sentence_model: MakeModel) -> None:
+    dense = modules.Dense(32, 12, module_input_name="token_embeddings")
+    normalize = modules.Normalize(module_input_name="token_embeddings")
+    assert_recipe(sentence_model(dense, normalize, modules.Pooling(12, "mean")))
+
+
+def test_layers_are_weighted_only_where_the_model_returns_them(sentence_model: MakeModel) -> None:
+    source = sentence_model(
+        modules.WeightedLayerPooling(32, num_hidden_layers=2, layer_start=1), modules.Pooling(32)
+    )
+    assert_recipe(source)
+    config = json.loads((source / "config.json").read_text("utf-8"))
+    (source / "config.json").write_text(json.dumps(config | {"output_hidden_states": True}), "utf-8")
+
+    with pytest.raises(LoadError, match=r"modules.json lists Transformer, WeightedLayerPooling, Pooling"):
+        read_recipe(source)
+
+
+def test_compiled_model_with_a_dense_module_passes_and_serves_it(
+    sentence_model: MakeModel, pipeline: Pipeline
+) -> None:
+    source = sentence_model("cls", modules.Dense(32, 8), modules.Normalize())
+    # As older models have it.
+    weights = load_file(source / "2_Dense" / "model.safetensors")
+    torch.save(weights, source / "2_Dense" / "pytorch_model.bin")
+    (source / "2_Dense" / "model.safetensors").unlink()
+
+    request = pipeline.request(source, name="labse")
+    pipeline.run(request)
+    compiled_pipeline = CompiledPipeline.from_pretrained(pipeline.compile(request).uri)
+
+    assert compiled_pipeline.task == "sentence-similarity"
+    assert compiled_pipeline.dimension == 8
+    assert_embeddings(compiled_pipeline(TEXTS), encode(source, TEXTS))
+    assert not list(compiled_pipeline.model.artifact.folder.rglob("*.bin"))
+
+
+def test_dense_module_that_was_damaged_in_the_artifact_fails_the_validation(
+    sentence_model: MakeModel, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = sentence_model("mean", modules.Dense(32, 8))
 
+    def write_swapped(folder: Path, dest: Path) -> None:
+        weights = load_file(folder / "2_Dense" / "model.safetensors")
+        rows = {name: value.flip(0).contiguous() for name, value in weights.items()}
+        save_file(rows, dest / "2_Dense" / "model.safetensors")
+
+    monkeypatch.setattr("compileflow.steps.build.write_module_weights", write_swapped)
+    # Not through the cache of compiles that all tests share.
+    request = pipeline.request(source, max_sequence_length=63, shape_buckets=())
+    verdict = pipeline.validate(request, pipeline.compile(request))
+
+    assert verdict.outcome == "fail"
+    assert "embedding_error" in verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("module", "says"),
+    [
+        ("sentence_transformers.models.CNN", "CNN"),
+        ("sentence_transformers.sentence_transformer.modules.lstm.LSTM", "LSTM"),
+        ("sentence_transformers.base.modules.router.Router", "Router"),
+        ("custom_st.Scale", "custom_st.Scale"),
+    ],
+)
+def test_module_that_cannot_be_served_is_refused_before_the_compile(
+    sentence_model: MakeModel, pipeline: Pipeline, module: str, says: str
+) -> None:
+    source = sentence_model("mean")
+    module_list = json.loads((source / "modules.json").read_text("utf-8"))
+    more = [{"idx": 2, "name": "2", "path": "2_More", "type": module}]
+    (source / "modules.json").write_text(json.dumps(module_list + more), "utf-8")
+
     with pytest.raises(
-        LoadError,
-        match=r"support Transformer, .*modules.json lists Transformer, Pooling, Dense.*feature-extraction",
+        SpecError, match=f"support Transformer, .*lists Transformer, Pooling, {says}\\..*feature-ex"
     ):
-        compiled(source)
+        pipeline.run(pipeline.request(source))
+    assert pipeline.counts["compile"] == 0
+
+
+def test_activation_of_custom_code_is_refused(sentence_model: MakeModel) -> None:
+    source = sentence_model("mean", modules.Dense(32, 8))
+    config = json.loads((source / "2_Dense" / "config.json").read_text("utf-8"))
+    for path in ("os.system", "torch.nn.modules.activation.PReLU", "torch.nn.functional.gelu", "torch.hub.load"):
+        (source / "2_Dense" / "config.json").write_text(
+            json.dumps(config | {"activation_function": path}), "utf-8"
+        )
+        with pytest.raises(LoadError, match=f"Dense has the activation '{path}'"):
+            read_recipe(source)
+
+
+def test_folder_that_begins_with_another_module_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "modules.json").write_text("[]", "utf-8")
+
+    with pytest.raises(SourceError, match=r"although there is modules.json.*not with CLIPModel, StaticEmbedding"):
+        choose_files_below(tmp_path, "the folder")
+
+
+def test_prompts_are_chosen_and_left_out_of_the_pooling_as_in_sentence_transformers(
+    sentence_model: MakeModel,
+) -> None:
+    pooling = modules.Pooling(32, POOLINGS, include_prompt=False)
+    source = sentence_model(pooling, prompts={"query": "find this: ", "passage": "the text is this one: "})
+    pipeline = compiled(source)
+
+    assert pipeline.default_prompt_name == "query"
+    for options in (
+        {},
+        {"prompt_name": "passage"},
+        {"prompt_name": "document"},
+        {"prompt": "a b c d e f g "},
+        {"prompt": "another, ", "prompt_name": "passage"},
+        {"prompt": ""},
+    ):
+        assert_embeddings(pipeline(TEXTS, **options), encode(source, TEXTS, **options))
+    # The prompt fills all 16 tokens, so that no token is left to pool.
+    long_prompt = " ".join(WORDS[:30])
+    actual = pipeline(TEXTS[0], prompt=long_prompt)
+    np.testing.assert_allclose(actual, encode(source, TEXTS[0], prompt=long_prompt), atol=ATOL)
+    with pytest.raises(InputError, match=r"no prompt 'title'.*query, document, passage"):
+        pipeline(TEXTS[0], prompt_name="title")
+
+
+def test_embeddings_are_cut_to_the_size_that_the_files_name(sentence_model: MakeModel) -> None:
+    source = sentence_model("mean", modules.Normalize())
+    settings_path = source / "config_sentence_transformers.json"
+    settings = json.loads(settings_path.read_text("utf-8"))
+    settings_path.write_text(json.dumps(settings | {"truncate_dim": 12, "similarity_fn_name": "dot"}), "utf-8")
+    pipeline = compiled(source)
+
+    assert (pipeline.dimension, pipeline.truncate_dim, pipeline.similarity_fn_name) == (12, 12, "dot")
+    assert_embeddings(pipeline(TEXTS), encode(source, TEXTS))
+    assert_embeddings(pipeline(TEXTS, truncate_dim=5), encode(source, TEXTS, truncate_dim=5))
+    assert_embeddings(
+        pipeline(TEXTS, truncate_dim=5, normalize=True),
+        encode(source, TEXTS, truncate_dim=5, normalize_embeddings=True),
+    )
+    with pytest.raises(InputError, match="truncate_dim is 0"):
+        pipeline(TEXTS, truncate_dim=0)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +378,7 @@ def test_files_that_ask_for_what_is_not_known_are_refused(
     kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
     module_list = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()]
     (tmp_path / "modules.json").write_text(json.dumps(module_list), "utf-8")
-    assert read_recipe(tmp_path) == EmbeddingRecipe(normalize=True)
+    assert read_recipe(tmp_path) == EmbeddingRecipe(modules=(Pooling(), Normalize()))
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text(content, "utf-8")
 

@@ -51,7 +51,10 @@ def compare_with_source(
     try:
         with evaluation_mode(model):
             for case, inputs in _cases(model, component.record, artifact, tokenizer):
-                reference = _reference(model, inputs, component.record.outputs)
+                is_choice = artifact.manifest.hf_task is HfTask.MULTIPLE_CHOICE
+                # The graph has one choice per row.
+                source_inputs = {name: value[:, None] for name, value in inputs.items()} if is_choice else inputs
+                reference = _reference(model, source_inputs, component.record.outputs)
                 candidate = component.run(inputs)
                 for output in component.record.outputs:
                     check_output(

@@ -14,11 +14,12 @@ from compileflow.artifact.attestations.require_signature import RequireSignature
 from compileflow.artifact.open import OpenArtifact, copy_artifact
 from compileflow.contracts import Arrays, Device
 from compileflow.errors import InputError, LoadError
+from compileflow.serving.choices import run_choices
 from compileflow.serving.component import LoadedComponent, named_inputs
 from compileflow.serving.from_memory import in_memory
 from compileflow.serving.interface_files import check_answers, check_output_class, load_part, output_class
 from compileflow.serving.older_folder import open_any
-from compileflow.spec import NEURON_TARGETS, ShapeBucket
+from compileflow.spec import NEURON_TARGETS, HfTask, ShapeBucket
 
 # Arguments of transformers models besides tensors; True asks for outputs that a compiled model does not have.
 _FLAGS = ("output_attentions", "output_hidden_states", "use_cache")
@@ -331,7 +332,8 @@ class CompiledModel(FixedModule):
 
     def run(self, inputs: Mapping[str, Any]) -> Arrays:
         """Run the compiled component on named inputs and return named NumPy arrays."""
-        return self.graph.run(inputs)
+        is_choice = self.manifest.hf_task is HfTask.MULTIPLE_CHOICE
+        return run_choices(self.graph, inputs) if is_choice else self.graph.run(inputs)
 
     def save_pretrained(self, dest: str | Path) -> Path:
         """Copy the whole artifact into `dest`: an empty or absent folder, or one that holds another artifact."""

@@ -34,7 +34,7 @@ def complete_inputs(component: ComponentRecord, values: Mapping[str, Any]) -> Ar
     """
     main = component.inputs[0]
     names = [tensor.name for tensor in component.inputs]
-    arrays_by_name = {name: _as_array(value) for name, value in values.items() if value is not None}
+    arrays_by_name = {name: as_array(value) for name, value in values.items() if value is not None}
     unknown_names = [name for name in arrays_by_name if name not in names and name not in OPTIONAL_INPUTS]
     if unknown_names:
         raise InputError(
@@ -75,7 +75,12 @@ def complete_inputs(component: ComponentRecord, values: Mapping[str, Any]) -> Ar
     return arrays
 
 
-def _as_array(value: Any) -> Any:
+def as_array(value: Any) -> Any:
+    """Return a tensor, an array or lists as an array.
+
+    Raises:
+        InputError: The tensor holds no data, or rows have different lengths.
+    """
     if isinstance(value, np.ndarray):
         return value
     if hasattr(value, "detach"):

@@ -22,6 +22,7 @@ from compileflow.serving.older_folder import open_any
 from compileflow.serving.original import completed_artifact, load_original, original_task
 from compileflow.serving.question_answering import QuestionAnsweringPipeline
 from compileflow.serving.sentence_embedding import SentenceEmbeddingPipeline
+from compileflow.serving.text_ranking import TextRankingPipeline
 from compileflow.serving.tokenizer import CompiledTokenizer
 from compileflow.spec import TEXT_TASKS, HfTask, ShapeBucket
 
@@ -315,6 +316,8 @@ def _wrapped(task: HfTask, model: CompiledModel, tokenizer: Any, settings: dict[
             return QuestionAnsweringPipeline(model, tokenizer, **settings)
         if task is HfTask.SENTENCE_SIMILARITY:
             return SentenceEmbeddingPipeline(model, tokenizer, artifact.folder, **settings)
+        if task is HfTask.TEXT_RANKING:
+            return TextRankingPipeline(model, tokenizer, artifact.folder, **settings)
         parts = {"tokenizer": tokenizer}
     else:
         parts = _processors(task, artifact)

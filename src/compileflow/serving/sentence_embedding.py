@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +11,14 @@ from numpy.typing import NDArray
 
 from compileflow.contracts import Arrays
 from compileflow.errors import InputError, LoadError
-from compileflow.serving.embedding_recipe import checked_poolings, read_recipe
-from compileflow.serving.padding import complete_inputs
 from compileflow.serving.rows import PreparedItem, checked_batch_size, run_rows
+from compileflow.serving.tokenized_rows import lowering_tokenizer, tokenized_rows
+from compileflow.source_model.sentence_modules import EmbeddingRecipe, read_recipe, unit_length
 
 Embeddings = NDArray[np.float32]
 
-_SETTINGS = ("normalize", "batch_size", "pooling")
+_SETTINGS = ("normalize", "batch_size", "pooling", "truncate_dim")
 _TOKENS = "last_hidden_state"
-# How many texts one call of the tokenizer takes: a call for each text would be several times slower.
-_TOKENIZED_TEXTS = 1024
-# Shorter embeddings are divided by this length: eps of torch.nn.functional.normalize.
-_SHORTEST = 1e-12
-
-
-def _weighted_mean(tokens: Embeddings) -> Embeddings:
-    weights = np.arange(1, len(tokens) + 1, dtype=np.float32)
-    return np.asarray(weights @ tokens / weights.sum())
-
-
-# From the tokens of a text, shape (tokens, dimension), to shape (dimension,).
-_POOL: Mapping[str, Callable[[Embeddings], Embeddings]] = {
-    "mean": lambda tokens: tokens.mean(axis=0),
-    "cls": lambda tokens: tokens[0],
-    "max": lambda tokens: tokens.max(axis=0),
-    "mean_sqrt_len_tokens": lambda tokens: tokens.sum(axis=0) / np.float32(np.sqrt(len(tokens))),
-    "weightedmean": _weighted_mean,
-    "lasttoken": lambda tokens: tokens[-1],
-}
 
 
 class SentenceEmbeddingPipeline:
@@ -49,11 +28,19 @@ class SentenceEmbeddingPipeline:
         model: CompiledModel for feature-extraction.
         tokenizer: CompiledTokenizer of the model.
         folder: Folder of the artifact, with modules.json and the files named there if the source model has them.
-        **settings: `normalize` (True or False) and `pooling` (a mode of `POOLINGS`) override modules.json;
-            `batch_size` is the most texts per call of the component.
+        **settings: `normalize` (True or False), `pooling` (a mode of `POOLINGS`) and `truncate_dim` (the size of
+            embeddings) override the source model's files; `batch_size` is the most texts per call.
+
+    Attributes:
+        dimension: Size of an embedding.
+        max_tokens: Longest text in tokens; longer ones are truncated.
+        prompts: Texts that a call may put in front of every text, by name.
+        default_prompt_name: Name of the prompt of a call that gives none; None for no prompt.
+        similarity_fn_name: Function that the model's authors compare embeddings with, such as cosine or dot.
+        truncate_dim: Size that embeddings are cut to; None keeps all numbers.
 
     Raises:
-        LoadError: A setting is unknown, a module cannot be compiled, or the component does not return tokens.
+        LoadError: A setting is unknown, a module cannot be served, or the component does not return tokens.
     """
 
     task = "sentence-similarity"
@@ -74,81 +61,120 @@ class SentenceEmbeddingPipeline:
                 f"Sentence embeddings pool {_TOKENS}, but the compiled model returns {', '.join(axes)}.",
                 hint="Compile the model for feature-extraction.",
             )
-        normalize, pooling = settings.get("normalize"), settings.get("pooling")
+        if settings.get("pooling") is not None:
+            recipe = recipe.with_pooling(settings["pooling"])
         self.model, self.tokenizer = model, tokenizer
-        self.normalize: bool = recipe.normalize if normalize is None else bool(normalize)
-        self.poolings = recipe.poolings if pooling is None else checked_poolings((pooling,), "pooling")
+        self.normalize: bool | None = settings.get("normalize")
         self.batch_size = checked_batch_size(settings.get("batch_size"))
-        self.max_tokens = min(recipe.max_tokens or record.max_sequence_length, record.max_sequence_length)
-        self.dimension = int(axes[_TOKENS][-1]) * len(self.poolings)
-        self._prompt = recipe.prompt
-        if recipe.lower_case:
-            self.tokenizer = _lowering(tokenizer)
+        self.max_tokens = min(recipe.text.max_tokens or record.max_sequence_length, record.max_sequence_length)
+        self.prompts, self.default_prompt_name = recipe.text.prompts, recipe.text.default_prompt_name
+        self.similarity_fn_name = recipe.similarity_fn_name
+        self._recipe = recipe
+        self._size = _embedding_size(recipe, int(axes[_TOKENS][-1]))
+        self.truncate_dim = _checked_size(settings.get("truncate_dim"), recipe.truncate_dim)
+        self.dimension = min(self._size, self.truncate_dim or self._size)
+        if recipe.text.lower_case:
+            self.tokenizer = lowering_tokenizer(tokenizer)
 
     def __call__(
         self,
         inputs: str | Sequence[str] | Iterator[str],
         *,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
         batch_size: int | None = None,
         normalize: bool | None = None,
+        truncate_dim: int | None = None,
     ) -> Any:
         """Embed a text, a list of texts, or the texts of an iterator one at a time.
 
         Args:
             inputs: A text, a list or tuple of texts, or an iterator. Texts longer than `max_tokens` are truncated.
+            prompt: Text in front of every text. It takes precedence over `prompt_name`.
+            prompt_name: Name of one of the model's prompts. None: the model's default.
             batch_size: Most texts per call of the component. None: the pipeline's setting.
-            normalize: Whether the embeddings are scaled to length 1. None: the pipeline's setting.
+            normalize: Whether the embeddings are scaled to length 1. None: the pipeline's setting, else as the
+                source model's files say.
+            truncate_dim: Size that the embeddings are cut to. None: the pipeline's setting.
 
         Returns:
             float32 of shape (dimension,) for a text, or (texts, dimension) for a list, in its order. For an
             iterator, an iterator with one embedding per text.
 
         Raises:
-            InputError: An input is not a text, or the tokenizer returns no token for it.
+            InputError: An input is not a text, the tokenizer returns no token for it, or the model does not have
+                the prompt.
         """
         if isinstance(inputs, Iterator):
-            return (self(text, normalize=normalize) for text in inputs)
+            options = {"prompt": prompt, "prompt_name": prompt_name, "truncate_dim": truncate_dim}
+            return (self(text, normalize=normalize, **options) for text in inputs)
         is_single = isinstance(inputs, str)
         texts = _checked_texts([inputs] if is_single else inputs)
-        embeddings = np.empty((len(texts), self.dimension), dtype=np.float32)
         rows_per_call = checked_batch_size(batch_size) or self.batch_size
-        pooled = run_rows(self.model, self._prepared(texts), self._pool, batch_size=rows_per_call)
-        for index, embedding in enumerate(pooled):
+        size = _checked_size(truncate_dim, self.truncate_dim)
+        if normalize is None:
+            normalize = self.normalize
+        recipe = self._recipe.without_normalize()
+
+        def embed(prompt_length: int, row_outputs: list[Arrays]) -> Embeddings:
+            return recipe.embed(row_outputs[0][_TOKENS][0], prompt_length)
+
+        embeddings = np.empty((len(texts), self._size), dtype=np.float32)
+        items = self._prepared(texts, self._recipe.text.prompt(prompt, prompt_name))
+        for index, embedding in enumerate(run_rows(self.model, items, embed, batch_size=rows_per_call)):
             embeddings[index] = embedding
-        if self.normalize if normalize is None else normalize:
-            embeddings /= np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), _SHORTEST)
+        # As in sentence-transformers: the module scales the whole embedding, the argument what is left of it.
+        if self._recipe.normalizes and normalize is not False:
+            embeddings = unit_length(embeddings)
+        embeddings = embeddings[:, :size]
+        if normalize:
+            embeddings = unit_length(embeddings)
         return embeddings[0] if is_single else embeddings
 
-    def _prepared(self, texts: Sequence[str]) -> Iterator[PreparedItem[None]]:
-        record = self.model.graph.record
-        for start in range(0, len(texts), _TOKENIZED_TEXTS):
-            chunk = texts[start : start + _TOKENIZED_TEXTS]
-            # Without the mask: it would be all ones, and `complete_inputs` adds it faster.
-            encoded = self.tokenizer(
-                [self._prompt + text for text in chunk],
-                padding=False,
-                truncation=True,
-                max_length=self.max_tokens,
-                return_attention_mask=False,
-            )
-            for index, text in enumerate(chunk):
-                if not encoded["input_ids"][index]:
-                    raise InputError(
-                        f"The tokenizer returns no token for the text {text!r}.", hint="Leave it out."
-                    )
-                row = {name: np.array([values[index]]) for name, values in encoded.items()}
-                yield PreparedItem([complete_inputs(record, row)], None)
+    def _prompt_length(self, prompt: str) -> int:
+        """Return the number of tokens of a prompt; 0 if its tokens are pooled like the others."""
+        if not prompt or self._recipe.includes_prompt:
+            return 0
+        settings = {"padding": False, "truncation": True, "max_length": self.max_tokens}
+        ids = self.tokenizer(prompt, **settings)["input_ids"]
+        # A special token at the end comes after the text, when there is one.
+        return len(ids) - int(ids[-1] in self.tokenizer.all_special_ids)
 
-    def _pool(self, _: None, row_outputs: list[Arrays]) -> Embeddings:
-        tokens = row_outputs[0][_TOKENS][0]
-        pooled = [_POOL[pooling](tokens) for pooling in self.poolings]
-        return pooled[0] if len(pooled) == 1 else np.concatenate(pooled)
+    def _prepared(self, texts: Sequence[str], prompt: str) -> Iterator[PreparedItem[int]]:
+        prompt_length = self._prompt_length(prompt)
+        prompted_texts = [prompt + text for text in texts]
+        for row in tokenized_rows(self.model, self.tokenizer, prompted_texts, max_tokens=self.max_tokens):
+            yield PreparedItem([row], prompt_length)
 
     def __repr__(self) -> str:
         return (
-            f"SentenceEmbeddingPipeline(poolings={self.poolings}, normalize={self.normalize}, "
+            f"SentenceEmbeddingPipeline(modules={self._recipe.modules}, normalize={self.normalize}, "
             f"dimension={self.dimension}, max_tokens={self.max_tokens})"
         )
+
+
+def _embedding_size(recipe: EmbeddingRecipe, token_size: int) -> int:
+    """Return the size of an embedding before it is cut.
+
+    Raises:
+        LoadError: The sizes of two modules differ.
+    """
+    try:
+        return int(recipe.embed(np.zeros((1, token_size), np.float32)).size)
+    except ValueError as error:
+        raise LoadError(
+            f"The modules of the model do not fit its tokens of size {token_size}: {error}.",
+            hint="Compile the model again, with the pooling that it was trained with.",
+        ) from error
+
+
+def _checked_size(value: Any, default: int | None) -> int | None:
+    """Return a size that embeddings are cut to, or the default for None."""
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"truncate_dim is {value!r}.", hint="Pass a positive integer, or leave it out.")
+    return value
 
 
 def _checked_texts(inputs: Any) -> list[str]:
@@ -164,21 +190,3 @@ def _checked_texts(inputs: Any) -> list[str]:
                 hint="Pass a list of str.",
             )
     return list(inputs)
-
-
-def _lowering(tokenizer: Any) -> Any:
-    """Return a tokenizer that lowercases texts before it normalises them, but leaves special tokens unchanged."""
-    from tokenizers.normalizers import Lowercase
-    from tokenizers.normalizers import Sequence as Chain
-
-    if not tokenizer.is_fast:
-        raise LoadError(
-            "The source model lowercases its texts, which needs a fast tokenizer.",
-            hint="Save the source model with its tokenizer.json and compile it again.",
-        )
-    tokenizer_copy = deepcopy(tokenizer)
-    normalizer = tokenizer_copy.backend_tokenizer.normalizer
-    tokenizer_copy.backend_tokenizer.normalizer = (
-        Lowercase() if normalizer is None else Chain([Lowercase(), normalizer])
-    )
-    return tokenizer_copy

@@ -14,9 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from compileflow.contracts import Attention
-from compileflow.contracts import TensorRecord
+from compileflow.contracts import Attention, TensorRecord
 from compileflow.errors import SourceError, SpecError, first_line
+from compileflow.source_model.choices import with_one_choice
 from compileflow.source_model.interface import SourceModel, probe_model
 from compileflow.source_model.lengths import x_vector_convolutions
 from compileflow.source_model.processor import (
@@ -25,7 +25,7 @@ from compileflow.source_model.processor import (
     signal_records,
     single_image_records,
 )
-from compileflow.source_model.tasks import UNMASKED_TASKS, model_class_of, tasks_of
+from compileflow.source_model.tasks import AUTO_CLASSES, UNMASKED_TASKS, model_class_of, tasks_of
 from compileflow.source_model.text_model import probe_text_model
 from compileflow.spec import HfTask
 
@@ -66,7 +66,9 @@ def load_source_model(
         image: tuple[TensorRecord, ...] = ()
         if hf_task.modality == "image-text":
             processor = load_processor(folder, "image", trust_remote_code=trust_remote_code)
-            image = single_image_records(processor, inspect.signature(model.forward).parameters, type(model).__name__)
+            image = single_image_records(
+                processor, inspect.signature(model.forward).parameters, type(model).__name__
+            )
         return probe_text_model(
             model, config, tokenizer, hf_task, ignored_outputs=ignored_outputs, other_inputs=image
         )
@@ -173,6 +175,38 @@ def _tokenizer_or_none(folder: Path, trust_remote_code: bool) -> Any:
         return None
 
 
+def _refuse_two_parts(config: Any, hf_task: HfTask) -> None:
+    """Refuse a model of two parts, such as CLIP, for a task that reads only one of its inputs."""
+    import transformers
+
+    if AUTO_CLASSES[hf_task] != "AutoModel":
+        return
+    model_class = model_class_of(config, hf_task)
+    if model_class is transformers.AutoModel:
+        model_class = model_class._model_mapping.get(type(config), model_class)
+    signals = [name for name in ("image", "audio") if hasattr(model_class, f"get_{name}_features")]
+    if not signals or not hasattr(model_class, "get_text_features"):
+        return
+    stem = model_class.__name__.removesuffix("Model")
+    parts = [
+        f"{stem}{part}Model" for part in ("Text", "Vision", "Audio") if hasattr(transformers, f"{stem}{part}Model")
+    ]
+    raise SpecError(
+        f"{model_class.__name__} takes text and {signals[0]} inputs together; {hf_task.value} gives it only one.",
+        hint=f"Save one of its parts and compile that: {' or '.join(parts) or 'the encoder of one input'}.",
+    )
+
+
+def _name_outputs(config: Any) -> None:
+    """Ask a model for named outputs, and for those alone that it has without further settings."""
+    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
+        if part is not None:
+            part.return_dict = True
+            part.output_hidden_states = part.output_attentions = False
+            if hasattr(part, "use_cache"):
+                part.use_cache = False
+
+
 def _load_model(
     folder: Path, config: Any, hf_task: HfTask, attention: str, trust_remote_code: bool
 ) -> tuple[Any, bool]:
@@ -182,12 +216,14 @@ def _load_model(
 
     supported_tasks = tasks_of(config)
     if hf_task not in supported_tasks:
-        raise SpecError(
-            f"{config.model_type} has no head for {hf_task.value}.",
-            hint=f"Choose one of: {', '.join(supported_tasks)}."
+        hint = (
+            f"Choose one of: {', '.join(supported_tasks)}."
             if supported_tasks
-            else "Choose another model: this one has no task that compileflow compiles.",
+            else "Choose another model: this one has no task that compileflow compiles."
         )
+        raise SpecError(f"{config.model_type} has no head for {hf_task.value}.", hint=hint)
+    _refuse_two_parts(config, hf_task)
+    _name_outputs(config)
     try:
         model, report = model_class_of(config, hf_task).from_pretrained(
             folder,
@@ -206,6 +242,19 @@ def _load_model(
             f"The source model's weights cannot be loaded: {error}",
             hint="Check that the folder holds one complete model saved by save_pretrained.",
         ) from error
+    except ImportError as error:
+        raise SourceError(
+            f"The source model needs a module that is not installed: {first_line(error)}.",
+            hint="Install it, or choose a model without it.",
+        ) from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise SourceError(
+            f"transformers cannot build the source model from its config.json: {type(error).__name__}: "
+            f"{first_line(error)}.",
+            hint="Correct config.json; AutoModel.from_pretrained must load the folder.",
+        ) from error
     mismatched_keys = report["mismatched_keys"]
     if mismatched_keys:
         name, actual_shape, expected_shape = min(mismatched_keys)
@@ -223,4 +272,6 @@ def _load_model(
             f"saved as {', '.join(config.architectures or ['an unknown class'])}, not for {hf_task.value}.",
             hint="Choose the task that the model was trained for, or give a fine-tuned model.",
         )
+    if hf_task is HfTask.MULTIPLE_CHOICE:
+        model = with_one_choice(model)
     return model.eval(), not missing_pooler

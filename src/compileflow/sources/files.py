@@ -11,6 +11,7 @@ from zipfile import is_zipfile
 
 from compileflow.contracts import json_files
 from compileflow.errors import SourceError, first_line
+from compileflow.source_model.sentence_files import MODULE_WEIGHTS, MODULES_FILE
 from compileflow.spec import HfTask
 
 SAFE_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -36,6 +37,11 @@ _ADAPTERS = ("adapter_config.json", "adapter_model.*", "pytorch_adapter.bin")
 # Weights in formats that compileflow does not read.
 _OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.h5", "*.msgpack", "*.gguf", "*.onnx")
 _COPY_AGAIN = "Copy or download the model again."
+_NO_MODEL = "Give the folder that save_pretrained wrote, or a Hub id as owner/name."
+_NO_TRANSFORMER = (
+    "compileflow compiles models that begin with a Transformer, not with CLIPModel, StaticEmbedding or BoW. "
+    "If the Transformer is in a folder of its own, load the model with sentence-transformers and save it again."
+)
 _JSON_TYPES = {
     dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number", bool: "a boolean",
     type(None): "null",
@@ -47,7 +53,7 @@ _SKIPPED_FOLDERS = ("onnx", "openvino", "coreml", "checkpoint-*", "runs", ".*", 
 def kind_of(name: str) -> str:
     """Return the part of a model that a file belongs to: weights, tokenizer, config, code, or ''."""
     for kind, patterns in (
-        ("weights", SAFE_WEIGHTS + LEGACY_WEIGHTS),
+        ("weights", SAFE_WEIGHTS + LEGACY_WEIGHTS + tuple(f"*/{name}" for name in MODULE_WEIGHTS)),
         ("tokenizer", TOKENIZER),
         ("config", CONFIG),
         ("code", CODE),
@@ -80,12 +86,25 @@ def choose_files(names: list[str], place: str) -> tuple[str, ...]:
             hint="Merge it into its base model (merge_and_unload) and save the result with save_pretrained.",
         )
     if "config.json" not in candidates:
+        has_modules = MODULES_FILE in candidates
         raise SourceError(
-            f"{place} does not hold a model: config.json is missing.",
-            hint="Give the folder that save_pretrained wrote, or a Hub id as owner/name.",
+            f"{place} does not hold a model: config.json is missing"
+            + (f", although there is {MODULES_FILE} of sentence-transformers." if has_modules else "."),
+            hint=_NO_TRANSFORMER if has_modules else _NO_MODEL,
         )
-    weights = _choose_weights(candidates, place)
-    return tuple(name for name in candidates if name in weights or kind_of(name) not in ("weights", ""))
+    weights = {*_choose_weights(candidates, place), *_module_weights(candidates, names)}
+    return tuple(
+        name for name in sorted({*candidates, *weights}) if name in weights or kind_of(name) not in ("weights", "")
+    )
+
+
+def _module_weights(candidates: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Return the weights of the modules of sentence-transformers, one file for each folder with a config.json."""
+    if MODULES_FILE not in candidates:
+        return []
+    folders = [PurePosixPath(name).parent for name in candidates if PurePosixPath(name).name == "config.json"]
+    paths = [[f"{folder}/{name}" for name in MODULE_WEIGHTS] for folder in folders]
+    return [next(path for path in choices if path in names) for choices in paths if set(choices) & set(names)]
 
 
 def _choose_weights(names: Sequence[str], place: str) -> tuple[str, ...]:
@@ -114,6 +133,19 @@ def choose_files_below(folder: Path, place: str) -> tuple[str, ...]:
     return choose_files(
         [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()], place
     )
+
+
+def folder_names(paths: Sequence[str]) -> tuple[str, ...]:
+    """Return the folders that hold a model, if the models of an upload lie in folders beside each other.
+
+    Args:
+        paths: Paths of the files, relative to the upload. A registry may cut the extension of config.json.
+    """
+    parts = [PurePosixPath(path).parts for path in paths]
+    configs = [names for names in parts if names[-1] in ("config", "config.json")]
+    if any(len(names) == 1 for names in configs):
+        return ()
+    return tuple(sorted({names[0] for names in configs if len(names) == 2}))
 
 
 def model_folder(root: Path) -> Path:
@@ -224,11 +256,20 @@ def card_task(card: Mapping[str, Any], uri: str, registry_task: str | None = Non
     Raises:
         SourceError: The task is unknown.
     """
-    parameters = card.get("model_params")
-    task = parameters.get("huggingface_pipeline_task") if isinstance(parameters, dict) else None
-    name = task or registry_task
-    if name is None:
-        return None
+    # A card of several models has one object for each, such as model_params_base.
+    objects = [value for key, value in card.items() if "model_params" in key and isinstance(value, dict)]
+    names = [
+        name
+        for value in objects
+        for key, name in value.items()
+        if key.startswith("huggingface_pipeline_task") and name
+    ]
+    tasks = {_task(name, uri) for name in names or filter(None, [registry_task])}
+    # With models of different tasks, the architecture of the chosen one decides.
+    return tasks.pop() if len(tasks) == 1 else None
+
+
+def _task(name: str, uri: str) -> HfTask:
     try:
         return HfTask(name)
     except ValueError as error:

@@ -64,7 +64,7 @@ def load_calibration(task: HfTask, settings: CalibrationSettings) -> Calibration
     Raises:
         CompileError: The file is empty or unreadable, or its lines do not have the form of the task.
     """
-    questions = task is HfTask.QUESTION_ANSWERING
+    questions = task.reads_pairs
     # Use the built-in text of another task: validation judges this task by its own.
     other_task = HfTask.TEXT_CLASSIFICATION if questions else HfTask.QUESTION_ANSWERING
     try:

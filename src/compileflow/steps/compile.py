@@ -28,6 +28,7 @@ from compileflow.errors import (
     first_problem,
 )
 from compileflow.settings import Settings
+from compileflow.source_model.ranking_recipe import ranks_documents, read_ranking_recipe
 from compileflow.source_model.sentence_modules import read_recipe
 from compileflow.source_model.tasks import task_of_architecture
 from compileflow.sources.files import kind_of, read_model_json
@@ -146,6 +147,8 @@ def detect_task(source_dir: Path) -> HfTask:
         if task is HfTask.FEATURE_EXTRACTION and _takes_images(source_dir):
             has_tokenizer = (source_dir / "tokenizer_config.json").exists()
             return HfTask.ZERO_SHOT_IMAGE_CLASSIFICATION if has_tokenizer else HfTask.IMAGE_FEATURE_EXTRACTION
+        if task is HfTask.TEXT_CLASSIFICATION and ranks_documents(source_dir):
+            return HfTask.TEXT_RANKING
         if task is not None:
             return task
     raise SpecError(
@@ -185,6 +188,8 @@ def _check_modules(hf_task: HfTask, source_dir: Path) -> None:
     try:
         if hf_task is HfTask.SENTENCE_SIMILARITY:
             read_recipe(source_dir)
+        if hf_task is HfTask.TEXT_RANKING:
+            read_ranking_recipe(source_dir)
     except LoadError as error:
         raise SpecError(error.message, hint=error.hint) from error
 
