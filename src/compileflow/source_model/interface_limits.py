@@ -67,9 +67,9 @@ def _check_json(name: str, content: Any) -> None:
         limit = _LARGEST_NUMBER
         if name.startswith("tokenizer") and _TOKEN_COUNT.search(key):
             limit = _MOST_EXTRA_TOKENS
-        elif name == "tokenization_settings.json" and "length" not in key:
-            limit = _LARGEST_SIZE
-        elif name.endswith("processor_config.json") and _SIZE.search(key):
+        elif (name == "tokenization_settings.json" and "length" not in key) or (
+            name.endswith("processor_config.json") and _SIZE.search(key)
+        ):
             limit = _LARGEST_SIZE
         elif _COUNT.search(key):
             limit = _MOST_OBJECTS
@@ -77,7 +77,7 @@ def _check_json(name: str, content: Any) -> None:
         elif "length" in key or "theta" in key or key.endswith("_id"):
             continue
         if abs(value) > limit:
-            raise ValueError(f"{key} is {value:.6g}, and {limit} is the most")
+            raise ValueError(f"expected {key} of at most {limit}, got a larger number")
     if name == "tokenizer_config.json" and isinstance(content, dict):
         _check_added_tokens(content.get("added_tokens_decoder"))
 
@@ -126,7 +126,7 @@ def _check_model(model: Any) -> None:
         return
     word = model.get("max_input_chars_per_word")
     if isinstance(word, int) and word > _LONGEST_WORD:
-        raise ValueError(f"max_input_chars_per_word is {word:.6g}, and {_LONGEST_WORD} is the most")
+        raise ValueError(f"expected max_input_chars_per_word of at most {_LONGEST_WORD}, got a larger number")
     vocabulary = model.get("vocab")
     if isinstance(vocabulary, list):
         tokens = [entry[0] if isinstance(entry, list) and entry else entry for entry in vocabulary]
