@@ -29,8 +29,23 @@ def refuse(request: Json) -> Json:
 
 
 def fail(request: Json) -> Json:
+    report_progress("failing")
     print("the child's own words", flush=True)  # noqa: T201
     raise ValueError("first line\nsecond line")
+
+
+def import_absent(request: Json) -> Json:
+    import absent_module  # type: ignore[import-not-found]
+
+    return {"module": absent_module.__name__}
+
+
+def read_absent(request: Json) -> Json:
+    return {"text": Path("/absent/file").read_text()}
+
+
+def nest_deeply(request: Json) -> Json:
+    return nest_deeply(request)
 
 
 def fail_with(request: Json) -> Json:

@@ -16,6 +16,7 @@ import pytest
 from compileflow._process.run_in_child import ChildResult, run_in_child
 from compileflow.errors import (
     CompileError,
+    CompileflowError,
     OutOfMemoryError,
     ProcessError,
     ProcessKilledError,
@@ -88,7 +89,7 @@ def test_error_of_ours_crosses_with_kind_hint_and_log(run: Run, log_path: Path) 
 def test_foreign_error_is_one_line_and_its_traceback_is_in_the_log(run: Run, log_path: Path) -> None:
     with pytest.raises(CompileError) as caught:
         run("fail")
-    assert caught.value.message == "fail failed: ValueError: first line"
+    assert caught.value.message == "compileflow stopped while failing: ValueError: first line."
     assert caught.value.log_path == str(log_path)
     assert str(caught.value).endswith(f"Log: {log_path}")
     assert str(log_path) not in caught.value.message + caught.value.hint
@@ -97,6 +98,24 @@ def test_foreign_error_is_one_line_and_its_traceback_is_in_the_log(run: Run, log
     assert "Traceback" in log
     assert "second line" in log
     assert "the child's own words" in log
+
+
+@pytest.mark.parametrize(
+    ("function", "kind", "problem"),
+    [
+        ("import_absent", TargetUnavailableError, "a module cannot be imported: No module named 'absent_module'"),
+        ("read_absent", CompileError, "a file cannot be read or written: [Errno 2] No such file"),
+        ("nest_deeply", CompileError, "its calls are nested too deeply: maximum recursion depth exceeded"),
+    ],
+)
+def test_each_kind_of_foreign_error_has_its_own_line(
+    run: Run, function: str, kind: type[CompileflowError], problem: str
+) -> None:
+    with pytest.raises(kind) as caught:
+        run(function)
+    assert type(caught.value) is kind
+    assert problem in caught.value.message
+    assert caught.value.hint
 
 
 def test_log_is_deleted_on_success(run: Run, log_path: Path) -> None:

@@ -33,6 +33,7 @@ _SECRET_WORDS = ("TOKEN", "SECRET", "PASSW", "_KEY", "CREDENTIAL", "AUTH", "DATA
 _LOOK_S = 0.05
 _BLOCK = 64 * 1024
 _to_parent: TextIO | None = None
+_activity = ""
 
 
 class Overdue(Exception):  # noqa: N818 - every caller turns it into an error of the tree
@@ -196,7 +197,14 @@ def send_to_parent(message: JsonObject) -> None:
 
 def report_progress(text: str) -> None:
     """Report the current activity to the parent process in one line. Outside a child it does nothing."""
+    global _activity
+    _activity = text
     send_to_parent({"progress": text})
+
+
+def current_activity() -> str:
+    """Return the activity that `report_progress` was last called with; "" before its first call."""
+    return _activity
 
 
 def end_child() -> NoReturn:

@@ -20,6 +20,7 @@ from compileflow._process.child_process import (
     JsonObject,
     Overdue,
     connect_to_parent,
+    current_activity,
     end_child,
     environment_without_secrets,
     peak_bytes,
@@ -34,6 +35,8 @@ from compileflow.errors import (
     ProcessError,
     ProcessKilledError,
     ProcessTimeoutError,
+    TargetUnavailableError,
+    first_line,
 )
 
 logger = logging.getLogger(__name__)
@@ -183,11 +186,26 @@ def _foreign_error(function: str, error: Exception) -> CompileflowError:
     text = f"{type(error).__name__}: {error}"
     if any(sign in text.lower() for sign in _OUT_OF_MEMORY):
         return _out_of_memory(function, error)
-    # Toolchains print pages; the first line names the problem, and the log holds the rest.
-    first_line = next((line for line in text.splitlines() if line.strip()), text)
+    stop = f"compileflow stopped while {current_activity() or f'running {function}'}"
+    # Libraries print pages; the first line names the problem, and the log holds the rest.
+    reason = first_line(error)
+    if isinstance(error, ImportError):
+        module = error.name or "a module"
+        return TargetUnavailableError(
+            f"{stop}: a module cannot be imported: {reason}.", hint=f"Install {module} here."
+        )
+    if isinstance(error, OSError):
+        return CompileError(
+            f"{stop}: a file cannot be read or written: {reason}.",
+            hint="Check the free space and the permissions of the home folder and the work folder.",
+        )
+    if isinstance(error, RecursionError):
+        return CompileError(
+            f"{stop}: its calls are nested too deeply: {reason}.", hint="Choose a model with fewer layers."
+        )
     return CompileError(
-        f"{function.partition(':')[2].lstrip('_')} failed: {first_line[:300]}",
-        hint="The toolchain's own messages are in the log.",
+        f"{stop}: {type(error).__name__}: {reason}.",
+        hint="Please report it with the name of the model; the log holds the traceback.",
     )
 
 
