@@ -20,6 +20,7 @@ from compileflow.local import in_memory
 from compileflow.settings import Settings
 from compileflow.spec import CompileSpec, ComponentSpec, HfTask, Precision, ShapeBucket
 from compileflow.steps import compile as compile_step
+from compileflow.steps import import_older as import_step
 from compileflow.steps import validate as validate_step
 from compileflow.steps.build import build_artifact
 from compileflow.testing.compiles import compile_once
@@ -123,7 +124,12 @@ class InProcess:
             return run
 
         with pytest.MonkeyPatch.context() as patch:
-            for module, step in ((compile_step, "compile"), (validate_step, "validate"), (in_memory, "compile")):
+            for module, step in (
+                (compile_step, "compile"),
+                (validate_step, "validate"),
+                (in_memory, "compile"),
+                (import_step, "compile"),
+            ):
                 patch.setattr(module, "run_in_child", count(step))
             yield counts
 

@@ -31,6 +31,7 @@ NOT_RUN = (
     "prefect --no-prompt deploy",
     "prefect worker",
     "ARTIFACT=",
+    "compileflow import-older",
 )
 # Pages with this command write that folder themselves.
 PULL = "compileflow pull my-model compiled/my-model"

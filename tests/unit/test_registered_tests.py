@@ -14,7 +14,13 @@ from compileflow.errors import MeasurementError
 from compileflow.spec import HfTask
 from compileflow.steps.report_file import read_report
 from compileflow.steps.values import FetchedSource, ValidatedArtifact
-from compileflow.validation.registered_tests import RegisteredTests, answers_to, plain, read_registered_tests
+from compileflow.validation.registered_tests import (
+    RegisteredTests,
+    answer_tests,
+    answers_to,
+    plain,
+    read_registered_tests,
+)
 from tests.conftest import ModelFactory
 from tests.steps import Pipeline
 
@@ -95,6 +101,49 @@ def test_predictions_that_are_not_repeated_only_warn_and_say_how_many(
 )
 def test_words_must_be_equal_and_numbers_close(before: Any, after: Any, same: bool) -> None:
     assert RegisteredTests(("x",), {}, (before,)).disagreement([after]) == (0.0 if same else 1.0)
+
+
+KEYWORDS = [[["order", 0.61], ["time", 0.4]], [["nobody", 0.7]], []]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "parameters", "predictions", "judged", "note"),
+    [
+        (INPUTS, {}, [{"label": "A", "score": 1.0}] * 3, True, ""),
+        (INPUTS, {}, [[{"label": "A", "score": 1.0}]] * 3, True, ""),
+        (INPUTS, {}, KEYWORDS, False, "do not have the format of the pipeline"),
+        (INPUTS, {}, [{"topic": "A"}] * 3, False, "do not have the format of the pipeline"),
+        (INPUTS, {"keyphrase_ngram_range": [1, 1]}, KEYWORDS, False, "parameters are not those of the pipeline"),
+        ([["a", "b"], ["c"]], {}, [[], []], False, "they are not inputs of a text-classification pipeline"),
+    ],
+)
+def test_only_answers_in_the_format_of_the_pipeline_are_judged(
+    inputs: list[Any], parameters: dict[str, Any], predictions: list[Any], judged: bool, note: str
+) -> None:
+    def pipeline(texts: list[str], top_k: int = 1) -> list[dict[str, Any]]:
+        return [{"label": "A", "score": 1.0} for _ in texts]
+
+    tests = RegisteredTests(tuple(inputs), parameters, tuple(predictions))
+    answered = answer_tests(tests, pipeline, HfTask.TEXT_CLASSIFICATION)
+
+    assert answered.disagreement == (0.0 if judged else None)
+    assert note in answered.tests.note
+    assert bool(answered.tests.note) is not judged
+    assert (answered.answers is None) == (not isinstance(inputs[0], str))
+
+
+def test_predictions_of_a_service_are_reported_and_not_judged(
+    pipeline: Pipeline, tiny_model: ModelFactory, tmp_path: Path
+) -> None:
+    model = tiny_model(HfTask.TEXT_CLASSIFICATION)
+    tests = write(
+        tmp_path / "t", inputs=INPUTS, inference_params={"keyphrase_ngram_range": [1, 1]}, predictions=KEYWORDS
+    )
+    _, validated = validated_with(pipeline, model, tests)
+
+    assert validated.outcome == "pass"
+    assert "registered_disagreement" not in validated.figures
+    assert "its predictions were not judged" in read_report(validated.report_uri).examples_origin
 
 
 def test_questions_with_contexts_are_natural_examples_of_their_task() -> None:

@@ -8,8 +8,10 @@ import pytest
 from pydantic import ValidationError
 
 from compileflow.catalog import get_target
+from compileflow.cli.options import checked_request
 from compileflow.errors import SpecError
-from compileflow.spec import CompileSpec, ComponentSpec, HfTask, Precision, ShapeBucket
+from compileflow.sources.files import card_task
+from compileflow.spec import TASK_ALIASES, CompileSpec, ComponentSpec, HfTask, Precision, ShapeBucket
 from compileflow.steps.request import CompileRequest
 
 FIELDS: dict[str, Any] = {"target": "onnx-runtime", "hf_task": "text-classification"}
@@ -121,3 +123,25 @@ def test_contradiction_in_a_request_is_one_line() -> None:
     with pytest.raises(SpecError, match="longest shape bucket is 64 tokens") as caught:
         request.spec_for(HfTask.FILL_MASK)
     assert caught.value.hint == "Correct the request."
+
+
+def test_aliases_of_tasks_are_those_of_transformers() -> None:
+    from transformers.pipelines import TASK_ALIASES as ALIASES_OF_TRANSFORMERS
+
+    tasks = {task.value for task in HfTask}
+    assert {alias: task for alias, task in ALIASES_OF_TRANSFORMERS.items() if task in tasks} == TASK_ALIASES
+
+
+@pytest.mark.parametrize("alias", sorted(TASK_ALIASES))
+def test_alias_stands_for_its_task_in_specs_requests_cards_and_schemas(alias: str) -> None:
+    task = HfTask(TASK_ALIASES[alias])
+
+    assert HfTask(alias) is task
+    assert CompileSpec(target="torchscript", hf_task=alias).hf_task is task
+    assert CompileSpec.model_validate_json(f'{{"target": "torchscript", "hf_task": "{alias}"}}').hf_task is task
+    request = CompileRequest(model="./m", hf_task=alias)
+    assert request.hf_task is task
+    assert request.model_dump(mode="json")["hf_task"] == task.value
+    assert alias in CompileRequest.model_json_schema()["$defs"]["HfTask"]["enum"]
+    assert card_task({"model_params": {"huggingface_pipeline_task": alias}}, "neptune://a/b/C-1") is task
+    assert checked_request({"model": "./m", "hf_task": alias}).hf_task is task

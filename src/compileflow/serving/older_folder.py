@@ -1,4 +1,4 @@
-"""Folders that the older library saved: open them as artifacts that nobody proved.
+"""Folders that the older library saved: open them as artifacts without a verdict.
 
 A pipeline has `pipeline/`, `compiled_tokenizer/`, `compiled_model/` and `pipeline_task.json`. A model alone is a
 folder like `compiled_model/`: `config.json`, the traced `model.pt`, and `compilation_specs.json`.
@@ -97,8 +97,8 @@ def open_any(
     if digest is None and is_older(folder) and not requires_signature(require_signature):
         artifact = open_older(folder, trust_remote_code=trust_remote_code)
         logger.warning(
-            "%s was saved by the older library. It runs, but nobody proved that it answers like its source model. "
-            "To prove it, run: compileflow import-older %s",
+            "%s was saved by the older library. It runs, but unproven: no verdict says that it answers like its source "
+            "model. To prove it, run: compileflow import-older %s",
             artifact.root,
             artifact.root,
         )

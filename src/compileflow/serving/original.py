@@ -25,7 +25,7 @@ def load_original(artifact: OpenArtifact) -> Any:
     """Load the uncompiled pipeline that was saved with an artifact; return None if there is none.
 
     Raises:
-        IntegrityError: Its files are not those that the artifact was compiled from.
+        IntegrityError: The files differ from those that the artifact was compiled from.
         LoadError: transformers cannot load it.
     """
     folder = artifact.original_folder
