@@ -19,6 +19,7 @@ from compileflow.serving.model import CompiledModel
 from compileflow.serving.pipeline import CompiledPipeline
 from compileflow.serving.question_answering import QuestionAnsweringPipeline
 from compileflow.serving.sentence_embedding import SentenceEmbeddingPipeline
+from compileflow.serving.text_ranking import TextRankingPipeline
 from compileflow.serving.tokenizer import CompiledTokenizer
 from compileflow.source_model.interface import SourceModel
 from compileflow.source_model.load import load_config, load_source_model
@@ -95,14 +96,28 @@ def _assert_model_answers_like_the_source_model(artifact: OpenArtifact, source_d
     import torch
     import transformers
 
-    extractor = transformers.AutoFeatureExtractor.from_pretrained(source_dir)
     reference = getattr(transformers, AUTO_CLASSES[task]).from_pretrained(source_dir).eval()
     model = CompiledModel.from_pretrained(artifact.folder, threads=1)
-    for item in questions(task, None):
-        inputs = extractor(item, sampling_rate=extractor.sampling_rate, return_tensors="pt")
+    for inputs in _model_inputs(task, source_dir):
         with torch.inference_mode():
             assert_same_result(model(**inputs), reference(**inputs))
     model.close()
+
+
+def _model_inputs(task: HfTask, source_dir: Path) -> Iterator[Mapping[str, Any]]:
+    """Yield the inputs of a model, as its tokenizer or feature extractor prepares them."""
+    import transformers
+
+    if task.modality == "text":
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source_dir)
+        for texts in questions(task, None):
+            pairs = [texts[0]] * (len(texts) - 1), texts[1:]
+            encoded = tokenizer(*pairs, padding=True, truncation=True, return_tensors="pt")
+            yield {name: value[None] for name, value in encoded.items()}
+        return
+    extractor = transformers.AutoFeatureExtractor.from_pretrained(source_dir)
+    for item in questions(task, None):
+        yield extractor(item, sampling_rate=extractor.sampling_rate, return_tensors="pt")
 
 
 def questions(task: HfTask, pipeline: Any) -> list[Any]:
@@ -121,6 +136,10 @@ def questions(task: HfTask, pipeline: Any) -> list[Any]:
         return [mask, *(f"{mask} {text}" for text in texts)]
     if task is HfTask.QUESTION_ANSWERING:
         return [{"question": "who was it", "context": text} for text in texts]
+    if task is HfTask.MULTIPLE_CHOICE:
+        return [["who was it", *texts[start : start + 3]] for start in range(0, len(texts), 2)]
+    if task is HfTask.TEXT_RANKING:
+        return [("who was it", text) for text in ["", *texts]]
     if task is HfTask.ZERO_SHOT_CLASSIFICATION:
         return texts[:6]
     return ["", *texts, "Zoë 東京 \U0001f600"]
@@ -204,6 +223,8 @@ def _reference(artifact: OpenArtifact, source_dir: Path, task: HfTask) -> Any:
     tokenizer = CompiledTokenizer.from_artifact(artifact)
     if task is HfTask.QUESTION_ANSWERING:
         return QuestionAnsweringPipeline(model, tokenizer)
+    if task is HfTask.TEXT_RANKING:
+        return TextRankingPipeline(model, tokenizer, artifact.folder)
     return SentenceEmbeddingPipeline(model, tokenizer, artifact.folder)
 
 

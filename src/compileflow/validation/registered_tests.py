@@ -23,7 +23,7 @@ class RegisteredTests:
     """Inputs for a pipeline, and its answers at the time of registration.
 
     Attributes:
-        inputs: One item per call: a text, or an object with question and context.
+        inputs: One item per call: a text, an object with question and context, or a list of two texts.
         parameters: Keyword arguments of each call.
         predictions: One answer per input; None if the version has none.
         note: Why the predictions are not judged, for the report; "" if they are.
@@ -38,11 +38,13 @@ class RegisteredTests:
         """Return the inputs that can serve as natural examples of a text task."""
         if hf_task.reads_pairs:
             fields = ("question", "context")
-            pairs = [item for item in self.inputs if isinstance(item, dict)]
+            pairs = [
+                [item.get(name) for name in fields] if isinstance(item, dict) else item for item in self.inputs
+            ]
             return [
-                {name: item[name] for name in fields}
-                for item in pairs
-                if all(isinstance(item.get(name), str) for name in fields)
+                dict(zip(fields, pair, strict=True))
+                for pair in pairs
+                if isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
             ]
         return [{"text": item} for item in self.inputs if isinstance(item, str)]
 

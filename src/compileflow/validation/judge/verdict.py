@@ -79,9 +79,10 @@ def judge(
         MeasurementError: The suite has no gate for the task, or a gate of it was not judged.
     """
     notes = list(measurements.notes)
+    measured = {*measurements.scalars, *(row["metric"] for row in measurements.rates)}
     gates = []
     for gate in gates_for(precision, hf_task, overrides or {}):
-        if hf_task.graph_task in gate.entry.optional and gate.entry.metric not in measurements.scalars:
+        if hf_task.graph_task in gate.entry.optional and gate.entry.metric not in measured:
             # A gate that is optional for every task needs no note.
             if set(gate.entry.optional) != set(GRAPH_TASKS):
                 notes.append(f"{gate.entry.gate} does not apply to this model.")

@@ -42,6 +42,8 @@ _LABELLED = (
 )
 # Pixels of a picture that are compared one by one, and detections of a picture, best first.
 _PIXELS, _DETECTIONS = 500, 10
+# With how many others each score is compared, and the share of their standard deviation up to which two are equal.
+_OTHERS, _SCORE_TIE = 20, 0.05
 # How far the corner of a box may move, as a share of the picture's width or height, and how far a depth may, as a
 # share of the picture's range of depths.
 _BOX_TOLERANCE, _DEPTH_TOLERANCE = 0.01, 0.01
@@ -63,8 +65,8 @@ class Decisions:
         task: Task that defines the decision; one of `GRAPH_TASKS`.
         labels: Name of each class: id2label of the model's configuration, or the characters of a speech model.
         multi_label: True if the model decides about each label separately.
-        pools: Functions from the tokens of a text, shape (tokens, size), to its embedding: that of the source model
-            and that of the compiled model.
+        pools: Functions from the tokens of a text, shape (tokens, size), to its embedding: that of the source
+            model and that of the compiled model.
     """
 
     task: HfTask
@@ -79,6 +81,7 @@ class Decisions:
     _embedding_errors: list[float] = field(default_factory=list)
     _tags: list[tuple[list[str], list[str]]] = field(default_factory=list)
     _texts: list[str] = field(default_factory=list)
+    _scores: list[tuple[str, tuple[float, float]]] = field(default_factory=list)
     _changes: list[Change] = field(default_factory=list)
 
     def add(self, case: Case, expected: Arrays, actual: Arrays) -> None:
@@ -98,6 +101,10 @@ class Decisions:
             if self.task in _WHOLE_INPUT:
                 self._add_label(text, expected["logits"][row], actual["logits"][row])
                 continue
+            if self.task is HfTask.MULTIPLE_CHOICE:
+                # A row of the graph is one choice; the order of such rows decides.
+                self._add_score(text, expected["logits"][row], actual["logits"][row])
+                continue
             ids = [int(token) for token in case.inputs["input_ids"][row][mask]]
             if self.task is HfTask.FEATURE_EXTRACTION:
                 tokens = (outputs["last_hidden_state"][row][mask] for outputs in (expected, actual))
@@ -115,8 +122,13 @@ class Decisions:
     def rates(self) -> list[dict[str, Any]]:
         """Return one row per example and metric: metric, text, hits, trials."""
         overlaps, k = self._neighbours()
-        return self._rates + [
-            {"metric": "neighbour_overlap", "text": "", "hits": overlap, "trials": k} for overlap in overlaps
+        return [
+            *self._rates,
+            *({"metric": "neighbour_overlap", "text": "", "hits": overlap, "trials": k} for overlap in overlaps),
+            *(
+                {"metric": "order_agreement", "text": text, "hits": hits, "trials": trials}
+                for text, hits, trials in self._orders()
+            ),
         ]
 
     def scalars(self) -> dict[str, float]:
@@ -145,12 +157,12 @@ class Decisions:
             limit: Maximum number of flips to return.
         """
         changes = sorted(self._changes, key=lambda change: (-(change.margin or 0.0), change.text))
-        changes += self._moved()[:_NEIGHBOURS]
+        changes += (self._moved() + self._reordered())[:_NEIGHBOURS]
         return tuple(change.flip(decode) for change in changes[:limit])
 
     def flips_count(self) -> int:
         """Return how many examples flipped; for embeddings, how many lost a neighbour."""
-        return len(self._changes) + len(self._moved())
+        return len(self._changes) + len(self._moved()) + len(self._reordered())
 
     def _neighbours(self) -> tuple[list[int], int]:
         """Return how many of its k nearest others each example keeps, and k; empty without embeddings."""
@@ -169,6 +181,32 @@ class Decisions:
         return [
             Change("neighbour_overlap", text, None, [f"{k} nearest examples"], [f"{k - overlap} of them lost"])
             for overlap, text in losses
+        ]
+
+    def _orders(self) -> list[tuple[str, int, int]]:
+        """Return (text, others that keep their side, others) for each example with one score.
+
+        Others with nearly the same score in the source model do not count.
+        """
+        if len(self._scores) < 2:
+            return []
+        before, after = np.asarray([scores for _, scores in self._scores], np.float64).T
+        tie = _SCORE_TIE * before.std()
+        orders = []
+        for index, (text, _) in enumerate(self._scores):
+            others = np.arange(index + 1, index + 1 + min(_OTHERS, len(before) - 1)) % len(before)
+            distances = before[others] - before[index]
+            kept = np.sign(distances) == np.sign(after[others] - after[index])
+            differs = np.abs(distances) > tie
+            orders.append((text, int((kept & differs).sum()), int(differs.sum())))
+        return orders
+
+    def _reordered(self) -> list[Change]:
+        """Return the examples that changed places with others; those that changed most come first."""
+        losses = sorted((hits - trials, text, trials) for text, hits, trials in self._orders() if hits < trials)
+        return [
+            Change("order_agreement", text, None, [f"order among {trials} others"], [f"{-loss} of them changed"])
+            for loss, text, trials in losses
         ]
 
     def _add_signal(self, text: str, mask: Any, before: Arrays, after: Arrays) -> None:
@@ -198,7 +236,13 @@ class Decisions:
         is_alike = before.shape == after.shape
         self._embedding_errors.append(metrics.rel_l2(before, after) if is_alike else float("inf"))
 
+    def _add_score(self, text: str, before: Any, after: Any) -> None:
+        """Add the single logit of a model that scores its inputs, shape (1,)."""
+        self._scores.append((text, (float(before[0]), float(after[0]))))
+
     def _add_label(self, text: str, before: Any, after: Any) -> None:
+        if before.size == 1:
+            self._add_score(text, before, after)
         self._logits.append((before[None], after[None]))
         if not self.multi_label and before.size > 1:
             words: list[Words] = [[choice(logits, self._name)] for logits in (before, after)]

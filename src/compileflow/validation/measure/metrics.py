@@ -28,6 +28,9 @@ def compare(reference: Array, candidate: Array) -> dict[str, float | int]:
         which is at most 1 if numpy.isclose(c, r, rtol=1e-3, atol=1e-4) holds everywhere; and `peak_error` =
         max |r - c| / max |r|, which does not depend on the output's units.
 
+        `rel_l2` and `one_minus_cosine` of a single number, such as the score of a ranking model, are those of a
+        vector of that number and 1: the number has no direction, and its relative error has no bound near zero.
+
     >>> compare(np.array([3.0, 4.0]), np.array([3.0, 4.5]))["rel_l2"]
     0.1
     """
@@ -48,10 +51,11 @@ def compare(reference: Array, candidate: Array) -> dict[str, float | int]:
     if not comparable:
         return row | dict.fromkeys(names, float("nan"))
     difference = np.abs(r - c)
+    vectors = (np.append(r, 1.0), np.append(c, 1.0)) if r.size == 1 else (r, c)
     return row | {
         "max_abs_diff": float(difference.max()),
-        "rel_l2": rel_l2(r, c),
-        "one_minus_cosine": one_minus_cosine(r, c),
+        "rel_l2": rel_l2(*vectors),
+        "one_minus_cosine": one_minus_cosine(*vectors),
         "tolerance_use": float((difference / (_ATOL + _RTOL * np.abs(r))).max()),
         "peak_error": _share(float(difference.max()), float(np.abs(r).max())),
     }
