@@ -1,10 +1,11 @@
-"""TracedRunner: runs graphs that torch.jit traced, one for each shape bucket."""
+"""Graphs that torch.jit traced: names that it can read back, and TracedRunner, which runs one for each bucket."""
 
 from __future__ import annotations
 
+import re
 import threading
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from numpy.typing import NDArray
@@ -15,6 +16,24 @@ from compileflow.errors import InputError
 from compileflow.source_model.lengths import call_sizes
 
 Shape = tuple[int, int]
+
+
+@contextmanager
+def readable_class_names(module: Any) -> Iterator[None]:
+    """Rename the Python modules of a model's classes, inside the block, to names that TorchScript can read.
+
+    A traced graph holds the module path of each class. transformers names the module of a model's own code after
+    its folder or a hash, and torch.jit.load cannot read a part of the path that begins with a digit.
+    """
+    classes = {type(part) for part in module.modules()}
+    names = {cls: cls.__module__ for cls in classes if not all(map(str.isidentifier, cls.__module__.split(".")))}
+    try:
+        for cls, name in names.items():
+            cls.__module__ = ".".join(f"_{re.sub(r'[^A-Za-z0-9_]', '_', part)}" for part in name.split("."))
+        yield
+    finally:
+        for cls, name in names.items():
+            cls.__module__ = name
 
 
 class TracedRunner:

@@ -31,7 +31,7 @@ from compileflow.contracts.toolkit import (
 )
 from compileflow.source_model import UNMASKED_TASKS, as_tuple_module, load_source_model
 from compileflow.spec import HfTask, Precision, ShapeBucket
-from compileflow.targets._traced import TracedRunner
+from compileflow.targets._traced import TracedRunner, readable_class_names
 
 GRAPH_FILE = "model.pt"
 
@@ -84,7 +84,7 @@ class TorchScriptTarget:
         for number, bucket in enumerate(component.shape_buckets, start=1):
             report_progress(f"tracing shape bucket {bucket} ({number} of {len(component.shape_buckets)})")
             example = source_model.example_tensors(bucket.batch_size, bucket.sequence_length)
-            with torch_threads(component.threads):
+            with torch_threads(component.threads), readable_class_names(module):
                 setattr(buckets, bucket_attribute(bucket), _trace(module, tuple(example.values())))
         with warnings.catch_warnings():
             _silence_deprecation()

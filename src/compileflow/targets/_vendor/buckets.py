@@ -12,6 +12,7 @@ from compileflow.contracts import ComponentPlan, ComponentRecord
 from compileflow.contracts.toolkit import load_error, report_progress, torch_threads
 from compileflow.source_model import SourceModel
 from compileflow.spec import ShapeBucket
+from compileflow.targets._traced import readable_class_names
 from compileflow.targets._vendor.toolchain import vendor_call
 
 
@@ -44,7 +45,7 @@ def compile_buckets(
             example = source_model.example_tensors(bucket.batch_size, bucket.sequence_length)
             bucket_scratch = Path(scratch) / str(bucket)
             bucket_scratch.mkdir()
-            with vendor_call(compiler):
+            with vendor_call(compiler), readable_class_names(source_model.model):
                 graph = trace(tuple(example.values()), bucket_scratch)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
