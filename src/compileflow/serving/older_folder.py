@@ -97,7 +97,7 @@ def open_any(
     if digest is None and is_older(folder) and not requires_signature(require_signature):
         artifact = open_older(folder, trust_remote_code=trust_remote_code)
         logger.warning(
-            "%s was saved by the older library. It runs, but unproven: no verdict says that it answers like its source "
+            "%s was saved by the older library and runs unproven: no verdict says that it answers like its source "
             "model. To prove it, run: compileflow import-older %s",
             artifact.root,
             artifact.root,
