@@ -32,14 +32,21 @@ SCALED = (
     HfTask.ZERO_SHOT_IMAGE_CLASSIFICATION,
 )
 BY_TASK = {
-    HfTask.TEXT_CLASSIFICATION: {"label_agreement": {FP32: 1.0, FP16: 0.99, BF16: 0.99, INT8: 0.98}},
+    HfTask.TEXT_CLASSIFICATION: {
+        "label_agreement": {FP32: 1.0, FP16: 0.99, BF16: 0.99, INT8: 0.98},
+        "order_agreement": {FP32: 0.999, FP16: 0.99, BF16: 0.98, INT8: 0.95},
+    },
     HfTask.TOKEN_CLASSIFICATION: {
         "label_agreement": {FP32: 0.999, FP16: 0.995, BF16: 0.995, INT8: 0.98},
         "entity_f1": {FP32: 0.99, FP16: 0.99, BF16: 0.99, INT8: 0.97},
     },
-    HfTask.FEATURE_EXTRACTION: {"neighbour_overlap": {FP32: 0.99, FP16: 0.99, BF16: 0.99, INT8: 0.95}},
+    HfTask.FEATURE_EXTRACTION: {
+        "embedding_error": {FP32: 1e-4, FP16: 1e-2, BF16: 5e-2},
+        "neighbour_overlap": {FP32: 0.99, FP16: 0.99, BF16: 0.99, INT8: 0.95},
+    },
     HfTask.FILL_MASK: {"top5_overlap": {FP32: 0.99, FP16: 0.95, BF16: 0.95, INT8: 0.9}},
     HfTask.QUESTION_ANSWERING: {"exact_span": {FP32: 0.99, FP16: 0.99, BF16: 0.99}},
+    HfTask.MULTIPLE_CHOICE: {"order_agreement": {FP32: 0.999, FP16: 0.99, BF16: 0.98, INT8: 0.95}},
     HfTask.IMAGE_CLASSIFICATION: {"label_agreement": {FP32: 1.0, FP16: 0.99, BF16: 0.99, INT8: 0.98}},
     HfTask.AUDIO_CLASSIFICATION: {"label_agreement": {FP32: 1.0, FP16: 0.99, BF16: 0.99, INT8: 0.98}},
     HfTask.ZERO_SHOT_IMAGE_CLASSIFICATION: {"label_agreement": {FP32: 1.0, FP16: 0.99, BF16: 0.99, INT8: 0.98}},
@@ -103,7 +110,7 @@ def test_every_task_has_a_decision_gate(precision: Precision, task: HfTask) -> N
 @pytest.mark.parametrize(("precision", "task"), EVERY)
 def test_only_the_numbers_of_int8_and_registered_predictions_warn(precision: Precision, task: HfTask) -> None:
     warning = {gate.entry.gate for gate in gates_for(precision, task, {}) if gate.severity == "warning"}
-    numbers = {"mask_respected", "rel_l2", "one_minus_cosine", "neighbour_overlap"}
+    numbers = {"mask_respected", "rel_l2", "one_minus_cosine", "embedding_error", "neighbour_overlap"}
     gates = {gate.entry.gate for gate in gates_for(precision, task, {})}
     assert warning == {"registered_predictions"} | (numbers & gates if precision is INT8 else set())
 

@@ -83,8 +83,8 @@ def judge(
     gates = []
     for gate in gates_for(precision, hf_task, overrides or {}):
         if hf_task.graph_task in gate.entry.optional and gate.entry.metric not in measured:
-            # A gate that is optional for every task needs no note.
-            if set(gate.entry.optional) != set(GRAPH_TASKS):
+            # A gate that is optional for every task needs no note, nor does a decision that few models make.
+            if gate.entry.table == "scalars" and set(gate.entry.optional) != set(GRAPH_TASKS):
                 notes.append(f"{gate.entry.gate} does not apply to this model.")
         else:
             gates.append(gate)
