@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from compileflow._process.folders import work_folder
 from compileflow.admin import collect
 from compileflow.admin.collect import collect_garbage
 from compileflow.artifact.attestations.envelopes import put_statement
@@ -153,6 +154,26 @@ def test_registry_without_versions_does_not_empty_the_store(
     with pytest.raises(RegistryError, match="no version"):
         collect_garbage(store.uri, (f"sqlite:///{tmp_path / 'empty.db'}",), settings=settings, min_age_s=0)
     assert store.exists(digest)
+
+
+def test_work_folders_of_killed_processes_are_deleted(
+    store: ArtifactStore, settings: Settings, tmp_path: Path
+) -> None:
+    uri = registered(tmp_path, settings, "first")
+    stored(store, tmp_path, "young")
+    parents = (settings.work_dir, settings.home_dir / "store" / "tmp")
+    for parent in parents:
+        (parent / "read-1").mkdir(parents=True)
+        (parent / "read-1.lock").touch()
+    with work_folder(settings.work_dir, label="live") as live:
+        # The folder of a live process swept the dead one's.
+        (settings.work_dir / "read-2").mkdir()
+        (settings.work_dir / "read-2.lock").touch()
+        collect_garbage(store.uri, (uri,), settings=settings, dry_run=True)
+        assert (settings.work_dir / "read-2").exists()
+        collect_garbage(store.uri, (uri,), settings=settings)
+        assert [path for path in settings.work_dir.iterdir() if path.is_dir()] == [live]
+    assert not [path for parent in parents for path in parent.iterdir()]
 
 
 def test_no_registry_at_all_is_refused(store: ArtifactStore, settings: Settings) -> None:
