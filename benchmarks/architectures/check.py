@@ -17,6 +17,7 @@ from compileflow.errors import CompileflowError, InputError, SourceError, SpecEr
 from compileflow.serving.model import CompiledModel
 from compileflow.serving.padding import complete_inputs
 from compileflow.serving.rows import PreparedItem, run_rows
+from compileflow.source_model.tasks import model_class_of
 from compileflow.spec import CompileSpec, ComponentSpec, ShapeBucket
 from compileflow.steps.build import build_artifact
 
@@ -101,7 +102,8 @@ class _Reference:
         import torch
         import transformers
 
-        model: Any = getattr(transformers, model_class.auto_class).from_pretrained(source_dir).eval().float()
+        config = transformers.AutoConfig.from_pretrained(source_dir)
+        model: Any = model_class_of(config, model_class.hf_task).from_pretrained(source_dir).eval().float()
         self.names = set(inspect.signature(model.forward).parameters)
         encode = _encoder(model_class, source_dir)
         items = _items(model_class, source_dir)

@@ -58,8 +58,8 @@ This page is generated. It shows which of transformers' model classes compile fo
 A class **works** if a small random model of it compiles and answers like transformers: each row alone, all rows in
 one list, and a padded batch of short and long rows. The relative difference in fp32 is at most {tolerance:g}. A
 class is **refused** if compileflow says in one line, before anything is compiled, why it cannot compile it. Blank:
-transformers itself cannot build or run the class here. All classes run on onnx-runtime and openvino. A third of them
-also run on torchscript and aot-inductor; the others have a dash.
+transformers itself cannot build or run the class here. All classes run on onnx-runtime and openvino, a third of
+them also on torchscript and aot-inductor; the others have a dash there.
 
 Regenerate the page with `make architectures`. The sweep keeps its results in `.architectures/` and continues where
 it stopped; it takes hours on two cores.

@@ -92,7 +92,7 @@ def _shrunken(config_class: Any, template: Any, values: Mapping[str, Any]) -> An
     free_token = VOCABULARY - 1
     for field in dataclasses.fields(config_class):
         default = _default(field)
-        value = default if default is None else getattr(template, field.name, default)
+        value = default if default is None else _value(template, field.name, default)
         if field.name in values:
             fields[field.name] = values[field.name]
         elif _TOKENS.fullmatch(field.name) and isinstance(value, int) and value >= VOCABULARY:
@@ -102,6 +102,9 @@ def _shrunken(config_class: Any, template: Any, values: Mapping[str, Any]) -> An
             small = _small(field.name, value)
             if small != default:
                 fields[field.name] = small
+    if "kv_lora_rank" in fields:
+        # Latent attention has as many heads for keys and values as for queries.
+        fields["num_key_value_heads"] = fields["num_attention_heads"]
     fields |= case
     nested_names = [name for name in config_class.sub_configs or {} if name not in case]
     if nested_names:
@@ -113,6 +116,14 @@ def _shrunken(config_class: Any, template: Any, values: Mapping[str, Any]) -> An
                 fields[name] = _shrunken(type(nested), nested, nested_values)
     fields |= nested_cases
     return config_class(**fields)
+
+
+def _value(template: Any, name: str, default: Any) -> Any:
+    try:
+        return getattr(template, name, default)
+    except RuntimeError:
+        # It differs between layers.
+        return default
 
 
 def _default(field: Any) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.architectures.shrink import IMAGE_SIDE, POSITIONS, shrunken_config, special_case
+from compileflow.source_model.tasks import model_class_of
 from compileflow.spec import HfTask
 
 # Short, ordinary and long rows.
@@ -69,7 +70,7 @@ def write_model(model_class: ModelClass, folder: Path) -> None:
     config = shrunken_config(config_class, values)
     for name, value in special_case(model_class.model_type, "attributes").items():
         setattr(config, name, value)
-    model = getattr(transformers, model_class.name)(config)
+    model = _class_of(config, model_class)(config)
     _spread_weights(model)
     if model_class.hf_task.modality == "text":
         tokenizer.save_pretrained(folder)
@@ -81,6 +82,16 @@ def write_model(model_class: ModelClass, folder: Path) -> None:
         if model_class.hf_task is HfTask.SPEECH_RECOGNITION:
             _write_letters(folder)
     model.eval().save_pretrained(folder)
+
+
+def _class_of(config: Any, model_class: ModelClass) -> Any:
+    """Return the class that the sweep builds: the encoder of a model that AutoModel loads with its decoder."""
+    import transformers
+
+    encoder_or_auto = model_class_of(config, model_class.hf_task)
+    if encoder_or_auto.__name__.startswith("Auto"):
+        return getattr(transformers, model_class.name)
+    return encoder_or_auto
 
 
 def _spread_weights(model: Any) -> None:

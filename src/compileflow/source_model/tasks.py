@@ -74,8 +74,7 @@ def tasks_of(config: Any) -> tuple[HfTask, ...]:
             tasks.append(task)
         elif type(config) in model_classes:
             # Speech encoders and vision models also have an AutoModel, but it does not take text.
-            classes = model_classes[type(config)]
-            main_input = (classes[0] if isinstance(classes, tuple) else classes).main_input_name
+            main_input = _first_class(model_classes, config).main_input_name
             has_head = auto_class != "AutoModel" and task.modality != "text"
             if has_head or _MODALITIES.get(main_input) == task.modality:
                 tasks.append(task)
@@ -97,6 +96,12 @@ def model_class_of(config: Any, hf_task: HfTask) -> Any:
     return (_encoder_of(config, architecture) if name == "AutoModel" else None) or auto_class
 
 
+def _first_class(mapping: Any, config: Any) -> Any:
+    """Return the class that a mapping has for a configuration; the first, where it has several."""
+    classes = mapping[type(config)]
+    return classes[0] if isinstance(classes, tuple) else classes
+
+
 def _encoder_of(config: Any, architecture: str) -> Any:
     """Return the class of an encoder without its decoder; None for models that do not have one.
 
@@ -108,7 +113,7 @@ def _encoder_of(config: Any, architecture: str) -> Any:
     mapping = transformers.AutoModel._model_mapping
     if type(config) not in mapping:
         return None
-    whole_class = mapping[type(config)]
+    whole_class = _first_class(mapping, config)
     names = [architecture] if architecture.endswith(("Encoder", "EncoderModel")) else []
     if getattr(config, "is_encoder_decoder", False):
         names.append(f"{whole_class.__name__.removesuffix('Model')}EncoderModel")
