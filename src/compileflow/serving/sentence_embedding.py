@@ -123,7 +123,7 @@ class SentenceEmbeddingPipeline:
         items = self._prepared(texts, self._recipe.text.prompt(prompt, prompt_name))
         for index, embedding in enumerate(run_rows(self.model, items, embed, batch_size=rows_per_call)):
             embeddings[index] = embedding
-        # As in sentence-transformers: the module scales the whole embedding, the argument what is left of it.
+        # As in sentence-transformers, the module scales the whole embedding, and the argument the cut one.
         if self._recipe.normalizes and normalize is not False:
             embeddings = unit_length(embeddings)
         embeddings = embeddings[:, :size]
