@@ -13,6 +13,7 @@ import transformers
 import compileflow
 from compileflow import CompiledModel, HfTask
 from compileflow.errors import InputError, LoadError
+from compileflow.local.optimized_model import as_source_class
 from compileflow.testing.pipelines import assert_same_result
 from compileflow.testing.targets import compiled_folder
 from tests.models import sentences
@@ -93,4 +94,8 @@ def test_model_in_memory_is_compiled_and_compared(
     inputs = {name: torch.randint(5, 90, (2, 3, 9)) for name in ("input_ids",)}
 
     with torch.inference_mode():
-        assert_same_result(model(**inputs), source(**inputs), atol=1e-5)
+        expected = source(**inputs)
+    assert_same_result(model(**inputs), expected, atol=1e-5)
+    optimized = as_source_class(model)
+    assert isinstance(optimized, transformers.BertForMultipleChoice)
+    assert_same_result(optimized(**inputs), expected, atol=1e-5)

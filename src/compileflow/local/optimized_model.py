@@ -9,7 +9,7 @@ from typing import Any
 from compileflow.errors import InputError, SpecError
 from compileflow.local.blade_forms import Forms
 from compileflow.serving.model import CompiledModel, FixedModule
-from compileflow.source_model.tasks import AUTO_CLASSES
+from compileflow.source_model.tasks import model_class_of
 
 _NO_FORMS = Forms()
 
@@ -121,8 +121,10 @@ def _source_class(model: CompiledModel) -> Any:
     import transformers
     from transformers.models.auto.auto_factory import _get_model_class
 
-    auto_class = AUTO_CLASSES[model.manifest.hf_task]
-    mapping = getattr(transformers, auto_class)._model_mapping
+    model_class = model_class_of(model.config, model.manifest.hf_task)
+    if issubclass(model_class, transformers.PreTrainedModel):
+        return model_class
+    auto_class, mapping = model_class.__name__, model_class._model_mapping
     if type(model.config) not in mapping:
         raise SpecError(
             f"{auto_class} has no class for {type(model.config).__name__}, because the model has custom code.",

@@ -14,7 +14,7 @@ from compileflow.selection.choice import choose
 from compileflow.selection.comparison import Comparison, write_comparison
 from compileflow.settings import Settings
 from compileflow.spec import HfTask, Precision
-from compileflow.steps.compile import detect_task
+from compileflow.steps.compile import check_modules, detect_task
 from compileflow.steps.report_file import read_report
 from compileflow.steps.request import AUTO, CompileRequest
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
@@ -81,11 +81,13 @@ def plan_candidates(
         settings: Credentials of the store.
 
     Raises:
-        SpecError: The request contradicts itself, or none of the requested targets has the task.
+        SpecError: The request contradicts itself, the model has modules that cannot be served, or none of the
+            requested targets has the task.
     """
     names = _requested_targets(request)
     with open_store(store_uri, settings).open_folder(source.digest) as folder:
         hf_task = request.hf_task or source.hf_task or detect_task(folder)
+        check_modules(hf_task, folder)
     requests: list[CompileRequest] = []
     unavailable_candidates: list[Candidate] = []
     for name in names:

@@ -106,7 +106,7 @@ class SentenceEmbeddingPipeline:
                 the prompt.
         """
         if isinstance(inputs, Iterator):
-            options = {"prompt": prompt, "prompt_name": prompt_name, "truncate_dim": truncate_dim}
+            options: dict[str, Any] = {"prompt": prompt, "prompt_name": prompt_name, "truncate_dim": truncate_dim}
             return (self(text, normalize=normalize, **options) for text in inputs)
         is_single = isinstance(inputs, str)
         texts = _checked_texts([inputs] if is_single else inputs)

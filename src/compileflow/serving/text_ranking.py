@@ -88,7 +88,7 @@ class TextRankingPipeline:
             InputError: An input is not a pair of texts, or the model does not have the prompt.
         """
         if isinstance(inputs, Iterator):
-            prompts = {"prompt": prompt, "prompt_name": prompt_name}
+            prompts: dict[str, Any] = {"prompt": prompt, "prompt_name": prompt_name}
             return (
                 self(pair, activation_fn=activation_fn, apply_softmax=apply_softmax, **prompts) for pair in inputs
             )

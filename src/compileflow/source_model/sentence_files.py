@@ -119,7 +119,7 @@ def module_list(folder: Path) -> list[tuple[str, str]]:
             raise LoadError(f"An entry of {MODULES_FILE} has no type: {entry!r:.80}.", hint=DAMAGED)
         path = str(entry.get("path", ""))
         try:
-            safe_path = str(safe_relative_path(path)) if path else ""
+            safe_path = "" if path in ("", ".") else safe_relative_path(path)
         except ValueError as error:
             raise LoadError(f"{MODULES_FILE} has an invalid path: {error}.", hint=DAMAGED) from error
         kind = entry["type"]

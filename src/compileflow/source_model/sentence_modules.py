@@ -243,9 +243,9 @@ def _pooled(mode: str, tokens: Floats, first: int) -> Floats:
     """Pool the tokens from `first` on. Without any, give what sentence-transformers gives."""
     counted = tokens[first:]
     if mode == "cls":
-        return tokens[first if len(counted) else 0]
+        return np.asarray(tokens[first if len(counted) else 0])
     if mode == "max":
-        return counted.max(axis=0, initial=-np.inf)
+        return np.asarray(counted.max(axis=0, initial=-np.inf))
     if mode == "lasttoken":
         return tokens[-1] if len(counted) else np.zeros_like(tokens[-1])
     if mode == "weightedmean":

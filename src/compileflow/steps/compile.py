@@ -77,7 +77,7 @@ def compile_artifact(
     with store.open_folder(source.digest) as folder:
         spec = spec_of(request, folder, card_task=source.hf_task)
         target = checked_target(spec)
-        _check_modules(spec.hf_task, folder)
+        check_modules(spec.hf_task, folder)
         calibration = None
         if target.Options.model_validate(spec.target_options).needs_calibration(spec.precision):
             if spec.hf_task.modality != "text":
@@ -179,7 +179,7 @@ def _pools_tokens(source_dir: Path) -> bool:
     return any(isinstance(module, dict) and str(module.get("type")).endswith("Pooling") for module in modules)
 
 
-def _check_modules(hf_task: HfTask, source_dir: Path) -> None:
+def check_modules(hf_task: HfTask, source_dir: Path) -> None:
     """Check that what comes after the graph can be served, before anything is compiled.
 
     Raises:

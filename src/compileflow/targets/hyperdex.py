@@ -39,7 +39,7 @@ from compileflow.contracts.toolkit import (
 )
 from compileflow.errors import CompileError, LoadError, SpecError
 from compileflow.source_model import AUTO_CLASSES, HEADS, load_config, load_source_model
-from compileflow.spec import TEXT_TASKS, Precision
+from compileflow.spec import TEXT_TASKS, HfTask, Precision
 from compileflow.targets._vendor.toolchain import VendorToolchain, vendor_call
 
 _FOLDER = "model"
@@ -76,7 +76,8 @@ class HyperdexTarget:
     Options: ClassVar[type[TargetOptions]] = HyperdexOptions
     # The LPU computes in FP16; HyperDex has no argument for it. The documentation requires a device to compile.
     capabilities: ClassVar[Capabilities] = Capabilities(
-        hf_tasks=TEXT_TASKS,
+        # HyperDex compiles the class that the model was saved as, which has an axis for choices.
+        hf_tasks=tuple(task for task in TEXT_TASKS if task is not HfTask.MULTIPLE_CHOICE),
         precisions=(Precision.FP16,),
         devices=("lpu",),
         dynamic_axes=True,
@@ -204,7 +205,7 @@ def _check_head(source_dir: Path, component: ComponentPlan) -> None:
     config = load_config(source_dir, trust_remote_code=component.trust_remote_code)
     for name in getattr(config, "architectures", None) or ():
         saved_task = next((task for ending, task in HEADS.items() if name.endswith(ending)), None)
-        if saved_task is not component.hf_task:
+        if saved_task is not component.hf_task.graph_task:
             raise SpecError(
                 f"hyperdex cannot compile {name} for {component.hf_task.value}: it compiles a model only for the "
                 "task that the model was saved for.",
