@@ -92,14 +92,14 @@ def check_verdict(validated: ValidatedArtifact, *, allow_warn: bool) -> None:
     """
     if validated.outcome == "warn" and not allow_warn:
         raise VerdictError(
-            validated.reason,
+            f"{validated.reason}.",
             hint="The artifact is not registered. To register it anyway, set allow_warn. "
             f"Report: {validated.report_uri}",
             report_uri=validated.report_uri,
         )
     if validated.outcome not in ACCEPTED_OUTCOMES:
         raise VerdictError(
-            validated.reason,
+            f"{validated.reason}.",
             hint=f"The artifact is not registered. Report: {validated.report_uri}",
             report_uri=validated.report_uri,
         )
