@@ -143,7 +143,7 @@ def test_predictions_of_a_service_are_reported_and_not_judged(
 
     assert validated.outcome == "pass"
     assert "registered_disagreement" not in validated.figures
-    assert "its predictions were not judged" in read_report(validated.report_uri).examples_origin
+    assert "were not judged" in read_report(validated.report_uri).examples_origin
 
 
 def test_questions_with_contexts_are_natural_examples_of_their_task() -> None:

@@ -179,7 +179,9 @@ def optimize(
         validate=validate,
         settings={"revision": revision} | compile_settings | load_settings(model_kwargs),
     )
-    return as_source_class(compiled_model, Forms(example_inputs, output_names, forward_default_kwargs or {}))
+    memory_name = str(getattr(model, "name_or_path", ""))
+    forms = Forms(example_inputs, output_names, forward_default_kwargs or {}, memory_name)
+    return as_source_class(compiled_model, forms)
 
 
 def local_target(hf_task: HfTask, precision: Precision) -> str:

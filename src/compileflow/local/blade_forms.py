@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from compileflow._process.folders import path_of_uri
 from compileflow.errors import LoadError, SpecError
-from compileflow.serving.model import CompiledModel
+from compileflow.serving.model import FLAGS, CompiledModel
 from compileflow.source_model.examples import example_inputs
 from compileflow.source_model.token_rows import token_rows
 from compileflow.spec import Precision
@@ -57,11 +58,13 @@ class Forms:
         example_inputs: Example tensors, or callables that return them, by name; None: generated ones.
         output_names: Names of the outputs to return; None: all.
         forward_default_kwargs: See `ModelInfo`.
+        memory_name: Hub id or folder that a model in memory was loaded from.
     """
 
     example_inputs: Mapping[str, Any] | None = None
     output_names: Sequence[str] | None = None
     forward_default_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    memory_name: str = ""
 
     def info(self, compiled_model: CompiledModel, model_class: Any) -> ModelInfo:
         """Check the settings against a compiled model, and return what the adapter tells about it.
@@ -74,7 +77,7 @@ class Forms:
         outputs = [tensor.name for tensor in record.outputs]
         for names, known_names, setting in (
             (self.example_inputs or (), parameters, "example_inputs"),
-            (self.forward_default_kwargs, parameters, "forward_default_kwargs"),
+            (self.forward_default_kwargs, [*parameters, *FLAGS, "return_dict"], "forward_default_kwargs"),
             (self.output_names or (), outputs, "output_names"),
         ):
             unknown_names = [name for name in names if name not in known_names]
@@ -90,7 +93,7 @@ class Forms:
         )
         return ModelInfo(
             task=manifest.hf_task.value,
-            id_or_path=_location(manifest.source.uri, compiled_model.config),
+            id_or_path=_location(manifest.source.uri) or self.memory_name,
             config=compiled_model.config,
             model_class=model_class,
             example_inputs=examples,
@@ -107,7 +110,8 @@ def load_settings(model_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
         SpecError: An argument would change the model in a way that compileflow does not support.
     """
     arguments = dict(model_kwargs or {})
-    settings = {name: arguments.pop(name) for name in ("revision", "trust_remote_code") if name in arguments}
+    supported = ("revision", "trust_remote_code")
+    settings: dict[str, Any] = {name: arguments.pop(name) for name in supported if name in arguments}
     ignored = sorted(_LOADING_ARGUMENTS & arguments.keys())
     unknown = sorted(arguments.keys() - _LOADING_ARGUMENTS)
     if unknown:
@@ -152,11 +156,7 @@ def _generated(compiled_model: CompiledModel) -> dict[str, Any]:
     return {name: torch.as_tensor(value) for name, value in arrays.items()}
 
 
-def _location(uri: str, config: Any) -> str:
-    from compileflow._process.folders import path_of_uri
-
+def _location(uri: str) -> str:
     if uri.startswith("file:"):
         return str(path_of_uri(uri))
-    if uri.startswith("memory:"):
-        return str(getattr(config, "_name_or_path", "") or "")
-    return uri.removeprefix("hf://")
+    return "" if uri.startswith("memory:") else uri.removeprefix("hf://")

@@ -167,12 +167,19 @@ def _reference(model: Any, inputs: Mapping[str, NDArray[Any]], outputs: tuple[Te
 
 @contextmanager
 def evaluation_mode(model: Any) -> Iterator[None]:
-    """Switch dropout off, and restore the mode of each module afterwards, because some may be frozen."""
+    """Switch dropout off and name the outputs, and restore the mode of each module, because some may be frozen."""
     modes = [(module, module.training) for module in model.modules()]
+    settings = {name: getattr(model.config, name, None) for name in ("return_dict", "pad_token_id")}
     model.eval()
+    model.config.return_dict = True
+    if settings["pad_token_id"] is None:
+        # Some classifiers refuse a batch without a padding token. No token has this number.
+        model.config.pad_token_id = -1
     try:
         yield
     finally:
+        for name, value in settings.items():
+            setattr(model.config, name, value)
         for module, training in modes:
             module.training = training
 

@@ -22,7 +22,7 @@ from compileflow.serving.older_folder import open_any
 from compileflow.spec import NEURON_TARGETS, HfTask, ShapeBucket
 
 # Arguments of transformers models besides tensors; True asks for outputs that a compiled model does not have.
-_FLAGS = ("output_attentions", "output_hidden_states", "use_cache")
+FLAGS = ("output_attentions", "output_hidden_states", "use_cache")
 
 
 class FixedModule:
@@ -306,7 +306,7 @@ class CompiledModel(FixedModule):
             InputError: The component does not have an input, shapes do not match, or there are more tokens than
                 the component was compiled for.
         """
-        for flag in _FLAGS:
+        for flag in FLAGS:
             if kwargs.pop(flag, None):
                 raise InputError(
                     f"{flag}=True asks for outputs that the compiled model does not have.",
@@ -359,7 +359,8 @@ class CompiledModel(FixedModule):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # pickle would look for the subclass by its name.
-        return type(self).__bases__[0]._with_graph, (self.graph,)
+        base: Any = type(self).__bases__[0]
+        return base._with_graph, (self.graph,)
 
     def __repr__(self) -> str:
         target = self.manifest.target.name

@@ -231,7 +231,7 @@ def _task(root: Path, folder: Path, architectures: Sequence[str]) -> HfTask:
     else:
         name = task_of_architecture(architectures[0])
     try:
-        task = HfTask(name)
+        task = HfTask(str(name))
     except ValueError as error:
         raise LoadError(
             f"{root} has the task {name!r}, which compileflow does not serve.",

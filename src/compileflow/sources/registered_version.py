@@ -92,6 +92,6 @@ class RegisteredVersionSource:
 def _task(version: ModelVersion) -> HfTask | None:
     """Return the task of the version's spec, None without one."""
     try:
-        return HfTask(version.spec.get("hf_task"))
+        return HfTask(str(version.spec.get("hf_task")))
     except ValueError:
         return None
