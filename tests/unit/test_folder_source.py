@@ -57,6 +57,19 @@ def test_folder_is_pinned_by_its_uri_alone(source: FolderSource, model: Path) ->
     assert source.pin(model.as_uri(), None) == (model.as_uri(), None)
 
 
+def test_way_up_is_not_part_of_the_uri_and_links_keep_their_names(
+    source: FolderSource, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "work" / "deep").mkdir(parents=True)
+    (tmp_path / "latest").symlink_to(model)
+    (tmp_path / "shortcut").symlink_to(tmp_path / "work" / "deep")
+    monkeypatch.chdir(tmp_path / "work")
+    assert source.pin("../model", None)[0] == model.as_uri()
+    assert source.pin("../latest", None)[0] == (tmp_path / "latest").as_uri()
+    assert source.pin("../shortcut/../../model", None)[0] == model.as_uri()
+    assert source.pin(f"{tmp_path.as_uri()}/work/../model", None)[0] == model.as_uri()
+
+
 @pytest.mark.parametrize("name", ["my model", "100%", "a#b?c", "modèle & co"])
 def test_uri_of_a_path_with_signs_names_its_folder(source: FolderSource, model: Path, name: str) -> None:
     folder = model.rename(model.with_name(name))
@@ -163,6 +176,7 @@ def test_shard_outside_the_folder_is_absent(source: FolderSource, model: Path) -
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": [1]}', '{"weight_map": {"a": {}}}'])
 def test_broken_index_is_named(source: FolderSource, model: Path, text: str) -> None:
+    shard(model)
     write(model / "model.safetensors.index.json", text)
     with pytest.raises(SourceError, match=r"model\.safetensors\.index\.json is not an index of weights"):
         chosen(source, model)
