@@ -142,6 +142,7 @@ def test_reading_commands_refuse_in_one_line(
         (("m", "--component", "word"), ("'word' is not a component", "word=16")),
         (("m", "--component", "word=8", "--bucket", "1x16"), ("inside components",)),
         (("m", "--skip", "fetsch"), ("unknown step 'fetsch'", "steps are: fetch, compile, validate, register")),
+        (("m", "--option", "opset=17", "--option", "opset=18"), ("--option opset was given twice",)),
         (("m", "--option", "opset"), ("'opset' is not a target option", "NAME=VALUE")),
         (("m", "--bucket", "1x16", "--max-sequence-length", "0"), ("--max-sequence-length", "got 0")),
         (("m", "--name", "a b"), ("--name: expected letters, digits, dots", "'a b'")),

@@ -34,7 +34,7 @@ from compileflow.cli.options import (
     refuse_idle_calibration,
     refuse_without_effect,
     steps_without,
-    target_option_of,
+    target_options_of,
     targets_of,
 )
 from compileflow.errors import CompileflowError, MeasurementError, SourceError, SpecError
@@ -378,7 +378,7 @@ def _compile(
         "max_sequence_length": max_sequence_length,
         "shape_buckets": [bucket_of(text) for text in bucket or ()],
         "components": [component_of(text) for text in component or ()],
-        "target_options": dict(target_option_of(text) for text in option or ()),
+        "target_options": target_options_of(option or ()),
         "trust_remote_code": trust_remote_code,
         "name": name,
         "allow_warn": allow_warn,

@@ -124,15 +124,20 @@ def component_of(text: str) -> dict[str, Any]:
     return {"name": name, "max_sequence_length": int(length)}
 
 
-def target_option_of(text: str) -> tuple[str, Any]:
-    """Return the name and the value of a target option such as opset=18."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise SpecError(f"{text!r} is not a target option.", hint="Write it as NAME=VALUE.")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
+def target_options_of(texts: Sequence[str]) -> dict[str, Any]:
+    """Return target options by name, from texts such as opset=18."""
+    options: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise SpecError(f"{text!r} is not a target option.", hint="Write it as NAME=VALUE.")
+        if name in options:
+            raise SpecError(f"--option {name} was given twice.", hint="Give each target option once.")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+    return options
 
 
 def memory_bytes(megabytes: float | None) -> int | None:
