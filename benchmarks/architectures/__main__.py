@@ -30,6 +30,7 @@ def main() -> int:
     parser.add_argument("--target", action="append", help="target; may be repeated; default: all four")
     parser.add_argument("--task", action="append", help="task; may be repeated; default: all")
     parser.add_argument("--model-type", action="append", help="model type; may be repeated; default: all")
+    parser.add_argument("--class", action="append", dest="classes", metavar="TASK/MODEL_TYPE")
     parser.add_argument("--again", default="", help="outcomes to check again, separated by commas")
     parser.add_argument("--page", action="store_true", help="write the page instead, from the results so far")
     parser.add_argument("--stop-after", type=float, default=float("inf"), metavar="SECONDS")
@@ -42,6 +43,7 @@ def main() -> int:
         for model_class in all_classes()
         if (not arguments.task or model_class.hf_task.value in arguments.task)
         and (not arguments.model_type or model_class.model_type in arguments.model_type)
+        and (not arguments.classes or f"{model_class.hf_task.value}/{model_class.model_type}" in arguments.classes)
     ]
     left = sweep(
         jobs(classes, arguments.target or TARGETS),

@@ -18,13 +18,12 @@ from compileflow.serving.model import CompiledModel
 from compileflow.serving.padding import complete_inputs
 from compileflow.serving.rows import PreparedItem, run_rows
 from compileflow.source_model.tasks import model_class_of
-from compileflow.spec import CompileSpec, ComponentSpec, ShapeBucket
+from compileflow.spec import CompileSpec, ComponentSpec, HfTask, ShapeBucket
 from compileflow.steps.build import build_artifact
 
 # Largest difference of two fp32 answers, relative to the largest element of the source model's answer, or to 1 if
 # that is smaller.
 TOLERANCE = 2e-4
-_BUCKETS = {"text": ((1, 32), (4, 124)), "image": ((1, 1), (4, 1)), "audio": ((1, 32_000), (4, 32_000))}
 Outcome = Literal["works", "refused", "fails", "transformers"]
 
 
@@ -96,6 +95,7 @@ class _Reference:
         answers: Outputs of each item by name.
         batch: Inputs of all items, padded as the tokenizer or processor pads; None if it cannot.
         batch_answers: Outputs of the batch by name; None if the model cannot run it.
+        has_lists: Whether compileflow's pipelines form batches of single items.
     """
 
     def __init__(self, model_class: ModelClass, source_dir: Path):
@@ -106,7 +106,7 @@ class _Reference:
         model: Any = model_class_of(config, model_class.hf_task).from_pretrained(source_dir).eval().float()
         self.names = set(inspect.signature(model.forward).parameters)
         encode = _encoder(model_class, source_dir)
-        items = _items(model_class, source_dir)
+        items = _items(model_class)
 
         def run(encoded: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
             with torch.inference_mode():
@@ -130,6 +130,7 @@ class _Reference:
             raise errors[0]
         if any(not np.isfinite(value).all() for answer in self.answers for value in answer.values()):
             raise ValueError("The small model's answers are not finite.")
+        self.has_lists = model_class.hf_task not in (HfTask.MULTIPLE_CHOICE, HfTask.ZERO_SHOT_IMAGE_CLASSIFICATION)
         try:
             self.batch: dict[str, Any] | None = self._select(encode(items))
             self.batch_answers: dict[str, Any] | None = run(self.batch)
@@ -154,39 +155,59 @@ class _Reference:
 
 
 def _encoder(model_class: ModelClass, source_dir: Path) -> Callable[[list[Any]], Mapping[str, Any]]:
+    """Return a function that prepares items as transformers' pipelines do."""
     import transformers
 
     modality = model_class.hf_task.modality
-    if modality == "text":
+    if model_class.hf_task.takes_text:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source_dir)
+    if model_class.hf_task is HfTask.MULTIPLE_CHOICE:
+        return lambda items: _choices(tokenizer, items)
+    if modality == "text":
         return lambda items: tokenizer(items, padding=len(items) > 1, return_tensors="np")
+    if modality == "audio":
+        return _sound_encoder(transformers.AutoFeatureExtractor.from_pretrained(source_dir))
+    image_processor = transformers.AutoImageProcessor.from_pretrained(source_dir)
     if modality == "image":
-        image_processor = transformers.AutoImageProcessor.from_pretrained(source_dir)
         return lambda items: image_processor(images=items, return_tensors="np")
-    extractor = transformers.AutoFeatureExtractor.from_pretrained(source_dir)
+    padding = "max_length" if model_class.model_type.startswith("siglip") else True
+    labels = tokenizer(list(TEXTS), padding=padding, return_tensors="np")
+    return lambda items: {**labels, **image_processor(images=items, return_tensors="np")}
+
+
+def _choices(tokenizer: Any, items: list[str]) -> dict[str, Any]:
+    """Return a batch of questions with two choices each, of shape (batch, 2, sequence)."""
+    texts = [text for text in items for _ in range(2)]
+    encoded = tokenizer(texts, ["no", "it was on time"] * len(items), padding=True, return_tensors="np")
+    return {name: value.reshape(len(items), 2, -1) for name, value in encoded.items()}
+
+
+def _sound_encoder(extractor: Any) -> Callable[[list[Any]], Mapping[str, Any]]:
+    arguments = {"sampling_rate": extractor.sampling_rate, "return_tensors": "np"}
 
     def extract(items: list[Any]) -> Mapping[str, Any]:
-        arguments = {"sampling_rate": extractor.sampling_rate, "return_tensors": "np"}
         try:
-            return extractor(items, **arguments)
+            return dict(extractor(items, **arguments))
         except ValueError:
             # It does not pad to a length of its own.
-            return extractor(items, padding=True, **arguments)
+            return dict(extractor(items, padding=True, **arguments))
 
     return extract
 
 
-def _items(model_class: ModelClass, source_dir: Path) -> list[Any]:
+def _items(model_class: ModelClass) -> list[Any]:
     random = np.random.default_rng(0)
     if model_class.hf_task.modality == "text":
         return list(TEXTS)
-    if model_class.hf_task.modality == "image":
-        return pictures()
-    return [random.standard_normal(length, dtype=np.float32) for length in (16_000, 24_000, 9_000)]
+    if model_class.hf_task.modality == "audio":
+        return [random.standard_normal(length, dtype=np.float32) for length in (16_000, 24_000, 9_000)]
+    return pictures()
 
 
 def _compile(model_class: ModelClass, target: str, source_dir: Path, out_dir: Path) -> None:
-    buckets = () if get_target(target).capabilities.dynamic_axes else _BUCKETS[model_class.hf_task.modality]
+    buckets = ((1, 32), (4, 120)) if model_class.hf_task.modality == "text" else ()
+    if get_target(target).capabilities.dynamic_axes:
+        buckets = ()
     component = ComponentSpec(
         shape_buckets=tuple(ShapeBucket(batch_size=rows, sequence_length=length) for rows, length in buckets)
     )
@@ -219,6 +240,8 @@ def _rows(model: CompiledModel, reference: _Reference) -> float:
 
 def _list(model: CompiledModel, reference: _Reference) -> float:
     """Compare all items as one list, in the batches that compileflow's pipelines form."""
+    if not reference.has_lists:
+        return 0.0
     items = [
         PreparedItem([complete_inputs(model.graph.record, _inputs(model, row))], None) for row in reference.rows
     ]
@@ -232,7 +255,7 @@ def _batch(model: CompiledModel, reference: _Reference) -> float:
     Where transformers' answers depend on the padding, its answers to the same batch are as right. A model without
     a mask may refuse the batch.
     """
-    if reference.batch is None or reference.batch_answers is None:
+    if reference.batch is None or reference.batch_answers is None or model.main_input_name not in reference.batch:
         return 0.0
     try:
         outputs = model.run(_inputs(model, reference.batch))

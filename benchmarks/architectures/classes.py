@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.architectures.tiny_models import ModelClass
+from compileflow.contracts.digests import json_digest
 from compileflow.source_model.tasks import AUTO_CLASSES
 from compileflow.spec import GRAPH_TASKS
 
@@ -13,6 +14,7 @@ from compileflow.spec import GRAPH_TASKS
 _MAIN_INPUTS: Mapping[str, tuple[str, ...]] = {
     "text": ("input_ids", "inputs"),
     "image": ("pixel_values", "inputs", "input_ids"),
+    "image-text": ("pixel_values", "input_ids"),
     "audio": ("input_values", "input_features", "input_ids"),
 }
 
@@ -32,6 +34,18 @@ def all_classes() -> list[ModelClass]:
             if _main_input(mapping, model_type, name) in main_inputs:
                 classes.append(ModelClass(hf_task, AUTO_CLASSES[hf_task], model_type, name))
     return classes
+
+
+def list_digest() -> str:
+    """Return a digest of everything that the list of classes follows from, which is cheap to compute."""
+    import transformers
+
+    names = {
+        task.value: sorted(getattr(transformers, AUTO_CLASSES[task])._model_mapping._model_mapping.items())
+        for task in AUTO_CLASSES
+        if task in GRAPH_TASKS
+    }
+    return json_digest(names)[:16]
 
 
 def _main_input(mapping: Any, model_type: str, name: str) -> str | None:

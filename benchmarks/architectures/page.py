@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from benchmarks.architectures.check import TOLERANCE
+from benchmarks.architectures.classes import list_digest
 from benchmarks.architectures.sweep import ALL_CLASSES_TARGETS, SAMPLE_TARGETS, in_sample, key_of
 from benchmarks.architectures.tiny_models import ModelClass
 from compileflow.spec import HfTask
@@ -35,6 +36,7 @@ def page(classes: Sequence[ModelClass], results: Results) -> str:
     versions = sorted({str(line["versions"]) for line in lines.values() if line})
     parts = [
         _INTRODUCTION.format(tolerance=TOLERANCE),
+        f"<!-- classes: {list_digest()} -->\n",
         "Versions: " + ", ".join(sorted({name for version in versions for name in _names(version)})) + ".\n",
         "## Summary\n",
         _summary(classes, lines),

@@ -27,11 +27,6 @@ _SIZES = [
         (r".*(qk_rope|rotary|rope)_(head_)?dim", 4),
         (r"(.*_)?head_(dim|size)|d_kv|d_head|kv_channels|dim_head|attention_head_size|qk_nope_head_dim", 8),
         (
-            r"(.*_)?(num_hidden_layers|n_layers?|num_layers|layers|depth|(en|de)coder_layers"
-            r"|num_self_attends_per_block|num_(en|de)coder_layers)",
-            2,
-        ),
-        (
             r"(.*_)?(intermediate_size|intermediate_dim|ffn_dim|ffn_hidden_size|d_ff|dff|mlp_dim|n_inner|d_inner"
             r"|feed_?forward_(size|dim|hidden_size)|dim_feedforward|(moe|expert)_.*(size|dim)|feedforward_dim)",
             32,
@@ -57,6 +52,10 @@ _SIZES = [
         (r"num_queries|entity_vocab_size|num_latents", 8),
     )
 ]
+_LAYERS = re.compile(
+    r"(.*_)?(num_hidden_layers|n_layers?|num_layers|layers|depth|(en|de)coder_layers|num_self_attends_per_block"
+    r"|num_(en|de)coder_layers)"
+)
 # Sequences of integers by name, scaled down together so that the smallest becomes this size.
 _WIDTHS = re.compile(r"(.*_)?(hidden_sizes|embed_dims?|channels|conv_dim|widths|dims|tdnn_dim|out_channels)")
 _SMALLEST_WIDTH = 16
@@ -74,17 +73,18 @@ def special_case(model_type: str, part: str) -> Any:
     return (_CASES.get(model_type) or {}).get(part) or {}
 
 
-def shrunken_config(config_class: Any, values: Mapping[str, Any]) -> Any:
+def shrunken_config(config_class: Any, values: Mapping[str, Any], *, layers: int) -> Any:
     """Return a small configuration.
 
     Args:
         config_class: Configuration class of transformers.
         values: Fields that are set, where the class has them, for example token ids and labels.
+        layers: Largest number of layers.
     """
-    return _shrunken(config_class, None, values)
+    return _shrunken(config_class, None, values, layers)
 
 
-def _shrunken(config_class: Any, template: Any, values: Mapping[str, Any]) -> Any:
+def _shrunken(config_class: Any, template: Any, values: Mapping[str, Any], layers: int) -> Any:
     """Return a small configuration; `template` gives what a parent sets in its nested configurations."""
     case = dict(special_case(config_class.model_type, "config"))
     nested_cases = {name: case.pop(name) for name in list(case) if isinstance(case[name], dict)}
@@ -99,7 +99,7 @@ def _shrunken(config_class: Any, template: Any, values: Mapping[str, Any]) -> An
             fields[field.name] = free_token
             free_token -= 1
         else:
-            small = _small(field.name, value)
+            small = _small(field.name, value, layers)
             if small != default:
                 fields[field.name] = small
     if "kv_lora_rank" in fields:
@@ -113,7 +113,7 @@ def _shrunken(config_class: Any, template: Any, values: Mapping[str, Any]) -> An
             nested = getattr(default_config, name, None)
             if nested is not None and dataclasses.is_dataclass(nested):
                 nested_values = {**values, **nested_cases.pop(name, {})}
-                fields[name] = _shrunken(type(nested), nested, nested_values)
+                fields[name] = _shrunken(type(nested), nested, nested_values, layers)
     fields |= nested_cases
     return config_class(**fields)
 
@@ -132,11 +132,13 @@ def _default(field: Any) -> Any:
     return None if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-def _small(name: str, value: Any) -> Any:
+def _small(name: str, value: Any, layers: int) -> Any:
     if name == "vocab_size":
         return VOCABULARY
     if isinstance(value, bool) or value is None:
         return value
+    if isinstance(value, int) and _LAYERS.fullmatch(name):
+        return min(value, layers)
     if isinstance(value, int):
         limit = next((size for pattern, size in _SIZES if pattern.fullmatch(name)), None)
         return value if limit is None else min(value, limit)

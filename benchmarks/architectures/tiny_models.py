@@ -67,14 +67,16 @@ def write_model(model_class: ModelClass, folder: Path) -> None:
             "id2label": dict(enumerate(_LABELS)),
             "label2id": {label: number for number, label in enumerate(_LABELS)},
         }
-    config = shrunken_config(config_class, values)
+    # Heads need one layer, because the family's base model is checked with two.
+    layers = 2 if model_class.auto_class == "AutoModel" else 1
+    config = shrunken_config(config_class, values, layers=layers)
     for name, value in special_case(model_class.model_type, "attributes").items():
         setattr(config, name, value)
     model = _class_of(config, model_class)(config)
     _spread_weights(model)
-    if model_class.hf_task.modality == "text":
+    if model_class.hf_task.takes_text:
         tokenizer.save_pretrained(folder)
-    else:
+    if model_class.hf_task.modality != "text":
         processor = _processor(model_class, config)
         processor.save_pretrained(folder)
         if model_class.hf_task.modality == "image":
@@ -212,7 +214,7 @@ def _processor(model_class: ModelClass, config: Any) -> Any:
 
     arguments = special_case(model_class.model_type, "processor")
     class_name = special_case(model_class.model_type, "processor_class")
-    if model_class.hf_task.modality != "image":
+    if model_class.hf_task.modality == "audio":
         audio_class = getattr(transformers, class_name) if class_name else FEATURE_EXTRACTOR_MAPPING[type(config)]
         return audio_class(**arguments)
     if class_name:

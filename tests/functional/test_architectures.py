@@ -1,0 +1,55 @@
+"""The page of architectures is as new as transformers, and classes of families that once failed work."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.architectures.classes import list_digest
+from benchmarks.architectures.sweep import read_results
+
+ROOT = Path(__file__).parents[2]
+# Families without sdpa, with padding on the left, with a required last token, with convolutions between tokens,
+# with hashed tokens, with positions after the padding, with decoders, and processors that fix or keep a size.
+SAMPLE = (
+    "audio-classification/whisper",
+    "automatic-speech-recognition/wav2vec2-conformer",
+    "feature-extraction/funnel",
+    "feature-extraction/mpnet",
+    "feature-extraction/qwen3",
+    "feature-extraction/t5",
+    "fill-mask/esm",
+    "image-classification/convnext",
+    "image-classification/mobilevit",
+    "multiple-choice/bert",
+    "question-answering/bart",
+    "question-answering/mobilebert",
+    "question-answering/xlnet",
+    "text-classification/canine",
+    "text-classification/deberta-v2",
+    "text-classification/gptj",
+    "text-classification/perceiver",
+    "token-classification/bloom",
+    "zero-shot-image-classification/clip",
+)
+
+
+def test_page_is_as_new_as_the_list_of_classes() -> None:
+    page = (ROOT / "docs" / "reference" / "architectures.md").read_text("utf-8")
+    assert f"<!-- classes: {list_digest()} -->" in page, "the list of classes has changed: run make architectures"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["onnx-runtime", "openvino"])
+def test_classes_of_families_that_once_failed_work(tmp_path: Path, target: str) -> None:
+    results = tmp_path / "results.jsonl"
+    classes = [argument for name in SAMPLE for argument in ("--class", name)]
+    command = [sys.executable, "-m", "benchmarks.architectures", "--results", str(results), "--target", target]
+    process = subprocess.run([*command, *classes], cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert process.returncode == 0, process.stderr
+    outcomes = {f"{line['task']}/{line['model_type']}": line for line in read_results(results).values()}
+    assert set(outcomes) == set(SAMPLE)
+    assert {name: line["reason"] for name, line in outcomes.items() if line["outcome"] != "works"} == {}
