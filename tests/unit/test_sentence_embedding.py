@@ -202,7 +202,7 @@ def assert_recipe(source: Path) -> None:
         ("cls", [modules.Dense(32, 8), modules.Normalize()]),
         ("mean", [modules.Dense(32, 8, bias=False, activation_function=torch.nn.GELU(), use_residual=True)]),
         ("max", [modules.Dropout(0.5), modules.Dense(32, 32, activation_function=None, use_residual=True)]),
-        (("cls", "mean"), [modules.LayerNorm(64), modules.Dense(64, 16, activation_function=torch.nn.Softmax())]),
+        (("cls", "mean"), [modules.LayerNorm(64), modules.Dense(64, 16, activation_function=torch.nn.Sigmoid())]),
     ],
 )
 def test_modules_behind_the_pooling_compute_as_in_sentence_transformers(
