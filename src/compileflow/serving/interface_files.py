@@ -6,6 +6,7 @@ transformers cannot use ends in one line.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from compileflow.artifact.open import OpenArtifact, untrusted_code
 from compileflow.contracts import ComponentRecord
 from compileflow.contracts.toolkit import library_errors
 from compileflow.errors import LoadError, first_line
-from compileflow.source_model.interface_limits import check_interface_files
+from compileflow.source_model.interface_limits import check_interface_files, check_tokenizer
 from compileflow.source_model.processor import Processor, probe_signals
 from compileflow.spec import HfTask, Modality
 
@@ -55,6 +56,8 @@ def load_part(artifact: OpenArtifact, auto_class: str) -> Any:
         part = getattr(transformers, auto_class).from_pretrained(
             folder, local_files_only=True, trust_remote_code=artifact.trust_remote_code
         )
+        if auto_class == "AutoTokenizer" and not artifact.trust_remote_code:
+            _check_converted(part, folder)
         _try(part, auto_class)
     if auto_class == "AutoConfig" and not artifact.trust_remote_code:
         # These are names of classes in Python files. The graph answers behind transformers' own pipeline.
@@ -96,11 +99,26 @@ def _check_limits(folder: Path) -> None:
     try:
         check_interface_files(folder)
     except (OSError, ValueError) as error:
-        raise LoadError(
-            f"{folder}: {first_line(error)}.",
-            hint="Compile the model again, or fetch the artifact again. If you trust the artifact, pass "
-            "trust_remote_code=True, which loads it without limits.",
-        ) from error
+        raise _beyond_limits(str(folder), error) from error
+
+
+def _beyond_limits(subject: str, error: Exception) -> LoadError:
+    return LoadError(
+        f"{subject}: {first_line(error)}.",
+        hint="Compile the model again, or fetch the artifact again. If you trust the artifact, pass "
+        "trust_remote_code=True, which loads it without limits.",
+    )
+
+
+def _check_converted(tokenizer: Any, folder: Path) -> None:
+    """Check a tokenizer that transformers made from files in other forms, which `check_files` does not read."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or (folder / "tokenizer.json").is_file():
+        return
+    try:
+        check_tokenizer(json.loads(backend.to_str()))
+    except ValueError as error:
+        raise _beyond_limits(f"The tokenizer in {folder}", error) from error
 
 
 def _try(part: Any, auto_class: str) -> None:

@@ -30,6 +30,8 @@ _LARGEST_SIZE = 16_384
 _LARGEST_NUMBER = 10**9
 _MOST_CHARACTERS = 2**23
 _MOST_LINES = 2_000_000
+# Models of SentencePiece have up to 5 MB.
+_MOST_MODEL_BYTES = 16 * 2**20
 _MOST_STEPS = 200
 # Product over all steps of a tokenizer: how many times longer a text can become.
 _MOST_GROWTH = 100_000
@@ -58,7 +60,7 @@ def check_interface_files(folder: Path) -> None:
 
 def _check_json(name: str, content: Any) -> None:
     if name.startswith("tokenizer") and isinstance(content, dict) and "model" in content:
-        _check_tokenizer(content)
+        check_tokenizer(content)
         # The vocabulary is large, and its numbers are token ids.
         content = {key: value for key, value in content.items() if key != "model"}
     elif name.startswith("vocab") or name == "added_tokens.json":
@@ -98,14 +100,20 @@ def _numbers(content: Any) -> Iterator[tuple[str, int]]:
 def _check_text(path: Path) -> None:
     if not path.is_file():
         raise ValueError("it is not a regular file")
-    if path.stat().st_size > MOST_JSON_BYTES:
-        raise ValueError(f"it is larger than {MOST_JSON_BYTES / 2**20:g} MiB")
+    most_bytes = _MOST_MODEL_BYTES if path.suffix == ".model" else MOST_JSON_BYTES
+    if path.stat().st_size > most_bytes:
+        raise ValueError(f"it is larger than {most_bytes / 2**20:g} MiB")
     lines = path.read_bytes().count(b"\n")
     if lines > _MOST_LINES:
         raise ValueError(f"it has {lines} lines, and {_MOST_LINES} are the most")
 
 
-def _check_tokenizer(content: Mapping[str, Any]) -> None:
+def check_tokenizer(content: Mapping[str, Any]) -> None:
+    """Check a tokenizer in the form of tokenizer.json.
+
+    Raises:
+        ValueError: It breaks a limit.
+    """
     _check_model(content["model"])
     _check_added_tokens(content.get("added_tokens"))
     growth = 1.0
