@@ -28,10 +28,11 @@ _LONGEST_TOKEN = 10_000
 _SIZE = re.compile(r"height|width|edge|^(crop_)?size$|feature_size|mel|fft|freq.*bins")
 _LARGEST_SIZE = 16_384
 _LARGEST_NUMBER = 10**9
-_MOST_CHARACTERS = 2**23
+# Characters of all tokens; a trie takes 300 bytes for each. Public models have up to 2 million.
+_MOST_CHARACTERS = 2**22
 _MOST_LINES = 2_000_000
 # Models of SentencePiece have up to 5 MB.
-_MOST_MODEL_BYTES = 16 * 2**20
+_MOST_MODEL_BYTES = 8 * 2**20
 _MOST_STEPS = 200
 # Product over all steps of a tokenizer: how many times longer a text can become.
 _MOST_GROWTH = 100_000
@@ -155,9 +156,11 @@ def _check_added_tokens(tokens: Any) -> None:
     if len(tokens) > _MOST_TOKENS:
         raise ValueError(f"it adds {len(tokens)} tokens, and {_MOST_TOKENS} are the most")
     texts = [token.get("content") for token in tokens if isinstance(token, dict)]
-    longest = max((len(text) for text in texts if isinstance(text, str)), default=0)
-    if longest > _LONGEST_TOKEN:
-        raise ValueError(f"an added token has {longest} characters, and {_LONGEST_TOKEN} are the most")
+    lengths = [len(text) for text in texts if isinstance(text, str)]
+    if max(lengths, default=0) > _LONGEST_TOKEN:
+        raise ValueError(f"an added token has {max(lengths)} characters, and {_LONGEST_TOKEN} are the most")
+    if sum(lengths) > _MOST_CHARACTERS:
+        raise ValueError(f"its added tokens have {sum(lengths)} characters, and {_MOST_CHARACTERS} are the most")
 
 
 def _steps(step: Any, depth: int) -> Iterator[Mapping[str, Any]]:
