@@ -184,7 +184,7 @@ SPOIL: dict[str, tuple[Callable[[Path], object], str]] = {
     "named pipe": (os.mkfifo, "not a regular file"),
     "endless device": (lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
     "large": (lambda path: path.write_bytes(b" " * (65 * 2**20)), "larger than 64 MiB"),
-    "many lists": (lambda path: path.write_bytes(b"[" + b"[]," * 4_100_000 + b"[]]"), "more than 4000000"),
+    "many lists": (lambda path: path.write_bytes(b"[" + b"[]," * 4_100_000 + b"[]]"), "more than 8000000"),
     "deep": (lambda path: path.write_bytes(b"[" * 200_000 + b"]" * 200_000), "nested too deeply"),
     "with a BOM": (lambda path: path.write_bytes(b"\xef\xbb\xbf{}"), "BOM"),
     "UTF-16": (lambda path: path.write_bytes("{}".encode("utf-16")), "utf-8"),
