@@ -16,6 +16,7 @@ from benchmarks.architectures.tiny_models import ModelClass
 from compileflow.spec import HfTask
 
 TARGETS = (*ALL_CLASSES_TARGETS, *SAMPLE_TARGETS)
+_NOT_RUN = {"outcome": "not run", "reason": "make architectures has not come to it"}
 _MARKS = {"works": "works", "refused": "refused", "fails": "fails", "transformers": "", None: "not run"}
 Results = Mapping[str, Mapping[str, Any]]
 
@@ -41,6 +42,7 @@ def page(classes: Sequence[ModelClass], results: Results) -> str:
         "## Summary\n",
         _summary(classes, lines),
         "## Architectures that the optimum projects test\n",
+        "Shares of those that transformers 5 can build here. The names are those of the projects' tests.\n",
         _peers(classes, lines),
         "## Every class\n",
         _every_class(classes, lines),
@@ -105,24 +107,24 @@ def _peers(classes: Sequence[ModelClass], lines: Mapping[tuple[ModelClass, str],
     by_name = {(model_class.hf_task.value, model_class.model_type): model_class for model_class in classes}
     text = ""
     for peer, entry in peers.items():
-        outcomes: Counter[str] = Counter()
+        outcomes: dict[str, Counter[str]] = {target: Counter() for target in ALL_CLASSES_TARGETS}
         problems = []
         for task, architectures in entry["tasks"].items():
-            graph_task = HfTask(task).graph_task.value if task in set(HfTask) else task
+            graph_task = HfTask(task).graph_task.value
             for architecture in architectures:
                 model_class = by_name.get((graph_task, aliases.get(architecture, architecture)))
-                line = lines.get((model_class, "onnx-runtime")) if model_class else None
-                outcome = line["outcome"] if line else ("transformers" if model_class is None else "not run")
-                outcomes[outcome] += 1
-                if outcome != "works":
-                    absent = "transformers has no such class"
-                    problems.append((f"`{task}`", architecture, outcome, line["reason"] if line else absent))
-        text += (
-            f"**{peer}**, `{entry['file']}` at `{entry['commit'][:12]}`: {_share(outcomes)} of the architectures "
-            "that transformers can build work on onnx-runtime.\n\n"
-        )
+                if model_class is None:
+                    problems.append((f"`{task}`", architecture, "", "", "transformers 5 has no such class"))
+                    continue
+                for target in ALL_CLASSES_TARGETS:
+                    line = lines.get((model_class, target)) or _NOT_RUN
+                    outcomes[target][line["outcome"]] += 1
+                    if line["outcome"] != "works":
+                        problems.append((f"`{task}`", architecture, target, line["outcome"], line["reason"]))
+        shares = " and ".join(f"{_share(outcomes[target])} on {target}" for target in ALL_CLASSES_TARGETS)
+        text += f"**{peer}**, `{entry['file']}` at `{entry['commit'][:12]}`: {shares}.\n\n"
         if problems:
-            text += _table(("task", "architecture", "outcome", "reason"), problems) + "\n"
+            text += _table(("task", "architecture", "target", "outcome", "reason"), problems) + "\n"
     return text
 
 
