@@ -231,3 +231,20 @@ def test_mask_of_a_model_that_has_none_is_refused_unless_all_one() -> None:
     assert list(complete_inputs(component, {"input_ids": ids, "attention_mask": ids > 0})) == ["input_ids"]
     with pytest.raises(InputError, match="no attention mask"):
         complete_inputs(component, {"input_ids": ids, "attention_mask": ids > 1})
+
+
+@pytest.mark.parametrize("value", [-1, 3, 2**40])
+@pytest.mark.parametrize("name", ["input_ids", "token_type_ids"])
+def test_number_beyond_a_table_of_the_model_is_refused(name: str, value: int) -> None:
+    tables = record(inputs=("input_ids", "attention_mask", "token_type_ids")).model_copy(update={"vocab_size": 3})
+    inputs = [tensor.model_copy(update={"below": 3 if tensor.name == name else None}) for tensor in tables.inputs]
+    component = tables.model_copy(update={"inputs": tuple(inputs)})
+    ids = np.array([[0, 1, 2]])
+    assert complete_inputs(component, {"input_ids": ids, name: ids})[name].tolist() == ids.tolist()
+    with pytest.raises(InputError, match=f"{name} contains {value}, but the model takes numbers from 0 to 2"):
+        complete_inputs(component, {"input_ids": ids, name: np.array([[0, value, 2]])})
+
+
+def test_any_token_id_is_taken_where_the_table_is_unknown() -> None:
+    ids = np.array([[0, 2**40]])
+    assert complete_inputs(record(), {"input_ids": ids})["input_ids"].tolist() == ids.tolist()

@@ -10,6 +10,7 @@ import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,9 @@ class OlderArtifact(OpenArtifact):
         return TracedRunner(
             {shape: lambda *tensors: tuple(_named(graph, tensors, ()).values())}, record, threads=threads
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(open_older, self.root, trust_remote_code=self.trust_remote_code), ()
 
 
 def open_any(

@@ -33,7 +33,7 @@ _WEIGHTS = (
     "pytorch_model.bin.index.json",
 )
 # PEFT and adapters write these instead of weights, or beside the weights of the base model.
-_ADAPTERS = ("adapter_config.json", "adapter_model.*", "pytorch_adapter.bin")
+_ADAPTERS = ("adapter_config.json", "adapter_model.*", "pytorch_adapter.bin", "pytorch_lora_weights.*")
 # Weights in formats that compileflow does not read.
 _OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.h5", "*.msgpack", "*.gguf", "*.onnx")
 _COPY_AGAIN = "Copy or download the model again."
