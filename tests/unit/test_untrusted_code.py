@@ -28,7 +28,7 @@ def edit(path: Path, **values: Any) -> None:
 
 def write_code(folder: Path, mark: Path) -> None:
     """Add Python files to a model or an artifact; each leaves a trace in the file `mark` when it runs."""
-    trace = f"open({str(mark)!r}, 'a').write(__name__)\n"
+    trace = f"with open({str(mark)!r}, 'a') as trace:\n    trace.write(__name__)\n"
     (folder / "configuration_odd.py").write_text(
         f"{trace}from transformers import BertConfig\n\n\nclass OddConfig(BertConfig):\n    model_type = 'odd'\n"
     )
