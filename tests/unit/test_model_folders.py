@@ -149,7 +149,10 @@ class TestTokensThatTheModelLacks:
         folder = model_copy(EMBED)
         size = self.add_token(folder)
         value = self.build(folder, tmp_path / "artifact")
-        assert f"1 tokens that the model lacks, for example 'flubber' with the id {size}" in value["warnings"][0]
+        expected = (
+            f"tokens that the model lacks (1 in all), for example 'flubber' with the id {size}; the model has"
+        )
+        assert expected in value["warnings"][0]
 
         pipeline = CompiledPipeline.from_pretrained(tmp_path / "artifact")
         assert np.isfinite(pipeline(TEXTS[0])).all()
