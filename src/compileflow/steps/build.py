@@ -114,8 +114,8 @@ def _unknown_tokens(tokenizer: Any, vocab_size: int) -> list[str]:
         return []
     number, token = min(unknown_tokens)
     text = (
-        f"The tokenizer has tokens that the model lacks ({len(unknown_tokens)} in all), for example {token!r} with "
-        f"the id {number}; the model has {vocab_size} ids"
+        f"The tokenizer has tokens that the model lacks ({len(unknown_tokens)} in all), for example {token!r} "
+        f"with the id {number}; the model has {vocab_size} ids"
     )
     hint = "Resize the embeddings of the model (resize_token_embeddings), or use the tokenizer saved with it."
     if max(tokenizer("a")["input_ids"], default=0) >= vocab_size:
