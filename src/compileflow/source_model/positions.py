@@ -38,8 +38,11 @@ def longest_row(model: Any, config: Any, run: Callable[[], object], length: int)
 
 def declared_longest(config: Any) -> int | None:
     """Return the longest row according to a configuration; None without a limit, which XLNet writes as -1."""
-    limit = getattr(config, "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
+    limits = [getattr(config, "max_position_embeddings", None)]
+    if getattr(config, "attention_type", None) == "block_sparse":
+        # Longer rows switch BigBird to another attention, which a graph of shorter rows does not have.
+        limits.append((5 + 2 * config.num_random_blocks) * config.block_size)
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
 
 
 def _lookups(run: Callable[[], object]) -> list[tuple[Any, Any]]:

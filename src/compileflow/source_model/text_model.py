@@ -160,43 +160,52 @@ def _give_pad_token(model: Any, tokenizer: Any, tokens: TokenRows) -> None:
 
 
 def _padding(source_model: SourceModel, lengths: tuple[int, int]) -> Padding:
-    """Return the side on which a short row may be padded to a longer one without changing its answer.
+    """Return the side on which short rows may be padded to a longer one without changing their answers.
 
     Most models take padding on the right. XLNet reads its answer off the last position, so that its rows are
-    padded on the left. Others look at neighbours before the mask counts, or hash the sequence: no side suits them.
+    padded on the left. Others look at neighbours before the mask counts, pool them, or hash the sequence: no side
+    suits them. Pooling is seen only at some lengths, so there are several short rows.
     """
-    if all(record.name != "attention_mask" for record in source_model.inputs):
+    if all(record.name != "attention_mask" for record in source_model.inputs) or source_model.tokens is None:
         return "none"
-    single = example_inputs(source_model.inputs, 1, lengths[0], source_model.tokens)
-    expected = source_model.run(single)
+    shortest = min(lengths[0], max(source_model.tokens.shortest, lengths[0] - 3))
+    row_lengths = (*range(shortest, lengths[0] + 1), lengths[1])
+    rows = [example_inputs(source_model.inputs, 1, length, source_model.tokens) for length in row_lengths]
+    answers = [source_model.run(row) for row in rows]
     sides: tuple[Padding, ...] = ("right", "left")
     for side in sides:
         # A model that refuses the batch cannot take padded rows either.
         with suppress(Exception):
-            batch = source_model.run(_batch(source_model, single, lengths[1], left=side == "left"))
-            place = slice(-lengths[0], None) if side == "left" else slice(lengths[0])
-            index = {"batch": slice(1), "sequence": place}
-            row = {
-                record.name: batch[record.name][tuple(index.get(str(axis), slice(None)) for axis in record.axes)]
+            batch = source_model.run(_stacked(source_model, rows, left=side == "left"))
+            if all(
+                _is_close(answer[record.name], _row(batch, record, number, length, left=side == "left"))
+                for number, (length, answer) in enumerate(zip(row_lengths, answers, strict=True))
                 for record in source_model.outputs
-            }
-            if all(_is_close(expected[name], row[name]) for name in expected):
+            ):
                 return side
     return "none"
 
 
-def _batch(source_model: SourceModel, single: Arrays, length: int, *, left: bool) -> Arrays:
-    """Return a batch of a short row, padded, and a long one."""
-    long_row = example_inputs(source_model.inputs, 1, length, source_model.tokens)
+def _stacked(source_model: SourceModel, rows: Sequence[Arrays], *, left: bool) -> Arrays:
+    """Return a batch of rows, each padded to the last one."""
     batch = {}
-    for name, row in single.items():
-        if row.shape == long_row[name].shape:
-            batch[name] = row
-            continue
-        widths = (length - row.shape[1], 0) if left else (0, length - row.shape[1])
+    for name, last_row in rows[-1].items():
         fill = source_model.pad_token_id if name == "input_ids" else 0
-        batch[name] = np.concatenate([np.pad(row, ((0, 0), widths), constant_values=fill), long_row[name]])
+        paddings = [last_row.shape[1] - row[name].shape[1] for row in rows]
+        batch[name] = np.concatenate(
+            [
+                np.pad(row[name], ((0, 0), (padding, 0) if left else (0, padding)), constant_values=fill)
+                for row, padding in zip(rows, paddings, strict=True)
+            ]
+        )
     return batch
+
+
+def _row(batch: Arrays, record: TensorRecord, number: int, length: int, *, left: bool) -> NDArray[Any]:
+    """Return an output of one row of a padded batch, cut to the row's length."""
+    place = slice(-length, None) if left else slice(length)
+    index = {"batch": slice(number, number + 1), "sequence": place}
+    return batch[record.name][tuple(index.get(str(axis), slice(None)) for axis in record.axes)]
 
 
 def _check_repeatable(source_model: SourceModel, example: Arrays) -> None:
