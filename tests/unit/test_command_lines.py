@@ -207,7 +207,7 @@ def test_version_is_the_packages(settings: Settings) -> None:
     [
         ("compileflow comp", ["compile"]),
         ("compileflow compile --target onn", ["onnx-runtime"]),
-        ("compileflow compile --task text", ["text-classification"]),
+        ("compileflow compile --task text-cl", ["text-classification"]),
         ("compileflow compile --max-acc", ["--max-accuracy-loss"]),
     ],
 )
