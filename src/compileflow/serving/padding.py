@@ -57,10 +57,10 @@ def complete_inputs(component: ComponentRecord, values: Mapping[str, Any]) -> Ar
         raise InputError(f"The compiled model was called without {main.name}.", hint=f"{preparation} first.")
     main_array = _checked(main, arrays_by_name[main.name], component)
     axis_sizes = zip(main.axes, main_array.shape, strict=True)
-    sizes: dict[str | int, int] = {axis: size for axis, size in axis_sizes if isinstance(axis, str)}
+    sizes = {str(axis): size for axis, size in axis_sizes}
     arrays: Arrays = {main.name: main_array}
     for tensor in component.inputs[1:]:
-        shape = tuple([sizes.get(axis, axis) for axis in tensor.axes])
+        shape = tuple([sizes[axis] if isinstance(axis, str) else axis for axis in tensor.axes])
         if tensor.name in arrays_by_name:
             array = _checked(tensor, arrays_by_name[tensor.name], component)
         else:
@@ -278,7 +278,8 @@ def _filled_part(tensor: TensorRecord, component: ComponentRecord, shape: Sequen
 
 
 def _index(tensor: TensorRecord, slices: Mapping[str, slice]) -> tuple[slice, ...]:
-    return tuple([slices[axis] if isinstance(axis, str) else _WHOLE_AXIS for axis in tensor.axes])
+    # Sizes that follow from an image or a recording are never padded.
+    return tuple([slices.get(axis, _WHOLE_AXIS) if isinstance(axis, str) else _WHOLE_AXIS for axis in tensor.axes])
 
 
 def _fill_value(tensor: TensorRecord, component: ComponentRecord) -> int:
