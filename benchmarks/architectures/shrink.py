@@ -34,7 +34,7 @@ _SIZES = [
         (r"(.*_)?lora_rank", 8),
         (r"(.*_)?(n_routed_experts|num_(local_)?experts|moe_num_experts|n_experts)", 4),
         (r"n_group|topk_group", 1),
-        (r"num_experts_per_tok|top_k_experts|moe_(topk|k)|index_topk", 2),
+        (r"num_experts_per_tok|top_k_experts|moe_(topk|k)", 2),
         (
             r"(.*_)?(max_(2d_)?position_embeddings|n_positions|max_(source|target)_positions|context_length"
             r"|max_seq_len|max_sequence_length|seq_length|block_size)",

@@ -66,6 +66,7 @@ def write_model(model_class: ModelClass, folder: Path) -> None:
         values |= {
             "id2label": dict(enumerate(_LABELS)),
             "label2id": {label: number for number, label in enumerate(_LABELS)},
+            "num_labels": len(_LABELS),
         }
     # Heads need one layer, because the family's base model is checked with two.
     layers = 2 if model_class.auto_class == "AutoModel" else 1
@@ -121,8 +122,9 @@ def _settle_batch_norms(model: Any, processor: Any) -> None:
     if norms:
         for norm in norms:
             norm.momentum = None
+        same_size = [picture.resize((64, 64)) for picture in pictures()]
         with torch.no_grad():
-            model.train()(**processor(images=pictures()[:1] * 2, return_tensors="pt"))
+            model.train()(**processor(images=same_size, return_tensors="pt"))
 
 
 def pictures() -> list[Any]:
