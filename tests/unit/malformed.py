@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from compileflow.contracts.digests import file_digest
 
 Path_ = tuple[str | int, ...]
-ESCAPES = "\x1b[2J\x1b]0;title\x07‮"
+ESCAPES = "\x1b[2J\x1b]0;title\x07\u202e"
 
 
 def nested(depth: int, innermost: Any = 1) -> Any:

@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from compileflow import CompiledPipeline, CompiledTokenizer
 from compileflow.artifact.manifest import read_manifest
 from compileflow.artifact.verify import verify_artifact
+from compileflow.cli.inspect import inspect
+from compileflow.cli.verify import verify
 from compileflow.errors import CompileflowError, LoadError
 from compileflow.settings import get_settings
 from compileflow.source_model.sentence_modules import read_recipe
@@ -207,3 +210,23 @@ def test_configuration_that_names_too_few_classes_is_refused(tmp_path: Path, lab
     reseal(folder, "config.json")
     with pytest.raises(LoadError, match=r"returns 3 classes, but config\.json names|cannot use the files"):
         CompiledPipeline.from_pretrained(folder)
+
+
+def test_control_characters_of_a_manifest_are_shown_escaped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copy_to(tmp_path)
+    data = sound("manifest.json")
+    data["source"]["uri"] += ESCAPES
+    data["target"]["toolchain"][f"torch{ESCAPES}"] = "1"
+    (folder / "manifest.json").write_text(json.dumps(data), "utf-8")
+    inspect(str(folder))
+    data[ESCAPES] = 1
+    (folder / "manifest.json").write_text(json.dumps(data), "utf-8")
+    for command in (inspect, verify):
+        with pytest.raises(typer.Exit):
+            command(str(folder))
+    captured = capsys.readouterr()
+    text = captured.out + captured.err
+    assert "\\x1b[2J\\x1b]0;title\\x07\\u202e" in text
+    assert not {"\x1b", "\x07", "\u202e"} & set(text)
