@@ -364,6 +364,15 @@ def test_embeddings_are_cut_to_the_size_that_the_files_name(sentence_model: Make
         ("modules.json", '[{"path": "", "type": "x.Transformer"}]', "one Pooling"),
         ("modules.json", '[{"path": "../x", "type": "x.Pooling"}]', "leaves its folder"),
         ("1_Pooling/config.json", '{"pooling_mode": "median"}', r"\['median'\].*Known modes: mean"),
+        (
+            "modules.json",
+            '[{"path": "0_T", "type": "sentence_transformers.models.Transformer"}, {"path": "1_Pooling", '
+            '"type": "sentence_transformers.models.Pooling"}]',
+            "in the folder 0_T",
+        ),
+        ("config_sentence_transformers.json", '{"truncate_dim": "12"}', "Expected int as truncate_dim"),
+        ("config_sentence_transformers.json", '{"prompts": {"query": 3}}', "Expected str as query"),
+        ("config_sentence_transformers.json", '{"default_prompt_name": "title"}', "no prompt 'title'"),
         ("2_Normalize/config.json", '{"module_input_name": "token_embeddings"}', "token_embeddings"),
         (
             "sentence_bert_config.json",

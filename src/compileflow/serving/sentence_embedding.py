@@ -161,7 +161,7 @@ def _embedding_size(recipe: EmbeddingRecipe, token_size: int) -> int:
     """
     try:
         return int(recipe.embed(np.zeros((1, token_size), np.float32)).size)
-    except ValueError as error:
+    except (KeyError, ValueError) as error:
         raise LoadError(
             f"The modules of the model do not fit its tokens of size {token_size}: {error}.",
             hint="Compile the model again, with the pooling that it was trained with.",

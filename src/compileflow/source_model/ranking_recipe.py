@@ -62,9 +62,9 @@ def read_ranking_recipe(folder: Path) -> RankingRecipe:
     with library_errors("The files of the cross-encoder cannot be used", hint=DAMAGED):
         modules = module_list(folder)
         own_files = bool(modules) and is_cross_encoder(folder)
-        if own_files and [name for name, _ in modules] != ["Transformer"]:
+        if own_files and modules != [("Transformer", "")]:
             raise LoadError(
-                f"Compiled cross-encoders support one Transformer of sentence-transformers; {MODULES_FILE} lists "
+                f"Compiled cross-encoders support one Transformer at the top of the folder; {MODULES_FILE} lists "
                 f"{', '.join(name for name, _ in modules)}.",
                 hint=_HINT,
             )

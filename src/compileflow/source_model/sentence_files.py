@@ -72,8 +72,10 @@ def read_text_settings(
         LoadError: A setting is not supported, or the default prompt does not exist.
     """
     settings = read_file(folder / SETTINGS_FILE, {})
-    own_prompts = {str(name): text or "" for name, text in (settings.get("prompts") or {}).items()}
-    name, all_prompts = settings.get("default_prompt_name"), {**prompts, **own_prompts}
+    own_prompts = typed(settings, "prompts", dict, SETTINGS_FILE) or {}
+    own_prompts = {name: typed(own_prompts, name, str, SETTINGS_FILE) or "" for name in own_prompts}
+    name = typed(settings, "default_prompt_name", str, SETTINGS_FILE)
+    all_prompts = {**prompts, **own_prompts}
     if name is not None and name not in all_prompts:
         raise LoadError(
             f"{SETTINGS_FILE} has no prompt {name!r}, which it names as default.",
@@ -98,7 +100,7 @@ def read_text_settings(
         )
     return TextSettings(
         # Newer files have the maximum in the tokenizer's configuration.
-        max_tokens=transformer.get("max_seq_length") or _tokenizer_maximum(folder),
+        max_tokens=typed(transformer, "max_seq_length", int, MODULES_FILE) or _tokenizer_maximum(folder),
         lower_case=bool(transformer.get("do_lower_case", False)),
         prompts=all_prompts,
         default_prompt_name=name,
@@ -164,6 +166,18 @@ def activate(activation: Any, values: NDArray[np.float32]) -> NDArray[np.float32
     with torch.inference_mode():
         rows = torch.from_numpy(np.ascontiguousarray(np.atleast_2d(values)))
         return np.asarray(activation(rows).numpy().reshape(values.shape), dtype=np.float32)
+
+
+def typed(settings: Mapping[str, Any], name: str, kind: type, place: str) -> Any:
+    """Return a setting of a type; None where it is missing or null.
+
+    Raises:
+        LoadError: The setting has another type.
+    """
+    value = settings.get(name)
+    if value is not None and type(value) is not kind:
+        raise LoadError(f"Expected {kind.__name__} as {name} in {place}, got {value!r:.80}.", hint=DAMAGED)
+    return value
 
 
 def read_file(path: Path, absent: Any) -> Any:

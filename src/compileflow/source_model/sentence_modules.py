@@ -24,6 +24,7 @@ from compileflow.source_model.sentence_files import (
     read_file,
     read_text_settings,
     transformer_settings,
+    typed,
 )
 
 Floats = NDArray[np.float32]
@@ -197,7 +198,7 @@ class EmbeddingRecipe:
 
 
 def read_recipe(folder: Path) -> EmbeddingRecipe:
-    """Read modules.json and the files named there; without it, pool the mean as sentence-transformers does.
+    """Read modules.json and the files named there; without it, pool as sentence-transformers then does.
 
     Raises:
         LoadError: A module or a setting is not supported, or has the wrong type.
@@ -209,11 +210,19 @@ def read_recipe(folder: Path) -> EmbeddingRecipe:
 def _recipe(folder: Path) -> EmbeddingRecipe:
     settings, modules = read_file(folder / SETTINGS_FILE, {}), module_list(folder)
     return EmbeddingRecipe(
-        modules=_modules(folder, modules) if modules else (Pooling(),),
+        modules=_modules(folder, modules) if modules else (_default_pooling(folder),),
         text=read_text_settings(folder, prompts=_PROMPTS, output="last_hidden_state", feature=_TOKENS, hint=_HINT),
-        truncate_dim=settings.get("truncate_dim"),
-        similarity_fn_name=settings.get("similarity_fn_name") or "cosine",
+        truncate_dim=typed(settings, "truncate_dim", int, SETTINGS_FILE),
+        similarity_fn_name=typed(settings, "similarity_fn_name", str, SETTINGS_FILE) or "cosine",
     )
+
+
+def _default_pooling(folder: Path) -> Pooling:
+    """Return the pooling that sentence-transformers chooses for a model without modules.json."""
+    config = read_file(folder / "config.json", {})
+    architecture = str((config.get("architectures") or [""])[0])
+    generates = architecture.endswith("ForCausalLM") and config.get("is_causal", True)
+    return Pooling(("lasttoken",)) if generates else Pooling()
 
 
 def write_module_weights(folder: Path, dest: Path) -> None:
@@ -273,6 +282,11 @@ def _modules(folder: Path, modules: Sequence[tuple[str, str]]) -> tuple[Sentence
             f"Compiled embeddings support Transformer, one Pooling, Dense, LayerNorm, Normalize and Dropout of "
             f"sentence-transformers; {MODULES_FILE} lists {', '.join(names)}.",
             hint=_HINT,
+        )
+    if transformers and modules[0][1]:
+        raise LoadError(
+            f"The Transformer of {MODULES_FILE} is in the folder {modules[0][1]}, expected it at the top.",
+            hint="Load the model with sentence-transformers and save it again.",
         )
     result: list[SentenceModule] = []
     for name, path in modules[len(transformers) :]:
