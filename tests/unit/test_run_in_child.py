@@ -104,7 +104,7 @@ def test_foreign_error_is_one_line_and_its_traceback_is_in_the_log(run: Run, log
     ("function", "kind", "problem"),
     [
         ("import_absent", TargetUnavailableError, "a module cannot be imported: No module named 'absent_module'"),
-        ("read_absent", CompileError, "a file cannot be read or written: [Errno 2] No such file"),
+        ("read_absent", CompileError, "/absent/file cannot be read or written: No such file"),
         ("nest_deeply", CompileError, "its calls are nested too deeply: maximum recursion depth exceeded"),
     ],
 )

@@ -22,6 +22,8 @@ from compileflow.source_model.token_rows import TokenRows, token_rows
 from compileflow.spec import HfTask
 from tests.in_process import InProcess
 
+# The fused sdpa graph of BART answers wrongly in some versions of ONNX Runtime.
+ATTENTIONS = {"bart": ("sdpa", "eager"), "xlnet": ("eager",), "deberta-v2": ("eager",)}
 CLASSIFY, QUESTIONS, FEATURES = HfTask.TEXT_CLASSIFICATION, HfTask.QUESTION_ANSWERING, HfTask.FEATURE_EXTRACTION
 
 
@@ -215,6 +217,5 @@ def test_compiled_model_answers_like_its_source_row_by_row_and_in_a_list(
 
     np.testing.assert_allclose(single, expected, rtol=0, atol=1e-4)
     np.testing.assert_allclose(together, expected, rtol=0, atol=1e-4)
-    # The fused sdpa graph of BART answers wrongly in ONNX Runtime.
-    assert read_manifest(artifact).components["default"].attention == "eager"
+    assert read_manifest(artifact).components["default"].attention in ATTENTIONS[model_type]
     assert record.vocab_size == source.model.config.vocab_size

@@ -196,7 +196,7 @@ def _foreign_error(function: str, error: Exception) -> CompileflowError:
         )
     if isinstance(error, OSError):
         return CompileError(
-            f"{stop}: a file cannot be read or written: {reason}.",
+            f"{stop}: {error.filename or 'a file'} cannot be read or written: {reason}.",
             hint="Check the free space and the permissions of the home folder and the work folder.",
         )
     if isinstance(error, RecursionError):

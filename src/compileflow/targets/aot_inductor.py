@@ -7,7 +7,8 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -204,7 +205,7 @@ def _export(source_model: SourceModel, component: ComponentPlan) -> Any:
     sequence = torch.export.Dim("sequence", min=shortest, max=max(longest, shortest + 1))
     shapes = tuple(free_axes(source_model.inputs, batch, sequence).values())
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad(), _exportable(source_model):
             warnings.simplefilter("ignore")
             # TupleModule.forward takes *tensors, so the shapes of all inputs are one entry, a tuple.
             return torch.export.export(
@@ -215,6 +216,22 @@ def _export(source_model: SourceModel, component: ComponentPlan) -> Any:
             )
     except Exception as error:
         raise refusal("torch.export", error) from error
+
+
+@contextmanager
+def _exportable(source_model: SourceModel) -> Iterator[None]:
+    """Replace code of transformers that torch.export cannot trace, as transformers' own exporters do.
+
+    Not for sdpa: the replacement would take its fast kernel away.
+    """
+    if source_model.attention == "sdpa":
+        yield
+        return
+    from transformers.exporters.exporter_dynamo import reset_model_state
+    from transformers.exporters.utils import apply_patches
+
+    with apply_patches("dynamo"), reset_model_state(source_model.model):
+        yield
 
 
 def _package(program: Any, path: Path, options: AotInductorOptions) -> None:

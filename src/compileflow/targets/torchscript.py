@@ -121,11 +121,9 @@ def _trace(module: Any, tensors: tuple[Any, ...]) -> Any:
     import torch
 
     with warnings.catch_warnings(), torch.no_grad():
-        _silence_deprecation()
-        # Shape arithmetic becomes constant, as a shape bucket intends.
-        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
-        # The tracer reads every attribute of the model, including those that transformers deprecates.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        # Shape arithmetic becomes constant, as a shape bucket intends. The tracer reads every attribute of the model,
+        # including those that transformers deprecates.
+        warnings.simplefilter("ignore")
         try:
             return torch.jit.trace(module, tensors, strict=False, check_trace=False)  # type: ignore[no-untyped-call]
         except RuntimeError as error:
