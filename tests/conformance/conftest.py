@@ -9,13 +9,23 @@ from tests.doubles.fixtures import vendor_doubles
 __all__ = ["vendor_doubles"]
 
 _AUDIO = ("audio-classification", "automatic-speech-recognition")
+# Other heads of image and audio models; torchscript runs them in every test run.
+_SIGNALS = (
+    "audio-frame",
+    "audio-xvector",
+    "depth",
+    "image-feature",
+    "image-segmentation",
+    "object-detection",
+    "zero-shot-image",
+)
 # Other heads of the same encoder.
 _HEADS = ("fill-mask", "question-answering", "token-classification")
 # Native code takes g++ half a minute each time, and so do the converters for audio. What a target leaves behind is
 # shown by openvino and torchscript; the vendors' doubles share their code.
 _SLOW = {
-    "TestOnnxRuntime": (*_AUDIO, *_HEADS, "test_compile_writes_only"),
-    "TestOpenVino": (*_AUDIO, *_HEADS),
+    "TestOnnxRuntime": (*_AUDIO, *_SIGNALS, *_HEADS, "test_compile_writes_only"),
+    "TestOpenVino": (*_AUDIO, *_SIGNALS, *_HEADS),
     "TestBlade": (*_HEADS, "test_compile_writes_only", "test_pipeline"),
     "TestHyperdex": (*_HEADS, "test_compile_writes_only", "test_pipeline"),
     "TestNeuron:": ("test_compile_writes_only", "test_pipeline"),
@@ -24,6 +34,7 @@ _SLOW = {
     "TestMlflowServer": ("test_two_processes", "killed"),
     "TestAotInductor": (
         *_AUDIO,
+        *_SIGNALS,
         "fill-mask",
         "image-classification",
         "question-answering",

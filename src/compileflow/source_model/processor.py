@@ -23,6 +23,8 @@ LONGEST_S = 30
 _PROBES_S = (1.0, 1.5)
 # Height and width of images that differ in size and in aspect ratio: an axis on which their inputs agree is fixed.
 _PROBE_PIXELS = ((64, 96), (200, 72), (80, 80), (48, 300))
+# Inputs that hold the shape of each image.
+_SHAPES = ("spatial_shapes",)
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,11 @@ def signal_records(
             for position, axis_sizes in enumerate(sizes)
         ]
         records.append(TensorRecord(name=name, dtype=str(value.dtype), axes=("batch", *axes)))
+    if any(record.name in _SHAPES for record in records):
+        raise SourceError(
+            f"{model_name} takes the shape of each image as an input, and no graph keeps what it does with them.",
+            hint="Use a model of the family whose images have one size.",
+        )
     if not records:
         raise SourceError(
             f"{model_name}.forward takes none of its processor's inputs: {', '.join(rows[0])}.",

@@ -69,9 +69,9 @@ def probe_text_model(
             hint="Run the model on tokenized text in transformers first: it must answer for these inputs alone.",
         ) from errors[0]
     _check_repeatable(source_model, source_model.example_arrays(3, lengths[1]))
-    return replace(
-        source_model, longest=measured_longest(model, inputs, tokens), padding=_padding(source_model, lengths)
-    )
+    # The table of positions of the image would look like that of the tokens.
+    longest = declared_longest(text_config(config)) if other_inputs else measured_longest(model, inputs, tokens)
+    return replace(source_model, longest=longest, padding=_padding(source_model, lengths))
 
 
 def longest_of(model: Any) -> int | None:
