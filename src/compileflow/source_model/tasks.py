@@ -75,8 +75,7 @@ def tasks_of(config: Any) -> tuple[HfTask, ...]:
         elif type(config) in model_classes:
             # Speech encoders and vision models also have an AutoModel, but it does not take text.
             main_input = _first_class(model_classes, config).main_input_name
-            has_head = auto_class != "AutoModel" and task.modality != "text"
-            if has_head or _MODALITIES.get(main_input) == task.modality:
+            if auto_class != "AutoModel" or _MODALITIES.get(main_input) == task.modality:
                 tasks.append(task)
     return tuple(tasks)
 

@@ -33,6 +33,7 @@ from compileflow.contracts.toolkit import (
 )
 from compileflow.errors import TargetUnavailableError, one_line
 from compileflow.source_model import SourceModel, calibration_tensors, free_axes, load_source_model
+from compileflow.source_model.free_batch import free_batch
 from compileflow.spec import HfTask, Precision
 
 _FILE = "model.onnx"
@@ -223,7 +224,7 @@ def _export(
     # The exporter warns that it was tested with an older torch, and torch.export warns about itself.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad(), free_batch():
             warnings.simplefilter("ignore")
             return OnnxExporter().export(source_model.model, dict(example), config).program
     except Exception as error:

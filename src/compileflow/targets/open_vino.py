@@ -39,6 +39,7 @@ from compileflow.contracts.toolkit import (
 )
 from compileflow.errors import first_line
 from compileflow.source_model import SourceModel, calibration_tensors, free_axes, load_source_model
+from compileflow.source_model.free_batch import free_batch
 from compileflow.spec import HfTask, Precision
 
 _FILE = "model.xml"
@@ -207,7 +208,7 @@ def _export(
         quantizer=_quantizer(quantization, calibration) if precision is Precision.INT8 else None,
     )
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad(), free_batch():
             # The exporter warns that it was tested with an older torch, and torch.export warns about itself.
             warnings.simplefilter("ignore")
             return OpenVINOExporter().export(source_model.model, dict(example), config).program
