@@ -11,8 +11,8 @@ from typing import Any
 def free_batch() -> Iterator[None]:
     """Let `squeeze` without a dimension remove only axes whose size is 1 in every call.
 
-    MBart squeezes a column of shape (batch, 1). Its exported graph would do so at run time, and remove the batch axis
-    of a single row.
+    MBart squeezes a column of shape (batch, 1). Its exported graph would do so at run time, and remove the batch
+    axis of a single row.
     """
     import torch
     from torch.overrides import TorchFunctionMode
