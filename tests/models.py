@@ -111,6 +111,7 @@ def _build_clip(folder: Path, seed: int) -> Path:
     torch.manual_seed(seed)
     tokenizer = _tokenizer("roberta")
     size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    size["projection_dim"] = 16
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     config = transformers.CLIPConfig(
         text_config={**size, **ids, "vocab_size": len(tokenizer), "max_position_embeddings": MAX_TOKENS},

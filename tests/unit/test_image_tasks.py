@@ -181,7 +181,7 @@ class TestTowersOfClip:
 
     @pytest.mark.parametrize("task", [HfTask.FEATURE_EXTRACTION, HfTask.IMAGE_FEATURE_EXTRACTION])
     def test_both_towers_at_once_have_no_features_of_one_input(self, clip: Path, task: HfTask) -> None:
-        with pytest.raises(SpecError, match=f"CLIPModel takes text and image inputs together.*{task}"):
+        with pytest.raises(SpecError, match=f"(takes text and image inputs together|clip has no head).*{task}"):
             load_source_model(clip, task)
 
     def test_image_tower_with_its_projection_answers_with_embeddings(

@@ -171,6 +171,9 @@ def _padding(source_model: SourceModel, lengths: tuple[int, int]) -> Padding:
     shortest = min(lengths[0], max(source_model.tokens.shortest, lengths[0] - 3))
     row_lengths = (*range(shortest, lengths[0] + 1), lengths[1])
     rows = [example_inputs(source_model.inputs, 1, length, source_model.tokens) for length in row_lengths]
+    # All rows share an input without a batch axis, such as an image.
+    shared = {record.name: rows[0][record.name] for record in source_model.inputs if record.axes[0] != "batch"}
+    rows = [row | shared for row in rows]
     answers = [source_model.run(row) for row in rows]
     sides: tuple[Padding, ...] = ("right", "left")
     for side in sides:
@@ -188,8 +191,10 @@ def _padding(source_model: SourceModel, lengths: tuple[int, int]) -> Padding:
 
 def _stacked(source_model: SourceModel, rows: Sequence[Arrays], *, left: bool) -> Arrays:
     """Return a batch of rows, each padded to the last one."""
-    batch = {}
+    batch = {record.name: rows[0][record.name] for record in source_model.inputs if record.axes[0] != "batch"}
     for name, last_row in rows[-1].items():
+        if name in batch:
+            continue
         fill = source_model.pad_token_id if name == "input_ids" else 0
         paddings = [last_row.shape[1] - row[name].shape[1] for row in rows]
         batch[name] = np.concatenate(
