@@ -77,7 +77,7 @@ def test_task_without_a_head_is_refused_with_the_tasks_there_are(tmp_path: Path)
 
     assert caught.value.hint == (
         "Choose one of: feature-extraction, sentence-similarity, text-classification, zero-shot-classification, "
-        "token-classification, question-answering."
+        "token-classification, question-answering, text-ranking."
     )
 
 
@@ -129,6 +129,7 @@ def test_interface_is_read_off_the_source_model(tiny_model: TinyModel, hf_task: 
         HfTask.TEXT_CLASSIFICATION: {"logits": (batch, 3)},
         HfTask.TOKEN_CLASSIFICATION: {"logits": (batch, sequence, 5)},
         HfTask.FILL_MASK: {"logits": (batch, sequence, source_model.vocab_size)},
+        HfTask.MULTIPLE_CHOICE: {"logits": (batch, 1)},
         HfTask.QUESTION_ANSWERING: {"start_logits": (batch, sequence), "end_logits": (batch, sequence)},
     }[hf_task]
     if architecture == "distilbert":
