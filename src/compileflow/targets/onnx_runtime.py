@@ -37,6 +37,8 @@ from compileflow.source_model.free_batch import free_batch
 from compileflow.spec import HfTask, Precision
 
 _FILE = "model.onnx"
+# It moves zeros around a picture into a following MaxPool, which pads with minus infinity (BiT).
+_WRONG_OPTIMIZERS = ["Pad_Fusion"]
 _COMPILE_NEEDS = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 
@@ -126,7 +128,10 @@ class OnnxRuntimeTarget:
             settings.intra_op_num_threads = threads
         try:
             session = onnxruntime.InferenceSession(
-                str(component_dir / _FILE), settings, providers=["CPUExecutionProvider"]
+                str(component_dir / _FILE),
+                settings,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=_WRONG_OPTIMIZERS,
             )
         except Exception as error:
             raise load_error(_FILE, f"onnxruntime {onnxruntime.__version__}", error) from error
