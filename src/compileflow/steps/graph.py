@@ -26,13 +26,17 @@ from compileflow.spec import Precision
 logger = logging.getLogger(__name__)
 # Largest accepted ||reference - answer|| / ||reference||. Rounding stays far below; int8 has no limit here.
 _LIMITS: Mapping[Precision, float] = {Precision.FP32: 1e-3, Precision.BF16: 0.3, Precision.FP16: 0.3}
+# Longest row, in tokens, of these examples.
+_LONG = 2048
 _OTHER_TARGET = "Another target may compile it; `compileflow targets` lists them."
 
 
 def compile_graph(
     target: Target, source_dir: Path, source_model: SourceModel, plan: ComponentPlan, folder: Path
 ) -> CompiledComponent:
-    """Compile a component. If its graph cannot be compiled or answers wrongly with sdpa, use eager attention.
+    """Compile a component. If its graph cannot be compiled or answers wrongly, try other ways.
+
+    The other ways are eager attention instead of sdpa, and then the `fallback_options` of the target.
 
     Args:
         target: Target to compile for.
@@ -44,22 +48,26 @@ def compile_graph(
     Raises:
         CompileError: The target refused the model, or the graph does not answer like the source model.
     """
-    try:
-        return _checked(target, source_dir, source_model, plan, folder)
-    except CompileError as error:
-        if source_model.attention != "sdpa":
-            raise
-        first_error = error
-    report_progress(f"trying eager attention, because sdpa failed: {first_error.message}")
-    shutil.rmtree(folder)
-    eager_plan = replace(plan, attention="eager")
-    trust = plan.trust_remote_code
-    with loaded_once(source_dir, plan.hf_task, attention="eager", trust_remote_code=trust) as eager_model:
-        try:
-            return _checked(target, source_dir, eager_model, eager_plan, folder)
-        except CompileError:
-            logger.exception("eager attention failed as well")
-    raise first_error
+    attempts = [plan]
+    if source_model.attention == "sdpa":
+        attempts.append(replace(plan, attention="eager"))
+    # Optional attribute of a target: options of a slower or plainer way to compile.
+    if fallback_options := getattr(target, "fallback_options", None):
+        options = {**plan.options, **fallback_options}
+        attempts.append(replace(attempts[-1], spec=plan.spec.model_copy(update={"target_options": options})))
+    errors: list[CompileError] = []
+    for attempt in attempts:
+        if errors:
+            report_progress(f"trying another way, because one failed: {errors[-1].message}")
+            shutil.rmtree(folder)
+        trust = plan.trust_remote_code
+        with loaded_once(source_dir, plan.hf_task, attention=attempt.attention, trust_remote_code=trust) as model:
+            try:
+                return _checked(target, source_dir, model, attempt, folder)
+            except CompileError as error:
+                logger.info("attempt failed: %s", error)
+                errors.append(error)
+    raise errors[0]
 
 
 def component_record(
@@ -162,8 +170,11 @@ def _shapes(source_model: SourceModel, record: ComponentRecord) -> list[tuple[in
         return [(bucket.batch_size, bucket.sequence_length)]
     longest = record.max_sequence_length
     length = example_length(source_model.inputs, longest)
-    lengths = (min(longest, length * 3 // 4 + 1), min(longest, 2 * length + 1))
-    return list(zip((2, 1), lengths, strict=True))
+    lengths = [min(longest, length * 3 // 4 + 1), min(longest, 2 * length + 1)]
+    if source_model.tokens is not None:
+        # A loop over pieces of the text may have become constant.
+        lengths.append(min(longest, _LONG))
+    return list(zip((2, 1, 1), dict.fromkeys(lengths), strict=False))
 
 
 def _difference(source_model: SourceModel, inputs: Arrays, expected: Arrays, actual: Arrays) -> float:

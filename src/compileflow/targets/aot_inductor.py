@@ -125,7 +125,8 @@ class AotInductorTarget:
             program = _export(source_model, component)
             report_progress("generating and compiling native code")
             _package(program, out_dir / _FILE, options)
-        return source_model.compiled_to([_FILE])
+        shortest = _shortest_row(program, source_model)
+        return source_model.compiled_to([_FILE], {"shortest": shortest} if shortest > _SHORTEST else {})
 
     def load(
         self, component_dir: Path, component: ComponentRecord, *, device: Device, threads: int | None
@@ -171,9 +172,10 @@ class _AotInductorRunner:
             answers = package(*(torch.as_tensor(array) for array in arrays))
         if isinstance(answers, torch.Tensor):
             answers = (answers,)
-        sizes = {"sequence": length, "frames": frames_of(component.frame_convolutions, length)}
+        sequence = slice(-length, None) if component.padding == "left" else slice(length)
+        places = {"sequence": sequence, "frames": slice(frames_of(component.frame_convolutions, length))}
         return {
-            record.name: answer.numpy()[tuple(slice(sizes.get(str(axis))) for axis in record.axes)]
+            record.name: answer.numpy()[tuple(places.get(str(axis), slice(None)) for axis in record.axes)]
             for record, answer in zip(component.outputs, answers, strict=True)
         }
 
@@ -183,6 +185,7 @@ class _AotInductorRunner:
     def _pad(self, record: TensorRecord, array: NDArray[Any]) -> NDArray[Any]:
         """Pad an input to the shortest length that the graph takes; the mask hides the padding."""
         shortest = shortest_input(self._component.frame_convolutions, _SHORTEST)
+        shortest = max(shortest, int(str(self._component.load_options.get("shortest", 0))))
         if "sequence" not in record.axes or array.shape[axis := record.axes.index("sequence")] >= shortest:
             return np.ascontiguousarray(array)
         if all(other.name != "attention_mask" for other in self._component.inputs):
@@ -191,7 +194,9 @@ class _AotInductorRunner:
                 "so a shorter row cannot be padded.",
                 hint="Give a longer recording.",
             )
-        widths = [(0, shortest - array.shape[axis] if number == axis else 0) for number in range(array.ndim)]
+        width = shortest - array.shape[axis]
+        place = (width, 0) if self._component.padding == "left" else (0, width)
+        widths = [place if number == axis else (0, 0) for number in range(array.ndim)]
         fill = self._component.pad_token_id if record.name == "input_ids" else 0
         return np.pad(array, widths, constant_values=fill)
 
@@ -203,8 +208,9 @@ def _export(source_model: SourceModel, component: ComponentPlan) -> Any:
     batch = torch.export.Dim("batch", min=1, max=_LARGEST_BATCH)
     shortest = shortest_input(source_model.frame_convolutions, _SHORTEST)
     sequence = torch.export.Dim("sequence", min=shortest, max=max(longest, shortest + 1))
-    shapes = tuple(free_axes(source_model.inputs, batch, sequence).values())
-    try:
+
+    def export(batch: Any, sequence: Any) -> Any:
+        shapes = tuple(free_axes(source_model.inputs, batch, sequence).values())
         with warnings.catch_warnings(), torch.no_grad(), _exportable(source_model):
             warnings.simplefilter("ignore")
             # TupleModule.forward takes *tensors, so the shapes of all inputs are one entry, a tuple.
@@ -214,8 +220,28 @@ def _export(source_model: SourceModel, component: ComponentPlan) -> Any:
                 dynamic_shapes=(shapes,),
                 strict=False,
             )
+
+    try:
+        try:
+            return export(batch, sequence)
+        except torch._dynamo.exc.UserError as error:
+            if "Constraints violated" not in str(error):
+                raise
+            # The code of the model does not work for all these sizes, so torch.export finds out for which it does.
+            return export(torch.export.Dim.DYNAMIC, torch.export.Dim.DYNAMIC)
     except Exception as error:
         raise refusal("torch.export", error) from error
+
+
+def _shortest_row(program: Any, source_model: SourceModel) -> int:
+    """Return the shortest row that an exported program takes."""
+    if "sequence" not in source_model.inputs[0].axes:
+        return 1
+    names = program.graph_signature.user_inputs
+    example = next(node.meta["val"] for node in program.graph.nodes if node.name == names[0])
+    size = example.shape[source_model.inputs[0].axes.index("sequence")]
+    limits = program.range_constraints.get(getattr(getattr(size, "node", None), "expr", None))
+    return int(limits.lower) if limits is not None else 1
 
 
 @contextmanager

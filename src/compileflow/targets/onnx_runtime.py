@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, JsonValue
 
 from compileflow.contracts import (
     Arrays,
@@ -31,14 +32,22 @@ from compileflow.contracts.toolkit import (
     require_open,
     torch_threads,
 )
-from compileflow.errors import TargetUnavailableError, one_line
-from compileflow.source_model import SourceModel, calibration_tensors, free_axes, load_source_model
+from compileflow.errors import CompileError, TargetUnavailableError, one_line
+from compileflow.source_model import (
+    SourceModel,
+    as_tuple_module,
+    calibration_tensors,
+    free_axes,
+    load_source_model,
+)
 from compileflow.source_model.free_batch import free_batch
 from compileflow.spec import HfTask, Precision
 
 _FILE = "model.onnx"
 # It moves zeros around a picture into a following MaxPool, which pads with minus infinity (BiT).
 _WRONG_OPTIMIZERS = ["Pad_Fusion"]
+# The newest one that the tracing exporter writes by default.
+_TRACED_OPSET = 18
 _COMPILE_NEEDS = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 
@@ -47,6 +56,11 @@ class OnnxRuntimeOptions(TargetOptions):
 
     fusions: Literal["cpu", "none"] = Field(
         "cpu", description="Fuse attention, layer normalization and GELU for ONNX Runtime's CPU kernels."
+    )
+    exporter: Literal["graph", "trace"] = Field(
+        "graph",
+        description="Export the whole graph (graph), or the operators that one example runs (trace), which takes "
+        "some models that the other cannot. trace is tried by itself if graph fails; it has fp32 only.",
     )
     opset: int | None = Field(None, ge=18, le=25, description="ONNX opset. null: the exporter chooses.")
     quantization: Literal["dynamic", "static"] = Field(
@@ -72,6 +86,7 @@ class OnnxRuntimeTarget:
     version: ClassVar[int] = 1
     summary: ClassVar[str] = "ONNX with dynamic axes and fused operators, int8 by ONNX Runtime; CPU fleets"
     Options: ClassVar[type[TargetOptions]] = OnnxRuntimeOptions
+    fallback_options: ClassVar[Mapping[str, JsonValue]] = {"exporter": "trace"}
     capabilities: ClassVar[Capabilities] = Capabilities(
         hf_tasks=tuple(HfTask),
         precisions=(Precision.FP32, Precision.INT8),
@@ -107,7 +122,10 @@ class OnnxRuntimeTarget:
         report_progress(f"exporting to ONNX ({component.precision.value})")
         with torch_threads(component.threads):
             example = source_model.export_tensors(component.max_sequence_length)
-            model = _export(source_model, example, options, quantizer)
+            if options.exporter == "trace":
+                model = _trace(source_model, example, options, component.precision)
+            else:
+                model = _export(source_model, example, options, quantizer)
         source_model.check_outputs({value.name for value in model.graph.outputs}, "the ONNX exporter")
         report_progress("writing the ONNX graph")
         import onnx_ir
@@ -210,6 +228,41 @@ def _static_quantizer(options: OnnxRuntimeOptions, samples: list[dict[str, Any]]
         advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=overflow_fix),
     )
     return Quantizer(config, calibration_dataset=samples)
+
+
+def _trace(
+    source_model: SourceModel, example: Mapping[str, Any], options: OnnxRuntimeOptions, precision: Precision
+) -> Any:
+    """Export the operators that the example runs. Branches and loops become constant, which the caller checks."""
+    import onnx
+    import onnx_ir
+    import torch
+
+    if precision is not Precision.FP32:
+        raise CompileError(
+            f"onnx-runtime cannot trace a model at {precision.value}.", hint="Choose fp32, or another target."
+        )
+    records = (*source_model.inputs, *source_model.outputs)
+    try:
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            path = f"{folder}/{_FILE}"
+            torch.onnx.export(
+                as_tuple_module(source_model),
+                tuple(example.values()),
+                path,
+                input_names=[record.name for record in source_model.inputs],
+                output_names=[record.name for record in source_model.outputs],
+                dynamic_axes={
+                    record.name: {number: axis for number, axis in enumerate(record.axes) if isinstance(axis, str)}
+                    for record in records
+                },
+                dynamo=False,
+                opset_version=options.opset or _TRACED_OPSET,
+            )
+            return onnx_ir.from_proto(onnx.load(path))
+    except Exception as error:
+        raise refusal("The tracing ONNX exporter", error) from error
 
 
 def _export(

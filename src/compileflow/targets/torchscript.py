@@ -121,8 +121,8 @@ def _trace(module: Any, tensors: tuple[Any, ...]) -> Any:
     import torch
 
     with warnings.catch_warnings(), torch.no_grad():
-        # Shape arithmetic becomes constant, as a shape bucket intends. The tracer reads every attribute of the model,
-        # including those that transformers deprecates.
+        # Shape arithmetic becomes constant, as a shape bucket intends. The tracer reads every attribute of the
+        # model, including those that transformers deprecates.
         warnings.simplefilter("ignore")
         try:
             return torch.jit.trace(module, tensors, strict=False, check_trace=False)  # type: ignore[no-untyped-call]
