@@ -114,7 +114,9 @@ def _peers(classes: Sequence[ModelClass], lines: Mapping[tuple[ModelClass, str],
             for architecture in architectures:
                 model_class = by_name.get((graph_task, aliases.get(architecture, architecture)))
                 if model_class is None:
-                    problems.append((f"`{task}`", architecture, "", "", "transformers 5 has no such class"))
+                    problems.append(
+                        (f"`{task}`", architecture, "", "", "transformers 5 has no such class for the task")
+                    )
                     continue
                 for target in ALL_CLASSES_TARGETS:
                     line = lines.get((model_class, target)) or _NOT_RUN
