@@ -45,7 +45,7 @@ format: $(DEV)/installed ## Format the code
 	@$(DEV)/bin/ruff check --fix .
 
 clean: ## Delete the environments, the demo's results, the site and all caches
-	@rm -rf $(DEMO) $(DEV) .demo site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist
+	@rm -rf $(DEMO) $(DEV) .demo site .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache build dist
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(DEMO)/installed: pyproject.toml constraints.txt
