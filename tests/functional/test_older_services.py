@@ -251,15 +251,17 @@ def test_entities_of_two_languages(tiny_model: ModelFactory, compile_it: Compile
     base, kj = loaded(tiny_model, "ner", "bert"), loaded(tiny_model, "ner", "distilbert")
     service = EntityService(compile_it(base, 32, 6), compile_it(kj, 32, 6))
     reference = EntityService(base, kj)
+    # transformers' own pipeline does not truncate at the compiled length.
+    texts = [text[:20] for text in TEXTS]
 
     for item in before_and_after(service, tmp_path):
         for language in ("en", "ja"):
             original = item.pipeline_for(language).original_pipeline
             assert item.pipeline_for(language).original_pipeline_task == "ner"
-            assert_same_result(item.entities(TEXTS, language), reference.entities(TEXTS, language))
-            classes = item.token_classes(TEXTS, language)
+            assert_same_result(item.entities(texts, language), reference.entities(texts, language))
+            classes = item.token_classes(texts, language)
             encoded = original.tokenizer(
-                TEXTS, padding="max_length", truncation=True, max_length=32, return_tensors="pt"
+                texts, padding="max_length", truncation=True, max_length=32, return_tensors="pt"
             )
             with torch.no_grad():
                 logits = original.model(encoded["input_ids"], encoded["attention_mask"]).logits

@@ -143,6 +143,9 @@ def _check_first_answers(
                 # Other values than those of the export, which may have become constants of the graph.
                 inputs = source_model.example_arrays(rows, length, variant=1)
                 expected, actual = source_model.run(inputs), run_fitted(runner, record, inputs)
+                if not all(np.isfinite(value).all() for value in expected.values()):
+                    # The comparison after the compile refuses such a model, and says where it answers NaN.
+                    continue
                 difference = max(_difference(source_model, inputs, expected, actual), 0.0)
                 limit = _LIMITS.get(record.precision)
                 if limit is not None and not difference <= limit:
