@@ -48,6 +48,12 @@ def probe_text_model(
     Raises:
         SourceError: The model does not take token ids, fails on each example, or does not repeat its answers.
     """
+    if "lsh" in (getattr(config, "attn_layers", None) or ()):
+        raise SourceError(
+            f"{type(model).__name__} hashes its tokens with random numbers, which it draws in each call, so that no "
+            "compiled model can repeat its answers.",
+            hint="Choose a model without the attention layers lsh.",
+        )
     inputs = (*text_inputs(model, config, tokenizer), *other_inputs)
     tokens = token_rows(tokenizer, config, embedding_rows(model), hf_task)
     _give_pad_token(model, tokenizer, tokens)

@@ -18,6 +18,8 @@ _SHORTEST_BUCKET = 16
 DEFAULT_TOKENS = 512
 # Batches speed up a CPU only for rows up to this length; a single longer row keeps it busy.
 _BATCH_SIZE, _BATCHED_UP_TO = 8, 128
+# Model types whose attention pads a row to whole windows, and views it as a number of windows.
+_CUT_INTO_WINDOWS = ("led", "longformer")
 # Name of the plan for a graph that several components share.
 _SHARED = "shared"
 
@@ -30,6 +32,7 @@ class SourceLimits:
         longest: Longest row that the model has positions for; None without such a limit.
         default_length: Maximum length of a component whose spec sets none.
         default_buckets: Shape buckets of a target without dynamic axes, given the maximum length.
+        longest_piece: Longest row of a graph that takes several lengths; None without such a limit.
         padding_changes_answers: A padded row gets another answer than the row alone.
         image_sizes: Sizes, (height, width), that the processor gives to images of different sizes.
     """
@@ -37,6 +40,7 @@ class SourceLimits:
     longest: int | None
     default_length: int
     default_buckets: Callable[[int], tuple[ShapeBucket, ...]]
+    longest_piece: int | None = None
     padding_changes_answers: bool = False
     image_sizes: tuple[tuple[int, int], ...] = ()
 
@@ -56,6 +60,7 @@ def source_limits(source_model: SourceModel, spec: CompileSpec, tokenizer: Any) 
             longest,
             min(lengths, default=DEFAULT_TOKENS),
             text_buckets,
+            longest_piece=_longest_piece(source_model.model.config),
             padding_changes_answers=source_model.padding == "none",
         )
     processor = source_model.processor
@@ -145,6 +150,14 @@ def _audio_buckets(second: int, longest: int) -> tuple[ShapeBucket, ...]:
     return tuple(ShapeBucket(batch_size=1, sequence_length=length) for length in (*lengths, longest))
 
 
+def _longest_piece(config: Any) -> int | None:
+    """Return the longest row that a model does not cut into pieces; 0 if it cuts every row, None if none."""
+    if config.model_type in _CUT_INTO_WINDOWS:
+        return 0
+    # CANINE's first and last layers loop over pieces of this many characters.
+    return config.local_transformer_stride if config.model_type == "canine" else None
+
+
 def _plan(
     spec: CompileSpec, component: ComponentSpec, target: Target, limits: SourceLimits, threads: int
 ) -> ComponentPlan:
@@ -158,6 +171,13 @@ def _plan(
     length = requested_length or limits.default_length
     buckets = component.shape_buckets
     if target.capabilities.dynamic_axes:
+        if limits.longest_piece is not None and length > limits.longest_piece:
+            raise SpecError(
+                f"{target.name} compiles one graph for all lengths, but this model cuts a row of {length} tokens "
+                "into pieces, and a graph has a fixed number of pieces.",
+                hint="Choose a target with fixed shapes, such as torchscript"
+                + (f", or a maximum of {limits.longest_piece} tokens." if limits.longest_piece else "."),
+            )
         buckets = ()
     elif limits.padding_changes_answers:
         raise SpecError(

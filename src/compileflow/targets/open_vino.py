@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, JsonValue
 
 from compileflow.contracts import (
     Arrays,
@@ -37,8 +38,14 @@ from compileflow.contracts.toolkit import (
     torch_threads,
     undisturbed_process,
 )
-from compileflow.errors import first_line
-from compileflow.source_model import SourceModel, calibration_tensors, free_axes, load_source_model
+from compileflow.errors import CompileError, first_line
+from compileflow.source_model import (
+    SourceModel,
+    as_tuple_module,
+    calibration_tensors,
+    free_axes,
+    load_source_model,
+)
 from compileflow.source_model.free_batch import free_batch
 from compileflow.spec import HfTask, Precision
 
@@ -63,6 +70,11 @@ class OpenVinoOptions(TargetOptions):
         description="At int8: quantize activations in each call where the CPU has kernels for it (dynamic), with "
         "ranges from natural examples (static), or never (weights).",
     )
+    exporter: Literal["graph", "trace"] = Field(
+        "graph",
+        description="Export the whole graph (graph), or the operators that one example runs (trace), which takes "
+        "some models that the other cannot. trace is tried by itself if graph fails; it has no int8.",
+    )
     performance_hint: Literal["latency", "throughput"] = Field(
         "latency",
         description="latency: each call uses all threads. throughput: each call uses one thread, and many calls "
@@ -81,6 +93,7 @@ class OpenVinoTarget:
     version: ClassVar[int] = 1
     summary: ClassVar[str] = "OpenVINO IR with dynamic axes, int8 by NNCF; CPU fleets"
     Options: ClassVar[type[TargetOptions]] = OpenVinoOptions
+    fallback_options: ClassVar[Mapping[str, JsonValue]] = {"exporter": "trace"}
     capabilities: ClassVar[Capabilities] = Capabilities(
         hf_tasks=tuple(HfTask),
         precisions=tuple(Precision),
@@ -121,7 +134,10 @@ class OpenVinoTarget:
         calibration = calibration_tensors(source_model.inputs, component.calibration)
         with torch_threads(component.threads), environment(**_NO_TELEMETRY):
             report_progress(f"converting to OpenVINO IR ({component.precision.value})")
-            model = _export(source_model, example, component.precision, options.quantization, calibration)
+            if options.exporter == "trace":
+                model = _trace(source_model, example, component.precision)
+            else:
+                model = _export(source_model, example, component.precision, options.quantization, calibration)
             output_names = {name for port in model.outputs for name in port.get_names()}
             source_model.check_outputs(output_names, "the OpenVINO exporter")
             report_progress("writing the IR")
@@ -214,6 +230,34 @@ def _export(
             return OpenVINOExporter().export(source_model.model, dict(example), config).program
     except Exception as error:
         raise refusal("The OpenVINO exporter", error, reason=_reason(error)) from error
+
+
+def _trace(source_model: SourceModel, example: Mapping[str, Any], precision: Precision) -> Any:
+    """Convert the operators that the example runs. Branches and loops become constant, which the caller checks."""
+    import openvino
+    import torch
+
+    if precision is Precision.INT8:
+        raise CompileError("openvino cannot trace a model at int8.", hint="Choose fp32, or another target.")
+    tensors = tuple(example.values())
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            graph = torch.jit.trace(  # type: ignore[no-untyped-call]
+                as_tuple_module(source_model), tensors, strict=False, check_trace=False
+            )
+            model = openvino.convert_model(graph, example_input=tensors)
+            for port, record in zip(model.inputs, source_model.inputs, strict=True):
+                port.get_tensor().set_names({record.name})
+                sizes = [-1 if isinstance(axis, str) else axis for axis in record.axes]
+                port.get_node().set_partial_shape(openvino.PartialShape(sizes))
+                port.get_node().set_element_type(openvino.Type(np.dtype(record.dtype)))
+            for port, record in zip(model.outputs, source_model.outputs, strict=True):
+                port.get_tensor().set_names({record.name})
+            model.validate_nodes_and_infer_types()
+    except Exception as error:
+        raise refusal("The tracing OpenVINO converter", error, reason=_reason(error)) from error
+    return model
 
 
 def _quantizer(quantization: str, calibration: list[Any]) -> Any:
