@@ -40,7 +40,7 @@ def words_of(example: dict[str, str]) -> set[str]:
 
 def write_examples(path: Path, task: HfTask, texts: tuple[str, ...] = LINES) -> Path:
     lines: tuple[str, ...] = texts
-    if task is QUESTIONS:
+    if task.reads_pairs:
         lines = tuple(json.dumps({"question": text, "context": text[::-1]}) for text in texts)
     path.write_text("\n".join(lines) + "\n", "utf-8")
     return path
@@ -51,7 +51,7 @@ class TestReading:
     def test_without_a_file_the_examples_are_built_in(self, task: HfTask) -> None:
         calibration = load_calibration(task, CalibrationSettings())
         assert len(calibration.examples) == calibration.record.examples == 256
-        form = {"question", "context"} if task is QUESTIONS else {"text"}
+        form = {"question", "context"} if task.reads_pairs else {"text"}
         assert all(set(example) == form and all(example.values()) for example in calibration.examples)
         assert calibration.record.origin.startswith("compileflow's own ")
 
@@ -68,7 +68,7 @@ class TestReading:
     def test_user_file_is_read_in_its_order(self, task: HfTask, tmp_path: Path) -> None:
         path = write_examples(tmp_path / "own.txt", task)
         calibration = load_calibration(task, CalibrationSettings(examples_path=str(path), max_examples=5))
-        first = "question" if task is QUESTIONS else "text"
+        first = "question" if task.reads_pairs else "text"
         assert [example[first] for example in calibration.examples] == list(LINES[:5])
         assert calibration.record.model_dump() == {
             "origin": "own.txt",
