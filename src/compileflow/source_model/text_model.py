@@ -50,7 +50,7 @@ def probe_text_model(
     """
     if "lsh" in (getattr(config, "attn_layers", None) or ()):
         raise SourceError(
-            f"{type(model).__name__} hashes its tokens with random numbers, which it draws in each call, so that no "
+            f"{type(model).__name__} hashes its tokens with random numbers, which it draws in each call, so no "
             "compiled model can repeat its answers.",
             hint="Choose a model without the attention layers lsh.",
         )
