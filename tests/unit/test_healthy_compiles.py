@@ -17,14 +17,15 @@ from tests.unit.proving import validate_here
 pytestmark = pytest.mark.filterwarnings(r"ignore:.*torch\.jit\..*deprecated")
 
 # Static buckets compile in a moment and always see padding; ONNX exports take seconds each.
-_QUICK = [("bert", task, "torchscript") for task in GRAPH_TASKS if task.modality != "audio"]
+_LONG = (HfTask.DEPTH_ESTIMATION, HfTask.ZERO_SHOT_IMAGE_CLASSIFICATION)
+_QUICK = [("bert", task, "torchscript") for task in GRAPH_TASKS if task.modality != "audio" and task not in _LONG]
 _SLOW = [
     case for case in product(ARCHITECTURES, TEXT_GRAPHS, ("onnx-runtime", "torchscript")) if case not in _QUICK
 ] + [("bert", task, target) for task in SIGNAL_TASKS for target in ("onnx-runtime", "openvino")]
 _SLOW += [
     ("bert", task, "torchscript")
     for task in GRAPH_TASKS
-    if task.modality == "audio" and task in get_target("torchscript").capabilities.hf_tasks
+    if (task.modality == "audio" or task in _LONG) and task in get_target("torchscript").capabilities.hf_tasks
 ]
 
 

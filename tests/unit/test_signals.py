@@ -125,7 +125,9 @@ def test_fixed_shapes_are_refused_where_padding_would_change_the_answers(
 ) -> None:
     source = without_mask(tiny_model(SPEECH), tmp_path / "model")
     with pytest.raises(
-        SpecError, match="torchscript pads inputs to fixed shapes, but this model has no attention mask"
+        SpecError,
+        match="torchscript pads inputs to fixed shapes, but padding changes the answers of this model: it has no "
+        "attention mask",
     ):
         in_process.compile(source, tmp_path / "artifact", target="torchscript", hf_task=SPEECH)
 
