@@ -15,9 +15,9 @@ from pydantic import SecretStr
 from safetensors.numpy import save_file
 
 from compileflow.contracts.digests import file_digest
+from compileflow.contracts.json_files import read_json
 from compileflow.errors import SourceError, SourceUnavailableError
 from compileflow.settings import Settings, get_settings
-from compileflow.sources import files as source_files
 from compileflow.sources.neptune_version import NeptuneSource
 from compileflow.spec import HfTask
 from deployments.neptune_server.tokens import make_api_token
@@ -312,9 +312,9 @@ def test_card_that_is_not_json_is_one_clear_error(team: Team, source: NeptuneSou
 def test_card_that_is_too_large_to_read_is_refused(
     team: Team, source: NeptuneSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(source_files, "_LONGEST_JSON_BYTES", 100)
+    monkeypatch.setitem(read_json.__kwdefaults__, "most_bytes", 100)
     uri = team.version(card=team.card())
-    with pytest.raises(SourceError, match="at most 100"):
+    with pytest.raises(SourceError, match="larger than"):
         source.locate(uri, None, tmp_path / "work")
 
 

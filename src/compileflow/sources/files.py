@@ -141,7 +141,7 @@ def folder_names(paths: Sequence[str]) -> tuple[str, ...]:
     Args:
         paths: Paths of the files, relative to the upload. A registry may cut the extension of config.json.
     """
-    parts = [PurePosixPath(path).parts for path in paths]
+    parts = [PurePosixPath(path).parts for path in paths if path]
     configs = [names for names in parts if names[-1] in ("config", "config.json")]
     if any(len(names) == 1 for names in configs):
         return ()
