@@ -24,6 +24,7 @@ from compileflow.contracts import (
     TargetOptions,
 )
 from compileflow.contracts.toolkit import (
+    environment,
     installed_versions,
     load_error,
     probe_installed,
@@ -137,7 +138,9 @@ class OnnxRuntimeTarget:
         self, component_dir: Path, component: ComponentRecord, *, device: Device, threads: int | None
     ) -> Runner:
         """Open an inference session; ONNX Runtime optimizes the graph for this CPU."""
-        import onnxruntime
+        # Otherwise a thread sends usage data, and a process that is forked later waits for that thread at its end.
+        with environment(ORT_DISABLE_TELEMETRY="1"):
+            import onnxruntime
 
         settings = onnxruntime.SessionOptions()
         settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
