@@ -251,7 +251,10 @@ def compile_key(
     target: Target,
     calibration: Calibration | None = None,
 ) -> CacheKey:
-    """Return the cache key of a compile: source files, spec, target, toolchain, CPU features, calibration."""
+    """Return the cache key of a compile: source files, spec, target, toolchain, CPU features, calibration.
+
+    The attention has no part of its own: it follows from the model's class, transformers and the target.
+    """
     parts = {f"{kind_of(record.path) or 'file'} {record.path}": record.sha256 for record in files}
     parts |= {f"spec.{name}": value for name, value in _flat(spec.model_dump(mode="json")).items()}
     parts |= {f"toolchain.{name}": version for name, version in target.toolchain().items()}
