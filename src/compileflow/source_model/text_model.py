@@ -175,12 +175,17 @@ def _padding(source_model: SourceModel, lengths: tuple[int, int]) -> Padding:
     if all(record.name != "attention_mask" for record in source_model.inputs) or source_model.tokens is None:
         return "none"
     shortest = min(lengths[0], max(source_model.tokens.shortest, lengths[0] - 3))
-    row_lengths = (*range(shortest, lengths[0] + 1), lengths[1])
-    rows = [example_inputs(source_model.inputs, 1, length, source_model.tokens) for length in row_lengths]
-    # All rows share an input without a batch axis, such as an image.
-    shared = {record.name: rows[0][record.name] for record in source_model.inputs if record.axes[0] != "batch"}
-    rows = [row | shared for row in rows]
-    answers = [source_model.run(row) for row in rows]
+    shared: Arrays = {}
+    row_lengths, rows, answers = [], [], []
+    for length in (*range(shortest, lengths[0] + 1), lengths[1]):
+        row = example_inputs(source_model.inputs, 1, length, source_model.tokens) | shared
+        # All rows share an input without a batch axis, such as an image.
+        shared = {record.name: row[record.name] for record in source_model.inputs if record.axes[0] != "batch"}
+        # Funnel does not take rows of three or four tokens, whatever the padding.
+        with suppress(RuntimeError, IndexError, ValueError):
+            answers.append(source_model.run(row))
+            rows.append(row)
+            row_lengths.append(length)
     sides: tuple[Padding, ...] = ("right", "left")
     for side in sides:
         # A model that refuses the batch cannot take padded rows either.
