@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from compileflow import CompiledPipeline, HfTask
 from compileflow.artifact.manifest import read_manifest
 from compileflow.errors import InputError, LoadError, SourceError, SpecError
+from compileflow.settings import Settings
 from compileflow.source_model.sentence_modules import (
     POOLINGS,
     EmbeddingRecipe,
@@ -27,6 +29,7 @@ from compileflow.source_model.sentence_modules import (
 from compileflow.sources.files import choose_files_below
 from compileflow.testing.pipelines import assert_same_result
 from compileflow.testing.targets import compiled_folder
+from tests.in_process import InProcess
 from tests.models import sentences
 from tests.steps import Pipeline
 from tests.unit.run_counter import counted
@@ -150,6 +153,27 @@ def test_model_without_modules_gives_the_mean_as_sentence_transformers_has_it(
     caplog.set_level(logging.ERROR)
 
     assert_embeddings(compiled(source)(TEXTS), encode(source, TEXTS))
+
+
+def test_padding_of_a_pipeline_from_memory_is_not_pooled(
+    tiny_model: Callable[..., Path],
+    in_process: InProcess,
+    settings: Settings,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.ERROR)
+    folder = tiny_model(HfTask.FEATURE_EXTRACTION)
+    source = transformers.pipeline("feature-extraction", model=str(folder), device="cpu")
+    with in_process.instead_of_children():
+        from_memory = CompiledPipeline.from_pipeline(source, max_length=MAX_TOKENS, neuron=False)
+    from_memory.save_pretrained(tmp_path / "artifact")
+    reference = st.SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+    reference.max_seq_length = MAX_TOKENS
+
+    pipeline = CompiledPipeline.from_pretrained(tmp_path / "artifact", task="sentence-similarity")
+
+    assert_embeddings(pipeline(TEXTS), reference.encode(TEXTS))
 
 
 def test_texts_are_lowered_and_prompted_as_the_source_model_has_it(

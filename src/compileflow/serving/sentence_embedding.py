@@ -136,7 +136,7 @@ class SentenceEmbeddingPipeline:
         if not prompt or self._recipe.includes_prompt:
             return 0
         settings = {"padding": False, "truncation": True, "max_length": self.max_tokens}
-        ids = self.tokenizer(prompt, **settings)["input_ids"]
+        ids = self.tokenizer.encoded(prompt, **settings)["input_ids"]
         # A special token at the end comes after the text, when there is one.
         return len(ids) - int(ids[-1] in self.tokenizer.all_special_ids)
 

@@ -36,7 +36,8 @@ def tokenized_rows(
     for start in range(0, len(texts), _TEXTS_PER_CALL):
         chunk = slice(start, start + _TEXTS_PER_CALL)
         # Without the mask: it would be all ones, and `complete_inputs` adds it faster.
-        encoded = tokenizer(
+        # The settings of an artifact that was compiled from memory may pad each row to the compiled shape.
+        encoded = tokenizer.encoded(
             texts[chunk],
             *([] if pairs is None else [pairs[chunk]]),
             padding=False,

@@ -197,20 +197,21 @@ class CompiledTokenizer:
         """Tokenize as the wrapped tokenizer does, with `tokenization_settings`."""
         settings = kwargs | self.tokenization_settings if self._fixed else self.tokenization_settings | kwargs
         if settings.get("return_tensors") != "pt":
-            return self._encoded(*args, **settings)
-        encoded = self._encoded(*args, **(settings | {"return_tensors": "np"}))
+            return self.encoded(*args, **settings)
+        encoded = self.encoded(*args, **(settings | {"return_tensors": "np"}))
         if any(value.dtype.kind not in "bif" for value in encoded.values()):
             # Most likely rows of different lengths; this call raises the error of transformers.
-            return self._encoded(*args, **settings)
+            return self.encoded(*args, **settings)
         return _as_tensors(encoded)
 
-    def _encoded(self, *args: Any, **settings: Any) -> Any:
-        """Call the wrapped tokenizer; see `_Turns` for the lock.
+    def encoded(self, *args: Any, **settings: Any) -> Any:
+        """Tokenize with these settings alone, without `tokenization_settings`.
 
         Raises:
             InputError: Rows need padding, but the tokenizer has no token for it.
         """
         try:
+            # Truncation and padding are state: see `_Turns`.
             with self._turns.lock:
                 return self.tokenizer(*args, **settings)
         except ValueError as error:
@@ -229,7 +230,7 @@ class CompiledTokenizer:
     def encode_plus(self, text: Any, text_pair: Any = None, **kwargs: Any) -> Any:
         """Tokenize one text or pair as the wrapped tokenizer does, without `tokenization_settings`."""
         # transformers 5 dropped this method; calling the tokenizer does the same.
-        return self._encoded(text, text_pair, **kwargs)
+        return self.encoded(text, text_pair, **kwargs)
 
     def create_token_type_ids_from_sequences(
         self, token_ids_0: Sequence[Any], token_ids_1: Sequence[Any] | None = None
@@ -244,7 +245,7 @@ class CompiledTokenizer:
             return list(self.tokenizer.create_token_type_ids_from_sequences(token_ids_0, token_ids_1))
         # transformers 5 has the method only for slow tokenizers, so the types come from a tokenized example.
         texts = ("a",) if token_ids_1 is None else ("a", "a")
-        example = self._encoded(*texts, return_token_type_ids=True)
+        example = self.encoded(*texts, return_token_type_ids=True)
         counts = {None: 1, 0: len(token_ids_0), 1: len(token_ids_1 or ())}
         types: list[int] = []
         last_sequence = None
