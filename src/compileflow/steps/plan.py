@@ -18,8 +18,8 @@ _SHORTEST_BUCKET = 16
 DEFAULT_TOKENS = 512
 # Batches speed up a CPU only for rows up to this length; a single longer row keeps it busy.
 _BATCH_SIZE, _BATCHED_UP_TO = 8, 128
-# Model types whose attention pads a row to whole windows, and views it as a number of windows.
-_CUT_INTO_WINDOWS = ("led", "longformer")
+# Model types that view a row as a number of windows, or read it in a loop over its tokens.
+_READ_IN_STEPS = ("jamba", "led", "longformer", "zamba")
 # Name of the plan for a graph that several components share.
 _SHARED = "shared"
 
@@ -151,8 +151,8 @@ def _audio_buckets(second: int, longest: int) -> tuple[ShapeBucket, ...]:
 
 
 def _longest_piece(config: Any) -> int | None:
-    """Return the longest row that a model does not cut into pieces; 0 if it cuts every row, None if none."""
-    if config.model_type in _CUT_INTO_WINDOWS:
+    """Return the longest row that a model does not read in steps; 0 if it reads each row so, None if none."""
+    if config.model_type in _READ_IN_STEPS:
         return 0
     # CANINE's first and last layers loop over pieces of this many characters.
     return config.local_transformer_stride if config.model_type == "canine" else None
@@ -174,7 +174,7 @@ def _plan(
         if limits.longest_piece is not None and length > limits.longest_piece:
             raise SpecError(
                 f"{target.name} compiles one graph for all lengths, but this model cuts a row of {length} tokens "
-                "into pieces, and a graph has a fixed number of pieces.",
+                "into pieces or reads it token by token, and a graph has a fixed number of steps.",
                 hint="Choose a target with fixed shapes, such as torchscript"
                 + (f", or a maximum of {limits.longest_piece} tokens." if limits.longest_piece else "."),
             )
