@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from compileflow import CompiledModel, CompiledPipeline
-from compileflow.contracts import Arrays
+from compileflow.contracts import Arrays, TensorRecord
 from compileflow.errors import LoadError, SourceError, SpecError
 from compileflow.local.api import pipeline
 from compileflow.source_model.load import load_source_model
@@ -252,13 +252,16 @@ class TestDecisions:
         assert (rate["metric"], rate["hits"], rate["trials"]) == ("box_agreement", 3, 3)
 
     def test_outputs_are_compared_in_the_order_of_the_source_models_queries(self) -> None:
-        before = detections() | {"last_hidden_state": np.arange(6, dtype=np.float32).reshape(1, 3, 2)}
-        swapped = {name: value[:, [1, 0, 2]] for name, value in before.items()}
-        for name, value in in_same_order(before, swapped).items():
+        # Two layers, one row, three queries.
+        before = detections() | {"states": np.arange(12, dtype=np.float32).reshape(2, 1, 3, 2)}
+        axes = {"logits": ("batch", 3, 3), "pred_boxes": ("batch", 3, 4), "states": (2, "batch", 3, 2)}
+        records = [TensorRecord(name=name, dtype="float32", axes=sizes) for name, sizes in axes.items()]
+        swapped = {name: value.take([1, 0, 2], 2 if name == "states" else 1) for name, value in before.items()}
+        for name, value in in_same_order(records, before, swapped).items():
             np.testing.assert_array_equal(value, before[name])
         lost = detections()
         lost["logits"][0, 1] = lost["logits"][0, 0]
-        np.testing.assert_array_equal(in_same_order(before, lost)["logits"], lost["logits"])
+        np.testing.assert_array_equal(in_same_order(records[:2], before, lost)["logits"], lost["logits"])
 
     @pytest.mark.parametrize(("step", "hits"), [(0.009, 3), (0.011, 2)])
     def test_box_may_move_by_one_percent_of_the_image(self, step: float, hits: int) -> None:

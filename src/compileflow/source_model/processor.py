@@ -22,7 +22,7 @@ _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 LONGEST_S = 30
 _PROBES_S = (1.0, 1.5)
 # Height and width of images that differ in size and in aspect ratio: an axis on which their inputs agree is fixed.
-_PROBE_PIXELS = ((64, 96), (200, 72), (80, 80), (48, 300))
+_PROBE_PIXELS = ((64, 96), (200, 72), (80, 80), (48, 120))
 # Inputs that hold the shape of each image.
 _SHAPES = ("spatial_shapes",)
 

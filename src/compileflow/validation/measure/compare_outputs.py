@@ -43,7 +43,7 @@ def measure(
             continue
         actual, error_text = candidate_answer(candidate, case.inputs)
         if decisions.task is HfTask.OBJECT_DETECTION:
-            actual = in_same_order(expected, actual)
+            actual = in_same_order(outputs, expected, actual)
         for record in outputs:
             measurements.comparisons += _compared_rows(
                 case, record, expected[record.name], actual.get(record.name), error_text

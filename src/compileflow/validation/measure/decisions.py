@@ -94,9 +94,7 @@ class Decisions:
         for row, text in enumerate(case.texts):
             mask = case.mask[row].astype(bool)
             if self.task.modality != "text":
-                self._add_signal(
-                    text, mask, *({n: o[row] for n, o in outputs.items()} for outputs in (expected, actual))
-                )
+                self._add_signal(text, mask, *(_row(outputs, row) for outputs in (expected, actual)))
                 continue
             if self.task in _WHOLE_INPUT:
                 self._add_label(text, expected["logits"][row], actual["logits"][row])
@@ -400,6 +398,11 @@ class Decisions:
 
     def _name(self, label: int) -> str:
         return self.labels.get(label, str(label))
+
+
+def _row(outputs: Arrays, row: int) -> Arrays:
+    """Return the outputs of one row, without those of detectors whose first axis is not the batch."""
+    return {name: value[row] for name, value in outputs.items() if row < len(value)}
 
 
 def _spread(count: int) -> Any:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from compileflow.contracts import Arrays
+from compileflow.contracts import Arrays, TensorRecord
 from compileflow.validation.measure import metrics
 
 
@@ -27,12 +28,13 @@ def corners(boxes: Any) -> NDArray[Any]:
     return np.concatenate([centres - half_sizes, centres + half_sizes], axis=-1)
 
 
-def in_same_order(expected: Arrays, actual: Arrays) -> Arrays:
+def in_same_order(outputs: Sequence[TensorRecord], expected: Arrays, actual: Arrays) -> Arrays:
     """Return the compiled model's outputs with its queries in the order of the source model's.
 
     Detectors with two stages sort their queries by score, so that rounding may swap two of them.
 
     Args:
+        outputs: Records of the outputs.
         expected: Outputs of the source model.
         actual: Outputs of the compiled model.
     """
@@ -44,13 +46,14 @@ def in_same_order(expected: Arrays, actual: Arrays) -> Arrays:
         return actual
     if not all(np.isfinite(actual[name]).all() for name in names):
         return actual
+    before, after = (np.concatenate([answer[name] for name in names], axis=-1) for answer in (expected, actual))
+    orders = [linear_sum_assignment(cdist(*queries))[1] for queries in zip(before, after, strict=True)]
     ordered = {name: value.copy() for name, value in actual.items()}
-    before, after = (np.concatenate([outputs[name] for name in names], axis=-1) for outputs in (expected, actual))
-    queries = before.shape[1]
-    for row in range(len(before)):
-        order = linear_sum_assignment(cdist(before[row], after[row]))[1]
-        for value in ordered.values():
-            axis = next((axis for axis in range(1, value.ndim) if value.shape[axis] == queries), None)
-            if axis is not None:
-                value[row] = value[row].take(order, axis - 1)
+    for record in outputs:
+        if "batch" not in record.axes or before.shape[1] not in record.axes:
+            continue
+        batch_first = np.moveaxis(ordered[record.name], record.axes.index("batch"), 0)
+        axes = [axis for axis in record.axes if axis != "batch"]
+        for row, order in zip(batch_first, orders, strict=True):
+            row[...] = row.take(order, axes.index(before.shape[1]))
     return ordered
