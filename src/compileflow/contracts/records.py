@@ -86,7 +86,7 @@ class ComponentRecord(Record):
     padding: Padding | None = Field(
         None,
         description="Side on which padding leaves the answer to a row of tokens unchanged; 'none' where it never "
-        "does. null where nobody measured it, as in older manifests.",
+        "does. null where it was not measured, as in older manifests.",
     )
     vocab_size: int = Field(
         0,

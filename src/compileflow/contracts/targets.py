@@ -141,7 +141,7 @@ class CompiledComponent:
         load_options: JSON values that `Target.load` receives again, in the record of the component.
         frame_convolutions: (kernel, stride) of each convolution that turns a sequence into frames; () if none.
         attention: Implementation of attention that the graph was made from: sdpa or eager; "" if unknown.
-        padding: Side on which padding leaves answers unchanged, or none; None if nobody measured it.
+        padding: Side on which padding leaves answers unchanged, or none; None if it was not measured.
         vocab_size: Number of token ids that the model takes; 0 if unknown.
     """
 

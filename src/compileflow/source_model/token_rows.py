@@ -84,7 +84,7 @@ def token_rows(tokenizer: Any, config: Any, vocab_size: int, hf_task: HfTask) ->
     named_ids = [getattr(config, f"{name}_token_id", None) for name in _SPECIAL_NAMES]
     special_ids = {number for value in named_ids for number in _as_numbers(value)}
     if tokenizer is None:
-        # Without a tokenizer, nobody knows whether text ends with the token. A model that looks for it needs one.
+        # Text may not end with the token. A model that looks for it needs one.
         eos_token_ids = _as_numbers(getattr(config, "eos_token_id", None))
         end = [number for number in eos_token_ids[:1] if number != pad_token(config, None)]
         after: Sequence[int] = end
