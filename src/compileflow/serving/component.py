@@ -5,10 +5,13 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from compileflow.artifact.open import OpenArtifact
 from compileflow.contracts import Arrays, ComponentRecord, Device, Runner
@@ -16,6 +19,8 @@ from compileflow.contracts.toolkit import require_open
 from compileflow.errors import CompileflowError, InputError, LoadError, first_line
 from compileflow.serving.padding import complete_inputs, run_fitted
 from compileflow.spec import ShapeBucket
+
+Result = TypeVar("Result")
 
 # Of a forked process whose threads use their components for the first time.
 _FORK_LOCK = threading.Lock()
@@ -145,20 +150,42 @@ class LoadedComponent:
                     "cannot be used in a process that was forked from it.",
                     hint="Load it after the fork, in each process.",
                 )
-            threads = self._threads
+            # Its destructor would wait for threads that this process does not have.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._runner))
+            load = partial(self.artifact.load, self.record, device=device, threads=self._threads)
             if "torch" in target.capabilities.runtime:
                 import torch
 
-                # torch's pool of threads is not usable either, as in the workers of torch's DataLoader.
+                # As in the workers of torch's DataLoader: other operators of this thread would wait for OpenMP.
                 torch.set_num_threads(1)
-                threads = None
-            # Its destructor would wait for threads that this process does not have.
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._runner))
-            self._runner = self.artifact.load(self.record, device=device, threads=threads)
+                self._runner = _RunnerInThreads(_in_new_thread(load))
+            else:
+                self._runner = load()
             self._process_id = os.getpid()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _load, (self.artifact, self.component, self._device, self._threads, self._buckets)
+
+
+class _RunnerInThreads:
+    """Runs each call in a new thread, which starts OpenMP's threads anew.
+
+    The thread that forked would wait forever for those that it had before the fork.
+    """
+
+    def __init__(self, runner: Runner):
+        self._runner = runner
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+        return _in_new_thread(self._runner.run, inputs)
+
+    def close(self) -> None:
+        self._runner.close()
+
+
+def _in_new_thread(function: Callable[..., Result], *arguments: Any) -> Result:
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(function, *arguments).result()
 
 
 def _load(
