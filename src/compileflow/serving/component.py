@@ -168,7 +168,7 @@ class LoadedComponent:
 
 
 class _RunnerInThreads:
-    """Runs each call in a new thread, which starts OpenMP's threads anew.
+    """Runs each call in a new thread, where OpenMP starts its threads again.
 
     The thread that forked would wait forever for those that it had before the fork.
     """
