@@ -12,12 +12,12 @@ from benchmarks.architectures.shrink import IMAGE_SIDE, POSITIONS, shrunken_conf
 from compileflow.source_model.tasks import model_class_of
 from compileflow.spec import HfTask
 
-# Short, ordinary and long rows.
+# Short, ordinary and long rows: models that cut rows into chunks of 64 tokens get two.
 TEXTS = (
     "it was on time.",
     "no",
     "the train from the city was late, and the coffee was cold; we had to go back to the house",
-    "she said that the film was long, but the music was good, and so they went home by the river. " * 2,
+    "she said that the film was long, but the music was good, and so they went home by the river. " * 4,
 )
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 # Special tokens in the order of their ids: BERT's, and those of families whose pad token has the id 1.
