@@ -20,8 +20,8 @@ from benchmarks.architectures.tiny_models import ModelClass
 # Targets that check every class, and those that check one class in three.
 ALL_CLASSES_TARGETS = ("onnx-runtime", "openvino")
 SAMPLE_TARGETS = ("torchscript", "aot-inductor")
-_TIME_LIMIT_S = {"aot-inductor": 180}
-_DEFAULT_TIME_LIMIT_S = 90
+_TIME_LIMIT_S = {"aot-inductor": 400}
+_DEFAULT_TIME_LIMIT_S = 180
 _TOOLCHAIN_MODULES = (
     "benchmarks.architectures.check",
     "compileflow.steps.build",

@@ -17,6 +17,7 @@ from compileflow.artifact.manifest import read_manifest
 from compileflow.errors import SourceError, SpecError
 from compileflow.source_model.examples import example_inputs
 from compileflow.source_model.interface import as_tuple_module, tokenizer_maximum
+from compileflow.source_model.lengths import convolutions_of
 from compileflow.source_model.load import load_config, load_source_model
 from compileflow.source_model.tasks import tasks_of
 from compileflow.source_model.text_model import longest_of
@@ -327,3 +328,8 @@ def test_examples_are_ragged_full_once_and_always_the_same(tiny_model: TinyModel
     assert first["attention_mask"].sum(1).tolist() == [2, 4, 6, 8]
     assert not (first["input_ids"] * (1 - first["attention_mask"])).any()
     assert set(first["token_type_ids"][3]) == {0, 1}
+
+
+def test_single_kernel_of_a_text_model_is_not_taken_for_convolutions_between_audio_and_frames() -> None:
+    assert convolutions_of(transformers.MambaConfig(conv_kernel=4)) == ()
+    assert convolutions_of(transformers.Wav2Vec2Config())[:2] == ((10, 5), (3, 2))

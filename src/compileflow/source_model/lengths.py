@@ -24,7 +24,10 @@ def call_sizes(main_input: TensorRecord, value: NDArray[Any]) -> tuple[int, int]
 
 def convolutions_of(config: Any) -> Convolutions:
     """Return (kernel, stride) of each convolution that the configuration of a speech model lists."""
-    kernels, strides = getattr(config, "conv_kernel", None) or (), getattr(config, "conv_stride", None) or ()
+    kernels, strides = getattr(config, "conv_kernel", None), getattr(config, "conv_stride", None)
+    if not isinstance(kernels, (list, tuple)) or not isinstance(strides, (list, tuple)):
+        # Mamba has one kernel, which keeps the length.
+        return ()
     return tuple((int(kernel), int(stride)) for kernel, stride in zip(kernels, strides, strict=True))
 
 
