@@ -17,7 +17,7 @@ from compileflow import CompiledTokenizer
 from compileflow.errors import LoadError
 from compileflow.source_model.interface_limits import check_interface_files
 from compileflow.source_model.patterns import check_pattern
-from tests.unit.malformed import reseal
+from tests.unit.malformed import ESCAPES, reseal
 
 SOUND = Path(__file__).parents[1] / "artifacts" / "v1-torchscript"
 # Patterns of GPT-2, GPT-4o, BLOOM, CLIP, DeepSeek and T5.
@@ -107,6 +107,7 @@ BOMBS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "tokens of a template": ({"post_processor": template("A", ids=50_000)}, "adds 50000 tokens"),
     "padding": ({"padding": {"strategy": {"Fixed": 10**12}}}, "expected Fixed of at most 1000000000"),
+    "control characters": ({"added_tokens": [{"id": 1, "content": "a", ESCAPES: 1}]}, r"the field '\\x1b\[2J"),
     "added tokens": ({"added_tokens": [{"id": 1, "content": "a" * 20_000}]}, "20000 characters"),
 }
 

@@ -83,6 +83,22 @@ def _check_json(name: str, content: Any) -> None:
             raise ValueError(f"expected {key} of at most {limit}, got a larger number")
     if name == "tokenizer_config.json" and isinstance(content, dict):
         _check_added_tokens(content.get("added_tokens_decoder"))
+    if name.startswith(("tokenizer", "special_tokens")):
+        _check_fields(content)
+
+
+def _check_fields(content: Any) -> None:
+    """Check the names in tokens below a JSON value: native code prints those that it does not know."""
+    pending = [content]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict):
+            unprintable_names = [name for name in value if not name.isprintable()]
+            if "content" in value and unprintable_names:
+                raise ValueError(f"a token has the field {unprintable_names[0]!r}")
+            pending.extend(value.values())
+        elif isinstance(value, list):
+            pending.extend(value)
 
 
 def _numbers(content: Any) -> Iterator[tuple[str, int]]:
