@@ -18,8 +18,8 @@ _SHORTEST_BUCKET = 16
 DEFAULT_TOKENS = 512
 # Batches speed up a CPU only for rows up to this length; a single longer row keeps it busy.
 _BATCH_SIZE, _BATCHED_UP_TO = 8, 128
-# Model types that view a row as a number of windows, or read it in a loop over its tokens.
-_READ_IN_STEPS = ("jamba", "led", "longformer", "zamba")
+# Model types that view a row as a number of windows, pool it in steps, or read it in a loop over its tokens.
+_READ_IN_STEPS = ("falcon_mamba", "funnel", "jamba", "led", "longformer", "mamba", "rwkv", "zamba")
 # Name of the plan for a graph that several components share.
 _SHARED = "shared"
 
