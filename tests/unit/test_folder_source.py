@@ -267,6 +267,12 @@ def test_json_that_transformers_cannot_read_is_refused_by_name(
     assert name in caught.value.message
 
 
+def test_json_that_nothing_reads_may_hold_anything(source: FolderSource, model: Path) -> None:
+    # all-MiniLM-L6-v2 has this file.
+    write(model / "data_config.json", '[{"name": "reddit.jsonl.gz", "lines": 10, "weight": 1}]')
+    assert "config.json" in chosen(source, model)
+
+
 def test_modules_json_is_a_list(source: FolderSource, model: Path) -> None:
     write(model / "modules.json", "[]")
     assert "modules.json" in chosen(source, model)

@@ -46,6 +46,13 @@ _JSON_TYPES = {
     dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number", bool: "a boolean",
     type(None): "null",
 }  # fmt: skip
+# JSON files that transformers or sentence-transformers read. Others may hold anything, for example the list
+# data_config.json of a training run.
+_READ_JSON = (
+    "config.json", "*/config.json", "generation_config.json", "*processor_config.json", "modules.json",
+    "config_sentence_transformers.json", "sentence_*_config.json", "tokenizer*.json", "tokenization_settings.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab*.json",
+)  # fmt: skip
 # Other exports of the same weights, and files that a training run left.
 _SKIPPED_FOLDERS = ("onnx", "openvino", "coreml", "checkpoint-*", "runs", ".*", "__pycache__")
 
@@ -164,7 +171,7 @@ def check_files(folder: Path, names: Sequence[str]) -> None:
     for name in names:
         if fnmatch(name, "*.index.json"):
             _check_index(folder / name, names)
-        elif name.endswith(".json"):
+        elif _matches(name, _READ_JSON):
             read_model_json(folder / name, name)
         elif name.endswith(".safetensors"):
             _check_safetensors(folder / name)
