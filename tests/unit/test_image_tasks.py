@@ -11,10 +11,10 @@ import pytest
 import torch
 import transformers
 
+import compileflow
 from compileflow import CompiledModel, CompiledPipeline
 from compileflow.contracts import Arrays, TensorRecord
 from compileflow.errors import LoadError, SourceError, SpecError
-from compileflow.local.api import pipeline
 from compileflow.source_model.load import load_source_model
 from compileflow.source_model.processor import load_processor
 from compileflow.spec import ComponentSpec, HfTask
@@ -25,8 +25,9 @@ from compileflow.validation.cases.case import Case
 from compileflow.validation.measure.decisions import Decisions
 from compileflow.validation.measure.detections import in_same_order
 from tests.conftest import ModelFactory
-from tests.in_process import InProcess
+from tests.in_process import BUCKETS, InProcess
 from tests.models import build_model
+from tests.steps import Pipeline
 from tests.unit.proving import validate_here
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:.*torch\.jit\..*deprecated")
@@ -349,10 +350,30 @@ class TestWholeWay:
         proof = validate_here(source, artifact, tmp_path / "report", max_examples=16)
         assert proof.outcome == "fail"
 
+    @pytest.mark.parametrize(
+        "task",
+        [
+            pytest.param(task, marks=[] if task is HfTask.IMAGE_SEGMENTATION else pytest.mark.slow)
+            for task in NEW_TASKS
+        ],
+    )
+    def test_task_is_registered_with_its_verdict_and_served(
+        self, tiny_model: ModelFactory, pipeline: Pipeline, task: HfTask
+    ) -> None:
+        target = "openvino" if task is HfTask.AUDIO_XVECTOR else "torchscript"
+        buckets = () if target == "openvino" else BUCKETS[task.modality]
+        request = pipeline.request(
+            tiny_model(task), name="pictures", target=target, shape_buckets=[b.model_dump() for b in buckets]
+        )
+        version = pipeline.run(request)
+        assert version.spec["hf_task"] == task
+        served = CompiledModel if task.pipeline_owner is None else CompiledPipeline
+        assert served.from_pretrained(pipeline.compile(request).uri).config.architectures
+
     @pytest.mark.parametrize("task", [HfTask.AUDIO_FRAME_CLASSIFICATION, HfTask.AUDIO_XVECTOR])
     def test_task_without_a_pipeline_names_the_way_to_call_the_model(self, task: HfTask) -> None:
         with pytest.raises(LoadError, match=f"transformers has no pipeline for {task}") as caught:
-            pipeline(task, model="anything")
+            compileflow.pipeline(task, model="anything")
         assert "CompiledModel.from_pretrained" in caught.value.hint
 
     def test_frames_are_answered_by_the_model_and_no_pipeline_is_made(
