@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -177,7 +178,8 @@ class TestModelInMemory:
         import torch
 
         model = transformers.AutoModel.from_pretrained(tiny_model(EMBED))
-        with pytest.warns(DeprecationWarning, match="torch.ao.quantization"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
         with pytest.raises(SpecError, match="BertModel is already quantized") as caught:
             save_model(quantized, tmp_path / "model")

@@ -100,15 +100,8 @@ class TestFork:
             model([[5, 6]])
         assert caught.value.hint == "Load it after the fork, in each process."
 
-    @pytest.mark.parametrize(
-        "target",
-        [
-            "torchscript",
-            pytest.param("onnx-runtime", marks=pytest.mark.slow),
-            pytest.param("openvino", marks=pytest.mark.slow),
-            pytest.param("aot-inductor", marks=pytest.mark.slow),
-        ],
-    )
+    @pytest.mark.slow
+    @pytest.mark.parametrize("target", ["torchscript", "onnx-runtime", "openvino", "aot-inductor"])
     def test_worker_that_was_forked_after_a_call_answers_and_ends(
         self, folder: Callable[[str, HfTask], Path], target: str
     ) -> None:
