@@ -46,7 +46,7 @@ def load_examples(task: HfTask, path: str | None, limit: int) -> tuple[list[dict
         examples = [_example(line, questions) for line in lines if line.strip()]
     except (OSError, ValueError) as error:
         raise MeasurementError(
-            f"The examples in {path} cannot be used: {first_line(error)}.",
+            f"The examples cannot be used: {first_line(error)}: {path}.",
             hint='Give a text file with one example per line, or JSON lines with "question" and "context".',
         ) from error
     if not examples:
@@ -87,7 +87,7 @@ def load_signals(processor: Processor, path: str | None, limit: int) -> tuple[li
         signals = [NamedSignal(file.name, read_signal(file, processor.sampling_rate)) for file in signal_files]
     except (OSError, EOFError, ValueError, wave.Error) as error:
         raise MeasurementError(
-            f"The examples in {path} cannot be used: {first_line(error)}.",
+            f"The examples cannot be used: {first_line(error)}: {path}.",
             hint=f"Give a folder of {', '.join(_SUFFIXES[processor.modality])} files.",
         ) from error
     return signals, Path(path).name, signals_digest(path, processor.modality)
