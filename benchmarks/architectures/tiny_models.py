@@ -71,8 +71,9 @@ def write_model(model_class: ModelClass, folder: Path) -> None:
     # Heads need one layer, because the family's base model is checked with two.
     layers = 2 if model_class.auto_class == "AutoModel" else 1
     config = shrunken_config(config_class, values, layers=layers)
-    for name, value in special_case(model_class.model_type, "attributes").items():
-        setattr(config, name, value)
+    if tokenizer is not None and getattr(config, "is_encoder_decoder", False):
+        # Checkpoints have it in their config.json, although it is not a field of every class.
+        config.decoder_start_token_id = tokenizer.eos_token_id
     model = _class_of(config, model_class)(config)
     _spread_weights(model)
     if model_class.hf_task.takes_text:
