@@ -52,7 +52,7 @@ def _lookups(run: Callable[[], object]) -> list[tuple[Any, Any]]:
 
     lookups: list[tuple[Any, Any]] = []
 
-    class Recorder(TorchDispatchMode):
+    class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if str(func) in _LOOKUPS:
                 numbers = _LOOKUPS[str(func)](args)
@@ -60,7 +60,7 @@ def _lookups(run: Callable[[], object]) -> list[tuple[Any, Any]]:
                     lookups.append((args[0], numbers.detach().clone()))
             return func(*args, **(kwargs or {}))
 
-    with torch.no_grad(), Recorder():
+    with torch.no_grad(), Recorder():  # type: ignore[no-untyped-call]
         run()
     return lookups
 

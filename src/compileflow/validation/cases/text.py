@@ -110,8 +110,8 @@ def shape_cases(builder: CaseBuilder, sentences: Sequence[str]) -> list[Case]:
         # A row that is too short for all special tokens keeps the last ones.
         row = {name: values[-length:] for name, values in encoded.items()}
         is_cut = length < builder.shortest
-        texts = [f"natural text, {length} tokens"]
-        cases.append(builder.case(f"length {length}", "length", [row], texts, may_fail=is_cut))
+        description = f"natural text, {length} tokens"
+        cases.append(builder.case(f"length {length}", "length", [row], [description], may_fail=is_cut))
     long_row = builder.encode(" ".join(sentences) * 4)
     cases.append(builder.case("beyond the maximum, truncated", "length", [long_row], ["all sentences"]))
     for name, text in ODD_TEXTS.items():
