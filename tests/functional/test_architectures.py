@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 SAMPLE = (
     "audio-classification/whisper",
     "automatic-speech-recognition/wav2vec2-conformer",
-    "feature-extraction/funnel",
+    "feature-extraction/bert",
     "feature-extraction/mpnet",
     "feature-extraction/qwen3",
     "feature-extraction/t5",
@@ -37,6 +37,9 @@ SAMPLE = (
     "zero-shot-image-classification/clip",
 )
 
+# Families without one graph for all lengths.
+REFUSED = ("text-classification/jamba", "text-classification/longformer")
+
 
 def test_page_is_as_new_as_the_list_of_classes() -> None:
     page = (ROOT / "docs" / "reference" / "architectures.md").read_text("utf-8")
@@ -45,12 +48,14 @@ def test_page_is_as_new_as_the_list_of_classes() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["onnx-runtime", "openvino"])
-def test_classes_of_families_that_once_failed_work(tmp_path: Path, target: str) -> None:
+def test_classes_of_families_that_once_failed_work_or_are_refused(tmp_path: Path, target: str) -> None:
     results = tmp_path / "results.jsonl"
-    classes = [argument for name in SAMPLE for argument in ("--class", name)]
+    classes = [argument for name in (*SAMPLE, *REFUSED) for argument in ("--class", name)]
     command = [sys.executable, "-m", "benchmarks.architectures", "--results", str(results), "--target", target]
     process = subprocess.run([*command, *classes], cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert process.returncode == 0, process.stderr
     outcomes = {f"{line['task']}/{line['model_type']}": line for line in read_results(results).values()}
-    assert set(outcomes) == set(SAMPLE)
-    assert {name: line["reason"] for name, line in outcomes.items() if line["outcome"] != "works"} == {}
+    expected = dict.fromkeys(SAMPLE, "works") | dict.fromkeys(REFUSED, "refused")
+    wrong = {name: line for name, line in outcomes.items() if line["outcome"] != expected[name]}
+    assert not wrong
+    assert outcomes.keys() == expected.keys()
