@@ -60,6 +60,10 @@ class Team:
         self.client("track", self.project, identity, locations, moto.url)
         return f"neptune://{self.project}/{identity}"
 
+    def pointing(self, fields: dict[str, str]) -> str:
+        """Create a version with these fields and nothing else."""
+        return f"neptune://{self.project}/{self.client('make_version', self.project, 'SRC', fields, {}, {})}"
+
     def _json(self, name: str, value: Any) -> str:
         path = self.folder / f"{name}.json"
         path.write_text(json.dumps(value))
@@ -241,6 +245,20 @@ class TestTrackedFiles:
         locations["model/artifact"] = f"s3://{bucket}/registry/SRC-1/model/artifact"
         located = s3_source.locate(team.tracked(locations, moto), None, tmp_path / "work")
         assert digests(located.folder, located.files) == digests(team.model, located.files)
+
+    def test_attributes_that_hold_the_uris_are_followed(
+        self, team: Team, uploaded: dict[str, str], s3_source: NeptuneSource, bucket: str, tmp_path: Path
+    ) -> None:
+        folder = {path: place for path, place in uploaded.items() if not path.startswith("model/artifact")}
+        folder["model/artifact"] = f"s3://{bucket}/registry/SRC-1/model/artifact/"
+        for number, fields in enumerate((uploaded, folder)):
+            located = s3_source.locate(team.pointing(fields), None, tmp_path / str(number))
+            assert located.hf_task is HfTask.TEXT_CLASSIFICATION
+            assert digests(located.folder, located.files) == digests(team.model, located.files)
+            assert len(located.files) == 3
+        gone = folder | {"model/artifact": f"s3://{bucket}/registry/SRC-2/"}
+        with pytest.raises(SourceError, match="SRC-2/ does not exist"):
+            s3_source.locate(team.pointing(gone), None, tmp_path / "gone")
 
     def test_object_that_was_replaced_or_deleted_is_one_clear_error(
         self,

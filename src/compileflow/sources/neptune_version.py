@@ -25,7 +25,7 @@ from compileflow.registries.neptune.address import parse_version
 from compileflow.registries.neptune.calls import NeptuneClient
 from compileflow.settings import Settings
 from compileflow.sources.files import card_task, choose_files_below, folder_names, model_folder, read_json
-from compileflow.sources.tracked_files import TrackedFile, download_tracked
+from compileflow.sources.tracked_files import SCHEME, TrackedFile, download_tracked, objects_at
 
 _CARD = "model/model_card"
 # The card names test files without their extension.
@@ -127,7 +127,11 @@ class _Version:
         field_types = {
             path: kind for path, kind in self._types.items() if path == root or path.startswith(f"{root}/")
         }
-        files = {path: kind for path, kind in field_types.items() if kind in ("File", "FileSet", "Artifact")}
+        files = {
+            path: kind
+            for path, kind in field_types.items()
+            if kind in ("File", "FileSet") or self._is_tracked(path)
+        }
         if not files or files.get(root) == "File":
             raise SourceError(
                 f"{self.uri} has no files at {root!r}, the path of the model in its card.",
@@ -142,7 +146,7 @@ class _Version:
                 continue
             if kind == "FileSet":
                 self._unpack(path, _below(dest, relative, self.uri) if relative else dest)
-            elif kind == "Artifact":
+            elif kind != "File":
                 tracked += self._tracked(path, relative, dest)
             else:
                 self._download(path, _below(dest, self._with_extension(path, relative), self.uri))
@@ -176,9 +180,20 @@ class _Version:
         self._is_one_of_several = self._is_one_of_several or len(names) > 1
         return self._model_name if names else ""
 
+    def _is_tracked(self, path: str) -> bool:
+        """Return whether a field points to files in S3: an Artifact of Neptune, or a String with the URI."""
+        kind = self._types.get(path)
+        return kind == "Artifact" or (kind == "String" and self._text(path).startswith(SCHEME))
+
+    def _text(self, path: str) -> str:
+        return str(self._client.fetch(self._identity, path))
+
     def _tracked(self, path: str, relative: str, dest: Path) -> list[tuple[TrackedFile, Path]]:
         """Return the tracked files of a field, each with its place below `dest`."""
-        files = [TrackedFile(**values) for values in self._client.tracked_files(self._identity, path)]
+        if self._types[path] == "String":
+            files = objects_at(self._text(path), self._settings)
+        else:
+            files = [TrackedFile(**values) for values in self._client.tracked_files(self._identity, path)]
         if relative and len(files) == 1:
             extension = PurePosixPath(files[0].location).suffix
             has_extension = "." in relative.rpartition("/")[2]
@@ -202,11 +217,7 @@ class _Version:
     def _json(self, path: str, description: str, reason: str, file: Path) -> Any:
         """Write a JSON file or string to `file`, and return its content."""
         kind = self._types.get(path)
-        if kind == "String":
-            file.write_text(str(self._client.fetch(self._identity, path)), "utf-8", "replace")
-        elif kind == "File":
-            self._download(path, file)
-        elif kind == "Artifact":
+        if self._is_tracked(path):
             entries = [entry for entry, _ in self._tracked(path, "", self._work_dir)]
             if len(entries) != 1:
                 raise SourceError(
@@ -214,6 +225,10 @@ class _Version:
                     hint="Track that file alone.",
                 )
             download_tracked([(entries[0], file)], self._settings, self.uri)
+        elif kind == "String":
+            file.write_text(self._text(path), "utf-8", "replace")
+        elif kind == "File":
+            self._download(path, file)
         else:
             readable = ("File", "String", "Artifact")
             fields = _summary({name: kind for name, kind in self._types.items() if kind in readable})

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from urllib.parse import urlsplit
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from compileflow._process.folders import os_errors
 from compileflow.errors import SourceError, SourceUnavailableError, StoreError, StoreUnavailableError
 from compileflow.settings import Settings
 from compileflow.stores.s3.client import make_client
 from compileflow.stores.s3.errors import s3_errors
+
+SCHEME = "s3://"
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class TrackedFile:
     Attributes:
         path: Path of the file, relative to what was tracked.
         location: s3://bucket/key.
-        etag: ETag of the object when it was tracked.
+        etag: ETag of the object when it was tracked; "" if the registry does not know it.
     """
 
     path: str
@@ -41,25 +44,59 @@ def download_tracked(files: Sequence[tuple[TrackedFile, Path]], settings: Settin
         SourceError: A file is not in S3, is gone, or was replaced since it was tracked.
         SourceUnavailableError: S3 did not answer.
     """
-    try:
+    if not files:
+        return
+    with _source_errors():
         client = make_client(settings)
         for file, dest in files:
             _download(client, file, dest, place)
+
+
+def objects_at(location: str, settings: Settings) -> list[TrackedFile]:
+    """Return the object at s3://bucket/key, or the objects below that prefix.
+
+    Raises:
+        SourceError: There is none, or S3 refuses to list the bucket.
+        SourceUnavailableError: S3 did not answer.
+    """
+    bucket, _, key = location.removeprefix(SCHEME).partition("/")
+    prefix = key.rstrip("/")
+    with _source_errors(), s3_errors(f"{SCHEME}{bucket}", f"list {prefix} in"):
+        pages = make_client(settings).get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        objects = [entry for page in pages for entry in page.get("Contents", ())]
+    files = [
+        TrackedFile(
+            path=entry["Key"][len(prefix) :].lstrip("/") or PurePosixPath(prefix).name,
+            location=f"{SCHEME}{bucket}/{entry['Key']}",
+            etag=entry["ETag"].strip('"'),
+        )
+        for entry in objects
+        if entry["Key"] == prefix or entry["Key"].startswith(f"{prefix}/")
+    ]
+    if not files:
+        raise SourceError(f"{location} does not exist.", hint="Restore the object, or register the version again.")
+    return files
+
+
+@contextmanager
+def _source_errors() -> Iterator[None]:
+    try:
+        yield
     except StoreUnavailableError as error:
         raise SourceUnavailableError(error.message, hint=error.hint) from error
     except StoreError as error:
         raise SourceError(error.message, hint=error.hint) from error
 
 
-def _download(client: object, file: TrackedFile, dest: Path, place: str) -> None:
-    url = urlsplit(file.location)
-    if url.scheme != "s3" or not url.netloc:
+def _download(client: Any, file: TrackedFile, dest: Path, place: str) -> None:
+    bucket, _, key = file.location.removeprefix(SCHEME).partition("/")
+    if not file.location.startswith(SCHEME) or not bucket or not key:
         raise SourceError(
             f"{place} tracks {file.path!r} at {file.location or 'no location'}, which is not in S3.",
             hint="Track files at s3://bucket/key, or upload them to the version.",
         )
-    with s3_errors(f"s3://{url.netloc}", f"read {url.path.lstrip('/')} from"):
-        answer = client.get_object(Bucket=url.netloc, Key=url.path.lstrip("/"))  # type: ignore[attr-defined]
+    with s3_errors(f"{SCHEME}{bucket}", f"read {key} from"):
+        answer = client.get_object(Bucket=bucket, Key=key)
         if file.etag and answer["ETag"].strip('"') != file.etag:
             raise SourceError(
                 f"{file.location} was replaced since {place} tracks it: its ETag is {answer['ETag']}, expected "
