@@ -106,7 +106,11 @@ def _shrunken(config_class: Any, template: Any, values: Mapping[str, Any], layer
         # Latent attention has as many heads for keys and values as for queries.
         fields["num_key_value_heads"] = fields["num_attention_heads"]
     fields |= case
-    nested_names = [name for name in config_class.sub_configs or {} if name not in case]
+    # A case with a model type is a whole configuration; another one changes the family's own nested configuration.
+    whole_cases = {name for name, nested in nested_cases.items() if "model_type" in nested}
+    nested_names = [
+        name for name in config_class.sub_configs or {} if name not in case and name not in whole_cases
+    ]
     if nested_names:
         default_config = config_class()
         for name in nested_names:

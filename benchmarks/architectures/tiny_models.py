@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,8 @@ def _settle_batch_norms(model: Any, processor: Any) -> None:
         for norm in norms:
             norm.momentum = None
         same_size = [picture.resize((64, 64)) for picture in pictures()]
-        with torch.no_grad():
+        # A feature map of one element has no variance.
+        with torch.no_grad(), suppress(ValueError):
             model.train()(**processor(images=same_size, return_tensors="pt"))
 
 
