@@ -19,7 +19,24 @@ DEFAULT_TOKENS = 512
 # Batches speed up a CPU only for rows up to this length; a single longer row keeps it busy.
 _BATCH_SIZE, _BATCHED_UP_TO = 8, 128
 # Model types that view a row as a number of windows, pool it in steps, or read it in a loop over its tokens.
-_READ_IN_STEPS = ("falcon_mamba", "funnel", "jamba", "led", "longformer", "mamba", "rwkv", "zamba")
+_READ_IN_STEPS = (
+    "bailing_hybrid",
+    "falcon_mamba",
+    "funnel",
+    "jamba",
+    "kimi_linear",
+    "led",
+    "longformer",
+    "mamba",
+    "olmo_hybrid",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen3_5_moe_text",
+    "qwen3_5_text",
+    "qwen3_next",
+    "rwkv",
+    "zamba",
+)
 # Name of the plan for a graph that several components share.
 _SHARED = "shared"
 
