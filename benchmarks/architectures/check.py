@@ -134,6 +134,9 @@ class _Reference:
         try:
             self.batch: dict[str, Any] | None = self._select(encode(items))
             self.batch_answers: dict[str, Any] | None = run(self.batch)
+            if model_class.hf_task.modality == "image-text":
+                # The graph takes one image and any number of texts.
+                self.batch = None
         except Exception:  # noqa: BLE001 - some processors and models take one item at a time
             self.batch = self.batch_answers = None
 
