@@ -61,6 +61,35 @@ def build_dinov2(folder: Path, processor: Any) -> Path:
     return folder
 
 
+def build_detr(folder: Path, processor: Any) -> Path:
+    """Write a small detector with a mask of pixels."""
+    torch.manual_seed(0)
+    backbone = transformers.ResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 8, 8, 16],
+        depths=[1, 1, 1, 1],
+        layer_type="basic",
+        out_features=["stage4"],
+    )
+    config = transformers.DetrConfig(
+        backbone_config=backbone,
+        use_timm_backbone=False,
+        use_pretrained_backbone=False,
+        backbone=None,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        num_queries=6,
+    )
+    transformers.DetrForObjectDetection(config).eval().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def keeps_aspect_ratio() -> Any:
     """A processor that resizes the shorter side to 32 pixels."""
@@ -79,6 +108,14 @@ class TestImagesOfAnySize:
     def test_number_of_patches_is_a_size_that_follows_from_the_image(self, source: Path) -> None:
         states = load_source_model(source, HfTask.IMAGE_FEATURE_EXTRACTION).outputs[0]
         assert (states.name, states.axes) == ("last_hidden_state", ("batch", "free", 32))
+
+    def test_equal_numbers_of_patches_of_two_images_are_not_taken_for_a_fixed_size(self, tmp_path: Path) -> None:
+        # 64 x 96 pixels become 2 x 3 patches, and 200 x 72 pixels, cut to the longest edge, 3 x 2.
+        processor = transformers.DetrImageProcessor(size={"shortest_edge": 48, "longest_edge": 96})
+        source = build_detr(tmp_path / "model", processor)
+        outputs = {record.name: record for record in load_source_model(source, HfTask.OBJECT_DETECTION).outputs}
+        assert outputs["encoder_last_hidden_state"].axes == ("batch", "free", 16)
+        assert outputs["pred_boxes"].axes == ("batch", 6, 4)
 
     @pytest.mark.parametrize("target", ["openvino", pytest.param("onnx-runtime", marks=pytest.mark.slow)])
     def test_pictures_of_any_shape_are_answered_as_by_transformers(
@@ -350,13 +387,8 @@ class TestWholeWay:
         proof = validate_here(source, artifact, tmp_path / "report", max_examples=16)
         assert proof.outcome == "fail"
 
-    @pytest.mark.parametrize(
-        "task",
-        [
-            pytest.param(task, marks=[] if task is HfTask.IMAGE_SEGMENTATION else pytest.mark.slow)
-            for task in NEW_TASKS
-        ],
-    )
+    @pytest.mark.slow
+    @pytest.mark.parametrize("task", NEW_TASKS)
     def test_task_is_registered_with_its_verdict_and_served(
         self, tiny_model: ModelFactory, pipeline: Pipeline, task: HfTask
     ) -> None:
@@ -367,8 +399,11 @@ class TestWholeWay:
         )
         version = pipeline.run(request)
         assert version.spec["hf_task"] == task
-        served = CompiledModel if task.pipeline_owner is None else CompiledPipeline
-        assert served.from_pretrained(pipeline.compile(request).uri).config.architectures
+        uri = pipeline.compile(request).uri
+        if task.pipeline_owner is None:
+            assert CompiledModel.from_pretrained(uri).manifest.hf_task is task
+        else:
+            assert CompiledPipeline.from_pretrained(uri).task == task
 
     @pytest.mark.parametrize("task", [HfTask.AUDIO_FRAME_CLASSIFICATION, HfTask.AUDIO_XVECTOR])
     def test_task_without_a_pipeline_names_the_way_to_call_the_model(self, task: HfTask) -> None:

@@ -165,12 +165,17 @@ def probe_model(
 
     convolutions = convolutions_of(config) if "sequence" in inputs[0].axes else ()
     convolved = tuple(frames_of(convolutions, length) for length in lengths)
+    if processor is not None and processor.modality == "image":
+        # Two images of different sizes may have equally many patches; a third one shows that the number is free.
+        varies = any(axis in ("height", "width") for record in inputs for axis in record.axes)
+        batch_sizes = (2, 3, 3) if varies else (2, 3)
+        examples = [image_inputs(processor, inputs, size, probe=probe) for probe, size in enumerate(batch_sizes)]
+    else:
+        examples = [
+            example_inputs(inputs, size, length, tokens) for size, length in zip((2, 3), lengths, strict=True)
+        ]
     answers = []
-    for probe, (batch_size, length) in enumerate(zip((2, 3), lengths, strict=True)):
-        if processor is not None and processor.modality == "image":
-            example = image_inputs(processor, inputs, batch_size, probe=probe)
-        else:
-            example = example_inputs(inputs, batch_size, length, tokens)
+    for example in examples:
         with torch.inference_mode():
             answers.append(model(**{name: torch.as_tensor(value) for name, value in example.items()}))
     outputs = []
@@ -179,8 +184,10 @@ def probe_model(
         if name in ignored_outputs or not isinstance(tensor, torch.Tensor):
             continue
         axes: list[Axis] = []
-        for sizes in zip(tensor.shape, answers[1][name].shape, strict=True):
-            if sizes[0] == sizes[1]:
+        for number, sizes in enumerate(zip(tensor.shape, answers[1][name].shape, strict=True)):
+            if answers[-1][name].shape[number] != sizes[1]:
+                axes.append("free")
+            elif sizes[0] == sizes[1]:
                 axes.append(sizes[0])
             elif sizes == (2, 3):
                 axes.append("batch")
