@@ -16,7 +16,7 @@ from benchmarks.architectures.tiny_models import ModelClass
 from compileflow.spec import HfTask
 
 TARGETS = (*ALL_CLASSES_TARGETS, *SAMPLE_TARGETS)
-_NOT_RUN = {"outcome": "not run", "reason": "make architectures has not come to it"}
+_NOT_RUN = {"outcome": "not run", "reason": ""}
 _MARKS = {"works": "works", "refused": "refused", "fails": "fails", "transformers": "", None: "not run"}
 Results = Mapping[str, Mapping[str, Any]]
 
@@ -34,12 +34,15 @@ def page(classes: Sequence[ModelClass], results: Results) -> str:
         for target in TARGETS
         if target in ALL_CLASSES_TARGETS or in_sample(model_class)
     }
+    missing = sum(line is None for line in lines.values())
+    progress = f"The sweep has not come to {missing} of {len(lines)} pairs of a class and a target.\n"
     versions = sorted({str(line["versions"]) for line in lines.values() if line})
     parts = [
         _INTRODUCTION.format(tolerance=TOLERANCE),
         f"<!-- classes: {list_digest()} -->\n",
         "Versions: " + ", ".join(sorted({name for version in versions for name in _names(version)})) + ".\n",
         "## Summary\n",
+        *([progress] if missing else []),
         _summary(classes, lines),
         "## Architectures that the optimum projects test\n",
         "Shares of those that transformers 5 can build here. The names are those of the projects' tests.\n",
@@ -121,9 +124,12 @@ def _peers(classes: Sequence[ModelClass], lines: Mapping[tuple[ModelClass, str],
                 for target in ALL_CLASSES_TARGETS:
                     line = lines.get((model_class, target)) or _NOT_RUN
                     outcomes[target][line["outcome"]] += 1
-                    if line["outcome"] != "works":
+                    if line["outcome"] not in ("works", "not run"):
                         problems.append((f"`{task}`", architecture, target, line["outcome"], line["reason"]))
-        shares = " and ".join(f"{_share(outcomes[target])} on {target}" for target in ALL_CLASSES_TARGETS)
+        shares = " and ".join(
+            f"{_share(outcomes[target]) or 'none'} on {target}, {outcomes[target]['not run']} not run"
+            for target in ALL_CLASSES_TARGETS
+        )
         text += f"**{peer}**, `{entry['file']}` at `{entry['commit'][:12]}`: {shares}.\n\n"
         if problems:
             text += _table(("task", "architecture", "target", "outcome", "reason"), problems) + "\n"
