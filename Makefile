@@ -31,7 +31,7 @@ docs: $(DEV)/installed ## Build the documentation into site/
 	@NO_MKDOCS_2_WARNING=1 $(DEV)/bin/mkdocs build --quiet --strict
 
 architectures: $(DEV)/installed ## Compile a small model of every class that transformers has; takes hours
-	@$(DEV)/bin/python -m benchmarks.architectures
+	@$(DEV)/bin/python -m benchmarks.architectures --children 2
 	@$(DEV)/bin/python -m benchmarks.architectures --page
 
 test: $(DEV)/installed ## Run the tests that are not marked slow

@@ -33,6 +33,7 @@ def main() -> int:
     parser.add_argument("--class", action="append", dest="classes", metavar="TASK/MODEL_TYPE")
     parser.add_argument("--again", default="", help="outcomes to check again, separated by commas")
     parser.add_argument("--page", action="store_true", help="write the page instead, from the results so far")
+    parser.add_argument("--children", type=int, default=1, help="checks at a time")
     parser.add_argument("--stop-after", type=float, default=float("inf"), metavar="SECONDS")
     arguments = parser.parse_args()
     if arguments.page:
@@ -48,6 +49,7 @@ def main() -> int:
     left = sweep(
         jobs(classes, arguments.target or TARGETS),
         arguments.results,
+        children=arguments.children,
         stop_after_s=arguments.stop_after,
         again=tuple(filter(None, arguments.again.split(","))),
     )

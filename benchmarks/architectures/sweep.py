@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import tempfile
 import time
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +23,7 @@ from benchmarks.architectures.tiny_models import ModelClass
 # Targets that check every class, and those that check one class in three.
 ALL_CLASSES_TARGETS = ("onnx-runtime", "openvino")
 SAMPLE_TARGETS = ("torchscript", "aot-inductor")
+_ANSWER = "result.json"
 _TIME_LIMIT_S = {"aot-inductor": 400}
 _DEFAULT_TIME_LIMIT_S = 180
 _TOOLCHAIN_MODULES = (
@@ -81,13 +85,19 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def sweep(
-    pairs: Iterable[tuple[ModelClass, str]], path: Path, *, stop_after_s: float, again: tuple[str, ...] = ()
+    pairs: Iterable[tuple[ModelClass, str]],
+    path: Path,
+    *,
+    children: int,
+    stop_after_s: float,
+    again: tuple[str, ...] = (),
 ) -> int:
     """Check the pairs that have no result yet, and append their results to a file.
 
     Args:
         pairs: Classes and targets.
         path: File of results, one JSON object in a line.
+        children: Child processes at a time.
         stop_after_s: Seconds after which no further check starts.
         again: Outcomes that are checked again.
 
@@ -105,29 +115,32 @@ def sweep(
         return 0
     _import_toolchains()
     path.parent.mkdir(parents=True, exist_ok=True)
-    for number, (model_class, target) in enumerate(todo):
-        if time.monotonic() - start > stop_after_s:
-            return len(todo) - number
-        began = time.monotonic()
-        result = _check_in_child(model_class, target)
-        line = {
-            "key": key_of(model_class, target),
-            "task": model_class.hf_task.value,
-            "model_type": model_class.model_type,
-            "class": model_class.name,
-            "target": target,
-            **result,
-            "seconds": round(time.monotonic() - began, 1),
-            "versions": versions(target),
-        }
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        print(
-            f"{number + 1}/{len(todo)} {line['task']}/{line['model_type']} {target}: {line['outcome']} "
-            f"{line['stage']} {line['reason'][:100]} {line['seconds']} s",
-            flush=True,
-        )
-    return 0
+    running: list[_Child] = []
+    number = ended = 0
+    try:
+        while running or number < len(todo):
+            is_late = time.monotonic() - start > stop_after_s
+            while len(running) < children and number < len(todo) and not is_late:
+                running.append(_Child(*todo[number]))
+                number += 1
+            if is_late and not running:
+                break
+            for child in [child for child in running if child.has_ended()]:
+                running.remove(child)
+                ended += 1
+                line = child.line()
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+                print(
+                    f"{ended} of {len(todo)}: {line['task']}/{line['model_type']} {line['target']} "
+                    f"{line['outcome']} {line['stage']} {line['reason'][:100]} {line['seconds']} s",
+                    flush=True,
+                )
+            time.sleep(0.02)
+    finally:
+        for child in running:
+            child.kill()
+    return len(todo) - number
 
 
 def _import_toolchains() -> None:
@@ -142,62 +155,80 @@ def _import_toolchains() -> None:
     torch.set_num_threads(1)
 
 
-def _check_in_child(model_class: ModelClass, target: str) -> dict[str, Any]:
-    """Run one check in a fork of this process, in its own process group, and kill it at the time limit."""
-    folder = Path(tempfile.mkdtemp(prefix="architecture-"))
-    answer = folder / "result.json"
-    child = os.fork()
-    if child == 0:
-        _child(model_class, target, folder, answer)
-    try:
-        limit = _TIME_LIMIT_S.get(target, _DEFAULT_TIME_LIMIT_S)
-        status = _wait(child, limit)
+class _Child:
+    """One check in a fork of this process, in a process group of its own, with a time limit."""
+
+    def __init__(self, model_class: ModelClass, target: str):
+        self._model_class, self._target = model_class, target
+        self._began = time.monotonic()
+        self._limit_s = _TIME_LIMIT_S.get(target, _DEFAULT_TIME_LIMIT_S)
+        self._folder = Path(tempfile.mkdtemp(prefix="architecture-"))
+        self._ending = ""
+        self._pid = os.fork()
+        if self._pid == 0:
+            _run_child(model_class, target, self._folder)
+
+    def has_ended(self) -> bool:
+        """Return True once the child has ended, and end it at the time limit."""
+        done, status = os.waitpid(self._pid, os.WNOHANG)
+        if done:
+            signalled = os.WIFSIGNALED(status)
+            reason = (
+                signal.Signals(os.WTERMSIG(status)).name if signalled else f"exit code {os.WEXITSTATUS(status)}"
+            )
+            self._ending = f"the process ended: {reason}"
+        elif time.monotonic() - self._began > self._limit_s:
+            self.kill()
+            self._ending = f"no answer within {self._limit_s} s"
+        return bool(self._ending)
+
+    def kill(self) -> None:
+        """End the child and the processes that it has started."""
+        # A child that has just started is not yet in a group of its own.
+        with suppress(ProcessLookupError):
+            os.killpg(self._pid, signal.SIGKILL)
+        os.kill(self._pid, signal.SIGKILL)
+        os.waitpid(self._pid, 0)
+
+    def line(self) -> dict[str, Any]:
+        """Return the result, with everything that identifies it, and delete the child's folder."""
+        answer = self._folder / _ANSWER
         if answer.exists():
-            return dict(json.loads(answer.read_text("utf-8")))
-        stage = "transformers" if not (folder / "artifact").exists() else "compile"
-        outcome = "transformers" if stage == "transformers" else "fails"
-        reason = f"no answer within {limit} s" if status is None else f"the process ended: {_ending(status)}"
-        return {"outcome": outcome, "stage": stage, "reason": reason, "worst": 0.0}
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+            result = json.loads(answer.read_text("utf-8"))
+        else:
+            is_compiling = (self._folder / "artifact").exists()
+            result = {
+                "outcome": "fails" if is_compiling else "transformers",
+                "stage": "compile" if is_compiling else "reference",
+                "reason": self._ending,
+                "worst": 0.0,
+            }
+        shutil.rmtree(self._folder, ignore_errors=True)
+        return {
+            "key": key_of(self._model_class, self._target),
+            "task": self._model_class.hf_task.value,
+            "model_type": self._model_class.model_type,
+            "class": self._model_class.name,
+            "target": self._target,
+            **result,
+            "seconds": round(time.monotonic() - self._began, 1),
+            "versions": versions(self._target),
+        }
 
 
-def _child(model_class: ModelClass, target: str, folder: Path, answer: Path) -> None:
+def _run_child(model_class: ModelClass, target: str, folder: Path) -> None:
     os.setsid()
     log = os.open(folder / "log", os.O_CREAT | os.O_WRONLY)
     os.dup2(log, 1)
     os.dup2(log, 2)
     try:
-        import resource
-        import warnings
-
         warnings.simplefilter("ignore")
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        from benchmarks.architectures.check import check
-
         (folder / "tmp").mkdir()
         tempfile.tempdir = os.environ["TMPDIR"] = str(folder / "tmp")
-        result = check(model_class, target, folder)
-        partial = answer.with_suffix(".partial")
+        result = import_module("benchmarks.architectures.check").check(model_class, target, folder)
+        partial = folder / f"{_ANSWER}.partial"
         partial.write_text(json.dumps(asdict(result)), "utf-8")
-        partial.rename(answer)
+        partial.rename(folder / _ANSWER)
     finally:
         os._exit(0)
-
-
-def _wait(child: int, limit_s: float) -> int | None:
-    deadline = time.monotonic() + limit_s
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return status
-        time.sleep(0.02)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return None
-
-
-def _ending(status: int) -> str:
-    if os.WIFSIGNALED(status):
-        return signal.Signals(os.WTERMSIG(status)).name
-    return f"exit code {os.WEXITSTATUS(status)}"
