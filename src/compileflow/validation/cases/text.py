@@ -24,6 +24,8 @@ ODD_TEXTS = {
     "control characters": "tab\there\x07 and\x00 there",
 }
 _BATCH = 8
+# Characters; longer tokens do not occur in natural text.
+_LONGEST_TOKEN = 64
 
 Row = dict[str, list[int]]
 
@@ -61,6 +63,9 @@ class CaseBuilder:
         if pair is None and self.question is not None:
             text, pair = self.question, text
         limit = max_length or self.max_length
+        if pair is not None:
+            # A fast tokenizer pairs all pieces that truncation cuts off, which takes minutes for a long text.
+            pair = pair[: _LONGEST_TOKEN * limit]
         encoded = self.tokenizer(
             text, pair, truncation=True, max_length=limit, padding=False, return_token_type_ids=True
         )
