@@ -174,11 +174,15 @@ def printable(text: str) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text that is not empty, cut to 300 characters, without a full stop.
 
-    Of an error of the operating system, this is its reason alone, without the number and the path.
+    Of an error of the operating system, this is its reason alone, without the number and the path. TorchScript puts
+    a traceback before the reason.
     """
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    lines = (line.strip() for line in text.splitlines())
-    return next(filter(None, lines), type(error).__name__)[:300].rstrip(".:")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    line = lines[-1] if "TorchScript interpreter" in lines[0] else lines[0]
+    return line[:300].rstrip(".:")
 
 
 def first_problem(error: ValidationError, *, show_input: bool = False) -> str:

@@ -77,6 +77,10 @@ def test_error_with_a_log_says_where_it_is() -> None:
         ("refused:\n  why", "refused"),
         ("", "ValueError"),
         ("x" * 400, "x" * 300),
+        (
+            "The following operation failed in the TorchScript interpreter.\nTraceback:\n  RuntimeError: no kernel.\n",
+            "RuntimeError: no kernel",
+        ),
     ],
 )
 def test_first_line_is_short_and_has_no_full_stop(text: str, line: str) -> None:

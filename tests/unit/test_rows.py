@@ -23,7 +23,7 @@ def record(*names: str, buckets: tuple[tuple[int, int], ...] = ()) -> ComponentR
         inputs=tuple(TensorRecord(name=name, dtype="int64", axes=("batch", "sequence")) for name in names),
         outputs=(TensorRecord(name="hidden", dtype="float32", axes=("batch", "sequence", 2)),),
         output_class="transformers:BaseModelOutput",
-        max_sequence_length=64,
+        max_sequence_length=max((length for _, length in buckets), default=64),
         dynamic_axes=not buckets,
         shape_buckets=tuple(ShapeBucket(batch_size=rows, sequence_length=length) for rows, length in buckets),
         pad_token_id=PAD,
