@@ -174,8 +174,8 @@ def printable(text: str) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text that is not empty, cut to 300 characters, without a full stop.
 
-    Of an error of the operating system, this is its reason alone, without the number and the path. TorchScript puts
-    a traceback before the reason.
+    Of an error of the operating system, this is its reason alone, without the number and the path. TorchScript
+    puts a traceback before the reason.
     """
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]

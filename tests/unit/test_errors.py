@@ -78,8 +78,8 @@ def test_error_with_a_log_says_where_it_is() -> None:
         ("", "ValueError"),
         ("x" * 400, "x" * 300),
         (
-            "The following operation failed in the TorchScript interpreter.\nTraceback:\n  RuntimeError: no kernel.\n",
-            "RuntimeError: no kernel",
+            "The following operation failed in the TorchScript interpreter.\nTraceback:\nRuntimeError: none.\n",
+            "RuntimeError: none",
         ),
     ],
 )
