@@ -150,7 +150,8 @@ def _with_entry_points(kind: str) -> Mapping[str, str]:
 
 def _load(kind: str, name: str, classes: Mapping[str, str]) -> Any:
     if name not in classes:
-        raise SpecError(f"Unknown {kind} {name!r}.", hint=f"Choose one of: {', '.join(sorted(classes))}.")
+        prefix = "Choose one of" if kind == "target" else "Write a URI whose scheme is one of"
+        raise SpecError(f"Unknown {kind} {name!r}.", hint=f"{prefix}: {', '.join(sorted(classes))}.")
     module, _, attribute = classes[name].partition(":")
     try:
         return getattr(import_module(module), attribute)

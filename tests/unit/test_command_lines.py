@@ -113,7 +113,7 @@ def test_verify_refuses_what_nothing_proves(
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (("inspect", "nowhere"), ("has no manifest.json",)),
+        (("inspect", "nowhere"), ("nowhere does not exist", "registry:NAME")),
         (("inspect", "s3x://b/manifests/x.json"), ("neither an artifact folder nor an artifact URI",)),
         (("versions", "nothing"), ("has no model 'nothing'",)),
         (("versions", "--registry", "toaster:1"), ("Unknown model registry 'toaster'", "sqlite")),

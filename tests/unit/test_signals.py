@@ -201,6 +201,12 @@ def test_audio_that_does_not_fit_is_refused_with_what_is_needed(
         LoadedComponent.load(open_artifact(speech)).run(inputs)
 
 
+@pytest.mark.parametrize("threads", [0, -1, 5000, "2", 2.5, True])
+def test_threads_that_no_runtime_takes_are_refused(speech: Path, threads: Any) -> None:
+    with pytest.raises(InputError, match=f"threads as a whole number from 1 to 1024, got {threads!r}"):
+        LoadedComponent.load(open_artifact(speech), threads=threads)
+
+
 def test_speech_that_mishears_one_letter_fails_and_the_report_names_it(
     tiny_model: ModelFactory, speech: Path, tmp_path: Path
 ) -> None:

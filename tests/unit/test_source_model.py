@@ -83,6 +83,21 @@ def test_task_without_a_head_is_refused_with_the_tasks_there_are(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
+    ("saved_task", "hf_task"),
+    [
+        (HfTask.TEXT_CLASSIFICATION, HfTask.TOKEN_CLASSIFICATION),
+        (HfTask.TOKEN_CLASSIFICATION, HfTask.ZERO_SHOT_CLASSIFICATION),
+    ],
+)
+def test_head_of_another_task_with_the_same_tensors_is_refused(
+    tiny_model: TinyModel, saved_task: HfTask, hf_task: HfTask
+) -> None:
+    with pytest.raises(SpecError, match=rf"saved as Bert\w+, not for {hf_task}") as caught:
+        load_source_model(tiny_model(saved_task), hf_task)
+    assert saved_task.value in caught.value.hint
+
+
+@pytest.mark.parametrize(
     "hf_task", [HfTask.TEXT_CLASSIFICATION, HfTask.TOKEN_CLASSIFICATION, HfTask.QUESTION_ANSWERING]
 )
 def test_model_without_the_tasks_head_is_refused(tiny_model: TinyModel, hf_task: HfTask) -> None:

@@ -124,8 +124,10 @@ def read_manifest(folder: Path) -> ArtifactManifest:
         # Refuses numbers that overflow and text that is not Unicode.
         canonical_json(data)
     except FileNotFoundError as error:
+        problem = f"{folder} has no {MANIFEST_NAME}" if folder.is_dir() else f"{folder} does not exist"
         raise ManifestError(
-            f"{folder} has no {MANIFEST_NAME}.", hint="Give the folder of a compiled artifact."
+            f"{problem}.",
+            hint="Give the folder of a compiled artifact, or a registered model as registry:NAME.",
         ) from error
     except NotADirectoryError as error:
         raise ManifestError(

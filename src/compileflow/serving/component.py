@@ -22,6 +22,7 @@ from compileflow.spec import ShapeBucket
 
 Result = TypeVar("Result")
 
+_MOST_THREADS = 1024
 # Of a forked process whose threads use their components for the first time.
 _FORK_LOCK = threading.Lock()
 
@@ -79,8 +80,16 @@ class LoadedComponent:
             buckets: Compiled shape buckets to load. None: all.
 
         Raises:
+            InputError: `threads` is not a number of threads.
             LoadError: The component cannot run here, or a bucket was not compiled.
         """
+        # Runtimes hang on very many threads and read a number that is not positive in different ways.
+        is_number = isinstance(threads, int) and not isinstance(threads, bool)
+        if threads is not None and not (is_number and 1 <= threads <= _MOST_THREADS):
+            raise InputError(
+                f"Expected threads as a whole number from 1 to {_MOST_THREADS}, got {threads!r}.",
+                hint="Leave threads out, and the runtime decides.",
+            )
         record = artifact.component(component)
         if buckets is not None:
             record = _with_buckets(record, buckets)

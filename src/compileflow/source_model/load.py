@@ -25,7 +25,13 @@ from compileflow.source_model.processor import (
     signal_records,
     single_image_records,
 )
-from compileflow.source_model.tasks import AUTO_CLASSES, UNMASKED_TASKS, model_class_of, tasks_of
+from compileflow.source_model.tasks import (
+    AUTO_CLASSES,
+    UNMASKED_TASKS,
+    model_class_of,
+    task_of_architecture,
+    tasks_of,
+)
 from compileflow.source_model.text_model import probe_text_model
 from compileflow.spec import HfTask
 
@@ -175,6 +181,20 @@ def _tokenizer_or_none(folder: Path, trust_remote_code: bool) -> Any:
         return None
 
 
+def _refuse_other_head(config: Any, hf_task: HfTask) -> None:
+    """Refuse a model that was saved with the head of another task. Two heads may have the same tensors."""
+    architecture = (config.architectures or [""])[0]
+    saved_task = task_of_architecture(architecture)
+    if saved_task is None or saved_task.graph_task == hf_task.graph_task:
+        return
+    if saved_task in _BARE_MODELS or hf_task.graph_task in _BARE_MODELS:
+        return
+    raise SpecError(
+        f"The model was saved as {architecture}, not for {hf_task.value}.",
+        hint=f"Choose the task that the model was trained for, {saved_task.value}, or give another model.",
+    )
+
+
 def _refuse_two_parts(config: Any, hf_task: HfTask) -> None:
     """Refuse a model of two parts, such as CLIP, for a task that reads only one of its inputs."""
     import transformers
@@ -222,6 +242,7 @@ def _load_model(
             else "Choose another model: this one has no task that compileflow compiles."
         )
         raise SpecError(f"{config.model_type} has no head for {hf_task.value}.", hint=hint)
+    _refuse_other_head(config, hf_task)
     _refuse_two_parts(config, hf_task)
     _name_outputs(config)
     try:
