@@ -228,7 +228,7 @@ def test_toolchain_that_dies_is_a_compile_error_that_says_how(
 @pytest.mark.usefixtures("dying")
 def test_error_of_the_toolchains_own_kind_is_its_first_line(refused: Refused, model: Path) -> None:
     error = refused(model, CompileError, target="dying", target_options={"how": "raise"})
-    assert error.message.startswith("build_artifact failed: KeyError: 'first line")
+    assert error.message.startswith("dying failed on BertForSequenceClassification: KeyError: 'first line")
     assert "Traceback" in log_of(error)
     assert "the toolchain's last words" in log_of(error)
 

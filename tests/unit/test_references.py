@@ -171,7 +171,7 @@ def test_source_comes_from_the_store_of_its_artifact_where_the_run_uses_another(
     ("uri", "name"),
     [
         ("hf://owner/name", "name"),
-        ("file:///models/my%20model/", "my-20model"),
+        ("file:///models/my%20model/", "my-model"),
         ("neptune://workspace/project/KEY-3", "KEY-3"),
         ("mlflow:http://host:5000#ner@3", "ner"),
         ("mlflow:sqlite:////srv/mlflow.db#ner@3", "ner"),

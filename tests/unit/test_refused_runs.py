@@ -232,7 +232,8 @@ def test_versions_fit_the_terminal(settings: Settings, monkeypatch: pytest.Monke
 
 
 @pytest.mark.usefixtures("settings")
-def test_versions_are_whole_without_a_terminal() -> None:
+def test_versions_are_whole_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
     registry = open_registry(get_settings().resolved_registry_uri(), get_settings())
     entry = version_entry("a-model-with-a-rather-long-name", 1)
     registry.register(entry)

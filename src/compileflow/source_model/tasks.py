@@ -47,6 +47,7 @@ HEADS: Mapping[str, HfTask] = {
     "VisionModel": HfTask.IMAGE_FEATURE_EXTRACTION,
     "VisionModelWithProjection": HfTask.IMAGE_FEATURE_EXTRACTION,
     "TextModelWithProjection": HfTask.FEATURE_EXTRACTION,
+    "Encoder": HfTask.FEATURE_EXTRACTION,
     "Model": HfTask.FEATURE_EXTRACTION,
 }
 # Tasks whose graph takes no attention mask, so that rows are never padded: x-vector heads average each row in a
