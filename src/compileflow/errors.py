@@ -195,6 +195,8 @@ def first_problem(error: ValidationError, *, show_input: bool = False) -> str:
     problem = error.errors(include_url=False, include_input=show_input)[0]
     path = ".".join(str(part) for part in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ").rstrip(".")
+    if problem["type"] == "extra_forbidden":
+        message = "this name is not known"
     found_value = f", got {problem['input']!r}" if show_input and path else ""
     return f"{path}: {message}{found_value}" if path else message
 

@@ -47,7 +47,7 @@ def uninstall(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--target", "torchscript", "--option", "opset=18"), "torchscript option opset: Extra inputs"),
+        (("--target", "torchscript", "--option", "opset=18"), "torchscript option opset: this name is not known"),
         (("--target", "torchscript", "--precision", "int8"), "torchscript does not support int8"),
         (("--target", "auto", "--option", "opset=18"), "Target 'auto' takes no target options"),
         (("--target", "auto", "--skip", "validate"), "the validate step is off"),
