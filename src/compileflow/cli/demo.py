@@ -31,7 +31,10 @@ def demo_command(runner: Runner, *, extras: Collection[str] = ()) -> Callable[[]
         """Compile all-MiniLM-L6-v2 for two targets, validate and register it, and show how to load it."""
         try:
             model = str(demo_model())
-            requests = [checked_request({"model": model, "target": name, "name": NAME}) for name in TARGETS]
+            requests = [
+                checked_request({"model": model, "target": name, "name": NAME, "hf_task": "feature-extraction"})
+                for name in TARGETS
+            ]
         except CompileflowError as error:
             fail(error, WRONG_REQUEST)
         results = run_and_print(runner, requests, extras=extras)

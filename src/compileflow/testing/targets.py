@@ -359,7 +359,11 @@ def _shapes(record: ComponentRecord) -> list[tuple[int, int]]:
         if "sequence" not in record.inputs[0].axes:
             return [(1, 1), (3, 1), (5, 1)]
         if record.inputs[0].name != "input_ids":
-            return [(1, shortest_input(record.frame_convolutions)), (3, 1700), (2, 16000)]
+            shortest = shortest_input(record.frame_convolutions)
+            if all(tensor.name != "attention_mask" for tensor in record.inputs):
+                # Without a mask, a row cannot be padded to the shortest that the graph takes.
+                shortest = max(shortest, int(str(record.load_options.get("shortest", 0))))
+            return [(1, shortest), (3, 1700), (2, 16000)]
         return [(1, 1), (3, 17), (5, record.max_sequence_length)]
     return [(bucket.batch_size, bucket.sequence_length) for bucket in record.shape_buckets]
 
