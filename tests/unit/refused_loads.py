@@ -110,7 +110,7 @@ class Refusal:
 TRUST = {"trust": True}
 TRUSTED = {"require_signature": "trusted.pub"}
 REFUSALS = {
-    "no folder": Refusal(ManifestError, r"has no manifest\.json", location=lambda folder: f"{folder}/nothing"),
+    "no folder": Refusal(ManifestError, "does not exist", location=lambda folder: f"{folder}/nothing"),
     "a file": Refusal(ManifestError, "is not a folder", location=lambda folder: f"{folder}/{GRAPH}"),
     "no manifest": Refusal(
         ManifestError, r"has no manifest\.json", lambda folder: (folder / MANIFEST_NAME).unlink()
