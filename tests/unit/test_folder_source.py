@@ -60,14 +60,14 @@ def test_folder_is_pinned_by_its_uri_alone(source: FolderSource, model: Path) ->
 def test_way_up_is_not_part_of_the_uri_and_links_keep_their_names(
     source: FolderSource, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "work" / "deep").mkdir(parents=True)
+    (tmp_path / "runs" / "deep").mkdir(parents=True)
     (tmp_path / "latest").symlink_to(model)
-    (tmp_path / "shortcut").symlink_to(tmp_path / "work" / "deep")
-    monkeypatch.chdir(tmp_path / "work")
+    (tmp_path / "shortcut").symlink_to(tmp_path / "runs" / "deep")
+    monkeypatch.chdir(tmp_path / "runs")
     assert source.pin("../model", None)[0] == model.as_uri()
     assert source.pin("../latest", None)[0] == (tmp_path / "latest").as_uri()
     assert source.pin("../shortcut/../../model", None)[0] == model.as_uri()
-    assert source.pin(f"{tmp_path.as_uri()}/work/../model", None)[0] == model.as_uri()
+    assert source.pin(f"{tmp_path.as_uri()}/runs/../model", None)[0] == model.as_uri()
 
 
 @pytest.mark.parametrize("name", ["my model", "100%", "a#b?c", "modèle & co"])
