@@ -102,7 +102,7 @@ class InProcess:
             return build_artifact(request)
         out_dir = Path(request["out_dir"])
         inputs = {name: value for name, value in request.items() if name != "out_dir"}
-        folder = compile_once(inputs, self._shared, other_threads_draw=True)
+        folder = compile_once(inputs, self._shared)
         shutil.copytree(folder, out_dir, dirs_exist_ok=True)
         # Models with the same files may come from several places.
         manifest = read_manifest(out_dir)

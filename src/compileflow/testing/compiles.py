@@ -13,7 +13,7 @@ from compileflow.testing.shared import make_once
 from compileflow.testing.state import unchanged_process
 
 
-def compile_once(request: Mapping[str, Any], parent: Path, *, other_threads_draw: bool = False) -> Path:
+def compile_once(request: Mapping[str, Any], parent: Path) -> Path:
     """Compile in this process unless `parent` holds the same compile, and return its folder. Do not write to it.
 
     Fails if the compile changes the state of the process.
@@ -22,7 +22,6 @@ def compile_once(request: Mapping[str, Any], parent: Path, *, other_threads_draw
         request: Arguments of `build_artifact` without `out_dir`. Its source record does not matter: the manifest
             names `source_dir` and a revision of zeros.
         parent: Existing folder that all processes of a test run use.
-        other_threads_draw: See `unchanged_process`.
 
     Raises:
         CompileflowError: The compile failed. The next call tries again.
@@ -42,7 +41,7 @@ def compile_once(request: Mapping[str, Any], parent: Path, *, other_threads_draw
 
     def make(folder: Path) -> None:
         # The first compile of a run checks this for all tests. A separate test would cost another compile.
-        with unchanged_process(other_threads_draw=other_threads_draw):
+        with unchanged_process():
             build_artifact({**arguments, "source_dir": str(source_dir), "source": source, "out_dir": str(folder)})
 
     return make_once(parent / f"{target.name}-{key[:16]}", make)

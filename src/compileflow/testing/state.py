@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,19 +14,21 @@ from typing import Any
 
 import numpy as np
 
+# Prefect starts this thread with the first flow of a process. Every few seconds it draws from the module `random`,
+# whose state all threads share.
+_PREFECT_THREAD = "GlobalEventLoopThread"
+
 
 @contextmanager
-def unchanged_process(*, other_threads_draw: bool = False) -> Iterator[None]:
+def unchanged_process() -> Iterator[None]:
     """Fail if the block changes environment, working folder, warning filters, threads or a random state.
 
-    Args:
-        other_threads_draw: True leaves out the state of the `random` module, which all threads share: those of
-            Prefect draw their delays from it at any time.
+    The state of the module `random` is not compared while a thread of Prefect may change it.
     """
     before = process_state()
     yield
     after = process_state()
-    if other_threads_draw:
+    if any(thread.name == _PREFECT_THREAD for thread in threading.enumerate()):
         del before["random"]
     changes = [name for name, value in before.items() if after[name] != value]
     if "environment" in changes:
