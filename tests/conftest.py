@@ -55,6 +55,17 @@ def in_process(tmp_path_factory: pytest.TempPathFactory) -> InProcess:
     return InProcess(shared_folder(tmp_path_factory))
 
 
+@pytest.fixture(scope="module")
+def file_home(in_process: InProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One local cache for all tests of a file. Compiles run in this process unless a test says otherwise."""
+    folder = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patched, in_process.instead_of_children():
+        patched.setenv("COMPILEFLOW_HOME", str(folder))
+        get_settings.cache_clear()
+        yield folder
+    get_settings.cache_clear()
+
+
 @pytest.fixture
 def pipeline(settings: Settings, in_process: InProcess) -> Iterator[Pipeline]:
     """The four steps in this process, with the test's own store and registry."""

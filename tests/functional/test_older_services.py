@@ -18,14 +18,13 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from compileflow import CompiledPipeline, HfTask
-from compileflow.settings import get_settings
 from compileflow.testing.pipelines import assert_same_result
 from tests.conftest import ModelFactory
 from tests.doubles.fixtures import vendor_doubles as vendor_doubles
-from tests.in_process import InProcess
 from tests.models import sentences
 
 # Settings of a compile, as the projects keep them in their configuration.
+pytestmark = pytest.mark.usefixtures("file_home")
 TRACING = {"dynamic_batch_size": True, "strict": False, "compiler_args": ["--fast-math", "none"]}
 TARGETS: dict[str, dict[str, Any]] = {
     "torchscript": {"neuron": False},
@@ -162,17 +161,6 @@ class Compile(Protocol):
     """Compiles a pipeline for the target of a test."""
 
     def __call__(self, pipeline: Any, max_length: int, batch_size: int = 1) -> CompiledPipeline: ...
-
-
-@pytest.fixture(scope="module", autouse=True)
-def home(in_process: InProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A local cache for this file. Compiles run in this process."""
-    folder = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patched, in_process.instead_of_children():
-        patched.setenv("COMPILEFLOW_HOME", str(folder))
-        get_settings.cache_clear()
-        yield folder
-    get_settings.cache_clear()
 
 
 @pytest.fixture(

@@ -6,7 +6,7 @@ Over 300 lines, because all of it shares one set of compiled models.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -31,15 +31,14 @@ from compileflow.errors import (
 )
 from compileflow.local import in_memory as local_compile
 from compileflow.local.comparison import Tolerance, check_output
-from compileflow.settings import get_settings
 from compileflow.source_model.tasks import AUTO_CLASSES
 from compileflow.testing.pipelines import assert_same_result
 from compileflow.testing.targets import hide_distributions
 from tests.conftest import ModelFactory
 from tests.doubles.fixtures import vendor_doubles as vendor_doubles
-from tests.in_process import InProcess
 from tests.models import MAX_TOKENS, sentences
 
+pytestmark = pytest.mark.usefixtures("file_home")
 ROOT = Path(__file__).parents[2]
 TASK = HfTask.TEXT_CLASSIFICATION
 LENGTH = 16
@@ -66,17 +65,6 @@ CELLS = [
 ]
 
 Sources = Callable[..., Any]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def home(in_process: InProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A local cache for this file. Compiles run in this process unless a test says otherwise."""
-    folder = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patched, in_process.instead_of_children():
-        patched.setenv("COMPILEFLOW_HOME", str(folder))
-        get_settings.cache_clear()
-        yield folder
-    get_settings.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -449,7 +437,7 @@ class TestModel:
         assert everything_below(folder) == {"manifest.json", "config.json", f"{weights}/model.pt"}
 
     def test_is_compiled_in_a_process_of_its_own(
-        self, source: Sources, compiled_model: CompiledModel, monkeypatch: pytest.MonkeyPatch, home: Path
+        self, source: Sources, compiled_model: CompiledModel, monkeypatch: pytest.MonkeyPatch, file_home: Path
     ) -> None:
         monkeypatch.setattr(local_compile, "run_in_child", run_in_child)
         ids = torch.tensor([[5, 6, 7]])
@@ -457,8 +445,8 @@ class TestModel:
         model = CompiledModel.from_model(source("bert").model, 2, LENGTH, neuron=False)
 
         assert torch.equal(model(ids).logits, compiled_model(ids).logits)
-        assert list((home / "work").iterdir()) == []
-        assert list((home / "logs").iterdir()) == []
+        assert list((file_home / "work").iterdir()) == []
+        assert list((file_home / "logs").iterdir()) == []
 
     @pytest.mark.parametrize("wrong", ["bert-base-cased", torch.nn.Linear(2, 2)])
     def test_what_is_no_transformers_model_is_refused(self, wrong: Any) -> None:
@@ -634,14 +622,16 @@ class TestValidation:
     def shifted(self, tiny_model: ModelFactory) -> Any:
         return ShiftedBertForSequenceClassification.from_pretrained(tiny_model(TASK))
 
-    def test_model_that_answers_otherwise_is_refused_and_leaves_nothing(self, shifted: Any, home: Path) -> None:
-        before = everything_below(home)
+    def test_model_that_answers_otherwise_is_refused_and_leaves_nothing(
+        self, shifted: Any, file_home: Path
+    ) -> None:
+        before = everything_below(file_home)
         with pytest.raises(VerdictError, match=r"logits\[\d, \d\] = .*the limit is 0\.01 \+ 0\.01 \*") as caught:
             CompiledModel.from_model(shifted, max_length=LENGTH, neuron=False)
 
         assert "The difference is 0.5" in caught.value.message
         assert "validation_atol" in caught.value.hint
-        assert everything_below(home) == before
+        assert everything_below(file_home) == before
 
     def test_tolerance_is_the_callers(self, shifted: Any) -> None:
         asked: dict[str, Any] = {"max_length": LENGTH, "neuron": False}
