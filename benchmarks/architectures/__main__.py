@@ -18,7 +18,8 @@ for _name, _value in {
 
 from benchmarks.architectures.classes import all_classes  # noqa: E402 - after the environment is set
 from benchmarks.architectures.page import TARGETS, page  # noqa: E402
-from benchmarks.architectures.sweep import jobs, read_results, sweep  # noqa: E402
+from benchmarks.architectures.sweep import jobs, sweep  # noqa: E402
+from benchmarks.forked_checks import read_results  # noqa: E402
 
 PAGE = ROOT / "docs" / "reference" / "architectures.md"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.architectures.classes import list_digest
-from benchmarks.architectures.sweep import read_results
+from benchmarks.forked_checks import read_results
 
 ROOT = Path(__file__).parents[2]
 # Families without sdpa, with padding on the left, with a required last token, with convolutions between tokens,
