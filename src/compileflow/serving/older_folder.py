@@ -126,7 +126,7 @@ def open_older(root: Path, *, trust_remote_code: bool = False) -> OlderArtifact:
     """Read a folder of the older library, and run its traced model once to learn its outputs.
 
     Raises:
-        LoadError: A file is missing or spoilt, or the traced model cannot run here.
+        LoadError: A file is missing or damaged, or the traced model cannot run here.
     """
     folder = root / _MODEL if (root / _MODEL).is_dir() else root
     specs = _read_object(folder / _SPECS_FILE)
@@ -171,7 +171,7 @@ def load_graph(folder: Path, target_name: str) -> Any:
     """Load the traced model of a folder with the runtime of its target.
 
     Raises:
-        LoadError: The runtime is missing, or the file is missing or spoilt.
+        LoadError: The runtime is missing, or the file is missing or damaged.
     """
     target = get_target(target_name)
     availability = target.probe()
