@@ -8,7 +8,7 @@ PIP := -m pip install --quiet --disable-pip-version-check --constraint constrain
 PYTEST := $(DEV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo neptune check docs architectures test test-slow format clean
+.PHONY: help demo neptune check docs architectures mutation test test-slow format clean
 
 help: ## Print the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
@@ -33,6 +33,10 @@ docs: $(DEV)/installed ## Build the documentation into site/
 architectures: $(DEV)/installed ## Compile a small model of every class that transformers has; takes hours
 	@$(DEV)/bin/python -m benchmarks.architectures --children 2
 	@$(DEV)/bin/python -m benchmarks.architectures --page
+
+mutation: $(DEV)/installed ## Measure how often the gates are wrong, on planted faults and honest compiles; takes an hour
+	@$(DEV)/bin/python -m benchmarks.mutation --children 2
+	@$(DEV)/bin/python -m benchmarks.mutation --page
 
 test: $(DEV)/installed ## Run the tests that are not marked slow
 	@$(PYTEST) -m "not slow"

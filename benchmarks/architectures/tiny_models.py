@@ -75,8 +75,8 @@ def write_model(model_class: ModelClass, folder: Path) -> None:
     if tokenizer is not None and getattr(config, "is_encoder_decoder", False):
         # Checkpoints have it in their config.json, although it is not a field of every class.
         config.decoder_start_token_id = tokenizer.eos_token_id
-    model = _class_of(config, model_class)(config)
-    _spread_weights(model)
+    model = built_class(config, model_class)(config)
+    spread_weights(model)
     if model_class.hf_task.takes_text:
         tokenizer.save_pretrained(folder)
     if model_class.hf_task.modality != "text":
@@ -89,7 +89,7 @@ def write_model(model_class: ModelClass, folder: Path) -> None:
     model.eval().save_pretrained(folder)
 
 
-def _class_of(config: Any, model_class: ModelClass) -> Any:
+def built_class(config: Any, model_class: ModelClass) -> Any:
     """Return the class that the sweep builds: the encoder of a model that AutoModel loads with its decoder."""
     import transformers
 
@@ -99,11 +99,11 @@ def _class_of(config: Any, model_class: ModelClass) -> Any:
     return encoder_or_auto
 
 
-def _spread_weights(model: Any) -> None:
+def spread_weights(model: Any, *, seed: int = 0) -> None:
     """Widen weights, so that masks, positions, token types and labels change the answers visibly."""
     import torch
 
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if not parameter.is_floating_point():

@@ -1,0 +1,231 @@
+"""page: docs/reference/mutation.md, the measured error rate of the gates, and the limits that it must keep."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from benchmarks.mutation.faults import FAULTS
+
+# Share of the visible faults that a gate names, and of the honest compiles that may be refused.
+LEAST_CAUGHT = 0.98
+MOST_REFUSED = {"fp32": 0.0, "bf16": 0.01}
+_ACCEPTED = ("pass", "warn")
+# The step before the proof refused: there is no artifact to judge.
+_NOT_JUDGED = ("no compile", "no plant", "no result")
+Line = Mapping[str, Any]
+
+
+def is_caught(line: Line) -> bool:
+    """Return True if a fault fails, or is refused with an error."""
+    return line["outcome"] in ("fail", "error", "refused")
+
+
+def is_named(line: Line) -> bool:
+    """Return True if a fault fails, and a gate that may name it is among those that block."""
+    return is_caught(line) and bool(set(line["gates"]) & set(FAULTS[line["name"]].gates))
+
+
+def missed_limits(lines: Sequence[Line]) -> list[str]:
+    """Return a sentence for each limit that the results miss, and for each fault and compile that misses it."""
+    problems = []
+    visible = [line for line in lines if line["check"] == "fault" and line["visible"]]
+    unnamed = [line for line in visible if not is_named(line)]
+    if visible and len(unnamed) / len(visible) > 1 - LEAST_CAUGHT:
+        share = 1 - len(unnamed) / len(visible)
+        problems.append(f"A named gate caught {share:.1%} of the visible faults; the limit is {LEAST_CAUGHT:.0%}.")
+        problems += [f"  {line['name']}: {line['outcome']}: {line['reason'][:120]}" for line in unnamed]
+    for precision, limit in MOST_REFUSED.items():
+        judged = _judged(lines, precision)
+        refused = [line for line in judged if line["outcome"] not in _ACCEPTED]
+        if judged and len(refused) / len(judged) > limit:
+            share = len(refused) / len(judged)
+            problems.append(
+                f"{share:.1%} of the honest {precision} compiles are refused; the limit is {limit:.0%}."
+            )
+            problems += [f"  {line['name']}: {line['outcome']}: {line['reason'][:120]}" for line in refused]
+    problems += [f"No result of {line['name']}: {line['reason']}" for line in lines if _has_no_result(line)]
+    return problems
+
+
+def page(lines: Mapping[str, Line | None]) -> str:
+    """Return the page as Markdown.
+
+    Args:
+        lines: Result of each check by key; None where there is none.
+    """
+    made = [line for line in lines.values() if line]
+    faults = [line for line in made if line["check"] == "fault"]
+    honest = [line for line in made if line["check"] == "honest"]
+    missing = len(lines) - len(made)
+    names = sorted({name for line in made for name in _names(line["versions"])})
+    parts = [
+        _INTRODUCTION.format(caught=LEAST_CAUGHT, bf16=MOST_REFUSED["bf16"]),
+        "Versions: " + ", ".join(names) + ".\n",
+        *([f"{missing} of {len(lines)} checks have no result yet.\n"] if missing else []),
+        "## Summary\n",
+        _summary(faults, made),
+        "## Faults by the part at fault\n",
+        _by_kind(faults),
+        "## Gates that name the faults\n",
+        "The first gate that fails names the verdict. The errors refuse an artifact before it is measured.\n",
+        _by_gate(faults),
+        "## Honest compiles\n",
+        _honest(honest),
+        "## Every fault\n",
+        _every_fault(faults),
+        "## Honest compiles that did not pass\n",
+        _not_passed(honest),
+    ]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+_INTRODUCTION = """# Error rate of the gates
+
+This page is generated. It shows how often a verdict is wrong, in both directions.
+
+**Faults** are planted on purpose, one in each artifact: in weights, graphs, interface files, manifests, and in
+what a graph does from call to call. A fault is **visible** if it changes an answer of the pipeline: a text, a
+label, a place or an error; a score by 0.001; or an embedding by a thousandth of its length. The answers are those
+to inputs that a validation does not have. At least {caught:.0%} of the visible faults must fail, and a gate that
+stands for the fault must be among those that fail.
+
+**Honest compiles** are compiles without a fault, of small models with random, initial and trained weights. No
+honest fp32 compile may be refused, and at most {bf16:.0%} of the bf16 ones.
+
+Regenerate the page with `make mutation`, which fails if a limit is missed. The results are kept in `.mutation/`; a
+run continues where it stopped.
+"""
+
+
+def _names(versions: str) -> list[str]:
+    words = versions.split()
+    return [f"{name} {version}" for name, version in zip(words[::2], words[1::2], strict=True)]
+
+
+def _table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    names = list(header)
+    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in [names, ["---"] * len(names), *cells])
+
+
+def _judged(lines: Sequence[Line], precision: str) -> list[Line]:
+    return [
+        line
+        for line in lines
+        if line["check"] == "honest" and line["precision"] == precision and line["outcome"] not in _NOT_JUDGED
+    ]
+
+
+def _has_no_result(line: Line) -> bool:
+    return bool(line["outcome"] in ("no result", "no plant"))
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part} of {whole} ({part / whole:.1%})" if whole else "none"
+
+
+def _summary(faults: Sequence[Line], made: Sequence[Line]) -> str:
+    visible = [line for line in faults if line["visible"]]
+    rows: list[tuple[str, str, str]] = [
+        (
+            "visible faults that fail by a gate that stands for them",
+            _share(sum(map(is_named, visible)), len(visible)),
+            f"at least {LEAST_CAUGHT:.0%}",
+        ),
+        ("visible faults that fail", _share(sum(map(is_caught, visible)), len(visible)), ""),
+        (
+            "visible faults whose verdict is named by a gate that stands for them",
+            _share(sum(_first_gate(line) in FAULTS[line["name"]].gates for line in visible), len(visible)),
+            "",
+        ),
+    ]
+    for precision in ("fp32", "bf16", "int8"):
+        judged = _judged(made, precision)
+        refused = sum(line["outcome"] not in _ACCEPTED for line in judged)
+        limit = MOST_REFUSED.get(precision)
+        words = "" if limit is None else f"at most {limit:.0%}"
+        rows.append((f"honest {precision} compiles that are refused", _share(refused, len(judged)), words))
+    return _table(("measured", "result", "limit"), rows)
+
+
+def _first_gate(line: Line) -> str:
+    return line["gates"][0] if is_caught(line) and line["gates"] else ""
+
+
+def _by_kind(faults: Sequence[Line]) -> str:
+    rows = []
+    for kind in [*dict.fromkeys(line["kind"] for line in faults), "all"]:
+        group = [line for line in faults if kind in (line["kind"], "all")]
+        visible = [line for line in group if line["visible"]]
+        outcomes = Counter(line["outcome"] for line in visible)
+        caught = sum(map(is_caught, visible))
+        rows.append(
+            (
+                f"**{kind}**" if kind == "all" else kind,
+                len(group),
+                len(visible),
+                caught,
+                sum(map(is_named, visible)),
+                outcomes["warn"],
+                outcomes["pass"],
+                sum(map(is_caught, group)) - caught,
+            )
+        )
+    header = ("part", "planted", "visible", "fail", "by a gate for them", "warn", "pass", "fail, but not visible")
+    return _table(header, rows)
+
+
+def _by_gate(faults: Sequence[Line]) -> str:
+    kinds = list(dict.fromkeys(line["kind"] for line in faults))
+    counts = Counter((_first_gate(line), line["kind"]) for line in faults if is_caught(line))
+    totals = Counter(_first_gate(line) for line in faults if is_caught(line))
+    rows = [
+        (f"`{gate}`", *(counts[gate, kind] or "" for kind in kinds), total) for gate, total in totals.most_common()
+    ]
+    return _table(("gate", *kinds, "all"), rows)
+
+
+def _honest(honest: Sequence[Line]) -> str:
+    rows = []
+    groups = sorted({(line["target"], line["precision"]) for line in honest})
+    for target, precision in groups:
+        group = [line for line in honest if (line["target"], line["precision"]) == (target, precision)]
+        outcomes = Counter(
+            "not compiled" if line["outcome"] == "no compile" else line["outcome"] for line in group
+        )
+        refused = sum(outcomes[name] for name in ("fail", "error", "refused"))
+        rows.append(
+            (
+                f"`{target}`",
+                precision,
+                len(group) - outcomes["not compiled"],
+                outcomes["pass"],
+                outcomes["warn"],
+                refused,
+                outcomes["not compiled"],
+            )
+        )
+    header = ("target", "precision", "judged", "pass", "warn", "refused", "not compiled")
+    return _table(header, rows)
+
+
+def _every_fault(faults: Sequence[Line]) -> str:
+    rows = [
+        (
+            line["name"],
+            line["kind"],
+            f"{line['task']}, {line['target']}",
+            line["visible"] or "nowhere",
+            line["outcome"],
+            ", ".join(f"`{gate}`" for gate in line["gates"][:3]) + (", ..." if len(line["gates"]) > 3 else ""),
+        )
+        for line in faults
+    ]
+    return _table(("fault", "part", "model and target", "visible in", "verdict", "gates"), rows)
+
+
+def _not_passed(honest: Sequence[Line]) -> str:
+    rows = [(line["name"], line["outcome"], line["reason"]) for line in honest if line["outcome"] != "pass"]
+    return _table(("compile", "outcome", "reason"), rows) if rows else "None.\n"
