@@ -174,7 +174,7 @@ def _encoder(model_class: ModelClass, source_dir: Path) -> Callable[[list[Any]],
     if modality == "image":
         return lambda items: image_processor(images=items, return_tensors="np")
     padding = "max_length" if model_class.model_type.startswith("siglip") else True
-    labels = tokenizer(list(TEXTS[:3]), padding=padding, return_tensors="np")
+    labels = tokenizer(list(TEXTS[:3]), padding=padding, truncation=True, return_tensors="np")
     return lambda items: {**labels, **image_processor(images=items, return_tensors="np")}
 
 

@@ -75,12 +75,13 @@ def write_model(model_class: ModelClass, folder: Path) -> None:
     if tokenizer is not None and getattr(config, "is_encoder_decoder", False):
         # Checkpoints have it in their config.json, although it is not a field of every class.
         config.decoder_start_token_id = tokenizer.eos_token_id
+    # First, because an error that names a missing library says more than one of a default configuration.
+    processor = None if model_class.hf_task.modality == "text" else _processor(model_class, config)
     model = built_class(config, model_class)(config)
     spread_weights(model)
     if model_class.hf_task.takes_text:
         tokenizer.save_pretrained(folder)
-    if model_class.hf_task.modality != "text":
-        processor = _processor(model_class, config)
+    if processor is not None:
         processor.save_pretrained(folder)
         if model_class.hf_task.modality == "image":
             _settle_batch_norms(model, processor)
