@@ -191,10 +191,10 @@ def test_the_first_gate_of_the_suite_names_the_verdict() -> None:
     failed = [result.gate for result in answer.gates if result.outcome == "fail"]
     assert failed == [
         "label_order",
-        "mask_respected",
         "max_abs_diff",
         "rel_l2",
         "one_minus_cosine",
+        "mask_respected",
         "label_agreement",
     ]
     assert "(and 5 more)" in answer.reason

@@ -5,8 +5,9 @@ The validate step runs this module in a child process, with both models in memor
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,16 @@ from compileflow.source_model.load import load_config, load_source_model, load_t
 from compileflow.source_model.processor import LONGEST_S, image_inputs, load_processor, longest_signal
 from compileflow.source_model.sentence_modules import read_recipe
 from compileflow.source_model.token_rows import token_rows
-from compileflow.spec import HfTask
+from compileflow.spec import HfTask, Precision
+from compileflow.steps.claims import claimed_length, expected_claims
 from compileflow.validation import measure as measuring
 from compileflow.validation.cases import Case
-from compileflow.validation.evidence import gather_evidence, timed_shapes
+from compileflow.validation.evidence import draw_for, gather_evidence, timed_shapes
 from compileflow.validation.judge import judge
 from compileflow.validation.judge.suite import suite_digest
+from compileflow.validation.measure import Measurements
 from compileflow.validation.measure.decisions import Decisions, Pool, mean_of_tokens
+from compileflow.validation.measure.interface import Claims
 from compileflow.validation.registered_tests import (
     AnsweredTests,
     RegisteredTests,
@@ -49,6 +53,10 @@ from compileflow.validation.report import (
     write_report,
 )
 from compileflow.validation.settings import ValidationSettings
+from compileflow.validation.whole_artifact import WholeArtifact
+
+# Natural batches on which the source model is run with rounded numbers.
+_GRID_CASES = 20
 
 
 def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,12 +82,17 @@ def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
     artifact.check_code()
     spec = artifact.manifest.spec
     # Components load before the source model, so that the growth in memory is due to them alone.
-    loaded_components = [_load(artifact, component.name, validation, threads) for component in spec.components]
-    source_model = load_source_model(
-        Path(request["source_dir"]), spec.hf_task, trust_remote_code=trust_remote_code
-    )
+    source_dir = Path(request["source_dir"])
+    loaded_components = [
+        _load(artifact, component.name, source_dir, validation, threads) for component in spec.components
+    ]
+    source_model = load_source_model(source_dir, spec.hf_task, trust_remote_code=trust_remote_code)
+    report_progress("comparing files, tokens and processor outputs with the source model's")
+    claims = expected_claims(artifact, source_model, source_dir)
+    whole_artifact = WholeArtifact(artifact, source_dir, validation.examples_path)
+    shared = Measurements()
+    whole_artifact.measure_shared(shared, max_length=max(map(claimed_length, claims.values())))
     tests = read_registered_tests(Path(request["tests_dir"])) if request.get("tests_dir") else None
-    registered_scalars: dict[str, float] = {}
     if tests is not None:
         report_progress("answering the test inputs that are registered with the source version")
         answered = _answered(tests, artifact, threads)
@@ -87,18 +100,19 @@ def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
         if answered.answers is not None:
             write_registered_tests(tests, answered.answers, Path(request["report_dir"]) / TEST_FILES_FOLDER)
         if answered.disagreement is not None:
-            registered_scalars["registered_disagreement"] = answered.disagreement
+            shared.scalars["registered_disagreement"] = answered.disagreement
     reports = []
     for compiled_component, serving_memory_bytes in loaded_components:
         report = _prove_component(
             source_model,
             compiled_component,
-            Path(request["source_dir"]),
+            whole_artifact,
+            claims[compiled_component.component],
             validation,
             threads,
             request["artifact_uri"],
             tests=tests,
-            registered_scalars=registered_scalars,
+            shared=shared,
         )
         figures = report.figures | {"serving_memory_bytes": float(serving_memory_bytes)}
         reports.append(report.model_copy(update={"figures": figures}))
@@ -127,91 +141,103 @@ def _answered(tests: RegisteredTests, artifact: OpenArtifact, threads: int) -> A
 
 
 def _load(
-    artifact: OpenArtifact, component: str, validation: ValidationSettings, threads: int
+    artifact: OpenArtifact, component: str, source_dir: Path, validation: ValidationSettings, threads: int
 ) -> tuple[LoadedComponent, int]:
     """Load a component and call it once at each timed shape; return it with the bytes of memory that this took."""
     record = artifact.component(component)
     bytes_before = resident_bytes()
-    example = _examples(artifact, record)
+    example = _examples(artifact, record, source_dir)
     compiled_component = LoadedComponent.load(artifact, component=component, threads=threads)
-    for rows, length in _timed_shapes(artifact, record, validation):
+    for rows, length in _timed_shapes(artifact, record, source_dir, validation):
         # The gates judge a call that raises.
         measuring.candidate_answer(compiled_component.run, example(rows, length))
     return compiled_component, max(0, resident_bytes() - bytes_before)
 
 
-def _examples(artifact: OpenArtifact, record: ComponentRecord) -> Callable[[int, int], Arrays]:
+def _examples(artifact: OpenArtifact, record: ComponentRecord, source_dir: Path) -> Callable[[int, int], Arrays]:
     """Return a function from a batch size and a length to example inputs."""
-    spec = artifact.manifest.spec
+    spec, trust = artifact.manifest.spec, artifact.trust_remote_code
     if spec.hf_task.modality == "image":
-        processor = load_processor(artifact.folder, "image", trust_remote_code=artifact.trust_remote_code)
+        processor = load_processor(source_dir, "image", trust_remote_code=trust)
         return lambda rows, _: image_inputs(processor, record.inputs, rows)
     tokens = None
     if spec.hf_task.takes_text:
-        tokenizer = load_tokenizer(artifact.folder, trust_remote_code=artifact.trust_remote_code)
-        tokens = token_rows(tokenizer, _config(artifact), record.vocab_size, spec.hf_task)
+        tokenizer = load_tokenizer(source_dir, trust_remote_code=trust)
+        tokens = token_rows(tokenizer, _config(source_dir, artifact), record.vocab_size, spec.hf_task)
     return partial(example_inputs, record.inputs, tokens=tokens, pad_left=record.padding == "left")
 
 
-def _config(artifact: OpenArtifact) -> Any:
-    return load_config(artifact.folder, trust_remote_code=artifact.trust_remote_code)
+def _config(folder: Path, artifact: OpenArtifact) -> Any:
+    return load_config(folder, trust_remote_code=artifact.trust_remote_code)
 
 
 def _timed_shapes(
-    artifact: OpenArtifact, record: ComponentRecord, validation: ValidationSettings
+    artifact: OpenArtifact, record: ComponentRecord, source_dir: Path, validation: ValidationSettings
 ) -> tuple[tuple[int, int], ...]:
     spec = artifact.manifest.spec
     if spec.hf_task.modality != "audio":
         return timed_shapes(spec.hf_task, record, validation, second=1)
-    processor = load_processor(artifact.folder, "audio", trust_remote_code=artifact.trust_remote_code)
+    processor = load_processor(source_dir, "audio", trust_remote_code=artifact.trust_remote_code)
     return timed_shapes(spec.hf_task, record, validation, second=max(1, longest_signal(processor) // LONGEST_S))
 
 
 def _prove_component(
     source_model: SourceModel,
     compiled_component: LoadedComponent,
-    source_dir: Path,
+    whole_artifact: WholeArtifact,
+    claims: Claims,
     validation: ValidationSettings,
     threads: int,
     artifact_uri: str,
     *,
     tests: RegisteredTests | None,
-    registered_scalars: Mapping[str, float],
+    shared: Measurements,
 ) -> Report:
-    manifest, record = compiled_component.artifact.manifest, compiled_component.record
-    spec, config = manifest.spec, _config(compiled_component.artifact)
+    artifact, source_dir = whole_artifact.artifact, whole_artifact.source_dir
+    manifest, record = artifact.manifest, compiled_component.record
+    spec, config = manifest.spec, _config(source_dir, artifact)
     evidence = gather_evidence(
         source_dir,
         spec,
         record,
         validation,
         tests,
-        trust_remote_code=compiled_component.artifact.trust_remote_code,
+        draw=draw_for(artifact.digest, source_model),
+        trust_remote_code=artifact.trust_remote_code,
     )
+    shapes_to_time = _timed_shapes(artifact, record, source_dir, validation)
     labels = {int(key): str(value) for key, value in config.id2label.items()}
     decisions = Decisions(
         spec.hf_task.graph_task,
         labels=dict(evidence.tokens) or labels,
         multi_label=config.problem_type == "multi_label_classification",
-        pools=_pools(spec.hf_task, source_dir, compiled_component.artifact.folder),
+        pools=_pools(spec.hf_task, source_dir, artifact.folder),
+        precision=spec.precision,
     )
     measurements = measuring.measure(
         source_model.run,
         compiled_component.run,
         outputs=source_model.outputs,
         decisions=decisions,
-        cases=evidence.generated + evidence.natural,
+        cases=evidence.generated
+        + evidence.natural
+        + [evidence.timed(rows, length) for rows, length in shapes_to_time],
+        coverage=measuring.Coverage(record, evidence.shapes, source_model.tokens),
         progress=report_progress,
+        bucket_lengths={bucket.sequence_length for bucket in record.shape_buckets},
     )
-    measurements.scalars |= registered_scalars
-    if "misplaced_labels" in measurements.scalars:
-        source_labels, compiled_labels = source_model.model.config.id2label, config.id2label
-        # A correct logit under the wrong label is as wrong as a misplaced logit.
-        measurements.scalars["misplaced_labels"] += sum(
-            source_labels.get(number) != compiled_labels.get(number) for number in source_labels | compiled_labels
-        )
-    report_progress("probing padding, masks and token types")
+    measurements.scalars |= shared.scalars
+    measurements.details |= shared.details
+    measurements.notes += shared.notes
+    report_progress("answering raw inputs as a service does")
+    whole_artifact.measure_component(measurements, compiled_component, claims, max_length=claimed_length(claims))
+    report_progress("calling the compiled model again")
+    measuring.measure_repeatability(measurements, compiled_component.run, evidence.repeated)
     reference = _reference(source_model)
+    if spec.precision is Precision.INT8:
+        report_progress("rounding the source model's numbers to the grid of int8")
+        _measure_grid(measurements, source_model, decisions, evidence.natural)
+    report_progress("probing padding, masks and token types")
     for probe in evidence.probes:
         probe(measurements, reference, compiled_component.run)
     report_progress("measuring the noise of the source model")
@@ -222,8 +248,8 @@ def _prove_component(
         measurements,
         reference,
         compiled_component.run,
-        evidence.timed,
-        shapes=_timed_shapes(compiled_component.artifact, record, validation),
+        lambda rows, length: evidence.timed(rows, length).inputs,
+        shapes=shapes_to_time,
         pairs=validation.latency_pairs,
     )
     # Optional attribute of a third party's target: its own limits for a precision.
@@ -231,7 +257,9 @@ def _prove_component(
     if validation.max_latency_ratio is not None:
         overrides["latency_ratio"] = validation.max_latency_ratio
     report_progress("judging with Great Expectations")
-    verdict = judge(measurements, precision=spec.precision, hf_task=spec.hf_task, overrides=overrides)
+    verdict = judge(
+        measurements, precision=spec.precision, hf_task=spec.hf_task, overrides=overrides, strict=validation.strict
+    )
     return Report(
         subject=ReportSubject(
             source_uri=manifest.source.uri,
@@ -239,7 +267,7 @@ def _prove_component(
             source_digest=manifest.source.digest,
             architecture=manifest.source.architecture,
             artifact_uri=artifact_uri,
-            artifact_digest=compiled_component.artifact.digest,
+            artifact_digest=artifact.digest,
             target=spec.target,
             hf_task=spec.hf_task.value,
             precision=spec.precision.value,
@@ -249,6 +277,8 @@ def _prove_component(
         verdict=verdict,
         figures=measurements.figures(),
         noise=measurements.noise,
+        floors=measurements.floors,
+        grid=measurements.grid,
         latencies=tuple(measurements.latencies),
         worst=worst_rows(measurements.comparisons),
         families=dict(Counter(row["family"] for row in measurements.comparisons)),
@@ -258,10 +288,11 @@ def _prove_component(
         environment=environment(threads),
         flips=decisions.flips(evidence.decode),
         flips_count=decisions.flips_count(),
+        coverage=measurements.coverage,
     )
 
 
-def _pools(hf_task: HfTask, *folders: Path) -> tuple[Pool, Pool]:
+def _pools(hf_task: HfTask, source_dir: Path, artifact_dir: Path) -> tuple[Pool, Pool]:
     """Return the functions from tokens to an embedding, of the source model and of the compiled model.
 
     Modules that cannot be served do not matter to feature extraction; its tokens are then averaged.
@@ -269,12 +300,16 @@ def _pools(hf_task: HfTask, *folders: Path) -> tuple[Pool, Pool]:
     if hf_task.graph_task is not HfTask.FEATURE_EXTRACTION:
         return mean_of_tokens, mean_of_tokens
     try:
-        before, after = (read_recipe(folder).embed for folder in folders)
-        return before, after
+        before = read_recipe(source_dir).embed
     except LoadError:
         if hf_task is HfTask.SENTENCE_SIMILARITY:
             raise
         return mean_of_tokens, mean_of_tokens
+    try:
+        return before, read_recipe(artifact_dir).embed
+    except LoadError:
+        # A gate names the file that is spoilt.
+        return before, before
 
 
 def _reference(source_model: SourceModel) -> Callable[[Arrays], Arrays]:
@@ -294,6 +329,32 @@ def _reference(source_model: SourceModel) -> Callable[[Arrays], Arrays]:
             ) from error
 
     return run
+
+
+def _measure_grid(
+    measurements: Measurements, source_model: SourceModel, decisions: Decisions, natural: Sequence[Case]
+) -> None:
+    """Measure the source model with numbers rounded to the grid of int8, on up to 20 natural batches."""
+
+    def rounded(inputs: Arrays) -> Arrays:
+        with measuring.rounded_to_grid(source_model.model):
+            return source_model.run(inputs)
+
+    pools = (decisions.pools[0], decisions.pools[0])
+    measuring.measure_grid(
+        measurements,
+        rounded,
+        _reference(source_model),
+        outputs=source_model.outputs,
+        decisions=Decisions(
+            decisions.task,
+            labels=decisions.labels,
+            multi_label=decisions.multi_label,
+            pools=pools,
+            precision=decisions.precision,
+        ),
+        cases=natural[:: math.ceil(len(natural) / _GRID_CASES)],
+    )
 
 
 def _noise_variants(source_model: SourceModel, threads: int) -> dict[str, Callable[[Case], Arrays]]:
@@ -332,4 +393,16 @@ def _noise_variants(source_model: SourceModel, threads: int) -> dict[str, Callab
         finally:
             torch.set_num_threads(threads)
 
-    return {"float64": in_float64, "row by row": row_by_row, "one thread": with_one_thread}
+    def with_eager_attention(case: Case) -> Arrays:
+        source_model.model.set_attn_implementation("eager")
+        try:
+            return source_model.run(case.inputs)
+        finally:
+            source_model.model.set_attn_implementation(source_model.attention)
+
+    variants = {"float64": in_float64, "row by row": row_by_row}
+    if threads > 1:
+        variants["one thread"] = with_one_thread
+    if source_model.attention == "sdpa":
+        variants["eager attention"] = with_eager_attention
+    return variants

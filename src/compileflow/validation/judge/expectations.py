@@ -12,7 +12,7 @@ from great_expectations.execution_engine import PandasExecutionEngine
 from great_expectations.expectations.expectation import ColumnAggregateExpectation
 from great_expectations.expectations.metrics import ColumnAggregateMetricProvider, column_aggregate_value
 
-from compileflow.validation.judge.rates import rate_bounds, trials_to_decide
+from compileflow.validation.judge.rates import chance_of_fewer, rate_bounds, trials_to_decide
 
 
 class _Extremes(ColumnAggregateMetricProvider):  # type: ignore[misc]
@@ -73,14 +73,15 @@ class ExpectColumnMinimumToBeAtLeast(ColumnAggregateExpectation):  # type: ignor
 class ExpectRateToBeAtLeast(ColumnAggregateExpectation):  # type: ignore[misc]
     """The share of ones in a column is at least `limit`, and the rows are enough to show it.
 
-    `details.decision` is `pass` if the rate is at least `limit` with 95 % confidence (one-sided lower bound),
-    `fail` if it is below `limit` with 95 % confidence (one-sided upper bound), else `inconclusive`. A limit of 1
-    allows no miss, however many rows there are.
+    `details.decision` is `pass` if the rate is at least `limit` with 95 % confidence (one-sided lower bound: the
+    compiled model is not inferior by more than 1 - `limit`), `fail` if an exact binomial test rejects a rate of
+    `limit` at `level`, else `inconclusive`. A limit of 1 allows no miss, however many rows there are.
     """
 
     limit: float
+    level: float
     metric_dependencies: ClassVar[tuple[str, ...]] = ("column.agreements",)
-    success_keys: ClassVar[tuple[str, ...]] = ("limit",)
+    success_keys: ClassVar[tuple[str, ...]] = ("limit", "level")
 
     def _validate(self, metrics: Any, runtime_configuration: Any = None, execution_engine: Any = None) -> Any:
         hits, trials = metrics["column.agreements"]["hits"], metrics["column.agreements"]["trials"]
@@ -90,11 +91,11 @@ class ExpectRateToBeAtLeast(ColumnAggregateExpectation):  # type: ignore[misc]
             decision = "pass" if hits == trials else "fail"
         elif lower >= self.limit:
             decision = "pass"
-        elif upper < self.limit:
+        elif chance_of_fewer(hits, trials, self.limit) <= self.level:
             decision = "fail"
         else:
             decision = "inconclusive"
-            missing_trials = trials_to_decide(hits, trials, self.limit)
+            missing_trials = trials_to_decide(hits, trials, self.limit, level=self.level)
         details = {
             "hits": hits, "trials": trials, "lower": lower, "upper": upper,
             "decision": decision, "more": missing_trials,

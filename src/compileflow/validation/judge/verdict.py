@@ -6,7 +6,8 @@ import logging
 import math
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -14,8 +15,45 @@ from pydantic import BaseModel, ConfigDict
 from compileflow.contracts import Outcome
 from compileflow.errors import MeasurementError
 from compileflow.spec import GRAPH_TASKS, HfTask, Precision
+from compileflow.validation.judge.calibration import Calibration, opened
+from compileflow.validation.judge.rates import (
+    FALSE_REFUSALS,
+    chance_of_fewer,
+    holm_levels,
+    mcnemar_p,
+    rate_bounds,
+    smallest_loss,
+)
 from compileflow.validation.judge.suite import Gate, gates_for
 from compileflow.validation.measure.measurements import Measurements
+
+
+class RateEvidence(BaseModel):
+    """Statistics of a rate.
+
+    Attributes:
+        hits: Decisions that agree; ties of the source model agree with any decision.
+        trials: All decisions.
+        ties: Decisions on which the source model is undecided.
+        right_to_wrong: Decisions that changed from right to wrong. Without labels, the source model is right.
+        wrong_to_right: Decisions that changed from wrong to right; always 0 without labels.
+        p_value: Exact two-sided p value of McNemar's test.
+        lower: Lower bound of the rate, with 95 % confidence.
+        upper: Upper bound of the rate, with 95 % confidence.
+        smallest_loss: Smallest share of changed decisions that these trials show with 95 % probability.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    hits: int
+    trials: int
+    ties: int
+    right_to_wrong: int
+    wrong_to_right: int
+    p_value: float
+    lower: float
+    upper: float
+    smallest_loss: float
 
 
 class GateResult(BaseModel):
@@ -31,7 +69,10 @@ class GateResult(BaseModel):
         limit: Limit of the gate.
         margin: Remaining share of the distance to the limit: 1 is all of it, 0 is at the limit, negative is
             beyond; None if the limit (0 or 1) leaves no room by design.
-        detail: Counts and bounds of a rate, or the reason why the gate could not be judged.
+        detail: Counts and bounds of a rate, the reason why the limit moved or why the gate could not be judged.
+        floor: Noise of the source model in the same units, or what the grid of int8 does to it.
+        multiple: The measured value as a multiple of the floor; of a rate, the share of misses.
+        evidence: Statistics of a rate.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -45,6 +86,9 @@ class GateResult(BaseModel):
     limit: float
     margin: float | None
     detail: str
+    floor: float | None = None
+    multiple: float | None = None
+    evidence: RateEvidence | None = None
 
 
 class Verdict(BaseModel):
@@ -64,6 +108,7 @@ def judge(
     precision: Precision,
     hf_task: HfTask,
     overrides: Mapping[str, float] | None = None,
+    strict: bool = False,
 ) -> Verdict:
     """Judge measurements by the suite's gates for a precision and a task.
 
@@ -74,38 +119,49 @@ def judge(
         precision: Precision of the compiled model.
         hf_task: Task of the compiled model.
         overrides: Value of each limit that the target or the user sets.
+        strict: Allow a tenth of the changed decisions.
 
     Raises:
         MeasurementError: The suite has no gate for the task, or a gate of it was not judged.
     """
     notes = list(measurements.notes)
     measured = {*measurements.scalars, *(row["metric"] for row in measurements.rates)}
-    gates = []
-    for gate in gates_for(precision, hf_task, overrides or {}):
+    gates, calibrations = [], {}
+    for gate in gates_for(precision, hf_task, overrides or {}, strict=strict):
         if hf_task.graph_task in gate.entry.optional and gate.entry.metric not in measured:
             # A gate that is optional for every task needs no note, nor does a decision that few models make.
             if gate.entry.table == "scalars" and set(gate.entry.optional) != set(GRAPH_TASKS):
                 notes.append(f"{gate.entry.gate} does not apply to this model.")
-        else:
-            gates.append(gate)
-    tables = _tables(measurements)
+            continue
+        is_set = gate.entry.limit in (overrides or {})
+        calibration = opened(gate, measurements, precision, is_fixed=is_set)
+        calibrations[gate.entry.gate] = calibration
+        gates.append(gate if calibration.limit is None else replace(gate, limit=calibration.limit))
+    tables = _tables(measurements, gates, calibrations)
+    levels = _levels(measurements, gates)
     examples = Counter(str(row["metric"]) for row in measurements.rates)
     results: list[GateResult] = []
     for name in ("comparisons", "rates", "scalars"):
         table_gates = [gate for gate in gates if gate.entry.table == name]
         if table_gates:
-            results.extend(_judge_table(tables[name], table_gates, examples))
+            results.extend(_judge_table(tables[name], table_gates, examples, levels))
     order = {gate.entry.gate: position for position, gate in enumerate(gates)}
     results.sort(key=lambda result: order[result.gate])
     if len(results) != len(gates):
         raise MeasurementError(
             f"Expected results of {len(gates)} gates, got {len(results)}.", hint="Correct the suite file."
         )
-    outcome, reason = _sum_up(results)
+    by_name = {gate.entry.gate: gate for gate in gates}
+    results = [
+        _explained(result, by_name[result.gate], calibrations[result.gate], measurements) for result in results
+    ]
+    outcome, reason = _sum_up(_by_reason(results, by_name, tables["comparisons"]))
     return Verdict(outcome=outcome, reason=reason, gates=tuple(results), notes=tuple(dict.fromkeys(notes)))
 
 
-def _tables(measurements: Measurements) -> dict[str, Any]:
+def _tables(
+    measurements: Measurements, gates: Sequence[Gate], calibrations: Mapping[str, Calibration]
+) -> dict[str, Any]:
     import pandas as pd
 
     agreements = [
@@ -114,14 +170,34 @@ def _tables(measurements: Measurements) -> dict[str, Any]:
         for agreement in [1] * row["hits"] + [0] * (row["trials"] - row["hits"])
     ]
     scalars = [{"metric": name, "value": value} for name, value in measurements.scalars.items()]
+    comparisons = pd.DataFrame(measurements.comparisons)
+    for gate in gates:
+        openings = calibrations[gate.entry.gate].openings
+        if gate.entry.table == "comparisons" and openings:
+            # The limit of a noisy output is larger. Great Expectations knows one limit for all outputs.
+            shares = comparisons["output"].map(openings).fillna(1.0)
+            comparisons[_opened_column(gate)] = comparisons[gate.entry.column] / shares
     return {
-        "comparisons": pd.DataFrame(measurements.comparisons),
+        "comparisons": comparisons,
         "rates": pd.DataFrame(agreements, columns=["metric", "agrees"]),
         "scalars": pd.DataFrame(scalars, columns=["metric", "value"]),
     }
 
 
-def _judge_table(table: Any, gates: Sequence[Gate], examples: Mapping[str, int]) -> list[GateResult]:
+def _levels(measurements: Measurements, gates: Sequence[Gate]) -> dict[str, float]:
+    """Return the level at which each rate gate is tested, by Holm's correction over all that one miss can pass."""
+    p_values = {}
+    for gate in gates:
+        rows = [row for row in measurements.rates if row["metric"] == gate.entry.metric]
+        if gate.entry.table == "rates" and rows and gate.limit < 1.0:
+            hits, trials = (sum(row[name] for row in rows) for name in ("hits", "trials"))
+            p_values[gate.entry.gate] = chance_of_fewer(hits, trials, max(gate.limit, 0.0))
+    return holm_levels(p_values)
+
+
+def _judge_table(
+    table: Any, gates: Sequence[Gate], examples: Mapping[str, int], levels: Mapping[str, float]
+) -> list[GateResult]:
     """Run one checkpoint over one table."""
     with warnings.catch_warnings():
         # These come from great_expectations' use of its dependencies; no code of compileflow runs in this block.
@@ -134,7 +210,7 @@ def _judge_table(table: Any, gates: Sequence[Gate], examples: Mapping[str, int])
         asset = context.data_sources.add_pandas("measurements").add_dataframe_asset("table")
         suite = context.suites.add(gx.ExpectationSuite(name="regression"))
         for gate in gates:
-            suite.add_expectation(_expectation(gate))
+            suite.add_expectation(_expectation(gate, table.columns, levels))
         if len(suite.expectations) != len(gates):
             raise MeasurementError(
                 f"Expected {len(gates)} gates, Great Expectations accepted {len(suite.expectations)}.",
@@ -154,7 +230,11 @@ def _judge_table(table: Any, gates: Sequence[Gate], examples: Mapping[str, int])
     return results
 
 
-def _expectation(gate: Gate) -> Any:
+def _opened_column(gate: Gate) -> str:
+    return f"{gate.entry.column} for {gate.entry.gate}"
+
+
+def _expectation(gate: Gate, columns: Collection[str], levels: Mapping[str, float]) -> Any:
     from great_expectations.expectations.expectation_configuration import ExpectationConfiguration
 
     from compileflow.validation.judge.expectations import EXPECTATIONS
@@ -165,7 +245,10 @@ def _expectation(gate: Gate) -> Any:
             f"The gate {gate.entry.gate} has the unknown type {gate.entry.type!r}.",
             hint=f"Choose one of: {', '.join(sorted(types))}.",
         )
-    kwargs: dict[str, Any] = {"column": gate.entry.column, "limit": gate.limit}
+    column = _opened_column(gate) if _opened_column(gate) in columns else gate.entry.column
+    kwargs: dict[str, Any] = {"column": column, "limit": gate.limit}
+    if gate.entry.table == "rates":
+        kwargs["level"] = levels.get(gate.entry.gate, FALSE_REFUSALS)
     if gate.entry.metric is not None:
         kwargs |= {
             "row_condition": f'metric=="{gate.entry.metric}"',
@@ -201,9 +284,9 @@ def _gate_result(gate: Gate, result: Any, examples: int) -> GateResult:
             else "; inconclusive, and the rate is the limit itself"
         )
     else:
-        outcome = "fail" if gate.severity == "critical" else "warn"
+        outcome = gate.entry.missed if gate.severity == "critical" else "warn"
         detail = _rate_detail(details) or ("not a number" if number is None else "")
-    at_most = gate.entry.type.endswith("at_most")
+    at_most = gate.entry.is_maximum
     return GateResult(
         gate=gate.entry.gate,
         says=gate.entry.says,
@@ -230,6 +313,96 @@ def _rate_detail(details: Mapping[str, Any]) -> str:
         f"{details['hits']} of {details['trials']}, one-sided 95 % bounds {details['lower']:.4f} and "
         f"{details['upper']:.4f}"
     )
+
+
+def _explained(result: GateResult, gate: Gate, calibration: Calibration, measurements: Measurements) -> GateResult:
+    """Add the floor, the limit that it moved, and the statistics of a rate."""
+    update: dict[str, Any] = {}
+    notes = [*filter(None, (result.detail, measurements.details.get(gate.entry.source)))]
+    if calibration.openings and result.measured is not None:
+        output, measured = _worst_output(measurements, gate, calibration)
+        share = calibration.openings.get(output, 1.0)
+        update = {"measured": measured, "limit": result.limit * share}
+        if share > 1.0:
+            notes.append(
+                f"limit raised from {result.limit:.3g}: the source model's own noise in {output} is "
+                f"{calibration.floors[output]:.2g}"
+            )
+        floor = calibration.floors.get(output)
+    else:
+        floor = calibration.floor
+    if calibration.reason:
+        notes.append(calibration.reason)
+    value = update.get("measured", result.measured)
+    if floor and value is not None:
+        distance = value if gate.entry.is_maximum else 1.0 - value
+        update |= {"floor": floor, "multiple": distance / floor}
+    evidence = _evidence(measurements, gate)
+    if evidence is not None and result.outcome != "error":
+        update["evidence"] = evidence
+        if evidence.ties:
+            notes.append(f"{evidence.ties} ties of the source model count as equal")
+        if evidence.hits < evidence.trials:
+            notes.append(
+                f"{evidence.right_to_wrong} changes for the worse and {evidence.wrong_to_right} for the better, "
+                f"exact McNemar p = {evidence.p_value:.2g}"
+            )
+        notes.append(f"a loss of {evidence.smallest_loss * 100:.2g} % would have shown")
+    return result.model_copy(update=update | {"detail": "; ".join(notes)})
+
+
+def _worst_output(measurements: Measurements, gate: Gate, calibration: Calibration) -> tuple[str, float]:
+    """Return the output that uses most of its limit, and its largest value."""
+    worst = max(
+        measurements.comparisons,
+        key=lambda row: row[gate.entry.column] / calibration.openings.get(row["output"], 1.0),
+    )
+    return worst["output"], float(worst[gate.entry.column])
+
+
+def _evidence(measurements: Measurements, gate: Gate) -> RateEvidence | None:
+    rows = [row for row in measurements.rates if row["metric"] == gate.entry.metric]
+    if gate.entry.table != "rates" or not rows:
+        return None
+    hits, trials, ties, gained = (
+        sum(row.get(name, 0) for row in rows) for name in ("hits", "trials", "ties", "wrong_to_right")
+    )
+    lost = sum(row.get("right_to_wrong", row["trials"] - row["hits"]) for row in rows)
+    lower, upper = rate_bounds(hits, trials)
+    return RateEvidence(
+        hits=hits,
+        trials=trials,
+        ties=ties,
+        right_to_wrong=lost,
+        wrong_to_right=gained,
+        p_value=mcnemar_p(lost, gained),
+        lower=lower,
+        upper=upper,
+        smallest_loss=smallest_loss(trials),
+    )
+
+
+def _by_reason(results: Sequence[GateResult], gates: Mapping[str, Gate], comparisons: Any) -> list[GateResult]:
+    """Sort results so that the first one that blocks is the right reason.
+
+    That is the suite's order, with one exception: a comparison that holds for rows without padding and token types
+    comes after the probes, which say what is wrong with the other rows.
+    """
+    late = [result for result in results if _holds_for_plain_rows(gates[result.gate], comparisons)]
+    probes = [position for position, result in enumerate(results) if gates[result.gate].entry.probe]
+    if not probes or not late:
+        return list(results)
+    last = probes[-1] + 1
+    moved = [result for result in results[:last] if result in late]
+    return [*(result for result in results[:last] if result not in moved), *moved, *results[last:]]
+
+
+def _holds_for_plain_rows(gate: Gate, comparisons: Any) -> bool:
+    if gate.entry.table != "comparisons" or not gate.entry.is_maximum or "plain" not in comparisons:
+        return False
+    column = _opened_column(gate) if _opened_column(gate) in comparisons else gate.entry.column
+    values = comparisons.loc[comparisons["plain"] == 1, column]
+    return bool((values <= gate.limit).all()) and not values.empty
 
 
 def _exceptions(result: Any) -> str:

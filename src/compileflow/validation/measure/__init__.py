@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 from compileflow.validation.measure.compare_outputs import measure
+from compileflow.validation.measure.coverage import Coverage
 from compileflow.validation.measure.latency import measure_latency, time_pairs
 from compileflow.validation.measure.measurements import Latency, Measurements, Model, candidate_answer
+from compileflow.validation.measure.noise import measure_grid, measure_noise, rounded_to_grid
 from compileflow.validation.measure.probes import (
     measure_mask,
-    measure_noise,
     measure_padding,
     measure_token_types,
 )
+from compileflow.validation.measure.repeatability import measure_repeatability
 
 __all__ = [
+    "Coverage",
     "Latency",
     "Measurements",
     "Model",
     "candidate_answer",
     "measure",
+    "measure_grid",
     "measure_latency",
     "measure_mask",
     "measure_noise",
     "measure_padding",
+    "measure_repeatability",
     "measure_token_types",
+    "rounded_to_grid",
     "time_pairs",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,11 @@ from compileflow.errors import MeasurementError, first_line
 from compileflow.spec import HfTask
 from compileflow.validation.cases.case import Case
 from compileflow.validation.measure import metrics
+from compileflow.validation.measure.coverage import Coverage
 from compileflow.validation.measure.decisions import Decisions
 from compileflow.validation.measure.detections import in_same_order
 from compileflow.validation.measure.measurements import Measurements, Model, candidate_answer
+from compileflow.validation.measure.tendencies import Tendencies
 
 # Two answers of the source model that should be equal differ by less than this share of their norm.
 _SAME = 1e-3
@@ -27,35 +29,58 @@ def measure(
     outputs: Sequence[TensorRecord],
     decisions: Decisions,
     cases: Sequence[Case],
+    coverage: Coverage,
     progress: Callable[[str], None],
+    bucket_lengths: Collection[int] = (),
 ) -> Measurements:
     """Run both models on every case and compare their outputs and decisions.
+
+    Args:
+        reference: The source model.
+        candidate: The compiled model.
+        outputs: Records of the outputs.
+        decisions: Collects the decisions on natural examples.
+        cases: Inputs of both models.
+        coverage: Counts the shapes and token ids of the cases.
+        progress: Is told which case is compared.
+        bucket_lengths: Lengths of the shape buckets; the compiled model pads all others. Empty: it pads none.
 
     Raises:
         MeasurementError: The source model fails or returns NaN or infinity, or natural examples are missing.
     """
     measurements = Measurements()
+    tendencies = Tendencies()
     for number, case in enumerate(cases):
         if number % 10 == 0:
             progress(f"comparing case {number + 1} of {len(cases)}: {case.name}")
+        if case.answers_only:
+            measurements.comparisons += _faulty_answers(case, outputs, *candidate_answer(candidate, case.inputs))
+            coverage.add(case)
+            continue
         expected = _reference_answer(reference, case, measurements)
         if expected is None:
             continue
         actual, error_text = candidate_answer(candidate, case.inputs)
+        coverage.add(case)
         if decisions.task is HfTask.OBJECT_DETECTION:
             actual = in_same_order(outputs, expected, actual)
+        is_plain = case.is_plain(bucket_lengths)
         for record in outputs:
-            measurements.comparisons += _compared_rows(
-                case, record, expected[record.name], actual.get(record.name), error_text
-            )
+            rows = compared_rows(case, record, expected[record.name], actual.get(record.name), error_text)
+            measurements.comparisons += [row | {"plain": int(is_plain)} for row in rows]
         if case.family == "agreement" and not error_text:
             decisions.add(case, expected, actual)
+            tendencies.add(case, outputs, expected, actual)
     if not any(case.family == "agreement" for case in cases):
         raise MeasurementError(
             "The validation has no natural example.", hint="Give a file with one example per line."
         )
+    metrics.relate_to_scale(measurements.comparisons, metrics.scales_of(measurements.comparisons))
+    measurements.coverage = coverage.covered()
+    measurements.scalars.update(coverage.scalars())
     measurements.rates.extend(decisions.rates())
     measurements.scalars.update(decisions.scalars())
+    measurements.scalars.update(tendencies.scalars(measurements.comparisons))
     return measurements
 
 
@@ -86,9 +111,21 @@ def _reference_answer(reference: Model, case: Case, measurements: Measurements) 
     return answer
 
 
-def _compared_rows(
+def compared_rows(
     case: Case, record: TensorRecord, expected: Any, actual: Any, error_text: str
 ) -> list[dict[str, Any]]:
+    """Compare one output of a case, example by example.
+
+    Args:
+        case: Inputs of both models.
+        record: Record of the output.
+        expected: Output of the source model.
+        actual: Output of the compiled model; None if it has not answered.
+        error_text: Text of the compiled model's error.
+
+    Raises:
+        MeasurementError: The source model returns NaN or infinity.
+    """
     mask = case.mask.astype(bool)
     per_token = record.axes[:2] in (("batch", "sequence"), ("batch", "frames"))
     if not np.isfinite(expected[mask] if per_token else expected).all():
@@ -115,4 +152,29 @@ def _compared_rows(
             }
             | metrics.compare(before, after)
         )
+    return rows
+
+
+def _faulty_answers(
+    case: Case, outputs: Sequence[TensorRecord], actual: Arrays, error_text: str
+) -> list[dict[str, Any]]:
+    """Return a row for each output that is missing or not finite, in a case whose numbers are not compared."""
+    rows = []
+    for record in outputs:
+        answer = actual.get(record.name)
+        if answer is None or not np.isfinite(answer).all():
+            nothing = np.empty(0)
+            row = metrics.compare(nothing, nothing if answer is None else answer)
+            rows.append(
+                {
+                    "case": case.name,
+                    "family": case.family,
+                    "output": record.name,
+                    "text": case.texts[0],
+                    "trouble": error_text,
+                    "plain": 0,
+                }
+                | row
+                | {"shape_matches": int(answer is not None)}
+            )
     return rows

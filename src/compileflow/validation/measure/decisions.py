@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from compileflow.contracts import Arrays
-from compileflow.spec import HfTask
+from compileflow.spec import HfTask, Precision
 from compileflow.validation.cases.case import Case
 from compileflow.validation.measure import metrics
 from compileflow.validation.measure.detections import corners, detected
@@ -26,8 +26,15 @@ from compileflow.validation.measure.flips import (
     token_choice,
 )
 
-# With a smaller margin the reference has not decided between two answers; either counts as agreement.
+# With a smaller margin the reference has not decided between two answers; either counts as agreement. The same
+# holds for a gap between two logits that is a smaller share of the largest one: two steps of the format's grid,
+# which are 2^-9 for the 11 bits of fp16, 2^-6 for the 8 bits of bf16, and 2/127 for int8, which has 127 steps up
+# to the largest value. At fp32, each of the two logits may differ by 1e-4.
 TIE_MARGIN = 1e-3
+_TIE_SHARES = {Precision.FP32: 2e-4, Precision.FP16: 2**-9, Precision.BF16: 2**-6, Precision.INT8: 2 / 127}
+# Difference of two cosines that one rounding to the format's grid makes: at most 2^-11, 2^-8 and 1/254. At fp32 it
+# is the largest 1 - cosine that the gates allow.
+_COSINE_TIES = {Precision.FP32: 1e-6, Precision.FP16: 2**-11, Precision.BF16: 2**-8, Precision.INT8: 1 / 254}
 _NEIGHBOURS = 10
 # Tasks with one decision per input.
 _WHOLE_INPUT = (HfTask.TEXT_CLASSIFICATION, HfTask.IMAGE_CLASSIFICATION, HfTask.AUDIO_CLASSIFICATION)
@@ -67,14 +74,17 @@ class Decisions:
         multi_label: True if the model decides about each label separately.
         pools: Functions from the tokens of a text, shape (tokens, size), to its embedding: that of the source
             model and that of the compiled model.
+        precision: Precision of the compiled model, whose grid decides what a tie is.
     """
 
     task: HfTask
     labels: dict[int, str] = field(default_factory=dict)
     multi_label: bool = False
     pools: tuple[Pool, Pool] = (mean_of_tokens, mean_of_tokens)
+    precision: Precision = Precision.FP32
     _rates: list[dict[str, Any]] = field(default_factory=list)
     _confident_flips: int = 0
+    _shifts: list[Any] = field(default_factory=list)
     _logits: list[tuple[Any, Any]] = field(default_factory=list)
     _pictures: list[tuple[Any, Any]] = field(default_factory=list)
     _embeddings: list[tuple[Any, Any]] = field(default_factory=list)
@@ -136,6 +146,8 @@ class Decisions:
             before, after = (np.concatenate(logits) for logits in zip(*self._logits, strict=True))
             scalars["misplaced_labels"] = metrics.misplaced_labels(before, after)
             scalars["confident_flips"] = self._confident_flips
+        if self._shifts:
+            scalars["probability_shift"] = float(np.concatenate(self._shifts).mean())
         if self._embedding_errors:
             scalars["embedding_error"] = float(np.max(self._embedding_errors))
         if self._pictures:
@@ -168,7 +180,7 @@ class Decisions:
             return [], 0
         before, after = (np.stack(embeddings) for embeddings in zip(*self._embeddings, strict=True))
         k = min(_NEIGHBOURS, len(before) - 1)
-        return metrics.neighbour_overlaps(before, after, k), k
+        return metrics.neighbour_overlaps(before, after, k, tie=_COSINE_TIES[self.precision]), k
 
     def _moved(self) -> list[Change]:
         """Return the examples that lost neighbours; those that lost most come first."""
@@ -304,11 +316,12 @@ class Decisions:
         labels, scores, margins = detected(before["logits"], len(self.labels))
         boxes, other_boxes = (corners(outputs["pred_boxes"]) for outputs in (before, after))
         other_labels, _, _ = detected(after["logits"], len(self.labels))
+        ties = self._ties(before["logits"])
         best = np.argsort(-scores, kind="stable")[:_DETECTIONS]
         hits = 0
         for query in best:
             distances = np.abs(other_boxes - boxes[query]).max(axis=-1)
-            is_alike = (other_labels == labels[query]) | (margins[query] < TIE_MARGIN)
+            is_alike = (other_labels == labels[query]) | ties[query]
             if (is_alike & (distances <= _BOX_TOLERANCE)).any():
                 hits += 1
                 continue
@@ -366,19 +379,22 @@ class Decisions:
         words = [token_choice(logits) for logits in (before, after)]
         self._count("label_agreement", text, before[None], after[None], lambda _: words)
         k = min(5, before.size)
-        hits = metrics.overlap_at(before, after, k)
+        tie = _TIE_SHARES[self.precision] * float(np.abs(before).max())
+        hits = metrics.overlap_at(before, after, k, tie=tie)
         self._rates.append({"metric": "top5_overlap", "text": text, "hits": hits, "trials": k})
 
     def _add_span(self, text: str, ids: list[int], before: list[Any], after: list[Any]) -> None:
+        ties = [bool(self._ties(logits[None])[0]) for logits in before]
+        # A span flips with either end, but not with an end that is a tie of the reference.
         margins = [
             float(metrics.margins(before_logits))
-            for before_logits, after_logits in zip(before, after, strict=True)
-            if before_logits.argmax() != after_logits.argmax()
+            for before_logits, after_logits, is_tie in zip(before, after, ties, strict=True)
+            if before_logits.argmax() != after_logits.argmax() and not is_tie
         ]
-        # A span flips with either end, but not with an end that is a tie of the reference.
-        margin = max(margins, default=0.0)
-        is_equal = margin < TIE_MARGIN
-        self._rates.append({"metric": "exact_span", "text": text, "hits": int(is_equal), "trials": 1})
+        margin, is_equal = max(margins, default=0.0), not margins
+        self._rates.append(
+            {"metric": "exact_span", "text": text, "hits": int(is_equal), "trials": 1, "ties": int(any(ties))}
+        )
         if not is_equal:
             words = [span_choice(ids, ends) for ends in (before, after)]
             self._changes.append(Change("exact_span", text, margin, *words))
@@ -388,13 +404,30 @@ class Decisions:
     ) -> None:
         """Count decisions, logits of shape (decisions, choices); `describe` puts the flipped ones into words."""
         margin = metrics.margins(before)
+        ties = self._ties(before)
         equals = before.argmax(-1) == after.argmax(-1)
-        flipped = ~equals & (margin >= TIE_MARGIN)
-        self._confident_flips += int((~equals & (margin > SURE_MARGIN)).sum())
-        self._rates.append({"metric": metric, "text": text, "hits": int((~flipped).sum()), "trials": len(equals)})
+        flipped = ~equals & ~ties
+        self._confident_flips += int((flipped & (margin > SURE_MARGIN)).sum())
+        self._shifts.append(np.abs(metrics.softmax(before) - metrics.softmax(after)).max(-1))
+        self._rates.append(
+            {
+                "metric": metric,
+                "text": text,
+                "hits": int((~flipped).sum()),
+                "trials": len(equals),
+                "ties": int(ties.sum()),
+            }
+        )
         if flipped.any():
             words = describe([int(position) for position in np.flatnonzero(flipped)])
             self._changes.append(Change(metric, text, float(margin[flipped].max()), *words))
+
+    def _ties(self, logits: Any) -> Any:
+        """Return where the source model has not decided, for logits of shape (decisions, choices)."""
+        gaps = metrics.gaps(logits)
+        # Of two choices, the gap as a margin. With hundreds of choices, all probabilities and margins are small.
+        is_close = np.tanh(gaps / 2) < TIE_MARGIN
+        return is_close | (gaps <= _TIE_SHARES[self.precision] * np.abs(logits.max(-1)))
 
     def _name(self, label: int) -> str:
         return self.labels.get(label, str(label))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from compileflow.contracts import Arrays
+from compileflow.validation.measure.coverage import Covered
 
 Model = Callable[[Arrays], Arrays]
 
@@ -44,21 +45,32 @@ class Measurements:
         comparisons: One row per example and output: `metrics.compare`, and case, family, output and text.
         rates: One row per example and metric: `metric`, `hits`, `trials`.
         scalars: One number per metric.
+        details: For some metrics of `scalars`, what was found, in words.
         noise: Noise of the source model: `max_abs_diff` and `rel_l2` between runs that should be equal.
+        floors: The same per output, for each difference that is compared.
+        grid: Figures of the source model with numbers rounded to the grid of int8; empty at other precisions.
         latencies: Paired timings; the first is the headline.
         notes: Sentences for the report about what could not be measured.
+        coverage: Shapes and token ids that were met, and how many there are.
     """
 
     comparisons: list[dict[str, Any]] = field(default_factory=list)
     rates: list[dict[str, Any]] = field(default_factory=list)
     scalars: dict[str, float] = field(default_factory=dict)
+    details: dict[str, str] = field(default_factory=dict)
     noise: dict[str, float] = field(default_factory=dict)
+    floors: dict[str, dict[str, float]] = field(default_factory=dict)
+    grid: dict[str, float] = field(default_factory=dict)
     latencies: list[Latency] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    coverage: tuple[Covered, ...] = ()
 
     def figures(self) -> dict[str, float]:
         """Return the few numbers that a registry keeps; all of them are finite."""
         figures = dict(self.scalars)
+        for covered in self.coverage:
+            name = covered.subject.replace(" ", "_")
+            figures |= {name: float(covered.count), f"{name}_of": float(covered.total)}
         for name in ("max_abs_diff", "rel_l2", "one_minus_cosine"):
             values = [float(row[name]) for row in self.comparisons]
             if values and np.isfinite(values).all():

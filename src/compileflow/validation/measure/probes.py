@@ -2,155 +2,145 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from compileflow.contracts import Arrays
-from compileflow.errors import first_line
 from compileflow.validation.cases.case import Case
-from compileflow.validation.cases.text import CaseBuilder
 from compileflow.validation.measure import metrics
 from compileflow.validation.measure.measurements import Measurements, Model, candidate_answer
 
-# A smaller response to token types, as a share of the output, is too small to be measured.
+# A smaller response to token types or padding, as a share of the output, is too small to be measured.
 _LEAST_RESPONSE = 1e-3
+# Responses must be this many times the error that rounding to a coarse grid makes in a sum over all elements.
+_SUMMED_ERRORS = 10.0
+# A smaller leak is not an ignored mask.
+_LEAST_LEAK = 0.01
 
 
-def measure_mask(
-    measurements: Measurements, reference: Model, candidate: Model, builder: CaseBuilder, texts: Sequence[str]
-) -> None:
+def measure_mask(measurements: Measurements, reference: Model, candidate: Model, cases: Sequence[Case]) -> None:
     """Measure how much masked tokens change the outputs: padding against real tokens in the same places.
 
-    `mask_leak` is the candidate's rel_l2 between the two, minus the reference's; NaN if the candidate does not
-    answer with finite numbers.
+    `mask_leak` is the candidate's rel_l2 between the two, minus the reference's; the worst of all cases, or NaN if
+    the candidate does not answer one with finite numbers. `mask_ignored` is the share of the change that the
+    candidate shows, of the change that the reference shows without its mask: <dc, dr> / <dr, dr>. Rounding errors,
+    which are part of `mask_leak`, point in random directions, so they hardly count.
     """
-    padding_length = min(4, builder.max_length - builder.shortest)
-    if padding_length < 1:
+    if not cases:
         measurements.notes.append("mask_respected was not judged: rows this short have no room for padding.")
         return
-    rows = [builder.encode(text, max_length=builder.max_length - padding_length) for text in texts]
-    inputs = {
-        name: np.pad(
-            value,
-            ((0, 0), (0, padding_length)),
-            constant_values=builder.pad_token_id if name == "input_ids" else 0,
-        )
-        for name, value in builder.collate(rows).items()
-    }
-    mask = inputs["attention_mask"].astype(bool)
-    # A real token in a masked place changes the answer of a model that looks there.
-    token = inputs["input_ids"][0, mask[0].sum() // 2]
-    altered_inputs = inputs | {"input_ids": np.where(mask, inputs["input_ids"], token)}
-    _measure_leak(measurements, reference, candidate, inputs, altered_inputs, mask)
+    leaks: list[float] = []
+    shares: list[float] = []
+    for case in cases:
+        mask = case.inputs["attention_mask"].astype(bool)
+        # A real token in a masked place changes the answer of a model that looks there.
+        row_ids = case.inputs["input_ids"][0][mask[0]]
+        altered_ids = np.where(mask, case.inputs["input_ids"], row_ids[len(row_ids) // 2])
+        altered_inputs = case.inputs | {"input_ids": altered_ids}
+        leaks.append(_leak(reference, candidate, case.inputs, altered_inputs, mask))
+        shares += _ignored_shares(measurements, reference, candidate, case.inputs, altered_inputs, leaks[-1])
+    measurements.scalars["mask_leak"] = float(np.max(leaks))
+    measurements.scalars["mask_ignored"] = float(np.max(shares, initial=0.0))
 
 
-def measure_padding(measurements: Measurements, reference: Model, candidate: Model, case: Case) -> None:
-    """Measure how much the padding of a signal changes the outputs: silence against noise in masked places.
+def measure_padding(measurements: Measurements, reference: Model, candidate: Model, cases: Sequence[Case]) -> None:
+    """Measure how much the padding of signals changes the outputs: silence against noise in masked places.
 
-    `mask_leak` as in `measure_mask`, over one batch of signals of different lengths.
+    `mask_leak` and `mask_ignored` as in `measure_mask`, over batches of signals of different lengths.
     """
-    inputs = case.inputs
-    name = next(name for name in inputs if name != "attention_mask")
-    noise = np.random.default_rng(5).standard_normal(inputs[name].shape, dtype=np.float32)
-    mask = inputs["attention_mask"].astype(bool)
-    mask = mask.reshape(*mask.shape, *[1] * (noise.ndim - 2))
-    altered_inputs = inputs | {name: np.where(mask, inputs[name], noise)}
-    _measure_leak(measurements, reference, candidate, inputs, altered_inputs, case.mask.astype(bool))
+    leaks: list[float] = []
+    shares: list[float] = []
+    for case in cases:
+        name = next(name for name in case.inputs if name != "attention_mask")
+        noise = np.random.default_rng(5).standard_normal(case.inputs[name].shape, dtype=np.float32)
+        mask = case.inputs["attention_mask"].astype(bool)
+        mask = mask.reshape(*mask.shape, *[1] * (noise.ndim - 2))
+        altered_inputs = case.inputs | {name: np.where(mask, case.inputs[name], noise)}
+        leaks.append(_leak(reference, candidate, case.inputs, altered_inputs, case.mask.astype(bool)))
+        shares += _ignored_shares(measurements, reference, candidate, case.inputs, altered_inputs, leaks[-1])
+    measurements.scalars["mask_leak"] = float(np.max(leaks))
+    measurements.scalars["mask_ignored"] = float(np.max(shares, initial=0.0))
 
 
 def measure_token_types(
-    measurements: Measurements, reference: Model, candidate: Model, builder: CaseBuilder, texts: Sequence[str]
+    measurements: Measurements, reference: Model, candidate: Model, cases: Sequence[Case]
 ) -> None:
-    """Measure whether token types change the candidate as they change the reference.
+    """Measure whether token types change the candidate as they change the reference, in rows of several lengths.
 
     `token_type_error` = |1 - <dc, dr> / <dr, dr>|, where d is the answer with token types minus the answer
-    without. It is 1 if the candidate ignores them, and NaN if it does not answer. Rounding errors point in
-    random directions, so they hardly count, however small the response is. Omitted, with a note, if the source
-    model hardly responds.
+    without. It is 1 if the candidate ignores them, and NaN if it does not answer; the worst of all cases counts.
+    Rounding errors point in random directions, so they hardly count, however small the response is. Omitted, with
+    a note, if the source model hardly responds.
     """
-    if "token_type_ids" not in builder.input_names:
-        return
-    longest = min(64, builder.max_length)
-    length = max((edge for edge in builder.edges if edge <= longest), default=min(builder.max_length, 32))
-    row = builder.encode(" ".join(texts), max_length=length)
-    size = len(row["input_ids"])
-    types = [0] * (size // 2) + [1] * (size - size // 2)
-    with_types = builder.collate([row | {"token_type_ids": types}])
-    zero_types = with_types | {"token_type_ids": np.zeros_like(with_types["token_type_ids"])}
-    before, before_without = reference(with_types), reference(zero_types)
-    after, after_without = (candidate_answer(candidate, inputs)[0] for inputs in (with_types, zero_types))
-    errors = []
-    for name, value in before.items():
-        expected = np.asarray(value, np.float64) - before_without[name]
-        if np.linalg.norm(expected) < _LEAST_RESPONSE * np.linalg.norm(before_without[name]):
-            continue
-        if any(name not in answer or answer[name].shape != value.shape for answer in (after, after_without)):
-            errors.append(float("nan"))
-        else:
-            actual = np.asarray(after[name], np.float64) - after_without[name]
-            errors.append(abs(1.0 - float(np.vdot(expected, actual) / np.vdot(expected, expected))))
+    errors: list[float] = []
+    for case in cases:
+        zero_types = np.zeros_like(case.inputs["token_type_ids"])
+        types = zero_types.copy()
+        types[:, types.shape[1] // 2 :] = 1
+        calls = [case.inputs | {"token_type_ids": values} for values in (types, zero_types)]
+        errors += [
+            abs(1.0 - slope)
+            for slope in _slopes(measurements, [reference(inputs) for inputs in calls], candidate, calls)
+        ]
     if errors:
         measurements.scalars["token_type_error"] = float(np.max(errors))
-    else:
+    elif cases:
         measurements.notes.append(
             "token_types_respected was not judged: the source model hardly responds to them."
         )
 
 
-def measure_noise(
-    measurements: Measurements,
-    variants: dict[str, Callable[[Case], Arrays]],
-    reference: Model,
-    cases: Sequence[Case],
-) -> None:
-    """Measure how far the source model is from itself in another precision, batch or thread count.
-
-    Args:
-        measurements: Gets `noise`: the worst of all variants, and the rel_l2 of each as `rel_l2 (name)`.
-        variants: Name of each variant, and the function that runs a case in it.
-        reference: Source model as it is compared with the candidate.
-        cases: A few natural cases.
-    """
-    noise = {"max_abs_diff": 0.0, "rel_l2": 0.0}
-    for name, run in variants.items():
-        variant_rel_l2 = 0.0
-        for case in cases:
-            expected = reference(case.inputs)
-            try:
-                actual = run(case)
-            except MemoryError:
-                raise
-            # Not every model runs in another precision, or one row at a time.
-            except Exception as error:  # noqa: BLE001
-                measurements.notes.append(
-                    f"The noise of the source model was not measured ({name}): {type(error).__name__}: "
-                    f"{first_line(error)}."
-                )
-                break
-            mask = case.mask.astype(bool)
-            for output in expected:
-                row = metrics.compare(_masked(expected[output], mask), _masked(actual[output], mask))
-                variant_rel_l2 = max(variant_rel_l2, float(row["rel_l2"]))
-                noise["max_abs_diff"] = max(noise["max_abs_diff"], float(row["max_abs_diff"]))
-        noise["rel_l2"] = max(noise["rel_l2"], variant_rel_l2)
-        noise[f"rel_l2 ({name})"] = variant_rel_l2
-    # rel_l2 is infinite if the source model answers exact zeros; a multiple of that says nothing.
-    measurements.noise |= {name: value for name, value in noise.items() if np.isfinite(value)}
+def _leak(reference: Model, candidate: Model, inputs: Arrays, altered_inputs: Arrays, mask: Any) -> float:
+    """Return how much more the alteration changes the candidate than the reference; NaN without two answers."""
+    answer, altered_answer = (candidate_answer(candidate, arrays)[0] for arrays in (inputs, altered_inputs))
+    leak = _change(answer, altered_answer, mask) - _change(reference(inputs), reference(altered_inputs), mask)
+    return max(0.0, leak) if np.isfinite(leak) else float("nan")
 
 
-def _measure_leak(
+def _ignored_shares(
     measurements: Measurements,
     reference: Model,
     candidate: Model,
     inputs: Arrays,
     altered_inputs: Arrays,
-    mask: Any,
-) -> None:
-    answer, altered_answer = (candidate_answer(candidate, arrays)[0] for arrays in (inputs, altered_inputs))
-    leak = _change(answer, altered_answer, mask) - _change(reference(inputs), reference(altered_inputs), mask)
-    measurements.scalars["mask_leak"] = max(0.0, leak) if np.isfinite(leak) else float("nan")
+    leak: float,
+) -> list[float]:
+    """Return how much of the change without a mask the candidate shows, for each output."""
+    if leak < _LEAST_LEAK:
+        return []
+    unmasked = {"attention_mask": np.ones_like(inputs["attention_mask"])}
+    calls = (altered_inputs, inputs)
+    return _slopes(measurements, [reference(call | unmasked) for call in calls], candidate, calls)
+
+
+def _slopes(
+    measurements: Measurements, expected_pair: Sequence[Arrays], candidate: Model, calls: Sequence[Arrays]
+) -> list[float]:
+    """Return <dc, dr> / <dr, dr> for each output that responds: d is the first answer minus the second one.
+
+    Args:
+        measurements: Measurements with the error that the candidate's number format makes, if it is a coarse one.
+        expected_pair: The reference's answers.
+        candidate: The compiled model.
+        calls: Its two calls.
+    """
+    before, before_altered = expected_pair
+    after, after_altered = (candidate_answer(candidate, inputs)[0] for inputs in calls)
+    slopes = []
+    for name, value in before.items():
+        expected = np.asarray(value, np.float64) - before_altered[name]
+        summed_error = measurements.grid.get("typical_error", 0.0) / np.sqrt(value.size)
+        least_share = max(_LEAST_RESPONSE, _SUMMED_ERRORS * summed_error)
+        if np.linalg.norm(expected) <= least_share * np.linalg.norm(before_altered[name]):
+            continue
+        if any(name not in answer or answer[name].shape != value.shape for answer in (after, after_altered)):
+            slopes.append(float("nan"))
+        else:
+            actual = np.asarray(after[name], np.float64) - after_altered[name]
+            slopes.append(float(np.vdot(expected, actual) / np.vdot(expected, expected)))
+    return slopes
 
 
 def _change(before: Arrays, after: Arrays, mask: Any) -> float:

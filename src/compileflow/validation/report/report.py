@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from compileflow._process.packages import installed_versions
 from compileflow.validation.judge.verdict import Verdict
+from compileflow.validation.measure.coverage import Covered
 from compileflow.validation.measure.flips import Flip
 from compileflow.validation.measure.measurements import Latency
 from compileflow.validation.report.page import write_page
@@ -50,6 +51,13 @@ class Report(BaseModel):
     verdict: Verdict
     figures: dict[str, float]
     noise: dict[str, float]
+    floors: dict[str, dict[str, float]] = Field(
+        default_factory=dict, description="By output, the source model's largest differences from itself."
+    )
+    grid: dict[str, float] = Field(
+        default_factory=dict,
+        description="Figures of the source model with numbers rounded to the grid of int8, at int8.",
+    )
     latencies: tuple[Latency, ...]
     worst: tuple[dict[str, Any], ...]
     families: dict[str, int]
@@ -61,6 +69,7 @@ class Report(BaseModel):
         (), max_length=50, description="Examples decided differently, the most confident first."
     )
     flips_count: int = Field(0, ge=0, description="Number of all flips, listed or not.")
+    coverage: tuple[Covered, ...] = Field((), description="Shapes and token ids that were met.")
 
     @property
     def noise_multiple(self) -> float | None:
