@@ -61,7 +61,7 @@ def sound(tiny_model: ModelFactory, in_process: InProcess) -> Path:
 
 @pytest.fixture(scope="module")
 def loads(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Every refusal's artifact, spoilt, and how it is loaded, as JSON.
+    """Every refusal's artifact, damaged, and how it is loaded, as JSON.
 
     The graph of each is garbage that agrees with the manifest: a runtime that opened it would raise another error.
     """

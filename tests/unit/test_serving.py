@@ -81,7 +81,7 @@ def source_of(tiny_model: Callable[..., Path]) -> Callable[[HfTask, str], Any]:
 
 @pytest.fixture
 def artifact(compiled: Compiled, tmp_path: Path) -> Path:
-    """A copy of one artifact, to be spoilt."""
+    """A copy of one artifact, to be damaged."""
     folder = tmp_path / "artifact"
     shutil.copytree(compiled("torchscript", HfTask.TEXT_CLASSIFICATION), folder)
     return folder

@@ -13,7 +13,12 @@ from compileflow._process.cpu import missing_features
 from compileflow._process.folders import move_into_place, os_errors, path_of_uri, work_folder
 from compileflow._process.state import undisturbed_process
 from compileflow.artifact.attestations.envelopes import stored_envelopes, write_bundle
-from compileflow.artifact.attestations.require_signature import RequireSignature, check_signed, required_keys
+from compileflow.artifact.attestations.require_signature import (
+    RequireSignature,
+    check_signed,
+    check_subjects,
+    required_keys,
+)
 from compileflow.artifact.attestations.verify import Attestations
 from compileflow.artifact.integrity import check_digest, check_digest_format, check_folder
 from compileflow.artifact.manifest import (
@@ -220,8 +225,8 @@ def open_artifact(
         IntegrityError: A file is missing, altered, unlisted or outside the folder, or the digest differs.
         RegistryError: The registry has no such version, or did not answer.
         SpecError: `digest` is not a digest, or a signature is required but no key can be used.
-        SignatureError: A signature is required, but the provenance or the verdict is missing, unsigned, or about
-            another artifact, or the verdict is neither PASSED nor WARNED.
+        SignatureError: A statement beside the files is about another artifact; or a signature is required, but the
+            provenance or the verdict is missing or unsigned, or the verdict is neither PASSED nor WARNED.
     """
     text = str(location)
     settings = settings or get_settings()
@@ -251,6 +256,8 @@ def open_artifact(
     attestations = None
     if keys is not None:
         attestations = check_signed(folder, checked_folder, keys, store_uri=store_uri, settings=settings)
+    elif store_uri is None and not trust:
+        check_subjects(folder, checked_folder.digest)
     return OpenArtifact(
         folder,
         checked_folder.manifest,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from compileflow import CompiledModel, CompiledPipeline, CompiledTokenizer
 from compileflow.artifact.attestations.envelopes import put_statement, read_bundle, stored_envelopes, write_bundle
-from compileflow.artifact.manifest import ATTESTATIONS_NAME
+from compileflow.artifact.manifest import ATTESTATIONS_NAME, MANIFEST_NAME
 from compileflow.artifact.open import open_artifact
 from compileflow.errors import ManifestError, SignatureError, SpecError
 from compileflow.settings import Settings, get_settings
@@ -102,6 +103,19 @@ def test_file_without_valid_envelopes_is_refused(
     (artifact / ATTESTATIONS_NAME).write_bytes(body)
     with pytest.raises(SignatureError, match=ATTESTATIONS_NAME):
         open_artifact(artifact, require_signature=keys.public, settings=settings)
+
+
+def test_manifest_edited_after_the_verdict_is_refused_without_any_key(
+    artifact: Path, keys: Keys, settings: Settings
+) -> None:
+    attest(artifact, keys)
+    assert open_artifact(artifact, settings=settings).attested is None
+    manifest = json.loads((artifact / MANIFEST_NAME).read_text())
+    manifest["source"]["architecture"] += "Other"
+    (artifact / MANIFEST_NAME).write_text(json.dumps(manifest))
+    with pytest.raises(SignatureError, match="is about another artifact"):
+        open_artifact(artifact, settings=settings)
+    assert open_artifact(artifact, settings=settings, trust=True).digest
 
 
 def test_bundle_without_envelopes_is_not_written(artifact: Path) -> None:

@@ -8,9 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compileflow._process.folders import file_written_whole, work_folder
-from compileflow.artifact.attestations.envelopes import Envelope, read_bundle, stored_envelopes, write_bundle
+from compileflow.artifact.attestations.envelopes import (
+    RECORDS,
+    Envelope,
+    read_bundle,
+    statement_in,
+    stored_envelopes,
+    write_bundle,
+)
 from compileflow.artifact.attestations.keys import configured_keys, load_public_keys
-from compileflow.artifact.attestations.verify import Attestations, verify_attestations
+from compileflow.artifact.attestations.verify import Attestations, check_subject, verify_attestations
 from compileflow.artifact.integrity import CheckedFolder
 from compileflow.artifact.manifest import ATTESTATIONS_NAME
 from compileflow.catalog import open_store
@@ -91,3 +98,25 @@ def check_signed(
     ):
         write_bundle(work, envelopes)
     return attestations
+
+
+def check_subjects(folder: Path, digest: str) -> None:
+    """Refuse an artifact whose bundle is about another artifact: its manifest was edited after the verdict.
+
+    No signature is required, so that a missing or damaged bundle is accepted.
+
+    Args:
+        folder: Folder of the artifact.
+        digest: Digest of the artifact, as computed from its files.
+
+    Raises:
+        SignatureError: A statement names another artifact.
+    """
+    try:
+        statements = [statement_in(envelope) for envelope in read_bundle(folder)]
+    except SignatureError:
+        return
+    for statement in statements:
+        kind = RECORDS.get(str((statement or {}).get("predicateType")))
+        if statement is not None and kind is not None:
+            check_subject(kind, statement, digest)

@@ -89,7 +89,7 @@ def verify_attestations(
             continue
         if kind in attestations_by_type:
             raise SignatureError(f"The artifact has two {RECORDS[kind]} statements, expected one.", hint=_FORGED)
-        _check_subject(RECORDS[kind], statement, artifact_digest)
+        check_subject(RECORDS[kind], statement, artifact_digest)
         attestations_by_type[kind] = Attestation(
             statement, _trusted_signers(RECORDS[kind], envelope, trusted_keys)
         )
@@ -100,7 +100,12 @@ def verify_attestations(
     return attestations
 
 
-def _check_subject(name: str, statement: Statement, artifact_digest: str) -> None:
+def check_subject(name: str, statement: Statement, artifact_digest: str) -> None:
+    """Check that a statement, the provenance or the verdict, is about an artifact.
+
+    Raises:
+        SignatureError: It is about another one.
+    """
     subjects = subject_digests(statement)
     if artifact_digest not in subjects:
         names = ", ".join(f"{digest[:12]}..." for digest in subjects) or "none"
