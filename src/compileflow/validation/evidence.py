@@ -7,9 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from compileflow.contracts import Arrays, ComponentRecord
+from compileflow.errors import MeasurementError
+from compileflow.source_model.interface import SourceModel
+from compileflow.source_model.lengths import call_sizes
 from compileflow.source_model.processor import load_processor
-from compileflow.spec import CompileSpec, HfTask
+from compileflow.source_model.token_rows import TokenRows
+from compileflow.spec import CompileSpec, HfTask, Precision
 from compileflow.validation.cases import (
     Case,
     CaseBuilder,
@@ -19,7 +25,9 @@ from compileflow.validation.cases import (
     load_signals,
     shape_cases,
 )
+from compileflow.validation.cases.filled_rows import FilledRows, natural_ids
 from compileflow.validation.cases.image_text import LABELS, ImageTextCases
+from compileflow.validation.cases.shapes import Shape, repeated_shapes, text_shapes
 from compileflow.validation.measure import (
     Measurements,
     Model,
@@ -36,9 +44,40 @@ _TIMED_TEXT = ((1, 16), (1, 128), (8, 128))
 _TIMED_IMAGES = ((1, 1), (8, 1))
 _TIMED_LABELS = ((8, 16),)
 _TIMED_SECONDS = ((1, 1), (1, 5))
+# Lengths of the probes of a dynamic model, besides the maximum.
+_PROBED_LENGTHS = (64, 129, 257)
+# Multiplications by weights while the vocabulary is read: two minutes on two cores, for each model.
+_MOST_VOCABULARY_WORK = 6e12
 
 Decode = Callable[[Sequence[int]], str]
 Probe = Callable[[Measurements, Model, Model], None]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Values from which inputs are drawn.
+
+    Attributes:
+        seed: Seed of the inputs that differ from artifact to artifact, so that no fixed set of answers passes.
+        tokens: Form of the rows of a text model; None for images and audio.
+        most_ids: Number of token ids that are read at most.
+    """
+
+    seed: int
+    tokens: TokenRows | None
+    most_ids: int
+
+
+def draw_for(artifact_digest: str, source_model: SourceModel) -> Draw:
+    """Return the seed of an artifact, and how many token ids a model of this size reads in bearable time."""
+    # The table of embeddings is read, not multiplied.
+    weights = sum(
+        weight.numel()
+        for weight in source_model.model.parameters()
+        if source_model.tokens is None or weight.shape[:1] != (source_model.tokens.vocab_size,)
+    )
+    most_ids = int(_MOST_VOCABULARY_WORK // max(1, weights))
+    return Draw(int(artifact_digest[:16], 16), source_model.tokens, most_ids)
 
 
 @dataclass(frozen=True)
@@ -49,7 +88,9 @@ class Evidence:
         generated: Cases that natural examples do not cover.
         natural: Cases of natural examples, on which decisions are compared.
         probes: Functions that measure one property, given the measurements, the reference and the candidate.
-        timed: Function from a batch size and a length to inputs for timing.
+        shapes: Shapes, (batch size, length), at which both models are compared.
+        repeated: Inputs that are called again, the shortest first.
+        timed: Function from a batch size and a length to the call for timing.
         decode: Function from token ids to text.
         tokens: Names of the classes where id2label has none, such as the characters of a speech model.
         origin: Origin of the natural examples, in words.
@@ -59,7 +100,9 @@ class Evidence:
     generated: list[Case]
     natural: list[Case]
     probes: tuple[Probe, ...]
-    timed: Callable[[int, int], Arrays]
+    shapes: tuple[Shape, ...]
+    repeated: tuple[Arrays, ...]
+    timed: Callable[[int, int], Case]
     decode: Decode
     tokens: Mapping[int, str]
     origin: str
@@ -73,6 +116,7 @@ def gather_evidence(
     validation: ValidationSettings,
     tests: RegisteredTests | None = None,
     *,
+    draw: Draw,
     trust_remote_code: bool,
 ) -> Evidence:
     """Build the evidence for one component; the source version's registered test inputs come first.
@@ -83,17 +127,18 @@ def gather_evidence(
         record: Record of the component.
         validation: Settings of the validation.
         tests: Test inputs that are registered with the source version.
+        draw: Values from which inputs are drawn.
         trust_remote_code: Run Python files of the source model.
 
     Raises:
         MeasurementError: The examples cannot be used.
     """
     if spec.hf_task.modality == "image-text":
-        return _image_text_evidence(source_dir, record, validation, trust_remote_code)
+        return _image_text_evidence(source_dir, spec, record, validation, draw, trust_remote_code)
     if spec.hf_task.modality == "text":
         tokenizer = _tokenizer(source_dir, trust_remote_code)
-        return _text_evidence(tokenizer, spec, record, validation, tests)
-    return _signal_evidence(source_dir, spec, record, validation, trust_remote_code)
+        return _text_evidence(tokenizer, spec, record, validation, tests, draw)
+    return _signal_evidence(source_dir, spec, record, validation, draw, trust_remote_code)
 
 
 def timed_shapes(
@@ -123,6 +168,7 @@ def _text_evidence(
     record: ComponentRecord,
     validation: ValidationSettings,
     tests: RegisteredTests | None,
+    draw: Draw,
 ) -> Evidence:
     examples, origin, _ = load_examples(spec.hf_task, validation.examples_path, validation.max_examples)
     test_examples = tests.examples(spec.hf_task) if tests else []
@@ -141,17 +187,33 @@ def _text_evidence(
         pad_left=record.padding == "left",
     )
 
+    natural = agreement_cases(builder, examples, spec.hf_task)
+    tokens = _required(draw.tokens)
+    ids = np.concatenate([case.inputs["input_ids"][case.mask == 1] for case in natural])
+    filled = FilledRows(tokens, record, natural_ids(ids, tokens), {})
+    shapes, filled_cases = _filled_cases(filled, spec, draw)
+    probed_lengths = sorted({min(length, record.max_sequence_length) for length in _probed_lengths(record)})
+
     def mask(measurements: Measurements, reference: Model, candidate: Model) -> None:
-        measure_mask(measurements, reference, candidate, builder, texts[:4])
+        padded_cases = [case for length in probed_lengths if (case := filled.padded_case(length)) is not None]
+        measure_mask(measurements, reference, candidate, padded_cases)
 
     def token_types(measurements: Measurements, reference: Model, candidate: Model) -> None:
-        measure_token_types(measurements, reference, candidate, builder, texts)
+        full_cases = [filled.full_case(length) for length in probed_lengths]
+        measure_token_types(measurements, reference, candidate, full_cases)
+
+    def timed(rows: int, length: int) -> Case:
+        text = " ".join(texts)
+        row = builder.encode(text, max_length=length)
+        return builder.case(f"timed {rows} x {length}", "timed", [row] * rows, [text] * rows)
 
     return Evidence(
-        generated=shape_cases(builder, texts),
-        natural=agreement_cases(builder, examples, spec.hf_task),
-        probes=(mask, token_types),
-        timed=lambda rows, length: builder.collate([builder.encode(" ".join(texts), max_length=length)] * rows),
+        generated=shape_cases(builder, texts) + filled_cases,
+        natural=natural,
+        probes=(mask, token_types) if "token_type_ids" in builder.input_names else (mask,),
+        shapes=shapes,
+        repeated=_repeated(record, shapes, filled_cases),
+        timed=timed,
         decode=tokenizer.decode,
         tokens={},
         origin=origin,
@@ -159,17 +221,57 @@ def _text_evidence(
     )
 
 
+def _filled_cases(filled: FilledRows, spec: CompileSpec, draw: Draw) -> tuple[tuple[Shape, ...], list[Case]]:
+    """Return the shapes at which text is compared, and the cases that fill them and read the vocabulary."""
+    shapes = text_shapes(filled.record, filled.shortest)
+    vocabulary = filled.vocabulary(draw.most_ids)
+    # The scales of int8 fit natural text, so its answers to other tokens say nothing.
+    is_numeric = spec.precision is not Precision.INT8
+    cases = filled.shape_cases(shapes, vocabulary if is_numeric else None)
+    cases += filled.vocabulary_cases(vocabulary, answers_only=not is_numeric)
+    return shapes, cases + filled.drawn_cases(draw.seed)
+
+
+def _probed_lengths(record: ComponentRecord) -> Sequence[int]:
+    if record.dynamic_axes:
+        return (*_PROBED_LENGTHS, record.max_sequence_length)
+    return [bucket.sequence_length for bucket in record.shape_buckets]
+
+
+def _repeated(record: ComponentRecord, shapes: Sequence[Shape], cases: Sequence[Case]) -> tuple[Arrays, ...]:
+    """Return one call for each shape that is called again."""
+    main = record.inputs[0]
+    inputs_by_shape = {call_sizes(main, case.inputs[main.name]): case.inputs for case in reversed(cases)}
+    return tuple(inputs_by_shape[shape] for shape in repeated_shapes(shapes, dynamic=record.dynamic_axes))
+
+
+def _required(tokens: TokenRows | None) -> TokenRows:
+    if tokens is None:
+        raise MeasurementError(
+            "The form of the model's rows is unknown.", hint="Load the source model for a task that takes text."
+        )
+    return tokens
+
+
 def _image_text_evidence(
-    source_dir: Path, record: ComponentRecord, validation: ValidationSettings, trust_remote_code: bool
+    source_dir: Path,
+    spec: CompileSpec,
+    record: ComponentRecord,
+    validation: ValidationSettings,
+    draw: Draw,
+    trust_remote_code: bool,
 ) -> Evidence:
     tokenizer = _tokenizer(source_dir, trust_remote_code)
     processor = load_processor(source_dir, "image", trust_remote_code=trust_remote_code)
     builder = ImageTextCases(tokenizer, processor, record)
     signals, origin, _ = load_signals(processor, validation.examples_path, validation.max_examples)
+    shapes, filled_cases = _filled_cases(builder.filled_rows(_required(draw.tokens), draw.seed), spec, draw)
     return Evidence(
-        generated=builder.generated(),
+        generated=builder.generated() + filled_cases,
         natural=[builder.case(signal.name, "agreement", signal, LABELS) for signal in signals],
         probes=(),
+        shapes=shapes,
+        repeated=_repeated(record, shapes, filled_cases),
         timed=builder.timed,
         decode=tokenizer.decode,
         tokens=dict(enumerate(LABELS)),
@@ -183,6 +285,7 @@ def _signal_evidence(
     spec: CompileSpec,
     record: ComponentRecord,
     validation: ValidationSettings,
+    draw: Draw,
     trust_remote_code: bool,
 ) -> Evidence:
     task = spec.hf_task
@@ -195,14 +298,22 @@ def _signal_evidence(
         tokenizer = _tokenizer(source_dir, trust_remote_code)
         decode, tokens = tokenizer.decode, {token_id: token for token, token_id in tokenizer.get_vocab().items()}
     short_signals = sorted(signals, key=lambda signal: signal.values.size)[:4]
+    shapes = builder.shapes()
+    filled_cases = builder.shape_cases(shapes, draw.seed)
 
     def padding(measurements: Measurements, reference: Model, candidate: Model) -> None:
-        measure_padding(measurements, reference, candidate, builder.case("", "", short_signals))
+        padded_cases = [case for case in reversed(filled_cases) if not case.inputs["attention_mask"].all()]
+        # One batch of each length is enough, the smallest.
+        one_per_length = {case.inputs["attention_mask"].shape[1]: case for case in padded_cases}
+        cases = [builder.case("natural", "probe", short_signals), *one_per_length.values()]
+        measure_padding(measurements, reference, candidate, cases)
 
     return Evidence(
-        generated=builder.generated(),
+        generated=builder.generated() + filled_cases,
         natural=builder.natural(signals),
         probes=(padding,) if any(tensor.name == "attention_mask" for tensor in record.inputs) else (),
+        shapes=shapes,
+        repeated=_repeated(record, shapes, filled_cases),
         timed=builder.timed,
         decode=decode,
         tokens=tokens,

@@ -24,9 +24,9 @@ class NamedSignal:
     values: Signal
 
 
-def generated_signals(processor: Processor, count: int) -> list[NamedSignal]:
-    """Return images with edges over 1/f noise, or voiced sounds. Each call returns the same signals."""
-    random = np.random.default_rng(11)
+def generated_signals(processor: Processor, count: int, *, seed: int = 11) -> list[NamedSignal]:
+    """Return images with edges over 1/f noise, or voiced sounds. The same seed gives the same signals."""
+    random = np.random.default_rng(seed)
     if processor.modality == "image":
         return [NamedSignal(f"image {number + 1}", _image(random)) for number in range(count)]
     return [NamedSignal(f"sound {number + 1}", _sound(random, processor.sampling_rate)) for number in range(count)]

@@ -10,7 +10,9 @@ import numpy as np
 
 from compileflow.contracts import Arrays, ComponentRecord
 from compileflow.source_model.processor import Processor
+from compileflow.source_model.token_rows import TokenRows
 from compileflow.validation.cases.case import Case
+from compileflow.validation.cases.filled_rows import FilledRows, natural_ids
 from compileflow.validation.cases.generated_signals import NamedSignal, generated_signals, odd_signals
 
 LABELS = ("cat", "dog", "car", "tree", "house", "person", "boat", "street")
@@ -37,10 +39,7 @@ class ImageTextCases:
     def case(self, name: str, family: str, image: NamedSignal, labels: Sequence[str]) -> Case:
         """Build the case of one image and several labels, one row each."""
         texts = [_TEMPLATE.format(label) for label in labels]
-        inputs = self._tokens(texts) | self.processor([image.values])
-        names = [record.name for record in self.record.inputs]
-        mask = np.ones((len(texts), 1), int)
-        return Case(name, family, tuple(texts), {key: inputs[key] for key in names}, mask)
+        return self._case(name, family, texts, self._tokens(texts) | self.processor([image.values]))
 
     def generated(self) -> list[Case]:
         """Build the cases that natural images do not cover: odd images, few labels, labels of several lengths."""
@@ -54,13 +53,22 @@ class ImageTextCases:
         )
         return cases
 
-    def timed(self, rows: int, length: int) -> Arrays:
-        """Return the inputs for timing one shape."""
+    def timed(self, rows: int, length: int) -> Case:
+        """Build the call for timing one shape."""
         (image,) = generated_signals(self.processor, 1)
         texts = [" ".join(LABELS * length)] * rows
-        names = [record.name for record in self.record.inputs]
         inputs = self._tokens(texts, length) | self.processor([image.values])
-        return {name: inputs[name] for name in names}
+        return self._case(f"timed {rows} x {length}", "timed", texts, inputs)
+
+    def filled_rows(self, tokens: TokenRows, seed: int) -> FilledRows:
+        """Return the builder of exact shapes, beside an image that the seed draws."""
+        (image,) = generated_signals(self.processor, 1, seed=seed)
+        ids = self._tokens([_TEMPLATE.format(label) for label in LABELS])["input_ids"].ravel()
+        return FilledRows(tokens, self.record, natural_ids(ids, tokens), self.processor([image.values]))
+
+    def _case(self, name: str, family: str, texts: Sequence[str], arrays: Arrays) -> Case:
+        inputs = {record.name: arrays[record.name] for record in self.record.inputs}
+        return Case(name, family, tuple(texts), inputs, np.ones((len(texts), 1), int))
 
     def _tokens(self, texts: Sequence[str], length: int | None = None) -> Arrays:
         longest = self.record.max_sequence_length

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compileflow.contracts import Arrays, ComponentRecord
+from compileflow.contracts import Arrays, ComponentRecord, TensorRecord
 from compileflow.source_model.lengths import call_sizes, frames_of, shortest_input
 from compileflow.source_model.processor import Processor
 from compileflow.validation.cases.case import Case
 from compileflow.validation.cases.generated_signals import NamedSignal, Signal, generated_signals, odd_signals
+from compileflow.validation.cases.shapes import Shape, audio_shapes, image_shapes, row_lengths
 
 _BATCH = 8
 
@@ -60,10 +61,40 @@ class SignalCases:
         if not self.mixes_sizes:
             batch = _cropped(batch)
         cases = [case for signal in odd_signals(self.processor) for case in self._odd(signal)]
-        cases += [self.case(f"{rows} at once", "batch", batch[:rows]) for rows in (2, 3, _BATCH)]
         cases.append(self.case("the batch's first row alone", "batch", batch[:1]))
+        cases.append(self.case(f"{_BATCH} at once", "batch", batch))
         if "sequence" in self.record.inputs[0].axes:
             cases += [self.case(f"length {length}", "length", [self.noise(length)]) for length in self._lengths()]
+        return cases
+
+    def shapes(self) -> tuple[Shape, ...]:
+        """Return the (batch size, length) pairs at which both models are compared."""
+        main = self.record.inputs[0]
+        if "sequence" in main.axes:
+            second = call_sizes(main, self._row(np.zeros(self.processor.sampling_rate, np.float32)))[1]
+            return audio_shapes(self.record, shortest_input(self.record.frame_convolutions), second)
+        return image_shapes(self.record, self._row(generated_signals(self.processor, 1)[0].values).size)
+
+    def shape_cases(self, shapes: Sequence[Shape], seed: int) -> list[Case]:
+        """Build the cases of each shape from signals that the seed draws: full rows and rows with padding."""
+        signals = generated_signals(self.processor, _BATCH, seed=seed)
+        if not self.mixes_sizes:
+            signals = _cropped(signals)
+        arrays = self.processor([signal.values for signal in signals])
+        shortest = shortest_input(self.record.frame_convolutions)
+        cases = []
+        for rows, length in shapes:
+            calls = [[length] * rows]
+            if "sequence" in self.record.inputs[0].axes:
+                calls = row_lengths(rows, length, shortest, dynamic=self.record.dynamic_axes)
+            for number, lengths in enumerate(calls):
+                name = f"shape {rows} x {length}" + (", ragged" if number else "")
+                inputs = {
+                    record.name: _filled(record, arrays[record.name], length, lengths)
+                    for record in self.record.inputs
+                }
+                texts = tuple(f"drawn {row + 1}, {size} long" for row, size in enumerate(lengths))
+                cases.append(Case(name, "shape", texts, inputs, self.output_mask(inputs)))
         return cases
 
     def _odd(self, signal: NamedSignal) -> list[Case]:
@@ -92,13 +123,13 @@ class SignalCases:
         samples = max(1, round(length * rate / per_second)) if per_second != rate else length
         return NamedSignal(f"noise, {length}", np.random.default_rng(7).standard_normal(samples, dtype=np.float32))
 
-    def timed(self, rows: int, length: int) -> Arrays:
-        """Return the inputs for timing one shape."""
+    def timed(self, rows: int, length: int) -> Case:
+        """Build the call for timing one shape."""
         if "sequence" in self.record.inputs[0].axes:
             signal = self.noise(length)
         else:
             signal = generated_signals(self.processor, 1)[0]
-        return self.case("timed", "timed", [signal] * rows).inputs
+        return self.case(f"timed {rows} x {length}", "timed", [signal] * rows)
 
     def _row(self, signal: Signal) -> NDArray[Any]:
         return self.processor([signal])[self.record.inputs[0].name]
@@ -116,6 +147,22 @@ class SignalCases:
             return values
         index = [slice(self.record.max_sequence_length if axis == "sequence" else None) for axis in axes]
         return np.ascontiguousarray(values[tuple(index)])
+
+
+def _filled(record: TensorRecord, values: NDArray[Any], length: int, lengths: Sequence[int]) -> NDArray[Any]:
+    """Return rows of these lengths, padded with zeros to `length`, from rows that repeat and are shifted."""
+    axis = record.axes.index("sequence") if "sequence" in record.axes else None
+    rows = []
+    for number, size in enumerate(lengths):
+        # No two rows are equal, so that an exchange of rows shows.
+        turns, source_row = divmod(number, len(values))
+        row = np.roll(values[source_row], 5 * turns, axis=-1)
+        if axis is not None:
+            row = np.ones_like(row) if record.name == "attention_mask" else row
+            row = np.take(row, np.arange(length) % row.shape[axis - 1], axis=axis - 1)
+            row[(slice(None),) * (axis - 1) + (slice(size, None),)] = 0
+        rows.append(row)
+    return np.stack(rows)
 
 
 def _cropped(signals: Sequence[NamedSignal]) -> list[NamedSignal]:
