@@ -54,12 +54,18 @@ class TokenRows:
         ids = np.setdiff1d(np.arange(self.vocab_size or _ANY_IDS), sorted(self.special_ids))
         return ids if ids.size else np.arange(self.vocab_size or _ANY_IDS)
 
+    def content(self, length: int) -> int:
+        """Return how many text ids a row of this length holds; at least one of each text."""
+        return max(length, self.shortest) - self.shortest + (2 if self.between else 1)
+
+    def filled(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return a row of these text ids between the special tokens."""
+        first, second = (ids[: len(ids) // 2], ids[len(ids) // 2 :]) if self.between else (ids, ids[:0])
+        return np.concatenate([self.before, first, self.between, second, self.after]).astype(np.int64)
+
     def row(self, length: int, random: np.random.Generator) -> NDArray[np.int64]:
         """Return a row of random text between the special tokens; a row that is too short keeps the last ones."""
-        content = max(length, self.shortest) - self.shortest + (2 if self.between else 1)
-        ids = random.choice(self.text_ids(), content)
-        first, second = (ids[: content // 2], ids[content // 2 :]) if self.between else (ids, ids[:0])
-        row = np.concatenate([self.before, first, self.between, second, self.after]).astype(np.int64)
+        row = self.filled(random.choice(self.text_ids(), self.content(length)))
         return row[len(row) - length :]
 
     def types(self, length: int) -> NDArray[np.int64]:
