@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -14,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from compileflow.spec import GRAPH_TASKS, TEXT_TASKS, HfTask
+from compileflow.contracts import ComponentPlan
+from compileflow.spec import GRAPH_TASKS, TEXT_TASKS, CompileSpec, ComponentSpec, HfTask
 from compileflow.testing.targets import TargetConformance
 from tests.conftest import ModelFactory
 
@@ -91,6 +93,22 @@ def test_page_shows_every_file_of_the_example() -> None:
     }
     assert "pyproject.toml" in files
     assert page_files() == files
+
+
+def test_example_compiles_with_the_attention_of_the_plan(tiny_model: ModelFactory, tmp_path: Path) -> None:
+    location = EXAMPLE / "src" / "compileflow_torch_export" / "target.py"
+    module_spec = importlib.util.spec_from_file_location("torch_export_example", location)
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    component = ComponentSpec(max_sequence_length=16)
+    spec = CompileSpec(target="torch-export", hf_task=HfTask.TEXT_CLASSIFICATION, components=(component,))
+    plan = ComponentPlan(spec=spec, component=component, attention="eager")
+
+    compiled = module.TorchExportTarget().compile(tiny_model(spec.hf_task), plan, tmp_path)
+
+    assert compiled.attention == "eager"
 
 
 @pytest.mark.slow

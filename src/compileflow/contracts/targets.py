@@ -213,7 +213,7 @@ class Target(Protocol):
     def cpu_features(self) -> tuple[str, ...]:
         """Return the CPU features that the output of a compile on this machine needs; () if none.
 
-        A machine that lacks one of them refuses to load the artifact.
+        compileflow refuses to load the artifact on a machine that lacks one of them.
         """
 
     def compile(self, source_dir: Path, component: ComponentPlan, out_dir: Path) -> CompiledComponent:

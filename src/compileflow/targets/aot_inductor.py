@@ -113,7 +113,6 @@ class AotInductorTarget:
     def compile(self, source_dir: Path, component: ComponentPlan, out_dir: Path) -> CompiledComponent:
         """Export with dynamic batch and sequence axes, compile to native code, package it with the weights."""
         options = AotInductorOptions.model_validate(dict(component.options))
-        report_progress("loading the source model")
         source_model = load_source_model(
             source_dir,
             component.hf_task,

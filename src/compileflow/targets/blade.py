@@ -21,7 +21,7 @@ from compileflow.contracts import (
     Runner,
     TargetOptions,
 )
-from compileflow.contracts.toolkit import installed_versions, report_progress
+from compileflow.contracts.toolkit import installed_versions
 from compileflow.errors import CompileError, LoadError, TargetUnavailableError
 from compileflow.source_model import as_tuple_module, load_source_model
 from compileflow.spec import TEXT_TASKS, Precision
@@ -116,7 +116,6 @@ class BladeTarget:
         torch_blade = _TOOLCHAIN.import_module("torch_blade")
         _check_cuda(options.device)
         config = _config(torch_blade, options, component.precision)
-        report_progress("loading the source model")
         source_model = load_source_model(
             source_dir,
             component.hf_task,

@@ -61,7 +61,9 @@ class HyperdexOptions(TargetOptions):
     max_length: int | None = Field(
         None, ge=1, description="Longest input in tokens. null: the maximum sequence length of the component."
     )
-    low_memory_usage: bool = Field(False, description="Compile with less memory.")
+    low_memory_usage: bool = Field(
+        False, description="Passed to AutoCompiler; HyperAccel documents only its name."
+    )
     fast_compile: bool = Field(True, description="Compile faster; HyperAccel's examples always do.")
 
 
@@ -119,7 +121,6 @@ class HyperdexTarget:
                 f"hyperdex.transformers has no {auto_class}, which {component.hf_task.value} needs.",
                 hint="Choose another target: HyperAccel documents only AutoModelForCausalLM.",
             )
-        report_progress("loading the source model")
         source_model = load_source_model(
             source_dir,
             component.hf_task,

@@ -22,7 +22,7 @@ from compileflow.contracts import (
     Runner,
     TargetOptions,
 )
-from compileflow.contracts.toolkit import installed_versions, report_progress
+from compileflow.contracts.toolkit import installed_versions
 from compileflow.source_model import as_tuple_module, load_source_model
 from compileflow.spec import TEXT_TASKS, Precision
 from compileflow.targets._traced import TracedRunner
@@ -103,7 +103,6 @@ class NeuronTarget:
         options = NeuronOptions.model_validate(dict(component.options))
         arguments = compiler_arguments(options.compiler_args, component.precision)
         torch_neuron = _TOOLCHAIN.import_module("torch_neuron")
-        report_progress("loading the source model")
         source_model = load_source_model(
             source_dir,
             component.hf_task,

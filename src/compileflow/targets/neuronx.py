@@ -133,7 +133,6 @@ class NeuronxTarget:
                 f"torch-neuronx {self.toolchain().get('torch-neuronx')} is TorchNeuron, which has no trace.",
                 hint=f"Run: {_TOOLCHAIN.install}",
             )
-        report_progress("loading the source model")
         source_model = load_source_model(
             source_dir,
             component.hf_task,

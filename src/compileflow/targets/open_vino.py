@@ -73,7 +73,8 @@ class OpenVinoOptions(TargetOptions):
     exporter: Literal["graph", "trace"] = Field(
         "graph",
         description="Export the whole graph (graph), or the operators that one example runs (trace), which takes "
-        "some models that the other cannot. trace is tried by itself if graph fails; it has no int8.",
+        "some models that the other cannot. If graph fails, compileflow tries trace automatically. trace does not "
+        "support int8.",
     )
     performance_hint: Literal["latency", "throughput"] = Field(
         "latency",
@@ -123,7 +124,6 @@ class OpenVinoTarget:
     def compile(self, source_dir: Path, component: ComponentPlan, out_dir: Path) -> CompiledComponent:
         """Export one graph with dynamic batch and sequence axes, and quantize it at int8."""
         options = OpenVinoOptions.model_validate(dict(component.options))
-        report_progress("loading the source model")
         source_model = load_source_model(
             source_dir,
             component.hf_task,

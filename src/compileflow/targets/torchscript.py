@@ -68,7 +68,6 @@ class TorchScriptTarget:
         """Trace one graph for each shape bucket, and save them all in one file."""
         import torch
 
-        report_progress("loading the source model")
         source_model = load_source_model(
             source_dir,
             component.hf_task,

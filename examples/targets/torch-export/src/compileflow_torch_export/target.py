@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from numpy.typing import NDArray
 from pydantic import Field
@@ -39,9 +39,7 @@ _COMPILE_NEEDS = ("torch", "transformers")
 class TorchExportOptions(TargetOptions):
     """Options of the torch-export target."""
 
-    attention: Literal["sdpa", "eager"] = Field(
-        "sdpa", description="Attention as one operator (sdpa), or as matrix products and a softmax (eager)."
-    )
+    strict: bool = Field(False, description="Export with TorchDynamo, which checks more and refuses more models.")
 
 
 class TorchExportTarget:
@@ -78,15 +76,14 @@ class TorchExportTarget:
 
         torch.set_num_threads(component.threads)
         options = TorchExportOptions.model_validate(dict(component.options))
-        report_progress("loading the source model")
         source_model = load_source_model(
             source_dir,
             component.hf_task,
-            attention=options.attention,
+            attention=component.attention,
             trust_remote_code=component.trust_remote_code,
         )
         report_progress("exporting the graph")
-        program = _export(source_model, component.max_sequence_length)
+        program = _export(source_model, component.max_sequence_length, strict=options.strict)
         report_progress("writing the graph")
         torch.export.save(program, out_dir / _FILE)
         return source_model.compiled_to([_FILE])
@@ -126,7 +123,7 @@ class _TorchExportRunner:
         self._module = None
 
 
-def _export(source_model: SourceModel, longest: int) -> Any:
+def _export(source_model: SourceModel, longest: int, *, strict: bool) -> Any:
     import torch
 
     dynamic = torch.export.Dim.DYNAMIC
@@ -137,6 +134,7 @@ def _export(source_model: SourceModel, longest: int) -> Any:
                 as_tuple_module(source_model),
                 tuple(source_model.export_tensors(longest).values()),
                 dynamic_shapes=(axes,),
+                strict=strict,
             )
     except Exception as error:
         raise refusal("torch.export", error) from error
