@@ -156,7 +156,10 @@ def errors() -> str:
 def gates() -> str:
     """Return every gate with its limit for each precision and the tasks that it holds for."""
     rows = []
-    gate_names = {task: {gate.entry.gate for gate in gates_for(Precision.FP32, task, {})} for task in GRAPH_TASKS}
+    gate_names = {
+        task: {gate.entry.gate for precision in Precision for gate in gates_for(precision, task, {})}
+        for task in GRAPH_TASKS
+    }
     for entry in load_suite().gates:
         gate_tasks = [task for task, names in gate_names.items() if entry.gate in names]
         cells = []
@@ -169,8 +172,11 @@ def gates() -> str:
             }
             cells.append(" or ".join(sorted(limits)) or "none")
         scope = "all" if len(gate_tasks) == len(GRAPH_TASKS) else ", ".join(gate_tasks) or "on request"
-        rows.append((f"`{entry.gate}`", entry.says, scope, *cells))
-    return table(("gate", "what it checks", "tasks", *(precision.value for precision in Precision)), rows)
+        passes = "at most" if entry.type.endswith("at_most") else "at least"
+        rows.append((f"`{entry.gate}`", entry.says, scope, passes, *cells))
+    return table(
+        ("gate", "what it checks", "tasks", "passes", *(precision.value for precision in Precision)), rows
+    )
 
 
 def tasks() -> str:

@@ -1,4 +1,4 @@
-"""The load contract: what is refused, in which words, and that nothing was deserialised or imported by then."""
+"""The load contract: what is refused, in which words, and that nothing was deserialized or imported by then."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TASK = HfTask.TEXT_CLASSIFICATION
 CELLS = [(name, kind) for name, each in REFUSALS.items() for kind in each.kinds]
 # No load that is refused imports any of them.
 RUNTIMES = ("torch", "onnxruntime", "openvino", "transformers", "tokenizers", "safetensors")
-DESERIALISERS = {
+DESERIALIZERS = {
     "pickle": ("load", "loads"),
     "torch": ("load",),
     "torch.jit": ("load",),
@@ -120,7 +120,7 @@ def fresh(
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of what was deserialised, in order; each call goes on to the real thing."""
+    """Names of what was deserialized, in order; each call goes on to the real thing."""
     calls: list[str] = []
 
     def spy(holder: Any, name: str, label: str) -> None:
@@ -132,7 +132,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(holder, name, called)
 
-    for module, names in DESERIALISERS.items():
+    for module, names in DESERIALIZERS.items():
         for name in names:
             holder, _, attribute = name.rpartition(".")
             found = import_module(module)
@@ -146,7 +146,7 @@ def assert_refused(found: Mapping[str, Any], refusal: Refusal) -> None:
 
 
 @pytest.mark.parametrize(("name", "kind"), CELLS)
-def test_refused_before_anything_is_deserialised(
+def test_refused_before_anything_is_deserialized(
     loads: dict[str, dict[str, Any]], opened: list[str], settings: object, name: str, kind: str
 ) -> None:
     assert_refused(attempt(loads[name] | {"kind": kind}), REFUSALS[name])
@@ -170,7 +170,7 @@ def test_refused_before_any_runtime_is_imported(
         pytest.param("aot-inductor", "torch._inductor.aoti_load_package", marks=pytest.mark.slow),
     ],
 )
-def test_the_check_sees_what_a_load_that_is_not_refused_deserialises(
+def test_the_check_sees_what_a_load_that_is_not_refused_deserializes(
     tiny_model: ModelFactory,
     in_process: InProcess,
     opened: list[str],

@@ -51,7 +51,7 @@ class TargetRecord(Record):
 
 
 class CalibrationRecord(Record):
-    """The natural examples that calibrated a static quantisation."""
+    """The natural examples that calibrated a static quantization."""
 
     origin: str = Field(description="Name of the file, or of the examples in compileflow.")
     digest: str = Field(pattern=SHA256, description="SHA-256 of the file.")
@@ -71,7 +71,7 @@ class ArtifactManifest(Record):
     target: TargetRecord
     components: dict[str, ComponentRecord] = Field(min_length=1)
     files: Annotated[tuple[FileRecord, ...], FailFast()] = Field(description="Every file except manifest.json.")
-    calibration: CalibrationRecord | None = Field(None, description="Calibration of a quantised artifact.")
+    calibration: CalibrationRecord | None = Field(None, description="Calibration of a quantized artifact.")
 
     @field_validator("files")
     @classmethod
@@ -160,7 +160,7 @@ def artifact_files(folder: Path) -> tuple[FileRecord, ...]:
 
 
 def verify_folder(folder: Path) -> tuple[ArtifactManifest, tuple[FileRecord, ...]]:
-    """Compare every file of an artifact with its manifest, before any file is deserialised.
+    """Compare every file of an artifact with its manifest, before any file is deserialized.
 
     The attestations and the original pipeline are ignored and do not change the digest.
 

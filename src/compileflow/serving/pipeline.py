@@ -167,7 +167,7 @@ class CompiledPipeline:
             **pipeline_settings: Settings of `transformers.pipeline`, for example `batch_size` or `top_k`.
 
         Raises:
-            ManifestError, IntegrityError, SignatureError: The artifact fails a check. Nothing was deserialised.
+            ManifestError, IntegrityError, SignatureError: The artifact fails a check. Nothing was deserialized.
             LoadError: The artifact cannot run here, it does not serve the task, or the task has no pipeline.
         """
         artifact = open_any(

@@ -54,7 +54,7 @@ def tokenized_rows(
 
 
 def lowering_tokenizer(tokenizer: Any) -> Any:
-    """Return a tokenizer that lowercases texts before it normalises them, but leaves special tokens unchanged.
+    """Return a tokenizer that lowercases texts before it normalizes them, but leaves special tokens unchanged.
 
     Raises:
         LoadError: The tokenizer is not a fast one.

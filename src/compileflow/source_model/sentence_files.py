@@ -27,7 +27,7 @@ class TextSettings:
 
     Attributes:
         max_tokens: Longest row of the source model in tokens, including special tokens; None if unspecified.
-        lower_case: Whether texts are lowercased before the tokenizer normalises them.
+        lower_case: Whether texts are lowercased before the tokenizer normalizes them.
         prompts: Texts that may stand in front of every text, by name.
         default_prompt_name: Name of the prompt of a call that gives none; None for no prompt.
     """

@@ -1,4 +1,4 @@
-"""RegistryConformance: tests of the behavior of every model registry, for a registry's test class to inherit.
+"""RegistryConformance: tests of the behaviour of every model registry, for a registry's test class to inherit.
 
 The tests make few calls: on a registry behind a network a call takes time, and a new process takes seconds.
 """

@@ -22,7 +22,7 @@ warnings.filterwarnings("ignore")
 
 
 def optimize(model: Any, allow_tracing: Any = None, model_inputs: Any = None) -> Any:
-    """Trace and optimise under the configuration of the innermost `with`."""
+    """Trace and optimize under the configuration of the innermost `with`."""
     if allow_tracing is None:
         raise RuntimeError("torch.jit.script refused the model, and tracing is not allowed")
     assert model_inputs is not None, "model_inputs must be provided where tracing is allowed"
