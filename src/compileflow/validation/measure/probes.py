@@ -40,7 +40,9 @@ def measure_mask(measurements: Measurements, reference: Model, candidate: Model,
         altered_ids = np.where(mask, case.inputs["input_ids"], row_ids[len(row_ids) // 2])
         altered_inputs = case.inputs | {"input_ids": altered_ids}
         leaks.append(_leak(reference, candidate, case.inputs, altered_inputs, mask))
-        shares += _ignored_shares(measurements, reference, candidate, case.inputs, altered_inputs, leaks[-1])
+        shares += _ignored_shares(
+            measurements, reference, candidate, case.inputs, altered_inputs, mask, leak=leaks[-1]
+        )
     measurements.scalars["mask_leak"] = float(np.max(leaks))
     measurements.scalars["mask_ignored"] = float(np.max(shares, initial=0.0))
 
@@ -58,8 +60,11 @@ def measure_padding(measurements: Measurements, reference: Model, candidate: Mod
         mask = case.inputs["attention_mask"].astype(bool)
         mask = mask.reshape(*mask.shape, *[1] * (noise.ndim - 2))
         altered_inputs = case.inputs | {name: np.where(mask, case.inputs[name], noise)}
-        leaks.append(_leak(reference, candidate, case.inputs, altered_inputs, case.mask.astype(bool)))
-        shares += _ignored_shares(measurements, reference, candidate, case.inputs, altered_inputs, leaks[-1])
+        frames = case.mask.astype(bool)
+        leaks.append(_leak(reference, candidate, case.inputs, altered_inputs, frames))
+        shares += _ignored_shares(
+            measurements, reference, candidate, case.inputs, altered_inputs, frames, leak=leaks[-1]
+        )
     measurements.scalars["mask_leak"] = float(np.max(leaks))
     measurements.scalars["mask_ignored"] = float(np.max(shares, initial=0.0))
 
@@ -105,18 +110,24 @@ def _ignored_shares(
     candidate: Model,
     inputs: Arrays,
     altered_inputs: Arrays,
+    mask: Any,
+    *,
     leak: float,
 ) -> list[float]:
-    """Return how much of the change without a mask the candidate shows, for each output."""
+    """Return how much of the change without a mask the candidate shows where the mask is true, for each output."""
     if leak < _LEAST_LEAK:
         return []
     unmasked = {"attention_mask": np.ones_like(inputs["attention_mask"])}
     calls = (altered_inputs, inputs)
-    return _slopes(measurements, [reference(call | unmasked) for call in calls], candidate, calls)
+    return _slopes(measurements, [reference(call | unmasked) for call in calls], candidate, calls, mask)
 
 
 def _slopes(
-    measurements: Measurements, expected_pair: Sequence[Arrays], candidate: Model, calls: Sequence[Arrays]
+    measurements: Measurements,
+    expected_pair: Sequence[Arrays],
+    candidate: Model,
+    calls: Sequence[Arrays],
+    mask: Any = None,
 ) -> list[float]:
     """Return <dc, dr> / <dr, dr> for each output that responds: d is the first answer minus the second one.
 
@@ -125,20 +136,21 @@ def _slopes(
         expected_pair: The reference's answers.
         candidate: The compiled model.
         calls: Its two calls.
+        mask: Positions that count. None: all.
     """
     before, before_altered = expected_pair
     after, after_altered = (candidate_answer(candidate, inputs)[0] for inputs in calls)
     slopes = []
     for name, value in before.items():
-        expected = np.asarray(value, np.float64) - before_altered[name]
-        summed_error = measurements.grid.get("typical_error", 0.0) / np.sqrt(value.size)
+        expected = _masked(np.asarray(value, np.float64) - before_altered[name], mask)
+        summed_error = measurements.grid.get("typical_error", 0.0) / np.sqrt(expected.size)
         least_share = max(_LEAST_RESPONSE, _SUMMED_ERRORS * summed_error)
-        if np.linalg.norm(expected) <= least_share * np.linalg.norm(before_altered[name]):
+        if np.linalg.norm(expected) <= least_share * np.linalg.norm(_masked(before_altered[name], mask)):
             continue
         if any(name not in answer or answer[name].shape != value.shape for answer in (after, after_altered)):
             slopes.append(float("nan"))
         else:
-            actual = np.asarray(after[name], np.float64) - after_altered[name]
+            actual = _masked(np.asarray(after[name], np.float64) - after_altered[name], mask)
             slopes.append(float(np.vdot(expected, actual) / np.vdot(expected, expected)))
     return slopes
 
@@ -154,4 +166,4 @@ def _change(before: Arrays, after: Arrays, mask: Any) -> float:
 
 
 def _masked(values: Any, mask: Any) -> Any:
-    return values[mask] if values.shape[: mask.ndim] == mask.shape else values
+    return values[mask] if mask is not None and values.shape[: mask.ndim] == mask.shape else values
