@@ -13,11 +13,15 @@ from benchmarks.forked_checks import read_results
 
 ROOT = Path(__file__).parents[2]
 # Families without sdpa, with padding on the left, with a required last token, with convolutions between tokens,
-# with hashed tokens, with positions after the padding, with decoders, and processors that fix or keep a size.
+# with hashed tokens, with positions after the padding, with decoders, with positions of images, with states that are
+# read in parts, and processors that fix or keep a size.
 SAMPLE = (
     "audio-classification/whisper",
     "automatic-speech-recognition/wav2vec2-conformer",
     "feature-extraction/bert",
+    "feature-extraction/canine",
+    "feature-extraction/ernie4_5_vl_moe",
+    "feature-extraction/mamba2",
     "feature-extraction/mpnet",
     "feature-extraction/qwen3",
     "feature-extraction/t5",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,14 +14,17 @@ import transformers
 from benchmarks.architectures.tiny_models import ModelClass, write_model
 from compileflow import CompiledModel
 from compileflow.artifact.manifest import read_manifest
+from compileflow.contracts import TensorRecord
 from compileflow.errors import SourceError, SpecError
 from compileflow.serving.padding import complete_inputs
 from compileflow.serving.rows import PreparedItem, run_rows
-from compileflow.source_model.examples import example_inputs
+from compileflow.source_model.examples import example_inputs, example_length
+from compileflow.source_model.interface import SourceModel
 from compileflow.source_model.load import load_source_model, load_tokenizer
 from compileflow.source_model.tasks import AUTO_CLASSES
 from compileflow.source_model.token_rows import TokenRows, token_rows
-from compileflow.spec import HfTask
+from compileflow.spec import CompileSpec, HfTask
+from compileflow.steps.plan import source_limits
 from tests.in_process import InProcess
 
 # The fused sdpa graph of BART answers wrongly in some versions of ONNX Runtime.
@@ -135,6 +139,54 @@ def test_model_that_does_not_repeat_its_answers_is_refused(
         load_source_model(folder, CLASSIFY)
 
 
+@pytest.mark.parametrize(
+    ("chunk", "longest", "length"),
+    [(0, 512, 16), (16, 124, 25), (256, 4096, 385), (256, 128, 128), (256, 256, 255)],
+)
+def test_example_has_two_parts_and_the_second_one_is_not_full(chunk: int, longest: int, length: int) -> None:
+    ids = TensorRecord(name="input_ids", dtype="int64", axes=("batch", "sequence"))
+
+    assert example_length([ids], longest, chunk=chunk) == length
+
+
+def test_model_of_state_spaces_says_how_long_its_parts_are(tmp_path: Path) -> None:
+    source = load_source_model(tiny_folder(tmp_path, "mamba2", FEATURES), FEATURES)
+
+    assert source.chunk == source.model.config.chunk_size
+    assert source.export_tensors(124)["input_ids"].shape[1] > source.chunk
+
+
+def test_exporters_find_no_function_that_numbers_the_positions_of_images(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path, "ernie4_5_vl_moe", FEATURES)
+
+    source = load_source_model(folder, FEATURES)
+
+    assert isinstance(source.model, transformers.Ernie4_5_VLMoeModel)
+    assert not hasattr(source.model, "get_rope_index")
+    assert [record.name for record in source.inputs] == ["input_ids", "attention_mask"]
+
+
+@pytest.mark.parametrize(
+    ("config", "longest_piece"),
+    [
+        (transformers.BertConfig(), None),
+        (transformers.JambaConfig(), 0),
+        (transformers.Qwen3_5TextConfig(), 0),
+        # The composite model has a type of its own.
+        (transformers.Qwen3_5Config(), 0),
+        (transformers.CanineConfig(), 128),
+        (transformers.MiniMaxConfig(block_size=64), 64),
+    ],
+)
+def test_longest_piece_follows_from_the_type_of_the_model(
+    config: transformers.PreTrainedConfig, longest_piece: int | None
+) -> None:
+    source = SourceModel(SimpleNamespace(config=config), (), (), "", 0, 0)
+    spec = CompileSpec(target="onnx-runtime", hf_task=FEATURES)
+
+    assert source_limits(source, spec, None).longest_piece == longest_piece
+
+
 def test_rows_hold_special_tokens_only_where_the_tokenizer_puts_them(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path, "bart", QUESTIONS)
     source = load_source_model(folder, QUESTIONS)
@@ -177,8 +229,6 @@ def test_rows_without_a_tokenizer_end_as_the_configuration_says(tmp_path: Path) 
 
 
 def test_examples_are_padded_on_the_left_if_asked() -> None:
-    from compileflow.contracts import TensorRecord
-
     records = [
         TensorRecord(name=name, dtype="int64", axes=("batch", "sequence"))
         for name in ("input_ids", "attention_mask")

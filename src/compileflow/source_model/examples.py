@@ -62,10 +62,20 @@ def example_inputs(
     return values
 
 
-def example_length(inputs: Sequence[TensorRecord], longest: int) -> int:
-    """Return the sequence length of the example that a graph with free axes is exported with."""
+def example_length(inputs: Sequence[TensorRecord], longest: int, *, chunk: int = 0) -> int:
+    """Return the sequence length of the example that a graph with free axes is exported with.
+
+    Args:
+        inputs: Inputs of the graph.
+        longest: Longest row that the graph must take.
+        chunk: Number of tokens in each part of a row that the model reads in parts; 0 if it does not.
+    """
     if "sequence" not in inputs[0].axes:
         return 1
+    if chunk:
+        # Two parts, because torch.export takes 1 for a constant, and the second one has fewer tokens: the model
+        # fills it up. If the longest row is one part, so is the example.
+        return max(2, min(chunk + chunk // 2 + 1, longest - (longest == chunk)))
     # Text: one sentence. Audio: at most one second. At least 2, because torch.export takes 1 for a constant.
     return max(2, min(16 if inputs[0].name == "input_ids" else 16_000, longest))
 

@@ -1,4 +1,4 @@
-"""free_batch: while a model is exported, its code keeps the batch axis, also for a batch of one row."""
+"""free_batch and free_repeats: while a model is exported, its code does what it does in calls of other sizes."""
 
 from __future__ import annotations
 
@@ -29,4 +29,31 @@ def free_batch() -> Iterator[None]:
             return function(*args, **arguments)
 
     with KeepFreeAxes():
+        yield
+
+
+@contextmanager
+def free_repeats() -> Iterator[None]:
+    """Let `repeat_interleave` repeat, in a traced graph, as often as the size of an axis says.
+
+    CANINE repeats its elements so. The tracing ONNX exporter would write the sizes of the example.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Expand(TorchFunctionMode):
+        def __torch_function__(
+            self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            arguments = kwargs or {}
+            count, dim = arguments.get("repeats"), arguments.get("dim")
+            # While a model is traced, the size of an axis is a tensor without axes.
+            is_number = isinstance(count, int) or (isinstance(count, torch.Tensor) and count.ndim == 0)
+            if function is torch.repeat_interleave and is_number and dim is not None:
+                axis = dim % args[0].ndim
+                sizes = [*args[0].shape[: axis + 1], count, *args[0].shape[axis + 1 :]]
+                return args[0].unsqueeze(axis + 1).expand(sizes).flatten(axis, axis + 1)
+            return function(*args, **arguments)
+
+    with Expand():
         yield

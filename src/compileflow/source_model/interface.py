@@ -39,6 +39,7 @@ class SourceModel:
         tokens: Form of the rows of a text model.
         padding: Side on which padding leaves the answers of a text model unchanged, or none; None: not measured.
         longest: Longest row that the model has positions for; None without a limit.
+        chunk: Number of tokens in each part of a row that the model reads in parts; 0 for other models.
         attention: Implementation of attention.
     """
 
@@ -53,6 +54,7 @@ class SourceModel:
     tokens: TokenRows | None = None
     padding: Padding | None = None
     longest: int | None = None
+    chunk: int = 0
     attention: str = ""
 
     @property
@@ -99,7 +101,7 @@ class SourceModel:
         Args:
             longest: Longest row that the component must take.
         """
-        return self.example_tensors(3, example_length(self.inputs, longest))
+        return self.example_tensors(3, example_length(self.inputs, longest, chunk=self.chunk))
 
     def check_outputs(self, names: Collection[str], exporter: str) -> None:
         """Check that an exported graph has all outputs.

@@ -295,4 +295,21 @@ def _load_model(
         )
     if hf_task is HfTask.MULTIPLE_CHOICE:
         model = with_one_choice(model)
+    if hasattr(model, "get_rope_index"):
+        _hide_image_positions(model)
     return model.eval(), not missing_pooler
+
+
+def _hide_image_positions(model: Any) -> None:
+    """Hide the function that numbers the positions of text and images from transformers' exporters.
+
+    They call it with the inputs at hand, and add its answer to the inputs of the graph. A model of text alone
+    numbers its tokens itself.
+    """
+    source_class = type(model)
+
+    def get_rope_index(self: Any) -> Any:
+        raise AttributeError("get_rope_index")
+
+    members = {"get_rope_index": property(get_rope_index), "__module__": source_class.__module__}
+    model.__class__ = type(source_class.__name__, (source_class,), members)

@@ -77,7 +77,12 @@ def probe_text_model(
     _check_repeatable(source_model, source_model.example_arrays(3, lengths[1]))
     # The table of positions of the image would look like that of the tokens.
     longest = declared_longest(text_config(config)) if other_inputs else measured_longest(model, inputs, tokens)
-    return replace(source_model, longest=longest, padding=_padding(source_model, lengths))
+    return replace(
+        source_model,
+        longest=longest,
+        chunk=_chunk_of(text_config(config)),
+        padding=_padding(source_model, lengths),
+    )
 
 
 def longest_of(model: Any) -> int | None:
@@ -142,6 +147,12 @@ def text_inputs(model: Any, config: Any, tokenizer: Any) -> tuple[TensorRecord, 
         for name in names
         if name in parameters
     )
+
+
+def _chunk_of(config: Any) -> int:
+    """Return the number of tokens in each part of a row that a model reads in parts; 0 for other models."""
+    chunk = getattr(config, "mamba_chunk_size", None) or getattr(config, "chunk_size", None)
+    return chunk if isinstance(chunk, int) else 0
 
 
 def embedding_rows(model: Any) -> int:

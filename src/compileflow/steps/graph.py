@@ -185,7 +185,8 @@ def _shapes(source_model: SourceModel, record: ComponentRecord) -> list[tuple[in
         return [(bucket.batch_size, bucket.sequence_length)]
     longest = record.max_sequence_length
     length = example_length(source_model.inputs, longest)
-    lengths = [min(longest, length * 3 // 4 + 1), min(longest, 2 * length + 1)]
+    export_length = example_length(source_model.inputs, longest, chunk=source_model.chunk)
+    lengths = [min(longest, length * 3 // 4 + 1), min(longest, 2 * export_length + 1)]
     if source_model.tokens is not None:
         # A loop over pieces of the text may have become constant.
         lengths.append(min(longest, _LONG))

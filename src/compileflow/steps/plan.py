@@ -11,6 +11,7 @@ from compileflow.contracts import ComponentPlan, Target
 from compileflow.errors import SpecError
 from compileflow.source_model.interface import SourceModel, tokenizer_maximum
 from compileflow.source_model.processor import LONGEST_S, image_sizes, longest_signal
+from compileflow.source_model.token_rows import text_config
 from compileflow.spec import CompileSpec, ComponentSpec, ShapeBucket
 
 _SHORTEST_BUCKET = 16
@@ -21,8 +22,11 @@ _BATCH_SIZE, _BATCHED_UP_TO = 8, 128
 # Model types that view a row as a number of windows, pool it in steps, or read it in a loop over its tokens.
 _READ_IN_STEPS = (
     "bailing_hybrid",
+    "cpmant",
+    "deepseek_v4",
     "falcon_mamba",
     "funnel",
+    "glm5_next",
     "jamba",
     "kimi_linear",
     "led",
@@ -31,12 +35,15 @@ _READ_IN_STEPS = (
     "olmo_hybrid",
     "qwen3_5",
     "qwen3_5_moe",
-    "qwen3_5_moe_text",
-    "qwen3_5_text",
     "qwen3_next",
+    "qwen4_exp",
+    "recurrent_gemma",
     "rwkv",
+    "xlstm",
     "zamba",
 )
+# Fields with the number of tokens in each piece that a model type reads in a loop.
+_PIECES = {"canine": "local_transformer_stride", "minimax": "block_size"}
 # Name of the plan for a graph that several components share.
 _SHARED = "shared"
 
@@ -169,10 +176,13 @@ def _audio_buckets(second: int, longest: int) -> tuple[ShapeBucket, ...]:
 
 def _longest_piece(config: Any) -> int | None:
     """Return the longest row that a model does not read in steps; 0 if it reads each row so, None if none."""
-    if config.model_type in _READ_IN_STEPS:
-        return 0
-    # CANINE's first and last layers loop over pieces of this many characters.
-    return config.local_transformer_stride if config.model_type == "canine" else None
+    # The text part of a composite model has a type of its own.
+    for part in (config, text_config(config)):
+        if part.model_type.removesuffix("_text") in _READ_IN_STEPS:
+            return 0
+        if part.model_type in _PIECES:
+            return int(getattr(part, _PIECES[part.model_type]))
+    return None
 
 
 def _plan(

@@ -41,7 +41,7 @@ from compileflow.source_model import (
     free_axes,
     load_source_model,
 )
-from compileflow.source_model.free_batch import free_batch
+from compileflow.source_model.free_batch import free_batch, free_repeats
 from compileflow.spec import HfTask, Precision
 
 _FILE = "model.onnx"
@@ -61,7 +61,8 @@ class OnnxRuntimeOptions(TargetOptions):
     exporter: Literal["graph", "trace"] = Field(
         "graph",
         description="Export the whole graph (graph), or the operators that one example runs (trace), which takes "
-        "some models that the other cannot. trace is tried by itself if graph fails; it has fp32 only.",
+        "some models that the other cannot. If graph fails, compileflow tries trace automatically. trace supports "
+        "only fp32.",
     )
     opset: int | None = Field(None, ge=18, le=25, description="ONNX opset. null: the exporter chooses.")
     quantization: Literal["dynamic", "static"] = Field(
@@ -112,7 +113,6 @@ class OnnxRuntimeTarget:
     def compile(self, source_dir: Path, component: ComponentPlan, out_dir: Path) -> CompiledComponent:
         """Export one graph with dynamic batch and sequence axes."""
         options = OnnxRuntimeOptions.model_validate(dict(component.options))
-        report_progress("loading the source model")
         source_model = load_source_model(
             source_dir,
             component.hf_task,
@@ -247,7 +247,7 @@ def _trace(
         )
     records = (*source_model.inputs, *source_model.outputs)
     try:
-        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.no_grad():
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.no_grad(), free_repeats():
             warnings.simplefilter("ignore")
             path = f"{folder}/{_FILE}"
             torch.onnx.export(
