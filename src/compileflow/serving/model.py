@@ -157,7 +157,7 @@ class CompiledModel(FixedModule):
                 rights. The artifact itself never decides this.
 
         Raises:
-            ManifestError, IntegrityError, SignatureError: The artifact fails a check. Nothing was deserialised.
+            ManifestError, IntegrityError, SignatureError: The artifact fails a check. Nothing was deserialized.
             LoadError: The artifact cannot run here; the hint says what is missing.
         """
         return cls.from_artifact(
@@ -190,10 +190,15 @@ class CompiledModel(FixedModule):
         graph = LoadedComponent.load(
             artifact, component=component, device=device, threads=threads, buckets=buckets
         )
-        return cls._with_graph(graph)
+        return cls.from_component(graph)
 
     @classmethod
-    def _with_graph(cls, graph: LoadedComponent) -> CompiledModel:
+    def from_component(cls, graph: LoadedComponent) -> CompiledModel:
+        """Give a component that is loaded the interface of its source model.
+
+        Raises:
+            LoadError: transformers cannot use the artifact's config.json, or the output class does not fit.
+        """
         artifact = graph.artifact
         config = load_part(artifact, "AutoConfig")
         from transformers import PreTrainedModel
@@ -360,7 +365,7 @@ class CompiledModel(FixedModule):
     def __reduce__(self) -> tuple[Any, ...]:
         # pickle would look for the subclass by its name.
         base: Any = type(self).__bases__[0]
-        return base._with_graph, (self.graph,)
+        return base.from_component, (self.graph,)
 
     def __repr__(self) -> str:
         target = self.manifest.target.name

@@ -113,7 +113,7 @@ class Dense:
 
 @dataclass(frozen=True, eq=False)
 class LayerNorm:
-    """Normalises an embedding to mean 0 and variance 1, then scales and shifts it; each array has its size."""
+    """Normalizes an embedding to mean 0 and variance 1, then scales and shifts it; each array has its size."""
 
     weight: Floats = field(repr=False)
     bias: Floats = field(repr=False)
@@ -237,9 +237,21 @@ def write_module_weights(folder: Path, dest: Path) -> None:
     """
     from safetensors.numpy import save_file
 
-    for name, path in module_list(folder):
-        if name in ("Dense", "LayerNorm"):
-            save_file(_module_weights(folder / path), dest / path / MODULE_WEIGHTS[0])
+    for path, weights in module_weights(folder).items():
+        save_file(weights, dest / path / MODULE_WEIGHTS[0])
+
+
+def module_weights(folder: Path) -> dict[str, dict[str, Floats]]:
+    """Return the weights of all supported modules of a model: by the module's folder, arrays by name.
+
+    Raises:
+        LoadError: A file cannot be read.
+    """
+    return {
+        path: _module_weights(folder / path)
+        for name, path in module_list(folder)
+        if name in ("Dense", "LayerNorm")
+    }
 
 
 def unit_length(values: Floats) -> Floats:

@@ -70,6 +70,11 @@ def kind_of(name: str) -> str:
     return ""
 
 
+def is_interface_file(name: str) -> bool:
+    """Return whether the Hugging Face classes read a file beside the weights: configuration, tokenizer or code."""
+    return kind_of(name) in ("config", "tokenizer", "code")
+
+
 def choose_files(names: list[str], place: str) -> tuple[str, ...]:
     """Choose the files that make up the model, and of its weights those that transformers loads.
 

@@ -21,7 +21,7 @@ from compileflow.errors import SourceError, first_line
 from compileflow.source_model.interface_limits import check_interface_files
 from compileflow.source_model.load import load_config, load_tokenizer, loaded_once
 from compileflow.source_model.sentence_modules import write_module_weights
-from compileflow.sources.files import kind_of
+from compileflow.sources.files import is_interface_file
 from compileflow.spec import CompileSpec, ShapeBucket
 from compileflow.steps.calibration import Calibration, calibration_batches
 from compileflow.steps.graph import compile_graph, component_record
@@ -135,9 +135,8 @@ def _check_limits(source_dir: Path) -> None:
 
 
 def _copy_interface_files(source_dir: Path, out_dir: Path) -> None:
-    """Copy the files that the Hugging Face classes read: configuration, tokenizer and code, not the weights."""
     for record in list_files(source_dir):
-        if kind_of(record.path) in ("config", "tokenizer", "code"):
+        if is_interface_file(record.path):
             (out_dir / record.path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source_dir / record.path, out_dir / record.path)
 

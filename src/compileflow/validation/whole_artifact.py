@@ -1,0 +1,235 @@
+"""The whole artifact, as a service loads it: files, tokenizer, processor and pipeline against the source model's.
+
+The pipelines of both sides get their raw outputs from one graph, the compiled one. So a difference between their
+answers is a fault of the interface, at every precision; differences of the graph's numbers are measured elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from compileflow.artifact.open import OpenArtifact
+from compileflow.contracts import Arrays
+from compileflow.errors import LoadError
+from compileflow.serving.component import LoadedComponent
+from compileflow.serving.interface_files import load_part
+from compileflow.serving.model import CompiledModel
+from compileflow.serving.padding import complete_inputs
+from compileflow.serving.pipeline import CompiledPipeline
+from compileflow.serving.tokenizer import SETTINGS_FILE, CompiledTokenizer
+from compileflow.source_model.load import load_tokenizer
+from compileflow.source_model.processor import Processor, load_processor
+from compileflow.spec import HfTask, Modality
+from compileflow.validation.cases.examples import load_examples
+from compileflow.validation.cases.raw import (
+    CALL_SETTINGS,
+    TRUNCATION,
+    processor_signals,
+    raw_signals,
+    raw_texts,
+    token_texts,
+)
+from compileflow.validation.measure.interface import (
+    Claims,
+    measure_answers,
+    measure_claims,
+    measure_fields,
+    measure_files,
+    measure_processor,
+    measure_token_ids,
+    record_refusal,
+)
+from compileflow.validation.measure.measurements import Measurements
+
+
+class _RecordedComponent(LoadedComponent):
+    """Calls a loaded component, and gives the same outputs to the same inputs, even if the component does not."""
+
+    def __init__(self, component: LoadedComponent, artifact: OpenArtifact, outputs: dict[Any, Arrays]):
+        super().__init__(artifact, component.component, component.record, component)
+        self._outputs = outputs
+
+    def run(self, inputs: Mapping[str, Any]) -> Arrays:
+        arrays = complete_inputs(self.record, inputs)
+        key = tuple((name, array.shape, array.tobytes()) for name, array in arrays.items())
+        if key not in self._outputs:
+            self._outputs[key] = self._runner.run(arrays)
+        # Copies, because a pipeline may change what it gets.
+        return {name: value.copy() for name, value in self._outputs[key].items()}
+
+
+@dataclass(frozen=True)
+class WholeArtifact:
+    """An artifact beside the files of its source model.
+
+    Attributes:
+        artifact: The artifact.
+        source_dir: Folder of the source model.
+        examples_path: File of natural examples; None for those of compileflow.
+    """
+
+    artifact: OpenArtifact
+    source_dir: Path
+    examples_path: str | None = None
+
+    def measure_shared(self, measurements: Measurements, *, max_length: int) -> None:
+        """Compare what all components share: files, tokens, and outputs of the processor.
+
+        Args:
+            measurements: Gets `interface_files`, `token_ids` and `processor_outputs`.
+            max_length: Longest row of the artifact in tokens.
+        """
+        measure_files(measurements, self.source_dir, self.artifact, is_imported=self._is_imported)
+        if self._has_tokens:
+            self._measure_tokens(measurements, max_length)
+        if self._processor_modality is not None:
+            self._measure_processor(measurements, self._processor_modality)
+
+    def measure_component(
+        self, measurements: Measurements, component: LoadedComponent, claims: Claims, *, max_length: int
+    ) -> None:
+        """Compare the manifest's claims about a component, and its answers to raw inputs.
+
+        Args:
+            measurements: Gets `manifest_claims` and `pipeline_answers`.
+            component: The loaded component.
+            claims: Name of each claim, with the expected value and that of the manifest.
+            max_length: Longest row that the component must take.
+        """
+        measure_claims(measurements, claims)
+        outputs: dict[Any, Arrays] = {}
+        try:
+            model = CompiledModel.from_component(_RecordedComponent(component, self.artifact, outputs))
+            candidate = None if self._task.pipeline_owner is None else CompiledPipeline.from_model(model)
+        except Exception as error:  # noqa: BLE001 - what a service would see
+            record_refusal(measurements, "pipeline_answers", error)
+            return
+        if candidate is None:
+            # Nothing comes behind the graph but the fields of the configuration.
+            measure_fields(measurements, load_part(self._source_artifact, "AutoConfig"), model.config)
+            return
+        reference = self._reference(component, candidate, outputs, max_length)
+        settings = CALL_SETTINGS.get(self._task, {})
+        source_settings = settings | TRUNCATION.get(self._task, {})
+        measure_answers(
+            measurements,
+            lambda item: reference(item, **source_settings),
+            lambda item: candidate(item, **settings),
+            self._raw_inputs(max_length),
+            before_each=outputs.clear,
+        )
+
+    @property
+    def _task(self) -> HfTask:
+        return self.artifact.manifest.hf_task
+
+    @property
+    def _seed(self) -> int:
+        return int(self.artifact.digest[:16], 16)
+
+    @property
+    def _source_artifact(self) -> OpenArtifact:
+        """The artifact with the files of the source model in place of its own."""
+        return replace(self.artifact, folder=self.source_dir)
+
+    @property
+    def _has_tokens(self) -> bool:
+        return self._task.takes_text or self._task is HfTask.SPEECH_RECOGNITION
+
+    @property
+    def _processor_modality(self) -> Modality | None:
+        return {"image": "image", "image-text": "image", "audio": "audio"}.get(self._task.modality)
+
+    @property
+    def _is_imported(self) -> bool:
+        """Whether the artifact comes from a folder of the older library, which adds the tokenizer's settings."""
+        is_unknown = all(not record.attention for record in self.artifact.manifest.components.values())
+        has_settings = [(folder / SETTINGS_FILE).is_file() for folder in (self.source_dir, self.artifact.folder)]
+        return is_unknown and has_settings == [False, True]
+
+    def _measure_tokens(self, measurements: Measurements, max_length: int) -> None:
+        reference = load_tokenizer(self.source_dir, trust_remote_code=self.artifact.trust_remote_code)
+        sentences, _, _ = load_examples(HfTask.FEATURE_EXTRACTION, None, 1000)
+        texts = token_texts(reference, [sentence["text"] for sentence in sentences], self._seed)
+        if not reference.is_fast:
+            measurements.notes.append(
+                f"The tokens of {len(texts)} texts were compared: the tokenizer is a slow one."
+            )
+        try:
+            candidate = self._compiled_tokenizer(self.artifact)
+        except LoadError as error:
+            record_refusal(measurements, "token_ids", error)
+            return
+        settings: dict[str, Any] = {"truncation": True, "max_length": max_length}
+        if (self.source_dir / SETTINGS_FILE).is_file():
+            settings = self._compiled_tokenizer(self._source_artifact).tokenization_settings
+        measure_token_ids(
+            measurements,
+            partial(reference, **_ragged(settings)),
+            partial(candidate.encoded, **_ragged(candidate.tokenization_settings)),
+            texts,
+        )
+
+    def _compiled_tokenizer(self, artifact: OpenArtifact) -> CompiledTokenizer:
+        """Load the tokenizer as the pipelines do, for the component with the longest rows."""
+        components = artifact.manifest.components
+        longest = max(components, key=lambda name: components[name].max_sequence_length)
+        if self._task.modality == "text":
+            return CompiledTokenizer.from_artifact(artifact, component=longest)
+        tokenizer = load_part(artifact, "AutoTokenizer")
+        return CompiledTokenizer(
+            tokenizer, {"truncation": True, "max_length": components[longest].max_sequence_length}
+        )
+
+    def _measure_processor(self, measurements: Measurements, modality: Modality) -> None:
+        trust = self.artifact.trust_remote_code
+        reference = load_processor(self.source_dir, modality, trust_remote_code=trust)
+        name = "AutoImageProcessor" if modality == "image" else "AutoFeatureExtractor"
+        try:
+            candidate = Processor(load_part(self.artifact, name), modality)
+        except LoadError as error:
+            record_refusal(measurements, "processor_outputs", error)
+            return
+        measure_processor(measurements, reference, candidate, processor_signals(reference, self._seed))
+
+    def _raw_inputs(self, max_length: int) -> list[Any]:
+        trust = self.artifact.trust_remote_code
+        if self._processor_modality is not None:
+            processor = load_processor(self.source_dir, self._processor_modality, trust_remote_code=trust)
+            return raw_signals(processor, self._seed)
+        tokenizer = load_tokenizer(self.source_dir, trust_remote_code=trust)
+        examples, _, _ = load_examples(self._task, self.examples_path, 1000)
+        return raw_texts(self._task, examples, tokenizer, max_length, self._seed)
+
+    def _reference(
+        self, component: LoadedComponent, candidate: CompiledPipeline, outputs: dict[Any, Arrays], max_length: int
+    ) -> Any:
+        """Return the pipeline on the source model's files: that of transformers, where it has one for the task."""
+        artifact = self._source_artifact
+        model = CompiledModel.from_component(_RecordedComponent(component, artifact, outputs))
+        if self._task.pipeline_owner == "compileflow":
+            return CompiledPipeline.from_model(model)
+        trust = artifact.trust_remote_code
+        parts: dict[str, Any] = {}
+        if self._has_tokens:
+            parts["tokenizer"] = load_tokenizer(self.source_dir, trust_remote_code=trust)
+        if self._processor_modality is not None:
+            name = "image_processor" if self._processor_modality == "image" else "feature_extractor"
+            parts[name] = load_processor(self.source_dir, self._processor_modality, trust_remote_code=trust).inner
+        elif (self.artifact.folder / SETTINGS_FILE).is_file():
+            settings = candidate.tokenizer.tokenization_settings | {"max_length": max_length}
+            parts["tokenizer"] = CompiledTokenizer(parts["tokenizer"], settings, fixed=True)
+        else:
+            parts["tokenizer"].model_max_length = max_length
+        from transformers import pipeline
+
+        return pipeline(self._task.value, model=model, device=model.device, trust_remote_code=trust, **parts)
+
+
+def _ragged(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a tokenizer without padding, as lists."""
+    return {**settings, "padding": False, "return_tensors": None}
