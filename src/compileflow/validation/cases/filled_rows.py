@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
 
 import numpy as np
 from numpy.typing import NDArray
 
-from compileflow.contracts import Arrays, ComponentRecord, TensorRecord
+from compileflow.contracts import Arrays, ComponentRecord
 from compileflow.source_model.token_rows import TokenRows
 from compileflow.validation.cases.case import Case
 from compileflow.validation.cases.shapes import Shape, most_tokens, row_lengths
 
-# Where an answer is one vector for a whole row, a single token of a longer row hardly changes it.
-_LONGEST_OF_POOLED = 129
 # Shape of the batches that read the vocabulary, where any shape runs.
 _VOCABULARY_ROWS, _VOCABULARY_LENGTH = 32, 128
 # An order of the ids; the same for all artifacts, so that the source model's answers can be reused.
@@ -70,10 +68,9 @@ class FilledRows:
 
     def shape_cases(self, shapes: Sequence[Shape], vocabulary: IdStream | None) -> list[Case]:
         """Build the cases of each shape; `vocabulary` fills the rows, or natural text where it is None."""
-        natural = IdStream(self.natural_ids)
+        ids = vocabulary or IdStream(self.natural_ids)
         cases = []
         for rows, length in shapes:
-            ids = vocabulary if vocabulary is not None and self._shows_each_token(length) else natural
             calls = row_lengths(rows, length, self.shortest, dynamic=self.record.dynamic_axes)
             for number, lengths in enumerate(calls):
                 name = f"shape {rows} x {length}" + (", ragged" if number else "")
@@ -153,21 +150,13 @@ class FilledRows:
         counted = mask if "attention_mask" in inputs else np.ones((len(lengths), 1), int)
         return Case(name, family, texts, inputs, counted, answers_only=answers_only)
 
-    def _shows_each_token(self, length: int) -> bool:
-        return length <= _LONGEST_OF_POOLED or _has_tokens(self.record.outputs)
-
     def _vocabulary_shape(self) -> Shape:
         """Return the shape that reads the vocabulary: a large one, so that there are few calls."""
-        longest = self.record.max_sequence_length
         if self.record.dynamic_axes:
-            length = min(_VOCABULARY_LENGTH, longest)
+            length = min(_VOCABULARY_LENGTH, self.record.max_sequence_length)
             return max(1, min(_VOCABULARY_ROWS, most_tokens(self.record.outputs) // length)), length
-        buckets = [(bucket.sequence_length, bucket.batch_size) for bucket in self.record.shape_buckets]
-        length = max(
-            (length for length, _ in buckets if self._shows_each_token(length)),
-            default=min(length for length, _ in buckets),
-        )
-        return max(rows for other, rows in buckets if other == length), length
+        buckets = [(bucket.batch_size, bucket.sequence_length) for bucket in self.record.shape_buckets]
+        return max(buckets, key=prod)
 
 
 def natural_ids(ids: NDArray[np.int64], tokens: TokenRows) -> NDArray[np.int64]:
@@ -181,7 +170,3 @@ def _types(row: int, size: int) -> NDArray[np.int64]:
     """Return the token types of a row: both, one, both with an early change, or both the other way round."""
     second = (np.arange(size) >= size // (3 if row % 4 == 2 else 2)).astype(np.int64)
     return (second, np.zeros_like(second), second, 1 - second)[row % 4]
-
-
-def _has_tokens(outputs: Sequence[TensorRecord]) -> bool:
-    return any("sequence" in record.axes for record in outputs)

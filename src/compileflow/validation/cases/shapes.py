@@ -30,7 +30,7 @@ _MOST_VALUES = 40_000_000
 # Elements of a batch of images: 33 of 224 x 224 pixels. Up to eight images always share a batch.
 _MOST_PIXELS, _LEAST_BATCH = 33 * 3 * 224 * 224, 8
 # Lengths of audio, in seconds, and the seconds of a batch.
-_SECONDS, _MOST_SECONDS = (0.5, 1.0, 5.0), 16.5
+_SECONDS, _MOST_SECONDS = (0.25, 1.0, 5.0), 15.0
 
 
 def text_shapes(record: ComponentRecord, shortest: int) -> tuple[Shape, ...]:
@@ -69,6 +69,8 @@ def image_shapes(record: ComponentRecord, pixels: int) -> tuple[Shape, ...]:
 def audio_shapes(record: ComponentRecord, shortest: int, second: int) -> tuple[Shape, ...]:
     """Return the (batch size, length) pairs at which a component of audio is compared, short rows first.
 
+    The cases of `SignalCases.generated` hold the longest row.
+
     Args:
         record: Record of the component.
         shortest: Shortest row that the model takes.
@@ -80,7 +82,7 @@ def audio_shapes(record: ComponentRecord, shortest: int, second: int) -> tuple[S
     lengths = {shortest, *(min(longest, max(shortest, round(seconds * second))) for seconds in _SECONDS)}
     most = max(shortest, round(_MOST_SECONDS * second))
     shapes = {(rows, length) for rows in BATCH_SIZES for length in lengths if rows * length <= most}
-    return _ordered(shapes | {(1, longest)} | {(rows, shortest) for rows in BATCH_SIZES})
+    return _ordered(shapes | {(rows, shortest) for rows in BATCH_SIZES})
 
 
 def row_lengths(rows: int, length: int, shortest: int, *, dynamic: bool) -> list[list[int]]:
