@@ -265,3 +265,130 @@ def test_a_gate_without_a_result_is_an_error(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(judging, "_judge_table", lambda *arguments: whole(*arguments)[1:])
     with pytest.raises(MeasurementError, match="Expected results of 10 gates, got 7"):
         verdict(healthy())
+
+
+def padded(candidate: list[float]) -> dict[str, Any]:
+    """Return a row with padding."""
+    return comparison(candidate) | {"plain": 0}
+
+
+def test_a_difference_of_padded_rows_alone_is_explained_by_the_mask() -> None:
+    measured = healthy()
+    measured.comparisons = [row | {"plain": 1} for row in measured.comparisons] + [padded([1.4, -1.0])]
+    measured.scalars["mask_leak"] = 0.4
+    assert verdict(measured).reason.startswith("fail: mask_respected measured 0.4")
+    # Rows without padding differ as well: the mask is not the reason.
+    measured.comparisons.append(comparison([1.4, -1.0]) | {"plain": 1})
+    assert verdict(measured).reason.startswith("fail: max_abs_diff measured 0.4")
+    # No probe fails: padded rows speak for themselves.
+    measured.comparisons.pop()
+    measured.scalars["mask_leak"] = 0.0
+    assert verdict(measured).reason.startswith("fail: max_abs_diff measured 0.4")
+
+
+def test_a_noisy_source_model_moves_a_limit_of_fp32_up_to_ten_times() -> None:
+    measured = healthy()
+    measured.comparisons.append(comparison([1.0 + 4e-4, -1.0]))
+    assert verdict(measured).outcome == "fail"
+    measured.floors = {"logits": {"scaled_diff": 5e-5, "rel_l2": 5e-5, "one_minus_cosine": 1e-9}}
+    answer = verdict(measured)
+    assert answer.outcome == "pass", answer.reason
+    result = gate(answer, "max_abs_diff")
+    assert (result.measured, result.limit) == (pytest.approx(4e-4), pytest.approx(10 * 5e-5))
+    assert (result.floor, result.multiple) == (5e-5, pytest.approx(8.0))
+    assert "limit raised from 0.0001: the source model's own noise in logits is 5e-05" in result.detail
+    # However noisy the source model is, a difference of 1e-3 is too much.
+    measured.floors = {"logits": {"scaled_diff": 0.5, "rel_l2": 0.5, "one_minus_cosine": 0.5}}
+    measured.comparisons.append(comparison([1.0 + 2e-3, -1.0]))
+    answer = verdict(measured)
+    assert answer.reason.startswith("fail: max_abs_diff measured 0.002, the limit is at most 0.001")
+
+
+def test_the_noise_of_one_output_does_not_open_the_gate_for_another() -> None:
+    measured = healthy()
+    measured.floors = {"pooled": {"scaled_diff": 5e-5, "rel_l2": 5e-5}, "logits": {"scaled_diff": 1e-8}}
+    measured.comparisons.append(comparison([1.0 + 4e-4, -1.0]) | {"output": "pooled"})
+    assert verdict(measured).outcome == "pass"
+    measured.comparisons.append(comparison([1.0 + 4e-4, -1.0]))
+    answer = verdict(measured)
+    assert answer.outcome == "fail"
+    assert gate(answer, "max_abs_diff").limit == 1e-4
+
+
+def test_noise_moves_neither_a_limit_that_someone_set_nor_one_of_another_precision() -> None:
+    measured = healthy()
+    measured.floors = {"logits": {"scaled_diff": 5e-5, "rel_l2": 5e-3, "one_minus_cosine": 0.0}}
+    measured.comparisons.append(comparison([1.0 + 4e-4, -1.0]))
+    assert gate(verdict(measured, max_abs_diff=1e-4), "max_abs_diff").outcome == "fail"
+    result = gate(verdict(measured, precision=Precision.FP16), "rel_l2")
+    assert (result.limit, result.floor) == (1e-2, 5e-3)
+
+
+def test_rounding_to_int8_moves_limits_but_not_without_bound() -> None:
+    measured = healthy(hits=280)
+    measured.scalars |= {"typical_error": 0.25, "gain_error": 0.0, "response_error": 0.0, "mask_ignored": 0.0}
+    assert verdict(measured, precision=Precision.INT8).reason.startswith("fail: typical_error measured 0.25")
+    measured.grid = {"typical_error": 0.1, "label_agreement": 0.93, "confident_flips": 0.0}
+    answer = verdict(measured, precision=Precision.INT8)
+    assert answer.outcome == "warn" or answer.outcome == "pass", answer.reason
+    assert gate(answer, "typical_error").limit == pytest.approx(0.3)
+    assert gate(answer, "label_agreement").limit == pytest.approx(0.86)
+    assert "rounding the source model to int8 alone gives 0.93" in gate(answer, "label_agreement").detail
+    # A source model that nothing but chance decides does not excuse chance.
+    measured.grid = {"typical_error": 5.0, "label_agreement": 0.1}
+    measured.scalars["typical_error"] = 0.6
+    answer = verdict(measured, precision=Precision.INT8)
+    assert answer.reason.startswith("fail: typical_error measured 0.6, the limit is at most 0.5")
+    assert gate(answer, "label_agreement").limit == pytest.approx(0.7)
+
+
+def test_a_rate_comes_with_its_statistics() -> None:
+    measured = healthy(hits=297)
+    measured.rates[0] |= {"ties": 1}
+    measured.rates[1] |= {"ties": 1}
+    result = gate(verdict(measured, precision=Precision.FP16), "label_agreement")
+    assert result.evidence is not None
+    assert (result.evidence.right_to_wrong, result.evidence.wrong_to_right, result.evidence.ties) == (3, 0, 2)
+    # Three changes of one kind: 2 * 0.5^3. Without a change in 300, 1 - 0.05^(1/300) of them may still change.
+    assert result.evidence.p_value == pytest.approx(0.25)
+    assert result.evidence.smallest_loss == pytest.approx(0.009936, abs=1e-6)
+    assert "2 ties of the source model count as equal" in result.detail
+    assert "3 changes for the worse and 0 for the better, exact McNemar p = 0.25" in result.detail
+    assert "a loss of 0.99 % would have shown" in result.detail
+
+
+def test_changes_for_the_better_are_told_from_those_for_the_worse() -> None:
+    measured = healthy(hits=296)
+    for row in measured.rates[296:]:
+        row |= {"right_to_wrong": 0, "wrong_to_right": 1}
+    evidence = gate(verdict(measured, precision=Precision.FP16), "label_agreement").evidence
+    assert evidence is not None
+    assert (evidence.right_to_wrong, evidence.wrong_to_right) == (0, 4)
+    assert evidence.p_value == pytest.approx(0.125)
+
+
+def test_absence_of_significance_is_not_a_pass() -> None:
+    # Three changes of 300 are 1 %, which is the limit; no test finds a loss, and none rules out one of 2 %.
+    answer = verdict(healthy(hits=297), precision=Precision.FP16)
+    assert answer.outcome == "warn"
+    assert "inconclusive" in answer.reason
+
+
+def test_a_rate_just_below_its_limit_is_not_refused() -> None:
+    # 8 changes of 300 have a probability of 1.2 % at a rate of 0.99, 9 of 0.4 %.
+    assert verdict(healthy(hits=292), precision=Precision.FP16).outcome == "warn"
+    assert verdict(healthy(hits=291), precision=Precision.FP16).outcome == "fail"
+
+
+def test_strict_allows_a_tenth_of_the_changes() -> None:
+    answer = judge(healthy(), precision=Precision.FP16, hf_task=CLASSIFY, strict=True)
+    assert answer.outcome == "warn"
+    # n / (n + 2.705543) >= 0.999 needs 2703 examples.
+    assert "2403 more examples" in answer.reason
+    assert gate(answer, "label_agreement").limit == pytest.approx(0.999)
+
+
+def test_results_of_older_reports_are_read() -> None:
+    body = gate(verdict(healthy()), "label_agreement").model_dump()
+    older = {name: value for name, value in body.items() if name not in ("floor", "multiple", "evidence")}
+    assert GateResult.model_validate(older).evidence is None

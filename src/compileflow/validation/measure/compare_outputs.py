@@ -9,7 +9,7 @@ import numpy as np
 
 from compileflow.contracts import Arrays, TensorRecord
 from compileflow.errors import MeasurementError, first_line
-from compileflow.spec import HfTask
+from compileflow.spec import HfTask, Precision
 from compileflow.validation.cases.case import Case
 from compileflow.validation.measure import metrics
 from compileflow.validation.measure.coverage import Coverage
@@ -80,7 +80,8 @@ def measure(
     measurements.scalars.update(coverage.scalars())
     measurements.rates.extend(decisions.rates())
     measurements.scalars.update(decisions.scalars())
-    measurements.scalars.update(tendencies.scalars(measurements.comparisons))
+    if decisions.precision is Precision.INT8:
+        measurements.scalars.update(tendencies.scalars(measurements.comparisons))
     return measurements
 
 

@@ -35,6 +35,8 @@ _TIE_SHARES = {Precision.FP32: 2e-4, Precision.FP16: 2**-9, Precision.BF16: 2**-
 # Difference of two cosines that one rounding to the format's grid makes: at most 2^-11, 2^-8 and 1/254. At fp32 it
 # is the largest 1 - cosine that the gates allow.
 _COSINE_TIES = {Precision.FP32: 1e-6, Precision.FP16: 2**-11, Precision.BF16: 2**-8, Precision.INT8: 1 / 254}
+# Share of the logits' size by which the gates let all logits differ, at int8 those of the median example.
+_LOGIT_ERRORS = {Precision.FP32: 1e-4, Precision.FP16: 1e-2, Precision.BF16: 5e-2, Precision.INT8: 0.1}
 _NEIGHBOURS = 10
 # Tasks with one decision per input.
 _WHOLE_INPUT = (HfTask.TEXT_CLASSIFICATION, HfTask.IMAGE_CLASSIFICATION, HfTask.AUDIO_CLASSIFICATION)
@@ -136,6 +138,7 @@ class Decisions:
             *(
                 {"metric": "order_agreement", "text": text, "hits": hits, "trials": trials}
                 for text, hits, trials in self._orders()
+                if trials
             ),
         ]
 
@@ -144,9 +147,10 @@ class Decisions:
         scalars: dict[str, float] = {}
         if self.task in _LABELLED and self._logits:
             before, after = (np.concatenate(logits) for logits in zip(*self._logits, strict=True))
-            scalars["misplaced_labels"] = metrics.misplaced_labels(before, after)
+            tolerance = _LOGIT_ERRORS[self.precision]
+            scalars["misplaced_labels"] = metrics.misplaced_labels(before, after, tolerance=tolerance)
             scalars["confident_flips"] = self._confident_flips
-        if self._shifts:
+        if self._shifts and self.precision is Precision.INT8:
             scalars["probability_shift"] = float(np.concatenate(self._shifts).mean())
         if self._embedding_errors:
             scalars["embedding_error"] = float(np.max(self._embedding_errors))
@@ -201,7 +205,7 @@ class Decisions:
         if len(self._scores) < 2:
             return []
         before, after = np.asarray([scores for _, scores in self._scores], np.float64).T
-        tie = _SCORE_TIE * before.std()
+        tie = max(_SCORE_TIE * before.std(), _TIE_SHARES[self.precision] * float(np.median(np.abs(before))))
         orders = []
         for index, (text, _) in enumerate(self._scores):
             others = np.arange(index + 1, index + 1 + min(_OTHERS, len(before) - 1)) % len(before)

@@ -212,7 +212,7 @@ def neighbour_overlaps(reference: Array, candidate: Array, k: int = 10, *, tie: 
     ]
 
 
-def misplaced_labels(reference: Array, candidate: Array) -> int:
+def misplaced_labels(reference: Array, candidate: Array, *, tolerance: float = 0.0) -> int:
     """Count labels whose column of logits moved to another place.
 
     A column is misplaced if another column of the candidate fits it more than twice as well as the column in
@@ -221,13 +221,18 @@ def misplaced_labels(reference: Array, candidate: Array) -> int:
     Args:
         reference: Logits of the source model, shape (examples, labels).
         candidate: Logits of the compiled model, of the reference's shape.
+        tolerance: Share of the logits' size by which a column in its own place may differ.
     """
     r, c = np.asarray(reference, np.float64), np.asarray(candidate, np.float64)
     if not (np.isfinite(r).all() and np.isfinite(c).all()):
         return 0
     # Column by column, since all pairs at once would take examples x labels x labels numbers.
     distances = (np.linalg.norm(r[:, label, None] - c, axis=0) for label in range(r.shape[1]))
-    return sum(bool(distance.min() < 0.5 * distance[label]) for label, distance in enumerate(distances))
+    least = tolerance * float(np.linalg.norm(r)) / np.sqrt(max(1, r.shape[1]))
+    return sum(
+        bool(distance.min() < 0.5 * distance[label] and distance[label] > least)
+        for label, distance in enumerate(distances)
+    )
 
 
 def mean_iou(before: Sequence[Array], after: Sequence[Array]) -> float:

@@ -22,6 +22,8 @@ _DIFFERENCES = ("max_abs_diff", "scaled_diff", "peak_error", "rel_l2", "one_minu
 # Bits of weights and of the inputs of layers. Weights have 7: targets reduce their range for CPUs without VNNI.
 _WEIGHT_BITS, _INPUT_BITS = 7, 8
 _TINY = 1e-30
+# Answers must differ between examples by this multiple of what rounding changes.
+_LEAST_RESPONSE = 3.0
 
 
 def measure_noise(
@@ -104,6 +106,13 @@ def measure_grid(
     grid.rates.extend(decisions.rates())
     grid.scalars |= decisions.scalars() | tendencies.scalars(grid.comparisons)
     measurements.grid = grid.figures()
+    share = measurements.scalars.pop("response_share", 0.0)
+    least_share = _LEAST_RESPONSE * measurements.grid.get("typical_error", 0.0)
+    if share < least_share and measurements.scalars.pop("response_error", None) is not None:
+        measurements.notes.append(
+            "response_error was not judged: the source model's answers differ by less between examples than the "
+            "numbers of int8."
+        )
 
 
 @contextmanager

@@ -51,7 +51,7 @@ class Tendencies:
         `typical_error`: median rel_l2 of the natural examples. `gain_error`: |1 - g|, where g is the factor that
         turns the source model's answers into the compiled model's, by least squares. `response_error`: the same
         for the differences between the examples; it is 1 if the answers do not depend on the input. It is omitted
-        if the source model's hardly do.
+        if the source model's hardly do. `response_share`: those differences as a share of the answers.
         """
         scalars: dict[str, float] = {}
         errors: dict[str, list[float]] = defaultdict(list)
@@ -63,14 +63,16 @@ class Tendencies:
         gains = [_slope_error(*np.sum(products, axis=0)) for products in self._products.values()]
         if gains:
             scalars["gain_error"] = float(np.max(gains))
-        responses = []
+        responses, shares = [], []
         for pairs in self._vectors.values():
             r, c = (np.stack(vectors) for vectors in zip(*pairs, strict=True))
             before, after = r - r.mean(0), c - c.mean(0)
-            if np.linalg.norm(before) > _LEAST_RESPONSE * np.linalg.norm(r):
+            size = float(np.linalg.norm(r))
+            if np.linalg.norm(before) > _LEAST_RESPONSE * size:
+                shares.append(float(np.linalg.norm(before)) / size)
                 responses.append(_slope_error(float(np.vdot(before, after)), float(np.vdot(before, before))))
         if responses:
-            scalars["response_error"] = float(np.max(responses))
+            scalars |= {"response_error": float(np.max(responses)), "response_share": min(shares)}
         return scalars
 
 
