@@ -119,9 +119,9 @@ def measure_grid(
 def rounded_to_grid(model: Any) -> Iterator[None]:
     """Round the weights and the inputs of a model's layers to the grid of int8 while the block runs.
 
-    Weights get 127 steps per output channel, inputs 256 steps from their smallest to their largest value in the
-    call, as dynamic quantization does. The weights are rounded when a layer is called, so that memory never holds
-    the model twice.
+    Weights get 63 steps up to the largest one of each output channel, inputs 255 steps from the smallest to the
+    largest one in the call, as dynamic quantization does. The weights are rounded when a layer is called, so that
+    memory never holds the model twice.
     """
     import torch
 

@@ -135,7 +135,7 @@ def _slopes(
         measurements: Measurements with the error that the candidate's number format makes, if it is a coarse one.
         expected_pair: The reference's answers.
         candidate: The compiled model.
-        calls: Its two calls.
+        calls: The two calls of the compiled model.
         mask: Positions that count. None: all.
     """
     before, before_altered = expected_pair
