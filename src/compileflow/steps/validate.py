@@ -28,7 +28,7 @@ from compileflow.validation.settings import ValidationSettings
 logger = logging.getLogger(__name__)
 STEP = "validate"
 # Part of the cache key. Raise it when a measurement changes.
-MEASUREMENT_VERSION = 3
+MEASUREMENT_VERSION = 4
 _CHILD = "compileflow.steps.prove:prove_artifact"
 _LIBRARIES = ("torch", "transformers", "numpy", "scipy", "great_expectations")
 
