@@ -35,17 +35,20 @@ def page(classes: Sequence[ModelClass], results: Results) -> str:
         if target in ALL_CLASSES_TARGETS or in_sample(model_class)
     }
     missing = sum(line is None for line in lines.values())
-    progress = f"The sweep has not come to {missing} of {len(lines)} pairs of a class and a target.\n"
+    progress = f"{missing} of {len(lines)} combinations of class and target have not been run yet.\n"
     versions = sorted({str(line["versions"]) for line in lines.values() if line})
     parts = [
         _INTRODUCTION.format(tolerance=TOLERANCE),
         f"<!-- classes: {list_digest()} -->\n",
         "Versions: " + ", ".join(sorted({name for version in versions for name in _names(version)})) + ".\n",
         "## Summary\n",
+        "Each cell says how many classes work, of those that have been run and that transformers can build and "
+        "run.\n",
         *([progress] if missing else []),
         _summary(classes, lines),
         "## Architectures that the optimum projects test\n",
-        "Shares of those that transformers 5 can build here. The names are those of the projects' tests.\n",
+        "The percentages count only the architectures that transformers 5 can build here. The names are those of "
+        "the projects' tests.\n",
         _peers(classes, lines),
         "## Every class\n",
         _every_class(classes, lines),
@@ -64,9 +67,13 @@ This page is generated. It shows which of transformers' model classes compile fo
 
 A class **works** if a small random model of it compiles and answers like transformers: each row alone, all rows in
 one list, and a padded batch of short and long rows. The relative difference in fp32 is at most {tolerance:g}. A
-class is **refused** if compileflow says in one line, before anything is compiled, why it cannot compile it. Blank:
-transformers itself cannot build or run the class here. All classes run on onnx-runtime and openvino, a third of
-them also on torchscript and aot-inductor; the others have a dash there.
+class is **refused** if compileflow says in one line, before anything is compiled, why it cannot compile it. A
+class **fails** if its compile ends with another error, if it does not answer in time, or if it answers
+differently.
+
+The sweep covers onnx-runtime and openvino for every class, and torchscript and aot-inductor for every third
+class. A dash means that a combination is not planned, `not run` that the sweep has not reached it. A blank cell in
+the tables of classes means that transformers itself cannot build or run the class here.
 
 Regenerate the page with `make architectures`. The sweep keeps its results in `.architectures/` and continues where
 it stopped; it takes hours on two cores.
@@ -99,7 +106,7 @@ def _summary(classes: Sequence[ModelClass], lines: Mapping[tuple[ModelClass, str
                 for (model_class, name), line in lines.items()
                 if line and name == target and task in (None, model_class.hf_task)
             )
-            cells.append(_share(outcomes))
+            cells.append(_share(outcomes) or "none")
         rows.append((f"`{task.value}`" if task else "**all**", *cells))
     return _table(("task", *(f"`{target}`" for target in TARGETS)), rows)
 
@@ -126,14 +133,16 @@ def _peers(classes: Sequence[ModelClass], lines: Mapping[tuple[ModelClass, str],
                     outcomes[target][line["outcome"]] += 1
                     if line["outcome"] not in ("works", "not run"):
                         problems.append((f"`{task}`", architecture, target, line["outcome"], line["reason"]))
-        shares = " and ".join(
-            f"{_share(outcomes[target]) or 'none'} on {target}, {outcomes[target]['not run']} not run"
-            for target in ALL_CLASSES_TARGETS
-        )
+        shares = "; ".join(_progress(target, outcomes[target]) for target in ALL_CLASSES_TARGETS)
         text += f"**{peer}**, `{entry['file']}` at `{entry['commit'][:12]}`: {shares}.\n\n"
         if problems:
             text += _table(("task", "architecture", "target", "outcome", "reason"), problems) + "\n"
     return text
+
+
+def _progress(target: str, outcomes: Counter[str]) -> str:
+    missing = f", {outcomes['not run']} not run" if outcomes["not run"] else ""
+    return f"{target}: {_share(outcomes) or 'none'} work{missing}"
 
 
 def _every_class(classes: Sequence[ModelClass], lines: Mapping[tuple[ModelClass, str], Any]) -> str:
