@@ -400,7 +400,7 @@ def _noise_variants(source_model: SourceModel, threads: int) -> dict[str, Callab
         finally:
             source_model.model.set_attn_implementation(source_model.attention)
 
-    variants = {"float64": in_float64, "row by row": row_by_row}
+    variants: dict[str, Callable[[Case], Arrays]] = {"float64": in_float64, "row by row": row_by_row}
     if threads > 1:
         variants["one thread"] = with_one_thread
     if source_model.attention == "sdpa":
