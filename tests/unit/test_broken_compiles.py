@@ -246,7 +246,11 @@ def test_right_logits_under_swapped_names_fail(healthy: Compiled, tmp_path: Path
     (artifact_dir / "config.json").write_text(json.dumps(config), "utf-8")
     reseal(artifact_dir)
     proof = validate_here(healthy.source_dir, artifact_dir, tmp_path / "report")
-    assert proof.reason.startswith("fail: label_order measured 2"), proof.reason
+    assert proof.reason.startswith("fail: interface_files measured 1"), proof.reason
+    assert "config.json differs at id2label.0" in proof.reason
+    assert proof.gate("pipeline_answers")["outcome"] == "fail"
+    # The graph itself is right.
+    assert proof.gate("label_order")["measured"] == 0
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,15 @@ answers is a fault of the interface, at every precision; differences of the grap
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from compileflow.artifact.open import OpenArtifact
 from compileflow.contracts import Arrays
-from compileflow.errors import LoadError
+from compileflow.errors import LoadError, first_line
 from compileflow.serving.component import LoadedComponent
 from compileflow.serving.interface_files import load_part
 from compileflow.serving.model import CompiledModel
@@ -102,17 +102,21 @@ class WholeArtifact:
         """
         measure_claims(measurements, claims)
         outputs: dict[Any, Arrays] = {}
-        try:
-            model = CompiledModel.from_component(_RecordedComponent(component, self.artifact, outputs))
-            candidate = None if self._task.pipeline_owner is None else CompiledPipeline.from_model(model)
-        except Exception as error:  # noqa: BLE001 - what a service would see
-            record_refusal(measurements, "pipeline_answers", error)
+        candidate = reference = None
+        if self._task.pipeline_owner is not None:
+            candidate, error = _attempted(lambda: self._candidate(component, outputs))
+            reference, source_error = _attempted(lambda: self._reference(component, outputs, max_length))
+            if source_error is not None:
+                measurements.notes.append(
+                    "pipeline_answers compared the configurations alone, because no pipeline serves the source "
+                    f"model: {first_line(source_error)}"
+                )
+            elif error is not None:
+                record_refusal(measurements, "pipeline_answers", error)
+                return
+        if candidate is None or reference is None:
+            self._measure_configuration(measurements)
             return
-        if candidate is None:
-            # Nothing comes behind the graph but the fields of the configuration.
-            measure_fields(measurements, load_part(self._source_artifact, "AutoConfig"), model.config)
-            return
-        reference = self._reference(component, candidate, outputs, max_length)
         settings = CALL_SETTINGS.get(self._task, {})
         source_settings = settings | TRUNCATION.get(self._task, {})
         measure_answers(
@@ -122,6 +126,15 @@ class WholeArtifact:
             self._raw_inputs(max_length),
             before_each=outputs.clear,
         )
+
+    def _measure_configuration(self, measurements: Measurements) -> None:
+        """Compare the fields of the configuration, where no pipeline processes the outputs of the graph."""
+        try:
+            candidate = load_part(self.artifact, "AutoConfig")
+        except LoadError as error:
+            record_refusal(measurements, "pipeline_answers", error)
+            return
+        measure_fields(measurements, load_part(self._source_artifact, "AutoConfig"), candidate)
 
     @property
     def _task(self) -> HfTask:
@@ -135,6 +148,16 @@ class WholeArtifact:
     def _source_artifact(self) -> OpenArtifact:
         """The artifact with the files of the source model in place of its own."""
         return replace(self.artifact, folder=self.source_dir)
+
+    @cached_property
+    def _source_tokenizer(self) -> Any:
+        return load_tokenizer(self.source_dir, trust_remote_code=self.artifact.trust_remote_code)
+
+    @cached_property
+    def _source_processor(self) -> Processor:
+        assert self._processor_modality is not None  # noqa: S101 - callers check it
+        trust = self.artifact.trust_remote_code
+        return load_processor(self.source_dir, self._processor_modality, trust_remote_code=trust)
 
     @property
     def _has_tokens(self) -> bool:
@@ -152,7 +175,7 @@ class WholeArtifact:
         return is_unknown and has_settings == [False, True]
 
     def _measure_tokens(self, measurements: Measurements, max_length: int) -> None:
-        reference = load_tokenizer(self.source_dir, trust_remote_code=self.artifact.trust_remote_code)
+        reference = self._source_tokenizer
         sentences, _, _ = load_examples(HfTask.FEATURE_EXTRACTION, None, 1000)
         texts = token_texts(reference, [sentence["text"] for sentence in sentences], self._seed)
         if not reference.is_fast:
@@ -186,8 +209,7 @@ class WholeArtifact:
         )
 
     def _measure_processor(self, measurements: Measurements, modality: Modality) -> None:
-        trust = self.artifact.trust_remote_code
-        reference = load_processor(self.source_dir, modality, trust_remote_code=trust)
+        reference = self._source_processor
         name = "AutoImageProcessor" if modality == "image" else "AutoFeatureExtractor"
         try:
             candidate = Processor(load_part(self.artifact, name), modality)
@@ -197,37 +219,57 @@ class WholeArtifact:
         measure_processor(measurements, reference, candidate, processor_signals(reference, self._seed))
 
     def _raw_inputs(self, max_length: int) -> list[Any]:
-        trust = self.artifact.trust_remote_code
         if self._processor_modality is not None:
-            processor = load_processor(self.source_dir, self._processor_modality, trust_remote_code=trust)
-            return raw_signals(processor, self._seed)
-        tokenizer = load_tokenizer(self.source_dir, trust_remote_code=trust)
+            return raw_signals(self._source_processor, self._seed)
         examples, _, _ = load_examples(self._task, self.examples_path, 1000)
-        return raw_texts(self._task, examples, tokenizer, max_length, self._seed)
+        return raw_texts(self._task, examples, self._source_tokenizer, max_length, self._seed)
 
-    def _reference(
-        self, component: LoadedComponent, candidate: CompiledPipeline, outputs: dict[Any, Arrays], max_length: int
-    ) -> Any:
+    def _candidate(self, component: LoadedComponent, outputs: dict[Any, Arrays]) -> Any:
+        """Return the pipeline that a service gets."""
+        model = CompiledModel.from_component(_RecordedComponent(component, self.artifact, outputs))
+        return CompiledPipeline.from_model(model)
+
+    def _reference(self, component: LoadedComponent, outputs: dict[Any, Arrays], max_length: int) -> Any:
         """Return the pipeline on the source model's files: that of transformers, where it has one for the task."""
         artifact = self._source_artifact
         model = CompiledModel.from_component(_RecordedComponent(component, artifact, outputs))
         if self._task.pipeline_owner == "compileflow":
             return CompiledPipeline.from_model(model)
-        trust = artifact.trust_remote_code
-        parts: dict[str, Any] = {}
-        if self._has_tokens:
-            parts["tokenizer"] = load_tokenizer(self.source_dir, trust_remote_code=trust)
-        if self._processor_modality is not None:
-            name = "image_processor" if self._processor_modality == "image" else "feature_extractor"
-            parts[name] = load_processor(self.source_dir, self._processor_modality, trust_remote_code=trust).inner
-        elif (self.artifact.folder / SETTINGS_FILE).is_file():
-            settings = candidate.tokenizer.tokenization_settings | {"max_length": max_length}
-            parts["tokenizer"] = CompiledTokenizer(parts["tokenizer"], settings, fixed=True)
-        else:
-            parts["tokenizer"].model_max_length = max_length
         from transformers import pipeline
 
-        return pipeline(self._task.value, model=model, device=model.device, trust_remote_code=trust, **parts)
+        return pipeline(
+            self._task.value,
+            model=model,
+            device=model.device,
+            trust_remote_code=artifact.trust_remote_code,
+            **self._source_parts(max_length),
+        )
+
+    def _source_parts(self, max_length: int) -> dict[str, Any]:
+        """Return the source model's tokenizer and processor, as arguments of transformers' pipeline."""
+        parts: dict[str, Any] = {}
+        if self._has_tokens:
+            parts["tokenizer"] = self._source_tokenizer
+        if self._processor_modality is not None:
+            name = "image_processor" if self._processor_modality == "image" else "feature_extractor"
+            return parts | {name: self._source_processor.inner}
+        parts["tokenizer"].model_max_length = max_length
+        artifact = self.artifact if self._is_imported else self._source_artifact
+        if (artifact.folder / SETTINGS_FILE).is_file():
+            # Settings of the service, such as padding to the compiled shape, which answers of tokens show.
+            settings = self._compiled_tokenizer(artifact).tokenization_settings | {"max_length": max_length}
+            parts["tokenizer"] = CompiledTokenizer(parts["tokenizer"], settings, fixed=True)
+        return parts
+
+
+def _attempted(make: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    """Return what a function makes, or None and its error."""
+    try:
+        return make(), None
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - what a service would see, whatever it is
+        return None, error
 
 
 def _ragged(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,9 +20,12 @@ _ANSWERED_TEXTS = 4
 _LONGEST_ANSWERED = 1024
 _LABELS = ["travel", "food", "dogs and cats"]
 
-# Settings of a call, for the pipelines that need them.
+# Settings of a call, which show as much of an answer as the pipeline can give.
 CALL_SETTINGS: Mapping[HfTask, Mapping[str, Any]] = {
     HfTask.FEATURE_EXTRACTION: {"return_tensors": True},
+    HfTask.TEXT_CLASSIFICATION: {"top_k": None},
+    HfTask.TOKEN_CLASSIFICATION: {"ignore_labels": []},
+    HfTask.IMAGE_CLASSIFICATION: {"top_k": 1000},
     HfTask.IMAGE_FEATURE_EXTRACTION: {"return_tensors": True},
     HfTask.OBJECT_DETECTION: {"threshold": 0.3},
     HfTask.ZERO_SHOT_CLASSIFICATION: {"candidate_labels": _LABELS},

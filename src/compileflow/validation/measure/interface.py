@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -94,8 +95,11 @@ def measure_token_ids(
     calls += [(texts[start : start + _TEXTS_PER_CALL],) for start in range(0, len(texts), _TEXTS_PER_CALL)]
     changes: list[str] = []
     for call in calls:
-        expected, actual = (dict(tokenize(*map(list, call))) for tokenize in (reference, candidate))
-        if expected != actual:
+        expected = _tokens(reference, call)
+        actual, error_text = _answer(partial(_tokens, candidate), call)
+        if error_text:
+            changes += [f"{text!r:.80}: {error_text}" for text in call[0]]
+        elif expected != actual:
             changes += _changed_rows(call[0], expected, actual)
     _record(measurements, "token_ids", changes)
 
@@ -256,6 +260,10 @@ def _changed_place(expected: Any, actual: Any) -> str:
     return ".".join(place)
 
 
+def _tokens(tokenize: Tokenize, call: tuple[Sequence[str], ...]) -> dict[str, Any]:
+    return dict(tokenize(*map(list, call)))
+
+
 def _changed_rows(texts: Sequence[str], expected: Mapping[str, Any], actual: Mapping[str, Any]) -> list[str]:
     if expected.keys() != actual.keys():
         return [f"expected {', '.join(expected)}, got {', '.join(actual)}"] * len(texts)
@@ -271,13 +279,13 @@ def _changed_rows(texts: Sequence[str], expected: Mapping[str, Any], actual: Map
     return changes
 
 
-def _answer(pipeline: Pipeline, item: Any) -> tuple[Any, str]:
-    """Return a pipeline's answer, or None and the error in words."""
+def _answer(part: Callable[[Any], Any], item: Any) -> tuple[Any, str]:
+    """Return what a tokenizer, processor or pipeline makes of an input, or None and the error in words."""
     try:
-        return pipeline(item), ""
+        return part(item), ""
     except MemoryError:
         raise
-    except Exception as error:  # noqa: BLE001 - pipelines raise whatever they like
+    except Exception as error:  # noqa: BLE001 - they raise whatever they like
         return None, f"{type(error).__name__}: {first_line(error)}"
 
 
