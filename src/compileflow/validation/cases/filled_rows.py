@@ -18,7 +18,7 @@ from compileflow.validation.cases.shapes import Shape, most_tokens, row_lengths
 _VOCABULARY_ROWS, _VOCABULARY_LENGTH = 32, 128
 # An order of the ids; the same for all artifacts, so that the source model's answers can be reused.
 _SEED = 20
-# Rows and tokens that are drawn anew for each artifact.
+# Rows and tokens that are drawn from the artifact's digest.
 _DRAWN_ROWS, _DRAWN_LENGTHS = 8, (12, 40)
 
 
