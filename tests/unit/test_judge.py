@@ -290,13 +290,13 @@ def test_a_noisy_source_model_moves_a_limit_of_fp32_up_to_ten_times() -> None:
     measured = healthy()
     measured.comparisons.append(comparison([1.0 + 4e-4, -1.0]))
     assert verdict(measured).outcome == "fail"
-    measured.floors = {"logits": {"scaled_diff": 5e-5, "rel_l2": 5e-5, "one_minus_cosine": 1e-9}}
+    measured.floors = {"logits": {"scaled_diff": 2.5e-5, "rel_l2": 2.5e-5, "one_minus_cosine": 1e-9}}
     answer = verdict(measured)
     assert answer.outcome == "pass", answer.reason
     result = gate(answer, "max_abs_diff")
-    assert (result.measured, result.limit) == (pytest.approx(4e-4), pytest.approx(10 * 5e-5))
-    assert (result.floor, result.multiple) == (5e-5, pytest.approx(8.0))
-    assert "limit raised from 0.0001: the source model's own noise in logits is 5e-05" in result.detail
+    assert (result.measured, result.limit) == (pytest.approx(4e-4), pytest.approx(20 * 2.5e-5))
+    assert (result.floor, result.multiple) == (2.5e-5, pytest.approx(16.0))
+    assert "limit raised from 0.0001: the source model's own noise in logits is 2.5e-05" in result.detail
     # However noisy the source model is, a difference of 1e-3 is too much.
     measured.floors = {"logits": {"scaled_diff": 0.5, "rel_l2": 0.5, "one_minus_cosine": 0.5}}
     measured.comparisons.append(comparison([1.0 + 2e-3, -1.0]))
