@@ -34,6 +34,7 @@ def expected_claims(artifact: OpenArtifact, source_model: SourceModel, source_di
         component_claims: dict[str, tuple[Any, Any]] = {
             "architecture": (architecture, manifest.source.architecture),
             "precision": (spec.precision.value, record.precision.value),
+            "dynamic_axes": (get_target(spec.target).capabilities.dynamic_axes, record.dynamic_axes),
         }
         requested = next(component for component in spec.components if component.name == name)
         try:
@@ -74,7 +75,11 @@ def _graph_claims(source_model: SourceModel, record: ComponentRecord) -> dict[st
 
 
 def _tensors(records: Sequence[TensorRecord]) -> str:
-    return ", ".join(f"{record.name} ({record.dtype}: {' x '.join(map(str, record.axes))})" for record in records)
+    return ", ".join(
+        f"{record.name} ({record.dtype}: {' x '.join(map(str, record.axes))}"
+        + (f", below {record.below})" if record.below else ")")
+        for record in records
+    )
 
 
 def _listed(buckets: Sequence[ShapeBucket]) -> str:

@@ -25,15 +25,10 @@ from compileflow.source_model.interface import SourceModel
 from compileflow.source_model.load import load_config, load_source_model
 from compileflow.source_model.tasks import AUTO_CLASSES
 from compileflow.spec import HfTask
+from compileflow.validation.cases.raw import TRUNCATION
 from compileflow.validation.differences import first_difference
 
 SCORE_ATOL = 1e-4
-# A compiled pipeline always truncates; pipelines of transformers truncate with one of three settings.
-_TRUNCATED: Mapping[HfTask, dict[str, Any]] = {
-    HfTask.FEATURE_EXTRACTION: {"truncation": True},
-    HfTask.TEXT_CLASSIFICATION: {"truncation": True},
-    HfTask.FILL_MASK: {"tokenizer_kwargs": {"truncation": True}},
-}
 _SETTINGS: Mapping[HfTask, dict[str, Any]] = {
     HfTask.OBJECT_DETECTION: {"threshold": 0.3},
     HfTask.ZERO_SHOT_IMAGE_CLASSIFICATION: {
@@ -75,7 +70,7 @@ def assert_pipeline_answers_like_the_source_models(artifact: OpenArtifact, sourc
     pipeline = CompiledPipeline.from_pretrained(artifact.folder, task=task, threads=1)
     reference = _reference(artifact, source_dir, task)
     settings = _SETTINGS.get(task, {})
-    truncated = settings | _TRUNCATED.get(task, {})
+    truncated = settings | TRUNCATION.get(task, {})
     inputs = questions(task, pipeline)
     expected = [reference(item, **truncated) for item in inputs]
     try:
