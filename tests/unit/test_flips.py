@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import numpy as np
 import pytest
 
 from compileflow.contracts import Arrays
-from compileflow.spec import HfTask
-from compileflow.validation.cases import Case
+from compileflow.spec import HfTask, Precision
+from compileflow.validation.cases import Case, load_examples
 from compileflow.validation.measure.decisions import Decisions
 from compileflow.validation.measure.flips import Flip
 from tests.conftest import ModelFactory
@@ -237,3 +238,60 @@ def test_report_of_a_refused_artifact_names_the_examples(
         assert {flip["before"] for flip in flips} <= {"negative", "neutral", "positive"}
     page = (tmp_path / "report" / "report.html").read_text("utf-8")
     assert f"{count} of 40 examples lead to another decision" in page
+
+
+def test_labels_of_the_examples_tell_changes_for_the_worse_from_those_for_the_better() -> None:
+    decisions = Decisions(CLASSIFY, LABELS)
+    before = np.array([logits(0.7, 0.2, 0.1), logits(0.7, 0.2, 0.1), logits(0.7, 0.2, 0.1), logits(0.7, 0.2, 0.1)])
+    after = before[:, ::-1]
+    named = case(["a", "b", "c", "d"])
+    # The compiled model says positive (2) instead of negative (0).
+    truths = replace(named, truths=("negative", "2", "neutral", None))
+    decisions.add(truths, {"logits": before}, {"logits": after})
+    changes = [(row.get("right_to_wrong"), row.get("wrong_to_right")) for row in decisions.rates()]
+    assert changes == [(1, 0), (0, 1), (0, 0), (None, None)]
+
+
+def test_a_label_stands_beside_its_text_in_json_lines(tmp_path: Path) -> None:
+    path = tmp_path / "examples.jsonl"
+    path.write_text(
+        '{"text": "good", "label": "positive"}\n{"text": "bad", "label": 0}\n{"text": "so"}\n', "utf-8"
+    )
+    examples, _, _ = load_examples(CLASSIFY, str(path), 10)
+    assert [example.get("label") for example in examples] == ["positive", "0", None]
+
+
+@pytest.mark.parametrize(
+    ("precision", "gap", "is_tie"),
+    [
+        # Two steps of the grid, as a share of a logit of 1000: 0.2, 1.95, 15.6 and 15.7.
+        (Precision.FP32, 0.19, True),
+        (Precision.FP32, 0.21, False),
+        (Precision.FP16, 1.9, True),
+        (Precision.FP16, 2.1, False),
+        (Precision.BF16, 15.0, True),
+        (Precision.BF16, 16.0, False),
+        (Precision.INT8, 15.0, True),
+        (Precision.INT8, 16.0, False),
+    ],
+)
+def test_two_logits_closer_than_the_grid_of_the_format_are_a_tie(
+    precision: Precision, gap: float, is_tie: bool
+) -> None:
+    decisions = Decisions(CLASSIFY, LABELS, precision=precision)
+    before, after = {"logits": [1000.0, 1000.0 - gap, 0.0]}, {"logits": [1000.0, 1000.0 + gap, 0.0]}
+    flips = one_row(decisions, "a", before, after)
+    (row,) = decisions.rates()
+    assert (row["hits"], row["ties"], bool(flips)) == (int(is_tie), int(is_tie), not is_tie)
+    assert decisions.scalars()["confident_flips"] == (0 if is_tie or gap < 0.2 else 1)
+
+
+def test_hundreds_of_labels_are_not_all_ties() -> None:
+    # Each of 500 probabilities is near 0.002, and so is the margin, but one logit is clearly the largest.
+    before, after = np.zeros(500), np.zeros(500)
+    before[3], after[4] = 0.5, 0.5
+    decisions = Decisions(CLASSIFY, {})
+    (flip,) = one_row(decisions, "a", {"logits": before}, {"logits": after})
+    assert (flip.before, flip.after) == ("3", "4")
+    assert flip.margin is not None
+    assert flip.margin < 2e-3

@@ -167,3 +167,66 @@ def test_entity_f1_counts_whole_entities_over_all_examples() -> None:
     assert metrics.entity_f1(reference, reference) == 1.0
     assert metrics.entity_f1([["O"]], [["O"]]) == 1.0
     assert metrics.entity_f1([["O"]], [["B-PER"]]) == 0.0
+
+
+def scaled_rows(pairs: list[tuple[list[float], list[float]]]) -> list[dict[str, float]]:
+    rows = [{"output": "logits"} | metrics.compare(np.array(r), np.array(c)) for r, c in pairs]
+    metrics.relate_to_scale(rows, metrics.scales_of(rows))
+    return rows
+
+
+def test_a_small_answer_is_measured_by_the_size_of_the_others() -> None:
+    large = ([300.0, 400.0], [300.0, 400.0])
+    rows = scaled_rows([large, large, ([3e-4, 4e-4], [3e-4, 5e-4])])
+    # 1e-4 of 5e-4 alone, but the outputs are of length 500.
+    assert rows[2]["rel_l2"] == pytest.approx(1e-4 / 500)
+    assert rows[2]["one_minus_cosine"] < 1e-13
+    assert rows[2]["scaled_diff"] == pytest.approx(1e-4 / 400)
+    assert rows[2]["max_abs_diff"] == pytest.approx(1e-4)
+
+
+def test_a_large_answer_is_measured_by_its_own_size() -> None:
+    rows = scaled_rows([([1.0, 0.5], [1.0, 0.5])] * 3 + [([1000.0, 500.0], [1000.1, 500.0])])
+    assert rows[3]["rel_l2"] == pytest.approx(0.1 / math.hypot(1000, 500))
+    assert rows[3]["scaled_diff"] == pytest.approx(1e-4)
+
+
+def test_outputs_below_one_are_compared_in_their_own_units() -> None:
+    (row,) = scaled_rows([([0.01, 0.02], [0.01, 0.0201])])
+    assert row["scaled_diff"] == pytest.approx(1e-4)
+
+
+def test_one_huge_element_does_not_set_the_scale() -> None:
+    reference = np.ones(9)
+    reference[0] = 1e6
+    row = metrics.compare(reference, reference + 1e-3)
+    assert row["scaled_diff"] == pytest.approx(1e-3 / 20)
+
+
+def test_zeros_agree_with_zeros_and_with_nothing_else() -> None:
+    rows = scaled_rows([([0.0, 0.0], [0.0, 0.0])] * 2)
+    assert [rows[0][name] for name in ("rel_l2", "one_minus_cosine", "peak_error", "scaled_diff")] == [0.0] * 4
+    rows = scaled_rows([([0.0, 0.0], [0.0, 0.0]), ([0.0, 0.0], [0.0, 1e-9])])
+    assert rows[1]["rel_l2"] == math.inf
+
+
+def test_single_numbers_of_other_sign_are_wrong_and_near_zero_they_are_not() -> None:
+    rows = scaled_rows([([1.0], [1.0]), ([-1.0], [1.0]), ([1e-3], [-1e-3])])
+    assert rows[1]["one_minus_cosine"] == 2.0
+    assert rows[2]["rel_l2"] == pytest.approx(2e-3)
+    assert rows[2]["one_minus_cosine"] == pytest.approx(2e-6)
+
+
+def test_a_neighbour_as_near_as_the_last_one_counts() -> None:
+    reference, candidate = np.array([9.0, 8.0, 7.9999, 1.0]), np.array([9.0, 7.0, 8.0, 1.0])
+    assert metrics.overlap_at(reference, candidate, 2) == 1
+    assert metrics.overlap_at(reference, candidate, 2, tie=1e-3) == 2
+    assert metrics.overlap_at(reference, np.array([0.0, 1.0, 8.0, 9.0]), 2, tie=1e-3) == 1
+
+
+def test_labels_that_rounding_can_exchange_have_no_place() -> None:
+    reference = np.tile([0.5, 0.501, -0.5], (4, 1))
+    swapped = reference[:, [1, 0, 2]]
+    assert metrics.misplaced_labels(reference, swapped) == 2
+    assert metrics.misplaced_labels(reference, swapped, tolerance=1e-4) == 2
+    assert metrics.misplaced_labels(reference, swapped, tolerance=1e-2) == 0

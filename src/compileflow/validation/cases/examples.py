@@ -27,8 +27,8 @@ def load_examples(task: HfTask, path: str | None, limit: int) -> tuple[list[dict
     """Read natural examples of text: the user's file, or the one bundled with compileflow.
 
     Returns:
-        The examples ({"text": ...}, or {"question": ..., "context": ...}), their origin in words, and the
-        SHA-256 of the file.
+        The examples ({"text": ...}, or {"question": ..., "context": ...}, and a "label" where a classifier's file
+        has one), their origin in words, and the SHA-256 of the file.
 
     Raises:
         MeasurementError: The file cannot be read, or holds no example in the form that the task needs.
@@ -43,7 +43,8 @@ def load_examples(task: HfTask, path: str | None, limit: int) -> tuple[list[dict
             origin = f"compileflow's own {origin}"
         # Not splitlines: a JSON string may contain U+2028 and similar characters.
         lines = body.decode("utf-8-sig").replace("\r\n", "\n").split("\n")
-        examples = [_example(line, questions) for line in lines if line.strip()]
+        labelled = task.graph_task is HfTask.TEXT_CLASSIFICATION
+        examples = [_example(line, questions, labelled) for line in lines if line.strip()]
     except (OSError, ValueError) as error:
         raise MeasurementError(
             f"The examples cannot be used: {first_line(error)}: {path}.",
@@ -56,13 +57,14 @@ def load_examples(task: HfTask, path: str | None, limit: int) -> tuple[list[dict
     return examples[:limit], origin, hashlib.sha256(body).hexdigest()
 
 
-def _example(line: str, questions: bool) -> dict[str, str]:
+def _example(line: str, questions: bool, labelled: bool) -> dict[str, str]:
     fields = ("question", "context") if questions else ("text",)
     if line.startswith("{"):
         data = json.loads(line)
         if not all(isinstance(data.get(name), str) for name in fields):
             raise ValueError(f"a line has no {' and '.join(fields)}: {line[:80]}")
-        return {name: data[name] for name in fields}
+        has_label = labelled and isinstance(data.get("label"), str | int)
+        return {name: data[name] for name in fields} | ({"label": str(data["label"])} if has_label else {})
     if questions:
         raise ValueError(f"a line is not JSON with question and context: {line[:80]}")
     return {"text": line}

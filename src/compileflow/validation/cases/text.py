@@ -96,11 +96,13 @@ class CaseBuilder:
         *,
         left: bool | None = None,
         positions: tuple[int, ...] = (),
+        truths: tuple[str | None, ...] = (),
         may_fail: bool = False,
     ) -> Case:
         """Build one case from encoded rows."""
         inputs = self.collate(rows, left=left)
-        return Case(name, family, tuple(texts), inputs, inputs["attention_mask"], positions, may_fail)
+        mask = inputs["attention_mask"]
+        return Case(name, family, tuple(texts), inputs, mask, positions, may_fail, truths=truths)
 
 
 def shape_cases(builder: CaseBuilder, sentences: Sequence[str]) -> list[Case]:
@@ -176,6 +178,7 @@ def agreement_cases(builder: CaseBuilder, examples: Sequence[dict[str, str]], ta
                 [rows[index] for index in batch],
                 [texts[index] for index in batch],
                 positions=tuple(positions[index] for index in batch),
+                truths=tuple(examples[index].get("label") for index in batch),
             )
         )
     return cases

@@ -109,7 +109,8 @@ class Decisions:
                 self._add_signal(text, mask, *(_row(outputs, row) for outputs in (expected, actual)))
                 continue
             if self.task in _WHOLE_INPUT:
-                self._add_label(text, expected["logits"][row], actual["logits"][row])
+                truth = case.truths[row] if case.truths else None
+                self._add_label(text, expected["logits"][row], actual["logits"][row], truth)
                 continue
             if self.task is HfTask.MULTIPLE_CHOICE:
                 # A row of the graph is one choice; the order of such rows decides.
@@ -254,15 +255,27 @@ class Decisions:
         """Add the single logit of a model that scores its inputs, shape (1,)."""
         self._scores.append((text, (float(before[0]), float(after[0]))))
 
-    def _add_label(self, text: str, before: Any, after: Any) -> None:
+    def _add_label(self, text: str, before: Any, after: Any, truth: str | None = None) -> None:
         if before.size == 1:
             self._add_score(text, before, after)
         self._logits.append((before[None], after[None]))
         if not self.multi_label and before.size > 1:
             words: list[Words] = [[choice(logits, self._name)] for logits in (before, after)]
             self._count("label_agreement", text, before[None], after[None], lambda _: words)
+            if truth is not None:
+                self._rates[-1] |= self._right_and_wrong(truth, before, after)
             return
         self._count_each("label_agreement", text, before, after, self._name)
+
+    def _right_and_wrong(self, truth: str, before: Any, after: Any) -> dict[str, int]:
+        """Return whether a label changed from right to wrong, or from wrong to right."""
+        was_right, is_right = (
+            truth in (self._name(label), str(label)) for label in (int(before.argmax()), int(after.argmax()))
+        )
+        return {
+            "right_to_wrong": int(was_right and not is_right),
+            "wrong_to_right": int(is_right and not was_right),
+        }
 
     def _add_frames(self, text: str, before: Any, after: Any) -> None:
         """Compare each label of each frame, logits of shape (frames, labels)."""
