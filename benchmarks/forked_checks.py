@@ -7,8 +7,10 @@ import os
 import resource
 import shutil
 import signal
+import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Iterable
 from contextlib import suppress
@@ -206,5 +208,8 @@ def _run_child(check: Check, folder: Path) -> None:
         partial = folder / f"{_ANSWER}.partial"
         partial.write_text(json.dumps(result), "utf-8")
         partial.rename(folder / _ANSWER)
+    except Exception:  # noqa: BLE001 - the end of the log is the reason
+        traceback.print_exc()
+        sys.stderr.flush()
     finally:
         os._exit(0)

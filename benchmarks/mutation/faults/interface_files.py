@@ -23,7 +23,7 @@ from benchmarks.mutation.faults.healthy import (
     torchscript,
 )
 
-FILES = ("interface_files", "served_answers", "label_order")
+FILES = ("interface_files", "token_ids", "processor_outputs", "pipeline_answers")
 CONFIG, TOKENIZER, TOKENIZER_CONFIG = "config.json", "tokenizer.json", "tokenizer_config.json"
 PROCESSOR = "preprocessor_config.json"
 

@@ -18,7 +18,14 @@ from benchmarks.mutation.faults.healthy import (
     torchscript,
 )
 
-CONTRACT = ("interface_files", "served_answers", "LoadError", "ManifestError", "output_shapes", "MeasurementError")
+CONTRACT = (
+    "manifest_claims",
+    "pipeline_answers",
+    "LoadError",
+    "ManifestError",
+    "output_shapes",
+    "MeasurementError",
+)
 
 
 @in_manifest(onnx(CLASSIFIER), *CONTRACT)
