@@ -18,7 +18,8 @@ LIMIT = 1e-5
 
 def repeat_error(candidate: Callable[[Arrays], Arrays]) -> float:
     measurements = Measurements()
-    measure_repeatability(measurements, candidate, CALLS)
+    first_call = CALLS[0], candidate(CALLS[0])
+    measure_repeatability(measurements, candidate, CALLS, first_call)
     return measurements.scalars["repeat_error"]
 
 
@@ -56,6 +57,16 @@ def test_an_answer_that_changes_after_many_calls_shows(good_calls: int) -> None:
         return {"y": inputs["x"] * (2 if count[0] <= good_calls else 3)}
 
     assert repeat_error(tired) == pytest.approx(0.5)
+
+
+def test_a_first_answer_that_differs_from_all_others_shows() -> None:
+    count = [0]
+
+    def cold(inputs: Arrays) -> Arrays:
+        count[0] += 1
+        return {"y": inputs["x"] * (4 if count[0] == 1 else 2)}
+
+    assert repeat_error(cold) == pytest.approx(0.5)
 
 
 def test_answers_that_threads_exchange_show() -> None:

@@ -34,7 +34,7 @@ from compileflow.validation.cases import Case
 from compileflow.validation.evidence import draw_for, gather_evidence, timed_shapes
 from compileflow.validation.judge import judge
 from compileflow.validation.judge.suite import suite_digest
-from compileflow.validation.measure import Measurements
+from compileflow.validation.measure import Call, Measurements
 from compileflow.validation.measure.decisions import Decisions, Pool, mean_of_tokens
 from compileflow.validation.measure.interface import Claims
 from compileflow.validation.registered_tests import (
@@ -102,10 +102,11 @@ def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
         if answered.disagreement is not None:
             shared.scalars["registered_disagreement"] = answered.disagreement
     reports = []
-    for compiled_component, serving_memory_bytes in loaded_components:
+    for compiled_component, serving_memory_bytes, first_call in loaded_components:
         report = _prove_component(
             source_model,
             compiled_component,
+            first_call,
             whole_artifact,
             claims[compiled_component.component],
             validation,
@@ -142,16 +143,22 @@ def _answered(tests: RegisteredTests, artifact: OpenArtifact, threads: int) -> A
 
 def _load(
     artifact: OpenArtifact, component: str, source_dir: Path, validation: ValidationSettings, threads: int
-) -> tuple[LoadedComponent, int]:
-    """Load a component and call it once at each timed shape; return it with the bytes of memory that this took."""
+) -> tuple[LoadedComponent, int, Call]:
+    """Load a component and call it once at each timed shape.
+
+    Returns:
+        The component, the bytes of memory that this took, and the first call.
+    """
     record = artifact.component(component)
     bytes_before = resident_bytes()
     example = _examples(artifact, record, source_dir)
     compiled_component = LoadedComponent.load(artifact, component=component, threads=threads)
+    calls: list[Call] = []
     for rows, length in _timed_shapes(artifact, record, source_dir, validation):
+        inputs = example(rows, length)
         # The gates judge a call that raises.
-        measuring.candidate_answer(compiled_component.run, example(rows, length))
-    return compiled_component, max(0, resident_bytes() - bytes_before)
+        calls.append((inputs, measuring.candidate_answer(compiled_component.run, inputs)[0]))
+    return compiled_component, max(0, resident_bytes() - bytes_before), calls[0]
 
 
 def _examples(artifact: OpenArtifact, record: ComponentRecord, source_dir: Path) -> Callable[[int, int], Arrays]:
@@ -184,6 +191,7 @@ def _timed_shapes(
 def _prove_component(
     source_model: SourceModel,
     compiled_component: LoadedComponent,
+    first_call: Call,
     whole_artifact: WholeArtifact,
     claims: Claims,
     validation: ValidationSettings,
@@ -232,7 +240,7 @@ def _prove_component(
     report_progress("answering raw inputs as a service does")
     whole_artifact.measure_component(measurements, compiled_component, claims, max_length=claimed_length(claims))
     report_progress("calling the compiled model again")
-    measuring.measure_repeatability(measurements, compiled_component.run, evidence.repeated)
+    measuring.measure_repeatability(measurements, compiled_component.run, evidence.repeated, first_call)
     reference = _reference(source_model)
     if spec.precision is Precision.INT8:
         report_progress("rounding the source model's numbers to the grid of int8")

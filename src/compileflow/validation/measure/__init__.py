@@ -12,9 +12,10 @@ from compileflow.validation.measure.probes import (
     measure_padding,
     measure_token_types,
 )
-from compileflow.validation.measure.repeatability import measure_repeatability
+from compileflow.validation.measure.repeatability import Call, measure_repeatability
 
 __all__ = [
+    "Call",
     "Coverage",
     "Latency",
     "Measurements",

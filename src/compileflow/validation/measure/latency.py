@@ -12,7 +12,7 @@ from compileflow.contracts import Arrays
 from compileflow.validation.measure.measurements import Latency, Measurements, Model, candidate_answer
 
 _RESAMPLES, _SEED = 2000, 7
-_BUDGET_S = 8.0
+_BUDGET_S = 4.0
 
 
 def measure_latency(

@@ -13,16 +13,22 @@ from numpy.typing import NDArray
 from compileflow.contracts import Arrays
 from compileflow.validation.measure.measurements import Measurements, Model, candidate_answer
 
+# Inputs of a call and the compiled model's answer, empty if it failed.
+Call = tuple[Arrays, Arrays]
+
 _MOST_CALLS, _LEAST_CALLS = 300, 5
 _BUDGET_S = 0.5
 _THREADS, _CALLS_PER_THREAD = 4, 8
 
 
-def measure_repeatability(measurements: Measurements, candidate: Model, calls: Sequence[Arrays]) -> None:
+def measure_repeatability(
+    measurements: Measurements, candidate: Model, calls: Sequence[Arrays], first_call: Call
+) -> None:
     """Call the compiled model again and compare its answers.
 
-    Each call is made twice, once after the call before it and once after the call behind it. Then the shortest
-    call is made a few hundred times, and four threads make short calls at once.
+    The first call after the load is made again. Each other call is made twice, once after the call before it and
+    once after the call behind it. Then the shortest call is made a few hundred times, and four threads make short
+    calls at once.
 
     `repeat_error` is the largest difference between two answers to one call, as a share of the answer's largest
     element; NaN if only one of them is a finite answer.
@@ -31,11 +37,13 @@ def measure_repeatability(measurements: Measurements, candidate: Model, calls: S
         measurements: Gets `repeat_error`.
         candidate: The compiled model.
         calls: Inputs of one call for each shape, the shortest first.
+        first_call: First call of the compiled model after it was loaded.
     """
     answers = [candidate_answer(candidate, inputs)[0] for inputs in calls]
     # A call that fails each time is a matter of other gates.
     repeated = [(inputs, answer) for inputs, answer in zip(calls, answers, strict=True) if answer]
-    errors = [_again(candidate, inputs, answer) for inputs, answer in reversed(repeated)]
+    errors = [_again(candidate, *first_call)]
+    errors += [_again(candidate, inputs, answer) for inputs, answer in reversed(repeated)]
     if repeated:
         errors += _many_short_calls(candidate, *repeated[0])
         errors += _calls_from_threads(candidate, repeated[:_THREADS])
@@ -51,7 +59,7 @@ def _many_short_calls(candidate: Model, inputs: Arrays, answer: Arrays) -> list[
     return errors
 
 
-def _calls_from_threads(candidate: Model, calls: Sequence[tuple[Arrays, Arrays]]) -> list[float]:
+def _calls_from_threads(candidate: Model, calls: Sequence[Call]) -> list[float]:
     """Call from several threads at once, each with a call of its own as far as there are as many."""
     end = time.perf_counter() + _BUDGET_S
 
@@ -71,7 +79,7 @@ def _again(candidate: Model, inputs: Arrays, answer: Arrays) -> float:
     again = candidate_answer(candidate, inputs)[0]
     if again.keys() != answer.keys():
         return float("nan")
-    return float(np.max([_difference(answer[name], again[name]) for name in answer]))
+    return float(np.max([_difference(answer[name], again[name]) for name in answer], initial=0.0))
 
 
 def _difference(before: NDArray[Any], after: NDArray[Any]) -> float:
