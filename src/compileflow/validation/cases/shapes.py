@@ -98,12 +98,13 @@ def row_lengths(rows: int, length: int, shortest: int, *, dynamic: bool) -> list
 
 def most_tokens(outputs: Iterable[TensorRecord]) -> int:
     """Return how many tokens a call may have, so that its outputs fit in memory."""
-    sizes = [
-        prod(axis for axis in record.axes if isinstance(axis, int))
-        for record in outputs
-        if "sequence" in record.axes
-    ]
-    return _MOST_VALUES // max(sizes, default=1)
+    return _MOST_VALUES // values_per_token(outputs)
+
+
+def values_per_token(outputs: Iterable[TensorRecord]) -> int:
+    """Return the elements of the largest answer to one token; 1 where all answers are about whole rows."""
+    per_token = [record.axes for record in outputs if "sequence" in record.axes]
+    return max((prod(axis for axis in axes if isinstance(axis, int)) for axes in per_token), default=1)
 
 
 def repeated_shapes(shapes: Sequence[Shape], *, dynamic: bool) -> tuple[Shape, ...]:
