@@ -22,7 +22,7 @@ from benchmarks.forked_checks import COMPILE_MODULES, read_results, run_checks  
 from benchmarks.mutation.check import FaultCheck, HonestCheck  # noqa: E402
 from benchmarks.mutation.faults import FAULTS  # noqa: E402
 from benchmarks.mutation.honest import honest_compiles  # noqa: E402
-from benchmarks.mutation.page import missed_limits, page  # noqa: E402
+from benchmarks.mutation.page import missed_limits, newest, page  # noqa: E402
 
 PAGE = ROOT / "docs" / "reference" / "mutation.md"
 _MODULES = ("compileflow.steps.prove", "great_expectations", "matplotlib.pyplot", *COMPILE_MODULES)
@@ -90,7 +90,9 @@ def main() -> int:
             return 1
         checks = chosen
     results = read_results(arguments.results)
-    lines = {check.key: results.get(check.key) for check in checks}
+    lines = {
+        check.key: newest(check.labels["check"], check.labels["name"], check.key, results) for check in checks
+    }
     if arguments.page:
         PAGE.write_text(page(lines), "utf-8")
     missed = missed_limits([line for line in lines.values() if line])

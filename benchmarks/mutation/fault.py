@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from benchmarks.mutation.sources import Source
 from benchmarks.mutation.surgery import (
-    MANIFEST_NAME,
     edit_json,
     edit_onnx,
     edit_openvino,
@@ -19,6 +18,7 @@ from benchmarks.mutation.surgery import (
     take_interface_files,
     wrap_torchscript,
 )
+from compileflow.artifact.manifest import MANIFEST_NAME
 from compileflow.catalog import get_target
 from compileflow.spec import CompileSpec, ComponentSpec, Precision, ShapeBucket
 from compileflow.steps.build import build_artifact
@@ -202,8 +202,3 @@ def component_of(manifest: dict[str, Any]) -> dict[str, Any]:
     """Return the component of a manifest."""
     component: dict[str, Any] = manifest["components"]["default"]
     return component
-
-
-def in_folder(kind: Kind, healthy: Healthy, *gates: str) -> Decorator:
-    """Register a function that edits any file of the artifact, given its folder."""
-    return _in_artifact(kind, healthy, gates, lambda folder, edit: edit(folder))

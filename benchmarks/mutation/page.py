@@ -49,6 +49,14 @@ def missed_limits(lines: Sequence[Line]) -> list[str]:
     return problems
 
 
+def newest(check: str, name: str, key: str, results: Mapping[str, Line]) -> Line | None:
+    """Return a check's result: that of its key, or else the last one of other versions; None without one."""
+    if key in results:
+        return results[key]
+    older = [line for line in results.values() if (line["check"], line["name"]) == (check, name)]
+    return older[-1] if older else None
+
+
 def page(lines: Mapping[str, Line | None]) -> str:
     """Return the page as Markdown.
 
@@ -56,6 +64,7 @@ def page(lines: Mapping[str, Line | None]) -> str:
         lines: Result of each check by key; None where there is none.
     """
     made = [line for line in lines.values() if line]
+    older = sum(line is not None and line["key"] != key for key, line in lines.items())
     faults = [line for line in made if line["check"] == "fault"]
     honest = [line for line in made if line["check"] == "honest"]
     missing = len(lines) - len(made)
@@ -64,6 +73,7 @@ def page(lines: Mapping[str, Line | None]) -> str:
         _INTRODUCTION.format(caught=LEAST_CAUGHT, bf16=MOST_REFUSED["bf16"]),
         "Versions: " + ", ".join(names) + ".\n",
         *([f"{missing} of {len(lines)} checks have no result yet.\n"] if missing else []),
+        *([f"{older} of {len(lines)} results are older than the suite or the measurements.\n"] if older else []),
         "## Summary\n",
         _summary(faults, made),
         "## Faults by the part at fault\n",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -185,8 +184,3 @@ def _write_sentence_modules(folder: Path, size: int) -> None:
     (folder / "modules.json").write_text(json.dumps(modules), "utf-8")
     settings = {"max_seq_length": 64, "do_lower_case": False}
     (folder / "sentence_bert_config.json").write_text(json.dumps(settings), "utf-8")
-
-
-def edited_copy(source_dir: Path, folder: Path) -> Path:
-    """Copy a source model, for an edit."""
-    return Path(shutil.copytree(source_dir, folder))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from benchmarks.mutation.fault import in_file, in_folder
+from benchmarks.mutation.fault import in_file
 from benchmarks.mutation.faults.healthy import (
     CLASSIFIER,
     ENGLISH_CLASSIFIER,
@@ -179,9 +178,6 @@ def labels_of_pictures_lose_their_last_token(tokenizer: dict[str, Any]) -> None:
     tokenizer["post_processor"]["single"] = single[:-1]
 
 
-@in_folder("interface file", onnx(ENGLISH_CLASSIFIER), *FILES)
-def tokenizer_splits_texts_at_spaces_only(folder: Path) -> None:
-    path = folder / TOKENIZER
-    from benchmarks.mutation.surgery import edit_json
-
-    edit_json(path, lambda tokenizer: tokenizer.update(pre_tokenizer={"type": "WhitespaceSplit"}))
+@in_file(TOKENIZER, onnx(CLASSIFIER), *FILES)
+def tokenizer_splits_texts_at_spaces_only(tokenizer: dict[str, Any]) -> None:
+    tokenizer["pre_tokenizer"] = {"type": "WhitespaceSplit"}
