@@ -35,8 +35,9 @@ class RateEvidence(BaseModel):
         hits: Decisions that agree; ties of the source model agree with any decision.
         trials: All decisions.
         ties: Decisions on which the source model is undecided.
-        right_to_wrong: Decisions that changed from right to wrong. Without labels, the source model is right.
-        wrong_to_right: Decisions that changed from wrong to right; always 0 without labels.
+        is_labelled: Whether the right decision of an example is known. Otherwise the source model is right.
+        right_to_wrong: Decisions that changed from right to wrong.
+        wrong_to_right: Decisions that changed from wrong to right.
         p_value: Exact two-sided p value of McNemar's test.
         lower: Lower bound of the rate, with 95 % confidence.
         upper: Upper bound of the rate, with 95 % confidence.
@@ -48,6 +49,7 @@ class RateEvidence(BaseModel):
     hits: int
     trials: int
     ties: int
+    is_labelled: bool
     right_to_wrong: int
     wrong_to_right: int
     p_value: float
@@ -343,10 +345,12 @@ def _explained(result: GateResult, gate: Gate, calibration: Calibration, measure
         if evidence.ties:
             notes.append(f"{evidence.ties} ties of the source model count as equal")
         if evidence.hits < evidence.trials:
-            notes.append(
-                f"{evidence.right_to_wrong} changes for the worse and {evidence.wrong_to_right} for the better, "
-                f"exact McNemar p = {evidence.p_value:.2g}"
-            )
+            changes = f"{evidence.trials - evidence.hits} changed"
+            if evidence.is_labelled:
+                changes += (
+                    f", {evidence.right_to_wrong} for the worse and {evidence.wrong_to_right} for the better"
+                )
+            notes.append(f"{changes}; exact McNemar p = {evidence.p_value:.2g}")
         notes.append(f"a loss of {evidence.smallest_loss * 100:.2g} % would have shown")
     return result.model_copy(update=update | {"detail": "; ".join(notes)})
 
@@ -373,6 +377,7 @@ def _evidence(measurements: Measurements, gate: Gate) -> RateEvidence | None:
         hits=hits,
         trials=trials,
         ties=ties,
+        is_labelled=any("right_to_wrong" in row for row in rows),
         right_to_wrong=lost,
         wrong_to_right=gained,
         p_value=mcnemar_p(lost, gained),
