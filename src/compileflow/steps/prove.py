@@ -56,7 +56,7 @@ from compileflow.validation.settings import ValidationSettings
 from compileflow.validation.whole_artifact import WholeArtifact
 
 # Natural batches on which the source model is run with rounded numbers.
-_GRID_CASES = 20
+_GRID_CASES = 12
 
 
 def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -342,7 +342,7 @@ def _reference(source_model: SourceModel) -> Callable[[Arrays], Arrays]:
 def _measure_grid(
     measurements: Measurements, source_model: SourceModel, decisions: Decisions, natural: Sequence[Case]
 ) -> None:
-    """Measure the source model with numbers rounded to the grid of int8, on up to 20 natural batches."""
+    """Measure the source model with numbers rounded to the grid of int8, on up to 12 natural batches."""
 
     def rounded(inputs: Arrays) -> Arrays:
         with measuring.rounded_to_grid(source_model.model):
