@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
@@ -10,6 +11,17 @@ if TYPE_CHECKING:
 
 # A message may quote a file that a stranger wrote.
 _LONGEST_TEXT = 2000
+# What a field expects, by the first word of the type of pydantic's error.
+_EXPECTED = {
+    "bool": "true or false", "dict": "an object", "float": "a number", "int": "a whole number", "list": "a list",
+    "model": "an object", "string": "text", "tuple": "a list",
+}  # fmt: skip
+_BOUNDS = {
+    "greater_than": ("more than", "gt"),
+    "greater_than_equal": ("at least", "ge"),
+    "less_than": ("less than", "lt"),
+    "less_than_equal": ("at most", "le"),
+}
 
 
 class CompileflowError(Exception):
@@ -194,11 +206,29 @@ def first_problem(error: ValidationError, *, show_input: bool = False) -> str:
     """
     problem = error.errors(include_url=False, include_input=show_input)[0]
     path = ".".join(str(part) for part in problem["loc"])
-    message = problem["msg"].removeprefix("Value error, ").rstrip(".")
-    if problem["type"] == "extra_forbidden":
-        message = "this name is not known"
-    found_value = f", got {problem['input']!r}" if show_input and path else ""
+    message = expectation(problem)
+    is_unknown = problem["type"] == "extra_forbidden"
+    found_value = f", got {problem['input']!r}" if show_input and path and not is_unknown else ""
     return f"{path}: {message}{found_value}" if path else message
+
+
+def expectation(problem: Mapping[str, Any]) -> str:
+    """Return what was expected, without a full stop: pydantic's words suit the author of a model, not its user.
+
+    Args:
+        problem: One of the problems that `ValidationError.errors` lists.
+    """
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind == "extra_forbidden":
+        return "this name is not known"
+    if kind in _BOUNDS:
+        words, key = _BOUNDS[kind]
+        return f"expected {words} {context[key]:g}"
+    expected = context.get("expected")
+    if kind.endswith(("_type", "_parsing", "_from_float")):
+        expected = _EXPECTED.get(kind.partition("_")[0])
+    message = str(problem["msg"]).removeprefix("Value error, ").rstrip(".")
+    return f"expected {expected}" if expected else message
 
 
 def _shortened(text: str) -> str:

@@ -260,8 +260,9 @@ class CompileSpec(BaseModel):
     @model_validator(mode="after")
     def _names_differ(self) -> CompileSpec:
         names = [component.name for component in self.components]
-        if len(set(names)) != len(names):
-            raise ValueError(f"two components share a name: {', '.join(sorted(names))}; rename one")
+        repeated = next((name for name in names if names.count(name) > 1), None)
+        if repeated is not None:
+            raise ValueError(f"two components have the name {repeated!r}; rename one of them")
         return self
 
 

@@ -106,7 +106,7 @@ def test_failing_run_says_why_in_one_line(
     state = finished(server, run["id"])["state"]
     assert state["type"] == "FAILED"
     assert state["message"] == (
-        f"{tmp_path / 'nothing'} is not a folder. Give a model folder, or a Hub id as owner/name."
+        f"{tmp_path / 'nothing'} is not a folder. Give a model folder, or a Hub id as hf://owner/name."
     )
 
 

@@ -116,7 +116,7 @@ def test_no_process_outlives_a_flow_that_is_killed(
     _, err = flow.communicate(timeout=60)
     if number is signal.SIGTERM:
         assert flow.returncode == 143
-        assert err == "Terminated. No partial result was kept; run again to resume.\n"
+        assert err == "Terminated. Finished steps are kept; run the command again to do the rest.\n"
     deadline = time.monotonic() + 10
     while processes := processes_of(settings):
         assert time.monotonic() < deadline, processes

@@ -374,7 +374,7 @@ def test_signal_ends_without_traceback_and_the_next_run_works(
         out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert "Traceback" not in err, err
-    assert one_line(err) == f"{word} No partial result was kept; run again to resume.", out
+    assert one_line(err) == f"{word} Finished steps are kept; run the command again to do the rest.", out
     assert not list((settings.home_dir / "work").iterdir())
     # The source model is whole; nothing else is in the store.
     store = open_store(settings.resolved_store_uri())

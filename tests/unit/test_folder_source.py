@@ -14,6 +14,7 @@ from compileflow.settings import Settings
 from compileflow.sources.files import check_files
 from compileflow.sources.folder import FolderSource
 from compileflow.spec import HfTask
+from compileflow.steps.fetch import scheme_of
 from tests.conftest import ModelFactory
 
 
@@ -100,6 +101,17 @@ def test_absent_folder_is_refused(source: FolderSource, model: Path) -> None:
         with pytest.raises(SourceError, match="is not a folder") as caught:
             chosen(source, path)
         assert str(path) in caught.value.message
+
+
+@pytest.mark.parametrize("owner", ["file", "folder"])
+def test_path_below_something_on_this_machine_is_not_a_hub_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert scheme_of(f"{owner}/model") == "file"
+    assert scheme_of("owner/model") == scheme_of(f"hf://{owner}/model") == "hf"
 
 
 def test_folder_without_config_is_refused(source: FolderSource, model: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from compileflow.contracts import Arrays, ComponentRecord, TensorRecord
+from compileflow.contracts import Arrays, Axis, ComponentRecord, TensorRecord
 from compileflow.errors import InputError
 from compileflow.serving.padding import complete_inputs, pad_to, plan_calls, run_fitted
 from compileflow.spec import ShapeBucket
@@ -215,6 +215,31 @@ def test_inputs_that_are_none_count_as_not_given() -> None:
 def test_inputs_that_do_not_fit_are_refused_with_what_is_needed(inputs: Arrays, says: str) -> None:
     with pytest.raises(InputError, match=says):
         complete_inputs(record("1x8", "1x16"), inputs)
+
+
+@pytest.mark.parametrize(
+    ("name", "axes", "says"),
+    [
+        (
+            "input_ids",
+            ("batch", "sequence"),
+            "Call the tokenizer with return_tensors='pt' or 'np' and padding=True.",
+        ),
+        (
+            "input_values",
+            ("batch", "sequence"),
+            "Call the processor with return_tensors='pt' or 'np' and padding=",
+        ),
+        ("pixel_values", ("batch", 3, 8, 8), "Call the processor with return_tensors='pt' or 'np'."),
+    ],
+)
+def test_wrong_shape_names_the_call_that_prepares_the_input(name: str, axes: tuple[Axis, ...], says: str) -> None:
+    dtype = "int64" if name == "input_ids" else "float32"
+    tensors = (TensorRecord(name=name, dtype=dtype, axes=axes),)
+    component = record("1x8").model_copy(update={"inputs": tensors})
+    with pytest.raises(InputError) as caught:
+        complete_inputs(component, {name: np.zeros((2, 2, 2), dtype)})
+    assert caught.value.hint.startswith(says)
 
 
 def test_token_types_of_a_model_that_has_one_are_refused_unless_all_zero() -> None:

@@ -52,7 +52,14 @@ def uninstall(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         (("--target", "auto", "--option", "opset=18"), "Target 'auto' takes no target options"),
         (("--target", "auto", "--skip", "validate"), "the validate step is off"),
         (("--target", "auto", "--among", "toaster"), "Unknown target 'toaster'"),
-        (("--component", "a=8", "--component", "a=9"), "two components share a name"),
+        (("--component", "a=8", "--component", "a=9"), "two components have the name 'a'"),
+        (
+            ("--option", "opset=abc"),
+            "option opset: expected a whole number, got 'abc'. The options of onnx-runtime",
+        ),
+        (("--option", "opset=99"), "option opset: expected at most 25, got 99."),
+        (("--option", "reduce_range=7"), "option reduce_range: expected true or false, got 7."),
+        (("--max-sequence-length", "0"), "--max-sequence-length: expected at least 1, got 0."),
         (("--examples", "missing.txt"), "The examples missing.txt do not exist"),
         (
             ("--precision", "int8", "--option", "quantization=static", "--calibration", "missing.txt"),
@@ -71,6 +78,16 @@ def test_wrong_request_about_a_real_model_is_refused_before_anything_is_stored(
     assert outcome.stderr.count("\n") == 1
     assert message in outcome.stderr
     assert not settings.home_dir.exists()
+
+
+@pytest.mark.parametrize("content", [None, "{", "[1]"], ids=["absent", "cut off", "another type"])
+def test_unusable_models_end_alike(settings: Settings, tmp_path: Path, content: str | None) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    outcome = invoke(compileflow_app, "compile", str(tmp_path), "--no-progress")
+    assert outcome.exit_code == 2
+    assert "config.json" in outcome.stderr
 
 
 def test_missing_toolchain_of_every_target_of_auto_is_refused(

@@ -20,6 +20,7 @@ from compileflow.validation.report import (
     Report,
     ReportSubject,
     environment,
+    fraction,
     worst_rows,
     write_report,
 )
@@ -254,6 +255,13 @@ def test_figures_hold_numbers_only(measured: Measurements) -> None:
     assert "mask_leak" not in figures
     assert figures["label_agreement"] == 1.0
     assert figures["latency_ratio_high"] == 0.56
+
+
+@pytest.mark.parametrize(
+    ("ratio", "text"), [(0.8312, "0.83"), (0.0532, "0.053"), (0.00418, "0.0042"), (12.3, "12.30"), (0.0, "0.00")]
+)
+def test_latency_of_a_fast_model_has_two_significant_digits(ratio: float, text: str) -> None:
+    assert fraction(ratio) == text
 
 
 def test_noise_multiple_is_the_worst_difference_over_the_floor(report: Report) -> None:

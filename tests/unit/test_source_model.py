@@ -295,7 +295,9 @@ def test_source_without_a_tokenizer_is_refused(
     source = tiny_model(HfTask.TEXT_CLASSIFICATION)
     folder = config_folder(tmp_path / "model", **json.loads((source / "config.json").read_text("utf-8")))
 
-    with pytest.raises(SourceError, match=r"tokenizer has no vocabulary: it has 5 tokens.*save_pretrained"):
+    with pytest.raises(
+        SourceError, match=r"has no tokenizer: no file .* such as tokenizer\.json.*save_pretrained"
+    ):
         in_process.compile(
             folder,
             tmp_path / "out",

@@ -59,8 +59,8 @@ def test_wrong_value_is_refused_with_its_place(wrong: dict[str, Any]) -> None:
 
 
 def test_two_components_of_one_name_are_refused() -> None:
-    with pytest.raises(ValidationError, match="share a name: word, word; rename one"):
-        CompileSpec.model_validate(FIELDS | {"components": [{"name": "word"}, {"name": "word"}]})
+    with pytest.raises(ValidationError, match="two components have the name 'word'; rename one of them"):
+        CompileSpec.model_validate(FIELDS | {"components": [{"name": "text"}, {"name": "word"}, {"name": "word"}]})
 
 
 def test_longest_bucket_must_be_the_maximum() -> None:

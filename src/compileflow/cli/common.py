@@ -17,7 +17,7 @@ import typer
 from typer.models import ArgumentInfo, ParameterInfo
 
 from compileflow._process.interrupts import signal_of, stopped_by_signals, word_for
-from compileflow.errors import CompileflowError, SpecError
+from compileflow.errors import CompileflowError, SourceError, SpecError
 
 FAILED, WRONG_REQUEST = 1, 2
 
@@ -48,8 +48,8 @@ def one_line_errors(command: Callable[Parameters, None]) -> Callable[Parameters,
 
 
 def exit_code(error: CompileflowError) -> int:
-    """Return the exit code for an error: a wrong request differs from a failure."""
-    return WRONG_REQUEST if isinstance(error, SpecError) else FAILED
+    """Return the exit code for an error: a wrong request or an unusable model differs from a failure."""
+    return WRONG_REQUEST if isinstance(error, SpecError | SourceError) and not error.retryable else FAILED
 
 
 def fail(error: CompileflowError, code: int | None = None, *, as_json: bool = False) -> NoReturn:

@@ -131,7 +131,7 @@ def run_and_print(
     try:
         outcomes = iter(runner(accepted, progress=progress) if accepted else ())
     except KeyboardInterrupt as error:
-        stop(error, "No partial result was kept; run again to resume.")
+        stop(error, "Finished steps are kept; run the command again to do the rest.")
     merged = [refusal or next(outcomes) for refusal in refusals]
     _print_outcomes(requests, merged, verbose=verbose, as_json=as_json)
     errors = [outcome for outcome in merged if isinstance(outcome, CompileflowError)]
@@ -223,7 +223,10 @@ def _compile(
     name: Annotated[str | None, typer.Option(help="Name in the registry. Default: the model's name.")] = None,
     examples: Annotated[
         str | None,
-        typer.Option(help="Your own examples to validate with: a text file, one example per line, or a folder."),
+        typer.Option(
+            help="Your own examples to validate with: a text file with one example per line, a JSON-lines file, "
+            "or a folder of images or recordings."
+        ),
     ] = None,
     model_option: Annotated[
         str | None, typer.Option("--model", help="MODEL as an option.", rich_help_panel=_MODEL)
@@ -356,7 +359,8 @@ def _compile(
 ) -> None:
     """Compile a model, validate it, store it and register it. Each target is one run.
 
-    Exit codes: 0 success, 1 a run failed, 2 the request is wrong, 130 interrupted, 143 terminated.
+    Exit codes: 0 success, 1 a run failed, 2 the request is wrong or the model cannot be used, 130 interrupted, 143
+    terminated.
     """
     targets = targets_of(target or ())
     refuse_without_effect(

@@ -1,4 +1,4 @@
-"""lineage: show the source, proof, promotions and siblings of a version."""
+"""lineage: show where a version came from."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def lineage(
     registry: RegistryUri = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show the source, proof, promotions and siblings of a version, with digests."""
+    """Show where a version came from: its source model, report and promotions, and versions of the same model."""
     from compileflow.admin.lineage import lineage_of
     from compileflow.catalog import open_registry
     from compileflow.settings import get_settings

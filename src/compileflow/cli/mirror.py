@@ -19,7 +19,7 @@ def mirror(
         list[str] | None, typer.Option(help="Digest of a folder to copy. Repeatable. Default: all folders.")
     ] = None,
 ) -> None:
-    """Copy the folders that the second store lacks from the first, and check every byte."""
+    """Copy every folder that TO_STORE does not have, and check every byte."""
     from compileflow.admin.mirror import mirror_store
     from compileflow.settings import get_settings
 

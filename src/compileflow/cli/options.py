@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from compileflow.errors import SpecError
+from compileflow.errors import SpecError, expectation
 from compileflow.spec import TARGET_ALIASES, Precision
 
 if TYPE_CHECKING:
@@ -233,12 +233,9 @@ def notes_on(requests: Sequence[CompileRequest]) -> list[str]:
 def _problem(error: ValidationError) -> str:
     """Return the first problem of a request in the words of the command line, without a full stop."""
     problem = error.errors(include_url=False)[0]
-    message = problem["msg"].removeprefix("Value error, ").rstrip(".")
-    expected = problem.get("ctx", {}).get("expected")
+    message = expectation(problem)
     path = tuple(part for part in problem["loc"] if isinstance(part, str))
     option = next((_OPTIONS[path[:end]] for end in range(len(path), 0, -1) if path[:end] in _OPTIONS), "")
     if not path:
         return in_options(message)
-    return (
-        f"{option or '.'.join(path)}: {f'expected {expected}' if expected else message}, got {problem['input']!r}"
-    )
+    return f"{option or '.'.join(path)}: {message}, got {problem['input']!r}"

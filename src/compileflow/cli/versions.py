@@ -22,6 +22,7 @@ def versions(
     """List registered versions, newest first."""
     from compileflow.catalog import open_registry
     from compileflow.settings import get_settings
+    from compileflow.validation.report import fraction
 
     rows = open_registry(get_settings().resolved_registry_uri(registry)).versions(name)
     if as_json:
@@ -37,7 +38,7 @@ def versions(
                 str(version.version),
                 "" if version.stage == "none" else version.stage,
                 version.verdict,
-                f"{ratio:.2f}" if ratio is not None else "",
+                fraction(ratio) if ratio is not None else "",
                 f"{version.figures.get('size_bytes', 0) / 1e6:.1f} MB",
                 version.created_at[:10],
                 version.artifact_digest[:12],

@@ -1,4 +1,7 @@
-"""Target auto: plan the candidates that can compile and run here, and compare their results."""
+"""Target auto: plan the candidates that can compile and run here, and compare their results.
+
+`choice.py` chooses the winner.
+"""
 
 from __future__ import annotations
 

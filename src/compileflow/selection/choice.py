@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from compileflow.contracts import ACCEPTED_OUTCOMES
 from compileflow.selection.candidates import Candidate
 from compileflow.spec import Objective
-from compileflow.validation.report import megabytes, percent
+from compileflow.validation.report import fraction, megabytes, percent
 
 # Latencies within this share of one another cannot be told apart from one run to the next.
 SAME_LATENCY = 0.02
@@ -157,7 +157,7 @@ def _cost(candidate: Candidate, objective: Objective) -> float:
 
 def _reason(winner: Candidate, eligible: Sequence[Candidate], objective: Objective, *, drop_count: int) -> str:
     superlative, figure = {
-        "latency": ("lowest", f"{_or_inf(winner.latency_ratio):.2f} of eager's latency"),
+        "latency": ("lowest", f"{fraction(_or_inf(winner.latency_ratio))} of eager's latency"),
         "throughput": ("most", f"{winner.throughput_per_s or 0.0:.0f} rows per second"),
         "size": ("smallest", megabytes(winner.size_bytes or 0)),
     }[objective.goal]

@@ -10,7 +10,7 @@ from compileflow.selection.candidates import Candidate
 from compileflow.selection.choice import drops, pareto_front
 from compileflow.selection.scatter import letter, scatter
 from compileflow.spec import HfTask, Objective
-from compileflow.validation.report import megabytes, percent, write_page
+from compileflow.validation.report import fraction, megabytes, percent, write_page
 
 COMPARISON_JSON, COMPARISON_HTML = "comparison.json", "comparison.html"
 _REASON_LENGTH = 160
@@ -123,6 +123,7 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
         "picture": picture,
         "letter": letter,
         "percent": percent,
+        "fraction": fraction,
         "megabytes": megabytes,
         "compile_words": compile_words,
     }
@@ -144,7 +145,7 @@ def compile_words(candidate: Candidate) -> str:
 
 
 def _ratio(candidate: Candidate, shape: str) -> str:
-    return next((f"{latency.ratio:.2f}" for latency in candidate.latencies if latency.shape == shape), "-")
+    return next((fraction(latency.ratio) for latency in candidate.latencies if latency.shape == shape), "-")
 
 
 def _shortened(text: str) -> str:

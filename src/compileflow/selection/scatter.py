@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from compileflow.contracts import ACCEPTED_OUTCOMES
 from compileflow.selection.candidates import Candidate
-from compileflow.validation.report import megabytes, percent
+from compileflow.validation.report import fraction, megabytes, percent
 from compileflow.validation.report.picture import COLOURS, new_picture, svg, text_style
 
 if TYPE_CHECKING:
@@ -150,14 +150,14 @@ def _neighbours(places: dict[int, tuple[float, float]], x_limit: float, y_limit:
 
 def _beyond(place: tuple[float, float], x_limit: float, y_limit: float) -> str:
     ratio, loss = place
-    numbers = [f"{ratio:.2f}"] * (ratio > x_limit) + [percent(loss)] * (loss > y_limit)
+    numbers = [fraction(ratio)] * (ratio > x_limit) + [percent(loss)] * (loss > y_limit)
     return f" ({', '.join(numbers)})" if numbers else ""
 
 
 def _title(position: int, candidate: Candidate) -> str:
     parts = [
         f"{letter(position)}: {candidate.label}: {candidate.outcome}",
-        f"{candidate.latency_ratio or 0.0:.2f} of eager's latency",
+        f"{fraction(candidate.latency_ratio or 0.0)} of eager's latency",
         f"{percent(candidate.accuracy_loss or 0.0)} of decisions changed",
     ]
     if candidate.size_bytes is not None:

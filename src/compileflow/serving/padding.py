@@ -109,15 +109,16 @@ def _checked(tensor: TensorRecord, array: NDArray[Any], component: ComponentReco
         raise InputError(
             f"{tensor.name}: expected {'integers' if takes_integers else 'floats'} of shape ({axes}), "
             f"got {array.dtype} of shape {array.shape}.",
-            hint="Call the tokenizer or processor with return_tensors='pt' or 'np' and padding=True.",
+            hint=_preparation(tensor, component),
         )
     if "sequence" in tensor.axes:
         length, longest = array.shape[tensor.axes.index("sequence")], component.max_sequence_length
         unit = "tokens" if tensor.name in ("input_ids", "token_type_ids") else "elements per row"
         if length > longest:
+            way = "Truncate it, as CompiledTokenizer does," if unit == "tokens" else "Cut it into shorter pieces,"
             raise InputError(
                 f"The input has {length} {unit}, but the model was compiled for at most {longest}.",
-                hint="Truncate it, as CompiledTokenizer does, or compile with a larger max_sequence_length.",
+                hint=f"{way} or compile with a larger max_sequence_length.",
             )
         shortest = shortest_input(component.frame_convolutions)
         if length < shortest:
@@ -136,6 +137,14 @@ def _checked(tensor: TensorRecord, array: NDArray[Any], component: ComponentReco
             "the model must be resized (resize_token_embeddings).",
         )
     return array
+
+
+def _preparation(tensor: TensorRecord, component: ComponentRecord) -> str:
+    """Say which call prepares an input: of the tokenizer for text, of the processor for images and recordings."""
+    has_rows = "sequence" in tensor.axes
+    is_text = has_rows and component.inputs[0].name == "input_ids"
+    padding = " and padding=True" if has_rows else ""
+    return f"Call the {'tokenizer' if is_text else 'processor'} with return_tensors='pt' or 'np'{padding}."
 
 
 def run_fitted(runner: Runner, component: ComponentRecord, inputs: Arrays) -> Arrays:

@@ -133,7 +133,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
     # Without tokenizer files, transformers returns a tokenizer that has only special tokens.
     if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
         raise SourceError(
-            f"The source model's tokenizer has no vocabulary: it has {len(tokenizer)} tokens, all special.",
+            "The source model has no tokenizer: no file in its folder holds a vocabulary, such as tokenizer.json.",
             hint=hint,
         )
     return tokenizer

@@ -39,7 +39,9 @@ class FolderSource:
         uri, _ = self.pin(location, revision)
         folder = _path(location)
         if not folder.is_dir():
-            raise SourceError(f"{folder} is not a folder.", hint="Give a model folder, or a Hub id as owner/name.")
+            raise SourceError(
+                f"{folder} is not a folder.", hint="Give a model folder, or a Hub id as hf://owner/name."
+            )
         return LocatedSource(uri=uri, revision="", folder=folder, files=choose_files_below(folder, str(folder)))
 
 

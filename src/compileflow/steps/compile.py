@@ -220,7 +220,8 @@ def checked_target(spec: CompileSpec) -> Target:
     except ValidationError as error:
         options = ", ".join(target.Options.model_fields) or "none"
         raise SpecError(
-            f"{target.name} option {first_problem(error)}.", hint=f"The options of {target.name} are: {options}."
+            f"{target.name} option {first_problem(error, show_input=True)}.",
+            hint=f"The options of {target.name} are: {options}.",
         ) from error
     return target
 

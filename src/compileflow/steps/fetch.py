@@ -86,7 +86,9 @@ def scheme_of(model: str) -> str:
     scheme = model.partition(":")[0]
     if "://" in model or scheme in ("mlflow", "registry"):
         return scheme
-    is_local = model.startswith((".", "/", "~")) or Path(model).exists() or model.count("/") != 1
+    path = Path(model)
+    # A Hub id has an owner and a name. Where a local file or folder has the owner's name, it is a path.
+    is_local = model.startswith((".", "/", "~")) or model.count("/") != 1 or path.exists() or path.parent.exists()
     return "file" if is_local else "hf"
 
 

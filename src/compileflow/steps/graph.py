@@ -1,6 +1,6 @@
-"""Compile the graph of a component, and check its first answers.
+"""Compile the graph of a component, with eager attention or other options if the first way fails.
 
-The check finds graphs that are wrong as a whole before they are stored. It is not the proof.
+A check of its first answers finds graphs that are wrong as a whole before they are stored. It is not the proof.
 """
 
 from __future__ import annotations

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from compileflow.catalog import get_target, target_names
 from compileflow.contracts import ComponentPlan, Target
 from compileflow.errors import SpecError
 from compileflow.source_model.interface import SourceModel, tokenizer_maximum
 from compileflow.source_model.processor import LONGEST_S, image_sizes, longest_signal
 from compileflow.source_model.token_rows import text_config
-from compileflow.spec import CompileSpec, ComponentSpec, ShapeBucket
+from compileflow.spec import CompileSpec, ComponentSpec, HfTask, ShapeBucket
 
 _SHORTEST_BUCKET = 16
 # Maximum length of a text component if neither the model nor its tokenizer has one.
@@ -57,7 +58,7 @@ class SourceLimits:
         default_length: Maximum length of a component whose spec sets none.
         default_buckets: Shape buckets of a target without dynamic axes, given the maximum length.
         longest_piece: Longest row of a graph that takes several lengths; None without such a limit.
-        padding_changes_answers: A padded row gets another answer than the row alone.
+        padding_fault: Why a padded row gets another answer than the row alone; "" if it gets the same one.
         image_sizes: Sizes, (height, width), that the processor gives to images of different sizes.
     """
 
@@ -65,7 +66,7 @@ class SourceLimits:
     default_length: int
     default_buckets: Callable[[int], tuple[ShapeBucket, ...]]
     longest_piece: int | None = None
-    padding_changes_answers: bool = False
+    padding_fault: str = ""
     image_sizes: tuple[tuple[int, int], ...] = ()
 
 
@@ -85,7 +86,7 @@ def source_limits(source_model: SourceModel, spec: CompileSpec, tokenizer: Any) 
             min(lengths, default=DEFAULT_TOKENS),
             text_buckets,
             longest_piece=_longest_piece(source_model.model.config),
-            padding_changes_answers=source_model.padding == "none",
+            padding_fault=_padding_fault(source_model) if source_model.padding == "none" else "",
         )
     processor = source_model.processor
     assert processor is not None  # noqa: S101 - every image and audio model has one
@@ -100,7 +101,7 @@ def source_limits(source_model: SourceModel, spec: CompileSpec, tokenizer: Any) 
         None,
         default_length,
         partial(_audio_buckets, second),
-        padding_changes_answers=not source_model.cuts_padding,
+        padding_fault="" if source_model.cuts_padding else _padding_fault(source_model),
     )
 
 
@@ -120,7 +121,7 @@ def plan_components(
         SpecError: A component is longer than the model allows, or the target cannot pad this model.
     """
     if rows_fill_shapes:
-        limits = replace(limits, padding_changes_answers=False)
+        limits = replace(limits, padding_fault="")
     return tuple(_plan(spec, component, target, limits, threads) for component in spec.components)
 
 
@@ -162,6 +163,19 @@ def text_buckets(longest: int) -> tuple[ShapeBucket, ...]:
         for batch_size in (1, _BATCH_SIZE)
         if batch_size == 1 or length <= _BATCHED_UP_TO
     )
+
+
+def _padding_fault(source_model: SourceModel) -> str:
+    if all(record.name != "attention_mask" for record in source_model.inputs):
+        return "it has no attention mask that would hide the padding"
+    if any("free" in record.axes for record in source_model.outputs):
+        return "its outputs cannot be cut back to the length of an input"
+    return "its attention mask does not hide the padding from every part of it"
+
+
+def _targets_of_any_shape(hf_task: HfTask) -> list[str]:
+    capabilities = {name: get_target(name).capabilities for name in target_names()}
+    return [name for name, able in capabilities.items() if able.dynamic_axes and hf_task in able.hf_tasks]
 
 
 def _single_row_buckets(longest: int) -> tuple[ShapeBucket, ...]:
@@ -206,11 +220,12 @@ def _plan(
                 + (f", or a maximum of {limits.longest_piece} tokens." if limits.longest_piece else "."),
             )
         buckets = ()
-    elif limits.padding_changes_answers:
+    elif limits.padding_fault:
+        choices = ", ".join(_targets_of_any_shape(spec.hf_task))
         raise SpecError(
-            f"{target.name} pads inputs to fixed shapes, but padding changes the answers of this model: it has no "
-            "attention mask, or reads beyond it.",
-            hint="Choose a target with dynamic axes; `compileflow targets --json` lists them.",
+            f"{target.name} pads each input to a fixed length, and padding changes the answers of this model: "
+            f"{limits.padding_fault}.",
+            hint=f"Choose a target that takes inputs of any length: {choices}.",
         )
     elif len(limits.image_sizes) > 1:
         sizes = " and ".join(f"{height} x {width}" for height, width in limits.image_sizes[:2])

@@ -1,4 +1,4 @@
-"""Settings of a validation that the user chooses."""
+"""Settings of a validation that the user chooses. suites/regression.yaml holds the limits of the gates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The calls of a registry and a source, each with a deadline and with errors of the caller's kind."""
+"""NeptuneClient: the calls of a registry and a source, with deadlines and with errors of the caller's kind."""
 
 from __future__ import annotations
 

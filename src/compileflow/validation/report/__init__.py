@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compileflow.validation.report.page import megabytes, percent, write_page
+from compileflow.validation.report.page import fraction, megabytes, percent, write_page
 from compileflow.validation.report.report import (
     REPORT_HTML,
     REPORT_JSON,
@@ -21,6 +21,7 @@ __all__ = [
     "Report",
     "ReportSubject",
     "environment",
+    "fraction",
     "megabytes",
     "percent",
     "worst_rows",

@@ -51,6 +51,15 @@ def percent(share: float) -> str:
     return f"{share * 100:.3g} %"
 
 
+def fraction(ratio: float) -> str:
+    """Return a latency as a fraction of another one, with two significant digits at least.
+
+    >>> fraction(0.8312), fraction(0.00418)
+    ('0.83', '0.0042')
+    """
+    return f"{ratio:.2g}" if 0 < ratio < 0.1 else f"{ratio:.2f}"
+
+
 def megabytes(size_bytes: float) -> str:
     """Return a size as text, in MB of 10**6 bytes."""
     return f"{size_bytes / 1e6:.1f} MB"

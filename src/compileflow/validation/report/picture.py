@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
+from compileflow.validation.report.page import fraction
+
 if TYPE_CHECKING:
     from markupsafe import Markup
     from matplotlib.axes import Axes
@@ -108,7 +110,7 @@ def latency_picture(latencies: Sequence[Latency]) -> Markup | None:
         axes.plot([latency.ratio] * 2, [row - 0.26, row + 0.26], linewidth=3, gid=f"latency-{row}", **style)
         end = max(latency.ratio_high, latency.ratio)
         axes.annotate(
-            f"{latency.ratio:.2f}",
+            fraction(latency.ratio),
             (end, row),
             (6, 0),
             textcoords="offset points",
@@ -124,8 +126,8 @@ def latency_picture(latencies: Sequence[Latency]) -> Markup | None:
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("fraction of eager's latency", **text_style("soft"))
     sentences = {
-        f"latency-{row}": f"{latency.shape}: {latency.ratio:.2f} of eager's latency, 95 % interval "
-        f"{latency.ratio_low:.2f} to {latency.ratio_high:.2f}"
+        f"latency-{row}": f"{latency.shape}: {fraction(latency.ratio)} of eager's latency, 95 % interval "
+        f"{fraction(latency.ratio_low)} to {fraction(latency.ratio_high)}"
         for row, latency in enumerate(latencies)
     }
     return svg(

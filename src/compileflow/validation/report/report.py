@@ -15,7 +15,7 @@ from compileflow.validation.judge.verdict import Verdict
 from compileflow.validation.measure.coverage import Covered
 from compileflow.validation.measure.flips import Flip
 from compileflow.validation.measure.measurements import Latency
-from compileflow.validation.report.page import write_page
+from compileflow.validation.report.page import fraction, write_page
 from compileflow.validation.report.picture import latency_picture
 
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
@@ -111,7 +111,7 @@ def environment(threads: int) -> dict[str, str]:
 
 def write_report(report: Report, folder: Path) -> None:
     """Write report.json and report.html into an existing folder."""
-    values = {"report": report, "picture": latency_picture(report.latencies)}
+    values = {"report": report, "picture": latency_picture(report.latencies), "fraction": fraction}
     write_page(folder, report, json_name=REPORT_JSON, html_name=REPORT_HTML, values=values)
 
 
