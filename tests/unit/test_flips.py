@@ -295,3 +295,12 @@ def test_hundreds_of_labels_are_not_all_ties() -> None:
     assert (flip.before, flip.after) == ("3", "4")
     assert flip.margin is not None
     assert flip.margin < 2e-3
+
+
+def test_a_single_logit_near_zero_is_a_tie_by_the_size_of_the_others() -> None:
+    decisions = Decisions(CLASSIFY, {0: "spam"}, precision=Precision.BF16)
+    for number, (before, after) in enumerate([(1000.0, 1000.0), (4.0, -4.0), (40.0, -40.0)]):
+        one_row(decisions, f"text {number}", {"logits": [before]}, {"logits": [after]})
+    rows = [row for row in decisions.rates() if row["metric"] == "label_agreement"]
+    # 2^-6 of 1000 is 15.6.
+    assert [row["hits"] for row in rows] == [1, 1, 0]

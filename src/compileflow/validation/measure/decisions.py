@@ -86,6 +86,7 @@ class Decisions:
     precision: Precision = Precision.FP32
     _rates: list[dict[str, Any]] = field(default_factory=list)
     _confident_flips: int = 0
+    _largest: float = 0.0
     _shifts: list[Any] = field(default_factory=list)
     _logits: list[tuple[Any, Any]] = field(default_factory=list)
     _pictures: list[tuple[Any, Any]] = field(default_factory=list)
@@ -352,6 +353,8 @@ class Decisions:
 
     def _count_each(self, metric: str, text: str, before: Any, after: Any, name: Callable[[int], str]) -> None:
         """Count decisions of two choices, no or yes, each by one logit, shape (decisions,)."""
+        # A logit near zero alone does not show how large the numbers are that it was computed from.
+        self._largest = max(self._largest, float(np.abs(before).max(initial=0.0)))
         before, after = pair = [np.stack([-logits / 2, logits / 2], axis=-1) for logits in (before, after)]
 
         def describe(flipped: list[int]) -> list[Words]:
@@ -360,7 +363,7 @@ class Decisions:
                 for logits in pair
             ]
 
-        self._count(metric, text, before, after, describe)
+        self._count(metric, text, before, after, describe, size=self._largest)
 
     def _add_tokens(self, text: str, ids: list[int], before: Any, after: Any) -> None:
         self._logits.append((before, after))
@@ -417,11 +420,27 @@ class Decisions:
             self._changes.append(Change("exact_span", text, margin, *words))
 
     def _count(
-        self, metric: str, text: str, before: Any, after: Any, describe: Callable[[list[int]], list[Words]]
+        self,
+        metric: str,
+        text: str,
+        before: Any,
+        after: Any,
+        describe: Callable[[list[int]], list[Words]],
+        *,
+        size: float = 0.0,
     ) -> None:
-        """Count decisions, logits of shape (decisions, choices); `describe` puts the flipped ones into words."""
+        """Count decisions, logits of shape (decisions, choices).
+
+        Args:
+            metric: Name of the rate.
+            text: The example.
+            before: Logits of the source model.
+            after: Logits of the compiled model.
+            describe: Function that puts the flipped decisions into words.
+            size: Size of the numbers that the format rounds, if it exceeds that of the largest logit.
+        """
         margin = metrics.margins(before)
-        ties = self._ties(before)
+        ties = self._ties(before, size)
         equals = before.argmax(-1) == after.argmax(-1)
         flipped = ~equals & ~ties
         self._confident_flips += int((flipped & (margin > SURE_MARGIN)).sum())
@@ -439,12 +458,12 @@ class Decisions:
             words = describe([int(position) for position in np.flatnonzero(flipped)])
             self._changes.append(Change(metric, text, float(margin[flipped].max()), *words))
 
-    def _ties(self, logits: Any) -> Any:
+    def _ties(self, logits: Any, size: float = 0.0) -> Any:
         """Return where the source model has not decided, for logits of shape (decisions, choices)."""
         gaps = metrics.gaps(logits)
         # Of two choices, the gap as a margin. With hundreds of choices, all probabilities and margins are small.
         is_close = np.tanh(gaps / 2) < TIE_MARGIN
-        return is_close | (gaps <= _TIE_SHARES[self.precision] * np.abs(logits.max(-1)))
+        return is_close | (gaps <= _TIE_SHARES[self.precision] * np.maximum(np.abs(logits.max(-1)), size))
 
     def _name(self, label: int) -> str:
         return self.labels.get(label, str(label))
