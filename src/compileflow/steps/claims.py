@@ -29,7 +29,7 @@ def expected_claims(artifact: OpenArtifact, source_model: SourceModel, source_di
         tokenizer = load_tokenizer(source_dir, trust_remote_code=artifact.trust_remote_code)
     limits = source_limits(source_model, spec, tokenizer)
     architecture = (getattr(config, "architectures", None) or ["unknown"])[0]
-    claims = {}
+    claims: dict[str, Claims] = {}
     for name, record in manifest.components.items():
         component_claims: dict[str, tuple[Any, Any]] = {
             "architecture": (architecture, manifest.source.architecture),

@@ -91,7 +91,7 @@ def measure_token_ids(
         texts: Texts.
     """
     half = min(len(texts), _TEXTS_PER_CALL) // 2
-    calls = [(texts[:half], texts[half : 2 * half])]
+    calls: list[tuple[Sequence[str], ...]] = [(texts[:half], texts[half : 2 * half])]
     calls += [(texts[start : start + _TEXTS_PER_CALL],) for start in range(0, len(texts), _TEXTS_PER_CALL)]
     changes: list[str] = []
     for call in calls:
