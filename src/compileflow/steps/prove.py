@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,11 @@ def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
     tests = read_registered_tests(Path(request["tests_dir"])) if request.get("tests_dir") else None
     if tests is not None:
         report_progress("answering the test inputs that are registered with the source version")
-        answered = _answered(tests, artifact, threads)
+        try:
+            answered = _answered(tests, artifact, threads)
+        except LoadError as error:
+            # A gate says what cannot be loaded.
+            answered = AnsweredTests(replace(tests, note=f"they were not answered: {error.message}"), None, None)
         tests = answered.tests
         if answered.answers is not None:
             write_registered_tests(tests, answered.answers, Path(request["report_dir"]) / TEST_FILES_FOLDER)
