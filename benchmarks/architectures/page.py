@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.architectures.check import TOLERANCE
+from benchmarks.architectures.check import LARGEST_TOLERANCE, ROUNDINGS, TOLERANCE
 from benchmarks.architectures.classes import list_digest
 from benchmarks.architectures.sweep import ALL_CLASSES_TARGETS, SAMPLE_TARGETS, in_sample, key_of
 from benchmarks.architectures.tiny_models import ModelClass
@@ -38,7 +38,7 @@ def page(classes: Sequence[ModelClass], results: Results) -> str:
     progress = f"{missing} of {len(lines)} combinations of class and target have not been run yet.\n"
     versions = sorted({str(line["versions"]) for line in lines.values() if line})
     parts = [
-        _INTRODUCTION.format(tolerance=TOLERANCE),
+        _INTRODUCTION.format(tolerance=TOLERANCE, roundings=ROUNDINGS, largest=LARGEST_TOLERANCE),
         f"<!-- classes: {list_digest()} -->\n",
         "Versions: " + ", ".join(sorted({name for version in versions for name in _names(version)})) + ".\n",
         "## Summary\n",
@@ -66,10 +66,10 @@ _INTRODUCTION = """# Architectures
 This page is generated. It shows which of transformers' model classes compile for which target.
 
 A class **works** if a small random model of it compiles and answers like transformers: each row alone, all rows in
-one list, and a padded batch of short and long rows. The relative difference in fp32 is at most {tolerance:g}. A
-class is **refused** if compileflow says in one line, before anything is compiled, why it cannot compile it. A
-class **fails** if its compile ends with another error, if it does not answer in time, or if it answers
-differently.
+one list, and a padded batch of short and long rows. The relative difference in fp32 is at most {tolerance:g}, or
+at most {roundings} times the rounding of transformers' own answers, up to {largest:g}. A class is **refused** if
+compileflow says in one line, before anything is compiled, why it cannot compile it. A class **fails** if its
+compile ends with another error, if it does not answer in time, or if it answers differently.
 
 The sweep covers onnx-runtime and openvino for every class, and torchscript and aot-inductor for every third
 class. A dash means that a combination is not planned, `not run` that the sweep has not reached it. A blank cell in
