@@ -38,14 +38,14 @@ from compileflow.validation.measure import (
 from compileflow.validation.registered_tests import RegisteredTests
 from compileflow.validation.settings import ValidationSettings
 
-# Lengths at which the kernels of a dynamic model usually change.
-_DYNAMIC_EDGES = (8, 16, 32, 64, 128, 256)
+# Lengths at which the kernels of a dynamic model usually change; the grid of shapes has longer ones.
+_DYNAMIC_EDGES = (8, 16, 32, 64)
 _TIMED_TEXT = ((1, 16), (1, 128), (8, 128))
 _TIMED_IMAGES = ((1, 1), (8, 1))
 _TIMED_LABELS = ((8, 16),)
 _TIMED_SECONDS = ((1, 1), (1, 5))
-# Lengths of the probes of a dynamic model, besides the maximum.
-_PROBED_LENGTHS = (64, 129, 257)
+# Lengths of the probes of a dynamic model, as far as its maximum.
+_PROBED_LENGTHS = (64, 129, 512)
 # Multiplications by weights while the vocabulary is read: two minutes on two cores, for each model.
 _MOST_VOCABULARY_WORK = 6e12
 
@@ -234,7 +234,7 @@ def _filled_cases(filled: FilledRows, spec: CompileSpec, draw: Draw) -> tuple[tu
 
 def _probed_lengths(record: ComponentRecord) -> Sequence[int]:
     if record.dynamic_axes:
-        return (*_PROBED_LENGTHS, record.max_sequence_length)
+        return _PROBED_LENGTHS
     return [bucket.sequence_length for bucket in record.shape_buckets]
 
 

@@ -107,9 +107,9 @@ class FilledRows:
     def drawn_cases(self, seed: int) -> list[Case]:
         """Build batches of natural text that begins at random places."""
         random = np.random.default_rng(seed)
-        cases = []
-        for length in _DRAWN_LENGTHS:
-            length = max(self.shortest, min(length, self.record.max_sequence_length))
+        cases: list[Case] = []
+        for most in _DRAWN_LENGTHS:
+            length = max(self.shortest, min(most, self.record.max_sequence_length))
             stream = IdStream(np.roll(self.natural_ids, int(random.integers(len(self.natural_ids)))))
             lengths = [int(count) for count in random.integers(self.shortest, length + 1, _DRAWN_ROWS)]
             cases.append(self.case(f"drawn {len(cases) + 1}", "drawn", max(lengths), lengths, stream))
