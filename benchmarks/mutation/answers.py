@@ -24,6 +24,7 @@ TEXTS = (
     "Please send me my money back today, order 7117 of 2016.",
     "Café Zoë sold the painting to Anna Müller in Lyon for 71 euros.",
     f"A {' and a '.join(RARE_WORDS)}.",
+    "no",
 )
 _LONG = " ".join(TEXTS[:4] * 18)
 _CONTEXT = (
@@ -109,6 +110,7 @@ def _inputs(task: HfTask, mask_token: str | None) -> tuple[list[Any], dict[str, 
         "12 short texts": [texts[1]] * 6 + [texts[0]] * 6,
         "40 texts": [f"{texts[number % 4]} {number}" for number in range(40)],
         "8 long texts": [long] * 8,
+        "a middling and a long text": [" ".join([texts[0]] * 4), long],
     }
     if task is HfTask.ZERO_SHOT_CLASSIFICATION:
         return texts, {"8 texts": texts[:2] * 4}, {"candidate_labels": list(_CANDIDATES)}

@@ -79,7 +79,7 @@ def page(lines: Mapping[str, Line | None]) -> str:
         "## Faults by the part at fault\n",
         _by_kind(faults),
         "## Gates that name the faults\n",
-        "The first gate that fails names the verdict. The errors refuse an artifact before it is measured.\n",
+        "One gate names each verdict. The errors refuse an artifact before it is measured.\n",
         _by_gate(faults),
         "## Honest compiles\n",
         _honest(honest),
@@ -147,7 +147,7 @@ def _summary(faults: Sequence[Line], made: Sequence[Line]) -> str:
         ("visible faults that fail", _share(sum(map(is_caught, visible)), len(visible)), ""),
         (
             "visible faults whose verdict is named by a gate that stands for them",
-            _share(sum(_first_gate(line) in FAULTS[line["name"]].gates for line in visible), len(visible)),
+            _share(sum(naming_gate(line) in FAULTS[line["name"]].gates for line in visible), len(visible)),
             "",
         ),
     ]
@@ -160,8 +160,10 @@ def _summary(faults: Sequence[Line], made: Sequence[Line]) -> str:
     return _table(("measured", "result", "limit"), rows)
 
 
-def _first_gate(line: Line) -> str:
-    return line["gates"][0] if is_caught(line) and line["gates"] else ""
+def naming_gate(line: Line) -> str:
+    """Return the gate or the class of error that a verdict's reason names; "" if the fault is not caught."""
+    words = line["reason"].replace(":", " ").split()
+    return {"fail": words[1], "error": words[1], "refused": words[0]}[line["outcome"]] if is_caught(line) else ""
 
 
 def _by_kind(faults: Sequence[Line]) -> str:
@@ -189,8 +191,8 @@ def _by_kind(faults: Sequence[Line]) -> str:
 
 def _by_gate(faults: Sequence[Line]) -> str:
     kinds = list(dict.fromkeys(line["kind"] for line in faults))
-    counts = Counter((_first_gate(line), line["kind"]) for line in faults if is_caught(line))
-    totals = Counter(_first_gate(line) for line in faults if is_caught(line))
+    counts = Counter((naming_gate(line), line["kind"]) for line in faults if is_caught(line))
+    totals = Counter(naming_gate(line) for line in faults if is_caught(line))
     rows = [
         (f"`{gate}`", *(counts[gate, kind] or "" for kind in kinds), total) for gate, total in totals.most_common()
     ]

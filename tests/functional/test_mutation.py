@@ -12,7 +12,7 @@ import pytest
 from benchmarks.forked_checks import read_results
 from benchmarks.mutation.faults import FAULTS
 from benchmarks.mutation.honest import honest_compiles
-from benchmarks.mutation.page import missed_limits
+from benchmarks.mutation.page import missed_limits, newest, page
 from compileflow import errors
 from compileflow.validation.judge.suite import load_suite
 
@@ -83,6 +83,23 @@ def test_no_honest_fp32_compile_and_one_bf16_compile_in_a_hundred_may_be_refused
 
 def test_a_check_without_a_result_misses_a_limit() -> None:
     assert missed_limits([fault_line("no result")])
+
+
+def test_the_page_counts_faults_by_the_gate_that_names_the_verdict() -> None:
+    labels = {"kind": "graph", "task": "text-classification", "target": "torchscript", "versions": "torch 2"}
+    line = fault_line("fail", "rel_l2", "mask_respected") | labels
+    line |= {"key": "a", "reason": "fail: mask_respected measured 1, the limit is at most 0"}
+    text = page({"a": line, "b": None})
+    assert "| `mask_respected` | 1 | 1 |\n" in text
+    assert "| **all** | 1 | 1 | 1 | 1 | 0 | 0 | 0 |\n" in text
+    assert "1 of 2 checks have no result yet." in text
+
+
+def test_a_result_of_an_older_suite_counts_until_the_check_is_made_again() -> None:
+    results = {"old": fault_line("pass") | {"key": "old"}, "new": fault_line("fail") | {"key": "new"}}
+    assert newest("fault", NAME, "old", results) == results["old"]
+    assert newest("fault", NAME, "newer", results) == results["new"]
+    assert newest("honest", NAME, "newer", results) is None
 
 
 @pytest.mark.slow

@@ -81,7 +81,7 @@ def special_tokens_are_not_added(tokenizer: dict[str, Any]) -> None:
     tokenizer["post_processor"] = None
 
 
-@in_file(TOKENIZER, onnx(ENGLISH_CLASSIFIER), *FILES)
+@in_file(TOKENIZER, onnx(CLASSIFIER), *FILES)
 def long_words_are_unknown(tokenizer: dict[str, Any]) -> None:
     tokenizer["model"]["max_input_chars_per_word"] = 7
 
