@@ -223,7 +223,7 @@ def expectation(problem: Mapping[str, Any]) -> str:
         return "this name is not known"
     if kind in _BOUNDS:
         words, key = _BOUNDS[kind]
-        return f"expected {words} {context[key]:g}"
+        return f"expected {words} {context[key]:.12g}"
     expected = context.get("expected")
     if kind.endswith(("_type", "_parsing", "_from_float")):
         expected = _EXPECTED.get(kind.partition("_")[0])

@@ -60,6 +60,7 @@ def uninstall(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         (("--option", "opset=99"), "option opset: expected at most 25, got 99."),
         (("--option", "reduce_range=7"), "option reduce_range: expected true or false, got 7."),
         (("--max-sequence-length", "0"), "--max-sequence-length: expected at least 1, got 0."),
+        (("--max-sequence-length", "10000001"), "--max-sequence-length: expected at most 10000000, got 10000001."),
         (("--examples", "missing.txt"), "The examples missing.txt do not exist"),
         (
             ("--precision", "int8", "--option", "quantization=static", "--calibration", "missing.txt"),
