@@ -304,3 +304,14 @@ def test_a_single_logit_near_zero_is_a_tie_by_the_size_of_the_others() -> None:
     rows = [row for row in decisions.rates() if row["metric"] == "label_agreement"]
     # 2^-6 of 1000 is 15.6.
     assert [row["hits"] for row in rows] == [1, 1, 0]
+
+
+@pytest.mark.parametrize(("precision", "flips"), [(Precision.INT8, 1), (Precision.BF16, 3)])
+def test_at_int8_one_of_a_thousand_sure_decisions_may_flip(precision: Precision, flips: int) -> None:
+    decisions = Decisions(TAG, LABELS, precision=precision)
+    # 334 texts of 6 tokens are 2004 decisions, of which two may flip.
+    before = np.tile(logits(0.8, 0.1, 0.1), (334, 6, 1))
+    after = before.copy()
+    after[[1, 2, 3], 4] = logits(0.1, 0.8, 0.1)
+    decisions.add(case(["a"] * 334), {"logits": before}, {"logits": after})
+    assert decisions.scalars()["confident_flips"] == flips
