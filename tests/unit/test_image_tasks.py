@@ -12,11 +12,13 @@ import torch
 import transformers
 
 import compileflow
+from benchmarks.architectures.tiny_models import ModelClass, write_model
 from compileflow import CompiledModel, CompiledPipeline
 from compileflow.contracts import Arrays, TensorRecord
 from compileflow.errors import LoadError, SourceError, SpecError
 from compileflow.source_model.load import load_source_model
 from compileflow.source_model.processor import load_processor
+from compileflow.source_model.tasks import AUTO_CLASSES
 from compileflow.spec import ComponentSpec, HfTask
 from compileflow.steps.compile import detect_task
 from compileflow.testing.pipelines import assert_same_result
@@ -157,6 +159,17 @@ class TestImagesOfAnySize:
             in_process.compile(
                 source, tmp_path / "artifact", target="torchscript", hf_task=HfTask.IMAGE_CLASSIFICATION
             )
+
+    def test_model_whose_export_needs_one_size_is_refused_before_the_compile(
+        self, in_process: InProcess, tmp_path: Path
+    ) -> None:
+        task = HfTask.DEPTH_ESTIMATION
+        write_model(
+            ModelClass(task, AUTO_CLASSES[task], "zoedepth", "ZoeDepthForDepthEstimation"), tmp_path / "model"
+        )
+        with pytest.raises(SpecError, match="does not end while the size is free") as caught:
+            in_process.compile(tmp_path / "model", tmp_path / "artifact", target="openvino", hf_task=task)
+        assert "keep_aspect_ratio" in caught.value.hint
 
     def test_model_of_one_size_under_such_a_processor_is_refused_in_one_line(
         self, tiny_model: ModelFactory, tmp_path: Path, keeps_aspect_ratio: Any

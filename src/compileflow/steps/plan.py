@@ -43,6 +43,8 @@ _READ_IN_STEPS = (
     "xlstm",
     "zamba",
 )
+# Model types whose graph torch.export does not finish in minutes while the size of the images is free.
+_ONE_IMAGE_SIZE = ("zoedepth",)
 # Fields with the number of tokens in each piece that a model type reads in a loop.
 _PIECES = {"canine": "local_transformer_stride", "minimax": "block_size"}
 # Name of the plan for a graph that several components share.
@@ -60,6 +62,7 @@ class SourceLimits:
         longest_piece: Longest row of a graph that takes several lengths; None without such a limit.
         padding_fault: Why a padded row gets another answer than the row alone; "" if it gets the same one.
         image_sizes: Sizes, (height, width), that the processor gives to images of different sizes.
+        takes_one_size: A graph of the model takes images of one size only.
     """
 
     longest: int | None
@@ -68,6 +71,7 @@ class SourceLimits:
     longest_piece: int | None = None
     padding_fault: str = ""
     image_sizes: tuple[tuple[int, int], ...] = ()
+    takes_one_size: bool = False
 
 
 def source_limits(source_model: SourceModel, spec: CompileSpec, tokenizer: Any) -> SourceLimits:
@@ -91,7 +95,13 @@ def source_limits(source_model: SourceModel, spec: CompileSpec, tokenizer: Any) 
     processor = source_model.processor
     assert processor is not None  # noqa: S101 - every image and audio model has one
     if spec.hf_task.modality == "image":
-        return SourceLimits(1, 1, _single_row_buckets, image_sizes=image_sizes(processor))
+        return SourceLimits(
+            1,
+            1,
+            _single_row_buckets,
+            image_sizes=image_sizes(processor),
+            takes_one_size=source_model.model.config.model_type in _ONE_IMAGE_SIZE,
+        )
     default_length = longest_signal(processor)
     if default_length == 1:
         return SourceLimits(1, 1, _single_row_buckets)
@@ -218,6 +228,12 @@ def _plan(
                 "into pieces or reads it token by token, and a graph has a fixed number of steps.",
                 hint="Choose a target with fixed shapes, such as torchscript"
                 + (f", or a maximum of {limits.longest_piece} tokens." if limits.longest_piece else "."),
+            )
+        if limits.takes_one_size and len(limits.image_sizes) > 1:
+            raise SpecError(
+                f"{target.name} compiles one graph for all image sizes, but the export of this model does not end "
+                "while the size is free, and its processor keeps the aspect ratio.",
+                hint="Set keep_aspect_ratio to false in preprocessor_config.json.",
             )
         buckets = ()
     elif limits.padding_fault:
