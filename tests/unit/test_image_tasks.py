@@ -14,7 +14,7 @@ import transformers
 import compileflow
 from benchmarks.architectures.tiny_models import ModelClass, write_model
 from compileflow import CompiledModel, CompiledPipeline
-from compileflow.contracts import Arrays, TensorRecord
+from compileflow.contracts import Arrays, ComponentRecord, TensorRecord
 from compileflow.errors import LoadError, SourceError, SpecError
 from compileflow.source_model.load import load_source_model
 from compileflow.source_model.processor import load_processor
@@ -142,11 +142,17 @@ class TestImagesOfAnySize:
         self, source: Path, in_process: InProcess, tmp_path: Path
     ) -> None:
         source_model = load_source_model(source, HfTask.IMAGE_CLASSIFICATION)
-        record = source_model.compiled_to([])
-        processor = load_processor(source, "image", trust_remote_code=False)
-        builder = SignalCases(processor, record)  # type: ignore[arg-type] - it reads inputs and outputs only
-        cases = builder.generated()
-        assert {len(case.texts) for case in cases} >= {1, 2, 3, 8}
+        record = ComponentRecord(
+            folder="components/default",
+            inputs=source_model.inputs,
+            outputs=source_model.outputs,
+            output_class=source_model.output_class,
+            max_sequence_length=1,
+            dynamic_axes=True,
+        )
+        builder = SignalCases(load_processor(source, "image", trust_remote_code=False), record)
+        cases = builder.generated() + builder.shape_cases(builder.shapes(), seed=1)
+        assert {len(case.texts) for case in cases} == {1, 2, 3, 8, 9, 32, 33}
         for case in cases:
             assert source_model.run(case.inputs)["logits"].shape == (len(case.texts), 3)
 
