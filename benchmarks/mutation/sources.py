@@ -90,7 +90,10 @@ def write_source(source: Source, folder: Path) -> None:
     if source.longest:
         # RoBERTa numbers positions from the padding token on.
         config.max_position_embeddings = source.longest + 4
-        _set_longest(folder, source.longest)
+        _edit(folder / "tokenizer_config.json", model_max_length=source.longest)
+    if dict(source.config).get("feat_extract_norm") == "layer":
+        # These speech encoders read a mask, those with a group norm do not.
+        _edit(folder / "preprocessor_config.json", return_attention_mask=True)
     has_other_weights = source.weights != "spread" or source.seed
     if has_other_weights or source.config or source.labels or source.longest or source.vocabulary == "english":
         torch.manual_seed(source.seed)
@@ -116,10 +119,9 @@ def _take_english_tokenizer(folder: Path, config: Any) -> None:
     config.vocab_size, config.pad_token_id = len(tokenizer), tokenizer.pad_token_id
 
 
-def _set_longest(folder: Path, longest: int) -> None:
-    path = folder / "tokenizer_config.json"
+def _edit(path: Path, **changes: Any) -> None:
     settings = json.loads(path.read_text("utf-8"))
-    path.write_text(json.dumps(settings | {"model_max_length": longest}), "utf-8")
+    path.write_text(json.dumps(settings | changes), "utf-8")
 
 
 def _change_head(model: Any, weights: Weights) -> None:

@@ -10,6 +10,7 @@ from benchmarks.mutation.faults.healthy import (
     ENGLISH_CLASSIFIER,
     FILLER,
     IMAGES,
+    MASKED_SPEECH,
     PICTURES_AND_TEXTS,
     READER,
     SENTENCES,
@@ -152,12 +153,12 @@ def sounds_are_not_normalised(processor: dict[str, Any]) -> None:
     processor["do_normalize"] = False
 
 
-@in_file(PROCESSOR, torchscript(SPEECH), *FILES)
+@in_file(PROCESSOR, torchscript(MASKED_SPEECH), *FILES)
 def speech_is_not_normalised(processor: dict[str, Any]) -> None:
     processor["do_normalize"] = False
 
 
-@in_file("vocab.json", torchscript(SPEECH), *FILES)
+@in_file("vocab.json", torchscript(MASKED_SPEECH), *FILES)
 def letters_are_permuted(letters: dict[str, int]) -> None:
     letters.update({"a": letters["e"], "e": letters["a"], "<pad>": letters["|"], "|": letters["<pad>"]})
 

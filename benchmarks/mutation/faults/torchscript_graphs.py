@@ -16,9 +16,9 @@ from benchmarks.mutation.faults.healthy import (
     DECISIONS,
     IMAGES,
     MASK,
+    MASKED_SOUNDS,
     NUMBERS,
     PICTURES_AND_TEXTS,
-    SOUNDS,
     TAGGER,
     TYPES,
     torchscript,
@@ -64,8 +64,8 @@ class Text(torch.nn.Module):
         if self.how == "half":
             output = output.half().float()
         if self.how == "last call":
-            spoiled = output + 0.05 * self.last
-            self.last.copy_(output.mean()[None])
+            spoiled = output * (1 + 0.1 * self.last)
+            self.last.copy_(output.max()[None])
             output = spoiled
         if self.how == "drift":
             output = output * (1 + 0.0005 * self.calls)
@@ -81,8 +81,8 @@ class Text(torch.nn.Module):
         return (output,)
 
 
-class Signal(torch.nn.Module):
-    """Wraps the graph of a model that takes one picture or sound a row, and spoils its output."""
+class Picture(torch.nn.Module):
+    """Wraps the graph of a model that takes one picture a row, and spoils its output."""
 
     def __init__(self, graph: Any, how: str):
         super().__init__()
@@ -92,15 +92,31 @@ class Signal(torch.nn.Module):
 
     def forward(self, values: torch.Tensor) -> tuple[torch.Tensor]:
         """Return the spoiled output."""
-        if self.how == "loudness":
-            values = values / values.abs().max()
         output = self.graph(values)[0]
         if self.how == "zeros":
             output = torch.zeros_like(output)
         if self.how == "last call":
-            spoiled = output + 0.1 * self.last
+            spoiled = output * (1 + 0.1 * self.last)
             self.last.copy_(output.max()[None])
             output = spoiled
+        return (output,)
+
+
+class Sound(torch.nn.Module):
+    """Wraps the graph of a model that takes one sound a row, and spoils its input or its output."""
+
+    def __init__(self, graph: Any, how: str):
+        super().__init__()
+        self.graph = graph
+        self.how = how
+
+    def forward(self, values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor]:
+        """Return the spoiled output."""
+        if self.how == "distorted":
+            values = torch.tanh(values)
+        output = self.graph(values, mask)[0]
+        if self.how == "zeros":
+            output = torch.zeros_like(output)
         return (output,)
 
 
@@ -219,22 +235,22 @@ def two_threads_share_one_buffer(graph: Any, rows: int, length: int) -> Any:
 
 @in_torchscript(torchscript(IMAGES), *NUMBERS, *DECISIONS)
 def bucket_of_8_pictures_answers_zeros(graph: Any, rows: int, length: int) -> Any:
-    return Signal(graph, "zeros") if rows == 8 else graph
+    return Picture(graph, "zeros") if rows == 8 else graph
 
 
 @in_torchscript(torchscript(IMAGES), *_REPEATS, *NUMBERS)
 def pictures_see_the_picture_before(graph: Any, rows: int, length: int) -> Any:
-    return Signal(graph, "last call")
+    return Picture(graph, "last call")
 
 
-@in_torchscript(torchscript(SOUNDS), *NUMBERS)
-def sounds_are_scaled_to_the_loudest(graph: Any, rows: int, length: int) -> Any:
-    return Signal(graph, "loudness")
+@in_torchscript(torchscript(MASKED_SOUNDS), *NUMBERS)
+def loud_sounds_are_distorted(graph: Any, rows: int, length: int) -> Any:
+    return Sound(graph, "distorted")
 
 
-@in_torchscript(torchscript(SOUNDS), *NUMBERS)
+@in_torchscript(torchscript(MASKED_SOUNDS), *NUMBERS)
 def bucket_of_3_seconds_answers_zeros(graph: Any, rows: int, length: int) -> Any:
-    return Signal(graph, "zeros") if length == 48_000 else graph
+    return Sound(graph, "zeros") if length == 48_000 else graph
 
 
 class PictureAndTexts(torch.nn.Module):

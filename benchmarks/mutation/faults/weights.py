@@ -16,6 +16,7 @@ from benchmarks.mutation.faults.healthy import (
     ENGLISH_CLASSIFIER,
     FILLER,
     IMAGES,
+    MASKED_SOUNDS,
     NUMBERS,
     PICTURES_AND_TEXTS,
     READER,
@@ -225,7 +226,7 @@ def first_convolution_is_reversed_in_time(weights: Weights) -> None:
     kernel.copy_(kernel.flip(-1))
 
 
-@in_weights(torchscript(SOUNDS), *NUMBERS, *DECISIONS)
+@in_weights(torchscript(MASKED_SOUNDS), *NUMBERS, *DECISIONS)
 def classes_of_sounds_are_exchanged(weights: Weights) -> None:
     for name in ("classifier.weight", "classifier.bias"):
         exchange(weights[name], 0, 2)
