@@ -5,14 +5,22 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from compileflow.contracts import Arrays, TensorRecord
+from compileflow.contracts import Arrays, ComponentRecord, TensorRecord
 from compileflow.errors import MeasurementError
 from compileflow.spec import HfTask
 from compileflow.validation.cases import Case
-from compileflow.validation.measure import Measurements, measure
+from compileflow.validation.measure import Coverage, Measurements, measure
 from compileflow.validation.measure.decisions import Decisions
 
 OUTPUTS = (TensorRecord(name="last_hidden_state", dtype="float32", axes=("batch", "sequence", 2)),)
+RECORD = ComponentRecord(
+    folder="components/default",
+    inputs=(TensorRecord(name="input_ids", dtype="int64", axes=("batch", "sequence")),),
+    outputs=OUTPUTS,
+    output_class="module:Class",
+    max_sequence_length=3,
+    dynamic_axes=True,
+)
 IDS = np.array([[1, 2, 3]])
 FULL = {"input_ids": IDS, "attention_mask": np.ones_like(IDS), "token_type_ids": np.zeros_like(IDS)}
 
@@ -29,7 +37,13 @@ def measured(*cases: Case) -> Measurements:
     natural = Case("natural", "agreement", ("text",), FULL, FULL["attention_mask"])
     decisions = Decisions(HfTask.FEATURE_EXTRACTION, labels={}, multi_label=False)
     return measure(
-        model, model, outputs=OUTPUTS, decisions=decisions, cases=[natural, *cases], progress=lambda _: None
+        model,
+        model,
+        outputs=OUTPUTS,
+        decisions=decisions,
+        cases=[natural, *cases],
+        coverage=Coverage(RECORD, shapes=(), tokens=None),
+        progress=lambda _: None,
     )
 
 
