@@ -68,7 +68,7 @@ def load_source_model(
     model, has_pooler = _load_model(folder, config, hf_task, attention, trust_remote_code)
     ignored_outputs = () if has_pooler else ("pooler_output",)
     if hf_task.takes_text:
-        tokenizer = _tokenizer_or_none(folder, trust_remote_code)
+        tokenizer = tokenizer_or_none(folder, trust_remote_code=trust_remote_code)
         image: tuple[TensorRecord, ...] = ()
         if hf_task.modality == "image-text":
             processor = load_processor(folder, "image", trust_remote_code=trust_remote_code)
@@ -139,6 +139,14 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
     return tokenizer
 
 
+def tokenizer_or_none(folder: Path, *, trust_remote_code: bool) -> Any:
+    """Load the tokenizer of a folder; None for a model that was in memory and came without one."""
+    try:
+        return load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    except SourceError:
+        return None
+
+
 def load_config(folder: Path, *, trust_remote_code: bool) -> Any:
     """Load the configuration of a source model.
 
@@ -171,14 +179,6 @@ def load_config(folder: Path, *, trust_remote_code: bool) -> Any:
             hint="Give the model before quantization, and compile it with precision int8.",
         )
     return config
-
-
-def _tokenizer_or_none(folder: Path, trust_remote_code: bool) -> Any:
-    """Return the tokenizer of a folder; None for a model that was in memory and came without one."""
-    try:
-        return load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    except SourceError:
-        return None
 
 
 def _refuse_other_head(config: Any, hf_task: HfTask) -> None:
@@ -295,7 +295,8 @@ def _load_model(
         )
     if hf_task is HfTask.MULTIPLE_CHOICE:
         model = with_one_choice(model)
-    if hasattr(model, "get_rope_index"):
+    number_positions = getattr(model, "get_rope_index", None)
+    if number_positions is not None and "mm_token_type_ids" in inspect.signature(number_positions).parameters:
         _hide_image_positions(model)
     return model.eval(), not missing_pooler
 
@@ -303,8 +304,8 @@ def _load_model(
 def _hide_image_positions(model: Any) -> None:
     """Hide the function that numbers the positions of text and images from transformers' exporters.
 
-    They call it with the inputs at hand, and add its answer to the inputs of the graph. A model of text alone
-    numbers its tokens itself.
+    They call it with the inputs at hand, and add its answer to the inputs of the graph. The model itself calls it
+    only if it gets the type of each token, text or image.
     """
     source_class = type(model)
 
