@@ -284,6 +284,10 @@ def test_a_difference_of_padded_rows_alone_is_explained_by_the_mask() -> None:
     measured.comparisons.pop()
     measured.scalars["mask_leak"] = 0.0
     assert verdict(measured).reason.startswith("fail: max_abs_diff measured 0.4")
+    # NaN comes first, wherever it is.
+    measured.comparisons.append(padded([NAN, -1.0]))
+    measured.scalars["mask_leak"] = NAN
+    assert verdict(measured).reason.startswith("fail: finite_outputs")
 
 
 def test_a_noisy_source_model_moves_a_limit_of_fp32_up_to_ten_times() -> None:

@@ -403,7 +403,8 @@ def _by_reason(results: Sequence[GateResult], gates: Mapping[str, Gate], compari
 
 
 def _holds_for_plain_rows(gate: Gate, comparisons: Any) -> bool:
-    if gate.entry.table != "comparisons" or not gate.entry.is_maximum or "plain" not in comparisons:
+    # NaN and missing answers come first wherever they are.
+    if gate.entry.table != "comparisons" or gate.entry.noise is None or "plain" not in comparisons:
         return False
     column = _opened_column(gate) if _opened_column(gate) in comparisons else gate.entry.column
     values = comparisons.loc[comparisons["plain"] == 1, column]
