@@ -15,7 +15,7 @@ import pytest
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from compileflow import CompiledPipeline
+from compileflow import CompiledModel, CompiledPipeline
 from compileflow.artifact.manifest import MANIFEST_NAME
 from compileflow.artifact.open import open_artifact
 from compileflow.serving.component import LoadedComponent
@@ -352,3 +352,16 @@ def test_a_pipeline_from_memory_with_settings_of_its_own_has_no_difference(
     measurements = _measured(folder / "pipeline", folder)
     assert _first_gate(measurements, CLASSIFY) == "", measurements.details
     assert measurements.scalars["pipeline_answers"] == 0
+
+
+def test_a_model_from_memory_without_a_tokenizer_is_compared_as_far_as_possible(
+    tiny_model: ModelFactory, in_process: InProcess, tmp_path: Path
+) -> None:
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tiny_model(CLASSIFY)).eval()
+    model.save_pretrained(tmp_path / "source")
+    with in_process.instead_of_children():
+        compiled_model = CompiledModel.from_model(model, max_length=16, neuron=False)
+    measurements = _measured(tmp_path / "source", compiled_model.save_pretrained(tmp_path / "artifact"))
+    assert _first_gate(measurements, CLASSIFY) == "", measurements.details
+    assert "token_ids" not in measurements.scalars
+    assert measurements.notes == ["The source model has no tokenizer, so tokens and answers were not compared."]

@@ -11,7 +11,7 @@ from compileflow.catalog import get_target
 from compileflow.contracts import ComponentRecord, TensorRecord
 from compileflow.errors import SpecError
 from compileflow.source_model.interface import SourceModel
-from compileflow.source_model.load import load_config, load_tokenizer
+from compileflow.source_model.load import load_config, tokenizer_or_none
 from compileflow.spec import ShapeBucket
 from compileflow.steps.plan import plan_components, source_limits
 from compileflow.validation.measure.interface import Claims
@@ -26,7 +26,7 @@ def expected_claims(artifact: OpenArtifact, source_model: SourceModel, source_di
     spec, config = manifest.spec, load_config(source_dir, trust_remote_code=artifact.trust_remote_code)
     tokenizer = None
     if spec.hf_task.takes_text:
-        tokenizer = load_tokenizer(source_dir, trust_remote_code=artifact.trust_remote_code)
+        tokenizer = tokenizer_or_none(source_dir, trust_remote_code=artifact.trust_remote_code)
     limits = source_limits(source_model, spec, tokenizer)
     architecture = (getattr(config, "architectures", None) or ["unknown"])[0]
     claims: dict[str, Claims] = {}

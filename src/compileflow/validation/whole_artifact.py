@@ -21,7 +21,7 @@ from compileflow.serving.model import CompiledModel
 from compileflow.serving.padding import complete_inputs
 from compileflow.serving.pipeline import CompiledPipeline
 from compileflow.serving.tokenizer import SETTINGS_FILE, CompiledTokenizer
-from compileflow.source_model.load import load_tokenizer
+from compileflow.source_model.load import tokenizer_or_none
 from compileflow.source_model.processor import Processor, load_processor
 from compileflow.spec import HfTask, Modality
 from compileflow.validation.cases.examples import load_examples
@@ -84,7 +84,11 @@ class WholeArtifact:
             max_length: Longest row of the artifact in tokens.
         """
         measure_files(measurements, self.source_dir, self.artifact, is_imported=self._is_imported)
-        if self._has_tokens:
+        if self._lacks_tokenizer:
+            measurements.notes.append(
+                "The source model has no tokenizer, so tokens and answers were not compared."
+            )
+        elif self._has_tokens:
             self._measure_tokens(measurements, max_length)
         if self._processor_modality is not None:
             self._measure_processor(measurements, self._processor_modality)
@@ -103,7 +107,7 @@ class WholeArtifact:
         measure_claims(measurements, claims)
         outputs: dict[Any, Arrays] = {}
         candidate = reference = None
-        if self._task.pipeline_owner is not None:
+        if self._task.pipeline_owner is not None and not self._lacks_tokenizer:
             candidate, error = _attempted(lambda: self._candidate(component, outputs))
             reference, source_error = _attempted(lambda: self._reference(component, outputs, max_length))
             if source_error is not None:
@@ -151,7 +155,7 @@ class WholeArtifact:
 
     @cached_property
     def _source_tokenizer(self) -> Any:
-        return load_tokenizer(self.source_dir, trust_remote_code=self.artifact.trust_remote_code)
+        return tokenizer_or_none(self.source_dir, trust_remote_code=self.artifact.trust_remote_code)
 
     @cached_property
     def _source_processor(self) -> Processor:
@@ -162,6 +166,11 @@ class WholeArtifact:
     @property
     def _has_tokens(self) -> bool:
         return self._task.takes_text or self._task is HfTask.SPEECH_RECOGNITION
+
+    @property
+    def _lacks_tokenizer(self) -> bool:
+        """Whether the model was in memory, without a tokenizer."""
+        return self._has_tokens and self._source_tokenizer is None
 
     @property
     def _processor_modality(self) -> Modality | None:

@@ -222,8 +222,8 @@ def _changed_weights(source_dir: Path, folder: Path) -> list[str]:
     expected = module_weights(source_dir)
     try:
         actual = module_weights(folder)
-    except LoadError as error:
-        return [error.message]
+    except (LoadError, OSError, ValueError) as error:
+        return [f"the modules cannot be read: {first_line(error)}"]
     return [
         f"{path}: the weights differ"
         for path, weights in expected.items()
@@ -294,10 +294,8 @@ def _named(item: Any) -> str:
 
 
 def _changed_answer(expected: tuple[Any, str], actual: tuple[Any, str], *, tolerance: tuple[float, float]) -> str:
+    if expected[1] and actual[1]:
+        return ""
     if expected[1] or actual[1]:
-        return (
-            ""
-            if expected[1] and actual[1]
-            else f"expected {expected[1] or 'an answer'}, got {actual[1] or 'an answer'}"
-        )
+        return f"expected {expected[1] or 'an answer'}, got {actual[1] or 'an answer'}"
     return first_difference(actual[0], expected[0], tolerance, "answer") or ""
