@@ -166,6 +166,9 @@ def proof(source_dir: Path, artifact_dir: Path, report_dir: Path) -> dict[str, A
         )
     except CompileflowError as error:
         return _refused("prove", error)
+    except Exception as error:  # noqa: BLE001 - no verdict, so that the artifact is not registered
+        name = type(error).__name__
+        return {"outcome": "error", "reason": f"error: {name}: {error}", "gates": [name], "warnings": []}
     report = json.loads((report_dir / "report.json").read_text("utf-8"))
     gates = report["verdict"]["gates"]
     return {
