@@ -119,6 +119,11 @@ def test_model_of_two_parts_is_refused_before_it_is_loaded(tmp_path: Path, model
     assert "TextModel or " in caught.value.hint
 
 
+def test_model_that_loops_over_chosen_experts_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="DbrxModel loops over the experts"):
+        load_source_model(tiny_folder(tmp_path, "dbrx", FEATURES), FEATURES)
+
+
 def test_model_that_does_not_repeat_its_answers_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

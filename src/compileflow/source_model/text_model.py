@@ -22,6 +22,8 @@ from compileflow.spec import HfTask
 
 # Lengths of the two probes; shorter ones are for models that take few tokens. 2 and 3 are sizes of the batches.
 _PROBES = ((7, 11), (5, 8), (4, 6))
+# Model types without the form of experts that transformers exports.
+_CHOOSE_EXPERTS = ("dbrx",)
 # Two answers of one model that differ by more, as a share of their norm, differ by more than rounding.
 _ROUNDING = 1e-4
 
@@ -53,6 +55,12 @@ def probe_text_model(
             f"{type(model).__name__} hashes its tokens with random numbers, which it draws in each call, so no "
             "compiled model can repeat its answers.",
             hint="Choose a model without the attention layers lsh.",
+        )
+    if text_config(config).model_type in _CHOOSE_EXPERTS:
+        raise SourceError(
+            f"{type(model).__name__} loops over the experts that the tokens of a call choose, and a compiled "
+            "model has a fixed number of steps.",
+            hint="Choose a model of another family.",
         )
     inputs = (*text_inputs(model, config, tokenizer), *other_inputs)
     tokens = token_rows(tokenizer, config, embedding_rows(model), hf_task)
