@@ -21,10 +21,12 @@ from compileflow.source_model.lengths import frame_convolutions, frames_of, shor
 from compileflow.source_model.load import load_source_model
 from compileflow.source_model.processor import LONGEST_S, load_processor, longest_signal
 from compileflow.source_model.tasks import task_of_architecture
-from compileflow.spec import ComponentSpec, HfTask
+from compileflow.spec import ComponentSpec, HfTask, Precision
 from compileflow.steps.compile import detect_task
 from compileflow.testing.pipelines import assert_same_result
-from compileflow.validation.cases import generated_signals, load_signals, signals_digest
+from compileflow.validation.cases import generated_count, generated_signals, load_signals, signals_digest
+from compileflow.validation.judge import gates_for
+from compileflow.validation.judge.rates import rate_bounds
 from tests.conftest import ModelFactory
 from tests.in_process import InProcess
 from tests.models import SIGNAL_TASKS
@@ -345,3 +347,21 @@ class TestComponentsOfOneGraph:
         return in_process.compile(
             source, out_dir, target=target, hf_task=HfTask.TEXT_CLASSIFICATION, components=components
         )
+
+
+@pytest.mark.parametrize(
+    ("task", "precision", "count"),
+    [
+        (HfTask.IMAGE_CLASSIFICATION, Precision.FP32, 64),
+        (HfTask.IMAGE_CLASSIFICATION, Precision.BF16, 272),
+        (HfTask.AUDIO_CLASSIFICATION, Precision.INT8, 272),
+        (HfTask.IMAGE_SEGMENTATION, Precision.BF16, 64),
+    ],
+)
+def test_generated_examples_suffice_for_the_limit_of_their_rate(
+    task: HfTask, precision: Precision, count: int
+) -> None:
+    assert generated_count(task, precision) == count
+    if task is not HfTask.IMAGE_SEGMENTATION and precision is Precision.BF16:
+        (gate,) = (gate for gate in gates_for(precision, task, {}) if gate.entry.gate == "label_agreement")
+        assert rate_bounds(count, count)[0] >= gate.limit

@@ -21,6 +21,7 @@ from compileflow.validation.cases import (
     CaseBuilder,
     SignalCases,
     agreement_cases,
+    generated_count,
     load_examples,
     load_signals,
     shape_cases,
@@ -264,7 +265,12 @@ def _image_text_evidence(
     tokenizer = _tokenizer(source_dir, trust_remote_code)
     processor = load_processor(source_dir, "image", trust_remote_code=trust_remote_code)
     builder = ImageTextCases(tokenizer, processor, record)
-    signals, origin, _ = load_signals(processor, validation.examples_path, validation.max_examples)
+    signals, origin, _ = load_signals(
+        processor,
+        validation.examples_path,
+        validation.max_examples,
+        generated=generated_count(spec.hf_task, spec.precision),
+    )
     shapes, filled_cases = _filled_cases(builder.filled_rows(_required(draw.tokens), draw.seed), spec, draw)
     return Evidence(
         generated=builder.generated() + filled_cases,
@@ -291,7 +297,12 @@ def _signal_evidence(
     task = spec.hf_task
     processor = load_processor(source_dir, task.modality, trust_remote_code=trust_remote_code)
     builder = SignalCases(processor, record)
-    signals, origin, _ = load_signals(processor, validation.examples_path, validation.max_examples)
+    signals, origin, _ = load_signals(
+        processor,
+        validation.examples_path,
+        validation.max_examples,
+        generated=generated_count(spec.hf_task, spec.precision),
+    )
     decode: Decode = lambda ids: " ".join(map(str, ids))  # noqa: E731 - a default for one field
     tokens: Mapping[int, str] = {}
     if task is HfTask.SPEECH_RECOGNITION:

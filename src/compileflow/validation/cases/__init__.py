@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from compileflow.validation.cases.case import Case
-from compileflow.validation.cases.examples import load_examples, load_signals, signals_digest
+from compileflow.validation.cases.examples import (
+    generated_count,
+    load_examples,
+    load_signals,
+    signals_digest,
+)
 from compileflow.validation.cases.generated_signals import NamedSignal, generated_signals
 from compileflow.validation.cases.signals import SignalCases
 from compileflow.validation.cases.text import ODD_TEXTS, CaseBuilder, agreement_cases, shape_cases
@@ -15,6 +20,7 @@ __all__ = [
     "NamedSignal",
     "SignalCases",
     "agreement_cases",
+    "generated_count",
     "generated_signals",
     "load_examples",
     "load_signals",
