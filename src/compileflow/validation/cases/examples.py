@@ -15,8 +15,8 @@ from compileflow.source_model.processor import Processor
 from compileflow.spec import HfTask, Modality, Precision
 from compileflow.validation.cases.generated_signals import NamedSignal, Signal, generated_signals
 
-# Images or recordings that are generated. Where each gives one decision, 268 without a mismatch show 99 %. At fp32,
-# no mismatch is allowed at all.
+# Images or recordings that are generated. Where each gives one decision, 268 without a mismatch show 99 %.
+# fp32 allows no mismatch at all.
 _GENERATED, _GENERATED_DECISIONS = 64, 272
 _ONE_DECISION = (
     HfTask.IMAGE_CLASSIFICATION,
