@@ -207,7 +207,9 @@ def _prove_component(
     shared: Measurements,
 ) -> Report:
     artifact, source_dir = whole_artifact.artifact, whole_artifact.source_dir
-    manifest, record = artifact.manifest, compiled_component.record
+    manifest = artifact.manifest
+    # A wrong manifest must not decide which frames are compared.
+    record = compiled_component.record.model_copy(update={"frame_convolutions": source_model.frame_convolutions})
     spec, config = manifest.spec, _config(source_dir, artifact)
     evidence = gather_evidence(
         source_dir,
