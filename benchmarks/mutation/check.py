@@ -67,7 +67,7 @@ class FaultCheck:
         try:
             self.fault.plant(planting)
         except CompileflowError as error:
-            return _refused("plant", error)
+            return _refused("plant", error) | {"visible": ""}
         result = proof(source_dir, planting.artifact_dir, folder / "report")
         mask_token = _mask_token(source_dir) if healthy.source.hf_task.takes_text else None
         before = user_answers(healthy_dir, mask_token)

@@ -64,8 +64,9 @@ def page(lines: Mapping[str, Line | None]) -> str:
         lines: Result of each check by key; None where there is none.
     """
     made = [line for line in lines.values() if line]
+    failed = sum(map(_has_no_result, made))
     older = sum(line is not None and line["key"] != key for key, line in lines.items())
-    faults = [line for line in made if line["check"] == "fault"]
+    faults = [line for line in made if line["check"] == "fault" and not _has_no_result(line)]
     honest = [line for line in made if line["check"] == "honest"]
     missing = len(lines) - len(made)
     names = sorted({name for line in made for name in _names(line["versions"])})
@@ -73,6 +74,7 @@ def page(lines: Mapping[str, Line | None]) -> str:
         _INTRODUCTION.format(caught=LEAST_CAUGHT, bf16=MOST_REFUSED["bf16"]),
         "Versions: " + ", ".join(names) + ".\n",
         *([f"{missing} of {len(lines)} checks have no result yet.\n"] if missing else []),
+        *([f"{failed} of {len(lines)} checks ended without a result.\n"] if failed else []),
         *([f"{older} of {len(lines)} results are older than the suite or the measurements.\n"] if older else []),
         "## Summary\n",
         _summary(faults, made),
