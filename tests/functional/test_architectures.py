@@ -13,8 +13,8 @@ from benchmarks.forked_checks import read_results
 
 ROOT = Path(__file__).parents[2]
 # Families without sdpa, with padding on the left, with a required last token, with convolutions between tokens,
-# with hashed tokens, with positions after the padding, with decoders, with positions of images, with states that are
-# read in parts, and processors that fix or keep a size.
+# with hashed tokens, with positions after the padding, with decoders, with positions of images, with states
+# that are read in parts, and processors that fix or keep a size.
 SAMPLE = (
     "audio-classification/whisper",
     "automatic-speech-recognition/wav2vec2-conformer",

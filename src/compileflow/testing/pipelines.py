@@ -70,7 +70,7 @@ def assert_pipeline_answers_like_the_source_models(artifact: OpenArtifact, sourc
     pipeline = CompiledPipeline.from_pretrained(artifact.folder, task=task, threads=1)
     reference = _reference(artifact, source_dir, task)
     settings = _SETTINGS.get(task, {})
-    truncated = settings | TRUNCATION.get(task, {})
+    truncated = {**settings, **TRUNCATION.get(task, {})}
     inputs = questions(task, pipeline)
     expected = [reference(item, **truncated) for item in inputs]
     try:

@@ -122,7 +122,7 @@ class WholeArtifact:
             self._measure_configuration(measurements)
             return
         settings = CALL_SETTINGS.get(self._task, {})
-        source_settings = settings | TRUNCATION.get(self._task, {})
+        source_settings = {**settings, **TRUNCATION.get(self._task, {})}
         measure_answers(
             measurements,
             lambda item: reference(item, **source_settings),
@@ -174,7 +174,8 @@ class WholeArtifact:
 
     @property
     def _processor_modality(self) -> Modality | None:
-        return {"image": "image", "image-text": "image", "audio": "audio"}.get(self._task.modality)
+        modalities: dict[Modality, Modality] = {"image": "image", "image-text": "image", "audio": "audio"}
+        return modalities.get(self._task.modality)
 
     @property
     def _is_imported(self) -> bool:
