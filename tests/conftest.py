@@ -29,6 +29,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["COMPILEFLOW_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+# The library readline sets it in the process that starts pytest's workers.
+os.environ.pop("COLUMNS", None)
 
 pytest_plugins = ["tests.leaks"]
 

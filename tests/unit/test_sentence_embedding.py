@@ -294,7 +294,8 @@ def test_dense_module_that_was_damaged_in_the_artifact_fails_the_validation(
     verdict = pipeline.validate(request, pipeline.compile(request))
 
     assert verdict.outcome == "fail"
-    assert "embedding_error" in verdict.reason
+    assert "2_Dense: the weights differ" in verdict.reason
+    assert verdict.figures["embedding_error"] > 0.1
 
 
 @pytest.mark.parametrize(
