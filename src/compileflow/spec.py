@@ -169,7 +169,8 @@ MaxSequenceLength = Annotated[
         ge=1,
         le=LONGEST_SEQUENCE,
         title="Maximum sequence length",
-        description="Longest row, in tokens (with special tokens) or audio samples. Empty: the model's maximum.",
+        description="Longest row, in tokens (with special tokens) or audio samples. Empty: the model's maximum; "
+        "for audio, 30 seconds.",
     ),
 ]
 ShapeBuckets = Annotated[

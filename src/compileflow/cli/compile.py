@@ -275,7 +275,7 @@ def _compile(
     max_sequence_length: Annotated[
         int | None,
         typer.Option(
-            help="Longest input in tokens (audio: samples). Default: the model's maximum.",
+            help="Longest input in tokens (audio: samples). Default: the model's maximum; for audio, 30 seconds.",
             rich_help_panel=_SHAPES,
         ),
     ] = None,

@@ -1,4 +1,4 @@
-"""verify: check every byte of an artifact, its attestations, and that a passing verdict covers it."""
+"""verify: check every byte of an artifact and its attestations, and look for a version or a passing report."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def verify(
         str, typer.Argument(help="Folder or URI of an artifact, or registry:NAME@STAGE or registry:NAME@NUMBER.")
     ],
     integrity_only: Annotated[
-        bool, typer.Option("--integrity-only", help="Do not require a passing verdict.")
+        bool, typer.Option("--integrity-only", help="Do not require a registered version or a passing report.")
     ] = False,
     require_signature: Annotated[
         bool | None,
@@ -32,7 +32,7 @@ def verify(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check every byte of an artifact, its attestations, and that a passing verdict covers it.
+    """Check every byte of an artifact and its attestations, and look for a registered version or a passing report.
 
     The exit code is 0 only if all checks succeed.
     """

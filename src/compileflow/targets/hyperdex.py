@@ -73,7 +73,7 @@ class HyperdexTarget:
     name: ClassVar[str] = "hyperdex"
     version: ClassVar[int] = 1
     summary: ClassVar[str] = (
-        "HyperAccel's HyperDex for LPUs; rows of any length; HyperAccel documents only decoders"
+        "HyperAccel's HyperDex for LPUs; rows of any length; for encoders, though only decoders are documented"
     )
     Options: ClassVar[type[TargetOptions]] = HyperdexOptions
     # The LPU computes in FP16; HyperDex has no argument for it. The documentation requires a device to compile.
