@@ -75,13 +75,14 @@ def page(lines: Mapping[str, Line | None]) -> str:
         "Versions: " + ", ".join(names) + ".\n",
         *([f"{missing} of {len(lines)} checks have no result yet.\n"] if missing else []),
         *([f"{failed} of {len(lines)} checks ended without a result.\n"] if failed else []),
-        *([f"{older} of {len(lines)} results are older than the suite or the measurements.\n"] if older else []),
+        *([f"{older} of {len(made)} results are older than the suite or the measurements.\n"] if older else []),
         "## Summary\n",
         _summary(faults, made),
         "## Faults by the part at fault\n",
         _by_kind(faults),
         "## Gates that name the faults\n",
-        "One gate names each verdict. The errors refuse an artifact before it is measured.\n",
+        "Each refused artifact counts once: under the gate that its verdict names, or under the error that\n"
+        "refused it before it was measured.\n",
         _by_gate(faults),
         "## Honest compiles\n",
         _honest(honest),
@@ -99,12 +100,13 @@ This page is generated. It shows how often a verdict is wrong, in both direction
 
 **Faults** are planted on purpose, one in each artifact: in weights, graphs, interface files, manifests, and in
 what a graph does from call to call. A fault is **visible** if it changes an answer of the pipeline: a text, a
-label, a place or an error; a score by 0.001; or an embedding by a thousandth of its length. The answers are those
-to inputs that a validation does not have. At least {caught:.0%} of the visible faults must fail, and a gate that
-stands for the fault must be among those that fail.
+label, a place or an error; a score by 0.001; or an embedding by a thousandth of its length. The benchmark looks
+for such changes on inputs that the validation does not use. At least {caught:.0%} of the visible faults must fail,
+and a gate that stands for the fault must be among those that fail.
 
-**Honest compiles** are compiles without a fault, of small models with random, initial and trained weights. No
-honest fp32 compile may be refused, and at most {bf16:.0%} of the bf16 ones.
+**Honest compiles** are compiles without a fault, most of them of small models with three kinds of weights: large
+random ones, those that transformers gives a new model, and trained ones. No honest fp32 compile may be refused,
+and at most {bf16:.0%} of the bf16 ones.
 
 Regenerate the page with `make mutation`, which fails if a limit is missed. The results are kept in `.mutation/`; a
 run continues where it stopped.
@@ -135,7 +137,7 @@ def _has_no_result(line: Line) -> bool:
 
 
 def _share(part: int, whole: int) -> str:
-    return f"{part} of {whole} ({part / whole:.1%})" if whole else "none"
+    return f"{part} of {whole} ({part / whole:.1%})" if whole else "not measured yet"
 
 
 def _summary(faults: Sequence[Line], made: Sequence[Line]) -> str:
