@@ -42,8 +42,8 @@ def page(classes: Sequence[ModelClass], results: Results) -> str:
         f"<!-- classes: {list_digest()} -->\n",
         "Versions: " + ", ".join(sorted({name for version in versions for name in _names(version)})) + ".\n",
         "## Summary\n",
-        "Each cell says how many classes work, of those that have been run and that transformers can build and "
-        "run.\n",
+        "Each cell counts the classes that work, out of the classes that the sweep has tried and that "
+        "transformers can build and call.\n",
         *([progress] if missing else []),
         _summary(classes, lines),
         "## Architectures that the optimum projects test\n",
@@ -71,9 +71,9 @@ at most {roundings} times the rounding of transformers' own answers, up to {larg
 compileflow says in one line, before anything is compiled, why it cannot compile it. A class **fails** if its
 compile ends with another error, if it does not answer in time, or if it answers differently.
 
-The sweep covers onnx-runtime and openvino for every class, and torchscript and aot-inductor for every third
-class. A dash means that a combination is not planned, `not run` that the sweep has not reached it. A blank cell in
-the tables of classes means that transformers itself cannot build or run the class here.
+The sweep plans onnx-runtime and openvino for every class, and torchscript and aot-inductor for every third
+class. A dash means that a combination is not planned. `not run` means that the sweep has not reached it yet. A
+blank cell in the tables of classes means that transformers itself cannot build or run the class here.
 
 Regenerate the page with `make architectures`. The sweep keeps its results in `.architectures/` and continues where
 it stopped; it takes hours on two cores.
