@@ -19,7 +19,7 @@ from benchmarks.mutation.faults.healthy import (
     OPENVINO,
     TAGGER,
 )
-from benchmarks.mutation.faults.onnx_graphs import after, before, constant, node
+from benchmarks.mutation.faults.onnx_graphs import after, constant, ignore_mask, node
 from benchmarks.mutation.faults.openvino_graphs import change_output, operators
 from benchmarks.mutation.surgery import Weights
 from compileflow.spec import Precision
@@ -45,13 +45,7 @@ def logits_are_half_as_large_again(model: Any) -> None:
 
 @in_onnx(INT8_CLASSIFIER, *MASK, *NUMBERS, *DECISIONS, kind="int8")
 def mask_is_ignored_at_int8(model: Any) -> None:
-    zero, one = constant(model, "zero", np.int64(0)), constant(model, "one", np.int64(1))
-    before(
-        model,
-        "attention_mask",
-        node("Mul", ["attention_mask", zero], "zeros_of_mask"),
-        node("Add", ["zeros_of_mask", one], "ones_of_mask"),
-    )
+    ignore_mask(model)
 
 
 @in_onnx(INT8_EMBEDDER, *EMBEDDINGS, kind="int8")

@@ -100,8 +100,8 @@ def rows_of_one_to_three_tokens_are_wrong(model: Any) -> None:
     negate_where(model, "last_hidden_state", [*more, node("Not", ["more"], "few")])
 
 
-@in_onnx(onnx(CLASSIFIER), *MASK, *NUMBERS)
-def mask_is_ignored(model: Any) -> None:
+def ignore_mask(model: Any) -> None:
+    """Let every token count, whatever the mask says."""
     zero, one = constant(model, "zero", np.int64(0)), constant(model, "one", np.int64(1))
     before(
         model,
@@ -109,6 +109,11 @@ def mask_is_ignored(model: Any) -> None:
         node("Mul", ["attention_mask", zero], "zeros_of_mask"),
         node("Add", ["zeros_of_mask", one], "ones_of_mask"),
     )
+
+
+@in_onnx(onnx(CLASSIFIER), *MASK, *NUMBERS)
+def mask_is_ignored(model: Any) -> None:
+    ignore_mask(model)
 
 
 @in_onnx(onnx(CLASSIFIER), *MASK, *NUMBERS, kind="run time")
@@ -193,13 +198,7 @@ def sounds_are_clipped(model: Any) -> None:
 
 @in_onnx(onnx(PICTURES_AND_TEXTS), *MASK, *NUMBERS)
 def labels_of_pictures_lose_their_mask(model: Any) -> None:
-    zero, one = constant(model, "zero", np.int64(0)), constant(model, "one", np.int64(1))
-    before(
-        model,
-        "attention_mask",
-        node("Mul", ["attention_mask", zero], "zeros_of_mask"),
-        node("Add", ["zeros_of_mask", one], "ones_of_mask"),
-    )
+    ignore_mask(model)
 
 
 @in_onnx(onnx(PICTURES_AND_TEXTS), *DECISIONS, *NUMBERS)
