@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 _ANSWER = "result.json"
+# A check that waits instead of computing is ended after its time limit times this factor.
+_WAITING_FACTOR = 5
 # Modules that are slow to import and that every compile needs.
 COMPILE_MODULES = (
     "compileflow.steps.build",
@@ -54,8 +56,8 @@ class Check(Protocol):
         """Fields of the result that identify the check."""
 
     @property
-    def time_limit_s(self) -> float:
-        """Seconds after which the check is ended."""
+    def time_limit_s(self) -> int:
+        """Seconds of processor time after which the check is ended, so that a busy machine does not end it."""
 
     def run(self, folder: Path) -> dict[str, Any]:
         """Make the check in an empty folder, and return the fields of its result. Runs in a child process."""
@@ -161,18 +163,22 @@ class _Child:
             _run_child(check, self._folder)
 
     def has_ended(self) -> bool:
-        """Return True once the child has ended, and end it at the time limit."""
+        """Return True once the child has ended, and end it if it has waited for too long."""
         done, status = os.waitpid(self._pid, os.WNOHANG)
         if done:
-            signalled = os.WIFSIGNALED(status)
-            reason = (
-                signal.Signals(os.WTERMSIG(status)).name if signalled else f"exit code {os.WEXITSTATUS(status)}"
-            )
-            self._ending = f"the process ended: {reason}"
-        elif time.monotonic() - self._began > self.check.time_limit_s:
+            self._ending = self._reason(status)
+        elif time.monotonic() - self._began > self.check.time_limit_s * _WAITING_FACTOR:
             self.kill()
-            self._ending = f"no answer within {self.check.time_limit_s} s"
+            self._ending = f"no answer within {self.check.time_limit_s * _WAITING_FACTOR} s"
         return bool(self._ending)
+
+    def _reason(self, status: int) -> str:
+        if not os.WIFSIGNALED(status):
+            return f"the process ended: exit code {os.WEXITSTATUS(status)}"
+        ending = signal.Signals(os.WTERMSIG(status))
+        if ending == signal.SIGXCPU:
+            return f"no answer within {self.check.time_limit_s} s of processor time"
+        return f"the process ended: {ending.name}"
 
     def kill(self) -> None:
         """End the child and the processes that it has started."""
@@ -202,6 +208,7 @@ def _run_child(check: Check, folder: Path) -> None:
     try:
         warnings.simplefilter("ignore")
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_CPU, (check.time_limit_s, check.time_limit_s + 1))
         (folder / "tmp").mkdir()
         tempfile.tempdir = os.environ["TMPDIR"] = str(folder / "tmp")
         result = check.run(folder)

@@ -82,7 +82,7 @@ class _ClassCheck:
         }
 
     @property
-    def time_limit_s(self) -> float:
+    def time_limit_s(self) -> int:
         return _TIME_LIMIT_S.get(self.target, _DEFAULT_TIME_LIMIT_S)
 
     def run(self, folder: Path) -> dict[str, Any]:

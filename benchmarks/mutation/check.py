@@ -54,8 +54,8 @@ class FaultCheck:
         }
 
     @property
-    def time_limit_s(self) -> float:
-        """Seconds after which the check is ended."""
+    def time_limit_s(self) -> int:
+        """Seconds of processor time after which the check is ended."""
         return _TIME_LIMIT_S
 
     def run(self, folder: Path) -> dict[str, Any]:
@@ -115,8 +115,8 @@ class HonestCheck:
         }
 
     @property
-    def time_limit_s(self) -> float:
-        """Seconds after which the check is ended."""
+    def time_limit_s(self) -> int:
+        """Seconds of processor time after which the check is ended."""
         return _TIME_LIMIT_S
 
     def run(self, folder: Path) -> dict[str, Any]:
