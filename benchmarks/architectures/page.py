@@ -43,7 +43,7 @@ def page(classes: Sequence[ModelClass], results: Results) -> str:
         "Versions: " + ", ".join(sorted({name for version in versions for name in _names(version)})) + ".\n",
         "## Summary\n",
         "Each cell counts the classes that work, out of the classes that the sweep has tried and that "
-        "transformers can build and call.\n",
+        "transformers can build and call. `none` means that none has been tried.\n",
         *([progress] if missing else []),
         _summary(classes, lines),
         "## Architectures that the optimum projects test\n",

@@ -68,14 +68,13 @@ def page(lines: Mapping[str, Line | None]) -> str:
     older = sum(line is not None and line["key"] != key for key, line in lines.items())
     faults = [line for line in made if line["check"] == "fault" and not _has_no_result(line)]
     honest = [line for line in made if line["check"] == "honest"]
-    missing = len(lines) - len(made)
     names = sorted({name for line in made for name in _names(line["versions"])})
     parts = [
         _INTRODUCTION.format(caught=LEAST_CAUGHT, bf16=MOST_REFUSED["bf16"]),
         "Versions: " + ", ".join(names) + ".\n",
-        *([f"{missing} of {len(lines)} checks have no result yet.\n"] if missing else []),
-        *([f"{failed} of {len(lines)} checks ended without a result.\n"] if failed else []),
-        *([f"{older} of {len(made)} results are older than the suite or the measurements.\n"] if older else []),
+        f"{len(made)} of {len(lines)} checks have been run.\n",
+        *([f"{failed} of these {len(made)} ended without a verdict.\n"] if failed else []),
+        *([f"{older} of these {len(made)} are older than the suite or the measurements.\n"] if older else []),
         "## Summary\n",
         _summary(faults, made),
         "## Faults by the part at fault\n",
@@ -189,7 +188,16 @@ def _by_kind(faults: Sequence[Line]) -> str:
                 sum(map(is_caught, group)) - caught,
             )
         )
-    header = ("part", "planted", "visible", "fail", "by a gate for them", "warn", "pass", "fail, but not visible")
+    header = (
+        "part",
+        "planted",
+        "visible",
+        "visible: fail",
+        "visible: by a gate for them",
+        "visible: warn",
+        "visible: pass",
+        "fail, but not visible",
+    )
     return _table(header, rows)
 
 

@@ -22,7 +22,7 @@ def import_older(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Prove a pipeline that the older library saved against its uncompiled pipeline, and store it as an artifact.
+    """Compare a pipeline that the older library saved with its uncompiled pipeline, and store it with its verdict.
 
     Nothing is compiled again. The exit code is 0 only if the verdict is pass or warn.
     """
