@@ -28,6 +28,7 @@ def validate(source: FetchedSource, artifact: CompiledArtifact, request: Compile
         store_uri=settings.resolved_store_uri(request.store_uri),
         settings=settings,
         timeout_s=request.timeouts.validate_s,
+        request=request,
         enabled=request.steps.validate,
         trust_remote_code=request.trust_remote_code,
         on_progress=logger.info,

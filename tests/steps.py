@@ -72,6 +72,7 @@ class Pipeline:
             store_uri=self.store_uri,
             settings=self.settings,
             timeout_s=600,
+            request=request,
             enabled=request.steps.validate,
             on_progress=self.lines.append,
         )

@@ -68,7 +68,7 @@ class FaultCheck:
             self.fault.plant(planting)
         except CompileflowError as error:
             return _refused("plant", error) | {"visible": ""}
-        result = proof(source_dir, planting.artifact_dir, folder / "report")
+        result = proof(healthy, source_dir, planting.artifact_dir, folder / "report")
         mask_token = _mask_token(source_dir) if healthy.source.hf_task.takes_text else None
         before = user_answers(healthy_dir, mask_token)
         return result | {"visible": visible_difference(before, user_answers(planting.artifact_dir, mask_token))}
@@ -128,7 +128,7 @@ class HonestCheck:
             build_artifact(self.healthy.request(source_dir) | {"out_dir": str(artifact_dir)})
         except CompileflowError as error:
             return _refused("compile", error)
-        return proof(source_dir, artifact_dir, folder / "report")
+        return proof(self.healthy, source_dir, artifact_dir, folder / "report")
 
     def ended(self, folder: Path, reason: str) -> dict[str, Any]:
         """Return the result of a child that died."""
@@ -149,7 +149,7 @@ def _healthy_compile(healthy: Healthy, shared_dir: Path) -> tuple[Path, Path]:
     return source_dir, compile_once(healthy.request(source_dir), shared_dir)
 
 
-def proof(source_dir: Path, artifact_dir: Path, report_dir: Path) -> dict[str, Any]:
+def proof(healthy: Healthy, source_dir: Path, artifact_dir: Path, report_dir: Path) -> dict[str, Any]:
     """Prove an artifact as the validate step does; return the outcome, the reason and the gates that failed."""
     report_dir.mkdir()
     validation = ValidationSettings(latency_pairs=_LATENCY_PAIRS)
@@ -159,6 +159,7 @@ def proof(source_dir: Path, artifact_dir: Path, report_dir: Path) -> dict[str, A
                 "source_dir": str(source_dir),
                 "artifact_dir": str(artifact_dir),
                 "artifact_uri": artifact_dir.as_uri(),
+                "spec": healthy.request(source_dir)["spec"],
                 "report_dir": str(report_dir),
                 "validation": validation.model_dump(mode="json"),
                 "threads": 1,

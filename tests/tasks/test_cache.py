@@ -172,6 +172,14 @@ def test_refused_artifact_is_measured_again(pipeline: Pipeline, model: Path) -> 
     assert pipeline.counts["validate"] == 2
 
 
+def test_an_artifact_of_another_request_fails(pipeline: Pipeline, model: Path) -> None:
+    artifact = pipeline.compile(pipeline.request(model))
+    longer_request = pipeline.request(model, shape_buckets=[{"batch_size": 1, "sequence_length": 32}])
+    validated = pipeline.validate(longer_request, artifact)
+    assert validated.outcome == "fail"
+    assert "manifest_claims" in validated.reason
+
+
 def test_steps_that_are_off_reuse_earlier_results(pipeline: Pipeline, model: Path) -> None:
     version = pipeline.run(pipeline.request(model))
     shutil.rmtree(model)

@@ -22,7 +22,7 @@ from compileflow.serving.component import LoadedComponent
 from compileflow.source_model.interface import SourceModel
 from compileflow.source_model.load import load_source_model
 from compileflow.source_model.tasks import UNMASKED_TASKS
-from compileflow.spec import ComponentSpec, HfTask, Precision
+from compileflow.spec import CompileSpec, ComponentSpec, HfTask, Precision
 from compileflow.steps.claims import claimed_length, expected_claims
 from compileflow.validation.cases import raw
 from compileflow.validation.judge import gates_for
@@ -108,10 +108,13 @@ def _source_model(source_dir: Path, task: HfTask) -> SourceModel:
     return load_source_model(source_dir, task)
 
 
-def _measured(source_dir: Path, artifact_dir: Path, component: str = "default") -> Measurements:
+def _measured(
+    source_dir: Path, artifact_dir: Path, component: str = "default", *, requested: CompileSpec | None = None
+) -> Measurements:
     """Measure everything around the graph of an artifact."""
     artifact = open_artifact(artifact_dir)
-    claims = expected_claims(artifact, _source_model(source_dir, artifact.manifest.hf_task), source_dir)
+    requested = requested or artifact.manifest.spec
+    claims = expected_claims(artifact, _source_model(source_dir, requested.hf_task), source_dir, requested)
     longest = max(map(claimed_length, claims.values()))
     whole, measurements = WholeArtifact(artifact, source_dir), Measurements()
     loaded = LoadedComponent.load(artifact, component=component, threads=1)
@@ -233,6 +236,11 @@ CLAIM_FAULTS = {
     "other precision": (CLASSIFY, _updated(precision="bf16"), "precision: expected fp32, the manifest says bf16"),
     "fewer words": (CLASSIFY, _updated(vocab_size=50), "vocab_size: expected"),
 }  # fmt: skip
+SPEC_FAULTS = {
+    "hf_task": ("text-ranking", "spec.hf_task: expected text-classification, the manifest says text-ranking"),
+    "precision": ("bf16", "spec.precision: expected fp32, the manifest says bf16"),
+    "target_options": ({"strict": True}, "spec.target_options: expected {}, the manifest says {'strict': True}"),
+}
 
 
 @pytest.mark.parametrize("fault", FILE_FAULTS)
@@ -255,6 +263,21 @@ def test_a_wrong_claim_of_the_manifest_is_named(compiled: Compile, tmp_path: Pat
     measurements = _measured(healthy.source_dir, artifact_dir)
     assert _first_gate(measurements, task) == "manifest_claims"
     assert measurements.details["manifest_claims"].startswith(says), measurements.details
+
+
+@pytest.mark.parametrize("field", SPEC_FAULTS)
+def test_an_artifact_of_another_request_is_named(compiled: Compile, tmp_path: Path, field: str) -> None:
+    value, says = SPEC_FAULTS[field]
+    healthy = compiled(CLASSIFY)
+
+    def edit(manifest: dict[str, Any]) -> None:
+        manifest["spec"][field] = value
+
+    artifact_dir = _edited(healthy.artifact_dir, tmp_path / "artifact", MANIFEST_NAME, edit)
+    requested = open_artifact(healthy.artifact_dir).manifest.spec
+    measurements = _measured(healthy.source_dir, artifact_dir, requested=requested)
+    assert _first_gate(measurements, CLASSIFY) == "manifest_claims"
+    assert says in measurements.details["manifest_claims"]
 
 
 @pytest.mark.parametrize(

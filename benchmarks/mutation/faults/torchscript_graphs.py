@@ -296,7 +296,7 @@ def _validated_rows(planting: Planting) -> set[int]:
         return run(component, inputs)
 
     with _replaced(LoadedComponent, "run", spy):
-        proof(planting.source_dir, planting.healthy_dir, planting.work_dir / "report")
+        proof(planting.healthy, planting.source_dir, planting.healthy_dir, planting.work_dir / "report")
     return keys
 
 

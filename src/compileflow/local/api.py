@@ -280,6 +280,7 @@ def _prove(source: FetchedSource, artifact: CompiledArtifact, request: CompileRe
         store_uri=settings.resolved_store_uri(),
         settings=settings,
         timeout_s=request.timeouts.validate_s,
+        request=request,
         trust_remote_code=request.trust_remote_code,
     )
     logger.info("%s for %s: %s", source.uri, request.target, validated.reason)

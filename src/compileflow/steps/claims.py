@@ -12,13 +12,15 @@ from compileflow.contracts import ComponentRecord, TensorRecord
 from compileflow.errors import SpecError
 from compileflow.source_model.interface import SourceModel
 from compileflow.source_model.load import load_config, tokenizer_or_none
-from compileflow.spec import ShapeBucket
+from compileflow.spec import CompileSpec, ShapeBucket
 from compileflow.steps.plan import plan_components, source_limits
 from compileflow.validation.measure.interface import Claims
 
 
-def expected_claims(artifact: OpenArtifact, source_model: SourceModel, source_dir: Path) -> dict[str, Claims]:
-    """Return what the manifest says about each component, beside what the source model and the spec say.
+def expected_claims(
+    artifact: OpenArtifact, source_model: SourceModel, source_dir: Path, requested: CompileSpec
+) -> dict[str, Claims]:
+    """Return what the manifest says about each component, beside what the source model and the request say.
 
     Older manifests lack some claims, and what `import_older` writes follows the older library.
     """
@@ -32,15 +34,16 @@ def expected_claims(artifact: OpenArtifact, source_model: SourceModel, source_di
     claims: dict[str, Claims] = {}
     for name, record in manifest.components.items():
         component_claims: dict[str, tuple[Any, Any]] = {
+            **_spec_claims(requested, spec),
             "architecture": (architecture, manifest.source.architecture),
             "precision": (spec.precision.value, record.precision.value),
             "dynamic_axes": (get_target(spec.target).capabilities.dynamic_axes, record.dynamic_axes),
         }
-        requested = next(component for component in spec.components if component.name == name)
+        component = next(component for component in spec.components if component.name == name)
         try:
             # Whether the target takes a model that no padding leaves alone was decided before the compile.
             (plan,) = plan_components(
-                spec.model_copy(update={"components": (requested,)}),
+                spec.model_copy(update={"components": (component,)}),
                 get_target(spec.target),
                 limits,
                 threads=1,
@@ -56,6 +59,12 @@ def expected_claims(artifact: OpenArtifact, source_model: SourceModel, source_di
             component_claims |= _graph_claims(source_model, record)
         claims[name] = component_claims
     return claims
+
+
+def _spec_claims(requested: CompileSpec, actual: CompileSpec) -> dict[str, tuple[Any, Any]]:
+    """Return the fields of the request that decide the artifact, beside those of the manifest."""
+    expected_fields, actual_fields = requested.model_dump(mode="json"), actual.model_dump(mode="json")
+    return {f"spec.{name}": (value, actual_fields[name]) for name, value in expected_fields.items()}
 
 
 def _graph_claims(source_model: SourceModel, record: ComponentRecord) -> dict[str, tuple[Any, Any]]:

@@ -28,7 +28,7 @@ from compileflow.source_model.load import load_config, load_source_model, load_t
 from compileflow.source_model.processor import LONGEST_S, image_inputs, load_processor, longest_signal
 from compileflow.source_model.sentence_modules import read_recipe
 from compileflow.source_model.token_rows import token_rows
-from compileflow.spec import HfTask, Precision
+from compileflow.spec import CompileSpec, HfTask, Precision
 from compileflow.steps.claims import claimed_length, expected_claims
 from compileflow.validation import measure as measuring
 from compileflow.validation.cases import Case
@@ -89,7 +89,8 @@ def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
     ]
     source_model = load_source_model(source_dir, spec.hf_task, trust_remote_code=trust_remote_code)
     report_progress("comparing files, tokens and processor outputs with the source model's")
-    claims = expected_claims(artifact, source_model, source_dir)
+    requested = CompileSpec.model_validate(request["spec"]) if request.get("spec") else spec
+    claims = expected_claims(artifact, source_model, source_dir, requested)
     whole_artifact = WholeArtifact(artifact, source_dir, validation.examples_path)
     shared = Measurements()
     whole_artifact.measure_shared(shared, max_length=max(map(claimed_length, claims.values())))

@@ -162,6 +162,7 @@ class StepRunner:
                 store_uri=self._store_uri,
                 settings=self._settings,
                 timeout_s=self._request.timeouts.validate_s,
+                request=self._request,
                 enabled=self._request.steps.validate,
                 trust_remote_code=self._request.trust_remote_code,
                 on_progress=show,

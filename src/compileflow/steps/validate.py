@@ -14,12 +14,15 @@ from compileflow._process.run_in_child import run_in_child
 from compileflow.artifact.manifest import read_manifest
 from compileflow.catalog import get_target, open_store
 from compileflow.contracts import ACCEPTED_OUTCOMES, ArtifactStore
+from compileflow.contracts.digests import json_digest
 from compileflow.errors import MeasurementError, StepOffError
 from compileflow.settings import Settings
-from compileflow.spec import HfTask
+from compileflow.spec import CompileSpec, HfTask
 from compileflow.steps.attest import Attester
 from compileflow.steps.cache import CacheKey, find_or_make
+from compileflow.steps.compile import spec_of
 from compileflow.steps.plan import check_timed_shapes
+from compileflow.steps.request import CompileRequest
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
 from compileflow.validation.cases import load_examples, signals_digest
 from compileflow.validation.judge.suite import suite_digest
@@ -41,12 +44,14 @@ def validate_artifact(
     store_uri: str,
     settings: Settings,
     timeout_s: float,
+    request: CompileRequest | None = None,
     enabled: bool = True,
     trust_remote_code: bool = False,
     on_progress: Callable[[str], None] = logger.info,
 ) -> ValidatedArtifact:
     """Measure and judge an artifact, or return the cached verdict of the same key.
 
+    The artifact must be what `request` asks for; without one, only the source model says what it must be.
     Only the verdicts pass and warn are cached. A refused artifact is measured again, because the machine may have
     been at fault. Python files of the source model and of the artifact run only with `trust_remote_code`.
 
@@ -70,11 +75,12 @@ def validate_artifact(
         manifest = read_manifest(artifact_dir)
         longest = max(component.max_sequence_length for component in manifest.components.values())
         check_timed_shapes(validation.latency_shapes, longest)
+        spec = spec_of(request, source_dir, card_task=source.hf_task) if request else None
         key = CacheKey(
             STEP,
             f"{source.uri} for {manifest.target.name}",
             _key_parts(
-                source, artifact, validation, manifest.hf_task, get_target(manifest.target.name).toolchain()
+                source, artifact, spec, validation, manifest.hf_task, get_target(manifest.target.name).toolchain()
             ),
         )
 
@@ -89,6 +95,7 @@ def validate_artifact(
                         "artifact_dir": str(artifact_dir),
                         "artifact_uri": artifact.uri,
                         "report_dir": str(work / "report"),
+                        "spec": spec.model_dump(mode="json") if spec else None,
                         "validation": validation.model_dump(mode="json"),
                         "threads": settings.threads,
                         "trust_remote_code": trust_remote_code,
@@ -161,6 +168,7 @@ def report_on(store: ArtifactStore, artifact_digest: str) -> ValidatedArtifact |
 def _key_parts(
     source: FetchedSource,
     artifact: CompiledArtifact,
+    spec: CompileSpec | None,
     validation: ValidationSettings,
     hf_task: HfTask,
     toolchain: Mapping[str, str],
@@ -168,6 +176,7 @@ def _key_parts(
     parts = {
         "artifact": artifact.digest,
         "source model": source.digest,
+        "request": json_digest(spec.model_dump(mode="json")) if spec else "none",
         "suite": suite_digest(),
         "test files": source.test_files_digest or "none",
         "measurement version": str(MEASUREMENT_VERSION),
