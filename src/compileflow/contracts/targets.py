@@ -6,7 +6,7 @@ write one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -246,6 +246,33 @@ class Target(Protocol):
         Raises:
             LoadError: The component cannot run on this machine.
             TargetUnavailableError: The runtime is not installed.
+        """
+
+
+@runtime_checkable
+class ObservableTarget(Protocol):
+    """A target that also gives the tensors inside a compiled graph, which show where a fault begins. Optional."""
+
+    def observe(
+        self,
+        component_dir: Path,
+        component: ComponentRecord,
+        inputs: Mapping[str, NDArray[Any]],
+        *,
+        threads: int | None,
+        parts: int = 1,
+    ) -> Iterator[Arrays]:
+        """Run a compiled component once, and yield the floating-point tensors that follow from its inputs.
+
+        Args:
+            component_dir: Folder that `compile` wrote.
+            component: Record of the component in the manifest.
+            inputs: Inputs of `Runner.run`.
+            threads: Number of threads for the runtime. None: the runtime decides.
+            parts: Number of parts in which the tensors are computed, so that one part at a time is in memory.
+
+        Yields:
+            The tensors of each part by any name, and in the end the outputs of the component by their names.
         """
 
 

@@ -17,6 +17,7 @@ from compileflow.spec import Precision
 __all__ = [
     "cpu_features",
     "environment",
+    "in_parts",
     "installed_versions",
     "lacking_precisions",
     "library_errors",
@@ -29,6 +30,7 @@ __all__ = [
     "undisturbed_process",
 ]
 
+Item = TypeVar("Item")
 Loaded = TypeVar("Loaded")
 
 
@@ -108,6 +110,13 @@ def library_errors(problem: str, *, hint: str) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise LoadError(f"{problem}: {type(error).__name__}: {first_line(error)}.", hint=hint) from error
+
+
+def in_parts(items: Sequence[Item], parts: int) -> Iterator[Sequence[Item]]:
+    """Split items into at most `parts` parts of nearly equal size, in order."""
+    size = max(1, -(-len(items) // parts))
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
 
 
 def require_open(loaded: Loaded | None) -> Loaded:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -25,6 +25,7 @@ from compileflow.contracts import (
 )
 from compileflow.contracts.toolkit import (
     environment,
+    in_parts,
     installed_versions,
     load_error,
     probe_installed,
@@ -42,6 +43,7 @@ from compileflow.source_model import (
     load_source_model,
 )
 from compileflow.source_model.free_batch import free_batch, free_repeats
+from compileflow.source_model.whole_rows import whole_rows
 from compileflow.spec import HfTask, Precision
 
 _FILE = "model.onnx"
@@ -50,6 +52,7 @@ _WRONG_OPTIMIZERS = ["Pad_Fusion"]
 # The newest one that the tracing exporter writes by default.
 _TRACED_OPSET = 18
 _COMPILE_NEEDS = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
+_FLOAT_TYPES = ("tensor(float)", "tensor(float16)", "tensor(double)")
 
 
 class OnnxRuntimeOptions(TargetOptions):
@@ -126,7 +129,7 @@ class OnnxRuntimeTarget:
             if options.exporter == "trace":
                 model = _trace(source_model, example, options, component.precision)
             else:
-                model = _export(source_model, example, options, quantizer)
+                model = _export(source_model, example, options, quantizer, component.max_sequence_length)
         source_model.check_outputs({value.name for value in model.graph.outputs}, "the ONNX exporter")
         report_progress("writing the ONNX graph")
         import onnx_ir
@@ -138,25 +141,64 @@ class OnnxRuntimeTarget:
         self, component_dir: Path, component: ComponentRecord, *, device: Device, threads: int | None
     ) -> Runner:
         """Open an inference session; ONNX Runtime optimizes the graph for this CPU."""
-        # Otherwise a thread sends usage data, and a process that is forked later waits for that thread at its end.
-        with environment(ORT_DISABLE_TELEMETRY="1"):
-            import onnxruntime
-
-        settings = onnxruntime.SessionOptions()
-        settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-        settings.log_severity_level = 3
-        if threads is not None:
-            settings.intra_op_num_threads = threads
-        try:
-            session = onnxruntime.InferenceSession(
-                str(component_dir / _FILE),
-                settings,
-                providers=["CPUExecutionProvider"],
-                disabled_optimizers=_WRONG_OPTIMIZERS,
-            )
-        except Exception as error:
-            raise load_error(_FILE, f"onnxruntime {onnxruntime.__version__}", error) from error
+        session = _session(str(component_dir / _FILE), component_dir, threads)
         return _OnnxRuntimeRunner(session, component)
+
+    def observe(
+        self,
+        component_dir: Path,
+        component: ComponentRecord,
+        inputs: Mapping[str, NDArray[Any]],
+        *,
+        threads: int | None,
+        parts: int = 1,
+    ) -> Iterator[Arrays]:
+        """Run the graph with the tensors between its nodes as further outputs."""
+        import onnx
+
+        model = onnx.load(str(component_dir / _FILE), load_external_data=False)
+        outputs = [record.name for record in component.outputs]
+        reached = {value.name for value in model.graph.input}
+        inner_names = []
+        for node in model.graph.node:
+            if reached.intersection(node.input):
+                names = [name for name in node.output if name and name not in outputs]
+                reached.update(names)
+                inner_names += names
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in inner_names)
+        session = _session(model.SerializeToString(), component_dir, threads)
+        runner = _OnnxRuntimeRunner(session, component)
+        floats = {value.name for value in session.get_outputs() if value.type in _FLOAT_TYPES}
+        for names in in_parts([name for name in inner_names if name in floats], parts):
+            yield runner.fetch(names, inputs)
+        yield runner.run(inputs)
+
+
+def _session(model: str | bytes, component_dir: Path, threads: int | None) -> Any:
+    """Open an inference session for a file, or for a model in memory whose weights are in `component_dir`.
+
+    Raises:
+        LoadError: ONNX Runtime does not accept the model.
+    """
+    # Otherwise a thread sends usage data, and a process that is forked later waits for that thread at its end.
+    with environment(ORT_DISABLE_TELEMETRY="1"):
+        import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    settings.log_severity_level = 3
+    if isinstance(model, bytes):
+        settings.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(component_dir)
+        )
+    if threads is not None:
+        settings.intra_op_num_threads = threads
+    try:
+        return onnxruntime.InferenceSession(
+            model, settings, providers=["CPUExecutionProvider"], disabled_optimizers=_WRONG_OPTIMIZERS
+        )
+    except Exception as error:
+        raise load_error(_FILE, f"onnxruntime {onnxruntime.__version__}", error) from error
 
 
 class _OnnxRuntimeRunner:
@@ -169,9 +211,13 @@ class _OnnxRuntimeRunner:
         self._inputs = {value.name for value in session.get_inputs()}
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+        return self.fetch(self._names, inputs)
+
+    def fetch(self, names: Sequence[str], inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+        """Return the named outputs of the graph."""
         session = require_open(self._session)
         graph_inputs = {name: value for name, value in inputs.items() if name in self._inputs}
-        return dict(zip(self._names, session.run(self._names, graph_inputs), strict=True))
+        return dict(zip(names, session.run(names, graph_inputs), strict=True))
 
     def close(self) -> None:
         self._session = None
@@ -269,7 +315,11 @@ def _trace(
 
 
 def _export(
-    source_model: SourceModel, example: Mapping[str, Any], options: OnnxRuntimeOptions, quantizer: Any
+    source_model: SourceModel,
+    example: Mapping[str, Any],
+    options: OnnxRuntimeOptions,
+    quantizer: Any,
+    longest: int,
 ) -> Any:
     import torch
     from transformers.exporters import OnnxConfig, OnnxExporter
@@ -285,7 +335,12 @@ def _export(
     # The exporter warns that it was tested with an older torch, and torch.export warns about itself.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), torch.no_grad(), free_batch():
+        with (
+            warnings.catch_warnings(),
+            torch.no_grad(),
+            free_batch(),
+            whole_rows(source_model.model, longest),
+        ):
             warnings.simplefilter("ignore")
             return OnnxExporter().export(source_model.model, dict(example), config).program
     except Exception as error:

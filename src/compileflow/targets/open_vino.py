@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -28,6 +28,7 @@ from compileflow.contracts import (
 )
 from compileflow.contracts.toolkit import (
     environment,
+    in_parts,
     installed_versions,
     lacking_precisions,
     load_error,
@@ -47,6 +48,7 @@ from compileflow.source_model import (
     load_source_model,
 )
 from compileflow.source_model.free_batch import free_batch
+from compileflow.source_model.whole_rows import whole_rows
 from compileflow.spec import HfTask, Precision
 
 _FILE = "model.xml"
@@ -137,7 +139,7 @@ class OpenVinoTarget:
             if options.exporter == "trace":
                 model = _trace(source_model, example, component.precision)
             else:
-                model = _export(source_model, example, component.precision, options.quantization, calibration)
+                model = _export(source_model, example, component, options.quantization, calibration)
             output_names = {name for port in model.outputs for name in port.get_names()}
             source_model.check_outputs(output_names, "the OpenVINO exporter")
             report_progress("writing the IR")
@@ -162,22 +164,82 @@ class OpenVinoTarget:
         """Compile the IR for this CPU, in exactly the precision of the artifact."""
         import openvino
 
-        hint = str(component.load_options["performance_hint"])
-        settings: dict[str, Any] = {
-            "PERFORMANCE_HINT": hint.upper(),
-            "INFERENCE_PRECISION_HINT": _HINTS[component.precision],
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": component.load_options["dynamic_quantization_group_size"],
-        }
-        if threads is not None:
-            settings["INFERENCE_NUM_THREADS"] = threads
-            settings["NUM_STREAMS"] = threads if hint == "throughput" else 1
-        try:
-            with undisturbed_process():
-                model = openvino.Core().compile_model(str(component_dir / _FILE), "CPU", settings)
-        except Exception as error:
-            runtime = f"openvino {openvino.__version__}"
-            raise load_error(_FILE, runtime, error, reason=_reason(error)) from error
-        return _OpenVinoRunner(model, component)
+        path = str(component_dir / _FILE)
+        return _OpenVinoRunner(_compiled(openvino.Core(), path, component, threads), component)
+
+    def observe(
+        self,
+        component_dir: Path,
+        component: ComponentRecord,
+        inputs: Mapping[str, NDArray[Any]],
+        *,
+        threads: int | None,
+        parts: int = 1,
+    ) -> Iterator[Arrays]:
+        """Run the graph with the tensors between its operations as further outputs, once for each part."""
+        import openvino
+
+        core, path = openvino.Core(), str(component_dir / _FILE)
+        for part in in_parts(_inner_positions(core.read_model(path)), parts):
+            model = core.read_model(path)
+            first = len(model.outputs)
+            operations = model.get_ordered_ops()
+            model.add_outputs([operations[operation].output(port) for operation, port in part])
+            compiled = _compiled(core, model, component, threads)
+            names = {name for port in compiled.inputs for name in port.get_names()}
+            answers = compiled.create_infer_request().infer(
+                {name: value for name, value in inputs.items() if name in names}
+            )
+            yield {
+                f"{operations[operation].get_friendly_name()}:{port}": answers[first + number].copy()
+                for number, (operation, port) in enumerate(part)
+            }
+        yield _OpenVinoRunner(compiled, component).run(inputs)
+
+
+def _compiled(core: Any, model: Any, component: ComponentRecord, threads: int | None) -> Any:
+    """Compile an IR, a model or the path of its file, for this CPU.
+
+    Raises:
+        LoadError: OpenVINO does not accept the model.
+    """
+    import openvino
+
+    hint = str(component.load_options["performance_hint"])
+    settings: dict[str, Any] = {
+        "PERFORMANCE_HINT": hint.upper(),
+        "INFERENCE_PRECISION_HINT": _HINTS[component.precision],
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": component.load_options["dynamic_quantization_group_size"],
+    }
+    if threads is not None:
+        settings["INFERENCE_NUM_THREADS"] = threads
+        settings["NUM_STREAMS"] = threads if hint == "throughput" else 1
+    try:
+        with undisturbed_process():
+            return core.compile_model(model, "CPU", settings)
+    except Exception as error:
+        runtime = f"openvino {openvino.__version__}"
+        raise load_error(_FILE, runtime, error, reason=_reason(error)) from error
+
+
+def _inner_positions(model: Any) -> list[tuple[int, int]]:
+    """Return where a model has floating-point tensors that follow from its inputs: operation and output."""
+    reached: set[str] = set()
+    positions = []
+    for number, operation in enumerate(model.get_ordered_ops()):
+        kind, name = operation.get_type_name(), operation.get_friendly_name()
+        sources = {port.get_source_output().get_node().get_friendly_name() for port in operation.inputs()}
+        if kind == "Parameter" or reached & sources:
+            reached.add(name)
+            if kind not in ("Parameter", "Result"):
+                positions += [(number, port.get_index()) for port in operation.outputs() if _is_inner(port)]
+    return positions
+
+
+def _is_inner(port: Any) -> bool:
+    """Return whether a port has floating-point numbers and is not yet an output of the model."""
+    readers = (reader.get_node().get_type_name() for reader in port.get_target_inputs())
+    return port.get_element_type().is_real() and "Result" not in readers
 
 
 class _OpenVinoRunner:
@@ -210,7 +272,7 @@ class _OpenVinoRunner:
 def _export(
     source_model: SourceModel,
     example: Mapping[str, Any],
-    precision: Precision,
+    component: ComponentPlan,
     quantization: str,
     calibration: list[Any],
 ) -> Any:
@@ -221,10 +283,15 @@ def _export(
     config = OpenVINOConfig(
         dynamic=True,
         dynamic_shapes=free_axes(source_model.inputs, batch, sequence),
-        quantizer=_quantizer(quantization, calibration) if precision is Precision.INT8 else None,
+        quantizer=_quantizer(quantization, calibration) if component.precision is Precision.INT8 else None,
     )
     try:
-        with warnings.catch_warnings(), torch.no_grad(), free_batch():
+        with (
+            warnings.catch_warnings(),
+            torch.no_grad(),
+            free_batch(),
+            whole_rows(source_model.model, component.max_sequence_length),
+        ):
             # The exporter warns that it was tested with an older torch, and torch.export warns about itself.
             warnings.simplefilter("ignore")
             return OpenVINOExporter().export(source_model.model, dict(example), config).program

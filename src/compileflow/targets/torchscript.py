@@ -7,10 +7,14 @@ Freezing copies weights into each graph, so it happens at load, where the copies
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from numpy.typing import NDArray
+
 from compileflow.contracts import (
+    Arrays,
     Availability,
     Capabilities,
     CompiledComponent,
@@ -21,6 +25,7 @@ from compileflow.contracts import (
     TargetOptions,
 )
 from compileflow.contracts.toolkit import (
+    in_parts,
     installed_versions,
     lacking_precisions,
     load_error,
@@ -30,6 +35,7 @@ from compileflow.contracts.toolkit import (
     torch_threads,
 )
 from compileflow.source_model import UNMASKED_TASKS, as_tuple_module, load_source_model
+from compileflow.source_model.lengths import call_sizes
 from compileflow.spec import HfTask, Precision, ShapeBucket
 from compileflow.targets._traced import TracedRunner, readable_class_names
 
@@ -94,21 +100,84 @@ class TorchScriptTarget:
         self, component_dir: Path, component: ComponentRecord, *, device: Device, threads: int | None
     ) -> Runner:
         """Load and freeze the graph of every shape bucket."""
+        return TracedRunner(_frozen(component_dir, component, device), component, threads=threads)
+
+    def observe(
+        self,
+        component_dir: Path,
+        component: ComponentRecord,
+        inputs: Mapping[str, NDArray[Any]],
+        *,
+        threads: int | None,
+        parts: int = 1,
+    ) -> Iterator[Arrays]:
+        """Run the frozen graph of the inputs' bucket with the tensors between its operators as further outputs."""
         import torch
 
-        with warnings.catch_warnings():
-            _silence_deprecation()
-            try:
-                buckets = torch.jit.load(str(component_dir / GRAPH_FILE), map_location=device).eval()  # type: ignore[no-untyped-call]
-                graphs = {
-                    (bucket.batch_size, bucket.sequence_length): torch.jit.freeze(
-                        getattr(buckets, bucket_attribute(bucket))
-                    )
-                    for bucket in component.shape_buckets
-                }
-            except (RuntimeError, AttributeError) as error:
-                raise load_error(GRAPH_FILE, f"torch {torch.__version__}", error) from error
-        return TracedRunner(graphs, component, threads=threads)
+        graphs = _frozen(component_dir, component, "cpu")
+        graph = graphs[call_sizes(component.inputs[0], inputs[component.inputs[0].name])].graph
+        tensors = [torch.as_tensor(inputs[record.name]) for record in component.inputs]
+        names = [value.debugName() for value in _inner_values(graph)]
+        for part in in_parts(range(len(names)), parts):
+            function = _with_outputs(graph, part)
+            with torch.inference_mode(), torch_threads(threads):
+                answers = function(*tensors)
+            yield {
+                names[position]: answer.float().numpy()
+                for position, answer in zip(part, answers, strict=True)
+                if answer.is_floating_point()
+            }
+        yield TracedRunner(graphs, component, threads=threads).run(inputs)
+
+
+def _frozen(component_dir: Path, component: ComponentRecord, device: str) -> dict[tuple[int, int], Any]:
+    """Load and freeze the graph of each (batch size, sequence length).
+
+    Raises:
+        LoadError: torch does not accept the file.
+    """
+    import torch
+
+    with warnings.catch_warnings():
+        _silence_deprecation()
+        try:
+            buckets = torch.jit.load(str(component_dir / GRAPH_FILE), map_location=device).eval()  # type: ignore[no-untyped-call]
+            return {
+                (bucket.batch_size, bucket.sequence_length): torch.jit.freeze(
+                    getattr(buckets, bucket_attribute(bucket))
+                )
+                for bucket in component.shape_buckets
+            }
+        except (RuntimeError, AttributeError) as error:
+            raise load_error(GRAPH_FILE, f"torch {torch.__version__}", error) from error
+
+
+def _inner_values(graph: Any) -> list[Any]:
+    """Return the tensors that a frozen graph computes from its inputs, in their order."""
+    reached = {value.debugName() for value in graph.inputs()}
+    values = []
+    for node in graph.nodes():
+        if reached & {value.debugName() for value in node.inputs()}:
+            reached |= {value.debugName() for value in node.outputs()}
+            values += [value for value in node.outputs() if value.type().kind() == "TensorType"]
+    return values
+
+
+def _with_outputs(graph: Any, positions: Sequence[int]) -> Any:
+    """Return a function that computes those tensors of a frozen graph that have the given positions."""
+    import torch
+
+    copy = graph.copy()
+    values = _inner_values(copy)
+    while list(copy.outputs()):
+        copy.eraseOutput(0)
+    chosen = [values[position] for position in positions]
+    answer = copy.appendNode(copy.create("prim::TupleConstruct", chosen, 1)).output()
+    answer.setType(torch._C.TupleType([value.type() for value in chosen]))
+    copy.registerOutput(answer)
+    # The module itself, whose weights a frozen graph holds as constants.
+    copy.eraseInput(0)
+    return torch._C._create_function_from_graph("observed", copy)
 
 
 def bucket_attribute(bucket: ShapeBucket) -> str:
