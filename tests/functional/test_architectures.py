@@ -14,13 +14,15 @@ from benchmarks.forked_checks import read_results
 ROOT = Path(__file__).parents[2]
 # Families without sdpa, with padding on the left, with a required last token, with convolutions between tokens,
 # with hashed tokens, with positions after the padding, with decoders, with positions of images, with states
-# that are read in parts, and processors that fix or keep a size.
+# that are read in parts, rows that are read in steps, and processors that fix or keep a size.
 SAMPLE = (
     "audio-classification/whisper",
     "automatic-speech-recognition/wav2vec2-conformer",
     "feature-extraction/bert",
     "feature-extraction/canine",
     "feature-extraction/ernie4_5_vl_moe",
+    "feature-extraction/led",
+    "feature-extraction/mamba",
     "feature-extraction/mamba2",
     "feature-extraction/mpnet",
     "feature-extraction/qwen3",
@@ -35,6 +37,7 @@ SAMPLE = (
     "text-classification/nystromformer",
     "text-classification/deberta-v2",
     "text-classification/gptj",
+    "text-classification/longformer",
     "text-classification/mbart",
     "text-classification/perceiver",
     "token-classification/bloom",
@@ -42,7 +45,7 @@ SAMPLE = (
 )
 
 # Families without one graph for all lengths.
-REFUSED = ("text-classification/jamba", "text-classification/longformer")
+REFUSED = ("text-classification/funnel", "text-classification/qwen3_next")
 
 
 def test_page_is_as_new_as_the_list_of_classes() -> None:

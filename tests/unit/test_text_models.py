@@ -175,7 +175,8 @@ def test_exporters_find_no_function_that_numbers_the_positions_of_images(tmp_pat
     ("config", "longest_piece"),
     [
         (transformers.BertConfig(), None),
-        (transformers.JambaConfig(), 0),
+        (transformers.JambaConfig(), None),
+        (transformers.FunnelConfig(), 0),
         (transformers.Qwen3_5TextConfig(), 0),
         # The composite model has a type of its own.
         (transformers.Qwen3_5Config(), 0),

@@ -25,14 +25,9 @@ _READ_IN_STEPS = (
     "bailing_hybrid",
     "cpmant",
     "deepseek_v4",
-    "falcon_mamba",
     "funnel",
     "glm5_next",
-    "jamba",
     "kimi_linear",
-    "led",
-    "longformer",
-    "mamba",
     "olmo_hybrid",
     "qwen3_5",
     "qwen3_5_moe",
@@ -41,7 +36,6 @@ _READ_IN_STEPS = (
     "recurrent_gemma",
     "rwkv",
     "xlstm",
-    "zamba",
 )
 # Model types whose graph torch.export does not finish in minutes while the size of the images is free.
 _ONE_IMAGE_SIZE = ("zoedepth",)

@@ -44,6 +44,7 @@ from compileflow.contracts.toolkit import (
 from compileflow.errors import CompileError, InputError
 from compileflow.source_model import SourceModel, as_tuple_module, free_axes, load_source_model
 from compileflow.source_model.lengths import call_sizes, frames_of, shortest_input
+from compileflow.source_model.whole_rows import whole_rows
 from compileflow.spec import HfTask, Precision
 
 _FILE = "model.pt2"
@@ -210,7 +211,12 @@ def _export(source_model: SourceModel, component: ComponentPlan) -> Any:
 
     def export(batch: Any, sequence: Any) -> Any:
         shapes = tuple(free_axes(source_model.inputs, batch, sequence).values())
-        with warnings.catch_warnings(), torch.no_grad(), _exportable(source_model):
+        with (
+            warnings.catch_warnings(),
+            torch.no_grad(),
+            _exportable(source_model),
+            whole_rows(source_model.model, longest),
+        ):
             warnings.simplefilter("ignore")
             # TupleModule.forward takes *tensors, so the shapes of all inputs are one entry, a tuple.
             return torch.export.export(
