@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from compileflow.artifact.open import open_artifact
 from compileflow.catalog import open_store
 from compileflow.errors import StepOffError
 from compileflow.settings import Settings
@@ -131,6 +132,19 @@ def test_vanished_blob_is_a_miss_and_is_made_anew(pipeline: Pipeline, model: Pat
     second = pipeline.compile(pipeline.request(model))
     assert not second.cached
     assert open_store(pipeline.store_uri).exists(second.digest)
+
+
+def test_moved_home_hits_and_its_versions_load(pipeline: Pipeline, model: Path, tmp_path: Path) -> None:
+    request = pipeline.request(model, name="moved")
+    pipeline.run(request)
+    home = pipeline.settings.home_dir.rename(tmp_path / "moved home")
+    moved = Pipeline(pipeline.settings.model_copy(update={"home": home}), pipeline.counts)
+    artifact = moved.compile(request)
+    validated = moved.validate(request, artifact)
+    assert (artifact.why, validated.why) == ("every part of its key is unchanged",) * 2
+    for uri in (moved.fetch(request).stored_uri, artifact.uri, validated.report_uri):
+        assert uri.startswith(f"{moved.store_uri}/")
+    assert open_artifact("registry:moved", settings=moved.settings).digest == artifact.digest
 
 
 def test_changed_validation_setting_validates_again(pipeline: Pipeline, model: Path) -> None:

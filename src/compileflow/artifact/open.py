@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -37,9 +39,10 @@ from compileflow.catalog import (
     resolve_reference,
     target_names,
 )
-from compileflow.contracts import ComponentRecord, Device, Runner, Target
+from compileflow.contracts import ArtifactStore, ComponentRecord, Device, Runner, Target
 from compileflow.contracts.toolkit import library_errors
 from compileflow.errors import (
+    CompileflowError,
     IntegrityError,
     LoadError,
     ManifestError,
@@ -49,6 +52,7 @@ from compileflow.errors import (
 from compileflow.settings import Settings, get_settings
 from compileflow.stores.layout import split_uri
 
+logger = logging.getLogger(__name__)
 _FETCH_AGAIN = "Do not load this artifact; fetch it again."
 _TRUST = f"{_FETCH_AGAIN} trust=True loads it unverified; compiled files are native code and run with your rights."
 _DELETE_CACHED = "Delete that folder and load again."
@@ -350,7 +354,7 @@ def cached_folder(digest: str, settings: Settings) -> Path:
 def _fetch(store_uri: str, digest: str, settings: Settings) -> Path:
     folder = cached_folder(digest, settings)
     if not folder.exists():
-        store = open_store(store_uri, settings)
+        store = _store_with(store_uri, digest, settings)
         with work_folder(settings.work_dir, label="fetch") as work:
             store.get_folder(digest, work / "artifact")
             envelopes = stored_envelopes(store, digest)
@@ -359,3 +363,16 @@ def _fetch(store_uri: str, digest: str, settings: Settings) -> Path:
             # Another process may have fetched it at the same time. The caller verifies the folder in either case.
             move_into_place(work / "artifact", folder)
     return folder
+
+
+def _store_with(store_uri: str, digest: str, settings: Settings) -> ArtifactStore:
+    """Return the store of a URI, or the configured one if only that has the folder: the store may have moved."""
+    store = open_store(store_uri, settings)
+    if not store.exists(digest):
+        # A store that cannot be used is not the fault of this load.
+        with suppress(CompileflowError):
+            configured_store = open_store(settings.resolved_store_uri(), settings)
+            if configured_store.exists(digest):
+                logger.warning("%s lacks %s...; taking it from %s", store.uri, digest[:12], configured_store.uri)
+                return configured_store
+    return store

@@ -45,8 +45,11 @@ class CacheKey:
         return json_digest({"step": self.step, "parts": dict(self.parts)})
 
 
-def find(store: ArtifactStore, key: CacheKey, kind: type[Value], *, digest_fields: Sequence[str]) -> Value | None:
-    """Return the cached result for a key; None without one, or if the store lost a folder that it points at."""
+def find(store: ArtifactStore, key: CacheKey, kind: type[Value], *, folders: Mapping[str, str]) -> Value | None:
+    """Return the cached result for a key; None without one, or if the store lost a folder that it points at.
+
+    The URIs in the result are those of this store, wherever the store was when the record was written.
+    """
     record = store.get_record(key.step, key.digest)
     if record is None:
         return None
@@ -55,13 +58,19 @@ def find(store: ArtifactStore, key: CacheKey, kind: type[Value], *, digest_field
     except (KeyError, ValidationError):
         logger.warning("%s: ignoring the cache record %s, which cannot be read", key.step, key.digest[:12])
         return None
-    for digest in filter(None, (getattr(value, field) for field in digest_fields)):
+    uris = {}
+    for digest_field, uri_field in folders.items():
+        digest = getattr(value, digest_field)
+        if digest is None:
+            continue
         if not store.exists(digest):
             logger.warning(
                 "%s: ignoring a cache record, because the store has lost the folder %s", key.step, digest[:12]
             )
             return None
-    return value
+        if uri_field:
+            uris[uri_field] = store.folder_uri(digest)
+    return value.model_copy(update=uris)
 
 
 def find_or_make(
@@ -69,7 +78,7 @@ def find_or_make(
     key: CacheKey,
     kind: type[Value],
     *,
-    digest_fields: Sequence[str],
+    folders: Mapping[str, str],
     compute: Callable[[str], Value],
     report_line: Callable[[str], None],
     is_cacheable: Callable[[Value], bool] = lambda value: True,
@@ -81,13 +90,14 @@ def find_or_make(
         store: Store of the cache records.
         key: Key of the result.
         kind: Class of the result.
-        digest_fields: Fields of the result that hold digests of stored folders. A field that is None is skipped.
+        folders: Field of each digest of a stored folder, with the field of that folder's URI, or "" without one. A
+            digest that is None is skipped.
         compute: Called with the reason of the miss; returns the result.
         report_line: Called with one line: the reason of a miss, or that another run is making the result.
         is_cacheable: Returns whether a result may be cached.
         reason_to_redo: Returns why a cached result must be made again; '' if it need not be.
     """
-    value = find(store, key, kind, digest_fields=digest_fields)
+    value = find(store, key, kind, folders=folders)
     if value is not None and not reason_to_redo(value):
         return value, True
 
@@ -95,7 +105,7 @@ def find_or_make(
         report_line("another run is producing the same result; waiting for it")
 
     with store.lock(f"{key.step}/{key.digest}", on_wait=say_waiting):
-        value = find(store, key, kind, digest_fields=digest_fields)
+        value = find(store, key, kind, folders=folders)
         redo_reason = "" if value is None else reason_to_redo(value)
         if value is not None and not redo_reason:
             return value, True

@@ -42,6 +42,7 @@ from compileflow.steps.values import CompiledArtifact, FetchedSource
 logger = logging.getLogger(__name__)
 STEP = "compile"
 _CHILD = "compileflow.steps.build:build_artifact"
+_FOLDERS = {"digest": "uri"}
 
 
 def compile_artifact(
@@ -112,7 +113,7 @@ def compile_artifact(
             store,
             key,
             CompiledArtifact,
-            digest_fields=("digest",),
+            folders=_FOLDERS,
             compute=compute,
             report_line=on_progress,
             reason_to_redo=lambda artifact: attester.lacks_provenance(artifact.digest),
@@ -335,7 +336,7 @@ def _short(value: Any) -> str:
 
 
 def _reuse(store: ArtifactStore, key: CacheKey) -> CompiledArtifact:
-    value = find(store, key, CompiledArtifact, digest_fields=("digest",))
+    value = find(store, key, CompiledArtifact, folders=_FOLDERS)
     if value is None:
         raise StepOffError(
             f"The compile step is off, and the store {store.uri} has no artifact of {key.subject} with this key: "

@@ -19,7 +19,7 @@ from compileflow.steps.values import FetchedSource
 
 logger = logging.getLogger(__name__)
 STEP = "fetch"
-_FOLDERS = ("digest", "test_files_digest")
+_FOLDERS = {"digest": "stored_uri", "test_files_digest": ""}
 
 
 def fetch_source(
@@ -76,7 +76,7 @@ def fetch_source(
             return _store_source(store, model_files, uri, model_files.revision or pinned_revision, work / "model")
 
         value, cached = find_or_make(
-            store, key, FetchedSource, digest_fields=_FOLDERS, compute=compute, report_line=on_progress
+            store, key, FetchedSource, folders=_FOLDERS, compute=compute, report_line=on_progress
         )
     return value.model_copy(update={"cached": cached})
 
@@ -131,7 +131,7 @@ def _reuse(store: ArtifactStore, source: Source, model: str, revision: str | Non
     parts = latest_record.get("parts") if latest_record else None
     if isinstance(parts, dict):
         key = CacheKey(STEP, uri, {name: str(value) for name, value in parts.items()})
-        value = find(store, key, FetchedSource, digest_fields=_FOLDERS)
+        value = find(store, key, FetchedSource, folders=_FOLDERS)
         if value is not None:
             return value.model_copy(update={"cached": True})
     raise StepOffError(

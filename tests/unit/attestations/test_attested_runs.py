@@ -243,7 +243,7 @@ class TestCached:
                 store,
                 key,
                 Answer,
-                digest_fields=("digest",),
+                folders={"digest": ""},
                 compute=make,
                 report_line=lines.append,
                 reason_to_redo=lambda answer: attester.lacks_provenance(answer.digest),
