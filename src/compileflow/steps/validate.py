@@ -125,7 +125,7 @@ def validate_artifact(
             store,
             key,
             ValidatedArtifact,
-            digest_fields=("report_digest",),
+            folders={"report_digest": "report_uri"},
             compute=compute,
             report_line=on_progress,
             is_cacheable=lambda validated: validated.outcome in ACCEPTED_OUTCOMES,
@@ -162,7 +162,10 @@ def report_on(store: ArtifactStore, artifact_digest: str) -> ValidatedArtifact |
     except ValidationError:
         logger.warning("%s: ignoring the unreadable record on %s", STEP, artifact_digest[:12])
         return None
-    return value if store.exists(value.report_digest) else None
+    if not store.exists(value.report_digest):
+        return None
+    # The store may have been moved since, or the report was mirrored from another store.
+    return value.model_copy(update={"report_uri": store.folder_uri(value.report_digest)})
 
 
 def _key_parts(
