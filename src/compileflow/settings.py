@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
+from dotenv import dotenv_values
 from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
@@ -103,6 +106,11 @@ class Settings(BaseSettings):
         """Folder for unfinished work; you may delete it while no process of compileflow runs."""
         return self.home_dir / "work"
 
+    @property
+    def reference_dir(self) -> Path:
+        """Folder of the source models' answers, which validations share; you may delete it at any time."""
+        return self.home_dir / "reference"
+
     def log_path(self, name: str) -> Path:
         """Return the log file of a child process, for example "compile-0a1b2c"."""
         return self.home_dir / "logs" / f"{name}.log"
@@ -126,13 +134,25 @@ def get_settings() -> Settings:
     """Return the settings of this process, read once. Tests call `get_settings.cache_clear()`.
 
     Raises:
-        SpecError: A variable has a wrong value, or the .env file cannot be parsed.
+        SpecError: A variable has a wrong value or is nearly a setting, or the .env file cannot be parsed.
     """
     hint = "Correct it in the environment or in .env; docs/reference/settings.md lists what each one takes."
     try:
+        _check_spelling()
         return Settings()
     except ValidationError as error:
         # The error does not repeat the value, which may be a secret under a wrong name.
         raise SpecError(f"The setting {first_problem(error)}.", hint=hint) from error
     except SettingsError as error:
         raise SpecError(f"The settings cannot be read: {error}.", hint=hint) from error
+
+
+def _check_spelling() -> None:
+    """Refuse variables that are nearly settings: they would be ignored, and `require_signature` with them."""
+    prefix = str(Settings.model_config["env_prefix"])
+    fields = [name for name, field in Settings.model_fields.items() if field.validation_alias is None]
+    for variable in (*os.environ, *dotenv_values(".env")):
+        name = variable.upper().removeprefix(prefix).lower()
+        near_names = get_close_matches(name, fields, n=1, cutoff=0.8)
+        if variable.upper().startswith(prefix) and near_names and name not in fields:
+            raise SpecError(f"{variable} is not a setting.", hint=f"Did you mean {prefix}{near_names[0].upper()}?")

@@ -82,7 +82,7 @@ def test_newest_is_the_highest_number_even_if_the_clock_went_back(tmp_path: Path
     assert [version.version for version in registry.versions("ner")] == [2, 1]
 
 
-@pytest.mark.parametrize("uri", ["sqlite:registry.db", "sqlite://registry.db"])
+@pytest.mark.parametrize("uri", ["sqlite:registry.db", "sqlite://registry.db", "sqlite:///registry.db"])
 def test_uri_without_a_path_is_refused(uri: str) -> None:
     with pytest.raises(SpecError, match="sqlite:////absolute"):
         open_registry(uri)

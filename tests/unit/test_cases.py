@@ -228,12 +228,12 @@ def test_users_examples_as_json_lines(tmp_path: Path) -> None:
     [
         (HfTask.TEXT_CLASSIFICATION, b"", "holds no example"),
         (HfTask.TEXT_CLASSIFICATION, b"\n  \n", "holds no example"),
-        (HfTask.TEXT_CLASSIFICATION, b'{"sentence": "x"}\n', "a line has no text"),
-        (HfTask.TEXT_CLASSIFICATION, b'{"text": null}\n', "a line has no text"),
+        (HfTask.TEXT_CLASSIFICATION, b'{"sentence": "x"}\n', "text is missing in a line"),
+        (HfTask.TEXT_CLASSIFICATION, b'{"text": null}\n', "text is not a string in a line"),
         (HfTask.TEXT_CLASSIFICATION, b'{"text": "x"\n', "cannot be used"),
         (HfTask.TEXT_CLASSIFICATION, b"\xff\xfe\x00", "cannot be used"),
         (HfTask.QUESTION_ANSWERING, b"plain text\n", "not JSON with question and context"),
-        (HfTask.QUESTION_ANSWERING, b'{"question": "q"}\n', "a line has no question and context"),
+        (HfTask.QUESTION_ANSWERING, b'{"question": "q"}\n', "context is missing in a line"),
     ],
 )
 def test_unusable_examples_give_one_clear_error(tmp_path: Path, task: HfTask, body: bytes, says: str) -> None:
@@ -242,7 +242,8 @@ def test_unusable_examples_give_one_clear_error(tmp_path: Path, task: HfTask, bo
     with pytest.raises(MeasurementError, match=says) as caught:
         load_examples(task, str(path), 10)
     assert str(path) in str(caught.value)
-    assert caught.value.hint
+    if says != "holds no example":
+        assert ('"question" and "context"' in caught.value.hint) is task.reads_pairs
 
 
 @pytest.mark.parametrize("name", ["absent.txt", "."])

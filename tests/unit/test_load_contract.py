@@ -20,7 +20,7 @@ from compileflow import CompiledModel, CompiledPipeline, CompiledTokenizer
 from compileflow._process import cpu
 from compileflow.artifact.open import open_artifact
 from compileflow.contracts.digests import file_digest
-from compileflow.errors import IntegrityError, LoadError
+from compileflow.errors import IntegrityError, LoadError, SpecError
 from compileflow.settings import Settings
 from compileflow.spec import HfTask
 from compileflow.stores.local import LocalStore
@@ -230,6 +230,21 @@ def test_altered_cache_is_refused_whoever_is_trusted(
             IntegrityError, match=r"Digest mismatch for .*: expected .*, found .*Delete that folder"
         ):
             kind.from_pretrained(stored.uri, trust=trust)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        ("require_signatures", "require_signature"),
+        ("digset", "digest"),
+        ("thread", "threads"),
+        ("trust_remote_cod", "trust_remote_code"),
+    ],
+)
+def test_misspelled_argument_of_a_pipeline_is_refused(sound: Path, name: str, argument: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        CompiledPipeline.from_pretrained(sound, **{name: True})
+    assert str(caught.value) == f"Unknown argument {name!r}. Did you mean {argument}?"
 
 
 def test_artifact_that_is_not_stored_leaves_no_folder_in_the_cache(settings: Settings, tmp_path: Path) -> None:

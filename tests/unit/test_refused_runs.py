@@ -211,6 +211,25 @@ def test_shape_that_is_too_long_to_time_is_refused_before_the_compile(
     assert len(list(open_store(settings.resolved_store_uri()).list())) == 1
 
 
+def test_examples_that_cannot_be_used_are_refused_before_the_compile(
+    settings: Settings, in_process: InProcess, tiny_model: ModelFactory, tmp_path: Path
+) -> None:
+    examples = tmp_path / "examples.jsonl"
+    examples.write_text('{"tex": "a"}\n', "utf-8")
+    words = (
+        "compile", str(tiny_model(HfTask.TEXT_CLASSIFICATION)), "--target", "torchscript", "--bucket", "1x16",
+        "--examples", str(examples), "--no-progress",
+    )  # fmt: skip
+    with in_process.instead_of_children() as counts:
+        outcome = invoke(compileflow_app, *words)
+    assert (outcome.exit_code, outcome.stderr) == (
+        2,
+        f'error: The examples cannot be used: text is missing in a line: {{"tex": "a"}}: {examples}. '
+        'Give a text file with one example per line, or JSON lines with "text" and perhaps "label".\n',
+    )
+    assert counts == {"compile": 0, "validate": 0}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

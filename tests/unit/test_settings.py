@@ -68,3 +68,32 @@ def test_wrong_value_is_one_line_that_names_the_variable_and_not_its_value(
         get_settings()
     assert "docs/reference/settings.md" in caught.value.hint
     assert "hf_secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("COMPILEFLOW_REQUIRE_SIGNATURES", "COMPILEFLOW_REQUIRE_SIGNATURE"),
+        ("compileflow_store_url", "COMPILEFLOW_STORE_URI"),
+    ],
+)
+@pytest.mark.parametrize("is_in_file", [False, True])
+def test_misspelled_setting_is_refused(
+    name: str, setting: str, is_in_file: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if is_in_file:
+        Path(".env").write_text(f"{name}=x", "utf-8")
+    else:
+        monkeypatch.setenv(name, "x")
+    get_settings.cache_clear()
+    with pytest.raises(SpecError) as caught:
+        get_settings()
+    assert str(caught.value) == f"{name} is not a setting. Did you mean {setting}?"
+
+
+@pytest.mark.parametrize("name", ["COMPILEFLOW_COMPLETE", "COMPILEFLOW_NEPTUNE_API_KEY"])
+def test_variables_of_other_programs_are_ignored(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "x")
+    get_settings.cache_clear()
+    assert get_settings().home

@@ -50,7 +50,7 @@ def test_task_is_read_off_the_architecture(tiny_model: TinyModel, hf_task: HfTas
     assert detect_task(tiny_model(hf_task, architecture)) is hf_task
 
 
-@pytest.mark.parametrize("architectures", [["BertForPreTraining"], ["T5ForConditionalGeneration"], [], None])
+@pytest.mark.parametrize("architectures", [["BertForPreTraining"], [], None])
 def test_architecture_that_says_no_task_is_refused_with_the_tasks_there_are(
     tmp_path: Path, architectures: list[str] | None
 ) -> None:
@@ -61,6 +61,16 @@ def test_architecture_that_says_no_task_is_refused_with_the_tasks_there_are(
 
     assert (architectures or ["(none in config.json)"])[0] in caught.value.message
     assert all(task.value in caught.value.hint for task in HfTask)
+
+
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "LlamaForCausalLM", "T5ForConditionalGeneration"])
+def test_model_that_generates_text_is_refused_for_that(tmp_path: Path, name: str) -> None:
+    folder = config_folder(tmp_path / "model", model_type="gpt2", architectures=[name])
+
+    with pytest.raises(SpecError, match=f"{name} generates text") as caught:
+        detect_task(folder)
+
+    assert "feature-extraction" in caught.value.hint
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -70,15 +70,22 @@ def collect_garbage(
     return store.gc(digests_in_use, min_age_s=min_age_s, dry_run=dry_run)
 
 
-def _needed(registry_uri: str, settings: Settings) -> set[str]:
-    # The embedded registry is created with the first version.
+def check_registry_exists(registry_uri: str, settings: Settings) -> None:
+    """Refuse the mistyped path of a registry: an absent file looks like a registry without versions.
+
+    Raises:
+        RegistryError: The file does not exist. The embedded registry may be absent: its first version creates it.
+    """
     is_embedded = settings.registry_uri is None and (registry_uri,) == settings.resolved_registry_uris()
-    # A mistyped path would create an empty registry, and the collection would delete everything.
     for prefix in _FILE_SCHEMES:
-        if registry_uri.startswith(prefix) and not Path(registry_uri.removeprefix(prefix)).exists():
-            if is_embedded:
-                return set()
+        is_absent = registry_uri.startswith(prefix) and not Path(registry_uri.removeprefix(prefix)).exists()
+        if is_absent and not is_embedded:
             raise RegistryError(f"The registry {registry_uri} does not exist.", hint="Check its path.")
+
+
+def _needed(registry_uri: str, settings: Settings) -> set[str]:
+    # Without the check, the collection would delete everything.
+    check_registry_exists(registry_uri, settings)
     return {
         digest
         for version in open_registry(registry_uri, settings).versions()

@@ -69,7 +69,8 @@ class SqliteRegistry:
 
     def __init__(self, uri: str, settings: Settings):
         """Read the URI. Every registry takes the settings; this one needs none of them."""
-        if not uri.startswith("sqlite:///"):
+        # A relative path would be another file in each working folder.
+        if not uri.startswith("sqlite:////"):
             raise SpecError(
                 f"Expected the URI of a registry file, got {uri!r}.",
                 hint="Write it as sqlite:////absolute/path.db.",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -169,7 +171,9 @@ class CompiledPipeline:
         Raises:
             ManifestError, IntegrityError, SignatureError: The artifact fails a check. Nothing was deserialized.
             LoadError: The artifact cannot run here, it does not serve the task, or the task has no pipeline.
+            SpecError: A keyword is nearly one of the arguments above.
         """
+        _check_spelling(pipeline_settings)
         artifact = open_any(
             location,
             digest=digest,
@@ -244,6 +248,15 @@ class CompiledPipeline:
 
     def __repr__(self) -> str:
         return f"CompiledPipeline(task={self.task!r}, model={self.model!r})"
+
+
+def _check_spelling(pipeline_settings: Mapping[str, Any]) -> None:
+    """Refuse misspelled arguments of `from_pretrained`: transformers ignores settings that it does not know."""
+    arguments = inspect.signature(CompiledPipeline.from_pretrained).parameters
+    for name in pipeline_settings:
+        near_names = get_close_matches(name, arguments, n=1, cutoff=0.8)
+        if near_names:
+            raise SpecError(f"Unknown argument {name!r}.", hint=f"Did you mean {near_names[0]}?")
 
 
 def served_task(artifact: OpenArtifact, requested_task: HfTask | str | None) -> HfTask:

@@ -22,7 +22,6 @@ _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 # Longer inputs take more time and memory, but hardly change the ranges of activations.
 _LONGEST = 256
 _MOST_UNKNOWN = 0.5
-_FORMS = 'Give a text file, one example per line, or JSON lines with "text", or "question" and "context".'
 
 
 class CalibrationSettings(BaseModel):
@@ -79,7 +78,7 @@ def load_calibration(task: HfTask, settings: CalibrationSettings) -> Calibration
                 examples = [{"text": example["context"]} for example in builtin_examples]
             examples = examples[: settings.max_examples]
     except MeasurementError as error:
-        raise CompileError(f"Calibration for int8: {error.message}", hint=_FORMS) from error
+        raise CompileError(f"Calibration for int8: {error.message}", hint=error.hint) from error
     return Calibration(tuple(examples), CalibrationRecord(origin=origin, digest=digest, examples=len(examples)))
 
 

@@ -20,6 +20,7 @@ from compileflow.contracts.digests import json_digest, list_files
 from compileflow.errors import (
     CompileError,
     LoadError,
+    MeasurementError,
     ProcessError,
     SourceError,
     SpecError,
@@ -38,11 +39,13 @@ from compileflow.steps.cache import CacheKey, find, find_or_make, why_missed
 from compileflow.steps.calibration import Calibration, load_calibration
 from compileflow.steps.request import AUTO, CompileRequest
 from compileflow.steps.values import CompiledArtifact, FetchedSource
+from compileflow.validation.cases import load_examples, signals_digest
 
 logger = logging.getLogger(__name__)
 STEP = "compile"
 _CHILD = "compileflow.steps.build:build_artifact"
 _FOLDERS = {"digest": "uri"}
+_GENERATING_HEADS = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 
 
 def compile_artifact(
@@ -93,6 +96,8 @@ def compile_artifact(
 
         def compute(reason: str) -> CompiledArtifact:
             check_available(target, spec.precision)
+            if request.steps.validate:
+                _check_examples(spec.hf_task, request.validation.examples_path)
             build_request: dict[str, Any] = {
                 "source_dir": str(folder),
                 "spec": spec.model_dump(mode="json"),
@@ -121,6 +126,21 @@ def compile_artifact(
     if cached:
         return value.model_copy(update={"cached": True, "why": "every part of its key is unchanged"})
     return value
+
+
+def _check_examples(hf_task: HfTask, path: str | None) -> None:
+    """Refuse examples that the validate step could not use, before the compile takes minutes.
+
+    Raises:
+        SpecError: The file holds no example, or not in the form of the task.
+    """
+    try:
+        if hf_task.modality == "text":
+            load_examples(hf_task, path, 1)
+        else:
+            signals_digest(path, hf_task.modality)
+    except MeasurementError as error:
+        raise SpecError(error.message, hint=error.hint) from error
 
 
 def spec_of(request: CompileRequest, source_dir: Path, *, card_task: HfTask | None = None) -> CompileSpec:
@@ -152,6 +172,12 @@ def detect_task(source_dir: Path) -> HfTask:
             return HfTask.TEXT_RANKING
         if task is not None:
             return task
+    generating = next((name for name in architectures if name.endswith(_GENERATING_HEADS)), None)
+    if generating:
+        raise SpecError(
+            f"{generating} generates text, which compileflow does not compile.",
+            hint="For the hidden states of the model, give the task feature-extraction.",
+        )
     raise SpecError(
         f"The architecture {', '.join(architectures) or '(none in config.json)'} does not determine the task.",
         hint=f"Give the task: one of {', '.join(task.value for task in HfTask)}.",

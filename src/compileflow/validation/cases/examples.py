@@ -40,7 +40,7 @@ def load_examples(task: HfTask, path: str | None, limit: int) -> tuple[list[dict
     Raises:
         MeasurementError: The file cannot be read, or holds no example in the form that the task needs.
     """
-    questions = task.reads_pairs
+    questions, labelled = task.reads_pairs, task.graph_task is HfTask.TEXT_CLASSIFICATION
     try:
         if path is not None:
             origin, body = Path(path).name, Path(path).expanduser().read_bytes()
@@ -50,12 +50,14 @@ def load_examples(task: HfTask, path: str | None, limit: int) -> tuple[list[dict
             origin = f"compileflow's own {origin}"
         # Not splitlines: a JSON string may contain U+2028 and similar characters.
         lines = body.decode("utf-8-sig").replace("\r\n", "\n").split("\n")
-        labelled = task.graph_task is HfTask.TEXT_CLASSIFICATION
         examples = [_example(line, questions, labelled) for line in lines if line.strip()]
     except (OSError, ValueError) as error:
         raise MeasurementError(
             f"The examples cannot be used: {first_line(error)}: {path}.",
-            hint='Give a text file with one example per line, or JSON lines with "question" and "context".',
+            hint='Give JSON lines with "question" and "context".'
+            if questions
+            else 'Give a text file with one example per line, or JSON lines with "text"'
+            + (' and perhaps "label".' if labelled else "."),
         ) from error
     if not examples:
         raise MeasurementError(
@@ -68,8 +70,10 @@ def _example(line: str, questions: bool, labelled: bool) -> dict[str, str]:
     fields = ("question", "context") if questions else ("text",)
     if line.startswith("{"):
         data = json.loads(line)
-        if not all(isinstance(data.get(name), str) for name in fields):
-            raise ValueError(f"a line has no {' and '.join(fields)}: {line[:80]}")
+        for name in fields:
+            if not isinstance(data.get(name), str):
+                problem = "is not a string" if name in data else "is missing"
+                raise ValueError(f"{name} {problem} in a line: {line[:80]}")
         has_label = labelled and isinstance(data.get("label"), str | int)
         return {name: data[name] for name in fields} | ({"label": str(data["label"])} if has_label else {})
     if questions:
