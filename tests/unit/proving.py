@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compileflow.artifact.manifest import MANIFEST_NAME, read_manifest
-from compileflow.contracts.digests import list_files
+from compileflow.contracts.digests import folder_digest, list_files
 from compileflow.steps.prove import prove_artifact
 
 
@@ -25,7 +25,14 @@ class Proof:
         return next(gate for gate in self.report["verdict"]["gates"] if gate["gate"] == name)
 
 
-def validate_here(source_dir: Path, artifact_dir: Path, report_dir: Path, *, max_examples: int = 40) -> Proof:
+def validate_here(
+    source_dir: Path,
+    artifact_dir: Path,
+    report_dir: Path,
+    *,
+    max_examples: int = 40,
+    reference_dir: Path | None = None,
+) -> Proof:
     """Run the real measurement, judgement and report in this process."""
     report_dir.mkdir(parents=True)
     answer = prove_artifact(
@@ -36,6 +43,8 @@ def validate_here(source_dir: Path, artifact_dir: Path, report_dir: Path, *, max
             "report_dir": str(report_dir),
             "validation": {"max_examples": max_examples, "latency_pairs": 5},
             "threads": 1,
+            "source_digest": folder_digest(list_files(source_dir)),
+            "reference_dir": str(reference_dir) if reference_dir else None,
         }
     )
     report = json.loads((report_dir / "report.json").read_text("utf-8"))

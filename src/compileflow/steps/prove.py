@@ -38,6 +38,7 @@ from compileflow.validation.judge.suite import suite_digest
 from compileflow.validation.measure import Call, Measurements
 from compileflow.validation.measure.decisions import Decisions, Pool, mean_of_tokens
 from compileflow.validation.measure.interface import Claims
+from compileflow.validation.reference_answers import ReferenceAnswers, reference_key
 from compileflow.validation.registered_tests import (
     AnsweredTests,
     RegisteredTests,
@@ -66,6 +67,7 @@ def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         request: What `steps.validate` sends. With a "tests_dir", the compiled pipeline answers the tests that are
             registered with the source version. The report keeps its answers, compared with the registered ones.
+            With a "reference_dir" and the "source_digest", the source model's answers are kept in that folder.
 
     Returns:
         The outcome, the reason and the figures of the worst component.
@@ -88,6 +90,16 @@ def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
         _load(artifact, component.name, source_dir, validation, threads) for component in spec.components
     ]
     source_model = load_source_model(source_dir, spec.hf_task, trust_remote_code=trust_remote_code)
+    answers = ReferenceAnswers(
+        Path(request["reference_dir"]) if request.get("reference_dir") else None,
+        reference_key(
+            source_model,
+            source_digest=request.get("source_digest", ""),
+            hf_task=spec.hf_task.value,
+            threads=threads,
+        ),
+        report=report_progress,
+    )
     report_progress("comparing files, tokens and processor outputs with the source model's")
     requested = CompileSpec.model_validate(request["spec"]) if request.get("spec") else spec
     claims = expected_claims(artifact, source_model, source_dir, requested)
@@ -118,6 +130,7 @@ def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
             validation,
             threads,
             request["artifact_uri"],
+            answers=answers,
             tests=tests,
             shared=shared,
         )
@@ -204,6 +217,7 @@ def _prove_component(
     threads: int,
     artifact_uri: str,
     *,
+    answers: ReferenceAnswers,
     tests: RegisteredTests | None,
     shared: Measurements,
 ) -> Report:
@@ -230,14 +244,18 @@ def _prove_component(
         pools=_pools(spec.hf_task, source_dir, artifact.folder),
         precision=spec.precision,
     )
+    cases = [
+        *evidence.generated,
+        *evidence.natural,
+        *(evidence.timed(rows, length) for rows, length in shapes_to_time),
+    ]
+    answers.leave_out([case.inputs for case in cases if case.is_drawn])
     measurements = measuring.measure(
-        source_model.run,
+        answers.remembered(source_model.run),
         compiled_component.run,
         outputs=source_model.outputs,
         decisions=decisions,
-        cases=evidence.generated
-        + evidence.natural
-        + [evidence.timed(rows, length) for rows, length in shapes_to_time],
+        cases=cases,
         coverage=measuring.Coverage(record, evidence.shapes, source_model.tokens),
         progress=report_progress,
         bucket_lengths={bucket.sequence_length for bucket in record.shape_buckets},
@@ -249,20 +267,27 @@ def _prove_component(
     whole_artifact.measure_component(measurements, compiled_component, claims, max_length=claimed_length(claims))
     report_progress("calling the compiled model again")
     measuring.measure_repeatability(measurements, compiled_component.run, evidence.repeated, first_call)
-    reference = _reference(source_model)
+    computed = _reference(source_model)
+    reference = answers.remembered(computed)
     if spec.precision is Precision.INT8:
         report_progress("rounding the source model's numbers to the grid of int8")
-        _measure_grid(measurements, source_model, decisions, evidence.natural)
+        _measure_grid(measurements, source_model, decisions, evidence.natural, answers)
     report_progress("probing padding, masks and token types")
     for probe in evidence.probes:
-        probe(measurements, reference, compiled_component.run)
+        # The probes of images and audio alter drawn signals.
+        probe(
+            measurements,
+            reference if spec.hf_task.modality == "text" else computed,
+            compiled_component.run,
+        )
     report_progress("measuring the noise of the source model")
     noise_cases = evidence.natural[:: max(1, len(evidence.natural) // 3)][:3]
-    measuring.measure_noise(measurements, _noise_variants(source_model, threads), reference, noise_cases)
+    variants = _noise_variants(source_model, threads, answers)
+    measuring.measure_noise(measurements, variants, reference, noise_cases)
     report_progress("timing both models in turn")
     measuring.measure_latency(
         measurements,
-        reference,
+        computed,
         compiled_component.run,
         lambda rows, length: evidence.timed(rows, length).inputs,
         shapes=shapes_to_time,
@@ -348,7 +373,11 @@ def _reference(source_model: SourceModel) -> Callable[[Arrays], Arrays]:
 
 
 def _measure_grid(
-    measurements: Measurements, source_model: SourceModel, decisions: Decisions, natural: Sequence[Case]
+    measurements: Measurements,
+    source_model: SourceModel,
+    decisions: Decisions,
+    natural: Sequence[Case],
+    answers: ReferenceAnswers,
 ) -> None:
     """Measure the source model with numbers rounded to the grid of int8, on up to 12 natural batches."""
 
@@ -359,8 +388,8 @@ def _measure_grid(
     pools = (decisions.pools[0], decisions.pools[0])
     measuring.measure_grid(
         measurements,
-        rounded,
-        _reference(source_model),
+        answers.remembered(rounded, "rounded to the grid of int8"),
+        answers.remembered(_reference(source_model)),
         outputs=source_model.outputs,
         decisions=Decisions(
             decisions.task,
@@ -373,7 +402,9 @@ def _measure_grid(
     )
 
 
-def _noise_variants(source_model: SourceModel, threads: int) -> dict[str, Callable[[Case], Arrays]]:
+def _noise_variants(
+    source_model: SourceModel, threads: int, answers: ReferenceAnswers
+) -> dict[str, Callable[[Case], Arrays]]:
     """Return functions that run the source model in ways that should all give the same answer."""
     import copy
 
@@ -421,4 +452,8 @@ def _noise_variants(source_model: SourceModel, threads: int) -> dict[str, Callab
         variants["one thread"] = with_one_thread
     if source_model.attention == "sdpa":
         variants["eager attention"] = with_eager_attention
-    return variants
+
+    def remembered(way: str, run: Callable[[Case], Arrays]) -> Callable[[Case], Arrays]:
+        return lambda case: answers.answer(case.inputs, lambda: run(case), way)
+
+    return {way: remembered(way, run) for way, run in variants.items()}

@@ -31,7 +31,7 @@ from compileflow.validation.settings import ValidationSettings
 logger = logging.getLogger(__name__)
 STEP = "validate"
 # Part of the cache key. Raise it when a measurement changes.
-MEASUREMENT_VERSION = 4
+MEASUREMENT_VERSION = 5
 _CHILD = "compileflow.steps.prove:prove_artifact"
 _LIBRARIES = ("torch", "transformers", "numpy", "scipy", "great_expectations")
 
@@ -91,6 +91,8 @@ def validate_artifact(
                     _CHILD,
                     {
                         "source_dir": str(source_dir),
+                        "source_digest": source.digest,
+                        "reference_dir": str(settings.reference_dir),
                         "tests_dir": str(tests_dir) if tests_dir else None,
                         "artifact_dir": str(artifact_dir),
                         "artifact_uri": artifact.uri,

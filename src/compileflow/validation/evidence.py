@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +272,8 @@ def _image_text_evidence(
         generated=generated_count(spec.hf_task, spec.precision),
     )
     shapes, filled_cases = _filled_cases(builder.filled_rows(_required(draw.tokens), draw.seed), spec, draw)
+    # They share a drawn image.
+    filled_cases = [replace(case, is_drawn=True) for case in filled_cases]
     return Evidence(
         generated=builder.generated() + filled_cases,
         natural=[builder.case(signal.name, "agreement", signal, LABELS) for signal in signals],

@@ -26,6 +26,7 @@ class Case:
         same_as: Inputs to which the source model should give the same answer, as the compiled model does. If it
             does not, the case is left out as well.
         answers_only: The candidate must answer with finite numbers. They are not compared with the source model's.
+        is_drawn: The inputs are drawn from the artifact's digest, so they differ from artifact to artifact.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Case:
     may_fail: bool = False
     same_as: Arrays | None = None
     answers_only: bool = False
+    is_drawn: bool = False
 
     def is_plain(self, bucket_lengths: Collection[int]) -> bool:
         """Whether no row is padded or has token types, so that neither the mask nor the types can matter.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, prod
 
 import numpy as np
@@ -112,7 +112,8 @@ class FilledRows:
             length = max(self.shortest, min(most, self.record.max_sequence_length))
             stream = IdStream(np.roll(self.natural_ids, int(random.integers(len(self.natural_ids)))))
             lengths = [int(count) for count in random.integers(self.shortest, length + 1, _DRAWN_ROWS)]
-            cases.append(self.case(f"drawn {len(cases) + 1}", "drawn", max(lengths), lengths, stream))
+            case = self.case(f"drawn {len(cases) + 1}", "drawn", max(lengths), lengths, stream)
+            cases.append(replace(case, is_drawn=True))
         return cases
 
     def padded_case(self, length: int) -> Case | None:

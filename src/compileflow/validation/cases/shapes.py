@@ -92,7 +92,8 @@ def row_lengths(rows: int, length: int, shortest: int, *, dynamic: bool) -> list
     """
     ragged = [max(min(shortest, length), length * (rows - row) // (rows + 1)) for row in range(rows)]
     if dynamic:
-        return [[length if row % 4 == 0 else ragged[row] for row in range(rows)]]
+        # Two of three rows are full: a full row reads more of the vocabulary for the same work.
+        return [[ragged[row] if row % 3 == 1 else length for row in range(rows)]]
     return [[length] * rows, ragged]
 
 

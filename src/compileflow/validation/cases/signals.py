@@ -94,7 +94,7 @@ class SignalCases:
                     for record in self.record.inputs
                 }
                 texts = tuple(f"drawn {row + 1}, {size} long" for row, size in enumerate(lengths))
-                cases.append(Case(name, "shape", texts, inputs, self.output_mask(inputs)))
+                cases.append(Case(name, "shape", texts, inputs, self.output_mask(inputs), is_drawn=True))
         return cases
 
     def _odd(self, signal: NamedSignal) -> list[Case]:
