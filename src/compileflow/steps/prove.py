@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from compileflow._process.child_process import report_progress
-from compileflow._process.state import resident_bytes
+from compileflow._process.state import resident_bytes, torch_threads
 from compileflow.artifact.open import OpenArtifact, open_artifact
 from compileflow.catalog import get_target
 from compileflow.contracts import OUTCOMES, Arrays, ComponentRecord
@@ -31,11 +32,12 @@ from compileflow.source_model.token_rows import token_rows
 from compileflow.spec import CompileSpec, HfTask, Precision
 from compileflow.steps.claims import claimed_length, expected_claims
 from compileflow.validation import measure as measuring
+from compileflow.validation.bundle import BUNDLE_FOLDER, examine_failure, write_bundle
 from compileflow.validation.cases import Case
 from compileflow.validation.evidence import draw_for, gather_evidence, timed_shapes
 from compileflow.validation.judge import judge
 from compileflow.validation.judge.suite import suite_digest
-from compileflow.validation.measure import Call, Measurements
+from compileflow.validation.measure import Call, Measurements, Model, OneThread
 from compileflow.validation.measure.decisions import Decisions, Pool, mean_of_tokens
 from compileflow.validation.measure.interface import Claims
 from compileflow.validation.reference_answers import ReferenceAnswers, reference_key
@@ -133,6 +135,7 @@ def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
             answers=answers,
             tests=tests,
             shared=shared,
+            bundle_dir=Path(request["report_dir"]) / BUNDLE_FOLDER,
         )
         figures = report.figures | {"serving_memory_bytes": float(serving_memory_bytes)}
         reports.append(report.model_copy(update={"figures": figures}))
@@ -170,17 +173,19 @@ def _load(
     """
     record = artifact.component(component)
     bytes_before = resident_bytes()
-    example = _examples(artifact, record, source_dir)
+    example = component_examples(artifact, record, source_dir)
     compiled_component = LoadedComponent.load(artifact, component=component, threads=threads)
     calls: list[Call] = []
-    for rows, length in _timed_shapes(artifact, record, source_dir, validation):
+    for rows, length in component_shapes(artifact, record, source_dir, validation):
         inputs = example(rows, length)
         # The gates judge a call that raises.
         calls.append((inputs, measuring.candidate_answer(compiled_component.run, inputs)[0]))
     return compiled_component, max(0, resident_bytes() - bytes_before), calls[0]
 
 
-def _examples(artifact: OpenArtifact, record: ComponentRecord, source_dir: Path) -> Callable[[int, int], Arrays]:
+def component_examples(
+    artifact: OpenArtifact, record: ComponentRecord, source_dir: Path
+) -> Callable[[int, int], Arrays]:
     """Return a function from a batch size and a length to example inputs."""
     spec, trust = artifact.manifest.spec, artifact.trust_remote_code
     if spec.hf_task.modality == "image":
@@ -197,9 +202,10 @@ def _config(folder: Path, artifact: OpenArtifact) -> Any:
     return load_config(folder, trust_remote_code=artifact.trust_remote_code)
 
 
-def _timed_shapes(
+def component_shapes(
     artifact: OpenArtifact, record: ComponentRecord, source_dir: Path, validation: ValidationSettings
 ) -> tuple[tuple[int, int], ...]:
+    """Return the shapes at which a component is timed, each as (batch size, length)."""
     spec = artifact.manifest.spec
     if spec.hf_task.modality != "audio":
         return timed_shapes(spec.hf_task, record, validation, second=1)
@@ -220,6 +226,7 @@ def _prove_component(
     answers: ReferenceAnswers,
     tests: RegisteredTests | None,
     shared: Measurements,
+    bundle_dir: Path,
 ) -> Report:
     artifact, source_dir = whole_artifact.artifact, whole_artifact.source_dir
     manifest = artifact.manifest
@@ -235,7 +242,7 @@ def _prove_component(
         draw=draw_for(artifact.digest, source_model),
         trust_remote_code=artifact.trust_remote_code,
     )
-    shapes_to_time = _timed_shapes(artifact, record, source_dir, validation)
+    shapes_to_time = component_shapes(artifact, record, source_dir, validation)
     labels = {int(key): str(value) for key, value in config.id2label.items()}
     decisions = Decisions(
         spec.hf_task.graph_task,
@@ -292,6 +299,8 @@ def _prove_component(
         lambda rows, length: evidence.timed(rows, length).inputs,
         shapes=shapes_to_time,
         pairs=validation.latency_pairs,
+        threads=threads,
+        one_thread=_one_thread(computed, compiled_component),
     )
     # Optional attribute of a third party's target: its own limits for a precision.
     overrides = dict(getattr(get_target(spec.target), "default_gates", {}).get(spec.precision, {}))
@@ -301,7 +310,13 @@ def _prove_component(
     verdict = judge(
         measurements, precision=spec.precision, hf_task=spec.hf_task, overrides=overrides, strict=validation.strict
     )
-    return Report(
+    failed = None
+    if verdict.outcome == "fail":
+        report_progress("looking for the first module whose output differs")
+        failed = examine_failure(
+            artifact, compiled_component, record, source_model, cases, measurements, verdict, threads=threads
+        )
+    report = Report(
         subject=ReportSubject(
             source_uri=manifest.source.uri,
             source_revision=manifest.source.revision,
@@ -315,7 +330,7 @@ def _prove_component(
             component=compiled_component.component,
             toolchain=manifest.target.toolchain,
         ),
-        verdict=verdict,
+        verdict=failed.named(verdict) if failed else verdict,
         figures=measurements.figures(),
         noise=measurements.noise,
         floors=measurements.floors,
@@ -330,7 +345,17 @@ def _prove_component(
         flips=decisions.flips(evidence.decode),
         flips_count=decisions.flips_count(),
         coverage=measurements.coverage,
+        failure=failed.failure if failed else None,
     )
+    # The first component that fails names the verdict.
+    if failed is not None and not bundle_dir.exists():
+        subject = report.subject.model_dump(mode="json") | {
+            "reason": report.verdict.reason,
+            "environment": report.environment,
+            "threads": threads,
+        }
+        write_bundle(bundle_dir, failed, subject, artifact, validation)
+    return report
 
 
 def _pools(hf_task: HfTask, source_dir: Path, artifact_dir: Path) -> tuple[Pool, Pool]:
@@ -351,6 +376,23 @@ def _pools(hf_task: HfTask, source_dir: Path, artifact_dir: Path) -> tuple[Pool,
     except LoadError:
         # A gate names the file that is spoilt.
         return before, before
+
+
+def _one_thread(reference: Model, component: LoadedComponent) -> OneThread | None:
+    """Return what gives both models with one thread; None if the compiled model runs on a device."""
+    if get_target(component.artifact.manifest.spec.target).capabilities.devices[0] != "cpu":
+        return None
+
+    @contextmanager
+    def models() -> Iterator[tuple[Model, Model]]:
+        alone = LoadedComponent.load(component.artifact, component=component.component, threads=1)
+        try:
+            with torch_threads(1):
+                yield reference, alone.run
+        finally:
+            alone.close()
+
+    return models
 
 
 def _reference(source_model: SourceModel) -> Callable[[Arrays], Arrays]:

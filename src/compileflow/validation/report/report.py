@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from compileflow._process.packages import installed_versions
+from compileflow.validation.bundle import Failure
 from compileflow.validation.judge.verdict import Verdict
 from compileflow.validation.measure.coverage import Covered
 from compileflow.validation.measure.flips import Flip
@@ -70,6 +71,7 @@ class Report(BaseModel):
     )
     flips_count: int = Field(0, ge=0, description="Number of all flips, listed or not.")
     coverage: tuple[Covered, ...] = Field((), description="Shapes and token ids that were met.")
+    failure: Failure | None = Field(None, description="After the verdict fail: where the failure begins.")
 
     @property
     def noise_multiple(self) -> float | None:

@@ -1,0 +1,167 @@
+"""Show a failed validation again, for the script in the bundle of its report."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compileflow._process.folders import path_of_uri
+from compileflow.artifact.open import OpenArtifact, open_artifact
+from compileflow.contracts import Arrays
+from compileflow.errors import CompileflowError, MeasurementError
+from compileflow.serving.component import LoadedComponent
+from compileflow.spec import HfTask
+from compileflow.validation.cases.case import Case
+from compileflow.validation.measure import metrics
+from compileflow.validation.measure.compare_outputs import compared_rows
+from compileflow.validation.measure.detections import in_same_order
+from compileflow.validation.measure.measurements import candidate_answer
+
+SHOWN, NOT_SHOWN, NOT_TRIED = 1, 0, 2
+# A number without a limit shows the failure if it is at least this share of the report's.
+_SHARE = 0.5
+
+
+def reproduce(failure: str, arrays: str, *, folder: Path, arguments: Sequence[str] | None = None) -> int:
+    """Print a figure of a failed validation, measured on this machine, and return an exit code.
+
+    Args:
+        failure: JSON text of failure.json.
+        arrays: JSON list of two npz files in base64, the inputs and the source model's outputs; "" if they are
+            files of `folder`.
+        folder: Folder of the script.
+        arguments: Words of the command line; None for those of this process.
+    """
+    parser = argparse.ArgumentParser(description="Show the failure of a compiled model.")
+    parser.add_argument("artifact", nargs="?", help="folder or URI of the artifact")
+    parser.add_argument("--source", type=Path, help="folder of the source model, for a gate that needs it")
+    options = parser.parse_args(arguments)
+    content = json.loads(failure)
+    try:
+        return _reproduced(content, arrays, folder, options.artifact, options.source)
+    except CompileflowError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return NOT_TRIED
+
+
+def _reproduced(
+    content: Mapping[str, Any], arrays: str, folder: Path, location: str | None, source_dir: Path | None
+) -> int:
+    subject, figure = content["subject"], content["failure"]["figure"]
+    artifact = open_artifact(
+        location or _local(subject["artifact_uri"]), digest=subject["artifact_digest"], require_signature=False
+    )
+    sys.stdout.write(f"artifact {artifact.digest[:12]} for {subject['target']}: {subject['reason']}\n")
+    gate = content["failure"]["gate"]
+    source_dir = source_dir or _source_of(subject["source_uri"])
+    if figure is not None and (figure["gate"] == gate or source_dir is None):
+        return _show(artifact, subject, figure, *_arrays(arrays, folder))
+    if source_dir is None:
+        raise MeasurementError(
+            f"{gate} compares the artifact with its source model, which is not on this machine.",
+            hint="Give its folder: python reproduce.py ARTIFACT --source FOLDER",
+        )
+    return _prove_again(artifact, content, gate, source_dir)
+
+
+def _show(
+    artifact: OpenArtifact,
+    subject: Mapping[str, Any],
+    figure: Mapping[str, Any],
+    inputs: Arrays,
+    reference: Arrays,
+) -> int:
+    """Answer the inputs, and compare one output of one example with the source model's."""
+    mask = inputs.pop("mask")
+    component = LoadedComponent.load(artifact, component=subject["component"], threads=subject["threads"])
+    actual, error_text = candidate_answer(component.run, inputs)
+    outputs = component.record.outputs
+    if HfTask(subject["hf_task"]).graph_task is HfTask.OBJECT_DETECTION:
+        actual = in_same_order(outputs, reference, actual)
+    case = Case(figure["case"], "", ("",) * len(mask), inputs, mask)
+    output = next(record for record in outputs if record.name == figure["output"])
+    rows = compared_rows(case, output, reference[output.name], actual.get(output.name), error_text)
+    if figure["scale"] is not None:
+        metrics.relate_to_scale(rows, {output.name: metrics.Scale(*figure["scale"])})
+    value = float(rows[figure["row"]][figure["name"]])
+    if error_text:
+        sys.stdout.write(f"the compiled model fails: {error_text}\n")
+    limit, reported = figure["limit"], figure["value"]
+    words = "" if limit is None else f", the limit is {figure['comparison']} {limit:.4g}"
+    sys.stdout.write(
+        f"{figure['gate'] or figure['name']} of {output.name}, case {figure['case']!r}: {_number(value)}{words}; "
+        f"the report says {_number(reported)}\n"
+    )
+    if not math.isfinite(value):
+        return SHOWN
+    if limit is None:
+        return SHOWN if reported is None or value >= _SHARE * reported else NOT_SHOWN
+    is_beyond = value > limit if figure["comparison"] == "at most" else value < limit
+    return SHOWN if is_beyond else NOT_SHOWN
+
+
+def _prove_again(artifact: OpenArtifact, content: Mapping[str, Any], gate: str, source_dir: Path) -> int:
+    """Validate the artifact again, for a gate that needs the source model."""
+    from compileflow.steps.prove import prove_artifact
+    from compileflow.steps.validate import check_libraries
+    from compileflow.validation.report import REPORT_JSON, Report
+
+    check_libraries()
+    with tempfile.TemporaryDirectory() as report_dir:
+        prove_artifact(
+            {
+                "source_dir": str(source_dir),
+                "artifact_dir": str(artifact.folder),
+                "artifact_uri": content["subject"]["artifact_uri"],
+                "report_dir": report_dir,
+                "validation": content["validation"],
+                "threads": content["subject"]["threads"],
+            }
+        )
+        report = Report.model_validate_json((Path(report_dir) / REPORT_JSON).read_bytes())
+    result = next(result for result in report.verdict.gates if result.gate == gate)
+    reported = content["failure"]["measured"]
+    sys.stdout.write(
+        f"{gate}: {_number(result.measured)}, the limit is {result.comparison} {result.limit:.4g}; "
+        f"the report says {_number(reported)}\n"
+    )
+    return SHOWN if result.outcome == "fail" else NOT_SHOWN
+
+
+def _local(uri: str) -> str:
+    """Return the path of a folder that exists on this machine instead of its URI."""
+    if uri.startswith("file:") and path_of_uri(uri).is_dir():
+        return str(path_of_uri(uri))
+    return uri
+
+
+def _source_of(uri: str) -> Path | None:
+    folder = path_of_uri(uri) if uri.startswith("file:") else None
+    return folder if folder is not None and folder.is_dir() else None
+
+
+def _arrays(text: str, folder: Path) -> tuple[Arrays, Arrays]:
+    """Return the inputs and the source model's outputs, from the script or from the files beside it."""
+    if text:
+        inputs, reference = (io.BytesIO(base64.b64decode(part)) for part in json.loads(text))
+        return dict(np.load(inputs)), dict(np.load(reference))
+    try:
+        return dict(np.load(folder / "inputs.npz")), dict(np.load(folder / "reference.npz"))
+    except OSError as error:
+        raise MeasurementError(
+            f"{folder} lacks inputs.npz or reference.npz.", hint="Copy the whole folder of the bundle."
+        ) from error
+
+
+def _number(value: float | None) -> str:
+    return "no number" if value is None or not math.isfinite(value) else f"{value:.4g}"

@@ -1,0 +1,234 @@
+"""Bundle of a failed validation: the failing inputs, both models' outputs, and a script that shows the failure."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from compileflow.artifact.open import OpenArtifact
+from compileflow.contracts import Arrays, ComponentRecord
+from compileflow.serving.component import LoadedComponent
+from compileflow.source_model.interface import SourceModel
+from compileflow.validation.cases import Case
+from compileflow.validation.divergence import Divergence, failing_case, first_divergence
+from compileflow.validation.judge.suite import load_suite
+from compileflow.validation.judge.verdict import GateResult, Verdict
+from compileflow.validation.measure.measurements import Measurements, candidate_answer
+from compileflow.validation.measure.metrics import scales_of
+from compileflow.validation.settings import ValidationSettings
+
+# Folder beside the report.
+BUNDLE_FOLDER = "bundle"
+REPRODUCE, LOG, FAILURE = "reproduce.py", "toolchain.log", "failure.json"
+INPUTS, REFERENCE, COMPILED = "inputs.npz", "reference.npz", "compiled.npz"
+_TEMPLATE = "reproduce.py.txt"
+# Larger arrays stay in their files, and the script reads them there.
+_MOST_EMBEDDED_BYTES = 4_000_000
+_CREDENTIALS = re.compile(r"://[^/\s@]+@")
+
+
+class Figure(BaseModel):
+    """One number of one output, which shows the failure.
+
+    Attributes:
+        gate: Gate that measured the number; "" if another gate failed.
+        name: Column of the comparisons, such as max_abs_diff.
+        value: The number; None if it is not a number.
+        limit: Limit of the gate; None without one.
+        comparison: Side of the limit that passes.
+        case: Name of the case.
+        output: Name of the output.
+        row: Position of the example in the case.
+        scale: Size of the output's answers, to which some numbers are relative.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    gate: str
+    name: str
+    value: float | None
+    limit: float | None
+    comparison: str
+    case: str
+    output: str
+    row: int
+    scale: tuple[float, float, float] | None = None
+
+
+class Failure(BaseModel):
+    """What a report says about a failure, besides its gates.
+
+    Attributes:
+        gate: First gate that failed.
+        measured: What it measured; None if that is not a number.
+        figure: A number of one output that shows the failure; None if it does not show in the graph's outputs.
+        divergence: First module whose output differs.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    gate: str
+    measured: float | None = None
+    figure: Figure | None = None
+    divergence: Divergence = Divergence()
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A failure with the arrays that show it.
+
+    Attributes:
+        failure: The failure.
+        case: Case of its figure.
+        reference: Outputs of the source model.
+        compiled: Outputs of the compiled model; {} if it did not answer.
+    """
+
+    failure: Failure
+    case: Case | None
+    reference: Arrays
+    compiled: Arrays
+
+    def named(self, verdict: Verdict) -> Verdict:
+        """Return the verdict with the first module that differs in its reason."""
+        place = self.failure.divergence.place
+        if not place:
+            return verdict
+        return verdict.model_copy(update={"reason": f"{verdict.reason}; the outputs first differ in {place}"})
+
+
+def examine_failure(
+    artifact: OpenArtifact,
+    component: LoadedComponent,
+    record: ComponentRecord,
+    source_model: SourceModel,
+    cases: Sequence[Case],
+    measurements: Measurements,
+    verdict: Verdict,
+    *,
+    threads: int,
+) -> Failed:
+    """Find the first module that differs, and the case that shows the failure.
+
+    Args:
+        artifact: The artifact.
+        component: Loaded component, as it is served.
+        record: Record of the component.
+        source_model: Source model in fp32.
+        cases: Cases that were compared.
+        measurements: Their comparisons.
+        verdict: Verdict that failed.
+        threads: Threads of the runtime.
+    """
+    compared = [case for case in cases if not case.answers_only]
+    small_case = failing_case(measurements.comparisons, compared, record.precision)
+    divergence = first_divergence(artifact, component, record, source_model, small_case, threads=threads)
+    failed_gates = [gate for gate in verdict.gates if gate.outcome == "fail"]
+    gate = next(
+        (gate for gate in failed_gates if verdict.reason.startswith(f"fail: {gate.gate} ")), failed_gates[0]
+    )
+    figure = _figure(gate, measurements, small_case)
+    case = next((case for case in compared if figure is not None and case.name == figure.case), None)
+    failure = Failure(
+        gate=gate.gate, measured=gate.measured, figure=figure if case else None, divergence=divergence
+    )
+    if case is None:
+        return Failed(failure, None, {}, {})
+    return Failed(failure, case, source_model.run(case.inputs), candidate_answer(component.run, case.inputs)[0])
+
+
+def _figure(gate: GateResult, measurements: Measurements, small_case: Case | None) -> Figure | None:
+    """Return the number that the gate measured, or the worst one of the case that differs."""
+    entry = next(entry for entry in load_suite().gates if entry.gate == gate.gate)
+    rows = measurements.comparisons
+    measured: float | None
+    if entry.table == "comparisons":
+        name, measured, limit = entry.column, gate.measured, gate.limit
+    elif small_case is not None:
+        # Rates and probes need all examples, or the source model.
+        name, limit = "rel_l2", None
+        rows = [row for row in rows if row["case"] == small_case.name]
+        largest = max(row[name] for row in rows)
+        measured = float(largest) if np.isfinite([row[name] for row in rows]).all() else None
+    else:
+        return None
+
+    def distance(row: dict[str, Any]) -> float:
+        is_number = bool(np.isfinite(row[name]))
+        if measured is None:
+            return float(is_number)
+        return abs(row[name] - measured) if is_number else float("inf")
+
+    row = min(rows, key=distance)
+    same = [other for other in measurements.comparisons if other["case"] == row["case"]]
+    same = [other for other in same if other["output"] == row["output"]]
+    scale = scales_of(measurements.comparisons).get(row["output"])
+    return Figure(
+        gate=gate.gate if limit is not None else "",
+        name=name,
+        value=measured,
+        limit=limit,
+        comparison=gate.comparison,
+        case=row["case"],
+        output=row["output"],
+        row=next(position for position, other in enumerate(same) if other is row),
+        scale=(scale.norm, scale.peak, scale.typical_peak) if scale else None,
+    )
+
+
+def write_bundle(
+    folder: Path, failed: Failed, subject: dict[str, Any], artifact: OpenArtifact, validation: ValidationSettings
+) -> None:
+    """Write the bundle into a new folder.
+
+    Args:
+        folder: Folder to make.
+        failed: The failure.
+        subject: What the report says about both models, the machine and the verdict.
+        artifact: The artifact.
+        validation: Settings of the validation.
+    """
+    folder.mkdir()
+    content = {
+        "subject": subject,
+        "failure": failed.failure.model_dump(mode="json"),
+        "spec": artifact.manifest.spec.model_dump(mode="json"),
+        "validation": validation.model_dump(mode="json"),
+    }
+    text = _CREDENTIALS.sub("://", json.dumps(content, indent=1, sort_keys=True))
+    (folder / FAILURE).write_text(text + "\n", "utf-8")
+    embedded = ""
+    if failed.case is not None:
+        arrays = {
+            INPUTS: failed.case.inputs | {"mask": np.asarray(failed.case.mask)},
+            REFERENCE: failed.reference,
+            COMPILED: failed.compiled,
+        }
+        for name, values in arrays.items():
+            np.savez_compressed(folder / name, **values)
+        shown = [(folder / name).read_bytes() for name in (INPUTS, REFERENCE)]
+        if sum(map(len, shown)) <= _MOST_EMBEDDED_BYTES:
+            embedded = json.dumps([base64.b64encode(body).decode() for body in shown])
+    template = (files("compileflow.validation") / "data" / _TEMPLATE).read_text("utf-8")
+    script = template.replace("FAILURE_TEXT", repr(text)).replace("ARRAYS_TEXT", repr(embedded))
+    (folder / REPRODUCE).write_text(script, "utf-8")
+
+
+def keep_logs(folder: Path, logs: dict[str, str]) -> None:
+    """Add the logs of the toolchain to a bundle, without credentials.
+
+    Args:
+        folder: Folder of the bundle.
+        logs: Text of each log, by the step that printed it.
+    """
+    text = "\n".join(f"== {step}\n{_CREDENTIALS.sub('://', log)}" for step, log in logs.items() if log)
+    (folder / LOG).write_text(text or "The toolchain printed nothing.\n", "utf-8")
