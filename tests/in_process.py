@@ -21,10 +21,12 @@ from compileflow.settings import Settings
 from compileflow.spec import CompileSpec, ComponentSpec, HfTask, Precision, ShapeBucket
 from compileflow.steps import compile as compile_step
 from compileflow.steps import import_older as import_step
+from compileflow.steps import race as race_step
 from compileflow.steps import validate as validate_step
 from compileflow.steps.build import build_artifact
 from compileflow.testing.compiles import compile_once
 from compileflow.testing.processes import resolve
+from compileflow.validation.measure import latency
 from tests.steps import Pipeline
 
 _BUILD = "compileflow.steps.build:build_artifact"
@@ -112,7 +114,7 @@ class InProcess:
 
     @contextmanager
     def instead_of_children(self) -> Iterator[dict[str, int]]:
-        """Compile and validate in this process where the library would start a child; count both."""
+        """Compile, validate and race in this process, as on a quiet machine; count compiles and validations."""
         counts = {"compile": 0, "validate": 0}
 
         def count(step: str) -> Callable[..., ChildResult]:
@@ -123,6 +125,9 @@ class InProcess:
 
             return run
 
+        def in_this_process(function: str, request: Mapping[str, Any], **_: Any) -> ChildResult:
+            return ChildResult(resolve(function)(request), 0.1, 1)
+
         with pytest.MonkeyPatch.context() as patch:
             for module, step in (
                 (compile_step, "compile"),
@@ -131,6 +136,13 @@ class InProcess:
                 (import_step, "compile"),
             ):
                 patch.setattr(module, "run_in_child", count(step))
+            patch.setattr(
+                race_step,
+                "run_in_child",
+                lambda function, request, **_: ChildResult(resolve(function)(request), 0.1, 1),
+            )
+            # Tests run beside each other, so nearly every latency would be marked.
+            patch.setattr(latency, "disturbance", lambda *_, **__: "")
             yield counts
 
     @contextmanager

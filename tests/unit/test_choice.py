@@ -70,6 +70,8 @@ def test_latency_comes_from_a_report() -> None:
         "ratio": 0.5,
         "ratio_low": 0.45,
         "ratio_high": 0.55,
+        "cpu_ratio": None,
+        "busy": "",
     }
 
 
@@ -98,6 +100,43 @@ def test_latency_goal_takes_the_lowest_mean_ratio() -> None:
     )
     assert winner == 1
     assert reason == "b fp32: 0.40 of eager's latency, the lowest of 2 that passed their gates (1 dropped)"
+
+
+def _timed_beside_others(timed: Candidate, cpu_ratio: float | None, busy: str = "others used 1.9") -> Candidate:
+    latencies = tuple(
+        latency.model_copy(update={"cpu_ratio": cpu_ratio, "busy": busy}) for latency in timed.latencies
+    )
+    return timed.model_copy(update={"latencies": latencies})
+
+
+@pytest.mark.parametrize("goal", ["latency", "throughput"])
+def test_processor_time_decides_if_one_latency_was_measured_on_a_busy_machine(goal: str) -> None:
+    # Eager collapsed while the first was timed, so its latency looks 20 times as low.
+    candidates = (
+        _timed_beside_others(candidate("a", (0.01, 0.02)), 0.6),
+        _timed_beside_others(candidate("b", (0.4, 0.4)), 0.5, busy=""),
+        candidate("c", (0.3, 0.3)),
+    )
+    winner, reason = chosen(*candidates, goal=goal)
+    assert winner == 1
+    assert reason == (
+        "b fp32: 0.50 of eager's processor time (latency was measured on a busy machine), the lowest of 2 that "
+        "passed their gates (1 dropped)"
+    )
+    assert candidates[0].latency_ratio is None
+    assert candidates[0].throughput_per_s is None
+    # It is not on the front either.
+    assert pareto_front(candidates) == {2}
+
+
+def test_nothing_is_chosen_by_a_latency_of_a_busy_machine_alone() -> None:
+    candidates = [_timed_beside_others(candidate(name), None) for name in "ab"]
+    winner, reason = chosen(*candidates)
+    assert winner is None
+    assert reason == (
+        "None of 2 candidates can be chosen: 2 lacked a timing: latency measured on a busy machine, and processor "
+        "time was not measured"
+    )
 
 
 def test_throughput_goal_takes_the_most_rows_a_second() -> None:

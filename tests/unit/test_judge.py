@@ -224,6 +224,24 @@ def test_latency_is_judged_only_when_asked() -> None:
     assert verdict(healthy(), latency_ratio=3.0).outcome == "pass"
 
 
+def test_latency_of_a_busy_machine_is_not_judged_and_the_reason_says_so() -> None:
+    measured = healthy()
+    del measured.scalars["latency_ratio"]
+    measured.unusable["latency_ratio"] = "measured on a busy machine (other processes used 1.9 of 2 processors)"
+    sentence = f"latency_ratio not judged: {measured.unusable['latency_ratio']}"
+    answer = verdict(measured, latency_ratio=1e-6)
+    assert answer.outcome == "pass"
+    assert answer.reason == f"pass: all 10 gates hold; {sentence}"
+    assert sentence in answer.notes
+    # Without a limit there is nothing to judge and nothing to say.
+    assert verdict(measured).reason == "pass: all 10 gates hold"
+    measured.scalars["mask_leak"] = 1.0
+    failed = verdict(measured, latency_ratio=1e-6)
+    assert failed.outcome == "fail"
+    assert "latency_ratio" not in failed.reason
+    assert sentence in failed.notes
+
+
 def test_margin_is_the_share_of_room_left() -> None:
     measured = healthy()
     measured.scalars["mask_leak"] = 2.5e-5

@@ -71,7 +71,7 @@ def test_a_budget_ends_the_pairs() -> None:
 def test_interval_is_the_one_that_resampling_the_median_gives(
     monkeypatch: pytest.MonkeyPatch, ratios: tuple[float, ...], median: float, low: float, high: float
 ) -> None:
-    monkeypatch.setattr(latency, "_seconds", lambda call: call())
+    monkeypatch.setattr(latency, "_times", lambda call, *, is_long: (call(), 1.0))
     # Three warm-up calls come first.
     seconds = iter((1.0, 1.0, 1.0, *ratios))
     timing = time_pairs("x", lambda: 1.0, lambda: next(seconds), pairs=len(ratios), budget_s=60.0)

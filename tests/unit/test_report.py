@@ -127,6 +127,28 @@ def test_html_shows_latency_with_its_interval(html: str) -> None:
         assert part in text
 
 
+def test_latency_of_a_busy_machine_is_marked_in_table_picture_and_json(report: Report, tmp_path: Path) -> None:
+    busy = Latency("1 x 16", 40.0, 2.0, 0.05, 0.02, 0.2, 5, cpu_ratio=0.34, busy="other processes used 1.9")
+    marked = report.model_copy(update={"latencies": (*report.latencies, busy)})
+    page = _page(marked, tmp_path)
+    text = HtmlPage(page).text
+    assert text.count("measured on a busy machine") >= 2
+    assert "other processes used 1.9. No gate, registry or choice uses this latency." in text
+    assert "0.34" in text
+    assert "0.05 of eager's latency, 95 % interval 0.02 to 0.20, measured on a busy machine" in page
+    assert "0.05 (busy machine)" in page
+    saved = json.loads((tmp_path / "report.json").read_text("utf-8"))
+    assert saved["latencies"][1]["busy"] == "other processes used 1.9"
+    assert Report.model_validate(saved) == marked
+
+
+def test_report_without_marks_is_still_read(report: Report) -> None:
+    saved = report.model_dump(mode="json")
+    for latency in saved["latencies"]:
+        del latency["cpu_ratio"], latency["busy"]
+    assert Report.model_validate(saved) == report
+
+
 def test_picture_shows_each_latency_against_eager_in_words_as_well(html: str) -> None:
     svg = html[html.index("<svg") : html.index("</svg>")]
     assert 'role="img"' in svg

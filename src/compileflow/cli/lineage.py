@@ -43,13 +43,16 @@ def _tree(history: Lineage) -> Tree:
     from rich.markup import escape
     from rich.tree import Tree
 
+    from compileflow.contracts import LATENCY_ON_BUSY_MACHINE
+
     version = history.version
     stage = "" if version.stage == "none" else f", {version.stage}"
     tree = Tree(escape(f"source {version.source_uri} at {version.source_revision}"))
     tree.add(f"digest {version.source_digest}")
     branch = tree.add(escape(f"{version.name} version {version.version} for {version.target}{stage}"))
     branch.add(escape(f"artifact {version.artifact_uri}")).add(f"digest {version.artifact_digest}")
-    report = branch.add(escape(f"report {version.report_uri}, verdict {version.verdict}"))
+    mark = ", latency measured on a busy machine" if LATENCY_ON_BUSY_MACHINE in version.figures else ""
+    report = branch.add(escape(f"report {version.report_uri}, verdict {version.verdict}{mark}"))
     report.add(f"digest {version.report_digest}")
     for promotion in history.promotions:
         reason = f": {promotion.reason}" if promotion.reason else ""

@@ -61,17 +61,21 @@ def _print_comparison(uri: str) -> None:
 
 
 def _row(result: CompileResult) -> tuple[str, ...]:
+    from compileflow.contracts import LATENCY_ON_BUSY_MACHINE
     from compileflow.validation.report import fraction
 
     figures = result.validated.figures if result.validated else {}
     ratio = figures.get("latency_ratio")
     interval = " to ".join(fraction(figures.get(f"latency_ratio_{end}", 0.0)) for end in ("low", "high"))
+    speed = f"{fraction(ratio)} ({interval})" if ratio else "not timed"
+    if LATENCY_ON_BUSY_MACHINE in figures:
+        speed = "busy machine"
     version = result.version
     return (
         result.target,
         result.precision.value,
         result.validated.outcome if result.validated else "not validated",
-        f"{fraction(ratio)} ({interval})" if ratio else "not timed",
+        speed,
         f"{result.artifact.size_bytes / 1e6:.1f} MB",
         "cached" if result.artifact.cached else f"{result.artifact.compile_duration_s:.1f} s",
         f"{version.name} version {version.version}" if version else "not registered",

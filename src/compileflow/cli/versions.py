@@ -20,17 +20,23 @@ def versions(
     as_json: AsJson = False,
 ) -> None:
     """List registered versions, newest first."""
+    from compileflow.admin.collect import check_registry_exists
     from compileflow.catalog import open_registry
+    from compileflow.contracts import LATENCY_ON_BUSY_MACHINE
     from compileflow.settings import get_settings
     from compileflow.validation.report import fraction
 
-    rows = open_registry(get_settings().resolved_registry_uri(registry)).versions(name)
+    settings = get_settings()
+    registry_uri = settings.resolved_registry_uri(registry)
+    check_registry_exists(registry_uri, settings)
+    rows = open_registry(registry_uri).versions(name)
     if as_json:
         typer.echo(json.dumps([version.model_dump(mode="json") for version in rows], indent=1))
         return
     table = []
     for version in rows:
         ratio = version.figures.get("latency_ratio")
+        without_ratio = "busy machine" if LATENCY_ON_BUSY_MACHINE in version.figures else ""
         table.append(
             (
                 version.name,
@@ -38,7 +44,7 @@ def versions(
                 str(version.version),
                 "" if version.stage == "none" else version.stage,
                 version.verdict,
-                fraction(ratio) if ratio is not None else "",
+                fraction(ratio) if ratio is not None else without_ratio,
                 f"{version.figures.get('size_bytes', 0) / 1e6:.1f} MB",
                 version.created_at[:10],
                 version.artifact_digest[:12],

@@ -29,10 +29,17 @@ from compileflow.contracts.targets import (
     Target,
     TargetOptions,
 )
-from compileflow.contracts.verdicts import ACCEPTED_OUTCOMES, OUTCOMES, AcceptedOutcome, Outcome
+from compileflow.contracts.verdicts import (
+    ACCEPTED_OUTCOMES,
+    LATENCY_ON_BUSY_MACHINE,
+    OUTCOMES,
+    AcceptedOutcome,
+    Outcome,
+)
 
 __all__ = [
     "ACCEPTED_OUTCOMES",
+    "LATENCY_ON_BUSY_MACHINE",
     "OUTCOMES",
     "SHA256",
     "STAGES",

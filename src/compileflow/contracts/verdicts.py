@@ -1,4 +1,4 @@
-"""Outcomes of a validation: the four values, and the two that may be registered."""
+"""Outcomes of a validation: the four values, the two that may be registered, and the mark of an unusable latency."""
 
 from __future__ import annotations
 
@@ -9,3 +9,6 @@ AcceptedOutcome = Literal["pass", "warn"]
 # From the best to the worst.
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 ACCEPTED_OUTCOMES: tuple[Outcome, ...] = get_args(AcceptedOutcome)
+
+# Figure that takes the place of all latencies if other processes disturbed their measurement.
+LATENCY_ON_BUSY_MACHINE = "latency_on_busy_machine"

@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -13,15 +16,20 @@ from compileflow._process.folders import work_folder
 from compileflow.catalog import get_target, open_store, target_names
 from compileflow.errors import CompileflowError, SpecError, TargetUnavailableError
 from compileflow.selection.candidates import Candidate, CandidateLatency, accuracy_loss_of
-from compileflow.selection.choice import choose
+from compileflow.selection.choice import choose, drops
 from compileflow.selection.comparison import Comparison, write_comparison
 from compileflow.settings import Settings
 from compileflow.spec import HfTask, Precision
 from compileflow.steps.compile import check_modules, detect_task
+from compileflow.steps.race import race
 from compileflow.steps.report_file import read_report
 from compileflow.steps.request import AUTO, CompileRequest
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
 from compileflow.validation.report import environment
+
+logger = logging.getLogger(__name__)
+# Memory of all candidates that take part in a race.
+_MOST_RACE_BYTES = 4 * 2**30
 
 
 class CandidatePlan(BaseModel):
@@ -171,6 +179,8 @@ def compare_candidates(
 ) -> ComparedCandidates:
     """Choose the winner by the request's objective, and store the comparison beside the artifacts.
 
+    The candidates that can be chosen are timed once more, in turn, with one common source model.
+
     Args:
         source: Source model.
         request: Request for target auto, with its objective.
@@ -179,6 +189,7 @@ def compare_candidates(
         store_uri: Artifact store that gets the comparison.
         settings: Work folder and threads.
     """
+    candidates = _raced(source, request, candidates, store_uri=store_uri, settings=settings)
     all_candidates = (*candidates, *plan.unavailable)
     winner, reason = choose(all_candidates, request.auto.objective, allow_warn=request.allow_warn)
     comparison = Comparison(
@@ -200,6 +211,48 @@ def compare_candidates(
     return ComparedCandidates(
         comparison_uri=stored_folder.uri, comparison_digest=stored_folder.digest, winner=winner, reason=reason
     )
+
+
+def _raced(
+    source: FetchedSource,
+    request: CompileRequest,
+    candidates: Sequence[Candidate],
+    *,
+    store_uri: str,
+    settings: Settings,
+) -> Sequence[Candidate]:
+    """Return the candidates with the latencies of the race; those of their reports stay if it gave none."""
+    goal = request.auto.objective.goal
+    dropped = drops(candidates, request.auto.objective, allow_warn=request.allow_warn)
+    rivals = sorted(
+        (position for position in range(len(candidates)) if position not in dropped),
+        key=lambda position: candidates[position].latency_ratio or candidates[position].cpu_ratio or math.inf,
+    )
+    # All of them are in memory at once; the fastest come first.
+    memory_bytes = accumulate(candidates[position].serving_memory_bytes or 0 for position in rivals)
+    rivals = [position for position, total in zip(rivals, memory_bytes, strict=True) if total <= _MOST_RACE_BYTES]
+    if goal == "size" or len(rivals) < 2:
+        return candidates
+    logger.info("timing %d candidates in turn", len(rivals))
+    uris = [str(candidates[position].artifact_uri) for position in rivals]
+    try:
+        result = race(source, uris, request, store_uri=store_uri, settings=settings)
+    except CompileflowError as error:
+        logger.warning("The race failed, so the latencies of the reports count: %s", error.message)
+        return candidates
+    if result.busy:
+        logger.warning("The race was disturbed, so the latencies of the reports count: %s", result.busy)
+        return candidates
+    raced = list(candidates)
+    for position, latencies in zip(rivals, result.latencies, strict=True):
+        # The race has no processor time with one thread.
+        cpu_ratios = {latency.shape: latency.cpu_ratio for latency in candidates[position].latencies}
+        timings = tuple(
+            CandidateLatency.of(latency).model_copy(update={"cpu_ratio": cpu_ratios.get(latency.shape)})
+            for latency in latencies
+        )
+        raced[position] = candidates[position].model_copy(update={"latencies": timings})
+    return raced
 
 
 def _requested_targets(request: CompileRequest) -> Sequence[str]:

@@ -31,6 +31,8 @@ class CandidateLatency(_Value):
     ratio: float = Field(gt=0, description="Latency as a fraction of eager's.")
     ratio_low: float
     ratio_high: float
+    cpu_ratio: float | None = Field(None, description="Processor time of one thread as a fraction of eager's.")
+    busy: str = Field("", description="What other processes did to the timing; then it is not used.")
 
     @classmethod
     def of(cls, latency: Latency) -> CandidateLatency:
@@ -43,6 +45,8 @@ class CandidateLatency(_Value):
             ratio=latency.ratio,
             ratio_low=latency.ratio_low,
             ratio_high=latency.ratio_high,
+            cpu_ratio=latency.cpu_ratio,
+            busy=latency.busy,
         )
 
 
@@ -75,14 +79,26 @@ class Candidate(_Value):
 
     @property
     def latency_ratio(self) -> float | None:
-        """Latency as a fraction of eager's: the geometric mean over the shapes, or None."""
-        if not self.latencies:
+        """Latency as a fraction of eager's: the geometric mean over the shapes; None if it cannot be used."""
+        if not self.latencies or self.is_busy:
             return None
         return math.exp(math.fsum(math.log(latency.ratio) for latency in self.latencies) / len(self.latencies))
 
     @property
+    def is_busy(self) -> bool:
+        """Whether a latency was measured on a busy machine."""
+        return any(latency.busy for latency in self.latencies)
+
+    @property
+    def cpu_ratio(self) -> float | None:
+        """Processor time of one thread as a fraction of eager's, at the first shape; None if not measured."""
+        return self.latencies[0].cpu_ratio if self.latencies else None
+
+    @property
     def throughput_per_s(self) -> float | None:
-        """Rows per second at the shape with the highest throughput, or None."""
+        """Rows per second at the shape with the highest throughput; None if it cannot be used."""
+        if self.is_busy:
+            return None
         return max(
             (latency.batch_size * 1000 / latency.latency_p50_ms for latency in self.latencies), default=None
         )

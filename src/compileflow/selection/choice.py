@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from compileflow.contracts import ACCEPTED_OUTCOMES
 from compileflow.selection.candidates import Candidate
 from compileflow.spec import Objective
+from compileflow.validation.measure.contention import BUSY_MACHINE
 from compileflow.validation.report import fraction, megabytes, percent
 
 # Latencies within this share of one another cannot be told apart from one run to the next.
@@ -35,7 +36,7 @@ def drops(candidates: Sequence[Candidate], objective: Objective, *, allow_warn: 
     """Return the candidates that cannot be chosen, by position.
 
     A number that was not measured exceeds any budget. Speeds are compared only among candidates that were timed
-    at the same shapes.
+    at the same shapes. If one of them was timed on a busy machine, processor time takes the place of latency.
     """
     drops_by_position: dict[int, Drop] = {}
     for position, candidate in enumerate(candidates):
@@ -54,6 +55,11 @@ def drops(candidates: Sequence[Candidate], objective: Objective, *, allow_warn: 
         if not timed or timed != all_shapes:
             detail = f"not timed at {', '.join(sorted(all_shapes - timed)) or 'any shape'}"
             drops_by_position[position] = Drop("lacked a timing", detail)
+    if _was_busy(candidates, shapes):
+        for position in shapes:
+            if position not in drops_by_position and candidates[position].cpu_ratio is None:
+                detail = f"latency {BUSY_MACHINE}, and processor time was not measured"
+                drops_by_position[position] = Drop("lacked a timing", detail)
     return drops_by_position
 
 
@@ -63,7 +69,7 @@ def choose(candidates: Sequence[Candidate], objective: Objective, *, allow_warn:
     Candidates that failed their gates, that warned although no warning is allowed, or that exceed a budget are
     dropped. The best of the others by the goal wins; for size, latency decides between equals. Among candidates
     within 2 % of the best speed, the smallest accuracy loss wins, then the higher speed, then the label that
-    sorts first.
+    sorts first. If the machine was busy while one of them was timed, the least processor time is the best speed.
 
     Returns:
         Position of the winner, or None if every candidate was dropped, and the reason in one line.
@@ -82,7 +88,8 @@ def choose(candidates: Sequence[Candidate], objective: Objective, *, allow_warn:
     if objective.goal == "size":
         smallest = min(_or_inf(candidates[position].size_bytes) for position in eligible_positions)
         pool = [position for position in eligible_positions if candidates[position].size_bytes == smallest]
-    costs = {position: _cost(candidates[position], objective) for position in pool}
+    is_busy = _was_busy(candidates, eligible_positions)
+    costs = {position: _cost(candidates[position], objective, is_busy=is_busy) for position in pool}
     highest_cost = min(costs.values()) * (1 + SAME_LATENCY)
     winner = min(
         (position for position in pool if costs[position] <= highest_cost),
@@ -98,6 +105,7 @@ def choose(candidates: Sequence[Candidate], objective: Objective, *, allow_warn:
         [candidates[position] for position in eligible_positions],
         objective,
         drop_count=len(drops_by_position),
+        is_busy=is_busy,
     )
 
 
@@ -149,18 +157,29 @@ def _budget_drop(candidate: Candidate, objective: Objective) -> Drop | None:
     return None
 
 
-def _cost(candidate: Candidate, objective: Objective) -> float:
+def _was_busy(candidates: Sequence[Candidate], positions: Iterable[int]) -> bool:
+    return any(candidates[position].is_busy for position in positions)
+
+
+def _cost(candidate: Candidate, objective: Objective, *, is_busy: bool) -> float:
+    if is_busy:
+        return _or_inf(candidate.cpu_ratio)
     if objective.goal == "throughput":
         return 1 / candidate.throughput_per_s if candidate.throughput_per_s else math.inf
     return _or_inf(candidate.latency_ratio)
 
 
-def _reason(winner: Candidate, eligible: Sequence[Candidate], objective: Objective, *, drop_count: int) -> str:
+def _reason(
+    winner: Candidate, eligible: Sequence[Candidate], objective: Objective, *, drop_count: int, is_busy: bool
+) -> str:
     superlative, figure = {
         "latency": ("lowest", f"{fraction(_or_inf(winner.latency_ratio))} of eager's latency"),
         "throughput": ("most", f"{winner.throughput_per_s or 0.0:.0f} rows per second"),
         "size": ("smallest", megabytes(winner.size_bytes or 0)),
     }[objective.goal]
+    if is_busy and objective.goal != "size":
+        superlative = "lowest"
+        figure = f"{fraction(_or_inf(winner.cpu_ratio))} of eager's processor time (latency was {BUSY_MACHINE})"
     condition = f"passed {'its' if len(eligible) == 1 else 'their'} gates"
     if any(candidate.outcome == "warn" for candidate in eligible):
         condition = "passed or only warned"
@@ -171,7 +190,8 @@ def _reason(winner: Candidate, eligible: Sequence[Candidate], objective: Objecti
         return f"{winner.label}: {figure}, the only candidate that {condition}{drop_note}"
     rank = f"the {superlative} of {len(eligible)} that {condition}"
     if objective.goal != "size" and any(
-        _cost(candidate, objective) < _cost(winner, objective) for candidate in eligible
+        _cost(candidate, objective, is_busy=is_busy) < _cost(winner, objective, is_busy=is_busy)
+        for candidate in eligible
     ):
         rank = f"within 2 % of {rank}, and the most accurate of those"
     return f"{winner.label}: {figure}, {rank}{drop_note}"

@@ -145,7 +145,14 @@ def compile_words(candidate: Candidate) -> str:
 
 
 def _ratio(candidate: Candidate, shape: str) -> str:
-    return next((fraction(latency.ratio) for latency in candidate.latencies if latency.shape == shape), "-")
+    return next(
+        (
+            fraction(latency.ratio) + (" (busy machine)" if latency.busy else "")
+            for latency in candidate.latencies
+            if latency.shape == shape
+        ),
+        "-",
+    )
 
 
 def _shortened(text: str) -> str:

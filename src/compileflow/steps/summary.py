@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compileflow.contracts import ModelVersion, without_credentials
+from compileflow.contracts import LATENCY_ON_BUSY_MACHINE, ModelVersion, without_credentials
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact, all_figures
 from compileflow.validation.report import megabytes
 
@@ -11,6 +11,8 @@ def summary_markdown(source: FetchedSource, artifact: CompiledArtifact, validate
     """Return the outcome as Markdown."""
     ratio = validated.figures.get("latency_ratio")
     speed = f"{1 / ratio:.2f} times as fast as eager" if ratio else "not timed"
+    if LATENCY_ON_BUSY_MACHINE in validated.figures:
+        speed = "not used, because it was measured on a busy machine"
     return "\n".join(
         (
             f"# {validated.outcome}: {source.uri}",

@@ -13,7 +13,7 @@ from compileflow._process.packages import installed_versions
 from compileflow._process.run_in_child import run_in_child
 from compileflow.artifact.manifest import read_manifest
 from compileflow.catalog import get_target, open_store
-from compileflow.contracts import ACCEPTED_OUTCOMES, ArtifactStore
+from compileflow.contracts import ACCEPTED_OUTCOMES, LATENCY_ON_BUSY_MACHINE, ArtifactStore
 from compileflow.contracts.digests import json_digest
 from compileflow.errors import MeasurementError, StepOffError
 from compileflow.settings import Settings
@@ -87,7 +87,7 @@ def validate_artifact(
         def compute(reason: str) -> ValidatedArtifact:
             with work_folder(settings.work_dir, label=STEP) as work:
                 (work / "report").mkdir()
-                answer = run_in_child(
+                child = run_in_child(
                     _CHILD,
                     {
                         "source_dir": str(source_dir),
@@ -107,7 +107,11 @@ def validate_artifact(
                     timeout_s=timeout_s,
                     threads=settings.threads,
                     on_progress=on_progress,
-                ).value
+                )
+                add_logs(
+                    work / "report" / BUNDLE_FOLDER,
+                    {"compile": kept_log(store, artifact.digest), "validate": child.log},
+                )
                 stored_folder = store.put_folder(work / "report")
                 attester.validated(
                     artifact.digest, work / "report", stored_folder=stored_folder, source_digest=source.digest
@@ -118,7 +122,7 @@ def validate_artifact(
                 report_digest=stored_folder.digest,
                 cached=False,
                 why=reason,
-                **answer,
+                **child.value,
             )
             store.put_record("report-of", artifact.digest, value.model_dump(mode="json"))
             return value
@@ -130,7 +134,11 @@ def validate_artifact(
             folders={"report_digest": "report_uri"},
             compute=compute,
             report_line=on_progress,
-            is_cacheable=lambda validated: validated.outcome in ACCEPTED_OUTCOMES,
+            is_cacheable=lambda validated: (
+                validated.outcome in ACCEPTED_OUTCOMES
+                # The gate that the user set was not judged, so the next run measures again.
+                and not (validation.max_latency_ratio and LATENCY_ON_BUSY_MACHINE in validated.figures)
+            ),
             reason_to_redo=lambda validated: attester.lacks_verdict(artifact.digest, validated.report_digest),
         )
     if cached:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from compileflow.contracts import Outcome
+from compileflow.contracts import ACCEPTED_OUTCOMES, Outcome
 from compileflow.errors import MeasurementError
 from compileflow.spec import GRAPH_TASKS, HfTask, Precision
 from compileflow.validation.judge.calibration import Calibration, opened
@@ -114,7 +114,8 @@ def judge(
 ) -> Verdict:
     """Judge measurements by the suite's gates for a precision and a task.
 
-    A gate that cannot be evaluated is an `error`, and an error never passes.
+    A gate that cannot be evaluated is an `error`, and an error never passes. A gate whose metric is unusable, a
+    latency of a busy machine, is not judged; the reason of a verdict that allows registration says so.
 
     Args:
         measurements: Everything that was measured.
@@ -128,12 +129,15 @@ def judge(
     """
     notes = list(measurements.notes)
     measured = {*measurements.scalars, *(row["metric"] for row in measurements.rates)}
-    gates, calibrations = [], {}
+    gates, calibrations, unjudged = [], {}, []
     for gate in gates_for(precision, hf_task, overrides or {}, strict=strict):
         if hf_task.graph_task in gate.entry.optional and gate.entry.metric not in measured:
             # A gate that is optional for every task needs no note, nor does a decision that few models make.
             if gate.entry.table == "scalars" and set(gate.entry.optional) != set(GRAPH_TASKS):
                 notes.append(f"{gate.entry.gate} does not apply to this model.")
+            continue
+        if gate.entry.metric in measurements.unusable:
+            unjudged.append(f"{gate.entry.gate} not judged: {measurements.unusable[gate.entry.metric]}")
             continue
         is_set = gate.entry.limit in (overrides or {})
         calibration = opened(gate, measurements, precision, is_fixed=is_set)
@@ -158,6 +162,9 @@ def judge(
         _explained(result, by_name[result.gate], calibrations[result.gate], measurements) for result in results
     ]
     outcome, reason = _sum_up(_by_reason(results, by_name, tables["comparisons"]))
+    if outcome in ACCEPTED_OUTCOMES:
+        reason = "; ".join((reason, *unjudged))
+    notes += unjudged
     return Verdict(outcome=outcome, reason=reason, gates=tuple(results), notes=tuple(dict.fromkeys(notes)))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from compileflow.validation.measure.compare_outputs import measure
 from compileflow.validation.measure.coverage import Coverage
-from compileflow.validation.measure.latency import measure_latency, time_pairs
+from compileflow.validation.measure.latency import OneThread, Stopwatch, measure_latency, time_pairs
 from compileflow.validation.measure.measurements import Latency, Measurements, Model, candidate_answer
 from compileflow.validation.measure.noise import measure_grid, measure_noise, rounded_to_grid
 from compileflow.validation.measure.probes import (
@@ -20,6 +20,8 @@ __all__ = [
     "Latency",
     "Measurements",
     "Model",
+    "OneThread",
+    "Stopwatch",
     "candidate_answer",
     "measure",
     "measure_grid",

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from compileflow.contracts import Arrays
+from compileflow.contracts import LATENCY_ON_BUSY_MACHINE, Arrays
 from compileflow.validation.measure.coverage import Covered
 
 Model = Callable[[Arrays], Arrays]
@@ -26,6 +26,10 @@ class Latency:
         ratio_low: Lower end of the 95 % bootstrap interval of `ratio`.
         ratio_high: Upper end of that interval.
         pairs: Number of pairs.
+        cpu_ratio: Least processor time of a call with one thread, candidate / reference; None if it was not
+            measured.
+        busy: What other processes did to the timing, in words; such a latency is shown, and nothing uses it. Empty
+            on a quiet machine.
     """
 
     shape: str
@@ -35,6 +39,8 @@ class Latency:
     ratio_low: float
     ratio_high: float
     pairs: int
+    cpu_ratio: float | None = None
+    busy: str = ""
 
 
 @dataclass
@@ -45,6 +51,7 @@ class Measurements:
         comparisons: One row per example and output: `metrics.compare`, and case, family, output and text.
         rates: One row per example and metric: `metric`, `hits`, `trials`.
         scalars: One number per metric.
+        unusable: For some metrics, why no gate may use what was measured.
         details: For some metrics of `scalars`, what was found, in words.
         noise: Noise of the source model: `max_abs_diff` and `rel_l2` between runs that should be equal.
         floors: The same per output, for each difference that is compared.
@@ -57,6 +64,7 @@ class Measurements:
     comparisons: list[dict[str, Any]] = field(default_factory=list)
     rates: list[dict[str, Any]] = field(default_factory=list)
     scalars: dict[str, float] = field(default_factory=dict)
+    unusable: dict[str, str] = field(default_factory=dict)
     details: dict[str, str] = field(default_factory=dict)
     noise: dict[str, float] = field(default_factory=dict)
     floors: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -78,9 +86,15 @@ class Measurements:
         for metric in sorted({row["metric"] for row in self.rates}):
             rows = [row for row in self.rates if row["metric"] == metric]
             figures[metric] = sum(row["hits"] for row in rows) / sum(row["trials"] for row in rows)
-        if self.latencies:
+        if self.latencies and self.latencies[0].busy:
+            figures[LATENCY_ON_BUSY_MACHINE] = 1.0
+        elif self.latencies:
             headline = asdict(self.latencies[0])
-            figures |= {f"latency_{name}": value for name, value in headline.items() if name != "shape"}
+            figures |= {
+                f"latency_{name}": float(value)
+                for name, value in headline.items()
+                if isinstance(value, int | float)
+            }
         return {name: value for name, value in figures.items() if np.isfinite(value)}
 
 

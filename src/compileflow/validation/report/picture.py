@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
+from compileflow.validation.measure.contention import BUSY_MACHINE
 from compileflow.validation.report.page import fraction
 
 if TYPE_CHECKING:
@@ -104,13 +105,15 @@ def latency_picture(latencies: Sequence[Latency]) -> Markup | None:
     axes.axvline(1.0, color=COLOURS["soft"], linewidth=1, linestyle=(0, (5, 4)), clip_on=False)
     for row, latency in enumerate(latencies):
         colour = COLOURS["pass"] if latency.ratio_high < 1 else COLOURS["fail"] if latency.ratio_low > 1 else None
+        if latency.busy:
+            colour = None
         style: dict[str, Any] = {"color": colour or COLOURS["soft"], "solid_capstyle": "butt", "clip_on": False}
         axes.plot([0, latency.ratio], [row, row], linewidth=9, alpha=0.35, **style)
         axes.plot([latency.ratio_low, latency.ratio_high], [row, row], linewidth=2, **style)
         axes.plot([latency.ratio] * 2, [row - 0.26, row + 0.26], linewidth=3, gid=f"latency-{row}", **style)
         end = max(latency.ratio_high, latency.ratio)
         axes.annotate(
-            fraction(latency.ratio),
+            fraction(latency.ratio) + (" (busy machine)" if latency.busy else ""),
             (end, row),
             (6, 0),
             textcoords="offset points",
@@ -128,6 +131,7 @@ def latency_picture(latencies: Sequence[Latency]) -> Markup | None:
     sentences = {
         f"latency-{row}": f"{latency.shape}: {fraction(latency.ratio)} of eager's latency, 95 % interval "
         f"{fraction(latency.ratio_low)} to {fraction(latency.ratio_high)}"
+        + (f", {BUSY_MACHINE}" if latency.busy else "")
         for row, latency in enumerate(latencies)
     }
     return svg(
