@@ -179,15 +179,17 @@ def test_refused_run_names_the_page_of_its_report(
     with in_process.instead_of_children():
         outcome = invoke(compileflow_app, *words)
     assert outcome.exit_code == 1
-    error_line, report_line = outcome.stderr.splitlines()
+    error_line, report_line, bundle_line = outcome.stderr.splitlines()
     assert error_line.startswith("error: fail: latency_ratio")
     page = Path(report_line.removeprefix("report: "))
     assert page.parent == settings.home_dir / "reports"
     assert "latency_ratio" in page.read_text("utf-8")
+    bundle = Path(bundle_line.removeprefix("bundle: "))
+    assert {path.name for path in bundle.iterdir()} == {"failure.json", "reproduce.py", "toolchain.log"}
     if extra:
         (entry,) = json.loads(outcome.stdout)
         assert (entry["target"], entry["error"]["type"]) == ("torchscript", "VerdictError")
-        assert entry["error"]["report"] == str(page)
+        assert (entry["error"]["report"], entry["error"]["bundle"]) == (str(page), str(bundle))
         assert open_store(settings.resolved_store_uri()).folder_uri("")[:-5] in entry["error"]["report_uri"]
     else:
         assert outcome.stdout == ""

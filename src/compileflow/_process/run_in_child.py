@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import resource
 import signal
 import sys
@@ -43,16 +44,26 @@ logger = logging.getLogger(__name__)
 
 _ENTRY = "from compileflow._process.run_in_child import child_main; child_main()"
 _OUT_OF_MEMORY = ("can't allocate memory", "cannot allocate memory", "std::bad_alloc", "out of memory")
+# Bytes of a log that the parent keeps.
+_LONGEST_LOG = 100_000
 _MORE_MEMORY = "Run it on a machine with more memory, or lower max_sequence_length."
 
 
 @dataclass(frozen=True)
 class ChildResult:
-    """The value of a function that ran in a child process, with its cost."""
+    """The value of a function that ran in a child process, with its cost.
+
+    Attributes:
+        value: Value of the function.
+        duration_s: Wall time in seconds.
+        peak_rss_bytes: Peak of resident memory.
+        log: End of what the child printed.
+    """
 
     value: JsonObject
     duration_s: float
     peak_rss_bytes: int
+    log: str = ""
 
 
 def run_in_child(
@@ -116,9 +127,19 @@ def run_in_child(
         raise _ended_without_answer(function, exit_code, child.peak_rss_bytes, log_path)
     if "error" in answer:
         raise CompileflowError.from_dict(answer["error"] | {"log_path": str(log_path)})
+    log = _end_of(log_path)
     log_path.unlink(missing_ok=True)
     peak_rss_bytes = answer["peak_rss_bytes"] or child.peak_rss_bytes
-    return ChildResult(answer["value"], time.monotonic() - start, peak_rss_bytes)
+    return ChildResult(answer["value"], time.monotonic() - start, peak_rss_bytes, log)
+
+
+def _end_of(log_path: Path) -> str:
+    try:
+        with log_path.open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - _LONGEST_LOG))
+            return log.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
 
 
 def child_main() -> None:

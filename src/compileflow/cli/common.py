@@ -57,15 +57,22 @@ def fail(error: CompileflowError, code: int | None = None, *, as_json: bool = Fa
     if as_json:
         typer.echo(json.dumps({"error": error_values(error)}, indent=1))
     typer.echo(f"error: {error}", err=True)
-    if page := report_page(error):
-        typer.echo(f"report: {page}", err=True)
+    print_report(error)
     raise typer.Exit(exit_code(error) if code is None else code) from error
 
 
+def print_report(error: CompileflowError) -> None:
+    """Print where the report of an error is, and the bundle that shows the failure again, if it has them."""
+    if page := report_page(error):
+        typer.echo(f"report: {page}", err=True)
+    if bundle := failure_bundle(error):
+        typer.echo(f"bundle: {bundle}", err=True)
+
+
 def error_values(error: CompileflowError) -> dict[str, str]:
-    """Return an error for JSON, with the path of the HTML page of its report if it has one."""
-    page = report_page(error)
-    return error.to_dict() | ({"report": str(page)} if page else {})
+    """Return an error for JSON, with the paths of the HTML page and of the bundle of its report if it has them."""
+    paths = {"report": report_page(error), "bundle": failure_bundle(error)}
+    return error.to_dict() | {name: str(path) for name, path in paths.items() if path}
 
 
 def report_page(error: CompileflowError) -> Path | None:
@@ -79,6 +86,18 @@ def report_page(error: CompileflowError) -> Path | None:
     for export in (export_report, export_comparison):
         with suppress(CompileflowError):
             return export(error.report_uri, get_settings())
+    return None
+
+
+def failure_bundle(error: CompileflowError) -> Path | None:
+    """Copy the bundle of an error's report out of the store; None without a readable one."""
+    if not error.report_uri:
+        return None
+    from compileflow.settings import get_settings
+    from compileflow.steps.report_file import export_bundle
+
+    with suppress(CompileflowError):
+        return export_bundle(error.report_uri, get_settings())
     return None
 
 

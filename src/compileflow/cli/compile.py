@@ -20,7 +20,7 @@ from compileflow.cli.common import (
     error_values,
     exit_code,
     one_line_errors,
-    report_page,
+    print_report,
     stop,
 )
 from compileflow.cli.options import (
@@ -177,8 +177,7 @@ def _print_outcomes(
             if verbose and error.log_path:
                 typer.echo(log_tail(error.log_path), err=True)
             typer.echo(f"error: {in_options(str(error))}", err=True)
-            if page := report_page(error):
-                typer.echo(f"report: {page}", err=True)
+            print_report(error)
 
 
 def _values(request: CompileRequest, outcome: CompileResult | CompileflowError) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from compileflow.steps.attest import Attester
 from compileflow.steps.cache import CacheKey, find, find_or_make, why_missed
 from compileflow.steps.calibration import Calibration, load_calibration
 from compileflow.steps.request import AUTO, CompileRequest
+from compileflow.steps.toolchain_logs import keep_log
 from compileflow.steps.values import CompiledArtifact, FetchedSource
 from compileflow.validation.cases import load_examples, signals_digest
 
@@ -329,6 +330,7 @@ def _compile(
         on_progress("storing the artifact")
         stored_folder = attester.store.put_folder(out_dir)
         attester.compiled(out_dir, stored_folder.digest, started=started)
+        keep_log(attester.store, stored_folder.digest, child.log)
     return CompiledArtifact(
         uri=stored_folder.uri,
         digest=stored_folder.digest,

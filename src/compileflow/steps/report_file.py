@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,6 +13,7 @@ from compileflow.catalog import open_store
 from compileflow.errors import ManifestError, first_problem
 from compileflow.settings import Settings
 from compileflow.stores.layout import split_uri
+from compileflow.validation.bundle import BUNDLE_FOLDER
 from compileflow.validation.report import REPORT_HTML, REPORT_JSON, Report
 
 Kind = TypeVar("Kind", bound=BaseModel)
@@ -47,6 +49,20 @@ def export_page(uri: str, name: str, settings: Settings) -> Path:
         page.parent.mkdir(parents=True, exist_ok=True)
         page.write_bytes(_member(folder, name, uri))
     return page
+
+
+def export_bundle(report_uri: str, settings: Settings) -> Path | None:
+    """Copy the bundle of a failed validation to HOME/reports and return its folder; None if the report has none.
+
+    Raises as `export_report` does.
+    """
+    store_uri, digest = split_uri(report_uri)
+    bundle = settings.home_dir / "reports" / f"{digest[:12]}-{BUNDLE_FOLDER}"
+    with open_store(store_uri, settings).open_folder(digest) as folder, os_errors(bundle, "write to"):
+        if not (folder / BUNDLE_FOLDER).is_dir():
+            return None
+        shutil.copytree(folder / BUNDLE_FOLDER, bundle, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    return bundle
 
 
 def _parsed(kind: type[Kind], body: bytes, uri: str) -> Kind:

@@ -23,7 +23,9 @@ from compileflow.steps.cache import CacheKey, find_or_make
 from compileflow.steps.compile import spec_of
 from compileflow.steps.plan import check_timed_shapes
 from compileflow.steps.request import CompileRequest
+from compileflow.steps.toolchain_logs import write_logs
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
+from compileflow.validation.bundle import BUNDLE_FOLDER
 from compileflow.validation.cases import load_examples, signals_digest
 from compileflow.validation.judge.suite import suite_digest
 from compileflow.validation.settings import ValidationSettings
@@ -108,10 +110,7 @@ def validate_artifact(
                     threads=settings.threads,
                     on_progress=on_progress,
                 )
-                add_logs(
-                    work / "report" / BUNDLE_FOLDER,
-                    {"compile": kept_log(store, artifact.digest), "validate": child.log},
-                )
+                write_logs(work / "report" / BUNDLE_FOLDER, store, artifact.digest, {STEP: child.log})
                 stored_folder = store.put_folder(work / "report")
                 attester.validated(
                     artifact.digest, work / "report", stored_folder=stored_folder, source_digest=source.digest

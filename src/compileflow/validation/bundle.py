@@ -28,9 +28,10 @@ from compileflow.validation.settings import ValidationSettings
 
 # Folder beside the report.
 BUNDLE_FOLDER = "bundle"
-REPRODUCE, LOG, FAILURE = "reproduce.py", "toolchain.log", "failure.json"
+REPRODUCE, FAILURE = "reproduce.py", "failure.json"
 INPUTS, REFERENCE, COMPILED = "inputs.npz", "reference.npz", "compiled.npz"
 _TEMPLATE = "reproduce.py.txt"
+_LATENCY = "latency_ratio"
 # Larger arrays stay in their files, and the script reads them there.
 _MOST_EMBEDDED_BYTES = 4_000_000
 _CREDENTIALS = re.compile(r"://[^/\s@]+@")
@@ -129,13 +130,16 @@ def examine_failure(
         verdict: Verdict that failed.
         threads: Threads of the runtime.
     """
-    compared = [case for case in cases if not case.answers_only]
-    small_case = failing_case(measurements.comparisons, compared, record.precision)
-    divergence = first_divergence(artifact, component, record, source_model, small_case, threads=threads)
     failed_gates = [gate for gate in verdict.gates if gate.outcome == "fail"]
     gate = next(
         (gate for gate in failed_gates if verdict.reason.startswith(f"fail: {gate.gate} ")), failed_gates[0]
     )
+    compared = [case for case in cases if not case.answers_only]
+    small_case = failing_case(measurements.comparisons, compared, record.precision)
+    if small_case is None and gate.gate == _LATENCY:
+        divergence = Divergence(note="The gate compares time, and the answers agree.")
+    else:
+        divergence = first_divergence(artifact, component, record, source_model, small_case, threads=threads)
     figure = _figure(gate, measurements, small_case)
     case = next((case for case in compared if figure is not None and case.name == figure.case), None)
     failure = Failure(
@@ -221,14 +225,3 @@ def write_bundle(
     template = (files("compileflow.validation") / "data" / _TEMPLATE).read_text("utf-8")
     script = template.replace("FAILURE_TEXT", repr(text)).replace("ARRAYS_TEXT", repr(embedded))
     (folder / REPRODUCE).write_text(script, "utf-8")
-
-
-def keep_logs(folder: Path, logs: dict[str, str]) -> None:
-    """Add the logs of the toolchain to a bundle, without credentials.
-
-    Args:
-        folder: Folder of the bundle.
-        logs: Text of each log, by the step that printed it.
-    """
-    text = "\n".join(f"== {step}\n{_CREDENTIALS.sub('://', log)}" for step, log in logs.items() if log)
-    (folder / LOG).write_text(text or "The toolchain printed nothing.\n", "utf-8")
