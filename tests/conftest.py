@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import uuid
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -154,3 +157,19 @@ def neptune_project(neptune_server: Neptune, settings: Settings, monkeypatch: py
         monkeypatch.setenv(name, value)
     get_settings.cache_clear()
     return neptune_server.project()
+
+
+@pytest.fixture
+def wheel_without_prefect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """In processes that this test starts, compileflow is an unpacked wheel, and `import prefect` fails."""
+    build = ("hatchling", "build", "--target", "wheel", "--directory", str(tmp_path))
+    subprocess.run(
+        [sys.executable, "-m", *build], cwd=Path(__file__).parents[1], check=True, capture_output=True, timeout=60
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    (site / "prefect.py").write_text('raise ImportError("Prefect is not installed")\n')
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    return site

@@ -6,6 +6,7 @@ This file has over 300 lines, because every fault is made in ONNX and in TorchSc
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from compileflow.settings import Settings
 from compileflow.spec import HfTask, Precision
 from compileflow.steps.fetch import fetch_source
 from compileflow.steps.register import register_version
+from compileflow.steps.reproduce import reproduce
 from compileflow.steps.validate import validate_artifact
 from compileflow.steps.values import CompiledArtifact
 from compileflow.validation.settings import ValidationSettings
@@ -194,7 +196,7 @@ def test_the_limits_of_a_target_win_over_those_of_the_suite(
 
 @pytest.mark.parametrize("how", BREAKS)
 def test_a_broken_compile_fails_and_the_reason_names_the_fault(
-    healthy: Compiled, tmp_path: Path, how: str
+    healthy: Compiled, tmp_path: Path, how: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     artifact_dir = _broken(healthy, tmp_path, how)
     proof = validate_here(healthy.source_dir, artifact_dir, tmp_path / "report")
@@ -202,6 +204,16 @@ def test_a_broken_compile_fails_and_the_reason_names_the_fault(
     assert proof.reason.startswith(f"fail: {BREAKS[how]} measured"), proof.reason
     assert proof.gate(BREAKS[how])["outcome"] == "fail"
     assert (tmp_path / "report" / "report.html").stat().st_size > 0
+    assert proof.report["failure"]["gate"] == BREAKS[how]
+    if proof.report["failure"]["figure"]["gate"] == BREAKS[how]:
+        bundle = tmp_path / "report" / "bundle"
+        script = runpy.run_path(str(bundle / "reproduce.py"))
+        assert reproduce(script["FAILURE"], script["ARRAYS"], folder=bundle, arguments=[]) == 1
+        measured = f"{proof.gate(BREAKS[how])['measured']:.4g}"
+        line = capsys.readouterr().out.splitlines()[-1]
+        assert line.startswith(f"{BREAKS[how]} of logits, case "), line
+        assert f": {measured}, the limit is" in line
+        assert line.endswith(f"the report says {measured}")
 
 
 def test_other_gates_see_an_ignored_mask_as_well(healthy: Compiled, tmp_path: Path) -> None:

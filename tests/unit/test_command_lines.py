@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -229,20 +228,6 @@ def test_completion_is_installed_into_the_users_shell(tmp_path: Path) -> None:
     assert completed.returncode == 0, completed.stderr
     sourced = (tmp_path / ".bashrc").read_text()
     assert "compileflow" in sourced
-
-
-@pytest.fixture
-def wheel_without_prefect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """In processes that this test starts, compileflow is an unpacked wheel, and `import prefect` fails."""
-    build = ("hatchling", "build", "--target", "wheel", "--directory", str(tmp_path))
-    subprocess.run([sys.executable, "-m", *build], cwd=ROOT, check=True, capture_output=True, timeout=60)
-    (wheel,) = tmp_path.glob("*.whl")
-    site = tmp_path / "site"
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(site)
-    (site / "prefect.py").write_text('raise ImportError("Prefect is not installed")\n')
-    monkeypatch.setenv("PYTHONPATH", str(site))
-    return site
 
 
 def test_compile_from_the_wheel_without_prefect_registers_a_version_and_shows_progress(

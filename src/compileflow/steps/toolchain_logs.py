@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from compileflow.contracts import ArtifactStore
+from compileflow.validation.bundle import without_passwords
 
 _RECORD, _COMPILE = "log-of", "compile"
 _FILE = "toolchain.log"
-_CREDENTIALS = re.compile(r"://[^/\s@]+@")
 
 
 def keep_log(store: ArtifactStore, artifact_digest: str, log: str) -> None:
     """Keep what the toolchain printed while it compiled an artifact, without credentials in URIs."""
     if log:
-        store.put_record(_RECORD, artifact_digest, {_COMPILE: _CREDENTIALS.sub("://", log)})
+        store.put_record(_RECORD, artifact_digest, {_COMPILE: without_passwords(log)})
 
 
 def write_logs(folder: Path, store: ArtifactStore, artifact_digest: str, logs: Mapping[str, str]) -> None:
@@ -32,7 +31,7 @@ def write_logs(folder: Path, store: ArtifactStore, artifact_digest: str, logs: M
         return
     compile_log = (store.get_record(_RECORD, artifact_digest) or {}).get(_COMPILE) or ""
     parts = [
-        f"== {step}\n{_CREDENTIALS.sub('://', str(log)) or 'nothing was printed'}\n"
+        f"== {step}\n{without_passwords(str(log)) or 'nothing was printed'}\n"
         for step, log in {_COMPILE: compile_log, **logs}.items()
     ]
     (folder / _FILE).write_text("\n".join(parts), "utf-8")

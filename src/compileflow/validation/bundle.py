@@ -208,7 +208,7 @@ def write_bundle(
         "spec": artifact.manifest.spec.model_dump(mode="json"),
         "validation": validation.model_dump(mode="json"),
     }
-    text = _CREDENTIALS.sub("://", json.dumps(content, indent=1, sort_keys=True))
+    text = without_passwords(json.dumps(content, indent=1, sort_keys=True))
     (folder / FAILURE).write_text(text + "\n", "utf-8")
     embedded = ""
     if failed.case is not None:
@@ -225,3 +225,8 @@ def write_bundle(
     template = (files("compileflow.validation") / "data" / _TEMPLATE).read_text("utf-8")
     script = template.replace("FAILURE_TEXT", repr(text)).replace("ARRAYS_TEXT", repr(embedded))
     (folder / REPRODUCE).write_text(script, "utf-8")
+
+
+def without_passwords(text: str) -> str:
+    """Return a text without the user names and passwords of its URIs."""
+    return _CREDENTIALS.sub("://", text)
