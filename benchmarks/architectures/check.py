@@ -191,7 +191,7 @@ def _encoder(model_class: ModelClass, source_dir: Path) -> Callable[[list[Any]],
     if model_class.hf_task is HfTask.MULTIPLE_CHOICE:
         return lambda items: _choices(tokenizer, items)
     if modality == "text":
-        return lambda items: tokenizer(items, padding=len(items) > 1, return_tensors="np")
+        return lambda items: tokenizer(items, padding=len(items) > 1, truncation=True, return_tensors="np")
     if modality == "audio":
         return _sound_encoder(transformers.AutoFeatureExtractor.from_pretrained(source_dir))
     image_processor = transformers.AutoImageProcessor.from_pretrained(source_dir)
@@ -205,7 +205,9 @@ def _encoder(model_class: ModelClass, source_dir: Path) -> Callable[[list[Any]],
 def _choices(tokenizer: Any, items: list[str]) -> dict[str, Any]:
     """Return a batch of questions with two choices each, of shape (batch, 2, sequence)."""
     texts = [text for text in items for _ in range(2)]
-    encoded = tokenizer(texts, ["no", "it was on time"] * len(items), padding=True, return_tensors="np")
+    encoded = tokenizer(
+        texts, ["no", "it was on time"] * len(items), padding=True, truncation=True, return_tensors="np"
+    )
     return {name: value.reshape(len(items), 2, -1) for name, value in encoded.items()}
 
 

@@ -35,6 +35,7 @@ SAMPLE = (
     "question-answering/mobilebert",
     "question-answering/xlnet",
     "text-classification/nystromformer",
+    "text-classification/qwen3_5_text",
     "text-classification/deberta-v2",
     "text-classification/gptj",
     "text-classification/longformer",
@@ -45,7 +46,7 @@ SAMPLE = (
 )
 
 # Families without one graph for all lengths.
-REFUSED = ("text-classification/funnel", "text-classification/qwen3_next")
+REFUSED = ("feature-extraction/rwkv", "text-classification/funnel")
 
 
 def test_page_is_as_new_as_the_list_of_classes() -> None:

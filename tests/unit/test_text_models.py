@@ -177,9 +177,7 @@ def test_exporters_find_no_function_that_numbers_the_positions_of_images(tmp_pat
         (transformers.BertConfig(), None),
         (transformers.JambaConfig(), None),
         (transformers.FunnelConfig(), 0),
-        (transformers.Qwen3_5TextConfig(), 0),
-        # The composite model has a type of its own.
-        (transformers.Qwen3_5Config(), 0),
+        (transformers.Qwen3_5Config(), None),
         (transformers.CanineConfig(), 128),
         (transformers.MiniMaxConfig(block_size=64), 64),
     ],

@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from transformers.models.kimi_linear.modeling_kimi_linear import chunk_kimi_delta_attention
+from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
+from compileflow.source_model.delta_rule import delta_rule
 from compileflow.source_model.whole_rows import whole_rows
 
 LONGEST = 40
@@ -68,6 +71,24 @@ def test_rows_that_are_read_whole_have_the_same_answers(name: str) -> None:
     torch.testing.assert_close(whole, expected, rtol=0, atol=1e-4)
     assert expected.std() > 0.1
     assert torch.equal(again, expected)
+
+
+@pytest.mark.parametrize("length", [1, 37, 64, 65, 200])
+@pytest.mark.parametrize("is_decay_per_channel", [False, True])
+def test_delta_rule_of_a_whole_row_is_that_of_its_chunks(length: int, is_decay_per_channel: bool) -> None:
+    torch.manual_seed(0)
+    heads = 2 if is_decay_per_channel else 4
+    query, key = torch.randn(2, 2, length, 2, 16)
+    # Keys that resemble one another, as in text, make the inverse of a chunk large.
+    key = key * 0.1 + torch.randn(2, 16)
+    value, beta = torch.randn(2, length, heads, 8), torch.rand(2, length, heads)
+    decay = -0.05 * torch.rand(2, length, heads, *((16,) if is_decay_per_channel else ()))
+    expected, _ = (chunk_kimi_delta_attention if is_decay_per_channel else torch_chunk_gated_delta_rule)(
+        query, key, value, g=decay, beta=beta, use_qk_l2norm_in_kernel=True
+    )
+    whole, _ = delta_rule(query, key, value, decay, beta, longest=200, use_qk_l2norm_in_kernel=True)
+    torch.testing.assert_close(whole, expected, rtol=1e-5, atol=1e-5)
+    assert expected.std() > 1e-3
 
 
 def _rows() -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,6 +18,7 @@ from compileflow.source_model.examples import example_inputs
 from compileflow.source_model.interface import SourceModel, probe_model
 from compileflow.source_model.positions import declared_longest, longest_row
 from compileflow.source_model.token_rows import TokenRows, text_config, token_rows
+from compileflow.source_model.whole_rows import chunk_of
 from compileflow.spec import HfTask
 
 # Lengths of the two probes; shorter ones are for models that take few tokens. 2 and 3 are sizes of the batches.
@@ -88,7 +89,7 @@ def probe_text_model(
     return replace(
         source_model,
         longest=longest,
-        chunk=_chunk_of(text_config(config)),
+        chunk=_declared_chunk(text_config(config)) or chunk_of(model),
         padding=_padding(source_model, lengths),
     )
 
@@ -157,8 +158,8 @@ def text_inputs(model: Any, config: Any, tokenizer: Any) -> tuple[TensorRecord, 
     )
 
 
-def _chunk_of(config: Any) -> int:
-    """Return the number of tokens in each part of a row that a model reads in parts; 0 for other models."""
+def _declared_chunk(config: Any) -> int:
+    """Return the number of tokens in each part of a row, if the configuration says one; 0 otherwise."""
     chunk = getattr(config, "mamba_chunk_size", None) or getattr(config, "chunk_size", None)
     return chunk if isinstance(chunk, int) else 0
 

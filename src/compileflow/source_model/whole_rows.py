@@ -1,7 +1,8 @@
 """whole_rows: while a model is exported, its code reads at once the rows that it otherwise reads in steps.
 
 A graph has a fixed number of steps. State-space models (Mamba, Falcon-Mamba, Jamba, Zamba) read a row token by
-token, and Longformer and LED cut it into windows.
+token, models with linear attention (Qwen3-Next, Qwen3.5, Kimi Linear) chunk by chunk, and Longformer and LED cut
+it into windows.
 """
 
 from __future__ import annotations
@@ -11,7 +12,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import ModuleType
 from typing import Any
+
+from compileflow.source_model.delta_rule import CHUNK, delta_rule, earlier
+
+_DELTA_RULES = ("torch_chunk_gated_delta_rule", "chunk_kimi_delta_attention")
 
 
 @contextmanager
@@ -24,9 +30,10 @@ def whole_rows(model: Any, longest: int) -> Iterator[None]:
     """
     classes = {type(module) for module in model.modules()}
     replacements: list[tuple[Any, str, Callable[..., Any]]] = []
-    for code in {sys.modules[model_class.__module__] for model_class in classes}:
+    for code in _code_of(model):
         replacements += [
             (code, "mamba_selective_scan", partial(_scan, longest=longest)),
+            *((code, name, partial(delta_rule, longest=longest)) for name in _DELTA_RULES),
             (code, "_get_question_end_index", _first_separator),
         ]
     for model_class in classes:
@@ -42,6 +49,15 @@ def whole_rows(model: Any, longest: int) -> Iterator[None]:
     finally:
         for holder, name, original in originals:
             setattr(holder, name, original)
+
+
+def chunk_of(model: Any) -> int:
+    """Return the number of tokens in each part of a row that the code above reads in parts; 0 for other models."""
+    return CHUNK if any(hasattr(code, name) for code in _code_of(model) for name in _DELTA_RULES) else 0
+
+
+def _code_of(model: Any) -> set[ModuleType]:
+    return {sys.modules[type(module).__module__] for module in model.modules()}
 
 
 def _scan(
@@ -85,19 +101,12 @@ def _scan(
     decay = (A[None, :, None] * dt[..., None]).exp()
     state = dt[..., None] * B.transpose(1, 2)[:, None].float() * hidden_states[..., None].float()
     for distance in (1 << power for power in range(max(longest - 1, 1).bit_length())):
-        state = state + decay * _earlier(state, distance)
-        decay = decay * _earlier(decay, distance)
+        state = state + decay * earlier(state, distance)
+        decay = decay * earlier(decay, distance)
     output = (state.to(hidden_states.dtype) * C.transpose(1, 2)[:, None]).sum(-1)
     if D is not None:
         output = output + hidden_states * D[:, None]
     return output if z is None else output * functional.silu(z)
-
-
-def _earlier(values: Any, distance: int) -> Any:
-    """Return the values of an earlier token, and zero where there is none."""
-    from torch.nn import functional
-
-    return functional.pad(values, (0, 0, distance, 0))[:, :, : values.shape[2]]
 
 
 def _without_padding(_: Any, *, pad_token_id: int, **inputs: Any) -> tuple[Any, ...]:

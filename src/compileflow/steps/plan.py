@@ -22,17 +22,9 @@ DEFAULT_TOKENS = 512
 _BATCH_SIZE, _BATCHED_UP_TO = 8, 128
 # Model types that view a row as a number of windows, pool it in steps, or read it in a loop over its tokens.
 _READ_IN_STEPS = (
-    "bailing_hybrid",
     "cpmant",
     "deepseek_v4",
     "funnel",
-    "glm5_next",
-    "kimi_linear",
-    "olmo_hybrid",
-    "qwen3_5",
-    "qwen3_5_moe",
-    "qwen3_next",
-    "qwen4_exp",
     "recurrent_gemma",
     "rwkv",
     "xlstm",
@@ -196,7 +188,7 @@ def _longest_piece(config: Any) -> int | None:
     """Return the longest row that a model does not read in steps; 0 if it reads each row so, None if none."""
     # The text part of a composite model has a type of its own.
     for part in (config, text_config(config)):
-        if part.model_type.removesuffix("_text") in _READ_IN_STEPS:
+        if part.model_type in _READ_IN_STEPS:
             return 0
         if part.model_type in _PIECES:
             return int(getattr(part, _PIECES[part.model_type]))
