@@ -143,6 +143,7 @@ class InProcess:
             )
             # Tests run beside each other, so nearly every latency would be marked.
             patch.setattr(latency, "disturbance", lambda *_, **__: "")
+            patch.setattr(latency, "settle", lambda: None)
             yield counts
 
     @contextmanager

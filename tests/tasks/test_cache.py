@@ -19,6 +19,7 @@ from compileflow.settings import Settings
 from compileflow.spec import HfTask
 from compileflow.steps import validate as validate_step
 from compileflow.targets.torchscript import TorchScriptTarget
+from compileflow.validation.measure import latency
 from tests.conftest import ModelFactory
 from tests.steps import Pipeline
 
@@ -192,6 +193,20 @@ def test_an_artifact_of_another_request_fails(pipeline: Pipeline, model: Path) -
     validated = pipeline.validate(longer_request, artifact)
     assert validated.outcome == "fail"
     assert "manifest_claims" in validated.reason
+
+
+def test_gate_that_a_busy_machine_left_unjudged_is_measured_again(pipeline: Pipeline, model: Path) -> None:
+    request = pipeline.request(model, validation={"latency_pairs": 5, "max_latency_ratio": 1e-6})
+    artifact = pipeline.compile(request)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latency, "disturbance", lambda *_, **__: "other processes used 1.9 of 2 processors")
+        patch.setattr(latency, "_PATIENCE_S", 0.0)
+        validated = pipeline.validate(request, artifact)
+    assert validated.outcome == "pass"
+    assert "latency_ratio not judged: measured on a busy machine (other processes used 1.9" in validated.reason
+    assert [name for name in validated.figures if name.startswith("latency")] == ["latency_on_busy_machine"]
+    # The same request: now the gate is judged.
+    assert pipeline.validate(request, artifact).outcome == "fail"
 
 
 def test_steps_that_are_off_reuse_earlier_results(pipeline: Pipeline, model: Path) -> None:

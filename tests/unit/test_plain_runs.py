@@ -123,6 +123,10 @@ def test_auto_registers_the_winner_and_names_the_candidates_that_failed(
     assert result.comparison_uri is not None
     comparison = read_comparison(result.comparison_uri)
     assert [candidate.outcome for candidate in comparison.candidates] == ["pass", "pass"]
+    # The race times all of them with one common source model.
+    assert (
+        len({tuple(timing.reference_p50_ms for timing in rival.latencies) for rival in comparison.candidates}) == 1
+    )
     assert comparison.winner is not None
     winner = comparison.candidates[comparison.winner]
     assert (result.target, result.artifact.uri) == (winner.target, winner.artifact_uri)

@@ -22,6 +22,8 @@ _MOST_DRIFT = 1.3
 _MOST_MISSING = 0.25
 # Interquartile range of the pairs' ratios, as a share of their median: 0.02 to 0.2 without a disturbance.
 _MOST_SPREAD = 0.5
+# Seconds between two looks at the processor time of idle threads, and the longest wait for them.
+_STEP_S, _LONGEST_WAIT_S = 0.004, 0.1
 # PBKDF2 releases Python's global lock, and its work is always the same: about 5 ms.
 _SPIN_ITERATIONS = 20_000
 # Precision of the system's counters of processor time.
@@ -49,8 +51,25 @@ class Sample:
 
 def take_sample(threads: int) -> Sample:
     """Spin on `threads` threads, then read the counters."""
-    spin_s, spin_cpu_s = _spin(threads)
+    settle()
+    # A single interruption is not yet contention.
+    spin_s, spin_cpu_s = min(_spin(threads), _spin(threads))
     return Sample(time.perf_counter(), time.process_time(), _all_cpu_s(), spin_s, spin_cpu_s)
+
+
+def settle() -> None:
+    """Wait until the threads of the last call sleep.
+
+    After a call they look for the next one without sleep, those of PyTorch for 10 ms, those of onnxruntime for
+    50 ms. Meanwhile they take processors from another model.
+    """
+    end = time.perf_counter() + _LONGEST_WAIT_S
+    while True:
+        start, cpu_start = time.perf_counter(), time.process_time()
+        time.sleep(_STEP_S)
+        now = time.perf_counter()
+        if time.process_time() - cpu_start < 0.2 * (now - start) or now > end:
+            return
 
 
 def disturbance(

@@ -12,17 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compileflow.contracts import Arrays
-from compileflow.validation.measure.contention import BUSY_MACHINE, disturbance, take_sample
+from compileflow.validation.measure.contention import BUSY_MACHINE, disturbance, settle, take_sample
 from compileflow.validation.measure.measurements import Latency, Measurements, Model, candidate_answer
 
 _RESAMPLES, _SEED = 2000, 7
 # Seconds at each shape, and the fewest rounds however long they take: with all threads, and with one thread.
-_BUDGET_S, _ONE_THREAD_BUDGET_S = 0.8, 0.3
+_BUDGET_S, _ONE_THREAD_BUDGET_S = 0.6, 0.3
 _FEWEST, _FEWEST_ONE_THREAD = 5, 3
 # Warm-up of each model ends after three calls or after this time.
 _WARM_UP_S = 0.1
-# A pause comes before a call of this length, and untimed calls before a shorter one.
-_LONG_S, _PAUSE_S = 0.02, 0.01
+# Untimed calls come before a call that is shorter.
+_LONG_S = 0.02
 # Seconds before a disturbed measurement is repeated.
 _PATIENCE_S = 0.5
 
@@ -194,11 +194,17 @@ def time_rounds(calls: Sequence[Call], *, rounds: int, budget_s: float, fewest: 
                 lengths[position] = time.perf_counter() - start
                 warm_up_s[position] += lengths[position]
     rows: list[list[tuple[float, float]]] = []
+    last_position = None
     end = time.perf_counter() + budget_s
     while len(rows) < rounds and (len(rows) < fewest or time.perf_counter() < end):
         # A later call finds warm caches, so the order changes with every round.
         order = range(len(calls)) if len(rows) % 2 == 0 else reversed(range(len(calls)))
-        times = {position: _times(calls[position], is_long=lengths[position] > _LONG_S) for position in order}
+        times = {}
+        for position in order:
+            if position != last_position:
+                settle()
+            times[position] = _times(calls[position], is_long=lengths[position] > _LONG_S)
+            last_position = position
         rows.append([times[position] for position in range(len(calls))])
     values = np.asarray(rows)
     return Rounds(values[:, :, 0], values[:, :, 1])
@@ -238,10 +244,8 @@ def _calls(models: Sequence[Model], inputs: Arrays) -> list[Call]:
 
 
 def _times(call: Call, *, is_long: bool) -> tuple[float, float]:
-    """Return wall time and processor time of one call, when the other model's threads no longer spin."""
-    if is_long:
-        time.sleep(_PAUSE_S)
-    else:
+    """Return wall time and processor time of one call, after untimed calls unless it is long."""
+    if not is_long:
         call()
         call()
     start, cpu_start = time.perf_counter(), time.process_time()
