@@ -119,9 +119,16 @@ def test_model_of_two_parts_is_refused_before_it_is_loaded(tmp_path: Path, model
     assert "TextModel or " in caught.value.hint
 
 
-def test_model_that_loops_over_chosen_experts_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="DbrxModel loops over the experts"):
-        load_source_model(tiny_folder(tmp_path, "dbrx", FEATURES), FEATURES)
+@pytest.mark.parametrize("model_type", ["dbrx", "switch_transformers"])
+def test_model_that_loops_over_chosen_experts_is_refused(tmp_path: Path, model_type: str) -> None:
+    with pytest.raises(SourceError, match="loops over the experts"):
+        load_source_model(tiny_folder(tmp_path, model_type, FEATURES), FEATURES)
+
+
+def test_model_that_returns_tuples_only_is_refused(tmp_path: Path) -> None:
+    task = HfTask.IMAGE_FEATURE_EXTRACTION
+    with pytest.raises(SourceError, match="its outputs are feature_maps"):
+        load_source_model(tiny_folder(tmp_path, "hgnet_v2", task), task)
 
 
 def test_model_that_does_not_repeat_its_answers_is_refused(

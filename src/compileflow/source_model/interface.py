@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import JsonValue
 
 from compileflow.contracts import Arrays, Axis, CompiledComponent, Padding, TensorRecord
-from compileflow.errors import CompileError
+from compileflow.errors import CompileError, SourceError
 from compileflow.source_model.examples import example_inputs, example_length
 from compileflow.source_model.lengths import Convolutions, convolutions_of, frame_convolutions, frames_of
 from compileflow.source_model.processor import Processor, image_inputs
@@ -162,6 +162,7 @@ def probe_model(
 
     Raises:
         SpecError: The configuration does not explain the number of frames.
+        SourceError: The model returns tuples of tensors only.
     """
     import torch
 
@@ -202,6 +203,12 @@ def probe_model(
                 frames = list(zip(lengths, sizes, strict=True))
         dtype = str(tensor.dtype).removeprefix("torch.")
         outputs.append(TensorRecord(name=name, dtype=dtype, axes=tuple(axes)))
+    if not outputs:
+        raise SourceError(
+            f"{type(model).__name__} does not return a tensor on its own: its outputs are "
+            f"{', '.join(answers[0]) or 'none'}.",
+            hint="Give a task whose answer the model returns, or use a model with a head for it.",
+        )
     answer_class = type(answers[0])
     return SourceModel(
         model=model,
