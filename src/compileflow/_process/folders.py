@@ -169,8 +169,8 @@ def os_errors(path: Path, action: str, *, kind: type[CompileflowError] = StoreEr
         raise
     except OSError as error:
         hints = {
-            "ENOSPC": "Free some space on that disk, or set COMPILEFLOW_HOME to a larger one.",
-            "EDQUOT": "Free some of your quota, or set COMPILEFLOW_HOME to another disk.",
+            "ENOSPC": "Free some space on that disk, or use a folder on a larger one.",
+            "EDQUOT": "Free some of your quota, or use a folder on another disk.",
             "EACCES": "Give this user access to it, or choose another folder.",
             "EPERM": "Give this user access to it, or choose another folder.",
             "EROFS": "That file system is read-only; choose another folder.",
