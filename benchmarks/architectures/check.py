@@ -133,6 +133,8 @@ class _Reference:
                 errors.append(error)
         if len(items) < 2:
             raise errors[0]
+        if not all(self.answers):
+            raise ValueError("The model returns no tensor, and no pipeline of transformers takes its answers.")
         if any(not np.isfinite(value).all() for answer in self.answers for value in answer.values()):
             raise ValueError("The small model's answers are not finite.")
         self.has_lists = model_class.hf_task not in (HfTask.MULTIPLE_CHOICE, HfTask.ZERO_SHOT_IMAGE_CLASSIFICATION)
