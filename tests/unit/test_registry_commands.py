@@ -138,6 +138,13 @@ def test_lineage_shows_source_artifact_report_promotions_and_siblings(registry: 
     assert [version["version"] for version in history["siblings"]] == [2]
 
 
+def test_mark_of_a_busy_machine_is_shown_where_a_latency_would_be(registry: ModelRegistry) -> None:
+    registry.register(version_entry("ner", 1).model_copy(update={"figures": {"latency_on_busy_machine": 1.0}}))
+    assert "busy machine" in call("versions").stdout
+    assert "verdict pass, latency measured on a busy machine" in call("lineage", "ner", "1").stdout
+    assert json.loads(call("versions", "--json").stdout)[0]["figures"] == {"latency_on_busy_machine": 1.0}
+
+
 @pytest.mark.parametrize("reference", ["old", "old@1", "old@production", "registry:old@production"])
 def test_pull_writes_the_artifact_that_was_registered(
     settings: Settings, registry: ModelRegistry, tmp_path: Path, reference: str

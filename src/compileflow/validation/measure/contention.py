@@ -77,8 +77,8 @@ def disturbance(
 ) -> str:
     """Say in words what disturbed a measurement; "" on a quiet machine.
 
-    Involuntary context switches and the load average are not asked: with and without other processes there were 30
-    to 130 switches per second, and the load average holds the minute before, in which validation itself worked.
+    Involuntary context switches do not tell: a busy machine had 50 to 90 per second, a nearly quiet one 35 to 490.
+    Nor does the load average, which holds the minute before, in which validation itself worked.
 
     Args:
         samples: A sample before the measurement, and one after it if it has been made.

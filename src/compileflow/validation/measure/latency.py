@@ -194,17 +194,11 @@ def time_rounds(calls: Sequence[Call], *, rounds: int, budget_s: float, fewest: 
                 lengths[position] = time.perf_counter() - start
                 warm_up_s[position] += lengths[position]
     rows: list[list[tuple[float, float]]] = []
-    last_position = None
     end = time.perf_counter() + budget_s
     while len(rows) < rounds and (len(rows) < fewest or time.perf_counter() < end):
         # A later call finds warm caches, so the order changes with every round.
         order = range(len(calls)) if len(rows) % 2 == 0 else reversed(range(len(calls)))
-        times = {}
-        for position in order:
-            if position != last_position:
-                settle()
-            times[position] = _times(calls[position], is_long=lengths[position] > _LONG_S)
-            last_position = position
+        times = {position: _times(calls[position], is_long=lengths[position] > _LONG_S) for position in order}
         rows.append([times[position] for position in range(len(calls))])
     values = np.asarray(rows)
     return Rounds(values[:, :, 0], values[:, :, 1])
@@ -244,7 +238,8 @@ def _calls(models: Sequence[Model], inputs: Arrays) -> list[Call]:
 
 
 def _times(call: Call, *, is_long: bool) -> tuple[float, float]:
-    """Return wall time and processor time of one call, after untimed calls unless it is long."""
+    """Return wall time and processor time of one call; untimed calls come first, unless they are long."""
+    settle()
     if not is_long:
         call()
         call()
