@@ -158,13 +158,13 @@ class OnnxRuntimeTarget:
 
         model = onnx.load(str(component_dir / _FILE), load_external_data=False)
         outputs = [record.name for record in component.outputs]
+        products = _products_before_bias(model.graph)
         reached = {value.name for value in model.graph.input}
-        inner_names = []
+        inner_names: list[str] = []
         for node in model.graph.node:
             if reached.intersection(node.input):
-                names = [name for name in node.output if name and name not in outputs]
-                reached.update(names)
-                inner_names += names
+                reached.update(node.output)
+                inner_names += [name for name in node.output if name and name not in (*outputs, *products)]
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in inner_names)
         session = _session(model.SerializeToString(), component_dir, threads)
         runner = _OnnxRuntimeRunner(session, component)
@@ -199,6 +199,22 @@ def _session(model: str | bytes, component_dir: Path, threads: int | None) -> An
         )
     except Exception as error:
         raise load_error(_FILE, f"onnxruntime {onnxruntime.__version__}", error) from error
+
+
+def _products_before_bias(graph: Any) -> set[str]:
+    """Return the tensors of a graph that are only half of a layer: products whose bias is added next."""
+    constants = {value.name for value in graph.initializer}
+    readers: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    return {
+        node.output[0]
+        for node in graph.node
+        if node.op_type == "MatMul"
+        and [reader.op_type for reader in readers.get(node.output[0], [])] == ["Add"]
+        and constants.intersection(readers[node.output[0]][0].input)
+    }
 
 
 class _OnnxRuntimeRunner:

@@ -237,9 +237,23 @@ def _inner_positions(model: Any) -> list[tuple[int, int]]:
 
 
 def _is_inner(port: Any) -> bool:
-    """Return whether a port has floating-point numbers and is not yet an output of the model."""
-    readers = (reader.get_node().get_type_name() for reader in port.get_target_inputs())
-    return port.get_element_type().is_real() and "Result" not in readers
+    """Return whether a port has floating-point numbers, is not yet an output, and is not half of a layer.
+
+    Halves are a product before its bias, and a normalized tensor before its scale and bias.
+    """
+    readers = [reader.get_node() for reader in port.get_target_inputs()]
+    if not port.get_element_type().is_real() or "Result" in (reader.get_type_name() for reader in readers):
+        return False
+    node = port.get_node()
+    kinds = [node.get_type_name(), *(source.get_node().get_type_name() for source in node.input_values())]
+    finishing = {"MatMul": ("Add",), "MVN": ("Multiply", "Add")}.get(kinds[0], ())
+    if kinds[0] == "Multiply" and "MVN" in kinds:
+        finishing = ("Add",)
+    return not (
+        len(readers) == 1
+        and readers[0].get_type_name() in finishing
+        and any(source.get_node().get_type_name() == "Constant" for source in readers[0].input_values())
+    )
 
 
 class _OpenVinoRunner:

@@ -212,7 +212,7 @@ def write_bundle(
     (folder / FAILURE).write_text(text + "\n", "utf-8")
     embedded = ""
     if failed.case is not None:
-        arrays = {
+        arrays: dict[str, dict[str, Any]] = {
             INPUTS: failed.case.inputs | {"mask": np.asarray(failed.case.mask)},
             REFERENCE: failed.reference,
             COMPILED: failed.compiled,
