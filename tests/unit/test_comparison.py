@@ -298,3 +298,16 @@ def test_a_winner_that_is_not_a_candidate_is_refused(winner: int) -> None:
     body = compared().model_dump() | {"winner": winner}
     with pytest.raises(ValidationError, match=f"the winner is number {winner} of 7"):
         Comparison.model_validate(body)
+
+
+def test_latency_of_a_busy_machine_is_marked_in_table_and_page(tmp_path: Path) -> None:
+    timed = candidate("openvino", 0.05)
+    busy = timed.latencies[0].model_copy(update={"busy": "others used 1.9 of 2 processors", "cpu_ratio": 0.3})
+    comparison = compared((timed.model_copy(update={"latencies": (busy,)}), candidate("torchscript", 0.5)))
+    rows = comparison.comparison_rows()
+    assert [row[3] for row in rows] == ["0.05 (busy machine)", "0.50"]
+    page = page_of(comparison, tmp_path)
+    assert "busy machine" in page.text
+    assert "the processor time of one thread at the first shape takes its place" in page.text
+    # The other candidate has no processor time, so only this one can be chosen.
+    assert comparison.winner == 0

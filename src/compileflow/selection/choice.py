@@ -58,7 +58,7 @@ def drops(candidates: Sequence[Candidate], objective: Objective, *, allow_warn: 
     if _was_busy(candidates, shapes):
         for position in shapes:
             if position not in drops_by_position and candidates[position].cpu_ratio is None:
-                detail = f"latency {BUSY_MACHINE}, and processor time was not measured"
+                detail = f"processor time was not measured, and a latency was {BUSY_MACHINE}"
                 drops_by_position[position] = Drop("lacked a timing", detail)
     return drops_by_position
 
