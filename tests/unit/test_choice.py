@@ -134,8 +134,8 @@ def test_nothing_is_chosen_by_a_latency_of_a_busy_machine_alone() -> None:
     winner, reason = chosen(*candidates)
     assert winner is None
     assert reason == (
-        "None of 2 candidates can be chosen: 2 lacked a timing: processor time was not measured, and a latency was "
-        "measured on a busy machine"
+        "None of 2 candidates can be chosen: 2 lacked a timing: processor time was not measured, and a latency "
+        "was measured on a busy machine"
     )
 
 
