@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,25 @@ def fail(request: Json) -> Json:
     report_progress("failing")
     print("the child's own words", flush=True)  # noqa: T201
     raise ValueError("first line\nsecond line")
+
+
+_names: list[str] = []
+
+
+def look(request: Json) -> Json:
+    _names.append(request["name"])
+    return {
+        "names": _names,
+        "has_wave": "wave" in sys.modules,
+        "pid": os.getpid(),
+        "parent": os.getppid(),
+        "temporary": tempfile.gettempdir(),
+    }
+
+
+def hang(request: Json) -> Json:
+    time.sleep(600)
+    return {}
 
 
 def import_absent(request: Json) -> Json:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from compileflow._process.run_in_child import ChildResult, run_in_child
+from compileflow._process.run_in_child import ChildResult, run_in_child, warm_process
 from compileflow.errors import (
     CompileError,
     CompileflowError,
@@ -266,3 +266,48 @@ def test_detached_process_does_not_hold_up_the_answer(run: Run) -> None:
     assert is_running(pid)
     os.kill(pid, signal.SIGKILL)
     assert took_s < 20
+
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="a warm process forks, which only Linux allows")
+
+
+@linux_only
+def test_calls_of_a_warm_process_share_imports_and_nothing_else(run: Run, tmp_path: Path) -> None:
+    with warm_process():
+        answers = [run("look", {"name": name}, imports=["wave"]).value for name in ("first", "second")]
+        other = run("look", {"name": "third"}).value
+    assert [answer["names"] for answer in answers] == [["first"], ["second"]]
+    assert all(answer["has_wave"] for answer in answers)
+    assert not other["has_wave"]
+    assert answers[0]["pid"] != answers[1]["pid"]
+    assert answers[0]["parent"] == answers[1]["parent"] != os.getpid()
+    assert answers[0]["temporary"] == str(tmp_path)
+    assert wait_until(lambda: not is_running(answers[0]["parent"]))
+    # After the block, a call is a fresh process again.
+    assert not run("look", {"name": "fourth"}, imports=["wave"]).value["has_wave"]
+
+
+@linux_only
+def test_a_call_of_a_warm_process_ends_as_a_fresh_one(run: Run, log_path: Path) -> None:
+    with warm_process():
+        parent = run("look", {"name": "first"}, imports=["wave"]).value["parent"]
+        with pytest.raises(CompileError, match="first line"):
+            run("fail", imports=["wave"])
+        assert "the child's own words" in log_path.read_text()
+        assert "end of the call" not in log_path.read_text()
+        with pytest.raises(ProcessKilledError, match="SIGSEGV"):
+            run("end_by_signal", {"signal": "SIGSEGV"}, imports=["wave"])
+        with pytest.raises(TargetUnavailableError, match="absent_module"):
+            run("import_absent", imports=["wave"])
+        # None of these ended the process that forks.
+        assert run("look", {"name": "last"}, imports=["wave"]).value["parent"] == parent
+
+
+@linux_only
+def test_a_timeout_ends_a_warm_process_and_the_next_call_starts_another(run: Run) -> None:
+    with warm_process():
+        parent = run("look", {"name": "first"}, imports=["wave"]).value["parent"]
+        with pytest.raises(ProcessTimeoutError):
+            run("hang", imports=["wave"], timeout_s=1)
+        assert not is_running(parent)
+        assert run("look", {"name": "second"}, imports=["wave"]).value["parent"] != parent

@@ -1,4 +1,4 @@
-"""Run one function in a fresh process: its value, its error, its wall time, its peak memory."""
+"""Run one function in a process of its own: its value, its error, its wall time, its peak memory."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ import os
 import resource
 import signal
 import sys
+import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -43,6 +47,9 @@ from compileflow.errors import (
 logger = logging.getLogger(__name__)
 
 _ENTRY = "from compileflow._process.run_in_child import child_main; child_main()"
+_WARM_ENTRY = "from compileflow._process.run_in_child import warm_main; warm_main()"
+# A warm process prints it after a call, so that the parent knows that it has read the whole log.
+_END_OF_LOG = b"\0end of the call\n"
 _OUT_OF_MEMORY = ("can't allocate memory", "cannot allocate memory", "std::bad_alloc", "out of memory")
 # Bytes of a log that the parent keeps.
 _LONGEST_LOG = 100_000
@@ -66,6 +73,67 @@ class ChildResult:
     log: str = ""
 
 
+class WarmProcess:
+    """A process that has imported what several calls need, and forks for each of them.
+
+    Memory, environment and crashes of a call stay its own, as in a fresh process.
+    """
+
+    def __init__(self) -> None:
+        self._child: ChildProcess | None = None
+        self._start: tuple[Sequence[str], Mapping[str, str]] | None = None
+        self._on_log: Callable[[bytes], object] = lambda _: None
+        self._is_read = threading.Event()
+
+    def opened(
+        self, imports: Sequence[str], environment: Mapping[str, str], on_log: Callable[[bytes], object]
+    ) -> ChildProcess:
+        """Return the process; a new one, if the last one ended or differs from what a call needs."""
+        self._on_log = on_log
+        self._is_read.clear()
+        # A call gets its own folder for temporary files.
+        start = (tuple(imports), {name: value for name, value in environment.items() if name != "TMPDIR"})
+        if self._child is not None and not (start == self._start and self._child.is_running()):
+            self.close()
+        if self._child is None:
+            self._start = start
+            self._child = ChildProcess(_WARM_ENTRY, environment=environment, on_log=self._take_line)
+        return self._child
+
+    def rest(self) -> None:
+        """Wait until all that a call printed is read, and drop what the process prints until the next one."""
+        self._is_read.wait(timeout=2)
+        self._on_log = lambda _: None
+
+    def close(self) -> int:
+        """End the process and what it forked; return its exit code."""
+        child, self._child = self._child, None
+        return child.end() if child is not None else 0
+
+    def _take_line(self, line: bytes) -> None:
+        text = line.removesuffix(_END_OF_LOG)
+        if text:
+            self._on_log(text)
+        if text != line:
+            self._is_read.set()
+
+
+_warm_process: ContextVar[WarmProcess | None] = ContextVar("warm_process", default=None)
+
+
+@contextmanager
+def warm_process() -> Iterator[None]:
+    """Share imports: inside the block, calls of `run_in_child` with `imports` are forks of one process."""
+    process = WarmProcess()
+    # Elsewhere libraries of the system do not survive a fork.
+    token = _warm_process.set(process if sys.platform == "linux" else None)
+    try:
+        yield
+    finally:
+        _warm_process.reset(token)
+        process.close()
+
+
 def run_in_child(
     function: str,
     request: Mapping[str, Any],
@@ -74,9 +142,10 @@ def run_in_child(
     log_path: Path,
     timeout_s: float | None = None,
     threads: int = 1,
+    imports: Sequence[str] = (),
     on_progress: Callable[[str], None] = logger.info,
 ) -> ChildResult:
-    """Call `function(request)` in a fresh process and wait for it.
+    """Call `function(request)` in a fresh process, or in a fork of a warm one, and wait for it.
 
     Args:
         function: "module:name" of a function from a JSON object to a JSON object.
@@ -85,6 +154,8 @@ def run_in_child(
         log_path: File for everything that the child prints; deleted when the child succeeds.
         timeout_s: Seconds after which the child and all that it started are killed.
         threads: Threads that numeric libraries in the child may use.
+        imports: Modules that a warm process imports once, in a block of `warm_process`; none of them may start a
+            thread.
         on_progress: Called in this thread with each progress line of the child.
 
     Returns:
@@ -110,11 +181,23 @@ def run_in_child(
             except (OSError, ValueError) as error:
                 logger.warning("The log %s lost a line: %s", log_path, error)
 
-        child = ChildProcess(_ENTRY, environment=_environment(threads, work_dir), on_log=write_log)
+        environment = _environment(threads, work_dir)
+        warm = _warm_process.get() if imports else None
+        exit_code: int | None = None
+        answer: JsonObject | None = None
+        if warm is not None:
+            child = warm.opened(imports, environment, write_log)
+        else:
+            child = ChildProcess(_ENTRY, environment=environment, on_log=write_log)
         try:
-            child.send({"function": function, "request": dict(request)}, deadline=deadline)
+            message = {"function": function, "request": dict(request)}
+            child.send(message | {"imports": list(imports), "temporary": str(work_dir)}, deadline=deadline)
             while (answer := child.receive(deadline=deadline)) is not None and "progress" in answer:
                 on_progress(answer["progress"])
+            if warm is not None and answer is not None:
+                ended = answer if "ended" in answer else child.receive(deadline=deadline)
+                exit_code = None if ended is None else ended["ended"]
+                answer = None if "ended" in answer else answer
         except Overdue as error:
             raise ProcessTimeoutError(
                 f"{function} ran past its limit of {timeout_s:g} s and was killed.",
@@ -122,22 +205,25 @@ def run_in_child(
                 log_path=str(log_path),
             ) from error
         finally:
-            exit_code = child.end()
+            if warm is not None and exit_code is not None:
+                warm.rest()
+            else:
+                exit_code = child.end() if warm is None else warm.close()
     if answer is None:
         raise _ended_without_answer(function, exit_code, child.peak_rss_bytes, log_path)
     if "error" in answer:
         raise CompileflowError.from_dict(answer["error"] | {"log_path": str(log_path)})
-    log = _end_of(log_path)
+    printed = _end_of(log_path)
     log_path.unlink(missing_ok=True)
     peak_rss_bytes = answer["peak_rss_bytes"] or child.peak_rss_bytes
-    return ChildResult(answer["value"], time.monotonic() - start, peak_rss_bytes, log)
+    return ChildResult(answer["value"], time.monotonic() - start, peak_rss_bytes, printed)
 
 
 def _end_of(log_path: Path) -> str:
     try:
         with log_path.open("rb") as log:
             log.seek(max(0, log.seek(0, os.SEEK_END) - _LONGEST_LOG))
-            return log.read().decode("utf-8", "replace")
+            return log.read(_LONGEST_LOG).decode("utf-8", "replace")
     except OSError:
         return ""
 
@@ -148,6 +234,35 @@ def child_main() -> None:
     request = receive_from_parent()
     assert request is not None  # noqa: S101 - without a timeout it waits
     skip_slow_grammar()
+    _answer(request)
+    end_child()
+
+
+def warm_main() -> None:
+    """Entry point of a warm process: imports modules, then forks for each call and tells how the fork ended."""
+    connect_to_parent()
+    skip_slow_grammar()
+    while (request := receive_from_parent()) is not None:
+        for module in request["imports"]:
+            # The call imports the module again, and its error says what is wrong.
+            with suppress(Exception):
+                import_module(module)
+        pid = os.fork()
+        if pid == 0:
+            os.environ["TMPDIR"] = request["temporary"]
+            tempfile.tempdir = None
+            _answer(request)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            # As `end_child`, but the group is that of the warm process.
+            os._exit(0)
+        _, status = os.waitpid(pid, 0)
+        os.write(2, _END_OF_LOG)
+        send_to_parent({"ended": os.waitstatus_to_exitcode(status)})
+
+
+def _answer(request: JsonObject) -> None:
+    """Call the function of a request, and send its value or its error to the parent."""
     module, _, name = request["function"].partition(":")
     try:
         value = getattr(import_module(module), name)(request["request"])
@@ -163,7 +278,6 @@ def child_main() -> None:
         traceback.print_exception(error)
         answer = {"error": _foreign_error(request["function"], error).to_dict()}
     send_to_parent(answer)
-    end_child()
 
 
 def _environment(threads: int, work_dir: Path) -> dict[str, str]:

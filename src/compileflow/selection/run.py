@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from compileflow._process.run_in_child import warm_process
 from compileflow.catalog import get_source
 from compileflow.errors import CompileflowError, SourceUnavailableError, VerdictError
 from compileflow.selection.auto import (
@@ -92,7 +93,9 @@ def run_any_target(
     store_uri = settings.resolved_store_uri(request.store_uri)
     source = StepRunner(request, settings, progress=progress).fetch()
     plan = plan_candidates(source, request, store_uri=store_uri, settings=settings)
-    attempts = [_attempt(candidate, source, settings, progress) for candidate in plan.requests]
+    # The validations import Great Expectations once.
+    with warm_process():
+        attempts = [_attempt(candidate, source, settings, progress) for candidate in plan.requests]
     comparison = compare_candidates(
         source,
         request,

@@ -35,6 +35,8 @@ STEP = "validate"
 # Part of the cache key. Raise it when a measurement changes.
 MEASUREMENT_VERSION = 5
 _CHILD = "compileflow.steps.prove:prove_artifact"
+# Great Expectations alone takes seconds. What a compiled model needs stays out: its memory is measured.
+IMPORTS = ("torch", _CHILD.partition(":")[0], "compileflow.validation.judge.expectations", "matplotlib.pyplot")
 _LIBRARIES = ("torch", "transformers", "numpy", "scipy", "great_expectations")
 
 
@@ -108,6 +110,7 @@ def validate_artifact(
                     log_path=settings.log_path(f"{STEP}-{key.digest[:12]}"),
                     timeout_s=timeout_s,
                     threads=settings.threads,
+                    imports=IMPORTS,
                     on_progress=on_progress,
                 )
                 write_logs(work / "report" / BUNDLE_FOLDER, store, artifact.digest, {STEP: child.log})
