@@ -100,8 +100,9 @@ This page is generated. It shows how often a verdict is wrong, in both direction
 **Faults** are planted on purpose, one in each artifact: in weights, graphs, interface files, manifests, and in
 what a graph does from call to call. A fault is **visible** if it changes an answer of the pipeline: a text, a
 label, a place or an error; a score by 0.001; or an embedding by a thousandth of its length. The benchmark looks
-for such changes on inputs that the validation does not use. At least {caught:.0%} of the visible faults must fail,
-and a gate that stands for the fault must be among those that fail.
+for such changes on inputs that the validation does not use. For each fault, the benchmark
+lists the gates that are meant to find it. At least {caught:.0%} of the visible faults must fail, and one of these
+gates must be among those that fail.
 
 **Honest compiles** are compiles without a fault, most of them of small models with three kinds of weights: large
 random ones, those that transformers gives a new model, and trained ones. No honest fp32 compile may be refused,
@@ -143,13 +144,13 @@ def _summary(faults: Sequence[Line], made: Sequence[Line]) -> str:
     visible = [line for line in faults if line["visible"]]
     rows: list[tuple[str, str, str]] = [
         (
-            "visible faults that fail by a gate that stands for them",
+            "visible faults that fail by a gate meant for them",
             _share(sum(map(is_named, visible)), len(visible)),
             f"at least {LEAST_CAUGHT:.0%}",
         ),
         ("visible faults that fail", _share(sum(map(is_caught, visible)), len(visible)), ""),
         (
-            "visible faults whose verdict is named by a gate that stands for them",
+            "visible faults whose verdict names a gate meant for them",
             _share(sum(naming_gate(line) in FAULTS[line["name"]].gates for line in visible), len(visible)),
             "",
         ),
@@ -193,10 +194,10 @@ def _by_kind(faults: Sequence[Line]) -> str:
         "planted",
         "visible",
         "visible: fail",
-        "visible: by a gate for them",
+        "visible: fail by a gate meant for them",
         "visible: warn",
         "visible: pass",
-        "fail, but not visible",
+        "not visible: fail",
     )
     return _table(header, rows)
 

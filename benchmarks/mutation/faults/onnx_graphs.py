@@ -143,7 +143,7 @@ def starts_and_ends_are_exchanged(model: Any) -> None:
 
 
 @in_onnx(onnx(SENTENCES), *NUMBERS, "embedding_error")
-def hidden_states_are_normalised_twice(model: Any) -> None:
+def hidden_states_are_normalized_twice(model: Any) -> None:
     after(model, "last_hidden_state", node("LpNormalization", ["healthy"], "last_hidden_state", axis=-1, p=2))
 
 

@@ -160,7 +160,7 @@ def embeddings_of_eight_words_are_zero(weights: Weights) -> None:
 
 
 @in_weights(torchscript(SENTENCES), *NUMBERS)
-def embeddings_of_words_in_no_shipped_sentence_are_zero(weights: Weights) -> None:
+def embeddings_of_words_that_no_built_in_sentence_contains_are_zero(weights: Weights) -> None:
     embeddings = named(weights, "word_embeddings.weight")
     unread = torch.ones(len(embeddings), dtype=torch.bool)
     unread[read_ids()] = False

@@ -73,7 +73,8 @@ class HyperdexTarget:
     name: ClassVar[str] = "hyperdex"
     version: ClassVar[int] = 1
     summary: ClassVar[str] = (
-        "HyperAccel's HyperDex for LPUs; rows of any length; for encoders, though only decoders are documented"
+        "HyperAccel's HyperDex for LPUs; rows of any length; compiles encoders, although HyperAccel documents "
+        "only decoders"
     )
     Options: ClassVar[type[TargetOptions]] = HyperdexOptions
     # The LPU computes in FP16; HyperDex has no argument for it. The documentation requires a device to compile.

@@ -82,8 +82,8 @@ class NeuronxOptions(TargetOptions):
     )
     inline_weights_to_neff: bool = Field(
         False,
-        description="Build the weights into every graph. Graphs are faster, because the compiler lays the weights "
-        "out, and larger.",
+        description="Build the weights into every graph. Graphs are larger, but faster, because the compiler "
+        "chooses the layout of the weights.",
     )
     dynamic_batch_size: bool = Field(
         False,
