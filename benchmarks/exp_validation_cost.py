@@ -23,6 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.compiled import print_rows
 from compileflow._process.folders import work_folder
 from compileflow._process.run_in_child import run_in_child, warm_process
 from compileflow.catalog import open_store
@@ -129,7 +130,7 @@ def main() -> None:
     source = fetch_source(str(model), None, store_uri=settings.resolved_store_uri(), settings=settings)
     candidates = {target: compiled(model, target, source, settings) for target in arguments.among}
     first, *others = arguments.among
-    figures: dict[str, Any] = {}
+    results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(dir=settings.home_dir) as folder, warm_process():
         plan = {
             "alone": [(first, None)],
@@ -139,21 +140,23 @@ def main() -> None:
         for run in arguments.runs:
             for target, reference_dir in plan[run]:
                 artifact, request = candidates[target]
-                figures[f"{run}: {target}"] = proved(artifact, source, request, reference_dir)
-                print(f"{run}: {target}: {figures[f'{run}: {target}']}", file=sys.stderr, flush=True)
+                name = f"{run}: {target}"
+                print(f"validating {name}", file=sys.stderr, flush=True)
+                results[name] = proved(artifact, source, request, reference_dir)
         kept_bytes = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
-    print(
-        json.dumps(
-            {
-                "model": str(model),
-                "machine": environment(settings.threads),
-                "load": os.getloadavg()[0],
-                "answers_mb": round(kept_bytes / 1e6),
-                "runs": figures,
-            },
-            indent=2,
-        )
-    )
+    rows = [["validation", "outcome", "wall s", "processor s", "peak MB", "limit MB"]]
+    for name, result in results.items():
+        numbers = (result[key] for key in ("wall_s", "processor_s", "peak_rss_mb", "peak_limit_mb"))
+        rows.append([name, result["outcome"], *map(str, numbers)])
+    print_rows(rows)
+    answer = {
+        "question": "cost of one validation, with and without the kept answers of the source model",
+        "environment": environment(settings.threads),
+        "load": os.getloadavg()[0],
+        "answers_mb": round(kept_bytes / 1e6),
+        "results": results,
+    }
+    print(json.dumps(answer, indent=2))
 
 
 if __name__ == "__main__":

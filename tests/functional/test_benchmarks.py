@@ -20,6 +20,7 @@ SCRIPTS = {
     "exp_list_calls": ("--target", "torchscript", "--items", "40", "--rounds", "2"),
     "exp_targets": ("--shape", "1x16", "--rounds", "3", "--among", "torchscript"),
     "exp_text_stream": ("--sentences", "50", "--among", "torchscript", "--tokens", str(MAX_TOKENS)),
+    "exp_validation_cost": ("--among", "torchscript", "--runs", "alone", "first"),
     "exp_wrapper_overhead": ("--blocks", "2", "--calls", "4", "--target", "torchscript"),
 }
 S3_THROUGHPUT = "exp_s3_throughput"

@@ -1,4 +1,4 @@
-"""Outcomes of a validation: the four values, the two that may be registered, and the mark of unusable latencies."""
+"""Outcomes of a validation: the four values, the two that may be registered; the mark of unusable latencies."""
 
 from __future__ import annotations
 
