@@ -140,5 +140,5 @@ def _digest(arrays: Mapping[str, Any]) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(arrays.items()):
         digest.update(f"{name}\0{value.dtype.str}\0{value.shape}\0".encode())
-        digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+        digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
