@@ -215,5 +215,5 @@ def test_a_second_validation_judges_alike_and_hardly_runs_the_source_model(
         gate["measured"] for gate in first["verdict"]["gates"]
     ]
     # The calls that learn its interface, and those on drawn inputs.
-    assert calls[0] > 100
+    assert calls[0] > 50
     assert calls[1] <= 12
