@@ -77,3 +77,9 @@ def test_interval_is_the_one_that_resampling_the_median_gives(
     timing = time_pairs("x", lambda: 1.0, lambda: next(seconds), pairs=len(ratios), budget_s=60.0)
     assert (timing.ratio, timing.ratio_low, timing.ratio_high) == pytest.approx((median, low, high))
     assert (timing.reference_p50_ms, timing.candidate_p50_ms) == pytest.approx((1000.0, 1000.0 * median))
+
+
+def test_processor_time_that_the_system_does_not_tell_is_no_ratio() -> None:
+    wall_s = np.full((5, 2), 0.01)
+    assert latency.Rounds(wall_s, np.zeros((5, 2))).latency("1 x 16").cpu_ratio is None
+    assert latency.Rounds(wall_s, np.full((5, 2), 0.01)).latency("1 x 16").cpu_ratio == 1

@@ -52,6 +52,8 @@ class Rounds:
         from scipy.stats import bootstrap
 
         ratios = self.wall_s[:, position] / self.wall_s[:, 0]
+        # Zero where the system updates its counters more rarely than the calls end.
+        cpu_s = self.cpu_s.min(axis=0)
         interval = bootstrap(
             (ratios,), np.median, n_resamples=_RESAMPLES, method="percentile", rng=np.random.default_rng(_SEED)
         ).confidence_interval
@@ -64,7 +66,7 @@ class Rounds:
             ratio_high=float(interval.high),
             pairs=len(ratios),
             # Other processes only add to processor time, because they empty the caches.
-            cpu_ratio=float(self.cpu_s[:, position].min() / self.cpu_s[:, 0].min()),
+            cpu_ratio=float(cpu_s[position] / cpu_s[0]) if cpu_s.all() else None,
             busy=busy,
         )
 
