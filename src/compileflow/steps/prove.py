@@ -290,9 +290,7 @@ def _prove_component(
     report_progress("measuring the noise of the source model")
     noise_cases = evidence.natural[:: max(1, len(evidence.natural) // 3)][:3]
     # No name holds the variants, so that the copy in float64 is freed afterwards.
-    measuring.measure_noise(
-        measurements, _noise_variants(source_model, threads, answers), reference, noise_cases
-    )
+    measuring.measure_noise(measurements, _noise_variants(source_model, threads, answers), reference, noise_cases)
     report_progress("timing both models in turn")
     measuring.measure_latency(
         measurements,
