@@ -102,7 +102,7 @@ def _inverse(below: Any) -> Any:
     inverse = torch.eye(CHUNK)
     place = torch.arange(CHUNK)
     for power in range((CHUNK - 1).bit_length()):
-        block = place >> power
+        block = place // (1 << power)
         is_beside = (block[:, None] % 2 == 1) & (block[:, None] - 1 == block)
         inverse = inverse - inverse @ (below * is_beside) @ inverse
     return inverse

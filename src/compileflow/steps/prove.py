@@ -32,7 +32,7 @@ from compileflow.source_model.token_rows import token_rows
 from compileflow.spec import CompileSpec, HfTask, Precision
 from compileflow.steps.claims import claimed_length, expected_claims
 from compileflow.validation import measure as measuring
-from compileflow.validation.bundle import BUNDLE_FOLDER, examine_failure, write_bundle
+from compileflow.validation.bundle import BUNDLE_FOLDER, examine_failure, write_failure_bundle
 from compileflow.validation.cases import Case
 from compileflow.validation.evidence import draw_for, gather_evidence, timed_shapes
 from compileflow.validation.judge import judge
@@ -132,6 +132,7 @@ def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
             validation,
             threads,
             request["artifact_uri"],
+            requested=requested,
             answers=answers,
             tests=tests,
             shared=shared,
@@ -223,6 +224,7 @@ def _prove_component(
     threads: int,
     artifact_uri: str,
     *,
+    requested: CompileSpec,
     answers: ReferenceAnswers,
     tests: RegisteredTests | None,
     shared: Measurements,
@@ -354,7 +356,7 @@ def _prove_component(
             "environment": report.environment,
             "threads": threads,
         }
-        write_bundle(bundle_dir, failed, subject, artifact, validation)
+        write_failure_bundle(bundle_dir, failed, subject, requested, validation)
     return report
 
 

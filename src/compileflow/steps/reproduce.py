@@ -124,6 +124,7 @@ def _prove_again(artifact: OpenArtifact, content: Mapping[str, Any], gate: str, 
                 "artifact_dir": str(artifact.folder),
                 "artifact_uri": content["subject"]["artifact_uri"],
                 "report_dir": report_dir,
+                "spec": content["spec"],
                 "validation": content["validation"],
                 "threads": content["subject"]["threads"],
             }

@@ -18,6 +18,7 @@ from compileflow.artifact.open import OpenArtifact
 from compileflow.contracts import Arrays, ComponentRecord
 from compileflow.serving.component import LoadedComponent
 from compileflow.source_model.interface import SourceModel
+from compileflow.spec import CompileSpec
 from compileflow.validation.cases import Case
 from compileflow.validation.divergence import Divergence, failing_case, first_divergence
 from compileflow.validation.judge.suite import load_suite
@@ -189,8 +190,8 @@ def _figure(gate: GateResult, measurements: Measurements, small_case: Case | Non
     )
 
 
-def write_bundle(
-    folder: Path, failed: Failed, subject: dict[str, Any], artifact: OpenArtifact, validation: ValidationSettings
+def write_failure_bundle(
+    folder: Path, failed: Failed, subject: dict[str, Any], requested: CompileSpec, validation: ValidationSettings
 ) -> None:
     """Write the bundle into a new folder.
 
@@ -198,14 +199,14 @@ def write_bundle(
         folder: Folder to make.
         failed: The failure.
         subject: What the report says about both models, the machine and the verdict.
-        artifact: The artifact.
+        requested: What the artifact should be.
         validation: Settings of the validation.
     """
     folder.mkdir()
     content = {
         "subject": subject,
         "failure": failed.failure.model_dump(mode="json"),
-        "spec": artifact.manifest.spec.model_dump(mode="json"),
+        "spec": requested.model_dump(mode="json"),
         "validation": validation.model_dump(mode="json"),
     }
     text = without_passwords(json.dumps(content, indent=1, sort_keys=True))
