@@ -74,7 +74,7 @@ def page(lines: Mapping[str, Line | None]) -> str:
         "Versions: " + ", ".join(names) + ".\n",
         f"{len(made)} of {len(lines)} checks have been run.\n",
         *([f"{failed} of these {len(made)} ended without a verdict.\n"] if failed else []),
-        *([f"{older} of these {len(made)} are older than the suite or the measurements.\n"] if older else []),
+        *([_OLDER.format(older=older, made=len(made))] if older else []),
         "## Summary\n",
         _summary(faults, made),
         "## Faults by the part at fault\n",
@@ -93,6 +93,9 @@ def page(lines: Mapping[str, Line | None]) -> str:
     return "\n".join(parts).rstrip() + "\n"
 
 
+_OLDER = """{older} of these {made} results were measured with an earlier version of the gates or of the
+measurements. They do not describe the current version until `make mutation` has run again.
+"""
 _INTRODUCTION = """# Error rate of the gates
 
 This page is generated. It shows how often a verdict is wrong, in both directions.

@@ -59,7 +59,9 @@ class OnnxRuntimeOptions(TargetOptions):
     """Options of the onnx-runtime target."""
 
     fusions: Literal["cpu", "none"] = Field(
-        "cpu", description="Fuse attention, layer normalization and GELU for ONNX Runtime's CPU kernels."
+        "cpu",
+        description="cpu: fuse attention, layer normalization and GELU for ONNX Runtime's CPU kernels. none: fuse "
+        "nothing.",
     )
     exporter: Literal["graph", "trace"] = Field(
         "graph",
