@@ -74,8 +74,8 @@ class OpenVinoOptions(TargetOptions):
     )
     exporter: Literal["graph", "trace"] = Field(
         "graph",
-        description="Export the whole graph (graph), or the operators that one example runs (trace), which takes "
-        "some models that the other cannot. If graph fails, compileflow tries trace automatically. trace does not "
+        description="graph: export the whole graph. trace: export the operators that one example runs, which works "
+        "for some models that graph refuses. If graph fails, compileflow tries trace automatically. trace does not "
         "support int8.",
     )
     performance_hint: Literal["latency", "throughput"] = Field(
