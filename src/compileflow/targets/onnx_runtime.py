@@ -65,9 +65,9 @@ class OnnxRuntimeOptions(TargetOptions):
     )
     exporter: Literal["graph", "trace"] = Field(
         "graph",
-        description="graph: export the whole graph. trace: export the operators that one example runs, which works "
-        "for some models that graph refuses. If graph fails, compileflow tries trace automatically. trace supports "
-        "only fp32.",
+        description="graph: export the whole graph. trace: export the operators that one example runs, which "
+        "works for some models that graph refuses. If graph fails, compileflow tries trace automatically. "
+        "trace supports only fp32.",
     )
     opset: int | None = Field(None, ge=18, le=25, description="ONNX opset. null: the exporter chooses.")
     quantization: Literal["dynamic", "static"] = Field(

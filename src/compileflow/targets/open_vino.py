@@ -74,9 +74,9 @@ class OpenVinoOptions(TargetOptions):
     )
     exporter: Literal["graph", "trace"] = Field(
         "graph",
-        description="graph: export the whole graph. trace: export the operators that one example runs, which works "
-        "for some models that graph refuses. If graph fails, compileflow tries trace automatically. trace does not "
-        "support int8.",
+        description="graph: export the whole graph. trace: export the operators that one example runs, which "
+        "works for some models that graph refuses. If graph fails, compileflow tries trace automatically. "
+        "trace does not support int8.",
     )
     performance_hint: Literal["latency", "throughput"] = Field(
         "latency",
