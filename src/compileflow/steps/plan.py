@@ -20,7 +20,7 @@ _SHORTEST_BUCKET = 16
 DEFAULT_TOKENS = 512
 # Batches speed up a CPU only for rows up to this length; a single longer row keeps it busy.
 _BATCH_SIZE, _BATCHED_UP_TO = 8, 128
-# Model types that view a row as a number of windows, pool it in steps, or read it in a loop over its tokens.
+# Model types that pool a row in steps, or read it in a loop over its tokens or pieces.
 _READ_IN_STEPS = (
     "cpmant",
     "deepseek_v4",
