@@ -165,18 +165,21 @@ def _problems(
     classes: Sequence[ModelClass], lines: Mapping[tuple[ModelClass, str], Any], outcomes: tuple[str, ...]
 ) -> str:
     """Return one row for each reason with the classes that it holds for."""
-    groups: dict[tuple[str, str], dict[str, list[str]]] = {}
+    targets_of: dict[tuple[str, str, str], list[str]] = {}
     for (model_class, target), line in lines.items():
         if line and line["outcome"] in outcomes:
-            reason = (line["outcome"], line["reason"] or line["stage"])
             name = f"{model_class.name} ({model_class.hf_task.value})"
-            groups.setdefault(reason, {}).setdefault(name, []).append(target)
-    if not groups:
+            targets_of.setdefault((line["outcome"], line["reason"] or line["stage"], name), []).append(target)
+    if not targets_of:
         return "None.\n"
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for (outcome, reason, name), targets in targets_of.items():
+        groups.setdefault((outcome, reason, ", ".join(sorted(targets, key=TARGETS.index))), []).append(name)
     rows = []
-    for (outcome, reason), names in sorted(groups.items(), key=lambda group: (-len(group[1]), group[0])):
-        targets = sorted({target for found in names.values() for target in found}, key=TARGETS.index)
-        cells = (", ".join(names), ", ".join(targets), reason)
+    for (outcome, reason, target_names), names in sorted(
+        groups.items(), key=lambda group: (-len(group[1]), group[0])
+    ):
+        cells = (", ".join(names), target_names, reason)
         rows.append(cells if outcomes == ("transformers",) else (outcome, *cells))
     header = ("classes", "targets", "reason")
     return _table(header if outcomes == ("transformers",) else ("outcome", *header), rows)

@@ -68,10 +68,12 @@ def page(lines: Mapping[str, Line | None]) -> str:
     older = sum(line is not None and line["key"] != key for key, line in lines.items())
     faults = [line for line in made if line["check"] == "fault" and not _has_no_result(line)]
     honest = [line for line in made if line["check"] == "honest"]
-    names = sorted({name for line in made for name in _names(line["versions"])})
+    versions = _versions(line["versions"] for line in made)
     parts = [
         _INTRODUCTION.format(caught=LEAST_CAUGHT, bf16=MOST_REFUSED["bf16"]),
-        "Versions: " + ", ".join(names) + ".\n",
+        f"Suites of gates, by their digests: {versions.pop('suite', 'none')}. Versions of the measurements: "
+        f"{versions.pop('measurements', 'none')}.\n",
+        "Libraries: " + ", ".join(f"{name} {numbers}" for name, numbers in sorted(versions.items())) + ".\n",
         f"{len(made)} of {len(lines)} checks have been run.\n",
         *([f"{failed} of these {len(made)} ended without a verdict.\n"] if failed else []),
         *([_OLDER.format(older=older, made=len(made))] if older else []),
@@ -101,9 +103,9 @@ _INTRODUCTION = """# Error rate of the gates
 This page is generated. It shows how often a verdict is wrong, in both directions.
 
 **Faults** are planted on purpose, one in each artifact: in weights, graphs, interface files, manifests, and in
-what a graph does from call to call. A fault is **visible** if it changes an answer of the pipeline: a text, a
-label, a place or an error; a score by 0.001; or an embedding by a thousandth of its length. The benchmark looks
-for such changes on inputs that the validation does not use. For each fault, the benchmark
+what a graph does from call to call. A fault is **visible** if an answer of the pipeline has another text, label,
+position or error, a score that differs by at least 0.001, or an embedding that differs by at least a thousandth of
+its length. The benchmark looks for such changes on inputs that the validation does not use. For each fault, it
 lists the gates that are meant to find it. At least {caught:.0%} of the visible faults must fail, and one of these
 gates must be among those that fail.
 
@@ -116,9 +118,14 @@ run continues where it stopped.
 """
 
 
-def _names(versions: str) -> list[str]:
-    words = versions.split()
-    return [f"{name} {version}" for name, version in zip(words[::2], words[1::2], strict=True)]
+def _versions(texts: Iterable[str]) -> dict[str, str]:
+    """Return the versions of each library or part in texts of names and versions."""
+    numbers: dict[str, set[str]] = {}
+    for text in texts:
+        words = text.split()
+        for name, version in zip(words[::2], words[1::2], strict=True):
+            numbers.setdefault(name, set()).add(version)
+    return {name: ", ".join(sorted(versions)) for name, versions in numbers.items()}
 
 
 def _table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:

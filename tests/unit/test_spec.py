@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from compileflow.catalog import get_target
-from compileflow.cli.options import checked_request
+from compileflow.cli.request_fields import checked_request
 from compileflow.errors import SpecError
 from compileflow.sources.files import card_task
 from compileflow.spec import TASK_ALIASES, CompileSpec, ComponentSpec, HfTask, Precision, ShapeBucket

@@ -23,7 +23,7 @@ from compileflow.cli.common import (
     print_report,
     stop,
 )
-from compileflow.cli.options import (
+from compileflow.cli.request_fields import (
     bucket_of,
     checked_request,
     component_of,
@@ -311,6 +311,13 @@ def _compile(
             rich_help_panel=_VALIDATION,
         ),
     ] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            help="YAML file with gates of your own, which are judged in addition to compileflow's gates.",
+            rich_help_panel=_VALIDATION,
+        ),
+    ] = None,
     max_latency_ratio: Annotated[
         float | None,
         typer.Option(
@@ -371,7 +378,12 @@ def _compile(
             "--max-accuracy-loss": max_accuracy_loss,
             "--max-memory-mb": max_memory_mb,
         },
-        validate={"--examples": examples, "--shape": shape, "--max-latency-ratio": max_latency_ratio},
+        validate={
+            "--examples": examples,
+            "--shape": shape,
+            "--suite": suite,
+            "--max-latency-ratio": max_latency_ratio,
+        },
     )
     fields: dict[str, Any] = {
         "model": model_of(model, model_option),
@@ -397,6 +409,7 @@ def _compile(
         },
         "validation": {
             "examples_path": examples,
+            "suite_path": suite,
             "max_latency_ratio": max_latency_ratio,
             "latency_shapes": [bucket_of(text) for text in shape or ()],
         },

@@ -10,7 +10,7 @@ import typer
 
 from compileflow.cli.common import WRONG_REQUEST, fail, one_line_errors
 from compileflow.cli.compile import Runner, run_and_print
-from compileflow.cli.options import checked_request
+from compileflow.cli.request_fields import checked_request
 from compileflow.errors import CompileflowError, SourceError
 
 TARGETS = ("onnx-runtime", "torchscript")

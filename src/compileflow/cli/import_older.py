@@ -22,9 +22,10 @@ def import_older(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare a pipeline that the older library saved with its uncompiled pipeline, and store it with its verdict.
+    """Compare the compiled model in a folder of the older library with the uncompiled pipeline beside it.
 
-    Nothing is compiled again. The exit code is 0 only if the verdict is pass or warn.
+    It is stored as an artifact with its verdict. Nothing is compiled again. The exit code is 0 only if the verdict
+    is pass or warn.
     """
     from compileflow.artifact.open import copy_artifact, open_artifact
     from compileflow.cli.progress import progress_display

@@ -55,7 +55,7 @@ def probe_text_model(
         raise SourceError(
             f"{type(model).__name__} hashes its tokens with random numbers, which it draws in each call, so no "
             "compiled model can repeat its answers.",
-            hint="Choose a model without the attention layers lsh.",
+            hint="Choose a model without LSH attention layers (lsh in attn_layers of config.json).",
         )
     if text_config(config).model_type in _CHOOSE_EXPERTS:
         raise SourceError(

@@ -149,8 +149,9 @@ def _check_first_answers(
                 difference = max(_difference(source_model, inputs, expected, actual), 0.0)
                 limit = _LIMITS.get(record.precision)
                 if limit is not None and not difference <= limit:
+                    size = f" with rows of length {length}" if "sequence" in record.inputs[0].axes else ""
                     raise CompileError(
-                        f"{target.name} compiled {name} to a model that answers {rows} rows of length {length} "
+                        f"{target.name} compiled {name} to a model that answers a batch of {rows}{size} "
                         f"differently: by {difference:.2g} of the answer's norm.",
                         hint=_OTHER_TARGET,
                     )

@@ -91,7 +91,7 @@ class OnnxRuntimeTarget:
 
     name: ClassVar[str] = "onnx-runtime"
     version: ClassVar[int] = 1
-    summary: ClassVar[str] = "ONNX with dynamic axes and fused operators, int8 by ONNX Runtime; CPU fleets"
+    summary: ClassVar[str] = "ONNX with dynamic axes and fused operators, int8 by ONNX Runtime (static: by NNCF); CPU fleets"
     Options: ClassVar[type[TargetOptions]] = OnnxRuntimeOptions
     fallback_options: ClassVar[Mapping[str, JsonValue]] = {"exporter": "trace"}
     capabilities: ClassVar[Capabilities] = Capabilities(
