@@ -71,8 +71,8 @@ def page(lines: Mapping[str, Line | None]) -> str:
     versions = _versions(line["versions"] for line in made)
     parts = [
         _INTRODUCTION.format(caught=LEAST_CAUGHT, bf16=MOST_REFUSED["bf16"]),
-        f"Suites of gates, by their digests: {versions.pop('suite', 'none')}. Versions of the measurements: "
-        f"{versions.pop('measurements', 'none')}.\n",
+        f"Digests of the suites of gates that judged these results: {versions.pop('suite', 'none')}. Version "
+        f"numbers of the code that measured them: {versions.pop('measurements', 'none')}.\n",
         "Libraries: " + ", ".join(f"{name} {numbers}" for name, numbers in sorted(versions.items())) + ".\n",
         f"{len(made)} of {len(lines)} checks have been run.\n",
         *([f"{failed} of these {len(made)} ended without a verdict.\n"] if failed else []),
@@ -102,12 +102,12 @@ _INTRODUCTION = """# Error rate of the gates
 
 This page is generated. It shows how often a verdict is wrong, in both directions.
 
-**Faults** are planted on purpose, one in each artifact: in weights, graphs, interface files, manifests, and in
-what a graph does from call to call. A fault is **visible** if an answer of the pipeline has another text, label,
-position or error, a score that differs by at least 0.001, or an embedding that differs by at least a thousandth of
-its length. The benchmark looks for such changes on inputs that the validation does not use. For each fault, it
-lists the gates that are meant to find it. At least {caught:.0%} of the visible faults must fail, and one of these
-gates must be among those that fail.
+**Faults** are planted on purpose, one in each artifact: in weights, graphs, interface files and manifests, in
+graphs at int8, and at run time, where a graph answers wrongly only in some calls. A fault is **visible** if an
+answer of the pipeline has another text, label, position or error, a score that differs by at least 0.001, or an
+embedding that differs by at least a thousandth of its length. The benchmark looks for such changes on inputs
+that the validation does not use. For each fault, it lists the gates that are meant to find it. At least
+{caught:.0%} of the visible faults must fail, and one of these gates must be among those that fail.
 
 **Honest compiles** are compiles without a fault, most of them of small models with three kinds of weights: large
 random ones, those that transformers gives a new model, and trained ones. No honest fp32 compile may be refused,
