@@ -71,8 +71,8 @@ def page(lines: Mapping[str, Line | None]) -> str:
     versions = _versions(line["versions"] for line in made)
     parts = [
         _INTRODUCTION.format(caught=LEAST_CAUGHT, bf16=MOST_REFUSED["bf16"]),
-        f"Measured by version {versions.pop('measurements', 'none')} of the measuring code; judged by the suites of "
-        f"gates with the digests {versions.pop('suite', 'none')}.\n",
+        f"Measured by version {versions.pop('measurements', 'none')} of the measuring code; judged by the suites "
+        f"of gates with the digests {versions.pop('suite', 'none')}.\n",
         "Libraries: " + ", ".join(f"{name} {numbers}" for name, numbers in sorted(versions.items())) + ".\n",
         f"{len(made)} of {len(lines)} checks have been run.\n",
         *([f"{failed} of these {len(made)} ended without a verdict.\n"] if failed else []),
