@@ -53,6 +53,8 @@ def workspace(settings: Settings, in_process: InProcess, tiny_model: ModelFactor
     model = tiny_model(HfTask.FEATURE_EXTRACTION)
     (folder / "my-model").symlink_to(model)
     shutil.copyfile(ROOT / "src/compileflow/validation/data/sentences_en.txt", folder / "examples.txt")
+    (suite,) = blocks(ROOT / "docs/how-to/validate-on-your-own-examples.md", "yaml")
+    (folder / "our-suite.yaml").write_text(suite, "utf-8")
     with in_process.pipeline(settings) as pipeline:
         artifact = pipeline.compile(pipeline.request(model))
     copy_artifact(open_artifact(artifact.uri, settings=settings), folder / "compiled" / "my-model")

@@ -18,6 +18,7 @@ from compileflow.errors import StepOffError
 from compileflow.settings import Settings
 from compileflow.spec import HfTask
 from compileflow.steps import validate as validate_step
+from compileflow.steps.values import ValidatedArtifact
 from compileflow.targets.torchscript import TorchScriptTarget
 from compileflow.validation.measure import latency
 from tests.conftest import ModelFactory
@@ -166,6 +167,25 @@ def test_changed_examples_validate_again_and_are_named(pipeline: Pipeline, model
     pipeline.validate(request, artifact)
     examples.write_text("It arrived on time.\nIt never did.\n")
     assert pipeline.validate(request, artifact).why == "changed: examples"
+
+
+def test_suite_of_a_user_counts_by_its_content(pipeline: Pipeline, model: Path, tmp_path: Path) -> None:
+    suite = (
+        "{schema_version: 1, name: ours, limits: {}, gates: [{gate: few_flips, says: flips, table: scalars, "
+        "type: expect_column_maximum_to_be_at_most, metric: confident_flips, limit: LIMIT}]}"
+    )
+
+    def validate(name: str, limit: int) -> ValidatedArtifact:
+        (tmp_path / name).write_text(suite.replace("LIMIT", str(limit)))
+        settings = {"latency_pairs": 5, "suite_path": str(tmp_path / name)}
+        return pipeline.validate(pipeline.request(model, validation=settings), artifact)
+
+    artifact = pipeline.compile(pipeline.request(model))
+    first = validate("ours.yaml", 5)
+    assert first.reason.endswith(", 1 of them of the suite ours")
+    assert validate("moved.yaml", 5).cached
+    assert validate("moved.yaml", 6).why == "changed: user suite"
+    assert pipeline.counts == {"compile": 1, "validate": 2}
 
 
 def test_other_shipped_examples_validate_again(

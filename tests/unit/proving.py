@@ -10,6 +10,7 @@ from typing import Any
 from compileflow.artifact.manifest import MANIFEST_NAME, read_manifest
 from compileflow.contracts.digests import folder_digest, list_files
 from compileflow.steps.prove import prove_artifact
+from compileflow.validation.judge import UserSuite
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ def validate_here(
     *,
     max_examples: int = 40,
     reference_dir: Path | None = None,
+    suite: UserSuite | None = None,
 ) -> Proof:
     """Run the real measurement, judgement and report in this process."""
     report_dir.mkdir(parents=True)
@@ -45,6 +47,7 @@ def validate_here(
             "threads": 1,
             "source_digest": folder_digest(list_files(source_dir)),
             "reference_dir": str(reference_dir) if reference_dir else None,
+            "suite": {"text": suite.text, "origin": suite.origin} if suite is not None else None,
         }
     )
     report = json.loads((report_dir / "report.json").read_text("utf-8"))

@@ -23,6 +23,7 @@ FAILED, WRONG_REQUEST = 1, 2
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 ModelName = Annotated[str, typer.Argument(help="Name of a registered model.")]
+VersionRef = Annotated[str, typer.Argument(help="Version number, or the stage that the version is in.")]
 RegistryUri = Annotated[
     str | None, typer.Option("--registry", help="URI of the registry. Default: the configured one.")
 ]
@@ -62,17 +63,27 @@ def fail(error: CompileflowError, code: int | None = None, *, as_json: bool = Fa
 
 
 def print_report(error: CompileflowError) -> None:
-    """Print where the report of an error is, and the bundle that shows the failure again, if it has them."""
-    if page := report_page(error):
-        typer.echo(f"report: {page}", err=True)
-    if bundle := failure_bundle(error):
-        typer.echo(f"bundle: {bundle}", err=True)
+    """Print where the report of an error is, its Data Docs, and the bundle that shows the failure again."""
+    for name, path in _report_paths(error).items():
+        typer.echo(f"{name.replace('_', ' ')}: {path}", err=True)
 
 
 def error_values(error: CompileflowError) -> dict[str, str]:
-    """Return an error for JSON, with the paths of the HTML page and of the bundle of its report if it has them."""
-    paths = {"report": report_page(error), "bundle": failure_bundle(error)}
-    return error.to_dict() | {name: str(path) for name, path in paths.items() if path}
+    """Return an error for JSON, with the paths of its report's page, Data Docs and bundle, if it has them."""
+    return error.to_dict() | {name: str(path) for name, path in _report_paths(error).items()}
+
+
+def _report_paths(error: CompileflowError) -> dict[str, Path]:
+    """Copy what the report of an error consists of out of the store, and return the paths by name."""
+    from compileflow.steps.report_file import data_docs_beside
+
+    page = report_page(error)
+    paths = {
+        "report": page,
+        "data_docs": data_docs_beside(page) if page else None,
+        "bundle": failure_bundle(error),
+    }
+    return {name: path for name, path in paths.items() if path is not None}
 
 
 def report_page(error: CompileflowError) -> Path | None:
@@ -154,16 +165,20 @@ def _refuse_empty_values(command: Callable[..., None], values: Mapping[str, Any]
 
 
 def artifact_location(text: str) -> str:
-    """Return the URI of a registered version's artifact; any other location is returned unchanged.
+    """Return the URI of a registered version's artifact, or of a digest in the configured store.
+
+    Any other location, and an existing path, is returned unchanged.
 
     Raises:
         IntegrityError: The URI in the registry belongs to another artifact than the one that was registered.
     """
     from compileflow.artifact.integrity import check_digest
-    from compileflow.catalog import parse_reference, resolve_reference
+    from compileflow.catalog import open_store, parse_reference, resolve_reference
     from compileflow.settings import get_settings
-    from compileflow.stores.layout import split_uri
+    from compileflow.stores.layout import is_digest, split_uri
 
+    if is_digest(text) and not Path(text).exists():
+        return open_store(get_settings().resolved_store_uri()).folder_uri(text)
     if parse_reference(text) is None:
         return text
     version = resolve_reference(text, get_settings())
@@ -173,15 +188,24 @@ def artifact_location(text: str) -> str:
     return version.artifact_uri
 
 
+def store_of(location: str) -> str:
+    """Return the URI of the store that a location is in; of a local path, that of the configured store."""
+    from compileflow.settings import get_settings
+    from compileflow.stores.layout import split_uri
+
+    return split_uri(location)[0] if "://" in location else get_settings().resolved_store_uri()
+
+
 @contextmanager
 def stored_folder(location: str) -> Iterator[Path]:
     """Yield a local folder unchanged, or a verified copy of a stored or registered folder."""
+    from compileflow.artifact.open import path_of
     from compileflow.catalog import open_store
     from compileflow.stores.layout import split_uri
 
     location = artifact_location(location)
     if "://" not in location:
-        yield Path(location).expanduser().absolute()
+        yield path_of(location).absolute()
         return
     store_uri, digest = split_uri(location)
     with open_store(store_uri).open_folder(digest) as folder:

@@ -37,7 +37,7 @@ from compileflow.cli.request_fields import (
     target_options_of,
     targets_of,
 )
-from compileflow.errors import CompileflowError, MeasurementError, SourceError, SpecError
+from compileflow.errors import CompileflowError, SourceError, SpecError
 from compileflow.spec import TASK_ALIASES, HfTask, Precision
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def _refusal(request: CompileRequest, extras: Collection[str]) -> CompileflowErr
 
 def _is_wrong(error: CompileflowError, refusals: Sequence[CompileflowError | None]) -> bool:
     """Return whether the request is wrong: a run that was not refused may find the same kinds of error itself."""
-    return error in refusals and isinstance(error, SpecError | SourceError | MeasurementError)
+    return error in refusals and isinstance(error, SpecError | SourceError)
 
 
 def _print_outcomes(
@@ -318,6 +318,14 @@ def _compile(
             rich_help_panel=_VALIDATION,
         ),
     ] = None,
+    data_docs: Annotated[
+        bool,
+        typer.Option(
+            help="Write the page of Great Expectations (Data Docs) beside the report.",
+            rich_help_panel=_VALIDATION,
+            show_default=False,
+        ),
+    ] = False,
     max_latency_ratio: Annotated[
         float | None,
         typer.Option(
@@ -382,6 +390,7 @@ def _compile(
             "--examples": examples,
             "--shape": shape,
             "--suite": suite,
+            "--data-docs": data_docs or None,
             "--max-latency-ratio": max_latency_ratio,
         },
     )
@@ -410,6 +419,7 @@ def _compile(
         "validation": {
             "examples_path": examples,
             "suite_path": suite,
+            "data_docs": data_docs,
             "max_latency_ratio": max_latency_ratio,
             "latency_shapes": [bucket_of(text) for text in shape or ()],
         },

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from compileflow.cli.common import AsJson, one_line_errors, stored_folder
+from compileflow.cli.common import AsJson, artifact_location, one_line_errors, stored_folder
 from compileflow.cli.tables import print_record, print_table
 from compileflow.errors import printable
 
@@ -22,8 +22,8 @@ def inspect(
     artifact: Annotated[
         str,
         typer.Argument(
-            help="Folder or URI of an artifact, registry:NAME@STAGE or registry:NAME@NUMBER, or URI of a report "
-            "or comparison."
+            help="Folder, URI or digest of an artifact, registry:NAME@STAGE or registry:NAME@NUMBER, or URI or "
+            "digest of a report or comparison."
         ),
     ],
     as_json: AsJson = False,
@@ -32,6 +32,7 @@ def inspect(
     from compileflow.artifact.manifest import read_manifest
     from compileflow.errors import ManifestError
 
+    artifact = artifact_location(artifact)
     with stored_folder(artifact) as folder:
         try:
             manifest = read_manifest(folder)
@@ -72,7 +73,7 @@ def _print_manifest(manifest: ArtifactManifest) -> None:
 
 def _inspect_report(uri: str, as_json: bool) -> None:
     from compileflow.settings import get_settings
-    from compileflow.steps.report_file import export_report, read_report
+    from compileflow.steps.report_file import data_docs_beside, export_report, read_report
 
     report = read_report(uri)
     if as_json:
@@ -81,9 +82,13 @@ def _inspect_report(uri: str, as_json: bool) -> None:
     rows = []
     for gate in report.verdict.gates:
         measured = "no number" if gate.measured is None else f"{gate.measured:.4g}"
-        rows.append((gate.gate, gate.outcome, measured, f"{gate.comparison} {gate.limit:.4g}"))
+        name = f"{gate.gate} (suite {gate.suite})" if gate.suite else gate.gate
+        rows.append((name, gate.outcome, measured, f"{gate.comparison} {gate.limit:.4g}"))
     print_table(("gate", "outcome", "measured", "limit"), rows, title=report.verdict.reason)
-    typer.echo(f"report: {export_report(uri, get_settings())}")
+    page = export_report(uri, get_settings())
+    typer.echo(f"report: {page}")
+    if docs := data_docs_beside(page):
+        typer.echo(f"data docs: {docs}")
 
 
 def _inspect_comparison(uri: str, as_json: bool) -> None:

@@ -18,7 +18,7 @@ _HEADER = ("target", "precision", "verdict", "latency / eager", "size", "compile
 def print_results(results: Sequence[CompileResult]) -> None:
     """Print a table with one row per result, and below it where artifacts, reports and versions are."""
     from compileflow.settings import get_settings
-    from compileflow.steps.report_file import export_report
+    from compileflow.steps.report_file import data_docs_beside, export_report
     from compileflow.steps.summary import version_line
 
     console = output_console()
@@ -29,7 +29,10 @@ def print_results(results: Sequence[CompileResult]) -> None:
     for result in results:
         lines = [("artifact", result.artifact.uri)]
         if result.validated is not None:
-            lines.append(("report", str(export_report(result.validated.report_uri, get_settings()))))
+            page = export_report(result.validated.report_uri, get_settings())
+            lines.append(("report", str(page)))
+            if docs := data_docs_beside(page):
+                lines.append(("data docs", str(docs)))
         for uri, version in result.versions.items():
             lines.append(("version", version_line(version, uri)))
         print_lines(console, *(f"{result.target} {label}: {value}" for label, value in lines))

@@ -81,6 +81,7 @@ class Attester:
             outcome=report.verdict.outcome,
             gates={gate.gate: gate.outcome for gate in report.verdict.gates},
             suite_digest=report.suite_digest,
+            user_suite_digest=report.user_suite_digest,
             source_digest=source_digest,
             report_digest=stored_folder.digest,
             report_uri=stored_folder.uri,

@@ -17,8 +17,7 @@ from compileflow.artifact.manifest import ArtifactManifest, SourceRecord, Target
 from compileflow.catalog import get_target
 from compileflow.contracts import ComponentRecord, Target
 from compileflow.contracts.digests import list_files
-from compileflow.errors import SourceError, first_line
-from compileflow.source_model.interface_limits import check_interface_files
+from compileflow.errors import SourceError
 from compileflow.source_model.load import load_config, load_tokenizer, loaded_once
 from compileflow.source_model.sentence_modules import write_module_weights
 from compileflow.sources.files import is_interface_file
@@ -26,6 +25,7 @@ from compileflow.spec import CompileSpec, ShapeBucket
 from compileflow.steps.calibration import Calibration, calibration_batches
 from compileflow.steps.graph import compile_graph, component_record
 from compileflow.steps.plan import check_timed_shapes, merge_plans, plan_components, source_limits
+from compileflow.validation.judge.user_suite import parse_user_suite
 
 
 def build_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,7 +33,8 @@ def build_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         request: What `steps.compile` sends. "needs_tokenizer" is False for a model that was in memory, which may
-            have no tokenizer. "rows_fill_shapes" is True if the caller pads each row to a compiled shape.
+            have no tokenizer. "rows_fill_shapes" is True if the caller pads each row to a compiled shape. The
+            user's "suite" must fit the model.
 
     Returns:
         Warnings for the user, under "warnings".
@@ -47,8 +48,6 @@ def build_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
     spec = CompileSpec.model_validate(request["spec"])
     target = get_target(spec.target)
     report_progress(f"importing {', '.join(target.toolchain())}")
-    if not spec.trust_remote_code:
-        _check_limits(source_dir)
     config = load_config(source_dir, trust_remote_code=spec.trust_remote_code)
     tokenizer = None
     if spec.hf_task.takes_text and request.get("needs_tokenizer", True):
@@ -70,6 +69,9 @@ def build_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
         merged_plan = merge_plans(plans)
         timed_shapes = [ShapeBucket.model_validate(shape) for shape in request.get("timed_shapes", ())]
         check_timed_shapes(timed_shapes, merged_plan.max_sequence_length)
+        if request.get("suite"):
+            suite = parse_user_suite(**request["suite"])
+            suite.check(spec.hf_task, spec.precision, [record.name for record in source_model.outputs])
         calibration = Calibration.from_json(request["calibration"]) if request.get("calibration") else None
         if calibration is not None:
             batches = calibration_batches(
@@ -123,17 +125,6 @@ def _unknown_tokens(tokenizer: Any, vocab_size: int) -> list[str]:
     return [f"{text}. Texts with such a token are refused. {hint}"]
 
 
-def _check_limits(source_dir: Path) -> None:
-    """Refuse before the compile what a load of the artifact would refuse."""
-    try:
-        check_interface_files(source_dir)
-    except ValueError as error:
-        raise SourceError(
-            f"The source model is not safe to load: {first_line(error)}.",
-            hint="Repair that file. If you trust the model, set trust_remote_code to true: it lifts the limits.",
-        ) from error
-
-
 def _copy_interface_files(source_dir: Path, out_dir: Path) -> None:
     for record in list_files(source_dir):
         if is_interface_file(record.path):
@@ -153,12 +144,7 @@ def _write_manifest(
     ArtifactManifest(
         spec=spec,
         source=source,
-        target=TargetRecord(
-            name=target.name,
-            version=target.version,
-            toolchain=target.toolchain(),
-            cpu_features=target.cpu_features(),
-        ),
+        target=TargetRecord.of(target),
         components=components,
         files=list_files(out_dir),
         calibration=calibration.record if calibration else None,

@@ -9,11 +9,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import JsonValue, ValidationError
 
+from compileflow._process.failures import smaller_request
 from compileflow._process.folders import work_folder
 from compileflow._process.run_in_child import run_in_child
-from compileflow.artifact.manifest import SCHEMA_VERSION
+from compileflow.artifact.manifest import SCHEMA_VERSION, ArtifactManifest, CalibrationRecord, TargetRecord
 from compileflow.catalog import get_target, open_store
 from compileflow.contracts import ArtifactStore, FileRecord, Target
 from compileflow.contracts.digests import json_digest, list_files
@@ -33,14 +34,16 @@ from compileflow.source_model.ranking_recipe import ranks_documents, read_rankin
 from compileflow.source_model.sentence_modules import read_recipe
 from compileflow.source_model.tasks import task_of_architecture
 from compileflow.sources.files import kind_of, read_model_json
-from compileflow.spec import CompileSpec, HfTask, Precision
+from compileflow.spec import CompileSpec, HfTask, Precision, ShapeBucket
 from compileflow.steps.attest import Attester
-from compileflow.steps.cache import CacheKey, find, find_or_make, why_missed
+from compileflow.steps.cache import CacheKey, find, find_or_make, latest, why_missed
 from compileflow.steps.calibration import Calibration, load_calibration
 from compileflow.steps.request import AUTO, CompileRequest
+from compileflow.steps.source_checks import check_lengths, check_safe, check_source
 from compileflow.steps.toolchain_logs import keep_log
 from compileflow.steps.values import CompiledArtifact, FetchedSource
 from compileflow.validation.cases import load_examples, signals_digest
+from compileflow.validation.judge import load_user_suite
 
 logger = logging.getLogger(__name__)
 STEP = "compile"
@@ -72,6 +75,7 @@ def compile_artifact(
 
     Raises:
         SpecError: The request does not fit the target or the model, or the signing key cannot be used.
+        SourceError: transformers does not know the model, or a file of it is missing or not safe to load.
         CompileError: The toolchain refused the model, or its process died.
         TargetUnavailableError: The toolchain is missing.
         SignatureError: A signing key is set, but securesystemslib is missing.
@@ -96,7 +100,13 @@ def compile_artifact(
             return _reuse(store, key)
 
         def compute(reason: str) -> CompiledArtifact:
+            if cost := earlier_cost(store, key):
+                on_progress(cost)
             check_available(target, spec.precision)
+            check_source(folder, spec, needs_tokenizer=needs_tokenizer)
+            check_lengths(folder, spec, target, timed_shapes=timed_shapes(request))
+            if not spec.trust_remote_code:
+                check_safe(folder)
             if request.steps.validate:
                 _check_examples(spec.hf_task, request.validation.examples_path)
             build_request: dict[str, Any] = {
@@ -107,10 +117,15 @@ def compile_artifact(
                 "needs_tokenizer": needs_tokenizer,
                 "calibration": calibration.to_json() if calibration else None,
             }
-            if request.validation.latency_shapes and request.steps.validate:
+            if shapes := timed_shapes(request):
                 # Refused before the compile if they are too long. They do not change the artifact.
-                shapes = request.validation.latency_shapes
                 build_request["timed_shapes"] = [shape.model_dump() for shape in shapes]
+            if request.validation.suite_path is not None and request.steps.validate:
+                # The same holds for a suite that does not fit the model.
+                suite = load_user_suite(request.validation.suite_path)
+                suite.check(spec.hf_task, spec.precision)
+                if suite.names_outputs():
+                    build_request["suite"] = {"text": suite.text, "origin": suite.origin}
             return _compile(
                 attester, build_request, key, reason, request.timeouts.compile_s, settings, on_progress
             )
@@ -127,6 +142,11 @@ def compile_artifact(
     if cached:
         return value.model_copy(update={"cached": True, "why": "every part of its key is unchanged"})
     return value
+
+
+def timed_shapes(request: CompileRequest) -> tuple[ShapeBucket, ...]:
+    """Return the shapes that the validate step of a request times; () for its own choice."""
+    return request.validation.latency_shapes if request.steps.validate else ()
 
 
 def _check_examples(hf_task: HfTask, path: str | None) -> None:
@@ -244,13 +264,14 @@ def checked_target(spec: CompileSpec) -> Target:
             f"{target.name} does not support {spec.precision.value}.", hint=f"Choose one of: {choices}."
         )
     try:
-        target.Options.model_validate(spec.target_options)
+        chosen_options = target.Options.model_validate(spec.target_options)
     except ValidationError as error:
         options = ", ".join(target.Options.model_fields) or "none"
         raise SpecError(
             f"{target.name} option {first_problem(error, show_input=True)}.",
             hint=f"The options of {target.name} are: {options}.",
         ) from error
+    chosen_options.check_precision(spec.precision)
     return target
 
 
@@ -285,16 +306,48 @@ def compile_key(
     The attention has no part of its own: it follows from the model's class, transformers and the target.
     """
     parts = {f"{kind_of(record.path) or 'file'} {record.path}": record.sha256 for record in files}
-    parts |= {f"spec.{name}": value for name, value in _flat(spec.model_dump(mode="json")).items()}
-    parts |= {f"toolchain.{name}": version for name, version in target.toolchain().items()}
-    parts["target version"] = str(target.version)
-    parts["manifest schema"] = str(SCHEMA_VERSION)
-    if target.cpu_features():
-        parts["cpu features"] = " ".join(target.cpu_features())
-    if calibration is not None:
-        parts["calibration examples"] = calibration.record.digest
-        parts["calibration examples at most"] = str(calibration.record.examples)
+    parts |= _parts(spec, TargetRecord.of(target), SCHEMA_VERSION, calibration.record if calibration else None)
     return CacheKey(STEP, f"{source.uri} for {target.name}", parts)
+
+
+def recorded_parts(manifest: ArtifactManifest) -> dict[str, str]:
+    """Return the parts of an artifact's cache key that its manifest records.
+
+    These are all parts, except that the manifest records the source model as a whole and not file by file.
+    """
+    parts = _parts(manifest.spec, manifest.target, manifest.schema_version, manifest.calibration)
+    return parts | {"source model": manifest.source.digest}
+
+
+def _parts(
+    spec: CompileSpec, target: TargetRecord, schema_version: int, calibration: CalibrationRecord | None
+) -> dict[str, str]:
+    parts = {f"spec.{name}": _short(value) for name, value in flat_spec(spec).items()}
+    parts |= {f"toolchain.{name}": version for name, version in target.toolchain.items()}
+    parts["target version"] = str(target.version)
+    parts["manifest schema"] = str(schema_version)
+    if target.cpu_features:
+        parts["cpu features"] = " ".join(target.cpu_features)
+    if calibration is not None:
+        parts["calibration examples"] = calibration.digest
+        parts["calibration examples at most"] = str(calibration.examples)
+    return parts
+
+
+def _died(error: ProcessError, spec: CompileSpec, *, threads: int, timeout_s: float) -> CompileError:
+    """Return the error for a toolchain whose process died, with what to change in the request."""
+    lengths = [component.max_sequence_length or component.longest_bucket for component in spec.components]
+    hint = smaller_request(
+        error,
+        buckets=[bucket for component in spec.components for bucket in component.shape_buckets],
+        longest=max((length for length in lengths if length), default=None),
+        any_shape=get_target(spec.target).capabilities.dynamic_axes,
+        threads=threads,
+        limit=f"compile_s, now {timeout_s:g}",
+    )
+    return CompileError(
+        f"The toolchain of {spec.target} died: {error.message}", hint=hint, log_path=error.log_path
+    )
 
 
 def _compile(
@@ -321,10 +374,8 @@ def _compile(
                 on_progress=on_progress,
             )
         except ProcessError as error:
-            name = build_request["spec"]["target"]
-            raise CompileError(
-                f"The toolchain of {name} died: {error.message}", hint=error.hint, log_path=error.log_path
-            ) from error
+            spec = CompileSpec.model_validate(build_request["spec"])
+            raise _died(error, spec, threads=settings.threads, timeout_s=timeout_s) from error
         for warning in child.value.get("warnings", ()):
             logger.warning("%s", warning)
         on_progress("storing the artifact")
@@ -343,19 +394,31 @@ def _compile(
     )
 
 
-def _flat(value: Mapping[str, Any]) -> dict[str, str]:
+def flat_spec(spec: CompileSpec) -> dict[str, JsonValue]:
     """Return every field of a spec under its own name, so that a cache miss can name the fields that changed."""
-    flat: dict[str, str] = {}
-    for name, item in value.items():
+    flat: dict[str, JsonValue] = {}
+    for name, item in spec.model_dump(mode="json").items():
         if name == "components":
             for component in item:
-                for field, content in component.items():
-                    flat[f"{component['name']}.{field}"] = _short(content)
+                flat |= {f"{component['name']}.{field}": content for field, content in component.items()}
         elif isinstance(item, dict):
-            flat |= {f"{name}.{field}": _short(content) for field, content in item.items()}
+            flat |= {f"{name}.{field}": content for field, content in item.items()}
         else:
-            flat[name] = _short(item)
+            flat[name] = item
     return flat
+
+
+def earlier_cost(store: ArtifactStore, key: CacheKey) -> str:
+    """Return a line with the time and memory of the last compile of the same model and target; "" without one."""
+    last = latest(store, key.step, key.subject)
+    record = store.get_record(key.step, str(last["key"])) if last else None
+    value = record.get("value") if record else None
+    if not isinstance(value, dict):
+        return ""
+    duration_s, peak_bytes = value.get("compile_duration_s"), value.get("peak_rss_bytes")
+    if not isinstance(duration_s, int | float) or not isinstance(peak_bytes, int | float):
+        return ""
+    return f"the last compile of {key.subject} took {duration_s:.0f} s and {peak_bytes / 1e9:.1f} GB of memory"
 
 
 def _short(value: Any) -> str:

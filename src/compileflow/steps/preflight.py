@@ -8,18 +8,22 @@ import re
 from collections.abc import Collection, Iterator
 from importlib.metadata import requires
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from packaging.requirements import Requirement
 
 from compileflow._process.folders import os_errors
 from compileflow._process.packages import installed_versions
 from compileflow.catalog import get_source, get_target, open_registry, open_store, parse_reference
-from compileflow.errors import SourceError, SpecError
+from compileflow.errors import MissingPackageError, SourceError, SpecError
 from compileflow.settings import Settings
-from compileflow.steps.compile import check_available, checked_target
+from compileflow.sources.hub import HubSource
+from compileflow.steps.compile import check_available, checked_target, spec_of, timed_shapes
 from compileflow.steps.fetch import scheme_of
 from compileflow.steps.request import AUTO, CompileRequest
+from compileflow.steps.source_checks import check_lengths, check_source
 from compileflow.steps.validate import check_libraries
+from compileflow.validation.judge import load_user_suite
 
 _EXTRA = re.compile(r"compileflow\[([a-z0-9,-]+)\]")
 # Extras by the scheme of a store or a registry.
@@ -38,15 +42,17 @@ def check_request(request: CompileRequest, settings: Settings, *, extras: Collec
 
     Raises:
         StoreError: The home folder cannot be written.
-        SourceError: The model's folder does not hold a model, or only a Hub model has a revision.
-        SpecError: Some extras are not installed, the target does not have an option, a file of examples does not
-            exist, or the URI of a store or registry is wrong.
+        SourceError: The model's folder does not hold a model that transformers loads, or only a Hub model has a
+            revision.
+        SpecError: The model does not suit the task or the lengths, the target does
+            not have an option, a file of examples does not exist, the user's suite cannot be used, or the URI of
+            a store or registry is wrong.
+        MissingPackageError: Some extras are not installed.
         TargetUnavailableError: The target's toolchain is missing, or this machine lacks the precision.
         MeasurementError: A library that the validate step needs is missing.
     """
     _check_home(settings.home_dir)
-    if request.steps.fetch:
-        _check_model(request, settings)
+    folder = _checked_model(request, settings) if request.steps.fetch else None
     _check_extras(request, settings, extras)
     if request.target != AUTO:
         target = get_target(request.target)
@@ -59,8 +65,26 @@ def check_request(request: CompileRequest, settings: Settings, *, extras: Collec
     if request.steps.validate:
         check_libraries()
         _check_exists(request.validation.examples_path, "examples", "--examples")
+        _check_suite(request)
     if request.steps.compile:
         _check_exists(request.calibration.examples_path, "calibration examples", "--calibration")
+        if folder is not None:
+            _check_source(folder, request)
+
+
+def check_hub_model(request: CompileRequest, settings: Settings) -> None:
+    """Refuse a Hub model that its configuration rules out, before its weights are downloaded.
+
+    Raises:
+        SourceError: The Hub does not have the model, or transformers does not load it.
+        SpecError: The model does not suit the task or the lengths.
+    """
+    source = HubSource(settings)
+    if not request.steps.compile:
+        source.pin(request.model, request.revision)
+        return
+    with TemporaryDirectory() as folder:
+        _check_source(source.preview(request.model, request.revision, Path(folder)).folder, request)
 
 
 def _check_home(home: Path) -> None:
@@ -73,19 +97,29 @@ def _check_home(home: Path) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
-def _check_model(request: CompileRequest, settings: Settings) -> None:
+def _checked_model(request: CompileRequest, settings: Settings) -> Path | None:
+    """Check the name of the model, and return its folder if it is on this machine."""
     scheme = scheme_of(request.model)
     source = get_source(scheme, settings)
     if scheme == "file":
         # Chooses the files of the model, and copies nothing.
-        source.locate(request.model, request.revision, settings.work_dir)
-    elif scheme != "hf" and request.revision is not None:
+        return source.locate(request.model, request.revision, settings.work_dir).folder
+    if scheme != "hf" and request.revision is not None:
         raise SourceError(
             f"{request.model} has no revision {request.revision!r}: only a Hub model has revisions.",
             hint="Leave the revision empty.",
         )
     # Raises if the model is a malformed reference to a registered version.
     parse_reference(request.model)
+    return None
+
+
+def _check_source(folder: Path, request: CompileRequest) -> None:
+    """Refuse what the model's folder rules out; the compile step checks a model from elsewhere."""
+    spec = spec_of(request, folder)
+    check_source(folder, spec)
+    target = None if request.target == AUTO else checked_target(spec)
+    check_lengths(folder, spec, target, timed_shapes=timed_shapes(request))
 
 
 def _check_extras(request: CompileRequest, settings: Settings, extras: Collection[str]) -> None:
@@ -93,7 +127,7 @@ def _check_extras(request: CompileRequest, settings: Settings, extras: Collectio
     missing |= {extra: packages for extra in extras if (packages := _missing_from(extra))}
     if missing:
         names = list(dict.fromkeys(name for packages in missing.values() for name in packages))
-        raise SpecError(
+        raise MissingPackageError(
             f"This run needs {', '.join(names)}, which {'is' if len(names) == 1 else 'are'} not installed.",
             hint=f"Run: pip install 'compileflow[{','.join(missing)}]'",
         )
@@ -115,6 +149,13 @@ def _extras_of(request: CompileRequest, settings: Settings) -> Iterator[str]:
             yield _SCHEMES[uri.partition(":")[0]]
     if settings.signing_key is not None:
         yield "signing"
+
+
+def _check_suite(request: CompileRequest) -> None:
+    if request.validation.suite_path is not None:
+        suite = load_user_suite(request.validation.suite_path)
+        if request.hf_task is not None:
+            suite.check(request.hf_task, None if request.target == AUTO else request.precision)
 
 
 def _missing_from(extra: str) -> list[str]:

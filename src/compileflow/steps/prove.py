@@ -31,11 +31,12 @@ from compileflow.source_model.sentence_modules import read_recipe
 from compileflow.source_model.token_rows import token_rows
 from compileflow.spec import CompileSpec, HfTask, Precision
 from compileflow.steps.claims import claimed_length, expected_claims
+from compileflow.steps.validate import MEASUREMENT_VERSION
 from compileflow.validation import measure as measuring
 from compileflow.validation.bundle import BUNDLE_FOLDER, examine_failure, write_failure_bundle
 from compileflow.validation.cases import Case
 from compileflow.validation.evidence import draw_for, gather_evidence, timed_shapes
-from compileflow.validation.judge import judge
+from compileflow.validation.judge import UserSuite, judge, parse_user_suite
 from compileflow.validation.judge.suite import suite_digest
 from compileflow.validation.measure import Call, Measurements, Model, OneThread
 from compileflow.validation.measure.decisions import Decisions, Pool, mean_of_tokens
@@ -49,11 +50,13 @@ from compileflow.validation.registered_tests import (
     write_registered_tests,
 )
 from compileflow.validation.report import (
+    DATA_DOCS_FOLDER,
     TEST_FILES_FOLDER,
     Report,
     ReportSubject,
     environment,
     worst_rows,
+    write_data_docs,
     write_report,
 )
 from compileflow.validation.settings import ValidationSettings
@@ -70,6 +73,7 @@ def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
         request: What `steps.validate` sends. With a "tests_dir", the compiled pipeline answers the tests that are
             registered with the source version. The report keeps its answers, compared with the registered ones.
             With a "reference_dir" and the "source_digest", the source model's answers are kept in that folder.
+            The gates of the user's "suite" are judged in addition to compileflow's.
 
     Returns:
         The outcome, the reason and the figures of the worst component.
@@ -106,6 +110,7 @@ def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
     requested = CompileSpec.model_validate(request["spec"]) if request.get("spec") else spec
     claims = expected_claims(artifact, source_model, source_dir, requested)
     whole_artifact = WholeArtifact(artifact, source_dir, validation.examples_path)
+    user_suite = parse_user_suite(**request["suite"]) if request.get("suite") else None
     shared = Measurements()
     whole_artifact.measure_shared(shared, max_length=max(map(claimed_length, claims.values())))
     tests = read_registered_tests(Path(request["tests_dir"])) if request.get("tests_dir") else None
@@ -122,6 +127,7 @@ def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
         if answered.disagreement is not None:
             shared.scalars["registered_disagreement"] = answered.disagreement
     reports = []
+    judged: list[tuple[str, Any]] = []
     for compiled_component, serving_memory_bytes, first_call in loaded_components:
         report = _prove_component(
             source_model,
@@ -136,6 +142,8 @@ def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
             answers=answers,
             tests=tests,
             shared=shared,
+            user_suite=user_suite,
+            on_result=partial(_keep, judged, compiled_component.component) if validation.data_docs else None,
             bundle_dir=Path(request["report_dir"]) / BUNDLE_FOLDER,
         )
         figures = report.figures | {"serving_memory_bytes": float(serving_memory_bytes)}
@@ -145,11 +153,17 @@ def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
     report = max(reports, key=lambda report: OUTCOMES.index(report.verdict.outcome))
     report_progress("writing the report")
     write_report(report, Path(request["report_dir"]))
+    if judged:
+        write_data_docs(judged, Path(request["report_dir"]) / DATA_DOCS_FOLDER)
     return {
         "outcome": report.verdict.outcome,
         "reason": report.verdict.reason,
         "figures": report.figures,
     }
+
+
+def _keep(judged: list[tuple[str, Any]], component: str, title: str, result: Any) -> None:
+    judged.append((f"component {component}, suite {title}", result))
 
 
 def _answered(tests: RegisteredTests, artifact: OpenArtifact, threads: int) -> AnsweredTests:
@@ -228,6 +242,8 @@ def _prove_component(
     answers: ReferenceAnswers,
     tests: RegisteredTests | None,
     shared: Measurements,
+    user_suite: UserSuite | None,
+    on_result: Callable[[str, Any], None] | None,
     bundle_dir: Path,
 ) -> Report:
     artifact, source_dir = whole_artifact.artifact, whole_artifact.source_dir
@@ -310,13 +326,27 @@ def _prove_component(
         overrides["latency_ratio"] = validation.max_latency_ratio
     report_progress("judging with Great Expectations")
     verdict = judge(
-        measurements, precision=spec.precision, hf_task=spec.hf_task, overrides=overrides, strict=validation.strict
+        measurements,
+        precision=spec.precision,
+        hf_task=spec.hf_task,
+        overrides=overrides,
+        strict=validation.strict,
+        user_suite=user_suite,
+        on_result=on_result,
     )
     failed = None
     if verdict.outcome == "fail":
         report_progress("looking for the first module whose output differs")
         failed = examine_failure(
-            artifact, compiled_component, record, source_model, cases, measurements, verdict, threads=threads
+            artifact,
+            compiled_component,
+            record,
+            source_model,
+            cases,
+            measurements,
+            verdict,
+            user_suite,
+            threads=threads,
         )
     report = Report(
         subject=ReportSubject(
@@ -342,7 +372,11 @@ def _prove_component(
         families=dict(Counter(row["family"] for row in measurements.comparisons)),
         examples_origin=evidence.origin,
         examples_count=evidence.examples_count,
+        examples_digest=evidence.examples_digest,
+        measurement_version=MEASUREMENT_VERSION,
         suite_digest=suite_digest(),
+        user_suite=user_suite.name if user_suite is not None else "",
+        user_suite_digest=user_suite.digest if user_suite is not None else "",
         environment=environment(threads),
         flips=decisions.flips(evidence.decode),
         flips_count=decisions.flips_count(),
@@ -356,7 +390,7 @@ def _prove_component(
             "environment": report.environment,
             "threads": threads,
         }
-        write_failure_bundle(bundle_dir, failed, subject, requested, validation)
+        write_failure_bundle(bundle_dir, failed, subject, requested, validation, user_suite)
     return report
 
 

@@ -10,17 +10,21 @@ from pydantic import BaseModel, ValidationError
 
 from compileflow._process.folders import os_errors
 from compileflow.catalog import open_store
-from compileflow.errors import ManifestError, first_problem
+from compileflow.contracts.json_files import read_json
+from compileflow.errors import ManifestError, first_line, first_problem
 from compileflow.settings import Settings
 from compileflow.stores.layout import split_uri
 from compileflow.validation.bundle import BUNDLE_FOLDER
-from compileflow.validation.report import REPORT_HTML, REPORT_JSON, Report
+from compileflow.validation.report import DATA_DOCS_FOLDER, DATA_DOCS_PAGE, REPORT_HTML, REPORT_JSON, Report
 
 Kind = TypeVar("Kind", bound=BaseModel)
 
 
 def export_report(report_uri: str, settings: Settings) -> Path:
-    """Copy report.html out of the store to HOME/reports and return its path.
+    """Copy report.html out of the store to HOME/reports, and beside it the Data Docs if there are any.
+
+    Returns:
+        The path of the page.
 
     Raises:
         ManifestError: The URI does not name a report.
@@ -32,6 +36,21 @@ def export_report(report_uri: str, settings: Settings) -> Path:
 def read_report(report_uri: str, settings: Settings | None = None) -> Report:
     """Read report.json out of the store. Raises as `export_report` does."""
     return read_values(Report, report_uri, REPORT_JSON, settings)
+
+
+def read_report_file(path: Path) -> Report:
+    """Read the JSON file of a report, wherever it is.
+
+    Raises:
+        ManifestError: The file cannot be read, or is not a report.
+    """
+    try:
+        return Report.model_validate(read_json(path))
+    except (OSError, ValueError) as error:
+        problem = first_problem(error) if isinstance(error, ValidationError) else first_line(error)
+        raise ManifestError(
+            f"{path} is not a report: {problem}.", hint="Give the report.json of a validation, or an artifact."
+        ) from error
 
 
 def read_values(kind: type[Kind], uri: str, name: str, settings: Settings | None) -> Kind:
@@ -48,6 +67,10 @@ def export_page(uri: str, name: str, settings: Settings) -> Path:
     with open_store(store_uri, settings).open_folder(digest) as folder, os_errors(page, "write to"):
         page.parent.mkdir(parents=True, exist_ok=True)
         page.write_bytes(_member(folder, name, uri))
+        docs = folder / DATA_DOCS_FOLDER
+        if docs.is_dir():
+            copied = page.with_name(f"{page.stem}-{docs.name}")
+            shutil.copytree(docs, copied, dirs_exist_ok=True, copy_function=shutil.copyfile)
     return page
 
 
@@ -63,6 +86,12 @@ def export_bundle(report_uri: str, settings: Settings) -> Path | None:
             return None
         shutil.copytree(folder / BUNDLE_FOLDER, bundle, dirs_exist_ok=True, copy_function=shutil.copyfile)
     return bundle
+
+
+def data_docs_beside(page: Path) -> Path | None:
+    """Return the Data Docs that `export_report` has copied beside the page of a report; None without any."""
+    docs = page.with_name(f"{page.stem}-{DATA_DOCS_FOLDER}") / DATA_DOCS_PAGE
+    return docs if docs.is_file() else None
 
 
 def _parsed(kind: type[Kind], body: bytes, uri: str) -> Kind:

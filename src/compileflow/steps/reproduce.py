@@ -126,6 +126,7 @@ def _prove_again(artifact: OpenArtifact, content: Mapping[str, Any], gate: str, 
                 "report_dir": report_dir,
                 "spec": content["spec"],
                 "validation": content["validation"],
+                "suite": content.get("suite"),
                 "threads": content["subject"]["threads"],
             }
         )

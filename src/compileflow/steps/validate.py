@@ -8,14 +8,15 @@ from contextlib import ExitStack
 
 from pydantic import ValidationError
 
+from compileflow._process.failures import smaller_request
 from compileflow._process.folders import work_folder
 from compileflow._process.packages import installed_versions
 from compileflow._process.run_in_child import run_in_child
-from compileflow.artifact.manifest import read_manifest
+from compileflow.artifact.manifest import ArtifactManifest, read_manifest
 from compileflow.catalog import get_target, open_store
 from compileflow.contracts import ACCEPTED_OUTCOMES, LATENCY_ON_BUSY_MACHINE, ArtifactStore
 from compileflow.contracts.digests import json_digest
-from compileflow.errors import MeasurementError, StepOffError
+from compileflow.errors import MeasurementError, ProcessError, StepOffError
 from compileflow.settings import Settings
 from compileflow.spec import CompileSpec, HfTask
 from compileflow.steps.attest import Attester
@@ -27,6 +28,7 @@ from compileflow.steps.toolchain_logs import write_logs
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
 from compileflow.validation.bundle import BUNDLE_FOLDER
 from compileflow.validation.cases import load_examples, signals_digest
+from compileflow.validation.judge import load_user_suite
 from compileflow.validation.judge.suite import suite_digest
 from compileflow.validation.settings import ValidationSettings
 
@@ -62,7 +64,8 @@ def validate_artifact(
     Raises:
         MeasurementError: The models could not be compared.
         ProcessError: The child process died.
-        SpecError: The signing key cannot be used, or a shape to time is longer than the longest row.
+        SpecError: The signing key or the user's suite cannot be used, or a shape to time is longer than the
+            longest row.
         SignatureError: A signing key is set, but securesystemslib is missing.
         StepOffError: The step is off, and the store has no report on this artifact.
     """
@@ -80,39 +83,48 @@ def validate_artifact(
         longest = max(component.max_sequence_length for component in manifest.components.values())
         check_timed_shapes(validation.latency_shapes, longest)
         spec = spec_of(request, source_dir, card_task=source.hf_task) if request else None
-        key = CacheKey(
-            STEP,
-            f"{source.uri} for {manifest.target.name}",
-            _key_parts(
-                source, artifact, spec, validation, manifest.hf_task, get_target(manifest.target.name).toolchain()
-            ),
+        suite = load_user_suite(validation.suite_path) if validation.suite_path is not None else None
+        if suite is not None:
+            component = next(iter(manifest.components.values()))
+            suite.check(manifest.hf_task, manifest.spec.precision, [record.name for record in component.outputs])
+        parts = _key_parts(
+            source, artifact, spec, validation, manifest.hf_task, get_target(manifest.target.name).toolchain()
         )
+        if suite is not None:
+            parts["user suite"] = suite.digest
+        key = CacheKey(STEP, f"{source.uri} for {manifest.target.name}", parts)
+
+        judges_latency = validation.max_latency_ratio or (suite is not None and suite.judges_latency())
 
         def compute(reason: str) -> ValidatedArtifact:
             with work_folder(settings.work_dir, label=STEP) as work:
                 (work / "report").mkdir()
-                child = run_in_child(
-                    _CHILD,
-                    {
-                        "source_dir": str(source_dir),
-                        "source_digest": source.digest,
-                        "reference_dir": str(settings.reference_dir),
-                        "tests_dir": str(tests_dir) if tests_dir else None,
-                        "artifact_dir": str(artifact_dir),
-                        "artifact_uri": artifact.uri,
-                        "report_dir": str(work / "report"),
-                        "spec": spec.model_dump(mode="json") if spec else None,
-                        "validation": validation.model_dump(mode="json"),
-                        "threads": settings.threads,
-                        "trust_remote_code": trust_remote_code,
-                    },
-                    work_dir=work,
-                    log_path=settings.log_path(f"{STEP}-{key.digest[:12]}"),
-                    timeout_s=timeout_s,
-                    threads=settings.threads,
-                    imports=IMPORTS,
-                    on_progress=on_progress,
-                )
+                try:
+                    child = run_in_child(
+                        _CHILD,
+                        {
+                            "source_dir": str(source_dir),
+                            "source_digest": source.digest,
+                            "reference_dir": str(settings.reference_dir),
+                            "tests_dir": str(tests_dir) if tests_dir else None,
+                            "artifact_dir": str(artifact_dir),
+                            "artifact_uri": artifact.uri,
+                            "report_dir": str(work / "report"),
+                            "spec": spec.model_dump(mode="json") if spec else None,
+                            "validation": validation.model_dump(mode="json"),
+                            "suite": {"text": suite.text, "origin": suite.origin} if suite is not None else None,
+                            "threads": settings.threads,
+                            "trust_remote_code": trust_remote_code,
+                        },
+                        work_dir=work,
+                        log_path=settings.log_path(f"{STEP}-{key.digest[:12]}"),
+                        timeout_s=timeout_s,
+                        threads=settings.threads,
+                        imports=IMPORTS,
+                        on_progress=on_progress,
+                    )
+                except ProcessError as error:
+                    raise _died(error, manifest, threads=settings.threads, timeout_s=timeout_s) from error
                 write_logs(work / "report" / BUNDLE_FOLDER, store, artifact.digest, {STEP: child.log})
                 stored_folder = store.put_folder(work / "report")
                 attester.validated(
@@ -139,7 +151,7 @@ def validate_artifact(
             is_cacheable=lambda validated: (
                 validated.outcome in ACCEPTED_OUTCOMES
                 # The gate that the user set was not judged, so the next run measures again.
-                and not (validation.max_latency_ratio and LATENCY_ON_BUSY_MACHINE in validated.figures)
+                and not (judges_latency and LATENCY_ON_BUSY_MACHINE in validated.figures)
             ),
             reason_to_redo=lambda validated: attester.lacks_verdict(artifact.digest, validated.report_digest),
         )
@@ -196,7 +208,11 @@ def _key_parts(
         "test files": source.test_files_digest or "none",
         "measurement version": str(MEASUREMENT_VERSION),
     }
-    parts |= {f"validation.{name}": str(value) for name, value in validation.model_dump(mode="json").items()}
+    # A suite counts by its content.
+    settings = validation.model_dump(mode="json", exclude={"suite_path", "data_docs"})
+    parts |= {f"validation.{name}": str(value) for name, value in settings.items()}
+    if validation.data_docs:
+        parts["data docs"] = "written"
     # Built-in examples also count: another version of compileflow may have others.
     if hf_task.modality == "text":
         parts["examples"] = load_examples(hf_task, validation.examples_path, validation.max_examples)[2]
@@ -204,6 +220,20 @@ def _key_parts(
         parts["examples"] = signals_digest(validation.examples_path, hf_task.modality)
     versions = dict(toolchain) | check_libraries()
     return parts | {f"toolchain.{name}": value for name, value in versions.items()}
+
+
+def _died(error: ProcessError, manifest: ArtifactManifest, *, threads: int, timeout_s: float) -> ProcessError:
+    """Return the error of a process that died, with what to change in the request."""
+    components = manifest.components.values()
+    hint = smaller_request(
+        error,
+        buckets=[bucket for component in components for bucket in component.shape_buckets],
+        longest=max(component.max_sequence_length for component in components),
+        any_shape=all(component.dynamic_axes for component in components),
+        threads=threads,
+        limit=f"validate_s, now {timeout_s:g}",
+    )
+    return type(error)(f"The validation died: {error.message}", hint=hint, log_path=error.log_path)
 
 
 def _reuse(store: ArtifactStore, artifact: CompiledArtifact) -> ValidatedArtifact:

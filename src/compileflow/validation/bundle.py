@@ -21,7 +21,8 @@ from compileflow.source_model.interface import SourceModel
 from compileflow.spec import CompileSpec
 from compileflow.validation.cases import Case
 from compileflow.validation.divergence import Divergence, failing_case, first_divergence
-from compileflow.validation.judge.suite import load_suite
+from compileflow.validation.judge.suite import GateEntry, load_suite
+from compileflow.validation.judge.user_suite import UserSuite
 from compileflow.validation.judge.verdict import GateResult, Verdict
 from compileflow.validation.measure.measurements import Measurements, candidate_answer
 from compileflow.validation.measure.metrics import scales_of
@@ -116,6 +117,7 @@ def examine_failure(
     cases: Sequence[Case],
     measurements: Measurements,
     verdict: Verdict,
+    user_suite: UserSuite | None,
     *,
     threads: int,
 ) -> Failed:
@@ -129,6 +131,7 @@ def examine_failure(
         cases: Cases that were compared.
         measurements: Their comparisons.
         verdict: Verdict that failed.
+        user_suite: Suite of the user, whose gates may have failed.
         threads: Threads of the runtime.
     """
     failed_gates = [gate for gate in verdict.gates if gate.outcome == "fail"]
@@ -141,7 +144,9 @@ def examine_failure(
         divergence = Divergence(note="The gate compares time, and the answers agree.")
     else:
         divergence = first_divergence(artifact, component, record, source_model, small_case, threads=threads)
-    figure = _figure(gate, measurements, small_case)
+    entries = (*load_suite().gates, *(user_suite.file.gates if user_suite is not None else ()))
+    entry = next(entry for entry in entries if entry.gate == gate.gate)
+    figure = _figure(gate, entry, measurements, small_case)
     case = next((case for case in compared if figure is not None and case.name == figure.case), None)
     failure = Failure(
         gate=gate.gate, measured=gate.measured, figure=figure if case else None, divergence=divergence
@@ -151,10 +156,11 @@ def examine_failure(
     return Failed(failure, case, source_model.run(case.inputs), candidate_answer(component.run, case.inputs)[0])
 
 
-def _figure(gate: GateResult, measurements: Measurements, small_case: Case | None) -> Figure | None:
+def _figure(
+    gate: GateResult, entry: GateEntry, measurements: Measurements, small_case: Case | None
+) -> Figure | None:
     """Return the number that the gate measured, or the worst one of the case that differs."""
-    entry = next(entry for entry in load_suite().gates if entry.gate == gate.gate)
-    rows = measurements.comparisons
+    rows = [row for row in measurements.comparisons if entry.output in (None, row["output"])]
     measured: float | None
     if entry.table == "comparisons":
         name, measured, limit = entry.column, gate.measured, gate.limit
@@ -191,7 +197,12 @@ def _figure(gate: GateResult, measurements: Measurements, small_case: Case | Non
 
 
 def write_failure_bundle(
-    folder: Path, failed: Failed, subject: dict[str, Any], requested: CompileSpec, validation: ValidationSettings
+    folder: Path,
+    failed: Failed,
+    subject: dict[str, Any],
+    requested: CompileSpec,
+    validation: ValidationSettings,
+    user_suite: UserSuite | None,
 ) -> None:
     """Write the bundle into a new folder.
 
@@ -201,6 +212,7 @@ def write_failure_bundle(
         subject: What the report says about both models, the machine and the verdict.
         requested: What the artifact should be.
         validation: Settings of the validation.
+        user_suite: Suite of the user, which is copied into failure.json.
     """
     folder.mkdir()
     content = {
@@ -208,6 +220,7 @@ def write_failure_bundle(
         "failure": failed.failure.model_dump(mode="json"),
         "spec": requested.model_dump(mode="json"),
         "validation": validation.model_dump(mode="json"),
+        "suite": {"text": user_suite.text, "origin": user_suite.origin} if user_suite is not None else None,
     }
     text = without_passwords(json.dumps(content, indent=1, sort_keys=True))
     (folder / FAILURE).write_text(text + "\n", "utf-8")

@@ -95,6 +95,7 @@ class Evidence:
         decode: Function from token ids to text.
         tokens: Names of the classes where id2label has none, such as the characters of a speech model.
         origin: Origin of the natural examples, in words.
+        examples_digest: SHA-256 that changes when the file or the folder of natural examples changes.
         examples_count: Number of natural examples.
     """
 
@@ -107,6 +108,7 @@ class Evidence:
     decode: Decode
     tokens: Mapping[int, str]
     origin: str
+    examples_digest: str
     examples_count: int
 
 
@@ -171,7 +173,7 @@ def _text_evidence(
     tests: RegisteredTests | None,
     draw: Draw,
 ) -> Evidence:
-    examples, origin, _ = load_examples(spec.hf_task, validation.examples_path, validation.max_examples)
+    examples, origin, digest = load_examples(spec.hf_task, validation.examples_path, validation.max_examples)
     test_examples = tests.examples(spec.hf_task) if tests else []
     if test_examples or (tests and tests.note):
         note = f" ({tests.note})" if tests and tests.note else ""
@@ -218,6 +220,7 @@ def _text_evidence(
         decode=tokenizer.decode,
         tokens={},
         origin=origin,
+        examples_digest=digest,
         examples_count=len(examples),
     )
 
@@ -265,7 +268,7 @@ def _image_text_evidence(
     tokenizer = _tokenizer(source_dir, trust_remote_code)
     processor = load_processor(source_dir, "image", trust_remote_code=trust_remote_code)
     builder = ImageTextCases(tokenizer, processor, record)
-    signals, origin, _ = load_signals(
+    signals, origin, digest = load_signals(
         processor,
         validation.examples_path,
         validation.max_examples,
@@ -284,6 +287,7 @@ def _image_text_evidence(
         decode=tokenizer.decode,
         tokens=dict(enumerate(LABELS)),
         origin=origin,
+        examples_digest=digest,
         examples_count=len(signals),
     )
 
@@ -299,7 +303,7 @@ def _signal_evidence(
     task = spec.hf_task
     processor = load_processor(source_dir, task.modality, trust_remote_code=trust_remote_code)
     builder = SignalCases(processor, record)
-    signals, origin, _ = load_signals(
+    signals, origin, digest = load_signals(
         processor,
         validation.examples_path,
         validation.max_examples,
@@ -331,5 +335,6 @@ def _signal_evidence(
         decode=decode,
         tokens=tokens,
         origin=origin,
+        examples_digest=digest,
         examples_count=len(signals),
     )

@@ -19,6 +19,17 @@ class ValidationSettings(BaseModel):
         "text, or with question and context, or a folder of images or 16-bit WAV files. Empty: the 320 sentences "
         "or 300 questions that come with compileflow, or generated images and recordings.",
     )
+    suite_path: str | None = Field(
+        None,
+        title="Your suite",
+        description="YAML file with gates of your own, in the form of compileflow's suite file. They are judged "
+        "in addition to compileflow's gates. Empty: none.",
+    )
+    data_docs: bool = Field(
+        False,
+        title="Data Docs",
+        description="Write the page of Great Expectations beside the report. It takes some seconds.",
+    )
     max_examples: int = Field(
         400, ge=1, le=100_000, title="Most examples", description="Maximum number of natural examples to compare."
     )

@@ -25,6 +25,7 @@ BUILD_TYPE = "urn:compileflow:compile:v1"
 BUILDER_ID = "pkg:pypi/compileflow"
 # Names of the resource descriptors in a statement.
 SOURCE_MODEL, CALIBRATION, SUITE, REPORT = "source-model", "calibration", "suite", "report"
+USER_SUITE = "user-suite"
 
 Statement = Mapping[str, Any]
 _RESULTS: Mapping[Outcome, str] = {"pass": "PASSED", "warn": "WARNED", "fail": "FAILED", "error": "FAILED"}
@@ -55,6 +56,7 @@ class ValidationRun:
         outcome: Outcome of all gates together.
         gates: Outcome by gate, in the order of the suite.
         suite_digest: SHA-256 of the suite file.
+        user_suite_digest: SHA-256 of the user's suite file; "" without one.
         source_digest: Digest of the source model's folder.
         report_digest: Digest of the report's folder.
         report_uri: URI of the report's folder.
@@ -66,6 +68,7 @@ class ValidationRun:
     source_digest: str
     report_digest: str
     report_uri: str
+    user_suite_digest: str = ""
 
 
 def provenance_statement(manifest: ArtifactManifest, artifact_digest: str, run: CompileRun) -> dict[str, Any]:
@@ -121,6 +124,7 @@ def verdict_statement(artifact_digest: str, run: ValidationRun) -> dict[str, Any
     def gates(*outcomes: Outcome) -> list[str]:
         return [name for name, outcome in run.gates.items() if outcome in outcomes]
 
+    users_suite = [{"name": USER_SUITE, "digest": {"sha256": run.user_suite_digest}}]
     return _statement(
         artifact_digest,
         VERDICT_TYPE,
@@ -128,6 +132,7 @@ def verdict_statement(artifact_digest: str, run: ValidationRun) -> dict[str, Any
             "result": _RESULTS[run.outcome],
             "configuration": [
                 {"name": SUITE, "digest": {"sha256": run.suite_digest}},
+                *(users_suite if run.user_suite_digest else ()),
                 {"name": SOURCE_MODEL, "digest": {"sha256": run.source_digest}},
                 {"name": REPORT, "uri": run.report_uri, "digest": {"sha256": run.report_digest}},
             ],

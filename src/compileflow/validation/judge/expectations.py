@@ -104,6 +104,3 @@ class ExpectRateToBeAtLeast(ColumnAggregateExpectation):  # type: ignore[misc]
             "success": decision == "pass",
             "result": {"observed_value": hits / trials, "details": details},
         }
-
-
-EXPECTATIONS = (ExpectColumnMaximumToBeAtMost, ExpectColumnMinimumToBeAtLeast, ExpectRateToBeAtLeast)

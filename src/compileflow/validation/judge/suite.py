@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -15,6 +15,12 @@ from compileflow.errors import MeasurementError
 from compileflow.spec import GRAPH_TASKS, HfTask, Precision
 
 _FILE = "suites/regression.yaml"
+# The classes in `expectations.py`, whose import takes seconds.
+EXPECTATION_TYPES = (
+    "expect_column_maximum_to_be_at_most",
+    "expect_column_minimum_to_be_at_least",
+    "expect_rate_to_be_at_least",
+)
 
 Severity = Literal["critical", "warning"]
 
@@ -33,6 +39,8 @@ class GateEntry(_Strict):
     limit: str
     column: str = "agrees"
     metric: str | None = None
+    output: str | None = Field(None, description="Output whose comparisons are judged. None: all outputs.")
+    severity: Severity = Field("critical", description="Severity at precisions where `warnings` omits the gate.")
     missed: Literal["fail", "error"] = Field(
         "fail", description="Outcome of a critical gate beyond its limit: error where a comparison is missing."
     )
@@ -91,20 +99,18 @@ class GridLimit(_Strict):
     most: float = Field(gt=0)
 
 
-class SuiteFile(_Strict):
-    """The whole suite file."""
+class GateFile(_Strict):
+    """The gates of a suite file, with their limits."""
 
     schema_version: Literal[1]
     name: str
     gates: tuple[GateEntry, ...] = Field(min_length=1)
     limits: dict[str, dict[Precision, float]]
-    task_limits: dict[HfTask, dict[str, dict[Precision, float]]]
-    warnings: dict[Precision, tuple[str, ...]]
-    noise_limits: NoiseLimits
-    grid_limits: dict[str, GridLimit]
+    task_limits: dict[HfTask, dict[str, dict[Precision, float]]] = Field(default_factory=dict)
+    warnings: dict[Precision, tuple[str, ...]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
-    def _names_are_known(self) -> SuiteFile:
+    def _names_are_known(self) -> Self:
         """Refuse misspelt names: a gate without a limit would vanish, and a vanished gate passes."""
         used_limits = {entry.limit for entry in self.gates}
         for task, table in (("limits", self.limits), *self.task_limits.items()):
@@ -116,20 +122,49 @@ class SuiteFile(_Strict):
         gates = {entry.gate for entry in self.gates}
         if len(gates) != len(self.gates):
             raise ValueError("two gates share a name")
-        warning_gates = {gate for names in self.warnings.values() for gate in names}
-        for table_name, names in (("warnings", warning_gates), ("grid_limits", set(self.grid_limits))):
-            if names - gates:
-                raise ValueError(f"{table_name} names unknown gates: {', '.join(sorted(names - gates))}")
+        named_gates = {gate for names in self.warnings.values() for gate in names}
+        if named_gates - gates:
+            raise ValueError(f"warnings names unknown gates: {', '.join(sorted(named_gates - gates))}")
+        return self
+
+    def limits_for(self, entry: GateEntry, task: HfTask) -> dict[Precision, float]:
+        """Return the limits of a gate for a task, by precision."""
+        return self.limits[entry.limit] | self.task_limits.get(task.graph_task, {}).get(entry.limit, {})
+
+    def severity_at(self, entry: GateEntry, precision: Precision) -> Severity:
+        """Return the severity of a gate at a precision."""
+        return "warning" if entry.gate in self.warnings.get(precision, ()) else entry.severity
+
+
+class SuiteFile(GateFile):
+    """The whole suite file of compileflow."""
+
+    noise_limits: NoiseLimits
+    grid_limits: dict[str, GridLimit]
+
+    @model_validator(mode="after")
+    def _grid_limits_are_known(self) -> Self:
+        unknown_gates = set(self.grid_limits) - {entry.gate for entry in self.gates}
+        if unknown_gates:
+            raise ValueError(f"grid_limits names unknown gates: {', '.join(sorted(unknown_gates))}")
         return self
 
 
 @dataclass(frozen=True)
 class Gate:
-    """One gate with its limit and severity for one precision and task."""
+    """One gate with its limit and severity for one precision and task.
+
+    Attributes:
+        entry: Entry of the suite file.
+        limit: Limit for the precision and the task.
+        severity: Severity at the precision.
+        suite: Name of the user's suite that has the gate; "" for compileflow's own.
+    """
 
     entry: GateEntry
     limit: float
     severity: Severity
+    suite: str = ""
 
 
 @lru_cache(maxsize=1)
@@ -168,13 +203,11 @@ def gates_for(
     for entry in suite.gates:
         if task.graph_task not in entry.tasks:
             continue
-        table = suite.limits[entry.limit] | suite.task_limits.get(task.graph_task, {}).get(entry.limit, {})
-        limit = overrides.get(entry.limit, table.get(precision))
+        limit = overrides.get(entry.limit, suite.limits_for(entry, task).get(precision))
         if limit is not None:
             if strict and entry.table == "rates":
                 limit = 1.0 - (1.0 - limit) / 10
-            is_warning = entry.gate in suite.warnings.get(precision, ())
-            gates.append(Gate(entry, limit, "warning" if is_warning else "critical"))
+            gates.append(Gate(entry, limit, suite.severity_at(entry, precision)))
     if not gates:
         raise MeasurementError(f"The suite has no gate for {precision} {task}.", hint="Correct the suite file.")
     return gates

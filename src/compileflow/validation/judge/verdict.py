@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import html
 import logging
 import math
 import warnings
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -24,7 +26,8 @@ from compileflow.validation.judge.rates import (
     rate_bounds,
     smallest_loss,
 )
-from compileflow.validation.judge.suite import Gate, gates_for
+from compileflow.validation.judge.suite import EXPECTATION_TYPES, Gate, gates_for, load_suite
+from compileflow.validation.judge.user_suite import UserSuite
 from compileflow.validation.measure.measurements import Measurements
 
 
@@ -75,6 +78,7 @@ class GateResult(BaseModel):
         floor: Noise of the source model in the same units, or what the grid of int8 does to it.
         multiple: The measured value as a multiple of the floor; of a rate, the share of misses.
         evidence: Statistics of a rate.
+        suite: Name of the user's suite that has the gate; "" for compileflow's own.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -91,10 +95,11 @@ class GateResult(BaseModel):
     floor: float | None = None
     multiple: float | None = None
     evidence: RateEvidence | None = None
+    suite: str = ""
 
 
 class Verdict(BaseModel):
-    """Outcome, reason in one line, and every gate in the suite's order."""
+    """Outcome, reason in one line, and every gate in the suite's order; those of a user's suite come last."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -111,6 +116,8 @@ def judge(
     hf_task: HfTask,
     overrides: Mapping[str, float] | None = None,
     strict: bool = False,
+    user_suite: UserSuite | None = None,
+    on_result: Callable[[str, Any], None] | None = None,
 ) -> Verdict:
     """Judge measurements by the suite's gates for a precision and a task.
 
@@ -123,6 +130,8 @@ def judge(
         hf_task: Task of the compiled model.
         overrides: Value of each limit that the target or the user sets.
         strict: Allow a tenth of the changed decisions.
+        user_suite: Suite of the user. Its gates are judged as well, and change nothing about the other gates.
+        on_result: Gets each result of Great Expectations, with the name of the suite and of the table.
 
     Raises:
         MeasurementError: The suite has no gate for the task, or a gate of it was not judged.
@@ -130,7 +139,8 @@ def judge(
     notes = list(measurements.notes)
     measured = {*measurements.scalars, *(row["metric"] for row in measurements.rates)}
     gates, calibrations, unjudged = [], {}, []
-    for gate in gates_for(precision, hf_task, overrides or {}, strict=strict):
+    users_gates = user_suite.gates_for(precision, hf_task) if user_suite is not None else []
+    for gate in (*gates_for(precision, hf_task, overrides or {}, strict=strict), *users_gates):
         if hf_task.graph_task in gate.entry.optional and gate.entry.metric not in measured:
             # A gate that is optional for every task needs no note, nor does a decision that few models make.
             if gate.entry.table == "scalars" and set(gate.entry.optional) != set(GRAPH_TASKS):
@@ -140,17 +150,21 @@ def judge(
             unjudged.append(f"{gate.entry.gate} not judged: {measurements.unusable[gate.entry.metric]}")
             continue
         is_set = gate.entry.limit in (overrides or {})
-        calibration = opened(gate, measurements, precision, is_fixed=is_set)
+        calibration = Calibration() if gate.suite else opened(gate, measurements, precision, is_fixed=is_set)
         calibrations[gate.entry.gate] = calibration
         gates.append(gate if calibration.limit is None else replace(gate, limit=calibration.limit))
     tables = _tables(measurements, gates, calibrations)
-    levels = _levels(measurements, gates)
     examples = Counter(str(row["metric"]) for row in measurements.rates)
     results: list[GateResult] = []
-    for name in ("comparisons", "rates", "scalars"):
-        table_gates = [gate for gate in gates if gate.entry.table == name]
-        if table_gates:
-            results.extend(_judge_table(tables[name], table_gates, examples, levels))
+    # Holm's correction over the gates of both suites would loosen compileflow's own.
+    for suite_gates in ([gate for gate in gates if not gate.suite], [gate for gate in gates if gate.suite]):
+        levels = _levels(measurements, suite_gates)
+        for name in ("comparisons", "rates", "scalars"):
+            table_gates = [gate for gate in suite_gates if gate.entry.table == name]
+            if table_gates:
+                title = f"{table_gates[0].suite or load_suite().name}, {name}"
+                save = partial(on_result, title) if on_result is not None else None
+                results.extend(_judge_table(tables[name], table_gates, examples, levels, save))
     order = {gate.entry.gate: position for position, gate in enumerate(gates)}
     results.sort(key=lambda result: order[result.gate])
     if len(results) != len(gates):
@@ -205,7 +219,11 @@ def _levels(measurements: Measurements, gates: Sequence[Gate]) -> dict[str, floa
 
 
 def _judge_table(
-    table: Any, gates: Sequence[Gate], examples: Mapping[str, int], levels: Mapping[str, float]
+    table: Any,
+    gates: Sequence[Gate],
+    examples: Mapping[str, int],
+    levels: Mapping[str, float],
+    on_result: Callable[[Any], None] | None,
 ) -> list[GateResult]:
     """Run one checkpoint over one table."""
     with warnings.catch_warnings():
@@ -231,6 +249,8 @@ def _judge_table(
             )
         )
         answer = definition.run(batch_parameters={"dataframe": table})
+    if on_result is not None:
+        on_result(answer)
     gates_by_name = {gate.entry.gate: gate for gate in gates}
     results = []
     for result in answer.results:
@@ -246,27 +266,28 @@ def _opened_column(gate: Gate) -> str:
 def _expectation(gate: Gate, columns: Collection[str], levels: Mapping[str, float]) -> Any:
     from great_expectations.expectations.expectation_configuration import ExpectationConfiguration
 
-    from compileflow.validation.judge.expectations import EXPECTATIONS
+    # Registers them.
+    import compileflow.validation.judge.expectations  # noqa: F401
 
-    types = {expectation.expectation_type for expectation in EXPECTATIONS}
-    if gate.entry.type not in types:
+    if gate.entry.type not in EXPECTATION_TYPES:
         raise MeasurementError(
             f"The gate {gate.entry.gate} has the unknown type {gate.entry.type!r}.",
-            hint=f"Choose one of: {', '.join(sorted(types))}.",
+            hint=f"Choose one of: {', '.join(EXPECTATION_TYPES)}.",
         )
     column = _opened_column(gate) if _opened_column(gate) in columns else gate.entry.column
     kwargs: dict[str, Any] = {"column": column, "limit": gate.limit}
     if gate.entry.table == "rates":
         kwargs["level"] = levels.get(gate.entry.gate, FALSE_REFUSALS)
-    if gate.entry.metric is not None:
-        kwargs |= {
-            "row_condition": f'metric=="{gate.entry.metric}"',
-            "condition_parser": "pandas",
-        }
+    rows = {"metric": gate.entry.metric, "output": gate.entry.output}
+    conditions = [f'{name}=="{value}"' for name, value in rows.items() if value is not None]
+    if conditions:
+        kwargs |= {"row_condition": conditions[0], "condition_parser": "pandas"}
     return ExpectationConfiguration(
         type=gate.entry.type,
         kwargs=kwargs,
         severity=gate.severity,
+        # Great Expectations keeps one of two expectations that differ in meta alone.
+        description=html.escape(f"{gate.entry.gate}: {gate.entry.says}").replace("$", "&#36;"),
         meta={"gate": gate.entry.gate},
     ).to_domain_obj()
 
@@ -306,6 +327,7 @@ def _gate_result(gate: Gate, result: Any, examples: int) -> GateResult:
         limit=gate.limit,
         margin=_margin(number, gate.limit, at_most),
         detail=detail,
+        suite=gate.suite,
     )
 
 
@@ -434,10 +456,13 @@ def _sum_up(results: Sequence[GateResult]) -> tuple[Outcome, str]:
         if blocking:
             suffix = f" (and {len(blocking) - 1} more)" if len(blocking) > 1 else ""
             return blocking[0].outcome, f"{blocking[0].outcome}: {_in_words(blocking[0])}{suffix}"
-    return "pass", f"pass: all {len(results)} gates hold"
+    suites = Counter(result.suite for result in results if result.suite)
+    of_users = "".join(f", {count} of them of the suite {name}" for name, count in suites.items())
+    return "pass", f"pass: all {len(results)} gates hold{of_users}"
 
 
 def _in_words(result: GateResult) -> str:
     value = "no number" if result.measured is None else f"{result.measured:.4g}"
-    text = f"{result.gate} measured {value}, the limit is {result.comparison} {result.limit:.4g}"
+    suite = f" of the suite {result.suite}" if result.suite else ""
+    text = f"{result.gate}{suite} measured {value}, the limit is {result.comparison} {result.limit:.4g}"
     return f"{text}; {result.detail}" if result.detail else text

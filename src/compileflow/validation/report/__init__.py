@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from compileflow.validation.report.data_docs import DATA_DOCS_FOLDER, DATA_DOCS_PAGE, write_data_docs
 from compileflow.validation.report.page import fraction, megabytes, percent, write_page
 from compileflow.validation.report.report import (
     REPORT_HTML,
@@ -15,6 +16,8 @@ from compileflow.validation.report.report import (
 )
 
 __all__ = [
+    "DATA_DOCS_FOLDER",
+    "DATA_DOCS_PAGE",
     "REPORT_HTML",
     "REPORT_JSON",
     "TEST_FILES_FOLDER",
@@ -25,6 +28,7 @@ __all__ = [
     "megabytes",
     "percent",
     "worst_rows",
+    "write_data_docs",
     "write_page",
     "write_report",
 ]

@@ -64,7 +64,13 @@ class Report(BaseModel):
     families: dict[str, int]
     examples_origin: str
     examples_count: int
+    examples_digest: str = Field("", description="SHA-256 of the natural examples; empty in older reports.")
+    measurement_version: int | None = Field(
+        None, description="Version of the measurements, which changes their numbers; null in older reports."
+    )
     suite_digest: str
+    user_suite: str = Field("", description="Name of the user's suite; empty without one.")
+    user_suite_digest: str = Field("", description="SHA-256 of the user's suite file; empty without one.")
     environment: dict[str, str]
     flips: tuple[Flip, ...] = Field(
         (), max_length=50, description="Examples decided differently, the most confident first."
