@@ -125,7 +125,8 @@ def test_all_missing_extras_are_named_at_once(
     uninstall(*hidden)
     store = ("--store", "s3://bucket/prefix") if "boto3" in hidden else ()
     outcome = invoke(app, "compile", str(tiny_model(HfTask.TEXT_CLASSIFICATION)), *store)
-    assert outcome.exit_code == 2
+    # As for a toolchain that pip cannot install: the request is right, and this machine lacks a package.
+    assert outcome.exit_code == 1
     assert outcome.stderr == (
         f"error: This run needs {packages} not installed. Run: pip install 'compileflow[{extras}]'\n"
     )
@@ -135,7 +136,7 @@ def test_all_missing_extras_are_named_at_once(
 def test_demo_names_its_missing_extras_like_compile(uninstall: Callable[..., None]) -> None:
     uninstall("onnxruntime", "great-expectations")
     outcome = invoke(compileflow_app, "demo")
-    assert outcome.exit_code == 2
+    assert outcome.exit_code == 1
     assert "needs onnxruntime, great-expectations" in outcome.stderr.splitlines()[0]
 
 
@@ -209,8 +210,7 @@ def test_shape_that_is_too_long_to_time_is_refused_before_the_compile(
         "error: Cannot time the shape 1x99999: the longest row of this model is 16. "
         "Give shapes with rows of at most that length.\n",
     )
-    # The source model alone was stored.
-    assert len(list(open_store(settings.resolved_store_uri()).list())) == 1
+    assert not settings.home_dir.exists()
 
 
 def test_examples_that_cannot_be_used_are_refused_before_the_compile(

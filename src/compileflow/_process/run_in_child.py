@@ -33,6 +33,7 @@ from compileflow._process.child_process import (
     send_to_parent,
     skip_slow_grammar,
 )
+from compileflow._process.failures import compile_error, failure_of
 from compileflow.errors import (
     CompileError,
     CompileflowError,
@@ -50,10 +51,8 @@ _ENTRY = "from compileflow._process.run_in_child import child_main; child_main()
 _WARM_ENTRY = "from compileflow._process.run_in_child import warm_main; warm_main()"
 # A warm process prints it after a call, so that the parent knows that it has read the whole log.
 _END_OF_LOG = b"\0end of the call\n"
-_OUT_OF_MEMORY = ("can't allocate memory", "cannot allocate memory", "std::bad_alloc", "out of memory")
 # Bytes of a log that the parent keeps.
 _LONGEST_LOG = 100_000
-_MORE_MEMORY = "Run it on a machine with more memory, or lower max_sequence_length."
 
 
 @dataclass(frozen=True)
@@ -319,8 +318,8 @@ def _ended_without_answer(function: str, exit_code: int, peak_rss_bytes: int, lo
 
 
 def _foreign_error(function: str, error: Exception) -> CompileflowError:
-    text = f"{type(error).__name__}: {error}"
-    if any(sign in text.lower() for sign in _OUT_OF_MEMORY):
+    failure = failure_of(error)
+    if failure is not None and failure.kind == "memory":
         return _out_of_memory(function, error)
     stop = f"compileflow stopped while {current_activity() or f'running {function}'}"
     # Libraries print pages; the first line names the problem, and the log holds the rest.
@@ -339,11 +338,15 @@ def _foreign_error(function: str, error: Exception) -> CompileflowError:
         return CompileError(
             f"{stop}: its calls are nested too deeply: {reason}.", hint="Choose a model with fewer layers."
         )
-    return CompileError(
+    return compile_error(
         f"{stop}: {type(error).__name__}: {reason}.",
+        error,
         hint="Please report it with the name of the model; the log holds the traceback.",
     )
 
 
-def _out_of_memory(function: str, error: BaseException) -> OutOfMemoryError:
-    return OutOfMemoryError(f"{function} ran out of memory ({type(error).__name__}).", hint=_MORE_MEMORY)
+def _out_of_memory(function: str, error: BaseException) -> CompileflowError:
+    activity = current_activity() or f"running {function}"
+    return compile_error(
+        f"compileflow ran out of memory ({type(error).__name__}) while {activity}.", error, hint=""
+    )

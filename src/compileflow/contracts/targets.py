@@ -50,6 +50,7 @@ class Capabilities:
         devices: Devices that the compiled model runs on. The first one is the default.
         dynamic_axes: Whether a compiled model runs any shape. False: it runs only its shape buckets.
         compile_needs_device: Whether a compile needs the device.
+        torch_operators: Whether a compiled model runs torch's own operators, so that it lacks none of them.
         variants: Per precision, the sets of options that target `auto` tries. For a precision without an entry,
             `auto` tries the default options.
         runtime: Per distribution that a load needs, the versions that can load a compiled model, as a PEP 440
@@ -63,6 +64,7 @@ class Capabilities:
     devices: tuple[Device, ...]
     dynamic_axes: bool
     compile_needs_device: bool = False
+    torch_operators: bool = False
     variants: Mapping[Precision, tuple[Mapping[str, JsonValue], ...]] = field(default_factory=dict)
     runtime: Mapping[str, str] = field(default_factory=dict)
     runtime_install: str = "pip install {}"
@@ -182,6 +184,13 @@ class TargetOptions(BaseModel):
     def needs_calibration(self, precision: Precision) -> bool:
         """Say whether a compile at this precision needs natural examples for calibration."""
         return False
+
+    def check_precision(self, precision: Precision) -> None:
+        """Check that the options suit a precision, before anything is loaded.
+
+        Raises:
+            SpecError: They contradict it.
+        """
 
 
 @runtime_checkable

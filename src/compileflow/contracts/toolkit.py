@@ -8,10 +8,11 @@ from typing import TypeVar
 
 from compileflow._process.child_process import report_progress
 from compileflow._process.cpu import cpu_features, lacking_precisions
+from compileflow._process.failures import compile_error, failure_of
 from compileflow._process.packages import installed_versions
 from compileflow._process.state import environment, torch_threads, undisturbed_process
 from compileflow.contracts.targets import Availability
-from compileflow.errors import CompileError, CompileflowError, InputError, LoadError, first_line
+from compileflow.errors import CompileflowError, InputError, LoadError, first_line
 from compileflow.spec import Precision
 
 __all__ = [
@@ -63,19 +64,22 @@ def probe_installed(
     )
 
 
-def refusal(compiler: str, error: BaseException, *, reason: str = "", hint: str = "") -> CompileError:
-    """Return the error for a model that a compiler refused.
+def refusal(compiler: str, error: BaseException, *, reason: str = "", hint: str = "") -> CompileflowError:
+    """Return the error for a model that a compiler refused, or ran out of memory on.
 
     Args:
         compiler: The compiler, as the subject of a sentence.
         error: What it raised.
         reason: The part of the error's text that explains it; empty for the first line.
-        hint: What to do; empty for "try another target".
+        hint: What to do about a failure without a class; empty for "try another target".
     """
-    return CompileError(
-        f"{compiler} refused the model: {type(error).__name__}: {reason or first_line(error)}.",
-        hint=hint or "Try another target; `compileflow targets` lists them.",
-    )
+    problem = f"{type(error).__name__}: {reason or first_line(error)}"
+    failure = failure_of(error)
+    if failure is not None and failure.kind == "operator":
+        problem = f"it does not have the operator {failure.operator} ({problem})"
+    verb = "ran out of memory" if failure is not None and failure.kind == "memory" else "refused the model"
+    hint = hint or "Try another target; `compileflow targets` lists them."
+    return compile_error(f"{compiler} {verb}: {problem}.", error, hint=hint)
 
 
 def load_error(name: str, runtime: str, error: BaseException, *, reason: str = "") -> LoadError:
@@ -87,9 +91,13 @@ def load_error(name: str, runtime: str, error: BaseException, *, reason: str = "
         error: What it raised.
         reason: The part of the error's text that explains it; empty for the first line.
     """
+    failure = failure_of(error)
+    is_memory = failure is not None and failure.kind == "memory"
     return LoadError(
         f"{name} cannot be loaded by {runtime}: {reason or first_line(error)}.",
-        hint="Use the versions that the manifest names, or compile again.",
+        hint="Load it on a machine with more memory, or load fewer shape buckets."
+        if is_memory
+        else "Use the versions that the manifest names, or compile again.",
     )
 
 

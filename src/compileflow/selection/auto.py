@@ -20,10 +20,11 @@ from compileflow.selection.choice import choose, drops
 from compileflow.selection.comparison import Comparison, write_comparison
 from compileflow.settings import Settings
 from compileflow.spec import HfTask, Precision
-from compileflow.steps.compile import check_modules, detect_task
+from compileflow.steps.compile import check_modules, detect_task, timed_shapes
 from compileflow.steps.race import race
 from compileflow.steps.report_file import read_report
 from compileflow.steps.request import AUTO, CompileRequest
+from compileflow.steps.source_checks import check_lengths, check_source
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
 from compileflow.validation.report import environment
 
@@ -92,13 +93,17 @@ def plan_candidates(
         settings: Credentials of the store.
 
     Raises:
-        SpecError: The request contradicts itself, the model has modules that cannot be served, or none of the
-            requested targets has the task.
+        SpecError: The request contradicts itself or does not suit the model, the model has modules that cannot be
+            served, or none of the requested targets has the task.
+        SourceError: transformers does not know the model, or files of it are missing.
     """
     names = _requested_targets(request)
     with open_store(store_uri, settings).open_folder(source.digest) as folder:
         hf_task = request.hf_task or source.hf_task or detect_task(folder)
         check_modules(hf_task, folder)
+        spec = request.spec_for(hf_task)
+        check_source(folder, spec)
+        check_lengths(folder, spec, None, timed_shapes=timed_shapes(request))
     requests: list[CompileRequest] = []
     unavailable_candidates: list[Candidate] = []
     for name in names:

@@ -7,7 +7,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from compileflow._process.run_in_child import warm_process
-from compileflow.catalog import get_source
 from compileflow.errors import CompileflowError, SourceUnavailableError, VerdictError
 from compileflow.selection.auto import (
     ComparedCandidates,
@@ -20,7 +19,7 @@ from compileflow.selection.auto import (
 from compileflow.selection.candidates import Candidate
 from compileflow.settings import Settings
 from compileflow.steps.fetch import scheme_of
-from compileflow.steps.preflight import check_request
+from compileflow.steps.preflight import check_hub_model, check_request
 from compileflow.steps.request import AUTO, CompileRequest
 from compileflow.steps.run import CompileResult, LoggedProgress, Progress, StepRunner, run_request
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
@@ -58,7 +57,8 @@ Attempt = ProvenCandidate | FailedCandidate
 def check_any_target(request: CompileRequest, settings: Settings, *, extras: Collection[str] = ()) -> None:
     """Check a request before its run, as `check_request`; target auto needs one target that works here.
 
-    A Hub id is looked up, because a wrong one would otherwise fail after the start of a flow.
+    A Hub id is looked up, because a wrong one would otherwise fail after the start of a flow, and so would a model
+    that does not suit the request.
 
     Raises:
         CompileflowError: As `check_request`, and as the Hub answers.
@@ -70,7 +70,7 @@ def check_any_target(request: CompileRequest, settings: Settings, *, extras: Col
     if request.steps.fetch and scheme_of(request.model) == "hf":
         # The run repeats a request that the Hub did not answer.
         with suppress(SourceUnavailableError):
-            get_source("hf", settings).pin(request.model, request.revision)
+            check_hub_model(request, settings)
 
 
 def run_any_target(

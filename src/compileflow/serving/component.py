@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from compileflow._process.failures import raise_if_out_of_memory
 from compileflow.artifact.open import OpenArtifact
 from compileflow.contracts import Arrays, ComponentRecord, Device, Runner
 from compileflow.contracts.toolkit import require_open
@@ -97,7 +98,12 @@ class LoadedComponent:
         return cls(artifact, component, record, runner, device=device, threads=threads, buckets=buckets)
 
     def run(self, inputs: Mapping[str, Any]) -> Arrays:
-        """Run the component on named arrays, checked by `complete_inputs`, and return named arrays."""
+        """Run the component on named arrays, checked by `complete_inputs`, and return named arrays.
+
+        Raises:
+            InputError: The inputs do not suit the component, or its graph fails on them.
+            MemoryError: The call needs more memory than the machine has.
+        """
         if os.getpid() != self._process_id:
             self._load_after_fork()
         arrays = complete_inputs(self.record, inputs)
@@ -106,6 +112,7 @@ class LoadedComponent:
         except (CompileflowError, MemoryError):
             raise
         except Exception as error:
+            raise_if_out_of_memory(error)
             shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
             raise InputError(
                 f"The compiled graph failed on inputs of the shapes {shapes}: {type(error).__name__}: "

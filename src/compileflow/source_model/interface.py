@@ -6,8 +6,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import JsonValue
 
+from compileflow._process.failures import raise_if_out_of_memory
 from compileflow.contracts import Arrays, Axis, CompiledComponent, Padding, TensorRecord
 from compileflow.errors import CompileError, SourceError
 from compileflow.source_model.examples import example_inputs, example_length
@@ -19,6 +22,8 @@ from compileflow.spec import Precision
 if TYPE_CHECKING:
     import torch
 
+# Two answers of one model that differ by more, as a share of their norm, differ by more than rounding.
+_ROUNDING = 1e-4
 # transformers writes an integer near 1e30 where a tokenizer has no maximum length.
 _NO_MAXIMUM = 1_000_000
 
@@ -64,11 +69,19 @@ class SourceModel:
         return has_mask and not any("free" in record.axes for record in self.outputs)
 
     def run(self, inputs: Mapping[str, Any]) -> Arrays:
-        """Run the source model on named arrays with the axes of `inputs`, and return named float arrays."""
+        """Run the source model on named arrays with the axes of `inputs`, and return named float arrays.
+
+        Raises:
+            MemoryError: The run needs more memory than the machine has.
+        """
         import torch
 
-        with torch.inference_mode():
-            answer = self.model(**{name: torch.as_tensor(value) for name, value in inputs.items()})
+        try:
+            with torch.inference_mode():
+                answer = self.model(**{name: torch.as_tensor(value) for name, value in inputs.items()})
+        except RuntimeError as error:
+            raise_if_out_of_memory(error)
+            raise
         return {record.name: answer[record.name].numpy() for record in self.outputs}
 
     def example_arrays(self, batch_size: int, sequence_length: int, *, variant: int = 0) -> Arrays:
@@ -162,7 +175,7 @@ def probe_model(
 
     Raises:
         SpecError: The configuration does not explain the number of frames.
-        SourceError: The model returns tuples of tensors only.
+        SourceError: The model returns tuples of tensors only, or does not repeat its answers.
     """
     import torch
 
@@ -178,14 +191,23 @@ def probe_model(
             example_inputs(inputs, size, length, tokens) for size, length in zip((2, 3), lengths, strict=True)
         ]
     answers = []
-    for example in examples:
+    for example in (*examples, examples[-1]):
         with torch.inference_mode():
             answers.append(model(**{name: torch.as_tensor(value) for name, value in example.items()}))
+    repeated_answer = answers.pop()
+    # An output with the name of an input is that input, as the model passes it on.
+    unused_names = {*ignored_outputs, *(record.name for record in inputs)}
     outputs = []
     frames: list[tuple[int, int]] = []
     for name, tensor in answers[0].items():
-        if name in ignored_outputs or not isinstance(tensor, torch.Tensor):
+        if name in unused_names or not isinstance(tensor, torch.Tensor):
             continue
+        if not is_close(answers[-1][name].numpy(), repeated_answer[name].numpy()):
+            raise SourceError(
+                f"{type(model).__name__} gives different answers to the same input, so that no compiled model can "
+                "be compared with it.",
+                hint="Fix the random numbers that it draws, for example with hash_seed in config.json.",
+            )
         axes: list[Axis] = []
         for number, sizes in enumerate(zip(tensor.shape, answers[1][name].shape, strict=True)):
             if answers[-1][name].shape[number] != sizes[1]:
@@ -222,6 +244,15 @@ def probe_model(
         tokens=tokens,
         attention=getattr(model.config, "_attn_implementation", None) or "",
     )
+
+
+def is_close(expected: NDArray[Any], actual: NDArray[Any]) -> bool:
+    """Return whether two answers of the source model differ by rounding alone."""
+    # A model that answers NaN is refused later, with the place of the NaN.
+    if expected.shape != actual.shape or np.array_equal(expected, actual, equal_nan=True):
+        return expected.shape == actual.shape
+    difference = float(np.linalg.norm(expected.astype(np.float64) - actual))
+    return difference <= _ROUNDING * float(np.linalg.norm(expected.astype(np.float64)))
 
 
 def tokenizer_maximum(tokenizer: Any) -> int | None:

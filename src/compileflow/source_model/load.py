@@ -7,10 +7,11 @@ inside the functions.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from compileflow.source_model.processor import (
 )
 from compileflow.source_model.tasks import (
     AUTO_CLASSES,
+    SIGNALS,
     UNMASKED_TASKS,
     model_class_of,
     task_of_architecture,
@@ -37,6 +39,7 @@ from compileflow.spec import HfTask
 
 # Tasks that read hidden states. The pooler of their models may be untrained.
 _BARE_MODELS = (HfTask.FEATURE_EXTRACTION, HfTask.IMAGE_FEATURE_EXTRACTION)
+_SAVE_TOKENIZER = "Save the tokenizer into the model's folder with save_pretrained."
 # The model that `loaded_once` holds, with the arguments that it was loaded for.
 _loaded: ContextVar[tuple[tuple[Any, ...], SourceModel] | None] = ContextVar("loaded", default=None)
 
@@ -121,7 +124,6 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
     """
     from transformers import AutoTokenizer
 
-    hint = "Save the tokenizer into the model's folder with save_pretrained."
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code
@@ -129,14 +131,21 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
     # The Rust library behind fast tokenizers raises bare exceptions.
     except Exception as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise SourceError(f"The source model's tokenizer cannot be loaded: {reason}.", hint=hint) from error
+        raise SourceError(
+            f"The source model's tokenizer cannot be loaded: {reason}.", hint=_SAVE_TOKENIZER
+        ) from error
     # Without tokenizer files, transformers returns a tokenizer that has only special tokens.
     if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
-        raise SourceError(
-            "The source model has no tokenizer: no file in its folder holds a vocabulary, such as tokenizer.json.",
-            hint=hint,
-        )
+        raise missing_tokenizer()
     return tokenizer
+
+
+def missing_tokenizer() -> SourceError:
+    """Return the error for a model without the files of a tokenizer."""
+    return SourceError(
+        "The source model has no tokenizer: no file in its folder holds a vocabulary, such as tokenizer.json.",
+        hint=_SAVE_TOKENIZER,
+    )
 
 
 def tokenizer_or_none(folder: Path, *, trust_remote_code: bool) -> Any:
@@ -161,14 +170,56 @@ def load_config(folder: Path, *, trust_remote_code: bool) -> Any:
     except Exception as error:
         text = str(error)
         if "trust_remote_code" in text:
-            raise SpecError(
-                "The source model brings its own Python code, and trust_remote_code is off.",
-                hint="Read that code; if you trust it, set trust_remote_code to true.",
-            ) from error
+            raise untrusted_code() from error
         raise SourceError(
             f"transformers cannot use config.json of the source model: {text}",
             hint="Use a model that this version of transformers supports.",
         ) from error
+    refuse_quantized(config)
+    return config
+
+
+def untrusted_code() -> SpecError:
+    """Return the error for a model whose Python code is not trusted."""
+    return SpecError(
+        "The source model brings its own Python code, and trust_remote_code is off.",
+        hint="Read that code; if you trust it, set trust_remote_code to true.",
+    )
+
+
+def missing_head(model_type: str, hf_task: HfTask, supported_tasks: Sequence[HfTask]) -> SpecError:
+    """Return the error for a task that the architecture does not have a head for."""
+    hint = (
+        f"Choose one of: {', '.join(supported_tasks)}."
+        if supported_tasks
+        else "Choose another model: this one has no task that compileflow compiles."
+    )
+    return SpecError(f"{model_type} has no head for {hf_task.value}.", hint=hint)
+
+
+def two_parts(class_name: str, signal: str, hf_task: HfTask, has_class: Callable[[str], bool]) -> SpecError:
+    """Return the error for a model of two parts, such as CLIP, and a task that reads only one of its inputs.
+
+    Args:
+        class_name: Class of the model.
+        signal: Input of the model besides text.
+        hf_task: The task.
+        has_class: Says whether transformers has a class of some name.
+    """
+    stem = class_name.removesuffix("Model")
+    parts = [name for part in ("Text", "Vision", "Audio") if has_class(name := f"{stem}{part}Model")]
+    return SpecError(
+        f"{class_name} takes text and {signal} inputs together; {hf_task.value} gives it only one.",
+        hint=f"Save one of its parts and compile that: {' or '.join(parts) or 'the encoder of one input'}.",
+    )
+
+
+def refuse_quantized(config: Any) -> None:
+    """Refuse a model that is already quantized.
+
+    Args:
+        config: Configuration of the model, or its config.json with the fields as attributes.
+    """
     quantization = getattr(config, "quantization_config", None)
     if quantization:
         method = (
@@ -178,12 +229,16 @@ def load_config(folder: Path, *, trust_remote_code: bool) -> Any:
             f"The source model is already quantized ({method or 'quantization_config'} in its config.json).",
             hint="Give the model before quantization, and compile it with precision int8.",
         )
-    return config
 
 
-def _refuse_other_head(config: Any, hf_task: HfTask) -> None:
-    """Refuse a model that was saved with the head of another task. Two heads may have the same tensors."""
-    architecture = (config.architectures or [""])[0]
+def refuse_other_head(config: Any, hf_task: HfTask) -> None:
+    """Refuse a model that was saved with the head of another task. Two heads may have the same tensors.
+
+    Args:
+        config: Configuration of the model, or its config.json with the fields as attributes.
+        hf_task: The task.
+    """
+    architecture = (getattr(config, "architectures", None) or [""])[0]
     saved_task = task_of_architecture(architecture)
     if saved_task is None or saved_task.graph_task == hf_task.graph_task:
         return
@@ -204,17 +259,9 @@ def _refuse_two_parts(config: Any, hf_task: HfTask) -> None:
     model_class = model_class_of(config, hf_task)
     if model_class is transformers.AutoModel:
         model_class = model_class._model_mapping.get(type(config), model_class)
-    signals = [name for name in ("image", "audio") if hasattr(model_class, f"get_{name}_features")]
-    if not signals or not hasattr(model_class, "get_text_features"):
-        return
-    stem = model_class.__name__.removesuffix("Model")
-    parts = [
-        f"{stem}{part}Model" for part in ("Text", "Vision", "Audio") if hasattr(transformers, f"{stem}{part}Model")
-    ]
-    raise SpecError(
-        f"{model_class.__name__} takes text and {signals[0]} inputs together; {hf_task.value} gives it only one.",
-        hint=f"Save one of its parts and compile that: {' or '.join(parts) or 'the encoder of one input'}.",
-    )
+    signals = [name for name in SIGNALS if hasattr(model_class, f"get_{name}_features")]
+    if signals and hasattr(model_class, "get_text_features"):
+        raise two_parts(model_class.__name__, signals[0], hf_task, partial(hasattr, transformers))
 
 
 def _name_outputs(config: Any) -> None:
@@ -236,13 +283,8 @@ def _load_model(
 
     supported_tasks = tasks_of(config)
     if hf_task not in supported_tasks:
-        hint = (
-            f"Choose one of: {', '.join(supported_tasks)}."
-            if supported_tasks
-            else "Choose another model: this one has no task that compileflow compiles."
-        )
-        raise SpecError(f"{config.model_type} has no head for {hf_task.value}.", hint=hint)
-    _refuse_other_head(config, hf_task)
+        raise missing_head(config.model_type, hf_task, supported_tasks)
+    refuse_other_head(config, hf_task)
     _refuse_two_parts(config, hf_task)
     _name_outputs(config)
     try:
@@ -286,11 +328,11 @@ def _load_model(
         )
     missing_keys = set(report["missing_keys"])
     missing_pooler = {key for key in missing_keys if hf_task.graph_task in _BARE_MODELS and "pooler." in key}
-    missing_head = sorted(missing_keys - missing_pooler)
-    if missing_head:
+    missing_tensors = sorted(missing_keys - missing_pooler)
+    if missing_tensors:
         raise SpecError(
-            f"The weights hold no {missing_head[0]} ({len(missing_head)} tensors are missing): the model was "
-            f"saved as {', '.join(config.architectures or ['an unknown class'])}, not for {hf_task.value}.",
+            f"The weights hold no {missing_tensors[0]} ({len(missing_tensors)} tensors are missing): the model "
+            f"was saved as {', '.join(config.architectures or ['an unknown class'])}, not for {hf_task.value}.",
             hint="Choose the task that the model was trained for, or give a fine-tuned model.",
         )
     if hf_task is HfTask.MULTIPLE_CHOICE:

@@ -12,6 +12,9 @@ _LOOKUPS: Mapping[str, Callable[[Sequence[Any]], Any]] = {
     "aten.index.Tensor": lambda arguments: arguments[1][0],
 }
 
+# Model types that number positions from behind the padding token, whose number is given where it is fixed.
+_BEHIND_PADDING: Mapping[str, int | None] = {"camembert": None, "mpnet": 1, "roberta": None, "xlm-roberta": None}
+
 
 def longest_row(model: Any, config: Any, run: Callable[[], object], length: int) -> int | None:
     """Return the longest row that a model has positions for; None without a limit.
@@ -37,11 +40,22 @@ def longest_row(model: Any, config: Any, run: Callable[[], object], length: int)
 
 
 def declared_longest(config: Any) -> int | None:
-    """Return the longest row according to a configuration; None without a limit, which XLNet writes as -1."""
-    limits = [getattr(config, "max_position_embeddings", None)]
-    if getattr(config, "attention_type", None) == "block_sparse":
+    """Return the longest row according to a configuration; None without a limit, which XLNet writes as -1.
+
+    Args:
+        config: Configuration of a model, or its config.json with the fields as attributes; a field may be missing.
+    """
+    longest = getattr(config, "max_position_embeddings", None)
+    model_type = getattr(config, "model_type", "")
+    if isinstance(longest, int) and model_type in _BEHIND_PADDING:
+        padding = _BEHIND_PADDING[model_type]
+        padding = getattr(config, "pad_token_id", None) if padding is None else padding
+        longest -= padding + 1 if isinstance(padding, int) else 0
+    limits = [longest]
+    blocks, size = getattr(config, "num_random_blocks", None), getattr(config, "block_size", None)
+    if getattr(config, "attention_type", None) == "block_sparse" and blocks is not None and size is not None:
         # Longer rows switch BigBird to another attention, which a graph of shorter rows does not have.
-        limits.append((5 + 2 * config.num_random_blocks) * config.block_size)
+        limits.append((5 + 2 * blocks) * size)
     return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
 
 

@@ -80,18 +80,27 @@ def load_processor(folder: Path, modality: Modality, *, trust_remote_code: bool)
     try:
         inner = auto_class.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise SourceError(
-            f"The source model's {modality} processor cannot be loaded: {_reason(error, folder)}.",
-            hint="Save the processor (preprocessor_config.json) into the model's folder with save_pretrained.",
-        ) from error
+        check_processor_files(folder, modality)
+        # Without the path of the folder, a temporary copy.
+        raise _unusable(modality, first_line(error).replace(str(folder), "the model's folder")) from error
     return Processor(inner, modality)
 
 
-def _reason(error: Exception, folder: Path) -> str:
-    """Return the reason without the path of the folder, a temporary copy."""
+def check_processor_files(folder: Path, modality: Modality) -> None:
+    """Check that a folder holds the configuration of a processor.
+
+    Raises:
+        SourceError: It does not.
+    """
     if not any((folder / name).is_file() for name in _PROCESSOR_FILES):
-        return f"{_PROCESSOR_FILES[0]} is missing"
-    return first_line(error).replace(str(folder), "the model's folder")
+        raise _unusable(modality, f"{_PROCESSOR_FILES[0]} is missing")
+
+
+def _unusable(modality: Modality, reason: str) -> SourceError:
+    return SourceError(
+        f"The source model's {modality} processor cannot be loaded: {reason}.",
+        hint="Save the processor (preprocessor_config.json) into the model's folder with save_pretrained.",
+    )
 
 
 def probe_signals(processor: Processor) -> list[NDArray[Any]]:

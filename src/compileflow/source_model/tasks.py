@@ -55,8 +55,10 @@ HEADS: Mapping[str, HfTask] = {
 UNMASKED_TASKS = (HfTask.AUDIO_XVECTOR,)
 # Speech encoders call a classifier of whole recordings ForSequenceClassification, as text models do.
 _SPEECH_ENCODERS = ("Data2VecAudio", "Hubert", "SEW", "UniSpeech", "Wav2Vec2", "WavLM")
+# Inputs that some models take beside text; such a model has a method get_<name>_features for each.
+SIGNALS = ("image", "audio")
 # Modality of a model by the name of its main input.
-_MODALITIES: Mapping[str, Modality] = {
+MODALITIES: Mapping[str, Modality] = {
     "input_ids": "text",
     "pixel_values": "image",
     "input_values": "audio",
@@ -76,7 +78,7 @@ def tasks_of(config: Any) -> tuple[HfTask, ...]:
         elif type(config) in model_classes:
             # Speech encoders and vision models also have an AutoModel, but it does not take text.
             main_input = _first_class(model_classes, config).main_input_name
-            if auto_class != "AutoModel" or _MODALITIES.get(main_input) == task.modality:
+            if auto_class != "AutoModel" or MODALITIES.get(main_input) == task.modality:
                 tasks.append(task)
     return tuple(tasks)
 

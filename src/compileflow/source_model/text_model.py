@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from compileflow.contracts import Arrays, Padding, TensorRecord
 from compileflow.errors import SourceError, first_line
 from compileflow.source_model.examples import example_inputs
-from compileflow.source_model.interface import SourceModel, probe_model
+from compileflow.source_model.interface import SourceModel, is_close, probe_model
 from compileflow.source_model.positions import declared_longest, longest_row
 from compileflow.source_model.token_rows import TokenRows, text_config, token_rows
 from compileflow.source_model.whole_rows import chunk_of
@@ -25,8 +25,6 @@ from compileflow.spec import HfTask
 _PROBES = ((7, 11), (5, 8), (4, 6))
 # Model types without the form of experts that transformers exports for any number of tokens.
 _CHOOSE_EXPERTS = ("dbrx", "longcat_flash", "nllb-moe", "switch_transformers")
-# Two answers of one model that differ by more, as a share of their norm, differ by more than rounding.
-_ROUNDING = 1e-4
 
 
 def probe_text_model(
@@ -83,7 +81,6 @@ def probe_text_model(
             f"{type(errors[0]).__name__}: {first_line(errors[0])}.",
             hint="Run the model on tokenized text in transformers first: it must answer for these inputs alone.",
         ) from errors[0]
-    _check_repeatable(source_model, source_model.example_arrays(3, lengths[1]))
     # The table of positions of the image would look like that of the tokens.
     longest = declared_longest(text_config(config)) if other_inputs else measured_longest(model, inputs, tokens)
     return replace(
@@ -92,6 +89,30 @@ def probe_text_model(
         chunk=_declared_chunk(text_config(config)) or chunk_of(model),
         padding=_padding(source_model, lengths),
     )
+
+
+def refuse_family(config: Any, class_name: str) -> None:
+    """Refuse a model of a family that no target can compile.
+
+    Args:
+        config: Configuration of the model, or its config.json with the fields as attributes.
+        class_name: Class of the model.
+
+    Raises:
+        SourceError: The model draws random numbers, or chooses experts for each token in a loop.
+    """
+    if "lsh" in (getattr(config, "attn_layers", None) or ()):
+        raise SourceError(
+            f"{class_name} hashes its tokens with random numbers, which it draws in each call, so no compiled "
+            "model can repeat its answers.",
+            hint="Choose a model without the attention layers lsh.",
+        )
+    if getattr(text_config(config), "model_type", None) in _CHOOSE_EXPERTS:
+        raise SourceError(
+            f"{class_name} loops over the experts that the tokens of a call choose, and a compiled model has a "
+            "fixed number of steps.",
+            hint="Choose a model of another family.",
+        )
 
 
 def longest_of(model: Any) -> int | None:
@@ -212,7 +233,7 @@ def _padding(source_model: SourceModel, lengths: tuple[int, int]) -> Padding:
         with suppress(Exception):
             batch = source_model.run(_stacked(source_model, rows, left=side == "left"))
             if all(
-                _is_close(answer[record.name], _row(batch, record, number, length, left=side == "left"))
+                is_close(answer[record.name], _row(batch, record, number, length, left=side == "left"))
                 for number, (length, answer) in enumerate(zip(row_lengths, answers, strict=True))
                 for record in source_model.outputs
             ):
@@ -242,21 +263,3 @@ def _row(batch: Arrays, record: TensorRecord, number: int, length: int, *, left:
     place = slice(-length, None) if left else slice(length)
     index = {"batch": slice(number, number + 1), "sequence": place}
     return batch[record.name][tuple(index.get(str(axis), slice(None)) for axis in record.axes)]
-
-
-def _check_repeatable(source_model: SourceModel, example: Arrays) -> None:
-    first, second = source_model.run(example), source_model.run(example)
-    if not all(_is_close(first[name], second[name]) for name in first):
-        raise SourceError(
-            f"{type(source_model.model).__name__} gives different answers to the same input, so that no compiled "
-            "model can be compared with it.",
-            hint="Fix the random numbers that it draws, for example with hash_seed in config.json.",
-        )
-
-
-def _is_close(expected: NDArray[Any], actual: NDArray[Any]) -> bool:
-    # A model that answers NaN is refused later, with the place of the NaN.
-    if expected.shape != actual.shape or np.array_equal(expected, actual, equal_nan=True):
-        return expected.shape == actual.shape
-    difference = float(np.linalg.norm(expected.astype(np.float64) - actual))
-    return difference <= _ROUNDING * float(np.linalg.norm(expected.astype(np.float64)))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from compileflow._process.folders import os_errors
 from compileflow.contracts import LocatedSource
 from compileflow.errors import SourceError, SourceUnavailableError
 from compileflow.settings import Settings
-from compileflow.sources.files import choose_files
+from compileflow.sources.files import CONFIG, choose_files
 
 
 class HubSource:
@@ -29,6 +30,19 @@ class HubSource:
 
     def locate(self, location: str, revision: str | None, work_dir: Path) -> LocatedSource:
         """Download the model's files at one commit below `work_dir`."""
+        return self._download(location, revision, work_dir)
+
+    def preview(self, location: str, revision: str | None, work_dir: Path) -> LocatedSource:
+        """Download the configurations alone, as a rule in a second; the other files of the model are empty."""
+        located = self._download(location, revision, work_dir, patterns=CONFIG)
+        for name in located.files:
+            (work_dir / name).parent.mkdir(parents=True, exist_ok=True)
+            (work_dir / name).touch()
+        return located
+
+    def _download(
+        self, location: str, revision: str | None, work_dir: Path, *, patterns: Sequence[str] = ("*",)
+    ) -> LocatedSource:
         from huggingface_hub import snapshot_download
 
         repository = _repository(location)
@@ -38,7 +52,7 @@ class HubSource:
             snapshot_download(
                 repository,
                 revision=info.sha,
-                allow_patterns=list(files),
+                allow_patterns=[name for name in files if any(fnmatch(name, pattern) for pattern in patterns)],
                 local_dir=work_dir,
                 endpoint=self._endpoint,
                 token=self._bearer(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,7 +43,13 @@ from compileflow.steps.request import AUTO, CompileRequest
 from compileflow.steps.source_checks import check_lengths, check_safe, check_source
 from compileflow.steps.toolchain_logs import keep_log
 from compileflow.steps.values import CompiledArtifact, FetchedSource
-from compileflow.validation.cases import load_examples, signals_digest
+from compileflow.validation.cases import (
+    CLASS_FOLDERS,
+    check_labels,
+    class_names,
+    load_examples,
+    signals_digest,
+)
 from compileflow.validation.judge import load_user_suite
 
 logger = logging.getLogger(__name__)
@@ -108,7 +115,7 @@ def compile_artifact(
             if not spec.trust_remote_code:
                 check_safe(folder)
             if request.steps.validate:
-                _check_examples(spec.hf_task, request.validation.examples_path)
+                _check_examples(spec.hf_task, request.validation.examples_path, folder)
             build_request: dict[str, Any] = {
                 "source_dir": str(folder),
                 "spec": spec.model_dump(mode="json"),
@@ -149,17 +156,22 @@ def timed_shapes(request: CompileRequest) -> tuple[ShapeBucket, ...]:
     return request.validation.latency_shapes if request.steps.validate else ()
 
 
-def _check_examples(hf_task: HfTask, path: str | None) -> None:
+def _check_examples(hf_task: HfTask, path: str | None, source_dir: Path) -> None:
     """Refuse examples that the validate step could not use, before the compile takes minutes.
 
     Raises:
-        SpecError: The file holds no example, or not in the form of the task.
+        SpecError: The file holds no example, or not in the form of the task; or the model lacks a label.
     """
     try:
         if hf_task.modality == "text":
-            load_examples(hf_task, path, 1)
+            examples, _, _ = load_examples(hf_task, path, sys.maxsize)
         else:
-            signals_digest(path, hf_task.modality)
+            signals_digest(path, hf_task.modality, by_class=hf_task in CLASS_FOLDERS)
+            examples = [{"label": name} for name in class_names(path)] if path is not None else []
+        names = read_model_json(source_dir / "config.json", "config.json").get("id2label")
+        if path is not None and isinstance(names, dict):
+            labels = {int(number): str(name) for number, name in names.items()}
+            check_labels(hf_task, examples, labels, Path(path).name)
     except MeasurementError as error:
         raise SpecError(error.message, hint=error.hint) from error
 

@@ -12,22 +12,35 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from pydantic import JsonValue, ValidationError
 
 from compileflow._process.child_process import report_progress
-from compileflow.contracts import Arrays, CompiledComponent, ComponentPlan, ComponentRecord, Target
+from compileflow._process.failures import compile_error, failure_of
+from compileflow.catalog import get_target, target_names
+from compileflow.contracts import (
+    Arrays,
+    Capabilities,
+    CompiledComponent,
+    ComponentPlan,
+    ComponentRecord,
+    Target,
+)
 from compileflow.contracts.digests import list_files
-from compileflow.errors import CompileError, CompileflowError, first_line
+from compileflow.errors import CompileError, CompileflowError, SpecError, first_line
 from compileflow.serving.padding import run_fitted
 from compileflow.source_model.examples import example_length
 from compileflow.source_model.interface import SourceModel
 from compileflow.source_model.load import loaded_once
-from compileflow.spec import Precision
+from compileflow.source_model.places import place_of_error, place_of_operator
+from compileflow.spec import HfTask, Precision
 
 logger = logging.getLogger(__name__)
 # Largest accepted ||reference - answer|| / ||reference||. Rounding stays far below; int8 has no limit here.
 _LIMITS: Mapping[Precision, float] = {Precision.FP32: 1e-3, Precision.BF16: 0.3, Precision.FP16: 0.3}
 # Longest row, in tokens, of these examples.
 _LONG = 2048
+# Namespaces of operators that torch, torchvision and ONNX have.
+_NAMESPACES = ("aten", "prim", "prims", "quantized", "torchvision", "ai", "com")
 _OTHER_TARGET = "Another target may compile it; `compileflow targets` lists them."
 
 
@@ -54,7 +67,8 @@ def compile_graph(
     # Optional attribute of a target: options of a slower or plainer way to compile.
     if fallback_options := getattr(target, "fallback_options", None):
         options = {**plan.options, **fallback_options}
-        attempts.append(replace(attempts[-1], spec=plan.spec.model_copy(update={"target_options": options})))
+        if _suit(target, options, plan.precision):
+            attempts.append(replace(attempts[-1], spec=plan.spec.model_copy(update={"target_options": options})))
     errors: list[CompileError] = []
     for attempt in attempts:
         if errors:
@@ -66,8 +80,62 @@ def compile_graph(
                 return _checked(target, source_dir, model, attempt, folder)
             except CompileError as error:
                 logger.info("attempt failed: %s", error)
-                errors.append(error)
+                errors.append(error if errors else _located(error, target, model, attempt))
     raise errors[0]
+
+
+def _suit(target: Target, options: Mapping[str, JsonValue], precision: Precision) -> bool:
+    """Return whether options suit a precision."""
+    try:
+        target.Options.model_validate(options).check_precision(precision)
+    except SpecError:
+        return False
+    except ValidationError:
+        # A target may fall back to what a user cannot set.
+        return True
+    return True
+
+
+def _located(error: CompileError, target: Target, source_model: SourceModel, plan: ComponentPlan) -> CompileError:
+    """Return an error of a target with the place in the model that it is about, and the targets that may help."""
+    failure = failure_of(error)
+    if failure is None or error.hint != failure.hint:
+        # A target that writes its own hint knows better.
+        return error
+    hint, place = failure.hint, ""
+    if failure.kind == "operator":
+        place = place_of_operator(source_model, failure.operator, plan.max_sequence_length)
+        names = [name for name, able in _others(target, plan.hf_task).items() if able.torch_operators]
+        if _is_custom(failure.operator):
+            hint = "Write the model with torch's own operators: targets know no others."
+        elif names:
+            hint = f"Choose a target that runs torch's own operators: {', '.join(names)}."
+    elif failure.kind in ("branch", "shape"):
+        place = place_of_error(source_model.model, error)
+        names = [name for name, able in _others(target, plan.hf_task).items() if not able.dynamic_axes]
+        if failure.kind == "shape" and names and target.capabilities.dynamic_axes:
+            hint = f"{hint.removesuffix('.')}: {', '.join(names)}."
+    located = CompileError(
+        f"{error.message} In the model: {place}." if place else error.message, hint=hint, log_path=error.log_path
+    )
+    located.__cause__ = error
+    return located
+
+
+def _is_custom(operator: str) -> bool:
+    """Return whether an operator is neither torch's nor ONNX's."""
+    namespace, dot, _ = operator.partition(".")
+    return bool(dot) and namespace not in _NAMESPACES
+
+
+def _others(target: Target, hf_task: HfTask) -> dict[str, Capabilities]:
+    """Return the capabilities of the other targets that compile a task here."""
+    targets = [get_target(name) for name in target_names() if name != target.name]
+    return {
+        other.name: other.capabilities
+        for other in targets
+        if hf_task in other.capabilities.hf_tasks and other.probe().can_compile
+    }
 
 
 def component_record(
@@ -107,8 +175,10 @@ def _checked(
             hint=f"Check the free space and the permissions of {folder}.",
         ) from error
     except Exception as error:
-        raise CompileError(
-            f"{target.name} failed on {name}: {type(error).__name__}: {first_line(error)}.", hint=_OTHER_TARGET
+        raise compile_error(
+            f"{target.name} failed on {name}: {type(error).__name__}: {first_line(error)}.",
+            error,
+            hint=_OTHER_TARGET,
         ) from error
     written_files = {record.path for record in list_files(folder)}
     if written_files != set(compiled_component.files):
@@ -160,9 +230,10 @@ def _check_first_answers(
     except (CompileError, MemoryError):
         raise
     except Exception as error:
-        raise CompileError(
+        raise compile_error(
             f"{target.name} compiled {name} to a model that does not run: {type(error).__name__}: "
             f"{first_line(error)}.",
+            error,
             hint=_OTHER_TARGET,
         ) from error
 

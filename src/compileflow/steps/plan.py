@@ -11,6 +11,7 @@ from compileflow.catalog import get_target, target_names
 from compileflow.contracts import ComponentPlan, Target
 from compileflow.errors import SpecError
 from compileflow.source_model.interface import SourceModel, tokenizer_maximum
+from compileflow.source_model.positions import declared_longest
 from compileflow.source_model.processor import LONGEST_S, image_sizes, longest_signal
 from compileflow.source_model.token_rows import text_config
 from compileflow.spec import CompileSpec, ComponentSpec, HfTask, ShapeBucket
@@ -101,6 +102,25 @@ def source_limits(source_model: SourceModel, spec: CompileSpec, tokenizer: Any) 
     )
 
 
+def declared_limits(config: Any, hf_task: HfTask, tokenizer_maximum: int | None) -> SourceLimits:
+    """Return the limits of a source model that its files show; the model itself may have narrower ones.
+
+    Args:
+        config: The fields of config.json as attributes; a field may be missing.
+        hf_task: Task of the model.
+        tokenizer_maximum: Longest input of the tokenizer; None without one.
+    """
+    if hf_task.modality == "image":
+        return SourceLimits(1, 1, _single_row_buckets)
+    if not hf_task.takes_text:
+        return SourceLimits(None, 1, text_buckets)
+    longest = declared_longest(text_config(config))
+    lengths = [length for length in (longest, tokenizer_maximum) if length]
+    return SourceLimits(
+        longest, min(lengths, default=DEFAULT_TOKENS), text_buckets, longest_piece=_longest_piece(config)
+    )
+
+
 def plan_components(
     spec: CompileSpec, target: Target, limits: SourceLimits, *, threads: int, rows_fill_shapes: bool = False
 ) -> tuple[ComponentPlan, ...]:
@@ -119,6 +139,27 @@ def plan_components(
     if rows_fill_shapes:
         limits = replace(limits, padding_fault="")
     return tuple(_plan(spec, component, target, limits, threads) for component in spec.components)
+
+
+def requested_length(spec: CompileSpec, component: ComponentSpec, limits: SourceLimits) -> int | None:
+    """Return the maximum length that a component of a spec requests; None for the model's own.
+
+    Raises:
+        SpecError: The length is more than the model takes.
+    """
+    length = component.max_sequence_length or component.longest_bucket
+    if length is None or limits.longest is None or length <= limits.longest:
+        return length
+    if not spec.hf_task.takes_text:
+        raise SpecError(
+            f"Cannot compile for a sequence length of {length}: the inputs of {spec.hf_task.value} have no length "
+            "that varies.",
+            hint="Leave the length out, or give 1.",
+        )
+    raise SpecError(
+        f"Cannot compile for a sequence length of {length}: the model has positions for {limits.longest} tokens.",
+        hint=f"Request {limits.longest} or fewer.",
+    )
 
 
 def check_timed_shapes(shapes: Iterable[ShapeBucket], longest: int) -> None:
@@ -188,24 +229,20 @@ def _longest_piece(config: Any) -> int | None:
     """Return the longest row that a model does not read in steps; 0 if it reads each row so, None if none."""
     # The text part of a composite model has a type of its own.
     for part in (config, text_config(config)):
-        if part.model_type in _READ_IN_STEPS:
+        model_type = getattr(part, "model_type", None)
+        if model_type in _READ_IN_STEPS:
             return 0
-        if part.model_type in _PIECES:
-            return int(getattr(part, _PIECES[part.model_type]))
+        if model_type in _PIECES:
+            # config.json may lack the field.
+            piece = getattr(part, _PIECES[model_type], None)
+            return None if piece is None else int(piece)
     return None
 
 
 def _plan(
     spec: CompileSpec, component: ComponentSpec, target: Target, limits: SourceLimits, threads: int
 ) -> ComponentPlan:
-    requested_length = component.max_sequence_length or component.longest_bucket
-    if requested_length is not None and limits.longest is not None and requested_length > limits.longest:
-        raise SpecError(
-            f"Cannot compile for a sequence length of {requested_length}: the model has positions for "
-            f"{limits.longest} tokens.",
-            hint=f"Request {limits.longest} or fewer.",
-        )
-    length = requested_length or limits.default_length
+    length = requested_length(spec, component, limits) or limits.default_length
     buckets = component.shape_buckets
     if target.capabilities.dynamic_axes:
         if limits.longest_piece is not None and length > limits.longest_piece:

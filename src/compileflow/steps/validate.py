@@ -27,7 +27,7 @@ from compileflow.steps.request import CompileRequest
 from compileflow.steps.toolchain_logs import write_logs
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
 from compileflow.validation.bundle import BUNDLE_FOLDER
-from compileflow.validation.cases import load_examples, signals_digest
+from compileflow.validation.cases import CLASS_FOLDERS, load_examples, signals_digest
 from compileflow.validation.judge import load_user_suite
 from compileflow.validation.judge.suite import suite_digest
 from compileflow.validation.settings import ValidationSettings
@@ -217,7 +217,8 @@ def _key_parts(
     if hf_task.modality == "text":
         parts["examples"] = load_examples(hf_task, validation.examples_path, validation.max_examples)[2]
     else:
-        parts["examples"] = signals_digest(validation.examples_path, hf_task.modality)
+        by_class = hf_task in CLASS_FOLDERS
+        parts["examples"] = signals_digest(validation.examples_path, hf_task.modality, by_class=by_class)
     versions = dict(toolchain) | check_libraries()
     return parts | {f"toolchain.{name}": value for name, value in versions.items()}
 

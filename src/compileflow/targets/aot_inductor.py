@@ -82,6 +82,7 @@ class AotInductorTarget:
         precisions=(Precision.FP32, Precision.BF16),
         devices=("cpu",),
         dynamic_axes=True,
+        torch_operators=True,
         # Packed kernels are faster on CPUs with AVX-512; without it, they lose on larger batches.
         variants={Precision.FP32: ({"freezing": True}, {"freezing": False})},
         # The package's code is linked against torch's libraries, whose ABI changes between minor versions.

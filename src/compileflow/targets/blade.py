@@ -73,6 +73,16 @@ class BladeOptions(TargetOptions):
         (), description="TorchScript operators to leave to torch, for example aten::flatten."
     )
 
+    def check_precision(self, precision: Precision) -> None:
+        """Refuse operators that stay in fp32 if none computes in fp16."""
+        if self.fp16_fallback_op_ratio and precision is not Precision.FP16:
+            raise precision_conflict(
+                "blade",
+                f"fp16_fallback_op_ratio {self.fp16_fallback_op_ratio:g}",
+                precision.value,
+                "Omit the option, or request fp16.",
+            )
+
 
 class BladeTarget:
     """Optimize with BladeDISC, for the CPU or for CUDA."""
@@ -106,13 +116,7 @@ class BladeTarget:
     def compile(self, source_dir: Path, component: ComponentPlan, out_dir: Path) -> CompiledComponent:
         """Trace and optimize one graph for each shape bucket; every graph carries its weights."""
         options = BladeOptions.model_validate(dict(component.options))
-        if options.fp16_fallback_op_ratio and component.precision is not Precision.FP16:
-            raise precision_conflict(
-                "blade",
-                f"fp16_fallback_op_ratio {options.fp16_fallback_op_ratio:g}",
-                component.precision.value,
-                "Omit the option, or request fp16.",
-            )
+        options.check_precision(component.precision)
         torch_blade = _TOOLCHAIN.import_module("torch_blade")
         _check_cuda(options.device)
         config = _config(torch_blade, options, component.precision)

@@ -69,6 +69,10 @@ class NeuronOptions(TargetOptions):
         "--fast-math none for fp32, fp32-cast-all for bf16, fp32-cast-all-fp16 for fp16.",
     )
 
+    def check_precision(self, precision: Precision) -> None:
+        """Refuse casts that contradict the precision."""
+        compiler_arguments(self.compiler_args, precision)
+
 
 class NeuronTarget:
     """Compile with neuron-cc for NeuronCores of the first generation."""

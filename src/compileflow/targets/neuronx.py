@@ -93,6 +93,10 @@ class NeuronxOptions(TargetOptions):
     lazy_load: bool = Field(False, description="Load a graph onto the device at its first call.")
     compiler_args: tuple[str, ...] = Field((), description="Additional arguments of neuronx-cc.")
 
+    def check_precision(self, precision: Precision) -> None:
+        """Refuse casts that contradict the precision."""
+        compiler_arguments(self, precision)
+
 
 class NeuronxTarget:
     """Compile with neuronx-cc for NeuronCores of the second generation."""

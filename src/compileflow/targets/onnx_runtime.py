@@ -34,7 +34,7 @@ from compileflow.contracts.toolkit import (
     require_open,
     torch_threads,
 )
-from compileflow.errors import CompileError, TargetUnavailableError, one_line
+from compileflow.errors import SpecError, TargetUnavailableError, one_line
 from compileflow.source_model import (
     SourceModel,
     as_tuple_module,
@@ -85,13 +85,22 @@ class OnnxRuntimeOptions(TargetOptions):
         """Return True for static int8, which measures ranges on natural examples."""
         return precision is Precision.INT8 and self.quantization == "static"
 
+    def check_precision(self, precision: Precision) -> None:
+        """Refuse a trace at int8."""
+        if self.exporter == "trace" and precision is not Precision.FP32:
+            raise SpecError(
+                f"onnx-runtime cannot trace a model at {precision.value}.", hint="Choose fp32, or another target."
+            )
+
 
 class OnnxRuntimeTarget:
     """Export to ONNX for any batch size and length, and run with ONNX Runtime."""
 
     name: ClassVar[str] = "onnx-runtime"
     version: ClassVar[int] = 1
-    summary: ClassVar[str] = "ONNX with dynamic axes and fused operators, int8 by ONNX Runtime (static: by NNCF); CPU fleets"
+    summary: ClassVar[str] = (
+        "ONNX with dynamic axes and fused operators, int8 by ONNX Runtime (static: by NNCF); CPU fleets"
+    )
     Options: ClassVar[type[TargetOptions]] = OnnxRuntimeOptions
     fallback_options: ClassVar[Mapping[str, JsonValue]] = {"exporter": "trace"}
     capabilities: ClassVar[Capabilities] = Capabilities(
@@ -129,7 +138,7 @@ class OnnxRuntimeTarget:
         with torch_threads(component.threads):
             example = source_model.export_tensors(component.max_sequence_length)
             if options.exporter == "trace":
-                model = _trace(source_model, example, options, component.precision)
+                model = _trace(source_model, example, options)
             else:
                 model = _export(source_model, example, options, quantizer, component.max_sequence_length)
         source_model.check_outputs({value.name for value in model.graph.outputs}, "the ONNX exporter")
@@ -297,18 +306,12 @@ def _static_quantizer(options: OnnxRuntimeOptions, samples: list[dict[str, Any]]
     return Quantizer(config, calibration_dataset=samples)
 
 
-def _trace(
-    source_model: SourceModel, example: Mapping[str, Any], options: OnnxRuntimeOptions, precision: Precision
-) -> Any:
+def _trace(source_model: SourceModel, example: Mapping[str, Any], options: OnnxRuntimeOptions) -> Any:
     """Export the operators that the example runs. Branches and loops become constant, which the caller checks."""
     import onnx
     import onnx_ir
     import torch
 
-    if precision is not Precision.FP32:
-        raise CompileError(
-            f"onnx-runtime cannot trace a model at {precision.value}.", hint="Choose fp32, or another target."
-        )
     records = (*source_model.inputs, *source_model.outputs)
     try:
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.no_grad(), free_repeats():

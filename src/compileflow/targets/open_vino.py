@@ -39,7 +39,7 @@ from compileflow.contracts.toolkit import (
     torch_threads,
     undisturbed_process,
 )
-from compileflow.errors import CompileError, first_line
+from compileflow.errors import SpecError, first_line
 from compileflow.source_model import (
     SourceModel,
     as_tuple_module,
@@ -87,6 +87,11 @@ class OpenVinoOptions(TargetOptions):
     def needs_calibration(self, precision: Precision) -> bool:
         """Return True for static int8, which measures ranges on natural examples."""
         return precision is Precision.INT8 and self.quantization == "static"
+
+    def check_precision(self, precision: Precision) -> None:
+        """Refuse a trace at int8."""
+        if self.exporter == "trace" and precision is Precision.INT8:
+            raise SpecError("openvino cannot trace a model at int8.", hint="Choose fp32, or another target.")
 
 
 class OpenVinoTarget:
@@ -137,7 +142,7 @@ class OpenVinoTarget:
         with torch_threads(component.threads), environment(**_NO_TELEMETRY):
             report_progress(f"converting to OpenVINO IR ({component.precision.value})")
             if options.exporter == "trace":
-                model = _trace(source_model, example, component.precision)
+                model = _trace(source_model, example)
             else:
                 model = _export(source_model, example, component, options.quantization, calibration)
             output_names = {name for port in model.outputs for name in port.get_names()}
@@ -313,13 +318,11 @@ def _export(
         raise refusal("The OpenVINO exporter", error, reason=_reason(error)) from error
 
 
-def _trace(source_model: SourceModel, example: Mapping[str, Any], precision: Precision) -> Any:
+def _trace(source_model: SourceModel, example: Mapping[str, Any]) -> Any:
     """Convert the operators that the example runs. Branches and loops become constant, which the caller checks."""
     import openvino
     import torch
 
-    if precision is Precision.INT8:
-        raise CompileError("openvino cannot trace a model at int8.", hint="Choose fp32, or another target.")
     tensors = tuple(example.values())
     try:
         with warnings.catch_warnings(), torch.no_grad():

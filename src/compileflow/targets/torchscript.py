@@ -54,6 +54,7 @@ class TorchScriptTarget:
         precisions=(Precision.FP32, Precision.BF16),
         devices=("cpu",),
         dynamic_axes=False,
+        torch_operators=True,
         runtime={"torch": ">={minor},<{next_major}"},
     )
 

@@ -1,0 +1,157 @@
+"""Checks of a source model's files against a request, made before torch and transformers are imported.
+
+A field that config.json lacks has a default that only transformers knows. What it decides is checked later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from compileflow.contracts import Target
+from compileflow.errors import SourceError, first_line
+from compileflow.source_model.interface import length_limit
+from compileflow.source_model.interface_limits import check_interface_files
+from compileflow.source_model.load import (
+    missing_head,
+    missing_tokenizer,
+    refuse_other_head,
+    refuse_quantized,
+    two_parts,
+    untrusted_code,
+)
+from compileflow.source_model.model_types import model_types
+from compileflow.source_model.processor import check_processor_files
+from compileflow.source_model.tasks import AUTO_CLASSES
+from compileflow.source_model.text_model import refuse_family
+from compileflow.sources.files import kind_of, read_model_json
+from compileflow.spec import CompileSpec, HfTask, ShapeBucket
+from compileflow.steps.plan import check_timed_shapes, declared_limits, plan_components, requested_length
+
+# Model types whose tokenizer or processor needs no file.
+_WITHOUT_FILES = ("canine", "perceiver", "timm_wrapper")
+
+
+class DeclaredConfig(SimpleNamespace):
+    """The fields of config.json as attributes. A field that the file lacks is absent."""
+
+    def get_text_config(self) -> DeclaredConfig:
+        """Return the part that describes text, as transformers' configurations do."""
+        names = ("text_encoder", "decoder", "generator", "text_config")
+        parts = [part for part in (getattr(self, name, None) for name in names) if isinstance(part, dict)]
+        return DeclaredConfig(**parts[0]) if len(parts) == 1 else self
+
+
+def check_source(folder: Path, spec: CompileSpec, *, needs_tokenizer: bool = True) -> None:
+    """Refuse a model whose files show that no target can compile it for a task.
+
+    Args:
+        folder: Folder of the source model.
+        spec: What to compile.
+        needs_tokenizer: Whether a text model must have a tokenizer.
+
+    Raises:
+        SpecError: The model has no head for the task, is quantized, or brings code that is not trusted.
+        SourceError: transformers does not know the model, or the tokenizer or the processor is missing.
+    """
+    config = read_config(folder)
+    refuse_quantized(config)
+    if getattr(config, "auto_map", None) and spec.trust_remote_code:
+        # The code of the model decides the rest.
+        return
+    model_type = getattr(config, "model_type", None)
+    _check_type(config, model_type, spec.hf_task)
+    refuse_other_head(config, spec.hf_task)
+    if spec.hf_task.takes_text:
+        refuse_family(config, (getattr(config, "architectures", None) or ["This model"])[0])
+    if model_type in _WITHOUT_FILES:
+        return
+    has_tokenizer = any(kind_of(path.name) == "tokenizer" for path in folder.iterdir())
+    if spec.hf_task.takes_text and needs_tokenizer and not has_tokenizer:
+        raise missing_tokenizer()
+    if spec.hf_task.modality != "text":
+        check_processor_files(folder, "audio" if spec.hf_task.modality == "audio" else "image")
+
+
+def check_lengths(
+    folder: Path, spec: CompileSpec, target: Target | None, *, timed_shapes: Iterable[ShapeBucket] = ()
+) -> None:
+    """Refuse lengths that config.json rules out.
+
+    Args:
+        folder: Folder of the source model.
+        spec: What to compile.
+        target: Target to compile for; None for any.
+        timed_shapes: Shapes to time.
+
+    Raises:
+        SpecError: A component or a shape to time is longer than the model takes.
+    """
+    config = read_config(folder)
+    limits = declared_limits(config, spec.hf_task, _tokenizer_maximum(folder))
+    lengths = [requested_length(spec, component, limits) or limits.longest for component in spec.components]
+    if target is not None:
+        plan_components(spec, target, limits, threads=1)
+    known_lengths = [length for length in lengths if length is not None]
+    if len(known_lengths) == len(lengths):
+        check_timed_shapes(timed_shapes, max(known_lengths))
+
+
+def check_safe(folder: Path) -> None:
+    """Refuse before the compile what a load of the artifact would refuse.
+
+    Raises:
+        SourceError: A file breaks a limit of `check_interface_files`.
+    """
+    try:
+        check_interface_files(folder)
+    except ValueError as error:
+        raise SourceError(
+            f"The source model is not safe to load: {first_line(error)}.",
+            hint="Repair that file. If you trust the model, set trust_remote_code to true: it lifts the limits.",
+        ) from error
+
+
+def read_config(folder: Path) -> DeclaredConfig:
+    """Read config.json.
+
+    Raises:
+        SourceError: The file is not the JSON that transformers expects.
+    """
+    return DeclaredConfig(**read_model_json(folder / "config.json", "config.json"))
+
+
+def _check_type(config: DeclaredConfig, model_type: Any, hf_task: HfTask) -> None:
+    """Refuse a model type that transformers does not know, or that has no head for a task."""
+    types = model_types()
+    code = getattr(config, "auto_map", None) or {}
+    auto_class = AUTO_CLASSES[hf_task]
+    if types is None:
+        return
+    is_known = isinstance(model_type, str) and types.knows(model_type)
+    if not is_known and "AutoConfig" in code:
+        raise untrusted_code()
+    if not isinstance(model_type, str):
+        return
+    if not is_known:
+        raise SourceError(
+            f"transformers {types.version} does not know the model type {model_type!r} of config.json.",
+            hint="Use a model that this version of transformers supports.",
+        )
+    supported_tasks = types.tasks(model_type)
+    if supported_tasks is None:
+        return
+    if hf_task not in supported_tasks:
+        raise untrusted_code() if auto_class in code else missing_head(model_type, hf_task, supported_tasks)
+    parts = types.two_parts(model_type)
+    architecture = (getattr(config, "architectures", None) or [""])[0]
+    if parts is not None and auto_class == "AutoModel" and architecture in ("", parts[0]):
+        raise two_parts(*parts, hf_task, lambda name: types.has_class(model_type, name))
+
+
+def _tokenizer_maximum(folder: Path) -> int | None:
+    path = folder / "tokenizer_config.json"
+    maximum: Any = read_model_json(path, path.name).get("model_max_length") if path.exists() else None
+    return length_limit(maximum) if isinstance(maximum, int | float) else None
