@@ -96,6 +96,10 @@ class TargetUnavailableError(CompileflowError):
     """The target's toolchain or runtime is missing on this machine."""
 
 
+class MissingPackageError(CompileflowError):
+    """A package that the request needs is not installed."""
+
+
 class ProcessError(CompileflowError):
     """A child process ended without an answer."""
 

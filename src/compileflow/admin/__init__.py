@@ -1,1 +1,1 @@
-"""Operations on stores and registries: collect garbage, mirror, promote, pull, show lineage."""
+"""Operations on stores and registries: collect garbage, mirror, promote, pull, show lineage and differences."""

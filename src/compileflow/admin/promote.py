@@ -15,7 +15,7 @@ _SERVING_STAGES: tuple[Stage, ...] = ("staging", "production")
 
 def promote_version(
     name: str,
-    version: int,
+    version: int | Stage,
     stage: str,
     *,
     registry_uris: Sequence[str],
@@ -28,7 +28,8 @@ def promote_version(
 
     Args:
         name: Name of the model.
-        version: Version number in the first registry. In the others, the version of the same artifact is promoted.
+        version: Number, or stage that the version is in, in the first registry. In the others, the version of the
+            same artifact is promoted.
         stage: One of `STAGES`.
         registry_uris: URIs of the registries. A registry that does not have the artifact is skipped.
         settings: Tokens and timeouts.
@@ -50,12 +51,13 @@ def promote_version(
         raise SpecError("Force was given without a reason.", hint='Give the reason, with --reason "...".')
     first_uri, *other_uris = registry_uris
     version_record = open_registry(first_uri, settings).get(name, version)
-    if stage in _SERVING_STAGES and version_record.verdict != "pass" and not force:
+    number, verdict = version_record.version, version_record.verdict
+    if stage in _SERVING_STAGES and verdict != "pass" and not force:
         raise VerdictError(
-            f"{name} version {version} has the verdict {version_record.verdict}, but {stage} takes only pass.",
+            f"{name} version {number} has the verdict {verdict}, but {stage} takes only pass.",
             hint="Read its report. To promote it regardless, give --force and --reason.",
         )
-    numbers = {first_uri: version}
+    numbers = {first_uri: number}
     for uri in other_uris:
         candidates = open_registry(uri, settings).find(version_record.artifact_digest)
         same_name = [candidate for candidate in candidates if candidate.name == name]

@@ -73,13 +73,13 @@ def check_folder(folder: Path, *, trust: bool, hint: str) -> CheckedFolder:
     return CheckedFolder(manifest, folder_digest(files), verified=False)
 
 
-def check_digest_format(text: str) -> None:
+def check_digest_format(text: object) -> None:
     """Check that a text is an artifact's digest, or at least its first 12 digits.
 
     Raises:
         SpecError: The text is not a digest.
     """
-    if _DIGEST.fullmatch(text) is None:
+    if not isinstance(text, str) or _DIGEST.fullmatch(text) is None:
         raise SpecError(
             f"Expected a digest of 12 to 64 of the digits 0-9 and a-f, got digest={text!r}.",
             hint="Copy the digest from `compileflow versions`, or from the end of the artifact's URI.",

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import FailFast, Field, ValidationError, field_validator, model_validator
 
 from compileflow._process.folders import os_errors
-from compileflow.contracts import SHA256, FileRecord
-from compileflow.contracts.digests import canonical_json, list_files
+from compileflow.contracts import SHA256, FileRecord, Target
+from compileflow.contracts.digests import canonical_json, folder_digest, list_files
 from compileflow.contracts.json_files import read_json
 from compileflow.contracts.records import ComponentRecord, Record
 from compileflow.errors import IntegrityError, ManifestError, first_problem
@@ -48,6 +48,16 @@ class TargetRecord(Record):
     version: int = Field(ge=1, description="Version of the target's code; it increases when the output changes.")
     toolchain: dict[str, str] = Field(description="Distribution name to its version at compile time.")
     cpu_features: tuple[str, ...] = Field((), description="CPU features that the files need; () if none.")
+
+    @classmethod
+    def of(cls, target: Target) -> Self:
+        """Return the record of a target and of its toolchain on this machine."""
+        return cls(
+            name=target.name,
+            version=target.version,
+            toolchain=target.toolchain(),
+            cpu_features=target.cpu_features(),
+        )
 
 
 class CalibrationRecord(Record):
@@ -150,6 +160,11 @@ def read_manifest(folder: Path) -> ArtifactManifest:
                 f"{path}: {problem}.", hint="Do not load this artifact; fetch it again."
             ) from error
         raise ManifestError(f"{path}: {problem}.", hint=_FETCH_AGAIN) from error
+
+
+def listed_digest(folder: Path, manifest: ArtifactManifest) -> str:
+    """Return the digest of an artifact whose files are as its manifest lists them; only the manifest is read."""
+    return folder_digest((*manifest.files, *list_files(folder, paths=(MANIFEST_NAME,))))
 
 
 def artifact_files(folder: Path) -> tuple[FileRecord, ...]:

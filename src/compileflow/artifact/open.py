@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import shutil
 from contextlib import suppress
@@ -192,6 +193,24 @@ class OpenArtifact:
         return f"compileflow compile {shlex.quote(model)} --target {self.manifest.target.name}"
 
 
+def path_of(location: object) -> Path:
+    """Return a location as a path, also if it is a URI or a name.
+
+    Raises:
+        LoadError: The location is not text and not a path.
+    """
+    if not isinstance(location, str | os.PathLike):
+        raise LoadError(
+            f"Expected the location of an artifact, got {location!r:.80}.",
+            hint="Give a folder, registry:NAME, or STORE/manifests/sha256/DIGEST.json.",
+        )
+    path = Path(location)
+    # Raised where no user has the name after ~. Then no such folder exists either.
+    with suppress(RuntimeError):
+        path = path.expanduser()
+    return path
+
+
 def untrusted_code(folder: Path) -> LoadError:
     """Return the error for a folder that brings Python code which its caller does not trust."""
     paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.py"))
@@ -232,7 +251,7 @@ def open_artifact(
         SignatureError: A statement beside the files is about another artifact; or a signature is required, but the
             provenance or the verdict is missing or unsigned, or the verdict is neither PASSED nor WARNED.
     """
-    text = str(location)
+    path, text = path_of(location), str(location)
     settings = settings or get_settings()
     keys = required_keys(require_signature, settings)
     store_uri = None
@@ -252,7 +271,7 @@ def open_artifact(
         checked_folder = check_folder(folder, trust=trust, hint=_DELETE_CACHED)
         check_digest(str(folder), checked_folder.digest, uri_digest, hint=_DELETE_CACHED)
     else:
-        folder = Path(location).expanduser().absolute()
+        folder = path.absolute()
         # With a given digest, an altered folder is the wrong artifact, so trust=True does not help.
         checked_folder = check_folder(folder, trust=trust, hint=_TRUST if digest is None else _FETCH_AGAIN)
         if digest is not None:

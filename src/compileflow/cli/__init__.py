@@ -8,8 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
+from compileflow.cli.command import Command
 from compileflow.cli.compile import compile_command, run_here
 from compileflow.cli.demo import demo_command
+from compileflow.cli.diff import diff
 from compileflow.cli.gc import gc
 from compileflow.cli.import_older import import_older
 from compileflow.cli.inspect import inspect
@@ -31,6 +33,7 @@ _COMMANDS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
     },
     "Artifacts and versions": {
         "inspect": inspect,
+        "diff": diff,
         "verify": verify,
         "versions": versions,
         "lineage": lineage,
@@ -61,4 +64,4 @@ def main(
 
 for panel, commands in _COMMANDS.items():
     for name, command in commands.items():
-        app.command(name, rich_help_panel=panel)(command)
+        app.command(name, cls=Command, rich_help_panel=panel)(command)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
 
-from compileflow.cli.common import AsJson, ModelName, RegistryUri, one_line_errors
+from compileflow.cli.common import AsJson, ModelName, RegistryUri, VersionRef, one_line_errors
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -21,17 +21,18 @@ _TREE_WIDTH = 240
 @one_line_errors
 def lineage(
     name: ModelName,
-    version: Annotated[str, typer.Argument(help="Version number, or the stage that the version is in.")],
+    version: VersionRef,
     registry: RegistryUri = None,
     as_json: AsJson = False,
 ) -> None:
     """Show where a version came from: its source model, report and promotions, and versions of the same model."""
     from compileflow.admin.lineage import lineage_of
     from compileflow.catalog import open_registry
+    from compileflow.registries.references import parse_ref
     from compileflow.settings import get_settings
 
     model_registry = open_registry(get_settings().resolved_registry_uri(registry))
-    history = lineage_of(model_registry, name, int(version) if version.isdecimal() else version)
+    history = lineage_of(model_registry, name, parse_ref(version))
     if as_json:
         typer.echo(json.dumps(history.model_dump(mode="json"), indent=1))
     else:

@@ -9,13 +9,13 @@ from typing import Annotated
 
 import typer
 
-from compileflow.cli.common import AsJson, ModelName, one_line_errors
+from compileflow.cli.common import AsJson, ModelName, VersionRef, one_line_errors
 
 
 @one_line_errors
 def promote(
     name: ModelName,
-    version: Annotated[int, typer.Argument(help="Version number in the first registry.")],
+    version: VersionRef,
     stage: Annotated[str, typer.Option(help="staging, production, archived or none.")],
     force: Annotated[
         bool, typer.Option(help="Promote a version whose verdict is not pass. Needs --reason.")
@@ -28,17 +28,18 @@ def promote(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Move a version to a stage, in every registry that has its artifact.
+    """Move a version to a stage, in every registry that has its artifact. VERSION is looked up in the first one.
 
     Only a version with the verdict pass may enter staging or production, unless you give --force and --reason.
     """
     from compileflow.admin.promote import promote_version
+    from compileflow.registries.references import parse_ref
     from compileflow.settings import get_settings
 
     settings = get_settings()
     versions = promote_version(
         name,
-        version,
+        parse_ref(version),
         stage,
         registry_uris=settings.resolved_registry_uris(registry or ()),
         settings=settings,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from compileflow.cli.common import FAILED, AsJson, artifact_location, one_line_errors
+from compileflow.cli.common import FAILED, AsJson, artifact_location, one_line_errors, store_of
 from compileflow.errors import printable
 
 if TYPE_CHECKING:
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 @one_line_errors
 def verify(
     artifact: Annotated[
-        str, typer.Argument(help="Folder or URI of an artifact, or registry:NAME@STAGE or registry:NAME@NUMBER.")
+        str,
+        typer.Argument(
+            help="Folder, URI or digest of an artifact, or registry:NAME@STAGE or registry:NAME@NUMBER."
+        ),
     ],
     integrity_only: Annotated[
         bool, typer.Option("--integrity-only", help="Do not require a registered version or a passing report.")
@@ -86,14 +89,12 @@ def _proof(location: str, digest: str) -> str | None:
     from compileflow.catalog import open_registry, open_store
     from compileflow.settings import get_settings
     from compileflow.steps.validate import report_on
-    from compileflow.stores.layout import split_uri
 
     settings = get_settings()
     versions = list(open_registry(settings.resolved_registry_uri()).find(digest))
     if versions:
         return f"{versions[0].name} version {versions[0].version}, verdict {versions[0].verdict}"
-    store_uri = split_uri(location)[0] if "://" in location else settings.resolved_store_uri()
-    report = report_on(open_store(store_uri), digest)
+    report = report_on(open_store(store_of(location)), digest)
     if report is not None and report.outcome == "pass":
         return f"report {report.report_digest[:12]}, {report.reason}"
     return None

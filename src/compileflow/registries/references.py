@@ -54,7 +54,7 @@ def parse_reference(text: str, schemes: Collection[str]) -> Reference | None:
     if not _is_name(name) or (separator and not ref):
         # The message omits the registry's URI, which may hold a password.
         raise SpecError(f"Expected a reference to a registered model, got {version!r}.", hint=f"Write {FORMS}.")
-    return Reference(registry_uri, name, _parse_ref(ref) if separator else None)
+    return Reference(registry_uri, name, parse_ref(ref) if separator else None)
 
 
 def _is_name(name: str) -> bool:
@@ -63,7 +63,12 @@ def _is_name(name: str) -> bool:
     return all(re.fullmatch(pattern, name) for pattern in patterns if pattern)
 
 
-def _parse_ref(ref: str) -> int | Stage:
+def parse_ref(ref: str) -> int | Stage:
+    """Read the number of a version, or a stage.
+
+    Raises:
+        SpecError: The text is neither.
+    """
     if ref in STAGES:
         return ref
     if re.fullmatch(r"[1-9][0-9]*", ref):

@@ -19,7 +19,7 @@ import numpy as np
 
 from compileflow.artifact.attestations.require_signature import RequireSignature, requires_signature
 from compileflow.artifact.manifest import MANIFEST_NAME, ArtifactManifest, SourceRecord, TargetRecord
-from compileflow.artifact.open import OpenArtifact, open_artifact
+from compileflow.artifact.open import OpenArtifact, open_artifact, path_of
 from compileflow.catalog import get_target
 from compileflow.contracts import ComponentRecord, Device, Runner, TensorRecord
 from compileflow.contracts.digests import folder_digest, list_files
@@ -97,7 +97,7 @@ def open_any(
     Raises:
         LoadError: The folder of the older library is incomplete or cannot run here.
     """
-    folder = Path(location).expanduser().absolute()
+    folder = path_of(location).absolute()
     if digest is None and is_older(folder) and not requires_signature(require_signature):
         artifact = open_older(folder, trust_remote_code=trust_remote_code)
         logger.warning(

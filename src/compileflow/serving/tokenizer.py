@@ -15,7 +15,7 @@ from typing import Any
 from compileflow._process.folders import os_errors
 from compileflow.artifact.attestations.require_signature import RequireSignature, requires_signature
 from compileflow.artifact.manifest import MANIFEST_NAME
-from compileflow.artifact.open import OpenArtifact, copy_artifact
+from compileflow.artifact.open import OpenArtifact, copy_artifact, path_of
 from compileflow.errors import InputError, LoadError, SpecError, StoreError, first_line
 from compileflow.serving.interface_files import foreign_errors, load_part, load_saved_tokenizer
 from compileflow.serving.older_folder import open_any
@@ -140,7 +140,7 @@ class CompiledTokenizer:
             ManifestError, IntegrityError, SignatureError: The location has neither, or the artifact fails a check.
             LoadError: The artifact has no tokenizer, or the saved settings cannot be read.
         """
-        folder = Path(location).expanduser()
+        folder = path_of(location)
         # An artifact that lost its manifest is not a saved tokenizer.
         is_artifact = (
             digest is not None

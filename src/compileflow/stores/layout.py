@@ -84,6 +84,11 @@ def parse_listing(body: bytes, digest: str, location: str) -> tuple[FileRecord, 
         raise IntegrityError(f"{location} is not a listing: {error}.", hint="Do not use this store.") from error
 
 
+def no_store(store_uri: str) -> StoreError:
+    """Return the error for a store that does not exist."""
+    return StoreError(f"The store {store_uri} does not exist.", hint="Check the URI of the store.")
+
+
 def no_folder(store_uri: str, digest: str) -> IntegrityError:
     """Return the error for a folder that the store does not hold."""
     return IntegrityError(
@@ -139,7 +144,7 @@ def split_uri(uri: str) -> tuple[str, str]:
     if match is None:
         raise ManifestError(
             f"{without_user(uri)!r} is neither an artifact folder nor an artifact URI.",
-            hint="Give a folder, registry:NAME, or STORE/manifests/sha256/DIGEST.json.",
+            hint="Give a folder, a digest, registry:NAME, or STORE/manifests/sha256/DIGEST.json.",
         )
     return match["store"], match["digest"]
 

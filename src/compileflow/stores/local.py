@@ -134,9 +134,11 @@ class LocalStore:
 
         Raises:
             IntegrityError: A listing cannot be read. Nothing was deleted.
-            StoreError: The store cannot be written.
+            StoreError: The store does not exist, or cannot be written.
         """
         with os_errors(self.root, "collect garbage in"):
+            if not self.root.is_dir():
+                raise layout.no_store(self.uri)
             if not dry_run:
                 # Killed processes leave work folders.
                 sweep(self.root / "tmp")
