@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from compileflow._process.interrupts import end_at_once
+from compileflow._process.end_at_once import end_at_once
 
 if __name__ == "__main__":
-    # Before the other imports, which a signal may interrupt.
     # Before the other imports, which a signal may interrupt.
     end_at_once()
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from compileflow.cli.command import Command
 from compileflow.cli.compile import compile_command
 from compileflow.cli.demo import demo_command
 from compileflow.settings import get_settings
@@ -36,5 +37,5 @@ def run_as_flows(requests: Sequence[CompileRequest], *, progress: bool) -> list[
     return run_requests(requests)
 
 
-app.command("compile")(compile_command(run_as_flows, extras=_EXTRAS))
-app.command("demo")(demo_command(run_as_flows, extras=_EXTRAS))
+app.command("compile", cls=Command)(compile_command(run_as_flows, extras=_EXTRAS))
+app.command("demo", cls=Command)(demo_command(run_as_flows, extras=_EXTRAS))

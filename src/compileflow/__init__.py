@@ -6,10 +6,11 @@ use.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
+# Not from typing, whose import takes milliseconds, in which a signal would end the command line with a traceback.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from compileflow.artifact.manifest import ArtifactManifest
     from compileflow.errors import CompileflowError
     from compileflow.local.api import optimize, pipeline
@@ -53,5 +54,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
+        from importlib import import_module
+
         return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'compileflow' has no attribute {name!r}")

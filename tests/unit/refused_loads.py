@@ -102,7 +102,7 @@ class Refusal:
     spoil: Callable[[Path], object] = lambda folder: None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     kinds: tuple[str, ...] = KINDS
-    location: Callable[[Path], str] = str
+    location: Callable[[Path], Any] = str
     installed: Mapping[str, str] = field(default_factory=dict)
     flags: str = ""
 
@@ -111,6 +111,11 @@ TRUST = {"trust": True}
 TRUSTED = {"require_signature": "trusted.pub"}
 REFUSALS = {
     "no folder": Refusal(ManifestError, "does not exist", location=lambda folder: f"{folder}/nothing"),
+    "None": Refusal(LoadError, "Expected the location of an artifact, got None", location=lambda folder: None),
+    "a number": Refusal(LoadError, "Expected the location of an artifact, got 7", location=lambda folder: 7),
+    "folder of an unknown user": Refusal(
+        ManifestError, "does not exist", location=lambda folder: "~nobody-has-this-name/model"
+    ),
     "a file": Refusal(ManifestError, "is not a folder", location=lambda folder: f"{folder}/{GRAPH}"),
     "no manifest": Refusal(
         ManifestError, r"has no manifest\.json", lambda folder: (folder / MANIFEST_NAME).unlink()
@@ -196,6 +201,7 @@ REFUSALS = {
     "no digest": Refusal(
         SpecError, "Expected a digest of 12 to 64 .*, got digest='latest'", arguments={"digest": "latest"}
     ),
+    "number as a digest": Refusal(SpecError, "digits 0-9 and a-f, got digest=7", arguments={"digest": 7}),
     "short digest": Refusal(SpecError, "Expected a digest of 12 to 64", arguments={"digest": "0" * 11}),
     "another digest than the URI's": Refusal(
         IntegrityError,

@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 import compileflow
 from compileflow.catalog import open_registry, open_store
 from compileflow.cli import app as compileflow_app
+from compileflow.cli.command import Command
 from compileflow.errors import one_line
 from compileflow.settings import Settings
 from compileflow.spec import HfTask
@@ -142,6 +143,12 @@ def test_reading_commands_refuse_in_one_line(
         (("m", "--component", "word=8", "--bucket", "1x16"), ("inside components",)),
         (("m", "--skip", "fetsch"), ("unknown step 'fetsch'", "steps are: fetch, compile, validate, register")),
         (("m", "--option", "opset=17", "--option", "opset=18"), ("--option opset was given twice",)),
+        (("m", "--name", "a", "--name", "b"), ("--name was given more than once", "Give it once")),
+        (("m", "--name=a", "--name=a"), ("--name was given more than once",)),
+        (("m", "--progress", "--no-progress"), ("--progress/--no-progress was given more than once",)),
+        (("m", "--allow-warn", "--allow-warn"), ("--allow-warn/--no-allow-warn was given more than once",)),
+        (("m", "--max-sequence-length", "long"), ("--max-sequence-length: expected a whole number, got 'long'",)),
+        (("m", "--max-latency-ratio", "1,5"), ("--max-latency-ratio: expected a number, got '1,5'",)),
         (("m", "--option", "opset"), ("'opset' is not a target option", "NAME=VALUE")),
         (("m", "--bucket", "1x16", "--max-sequence-length", "0"), ("--max-sequence-length", "got 0")),
         (("m", "--name", "a b"), ("--name: expected letters, digits, dots", "'a b'")),
@@ -175,6 +182,18 @@ def test_wrong_request_is_refused_at_once_in_one_line(
     for part in parts:
         assert part in outcome.stderr
     assert not (settings.home_dir / "store").exists()
+
+
+@pytest.mark.parametrize("app", APPS.values(), ids=APPS)
+def test_every_command_refuses_repeated_options(app: Typer) -> None:
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    assert [name for name, command in commands.items() if not isinstance(command, Command)] == []
+
+
+def test_repeated_option_is_also_json(settings: Settings) -> None:
+    outcome = CliRunner().invoke(compileflow_app, ["versions", "--json", "--registry", "a", "--registry", "b"])
+    assert outcome.exit_code == 2
+    assert json.loads(outcome.stdout)["error"]["message"] == "--registry was given more than once."
 
 
 def options_of(app: Typer) -> dict[str, tuple[str, ...]]:
@@ -377,6 +396,27 @@ def test_signal_while_python_imports_ends_at_once_with_one_line(number: signal.S
     )
     completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (completed.returncode, completed.stderr) == (128 + number, f"{line}\n")
+
+
+@pytest.mark.parametrize("module", ["compileflow", "flows"])
+def test_command_line_imports_nothing_before_a_signal_ends_it_in_one_line(module: str) -> None:
+    # The first import of any other module presses Ctrl-C.
+    code = f"""
+import os, signal, sys
+class Press:
+    def find_spec(self, name, path=None, target=None):
+        needed = ("{module}", "compileflow", "{module}.__main__", "compileflow._process")
+        if name not in (*needed, "compileflow._process.end_at_once", "__future__"):
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+import runpy, {module}
+for name in [name for name in sys.modules if name.startswith("compileflow")]:
+    del sys.modules[name]
+sys.meta_path.insert(0, Press())
+runpy.run_module("{module}.__main__", run_name="__main__")
+"""
+    completed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (completed.returncode, completed.stderr) == (130, "Interrupted.\n")
 
 
 def test_output_that_cannot_be_written_is_one_line(settings: Settings) -> None:

@@ -78,6 +78,13 @@ def test_promote_moves_the_same_artifact_in_every_registry(both: tuple[str, str]
         assert change.who
 
 
+def test_promote_finds_a_version_by_its_stage(both: tuple[str, str]) -> None:
+    for stage in ("staging", "production"):
+        words = ("promote", "ner", "1" if stage == "staging" else "staging", "--stage", stage)
+        assert call(*words).exit_code == 0
+    assert [open_registry(uri).get("ner", "production").version for uri in both] == [1, 2]
+
+
 def test_promote_leaves_out_a_registry_that_has_not_the_artifact(both: tuple[str, str]) -> None:
     open_registry(both[0]).register(version_entry("ner", 5))
     result = call("promote", "ner", "2", "--stage", "staging", "--json")
@@ -102,6 +109,9 @@ def test_warned_version_is_promoted_only_by_force_and_with_a_reason(registry: Mo
         (("promote", "ner", "1", "--stage", "live"), ("Unknown stage 'live'", "staging, production"), 2),
         (("promote", "ner", "7", "--stage", "staging"), ("no version 7", "1"), 1),
         (("promote", "nor", "1", "--stage", "staging"), ("no model 'nor'", "ner"), 1),
+        (("promote", "ner", "soon", "--stage", "staging"), ("number of a version or a stage, got 'soon'",), 2),
+        (("promote", "ner", "production", "--stage", "archived"), ("'production'", "none (1)"), 1),
+        (("lineage", "ner", "soon"), ("number of a version or a stage, got 'soon'",), 2),
         (("lineage", "ner", "7"), ("no version 7", "1"), 1),
         (("lineage", "ner", "production"), ("production",), 1),
         (("pull", "ner@production", "out"), ("production",), 1),
@@ -281,6 +291,14 @@ def test_gc_stops_when_a_registry_cannot_be_asked(settings: Settings, tmp_path: 
     broken.write_bytes(b"this is not a database" * 100)
     one_line(call("gc", "--min-age-days", "0", "--registry", f"sqlite:///{broken}"), "not a database")
     assert store.exists(digest)
+
+
+def test_gc_refuses_a_store_that_does_not_exist(registry: ModelRegistry, tmp_path: Path) -> None:
+    registry.register(version_entry("ner", 1))
+    absent = tmp_path / "sotre"
+    for more in ((), ("--dry-run",)):
+        one_line(call("gc", "--store", absent.as_uri(), *more), f"The store {absent.as_uri()} does not exist")
+    assert not absent.exists()
 
 
 def test_mirror_copies_what_is_not_there_yet(settings: Settings, tmp_path: Path) -> None:
