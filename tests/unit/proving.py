@@ -34,6 +34,7 @@ def validate_here(
     max_examples: int = 40,
     reference_dir: Path | None = None,
     suite: UserSuite | None = None,
+    examples: Path | None = None,
 ) -> Proof:
     """Run the real measurement, judgement and report in this process."""
     report_dir.mkdir(parents=True)
@@ -43,7 +44,11 @@ def validate_here(
             "artifact_dir": str(artifact_dir),
             "artifact_uri": artifact_dir.as_uri(),
             "report_dir": str(report_dir),
-            "validation": {"max_examples": max_examples, "latency_pairs": 5},
+            "validation": {
+                "max_examples": max_examples,
+                "latency_pairs": 5,
+                "examples_path": str(examples) if examples else None,
+            },
             "threads": 1,
             "source_digest": folder_digest(list_files(source_dir)),
             "reference_dir": str(reference_dir) if reference_dir else None,

@@ -78,7 +78,7 @@ def _evidence(source_dir: Path, source_model: SourceModel, record: ComponentReco
     draw = Draw(seed=fields.pop("seed", 1), tokens=source_model.tokens, most_ids=fields.pop("most_ids", 10**6))
     spec = CompileSpec(target="onnx-runtime", hf_task=CLASSIFY, components=(ComponentSpec(),), **fields)
     settings = ValidationSettings(max_examples=16)
-    return gather_evidence(source_dir, spec, record, settings, draw=draw, trust_remote_code=False)
+    return gather_evidence(source_dir, spec, record, settings, labels={}, draw=draw, trust_remote_code=False)
 
 
 @pytest.fixture(scope="module")

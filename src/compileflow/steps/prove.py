@@ -251,17 +251,18 @@ def _prove_component(
     # A wrong manifest must not decide which frames are compared.
     record = compiled_component.record.model_copy(update={"frame_convolutions": source_model.frame_convolutions})
     spec, config = manifest.spec, _config(source_dir, artifact)
+    labels = {int(key): str(value) for key, value in config.id2label.items()}
     evidence = gather_evidence(
         source_dir,
         spec,
         record,
         validation,
         tests,
+        labels=labels,
         draw=draw_for(artifact.digest, source_model),
         trust_remote_code=artifact.trust_remote_code,
     )
     shapes_to_time = component_shapes(artifact, record, source_dir, validation)
-    labels = {int(key): str(value) for key, value in config.id2label.items()}
     decisions = Decisions(
         spec.hf_task.graph_task,
         labels=dict(evidence.tokens) or labels,
@@ -381,6 +382,7 @@ def _prove_component(
         flips=decisions.flips(evidence.decode),
         flips_count=decisions.flips_count(),
         coverage=measurements.coverage,
+        score=measurements.score,
         failure=failed.failure if failed else None,
     )
     # The first component that fails names the verdict.

@@ -17,14 +17,17 @@ from compileflow.source_model.processor import load_processor
 from compileflow.source_model.token_rows import TokenRows
 from compileflow.spec import CompileSpec, HfTask, Precision
 from compileflow.validation.cases import (
+    CLASS_FOLDERS,
     Case,
     CaseBuilder,
     SignalCases,
     agreement_cases,
+    check_labels,
     generated_count,
     load_examples,
     load_signals,
     shape_cases,
+    truth_of,
 )
 from compileflow.validation.cases.filled_rows import FilledRows, natural_ids
 from compileflow.validation.cases.image_text import LABELS, ImageTextCases
@@ -119,6 +122,7 @@ def gather_evidence(
     validation: ValidationSettings,
     tests: RegisteredTests | None = None,
     *,
+    labels: Mapping[int, str],
     draw: Draw,
     trust_remote_code: bool,
 ) -> Evidence:
@@ -130,6 +134,7 @@ def gather_evidence(
         record: Record of the component.
         validation: Settings of the validation.
         tests: Test inputs that are registered with the source version.
+        labels: Name of each label of the model.
         draw: Values from which inputs are drawn.
         trust_remote_code: Run Python files of the source model.
 
@@ -140,8 +145,8 @@ def gather_evidence(
         return _image_text_evidence(source_dir, spec, record, validation, draw, trust_remote_code)
     if spec.hf_task.modality == "text":
         tokenizer = _tokenizer(source_dir, trust_remote_code)
-        return _text_evidence(tokenizer, spec, record, validation, tests, draw)
-    return _signal_evidence(source_dir, spec, record, validation, draw, trust_remote_code)
+        return _text_evidence(tokenizer, spec, record, validation, tests, labels, draw)
+    return _signal_evidence(source_dir, spec, record, validation, labels, draw, trust_remote_code)
 
 
 def timed_shapes(
@@ -171,6 +176,7 @@ def _text_evidence(
     record: ComponentRecord,
     validation: ValidationSettings,
     tests: RegisteredTests | None,
+    labels: Mapping[int, str],
     draw: Draw,
 ) -> Evidence:
     examples, origin, digest = load_examples(spec.hf_task, validation.examples_path, validation.max_examples)
@@ -190,7 +196,9 @@ def _text_evidence(
         pad_left=record.padding == "left",
     )
 
-    natural = agreement_cases(builder, examples, spec.hf_task)
+    check_labels(spec.hf_task, examples, labels, origin)
+    truths = [truth_of(example, builder.with_offsets, labels) for example in examples]
+    natural = agreement_cases(builder, examples, spec.hf_task, truths)
     tokens = _required(draw.tokens)
     ids = np.concatenate([case.inputs["input_ids"][case.mask == 1] for case in natural])
     filled = FilledRows(tokens, record, natural_ids(ids, tokens), {})
@@ -297,6 +305,7 @@ def _signal_evidence(
     spec: CompileSpec,
     record: ComponentRecord,
     validation: ValidationSettings,
+    labels: Mapping[int, str],
     draw: Draw,
     trust_remote_code: bool,
 ) -> Evidence:
@@ -308,7 +317,9 @@ def _signal_evidence(
         validation.examples_path,
         validation.max_examples,
         generated=generated_count(spec.hf_task, spec.precision),
+        by_class=task in CLASS_FOLDERS,
     )
+    check_labels(task, [{"label": signal.label} for signal in signals if signal.label], labels, origin)
     decode: Decode = lambda ids: " ".join(map(str, ids))  # noqa: E731 - a default for one field
     tokens: Mapping[int, str] = {}
     if task is HfTask.SPEECH_RECOGNITION:

@@ -15,9 +15,9 @@ class ValidationSettings(BaseModel):
     examples_path: str | None = Field(
         None,
         title="Examples",
-        description="Your natural examples: a text file with one example per line, a file of JSON lines with "
-        "text, or with question and context, or a folder of images or 16-bit WAV files. Empty: the 320 sentences "
-        "or 300 questions that come with compileflow, or generated images and recordings.",
+        description="Your natural examples, perhaps with labels: a text file with one example per line, JSON "
+        "lines or CSV with text, or with question and context, or a folder of images or 16-bit WAV files. Empty: "
+        "the 320 sentences or 300 questions that come with compileflow, or generated images and recordings.",
     )
     suite_path: str | None = Field(
         None,

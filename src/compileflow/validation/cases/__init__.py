@@ -4,26 +4,32 @@ from __future__ import annotations
 
 from compileflow.validation.cases.case import Case
 from compileflow.validation.cases.examples import (
+    class_names,
     generated_count,
     load_examples,
     load_signals,
     signals_digest,
 )
 from compileflow.validation.cases.generated_signals import NamedSignal, generated_signals
+from compileflow.validation.cases.labels import CLASS_FOLDERS, check_labels, truth_of
 from compileflow.validation.cases.signals import SignalCases
 from compileflow.validation.cases.text import ODD_TEXTS, CaseBuilder, agreement_cases, shape_cases
 
 __all__ = [
+    "CLASS_FOLDERS",
     "ODD_TEXTS",
     "Case",
     "CaseBuilder",
     "NamedSignal",
     "SignalCases",
     "agreement_cases",
+    "check_labels",
+    "class_names",
     "generated_count",
     "generated_signals",
     "load_examples",
     "load_signals",
     "shape_cases",
     "signals_digest",
+    "truth_of",
 ]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from compileflow.contracts import Arrays
+from compileflow.validation.cases.labels import Truth
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Case:
         inputs: Arrays that both models get, batch first.
         mask: 1 where a position counts. Nothing else is compared.
         positions: For fill-mask, the masked position of each row.
-        truths: Name or number of the right label of each row; None where it is unknown, empty if all are.
+        truths: Label of each row; None where it is unknown, empty if all are.
         may_fail: The source model may refuse these inputs, because no tokenizer makes them. The case is then left
             out, with a note in the report.
         same_as: Inputs to which the source model should give the same answer, as the compiled model does. If it
@@ -35,7 +36,7 @@ class Case:
     inputs: Arrays
     mask: Any
     positions: tuple[int, ...] = field(default=())
-    truths: tuple[str | None, ...] = field(default=(), kw_only=True)
+    truths: tuple[Truth | None, ...] = field(default=(), kw_only=True)
     may_fail: bool = False
     same_as: Arrays | None = None
     answers_only: bool = False

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import wave
+from collections.abc import Iterator
 from importlib.resources import files
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +18,7 @@ from compileflow.errors import MeasurementError, first_line
 from compileflow.source_model.processor import Processor
 from compileflow.spec import HfTask, Modality, Precision
 from compileflow.validation.cases.generated_signals import NamedSignal, Signal, generated_signals
+from compileflow.validation.cases.labels import Example, label_fields
 
 # Images or recordings that are generated. Where each gives one decision, 268 without a mismatch show 99 %.
 # fp32 allows no mismatch at all.
@@ -30,17 +35,17 @@ _SUFFIXES: dict[Modality, tuple[str, ...]] = {
 }
 
 
-def load_examples(task: HfTask, path: str | None, limit: int) -> tuple[list[dict[str, str]], str, str]:
+def load_examples(task: HfTask, path: str | None, limit: int) -> tuple[list[Example], str, str]:
     """Read natural examples of text: the user's file, or the one bundled with compileflow.
 
     Returns:
-        The examples ({"text": ...}, or {"question": ..., "context": ...}, and a "label" where a classifier's file
-        has one), their origin in words, and the SHA-256 of the file.
+        The examples ({"text": ...}, or {"question": ..., "context": ...}, with the labels that `label_fields`
+        returns), their origin in words, and the SHA-256 of the file.
 
     Raises:
         MeasurementError: The file cannot be read, or holds no example in the form that the task needs.
     """
-    questions, labelled = task.reads_pairs, task.graph_task is HfTask.TEXT_CLASSIFICATION
+    questions = task.reads_pairs
     try:
         if path is not None:
             origin, body = Path(path).name, Path(path).expanduser().read_bytes()
@@ -48,16 +53,18 @@ def load_examples(task: HfTask, path: str | None, limit: int) -> tuple[list[dict
             origin = "questions_en.jsonl" if questions else "sentences_en.txt"
             body = (files("compileflow.validation") / "data" / origin).read_bytes()
             origin = f"compileflow's own {origin}"
-        # Not splitlines: a JSON string may contain U+2028 and similar characters.
-        lines = body.decode("utf-8-sig").replace("\r\n", "\n").split("\n")
-        examples = [_example(line, questions, labelled) for line in lines if line.strip()]
-    except (OSError, ValueError) as error:
+        text = body.decode("utf-8-sig").replace("\r\n", "\n")
+        if origin.lower().endswith(".csv"):
+            examples = list(_rows(text, task))
+        else:
+            # Not splitlines: a JSON string may contain U+2028 and similar characters.
+            examples = [_example(line, task) for line in text.split("\n") if line.strip()]
+    except (OSError, ValueError, csv.Error) as error:
         raise MeasurementError(
             f"The examples cannot be used: {first_line(error)}: {path}.",
-            hint='Give JSON lines with "question" and "context".'
+            hint='Give JSON lines or CSV with "question" and "context".'
             if questions
-            else 'Give a text file with one example per line, or JSON lines with "text"'
-            + (' and perhaps "label".' if labelled else "."),
+            else 'Give a text file with one example per line, or JSON lines or CSV with "text".',
         ) from error
     if not examples:
         raise MeasurementError(
@@ -66,19 +73,29 @@ def load_examples(task: HfTask, path: str | None, limit: int) -> tuple[list[dict
     return examples[:limit], origin, hashlib.sha256(body).hexdigest()
 
 
-def _example(line: str, questions: bool, labelled: bool) -> dict[str, str]:
-    fields = ("question", "context") if questions else ("text",)
+def _example(line: str, task: HfTask) -> Example:
     if line.startswith("{"):
         data = json.loads(line)
-        for name in fields:
-            if not isinstance(data.get(name), str):
-                problem = "is not a string" if name in data else "is missing"
-                raise ValueError(f"{name} {problem} in a line: {line[:80]}")
-        has_label = labelled and isinstance(data.get("label"), str | int)
-        return {name: data[name] for name in fields} | ({"label": str(data["label"])} if has_label else {})
-    if questions:
+        try:
+            return label_fields(data, task)
+        except ValueError as error:
+            raise ValueError(f"{error} in a line: {line[:80]}") from error
+    if task.reads_pairs:
         raise ValueError(f"a line is not JSON with question and context: {line[:80]}")
     return {"text": line}
+
+
+def _rows(text: str, task: HfTask) -> Iterator[Example]:
+    """Read CSV whose first row names the columns."""
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    for row in reader:
+        # DictReader puts missing cells under their column as None, and further cells under None.
+        if None in row or None in row.values():
+            raise ValueError(f"line {reader.line_num}: expected {len(reader.fieldnames or ())} cells")
+        try:
+            yield label_fields(row, task)
+        except ValueError as error:
+            raise ValueError(f"line {reader.line_num}: {error}") from error
 
 
 def generated_count(task: HfTask, precision: Precision) -> int:
@@ -88,7 +105,12 @@ def generated_count(task: HfTask, precision: Precision) -> int:
 
 
 def load_signals(
-    processor: Processor, path: str | None, limit: int, *, generated: int = _GENERATED
+    processor: Processor,
+    path: str | None,
+    limit: int,
+    *,
+    generated: int = _GENERATED,
+    by_class: bool = False,
 ) -> tuple[list[NamedSignal], str, str]:
     """Read a folder of image or WAV files, sorted by name, or generate examples.
 
@@ -97,6 +119,7 @@ def load_signals(
         path: The folder. None: generate examples.
         limit: Most examples.
         generated: Number of examples to generate.
+        by_class: Read the folders inside it as well: their names are the labels of their files.
 
     Returns:
         The signals, their origin in words, and a SHA-256 that changes when they change.
@@ -108,34 +131,54 @@ def load_signals(
         count = min(limit, generated)
         origin = f"{count} {processor.modality} examples that compileflow generates"
         return generated_signals(processor, count), origin, hashlib.sha256(origin.encode()).hexdigest()
-    signal_files = _signal_files(path, processor.modality)[:limit]
+    signal_files = _signal_files(path, processor.modality, by_class=by_class)[:limit]
     read_signal = _read_image if processor.modality == "image" else _read_wav
     try:
-        signals = [NamedSignal(file.name, read_signal(file, processor.sampling_rate)) for file in signal_files]
+        signals = [
+            NamedSignal(
+                f"{label}/{file.name}" if label else file.name, read_signal(file, processor.sampling_rate), label
+            )
+            for file, label in signal_files
+        ]
     except (OSError, EOFError, ValueError, wave.Error) as error:
         raise MeasurementError(
             f"The examples cannot be used: {first_line(error)}: {path}.",
             hint=f"Give a folder of {', '.join(_SUFFIXES[processor.modality])} files.",
         ) from error
-    return signals, Path(path).name, signals_digest(path, processor.modality)
+    return signals, Path(path).name, signals_digest(path, processor.modality, by_class=by_class)
 
 
-def signals_digest(path: str | None, modality: Modality) -> str:
-    """Return the SHA-256 of the names and contents of a folder's examples; for None, of nothing.
+def signals_digest(path: str | None, modality: Modality, *, by_class: bool = False) -> str:
+    """Return the SHA-256 of the names, labels and contents of a folder's examples; for None, of nothing.
 
     Raises:
         MeasurementError: The folder holds no example.
     """
     digest = hashlib.sha256()
-    for file in _signal_files(path, modality) if path is not None else ():
-        digest.update(f"{file.name}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    for file, label in _signal_files(path, modality, by_class=by_class) if path is not None else ():
+        name = f"{label}/{file.name}" if label else file.name
+        digest.update(f"{name}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()
 
 
-def _signal_files(path: str, modality: Modality) -> list[Path]:
-    suffixes, folder = _SUFFIXES[modality], Path(path).expanduser()
+def class_names(path: str) -> list[str]:
+    """Return the names of the folders inside a folder of examples."""
+    folder = Path(path).expanduser()
     entries = sorted(folder.iterdir()) if folder.is_dir() else []
-    signal_files = [entry for entry in entries if entry.suffix.lower() in suffixes]
+    return [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+
+
+def _signal_files(path: str, modality: Modality, *, by_class: bool) -> list[tuple[Path, str | None]]:
+    """Return the files with their labels; one of each class in turn, so that a limit leaves no class out."""
+    suffixes, folder = _SUFFIXES[modality], Path(path).expanduser()
+
+    def files_of(place: Path, label: str | None) -> list[tuple[Path, str | None]]:
+        entries = sorted(place.iterdir()) if place.is_dir() else []
+        return [(entry, label) for entry in entries if entry.suffix.lower() in suffixes]
+
+    classes = [files_of(folder / name, name) for name in class_names(path)] if by_class else []
+    in_turn = (entry for entries in zip_longest(*classes) for entry in entries if entry is not None)
+    signal_files = [*files_of(folder, None), *in_turn]
     if not signal_files:
         raise MeasurementError(
             f"{path} holds no {modality} file.", hint=f"Give a folder of {', '.join(suffixes)} files."

@@ -18,10 +18,17 @@ _SECONDS = (0.4, 3.0)
 
 @dataclass(frozen=True)
 class NamedSignal:
-    """An image, uint8 (height, width, 3), or a recording, float32 (samples,), with its name in the report."""
+    """An image, uint8 (height, width, 3), or a recording, float32 (samples,), with its name in the report.
+
+    Attributes:
+        name: Name in the report.
+        values: The image or the recording.
+        label: Name of its label; None if it is unknown.
+    """
 
     name: str
     values: Signal
+    label: str | None = None
 
 
 def generated_signals(processor: Processor, count: int, *, seed: int = 11) -> list[NamedSignal]:

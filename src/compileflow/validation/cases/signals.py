@@ -42,7 +42,8 @@ class SignalCases:
         """Build one batch of signals. The processor's mask decides what counts; without one, everything does."""
         arrays = self.processor([signal.values for signal in signals])
         inputs = {record.name: self._cut(record.axes, arrays[record.name]) for record in self.record.inputs}
-        return Case(name, family, tuple(signal.name for signal in signals), inputs, self.output_mask(inputs))
+        names, labels = (tuple(signal.name for signal in signals), tuple(signal.label for signal in signals))
+        return Case(name, family, names, inputs, self.output_mask(inputs), truths=labels if any(labels) else ())
 
     def output_mask(self, inputs: Arrays) -> NDArray[Any]:
         """Return 1 where a frame counts, shape (batch, frames); ones of (batch, 1) if no output has frames."""

@@ -12,6 +12,7 @@ from compileflow.contracts import Arrays
 from compileflow.errors import MeasurementError
 from compileflow.spec import HfTask
 from compileflow.validation.cases.case import Case
+from compileflow.validation.cases.labels import Example, Truth
 
 ODD_TEXTS = {
     "empty": "",
@@ -63,15 +64,29 @@ class CaseBuilder:
         if pair is None and self.question is not None:
             text, pair = self.question, text
         limit = max_length or self.max_length
-        if pair is not None:
-            # A fast tokenizer pairs all pieces that truncation cuts off, which takes minutes for a long text.
-            pair = pair[: _LONGEST_TOKEN * limit]
-        encoded = self.tokenizer(
-            text, pair, truncation=True, max_length=limit, padding=False, return_token_type_ids=True
-        )
+        encoded = self._encoded(text, pair, limit, return_token_type_ids=True)
         ids = list(encoded["input_ids"])[:limit] or [self.pad_token_id]
         types = list(encoded.get("token_type_ids", ()))[: len(ids)] or [0] * len(ids)
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "token_type_ids": types}
+
+    def with_offsets(self, text: str, pair: str | None = None) -> Any:
+        """Return the encoding of one text or pair with the place of each token, which a fast tokenizer knows.
+
+        Raises:
+            MeasurementError: The tokenizer is not a fast one.
+        """
+        if not self.tokenizer.is_fast:
+            raise MeasurementError(
+                "The tokenizer cannot tell where in the text a token is, so the labels cannot be compared.",
+                hint="Give examples without labels, or a model with a fast tokenizer.",
+            )
+        return self._encoded(text, pair, self.max_length, return_offsets_mapping=True)
+
+    def _encoded(self, text: str, pair: str | None, limit: int, **parts: bool) -> Any:
+        if pair is not None:
+            # A fast tokenizer pairs all pieces that truncation cuts off, which takes minutes for a long text.
+            pair = pair[: _LONGEST_TOKEN * limit]
+        return self.tokenizer(text, pair, truncation=True, max_length=limit, padding=False, **parts)
 
     def collate(self, rows: Sequence[Row], *, left: bool | None = None) -> Arrays:
         """Pad rows to the longest one; the mask is 0 where a row is padded."""
@@ -96,7 +111,7 @@ class CaseBuilder:
         *,
         left: bool | None = None,
         positions: tuple[int, ...] = (),
-        truths: tuple[str | None, ...] = (),
+        truths: tuple[Truth | None, ...] = (),
         may_fail: bool = False,
     ) -> Case:
         """Build one case from encoded rows."""
@@ -152,8 +167,17 @@ def shape_cases(builder: CaseBuilder, sentences: Sequence[str]) -> list[Case]:
     return cases
 
 
-def agreement_cases(builder: CaseBuilder, examples: Sequence[dict[str, str]], task: HfTask) -> list[Case]:
-    """Build natural batches of 8, sorted by length; fill-mask masks one word per row."""
+def agreement_cases(
+    builder: CaseBuilder, examples: Sequence[Example], task: HfTask, truths: Sequence[Truth | None] = ()
+) -> list[Case]:
+    """Build natural batches of 8, sorted by length; fill-mask masks one word per row.
+
+    Args:
+        builder: Builder of the cases.
+        examples: Natural examples.
+        task: Task of the model.
+        truths: Label of each example; empty without labels.
+    """
     rows, texts, positions = [], [], []
     for example in examples:
         if "question" in example:
@@ -178,7 +202,7 @@ def agreement_cases(builder: CaseBuilder, examples: Sequence[dict[str, str]], ta
                 [rows[index] for index in batch],
                 [texts[index] for index in batch],
                 positions=tuple(positions[index] for index in batch),
-                truths=tuple(examples[index].get("label") for index in batch),
+                truths=tuple(truths[index] for index in batch) if truths else (),
             )
         )
     return cases

@@ -66,8 +66,8 @@ class _UserFile(GateFile):
             problem = _problem(entry)
             if problem:
                 raise ValueError(f"gate {entry.gate!r}: {problem}")
-            values = (value for table in self._tables(entry) for value in table.values())
-            if entry.table == "rates" and not all(0.0 <= value <= 1.0 for value in values):
+            bounds = [bound for table in self._tables(entry) for bound in table.values()]
+            if entry.table == "rates" and not all(0.0 <= bound <= 1.0 for bound in bounds):
                 raise ValueError(f"gate {entry.gate!r}: expected a limit from 0 to 1 for a rate")
         return self
 

@@ -78,8 +78,9 @@ def measure(
     metrics.relate_to_scale(measurements.comparisons, metrics.scales_of(measurements.comparisons))
     measurements.coverage = coverage.covered()
     measurements.scalars.update(coverage.scalars())
-    measurements.rates.extend(decisions.rates())
-    measurements.scalars.update(decisions.scalars())
+    measurements.rates.extend((*decisions.rates(), *decisions.scores.rates()))
+    measurements.scalars.update(decisions.scalars() | decisions.scores.scalars())
+    measurements.score = decisions.scores.result()
     if decisions.precision is Precision.INT8:
         measurements.scalars.update(tendencies.scalars(measurements.comparisons))
     return measurements

@@ -12,6 +12,7 @@ import numpy as np
 from compileflow.contracts import Arrays
 from compileflow.spec import HfTask, Precision
 from compileflow.validation.cases.case import Case
+from compileflow.validation.cases.labels import LabelledAnswer, LabelledWords, Truth, spans
 from compileflow.validation.measure import metrics
 from compileflow.validation.measure.detections import corners, detected
 from compileflow.validation.measure.flips import (
@@ -25,6 +26,7 @@ from compileflow.validation.measure.flips import (
     span_choice,
     token_choice,
 )
+from compileflow.validation.measure.scores import Scores
 
 # With a smaller margin the reference has not decided between two answers; either counts as agreement. The same
 # holds for a gap between two logits that is a smaller share of the largest one: two steps of the format's grid,
@@ -80,6 +82,7 @@ class Decisions:
         pools: Functions from the tokens of a text, shape (tokens, size), to its embedding: that of the source
             model and that of the compiled model.
         precision: Precision of the compiled model, whose grid decides what a tie is.
+        scores: Answers to examples that have labels.
     """
 
     task: HfTask
@@ -87,6 +90,7 @@ class Decisions:
     multi_label: bool = False
     pools: tuple[Pool, Pool] = (mean_of_tokens, mean_of_tokens)
     precision: Precision = Precision.FP32
+    scores: Scores = field(init=False)
     _rates: list[dict[str, Any]] = field(default_factory=list)
     _confident_flips: int = 0
     _largest: float = 0.0
@@ -100,6 +104,9 @@ class Decisions:
     _scores: list[tuple[str, tuple[float, float]]] = field(default_factory=list)
     _changes: list[Change] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.scores = Scores(self.task)
+
     def add(self, case: Case, expected: Arrays, actual: Arrays) -> None:
         """Add one natural batch. Outputs of the wrong shape are judged by the shape gate."""
         if any(name not in actual or actual[name].shape != value.shape for name, value in expected.items()):
@@ -109,11 +116,11 @@ class Decisions:
             return
         for row, text in enumerate(case.texts):
             mask = case.mask[row].astype(bool)
+            truth = case.truths[row] if case.truths else None
             if self.task.modality != "text":
-                self._add_signal(text, mask, *(_row(outputs, row) for outputs in (expected, actual)))
+                self._add_signal(text, mask, _row(expected, row), _row(actual, row), truth)
                 continue
             if self.task in _WHOLE_INPUT:
-                truth = case.truths[row] if case.truths else None
                 self._add_label(text, expected["logits"][row], actual["logits"][row], truth)
                 continue
             if self.task is HfTask.MULTIPLE_CHOICE:
@@ -125,14 +132,14 @@ class Decisions:
                 tokens = (outputs["last_hidden_state"][row][mask] for outputs in (expected, actual))
                 self._add_embedding(text, *(pool(value) for pool, value in zip(self.pools, tokens, strict=True)))
             elif self.task is HfTask.TOKEN_CLASSIFICATION:
-                self._add_tokens(text, ids, expected["logits"][row][mask], actual["logits"][row][mask])
+                self._add_tokens(text, ids, expected["logits"][row][mask], actual["logits"][row][mask], truth)
             elif self.task is HfTask.FILL_MASK:
                 position = case.positions[row]
                 self._add_mask(text, expected["logits"][row, position], actual["logits"][row, position])
             else:
                 names = ("start_logits", "end_logits")
                 before, after = ([outputs[name][row][mask] for name in names] for outputs in (expected, actual))
-                self._add_span(text, ids, before, after)
+                self._add_span(text, ids, before, after, truth)
 
     def rates(self) -> list[dict[str, Any]]:
         """Return one row per example and metric: metric, text, hits, trials."""
@@ -230,10 +237,10 @@ class Decisions:
             for loss, text, trials in losses
         ]
 
-    def _add_signal(self, text: str, mask: Any, before: Arrays, after: Arrays) -> None:
+    def _add_signal(self, text: str, mask: Any, before: Arrays, after: Arrays, truth: Truth | None) -> None:
         """Add one image or recording: its outputs by name, without the batch axis."""
         if self.task in _WHOLE_INPUT:
-            self._add_label(text, before["logits"], after["logits"])
+            self._add_label(text, before["logits"], after["logits"], truth)
         elif self.task is HfTask.SPEECH_RECOGNITION:
             self._add_speech(text, *(_counted(outputs["logits"], mask) for outputs in (before, after)))
         elif self.task is HfTask.AUDIO_FRAME_CLASSIFICATION:
@@ -261,27 +268,25 @@ class Decisions:
         """Add the single logit of a model that scores its inputs, shape (1,)."""
         self._scores.append((text, (float(before[0]), float(after[0]))))
 
-    def _add_label(self, text: str, before: Any, after: Any, truth: str | None = None) -> None:
+    def _add_label(self, text: str, before: Any, after: Any, truth: Truth | None = None) -> None:
         if before.size == 1:
             self._add_score(text, before, after)
         self._logits.append((before[None], after[None]))
         if not self.multi_label and before.size > 1:
             words: list[Words] = [[choice(logits, self._name)] for logits in (before, after)]
             self._count("label_agreement", text, before[None], after[None], lambda _: words)
-            if truth is not None:
-                self._rates[-1] |= self._right_and_wrong(truth, before, after)
+            if isinstance(truth, str):
+                choices = (int(before.argmax()), int(after.argmax()))
+                was_right, is_right = (truth in (self._name(label), str(label)) for label in choices)
+                self._rates[-1] |= {
+                    "right_to_wrong": int(was_right and not is_right),
+                    "wrong_to_right": int(is_right and not was_right),
+                }
+                # A tie of the source model counts as agreement.
+                is_tie = bool(self._ties(before[None])[0])
+                self.scores.add_label(text, was_right, was_right if is_tie else is_right)
             return
         self._count_each("label_agreement", text, before, after, self._name)
-
-    def _right_and_wrong(self, truth: str, before: Any, after: Any) -> dict[str, int]:
-        """Return whether a label changed from right to wrong, or from wrong to right."""
-        was_right, is_right = (
-            truth in (self._name(label), str(label)) for label in (int(before.argmax()), int(after.argmax()))
-        )
-        return {
-            "right_to_wrong": int(was_right and not is_right),
-            "wrong_to_right": int(is_right and not was_right),
-        }
 
     def _add_frames(self, text: str, before: Any, after: Any) -> None:
         """Compare each label of each frame, logits of shape (frames, labels)."""
@@ -370,7 +375,7 @@ class Decisions:
 
         self._count(metric, text, before, after, describe, size=self._largest)
 
-    def _add_tokens(self, text: str, ids: list[int], before: Any, after: Any) -> None:
+    def _add_tokens(self, text: str, ids: list[int], before: Any, after: Any, truth: Truth | None) -> None:
         self._logits.append((before, after))
 
         def describe(flipped: list[int]) -> list[Words]:
@@ -382,6 +387,13 @@ class Decisions:
         self._count("label_agreement", text, before, after, describe)
         tags = [[self._name(int(label)) for label in logits.argmax(-1)] for logits in (before, after)]
         self._tags.append((tags[0], tags[1]))
+        if isinstance(truth, LabelledWords):
+            # A tie of the source model counts as agreement.
+            agreed = [tags[int(not is_tie)][position] for position, is_tie in enumerate(self._ties(before))]
+            entities = [
+                frozenset(spans([given[token] for token in truth.first_tokens])) for given in (tags[0], agreed)
+            ]
+            self.scores.add_entities(text, truth.entities, entities)
 
     def _add_speech(self, text: str, before: Any, after: Any) -> None:
         """Compare the character of each frame, and the transcript, where repeats of a character merge (CTC)."""
@@ -408,7 +420,9 @@ class Decisions:
         hits = metrics.overlap_at(before, after, k, tie=tie)
         self._rates.append({"metric": "top5_overlap", "text": text, "hits": hits, "trials": k})
 
-    def _add_span(self, text: str, ids: list[int], before: list[Any], after: list[Any]) -> None:
+    def _add_span(
+        self, text: str, ids: list[int], before: list[Any], after: list[Any], truth: Truth | None
+    ) -> None:
         ties = [bool(self._ties(logits[None])[0]) for logits in before]
         # A span flips with either end, but not with an end that is a tie of the reference.
         margins = [
@@ -420,6 +434,8 @@ class Decisions:
         self._rates.append(
             {"metric": "exact_span", "text": text, "hits": int(is_equal), "trials": 1, "ties": int(any(ties))}
         )
+        if isinstance(truth, LabelledAnswer):
+            self.scores.add_answer(text, truth, before, after, is_equal=is_equal and any(ties))
         if not is_equal:
             words = [span_choice(ids, ends) for ends in (before, after)]
             self._changes.append(Change("exact_span", text, margin, *words))

@@ -10,6 +10,7 @@ import numpy as np
 
 from compileflow.contracts import LATENCY_ON_BUSY_MACHINE, Arrays
 from compileflow.validation.measure.coverage import Covered
+from compileflow.validation.measure.scores import LabelScore
 
 Model = Callable[[Arrays], Arrays]
 
@@ -59,6 +60,7 @@ class Measurements:
         latencies: Paired timings; the first is the headline.
         notes: Sentences for the report about what could not be measured.
         coverage: Shapes and token ids that were met, and how many there are.
+        score: Score of both models on the labels of the examples; None without labels.
     """
 
     comparisons: list[dict[str, Any]] = field(default_factory=list)
@@ -72,6 +74,7 @@ class Measurements:
     latencies: list[Latency] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     coverage: tuple[Covered, ...] = ()
+    score: LabelScore | None = None
 
     def figures(self) -> dict[str, float]:
         """Return the few numbers that a registry keeps; all of them are finite."""

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from compileflow.validation.cases.labels import spans
+
 Array = NDArray[Any]
 
 # The tolerances of numpy.isclose in `tolerance_use`.
@@ -254,22 +256,6 @@ def _share(part: float, whole: float) -> float:
     if whole == 0.0:
         return 0.0 if part == 0.0 else float("inf")
     return part / whole
-
-
-def spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
-    """Return entities as (type, start, end): from BIO prefixes if there are any, else from runs of one tag."""
-    entities = set()
-    open_entity: tuple[str, int] | None = None
-    for position, tag in enumerate([*tags, "O"]):
-        prefix, dash, entity_type = tag.partition("-")
-        kind = "" if tag == "O" else entity_type if dash and prefix in ("B", "I") else tag
-        is_start = bool(dash) and prefix == "B"
-        if open_entity is not None and (is_start or kind != open_entity[0]):
-            entities.add((open_entity[0], open_entity[1], position))
-            open_entity = None
-        if open_entity is None and kind:
-            open_entity = (kind, position)
-    return entities
 
 
 def entity_f1(reference: Sequence[Sequence[str]], candidate: Sequence[Sequence[str]]) -> float:

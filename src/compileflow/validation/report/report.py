@@ -16,6 +16,7 @@ from compileflow.validation.judge.verdict import Verdict
 from compileflow.validation.measure.coverage import Covered
 from compileflow.validation.measure.flips import Flip
 from compileflow.validation.measure.measurements import Latency
+from compileflow.validation.measure.scores import LabelScore
 from compileflow.validation.report.page import fraction, write_page
 from compileflow.validation.report.picture import latency_picture
 
@@ -77,6 +78,7 @@ class Report(BaseModel):
     )
     flips_count: int = Field(0, ge=0, description="Number of all flips, listed or not.")
     coverage: tuple[Covered, ...] = Field((), description="Shapes and token ids that were met.")
+    score: LabelScore | None = Field(None, description="Score of both models on the labels of the examples.")
     failure: Failure | None = Field(None, description="After the verdict fail: where the failure begins.")
 
     @property

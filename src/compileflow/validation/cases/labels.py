@@ -1,0 +1,226 @@
+"""Labels of examples: the forms in which a user gives them, and what an answer of a model is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from compileflow.errors import MeasurementError
+from compileflow.serving.answer_spans import Window
+from compileflow.spec import HfTask
+
+# Tasks whose recordings or pictures may lie in one folder for each label.
+CLASS_FOLDERS = (HfTask.IMAGE_CLASSIFICATION, HfTask.AUDIO_CLASSIFICATION)
+_NO_ENTITY = "O"
+
+Example = dict[str, Any]
+# Type, first word and the word after the last one.
+Entity = tuple[str, int, int]
+
+
+@dataclass(frozen=True)
+class LabelledWords:
+    """Labelled entities of a text.
+
+    Attributes:
+        first_tokens: Position of the first token of each word. Its tag is that of the word.
+        entities: The entities, in words.
+    """
+
+    first_tokens: tuple[int, ...]
+    entities: frozenset[Entity]
+
+
+@dataclass(frozen=True)
+class LabelledAnswer:
+    """Right answers to a question.
+
+    Attributes:
+        answers: Texts, each of which is right.
+        context: Text that contains them.
+        window: Tokens of the question and the context.
+    """
+
+    answers: tuple[str, ...]
+    context: str
+    window: Window
+
+
+# Of a classifier, the name or number of the right label.
+Truth = str | LabelledWords | LabelledAnswer
+
+
+def label_fields(data: Mapping[str, Any], task: HfTask) -> Example:
+    """Return the text of an example and its label, if it has one.
+
+    Args:
+        data: One JSON object, or the cells of one row.
+        task: Task of the model.
+
+    Raises:
+        ValueError: A field is missing, or does not have the form of the task.
+    """
+    if task is HfTask.TOKEN_CLASSIFICATION and "tokens" in data:
+        return _tagged(data)
+    names = ("question", "context") if task.reads_pairs else ("text",)
+    for name in names:
+        if not isinstance(data.get(name), str):
+            problem = "is not a string" if name in data else "is missing"
+            raise ValueError(f"{name} {problem}")
+    example: Example = {name: data[name] for name in names}
+    label = data.get("label")
+    if task.graph_task is HfTask.TEXT_CLASSIFICATION and isinstance(label, str | int) and label != "":
+        return example | {"label": str(label)}
+    if task is HfTask.TOKEN_CLASSIFICATION and "entities" in data:
+        return example | {"entities": _entities(data["entities"], len(example["text"]))}
+    if task is HfTask.QUESTION_ANSWERING and (answers := _answers(data)):
+        return example | {"answers": answers}
+    return example
+
+
+def check_labels(task: HfTask, examples: Sequence[Example], labels: Mapping[int, str], origin: str) -> None:
+    """Check that the model has the labels of the examples; otherwise each of them would count as a wrong answer.
+
+    Args:
+        task: Task of the model.
+        examples: Examples, as `label_fields` returns them.
+        labels: Name of each label of the model.
+        origin: Name of the file or folder, for the message.
+
+    Raises:
+        MeasurementError: The model lacks a label.
+    """
+    if task in (HfTask.TEXT_CLASSIFICATION, *CLASS_FOLDERS) and len(labels) > 1:
+        used_labels = {example["label"] for example in examples if "label" in example}
+        known_labels = {*labels.values(), *map(str, labels)}
+    elif task is HfTask.TOKEN_CLASSIFICATION:
+        used_labels = {entity["label"] for example in examples for entity in example.get("entities", ())}
+        known_labels = {_type_of(name) for name in labels.values()} - {_NO_ENTITY}
+        used_labels |= {str(tag) for example in examples for tag in example.get("tags", ())}
+        known_labels |= {*labels.values(), *map(str, labels), _NO_ENTITY}
+    else:
+        return
+    unknown_labels = sorted(used_labels - known_labels)
+    if unknown_labels:
+        raise MeasurementError(
+            f"The examples cannot be used: the model does not have the label {unknown_labels[0]!r} of {origin}.",
+            hint=f"Its labels are: {', '.join(labels[number] for number in sorted(labels)[:20])}.",
+        )
+
+
+def truth_of(example: Example, encode: Any, labels: Mapping[int, str]) -> Truth | None:
+    """Return what the answer to an example is compared with; None without a label.
+
+    Args:
+        example: Example, as `label_fields` returns it.
+        encode: Function from one or two texts to their tokens with offsets, as a fast tokenizer returns them.
+        labels: Name of each label of the model.
+    """
+    if "answers" in example:
+        return _labelled_answer(example, encode(example["question"], example["context"]))
+    if "tags" in example or "entities" in example:
+        return _labelled_words(example, encode(example["text"]), labels)
+    label: str | None = example.get("label")
+    return label
+
+
+def spans(tags: Sequence[str]) -> set[Entity]:
+    """Return entities as (type, start, end): from BIO prefixes if there are any, else from runs of one tag."""
+    entities = set()
+    open_entity: tuple[str, int] | None = None
+    for position, tag in enumerate([*tags, _NO_ENTITY]):
+        kind = "" if tag == _NO_ENTITY else _type_of(tag)
+        if open_entity is not None and (tag.startswith("B-") or kind != open_entity[0]):
+            entities.add((open_entity[0], open_entity[1], position))
+            open_entity = None
+        if open_entity is None and kind:
+            open_entity = (kind, position)
+    return entities
+
+
+def _type_of(tag: str) -> str:
+    prefix, dash, entity_type = tag.partition("-")
+    return entity_type if dash and prefix in ("B", "I") else tag
+
+
+def _tagged(data: Mapping[str, Any]) -> Example:
+    tokens, tags = (
+        value.split() if isinstance(value, str) else value for value in (data["tokens"], data.get("tags", []))
+    )
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        raise ValueError("tokens is not a list of strings")
+    example: Example = {"text": " ".join(tokens)}
+    if not tags:
+        return example
+    if not isinstance(tags, list) or not all(isinstance(tag, str | int) for tag in tags):
+        raise ValueError("tags is not a list of names or numbers")
+    if len(tags) != len(tokens):
+        raise ValueError(f"expected {len(tokens)} tags, one for each token, got {len(tags)}")
+    return example | {"tokens": tokens, "tags": [str(tag) for tag in tags]}
+
+
+def _entities(value: Any, length: int) -> list[Example]:
+    fields = {"start": int, "end": int, "label": str}
+    if not isinstance(value, list):
+        raise ValueError("entities is not a list")
+    for entity in value:
+        is_valid = isinstance(entity, dict) and all(isinstance(entity.get(key), fields[key]) for key in fields)
+        if not is_valid or not 0 <= entity["start"] < entity["end"] <= length:
+            raise ValueError(f"an entity is not a start, an end and a label within the text: {entity!r}")
+    return [{name: entity[name] for name in fields} for entity in value]
+
+
+def _answers(data: Mapping[str, Any]) -> list[str]:
+    """Return the right answers: a list of texts, or SQuAD's object with such a list, or one text."""
+    value = data.get("answers", data.get("answer"))
+    if isinstance(value, dict):
+        value = value.get("text")
+    answers = [value] if isinstance(value, str) else value or []
+    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+        raise ValueError("answers is not a list of texts")
+    return [answer for answer in answers if answer]
+
+
+def _labelled_answer(example: Example, encoded: Any) -> LabelledAnswer:
+    words = encoded.word_ids(0)
+    window = Window(
+        inputs={},
+        in_context=np.asarray([sequence == 1 for sequence in encoded.sequence_ids(0)]),
+        null=None,
+        offsets=np.asarray(encoded["offset_mapping"], np.int64),
+        words=np.asarray([-1 if word is None else word for word in words], np.int64),
+    )
+    return LabelledAnswer(tuple(example["answers"]), example["context"], window)
+
+
+def _labelled_words(example: Example, encoded: Any, labels: Mapping[int, str]) -> LabelledWords:
+    starts: dict[int, tuple[int, int]] = {}
+    ends: dict[int, int] = {}
+    for position, word in enumerate(encoded.word_ids(0)):
+        if word is not None:
+            start, end = encoded["offset_mapping"][position]
+            starts.setdefault(word, (position, start))
+            ends[word] = end
+    words = [(position, start, ends[word]) for word, (position, start) in starts.items()]
+    entities = set()
+    for kind, start, end in _character_spans(example, labels):
+        # Words that a span touches: the tokenizer may divide the text in another way than the labels do.
+        touched = [number for number, (_, first, last) in enumerate(words) if first < end and last > start]
+        if touched:
+            entities.add((kind, touched[0], touched[-1] + 1))
+    return LabelledWords(tuple(position for position, _, _ in words), frozenset(entities))
+
+
+def _character_spans(example: Example, labels: Mapping[int, str]) -> Iterator[Entity]:
+    """Yield entities as (type, start, end), in characters of the text."""
+    for entity in example.get("entities", ()):
+        yield _type_of(entity["label"]), entity["start"], entity["end"]
+    if "tags" not in example:
+        return
+    tags = [labels[int(tag)] if tag.isdecimal() and tag not in labels.values() else tag for tag in example["tags"]]
+    starts = np.cumsum([0, *(len(token) + 1 for token in example["tokens"])])
+    for kind, first, after in spans(tags):
+        yield kind, int(starts[first]), int(starts[after]) - 1

@@ -1,0 +1,205 @@
+"""Scores: how well both models answer by the labels of the examples, and which right answers were lost."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from compileflow.serving.answer_spans import AnswerSettings, best_answers
+from compileflow.spec import HfTask
+from compileflow.validation.cases.labels import Entity, LabelledAnswer
+
+# What is scored, by task; elsewhere, the share of right labels.
+_NAMES = {HfTask.TOKEN_CLASSIFICATION: "span F1", HfTask.QUESTION_ANSWERING: "answer F1"}
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+class LabelScore(BaseModel):
+    """Score of both models on the labels of the examples.
+
+    Attributes:
+        name: accuracy, span F1 or answer F1.
+        source: Score of the source model, 0 to 1.
+        compiled: Score of the compiled model.
+        examples: Number of examples with a label.
+        right: Right answers of the source model.
+        right_to_wrong: Those that the compiled model gets wrong.
+        wrong_to_right: Right answers of the compiled model alone.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    source: float
+    compiled: float
+    examples: int
+    right: int
+    right_to_wrong: int
+    wrong_to_right: int
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """One labelled example; pairs are of the source model and the compiled model.
+
+    Attributes:
+        text: The example.
+        expected: Number of answers that the labels give.
+        given: Number of answers of each model.
+        hits: How many of them are right, with fractions for partly right ones.
+        right: Right answers of the source model.
+        lost: Those that the compiled model gets wrong.
+        gained: Right answers of the compiled model alone.
+    """
+
+    text: str
+    expected: int
+    given: tuple[int, int]
+    hits: tuple[float, float]
+    right: int
+    lost: int
+    gained: int
+
+
+@dataclass
+class Scores:
+    """Collects the answers to labelled examples.
+
+    Attributes:
+        task: Task of the model.
+    """
+
+    task: HfTask
+    _scored: list[_Scored] = field(default_factory=list)
+
+    def add_label(self, text: str, was_right: bool, is_right: bool) -> None:
+        """Add one decision."""
+        self._add_whole(text, (was_right, is_right), (float(was_right), float(is_right)))
+
+    def add_entities(self, text: str, truth: frozenset[Entity], found: Sequence[frozenset[Entity]]) -> None:
+        """Add the entities of a text that each model finds."""
+        before, after = found
+        right_before, right_after = truth & before, truth & after
+        self._scored.append(
+            _Scored(
+                text,
+                len(truth),
+                (len(before), len(after)),
+                (len(right_before), len(right_after)),
+                right=len(right_before),
+                lost=len(right_before - right_after),
+                gained=len(right_after - right_before),
+            )
+        )
+
+    def add_answer(
+        self, text: str, truth: LabelledAnswer, before: Sequence[Any], after: Sequence[Any], *, is_equal: bool
+    ) -> None:
+        """Add the answers to a question.
+
+        Args:
+            text: The example.
+            truth: The right answers.
+            before: Start and end logits of the source model, each of shape (tokens,).
+            after: Those of the compiled model.
+            is_equal: The models differ at most where the source model is undecided.
+        """
+        settings = AnswerSettings()
+        answers = [
+            best_answers([(truth.window, *logits)], truth.context, settings)[0]["answer"]
+            for logits in ((before[0], before[1]), (after[0], after[1]))
+        ]
+        if is_equal:
+            answers[1] = answers[0]
+        was_right, is_right = (
+            any(normalized(answer) == normalized(right) for right in truth.answers) for answer in answers
+        )
+        first, second = (max(word_f1(answer, right) for right in truth.answers) for answer in answers)
+        self._add_whole(text, (was_right, is_right), (first, second))
+
+    def rates(self) -> list[dict[str, Any]]:
+        """Return one row per example: how many right answers of the source model stay right."""
+        rows = [
+            {
+                "metric": "right_answers_kept",
+                "text": scored.text,
+                "hits": scored.right - scored.lost,
+                "trials": scored.right,
+                "right_to_wrong": scored.lost,
+                "wrong_to_right": scored.gained,
+            }
+            for scored in self._scored
+        ]
+        return rows if any(row["trials"] for row in rows) else []
+
+    def scalars(self) -> dict[str, float]:
+        """Return the scores by name, and for entities the share of the source model's score that is kept."""
+        score = self.result()
+        if score is None:
+            return {}
+        name = score.name.replace(" ", "_").lower()
+        scalars = {name: score.compiled, f"{name}_of_source_model": score.source}
+        if self.task is HfTask.TOKEN_CLASSIFICATION and score.source > 0.0:
+            scalars["span_f1_kept"] = score.compiled / score.source
+        return scalars
+
+    def result(self) -> LabelScore | None:
+        """Return the score of both models; None if no example has a label."""
+        if not self._scored:
+            return None
+        expected = sum(scored.expected for scored in self._scored)
+        source, compiled = (
+            _f1(
+                sum(scored.hits[side] for scored in self._scored),
+                expected + sum(scored.given[side] for scored in self._scored),
+            )
+            for side in (0, 1)
+        )
+        return LabelScore(
+            name=_NAMES.get(self.task, "accuracy"),
+            source=source,
+            compiled=compiled,
+            examples=len(self._scored),
+            right=sum(scored.right for scored in self._scored),
+            right_to_wrong=sum(scored.lost for scored in self._scored),
+            wrong_to_right=sum(scored.gained for scored in self._scored),
+        )
+
+    def _add_whole(self, text: str, right: tuple[bool, bool], hits: tuple[float, float]) -> None:
+        was_right, is_right = right
+        self._scored.append(
+            _Scored(
+                text,
+                1,
+                (1, 1),
+                hits,
+                right=int(was_right),
+                lost=int(was_right and not is_right),
+                gained=int(is_right and not was_right),
+            )
+        )
+
+
+def normalized(answer: str) -> str:
+    """Return an answer without case, punctuation, articles and repeated spaces, as SQuAD compares answers.
+
+    Source: evaluate-v1.1.py of SQuAD, https://rajpurkar.github.io/SQuAD-explorer/
+    """
+    return " ".join(_ARTICLES.sub(" ", answer.lower().translate(_PUNCTUATION)).split())
+
+
+def word_f1(answer: str, right: str) -> float:
+    """Return the F1 of the words of an answer, as SQuAD measures it."""
+    words, right_words = (Counter(normalized(text).split()) for text in (answer, right))
+    return _f1((words & right_words).total(), words.total() + right_words.total())
+
+
+def _f1(hits: float, both: int) -> float:
+    return 2.0 * hits / both if both else 1.0

@@ -1,0 +1,356 @@
+"""Labels of examples: the forms that a user may give, the scores of both models, and the gate on right answers."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from compileflow.errors import MeasurementError, SpecError
+from compileflow.source_model.processor import load_processor
+from compileflow.spec import HfTask, Precision
+from compileflow.steps.run import run_request
+from compileflow.validation.cases import (
+    CaseBuilder,
+    check_labels,
+    generated_signals,
+    load_examples,
+    load_signals,
+    signals_digest,
+    truth_of,
+)
+from compileflow.validation.cases.labels import LabelledAnswer, LabelledWords, label_fields
+from compileflow.validation.judge import judge
+from compileflow.validation.measure.scores import Scores, normalized, word_f1
+from tests.conftest import ModelFactory
+from tests.in_process import InProcess
+from tests.models import LABELS, build_model, sentences
+from tests.steps import Pipeline
+from tests.unit.proving import validate_here
+from tests.unit.test_judge import healthy
+
+CLASSIFY, TAG, ASK = HfTask.TEXT_CLASSIFICATION, HfTask.TOKEN_CLASSIFICATION, HfTask.QUESTION_ANSWERING
+IMAGES = HfTask.IMAGE_CLASSIFICATION
+TAGS = dict(enumerate(LABELS[TAG]))
+ANNA = {"start": 0, "end": 4, "label": "PER"}
+ASKED = {"question": "Who?", "context": "It was Anna."}
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "example"),
+    [
+        (CLASSIFY, {"text": "a", "label": 1}, {"text": "a", "label": "1"}),
+        (CLASSIFY, {"text": "a", "label": ""}, {"text": "a"}),
+        (TAG, {"text": "anna", "entities": [ANNA | {"score": 1}]}, {"text": "anna", "entities": [ANNA]}),
+        (
+            TAG,
+            {"tokens": ["anna", "lives"], "tags": [1, "O"]},
+            {"text": "anna lives", "tokens": ["anna", "lives"], "tags": ["1", "O"]},
+        ),
+        (
+            TAG,
+            {"tokens": "anna lives", "tags": "B-PER O"},
+            {"text": "anna lives", "tokens": ["anna", "lives"], "tags": ["B-PER", "O"]},
+        ),
+        (ASK, ASKED | {"answers": ["Anna"]}, ASKED | {"answers": ["Anna"]}),
+        (ASK, ASKED | {"answers": {"text": ["Anna"], "answer_start": [7]}}, ASKED | {"answers": ["Anna"]}),
+        (ASK, ASKED | {"answer": "Anna"}, ASKED | {"answers": ["Anna"]}),
+        (ASK, ASKED | {"answers": []}, ASKED),
+    ],
+)
+def test_forms_of_labels(task: HfTask, data: dict[str, Any], example: dict[str, Any]) -> None:
+    assert label_fields(data, task) == example
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "says"),
+    [
+        (TAG, {"tokens": ["a", "b"], "tags": ["O"]}, "expected 2 tags, one for each token, got 1"),
+        (TAG, {"tokens": [1]}, "tokens is not a list of strings"),
+        (TAG, {"tokens": ["a"], "tags": [None]}, "tags is not a list of names or numbers"),
+        (TAG, {"text": "a", "entities": {}}, "entities is not a list"),
+        (TAG, {"text": "a", "entities": [{"start": 0, "end": 2, "label": "PER"}]}, "within the text"),
+        (TAG, {"text": "a", "entities": [{"start": 0, "end": 1}]}, "an entity is not a start, an end and a label"),
+        (ASK, ASKED | {"answers": [1]}, "answers is not a list of texts"),
+        (ASK, {"question": "Who?"}, "context is missing"),
+    ],
+)
+def test_malformed_labels_are_refused(task: HfTask, data: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(says)):
+        label_fields(data, task)
+
+
+def test_csv_names_its_columns_in_the_first_row(tmp_path: Path) -> None:
+    path = tmp_path / "examples.CSV"
+    path.write_text('\ufefftext,label,note\r\n"good, and\nquick",positive,x\r\nso,,y\r\n', "utf-8")
+    examples, origin, _ = load_examples(CLASSIFY, str(path), 10)
+    assert examples == [{"text": "good, and\nquick", "label": "positive"}, {"text": "so"}]
+    assert origin == "examples.CSV"
+    path.write_text("question,context,answer\nWho?,It was Anna.,Anna\n", "utf-8")
+    assert load_examples(ASK, str(path), 10)[0] == [ASKED | {"answers": ["Anna"]}]
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("sentence,label\na,1\n", "line 2: text is missing"),
+        ("text,label\na\n", "line 2: expected 2 cells"),
+        ("text,label\na,1,2\n", "line 2: expected 2 cells"),
+        ('text\n"a\n', "unexpected end of data"),
+        ("text\n", "holds no example"),
+    ],
+)
+def test_unusable_csv_is_refused_in_one_line(tmp_path: Path, body: str, says: str) -> None:
+    path = tmp_path / "examples.csv"
+    path.write_text(body, "utf-8")
+    with pytest.raises(MeasurementError, match=says) as caught:
+        load_examples(CLASSIFY, str(path), 10)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "example", "unknown"),
+    [
+        (CLASSIFY, {0: "bad", 1: "good"}, {"label": "great"}, "great"),
+        (CLASSIFY, {0: "bad", 1: "good"}, {"label": "2"}, "2"),
+        (IMAGES, {0: "cat", 1: "dog"}, {"label": "bird"}, "bird"),
+        (TAG, TAGS, {"entities": [ANNA | {"label": "ORG"}]}, "ORG"),
+        (TAG, TAGS, {"tags": ["O", "B-ORG"]}, "B-ORG"),
+        (TAG, TAGS, {"tags": ["9"]}, "9"),
+    ],
+)
+def test_a_label_that_the_model_lacks_is_refused(
+    task: HfTask, labels: dict[int, str], example: dict[str, Any], unknown: str
+) -> None:
+    with pytest.raises(MeasurementError, match=f"the model does not have the label '{unknown}' of mine") as caught:
+        check_labels(task, [{}, example], labels, "mine")
+    assert labels[0] in caught.value.hint
+    known = [{"label": "1"}, {"label": labels[1]}, {"tags": ["O", "1", labels[1]]}, {"entities": []}]
+    check_labels(task, known, labels, "mine.csv")
+
+
+def test_an_unknown_label_is_refused_before_the_compile(
+    pipeline: Pipeline, tiny_model: ModelFactory, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.csv"
+    path.write_text("text,label\nIt arrived on time.,great\n")
+    request = pipeline.request(tiny_model(CLASSIFY), validation={"latency_pairs": 5, "examples_path": str(path)})
+    with pytest.raises(SpecError, match=r"the model does not have the label 'great' of mine\.csv"):
+        run_request(request, pipeline.settings)
+    assert pipeline.counts["compile"] == 0
+
+
+@pytest.fixture
+def builder(tiny_model: ModelFactory) -> CaseBuilder:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model(TAG))
+    return CaseBuilder(tokenizer, ("input_ids", "attention_mask"), 64, (8,), tokenizer.pad_token_id)
+
+
+def test_entities_become_words_of_the_tokenizer(builder: CaseBuilder) -> None:
+    text = "zxq arrived in new york."
+    entities = [{"start": 0, "end": 3, "label": "PER"}, {"start": 15, "end": 23, "label": "LOC"}]
+    truth = truth_of({"text": text, "entities": entities}, builder.with_offsets, TAGS)
+    assert isinstance(truth, LabelledWords)
+    # zxq has several tokens; the full stop is a word of its own.
+    assert truth.entities == {("PER", 0, 1), ("LOC", 3, 5)}
+    assert len(truth.first_tokens) == 6
+    tokens = text.removesuffix(".").split()
+    tagged = {"text": " ".join(tokens), "tokens": tokens, "tags": ["1", "O", "O", "B-LOC", "I-LOC"]}
+    same = truth_of(tagged, builder.with_offsets, TAGS)
+    assert isinstance(same, LabelledWords)
+    assert same.entities == truth.entities
+    assert same.first_tokens == truth.first_tokens[:-1]
+
+
+def test_scores_by_hand() -> None:
+    labels = Scores(CLASSIFY)
+    for was_right, is_right in ((True, True), (True, False), (False, True), (False, False)):
+        labels.add_label("a", was_right, is_right)
+    assert labels.scalars() == {"accuracy": 0.5, "accuracy_of_source_model": 0.5}
+    assert [(row["hits"], row["trials"]) for row in labels.rates()] == [(1, 1), (0, 1), (0, 0), (0, 0)]
+    result = labels.result()
+    assert result is not None
+    assert (result.examples, result.right, result.right_to_wrong, result.wrong_to_right) == (4, 2, 1, 1)
+
+    entities = Scores(TAG)
+    gold = frozenset({("PER", 0, 1), ("LOC", 3, 5)})
+    # Two of two are right; then one of three.
+    entities.add_entities("a", gold, (gold, frozenset({("PER", 0, 1), ("LOC", 3, 4), ("PER", 6, 7)})))
+    assert entities.scalars() == {
+        "span_f1": pytest.approx(2 * 1 / (2 + 3)),
+        "span_f1_of_source_model": 1.0,
+        "span_f1_kept": pytest.approx(0.4),
+    }
+    assert [(row["hits"], row["trials"]) for row in entities.rates()] == [(1, 2)]
+    # Nothing is right, so nothing can be lost.
+    nothing = Scores(CLASSIFY)
+    nothing.add_label("a", False, True)
+    assert nothing.rates() == []
+    assert Scores(CLASSIFY).result() is None
+
+
+def test_answers_are_compared_as_squad_does() -> None:
+    assert normalized("The  Eiffel-Tower!") == "eiffeltower"
+    assert word_f1("the old town", "Old Town hall") == pytest.approx(2 * 2 / 5)
+    assert word_f1("", "town") == 0.0
+
+
+def test_an_answer_is_the_best_span_of_the_context(builder: CaseBuilder) -> None:
+    example = {"question": "who came?", "context": "it was new york.", "answers": ["New York"]}
+    truth = truth_of(example, builder.with_offsets, {})
+    assert isinstance(truth, LabelledAnswer)
+    offsets = truth.window.offsets
+    (first,) = np.flatnonzero(truth.window.in_context & (offsets[:, 0] == 7))
+    (last,) = np.flatnonzero(truth.window.in_context & (offsets[:, 1] == 15))
+
+    def logits(start: int, end: int) -> list[Any]:
+        values = np.zeros((2, len(offsets)), np.float32)
+        values[0, start], values[1, end] = 9.0, 9.0
+        # The question is never part of an answer.
+        values[:, 1] = 20.0
+        return list(values)
+
+    scores = Scores(ASK)
+    scores.add_answer("a", truth, logits(first, last), logits(first, first), is_equal=False)
+    assert scores.scalars() == {"answer_f1": pytest.approx(2 / 3), "answer_f1_of_source_model": 1.0}
+    assert [(row["hits"], row["trials"]) for row in scores.rates()] == [(0, 1)]
+
+
+def test_lost_right_answers_fail_and_the_reason_counts_both_directions() -> None:
+    measured = healthy()
+    scores = Scores(CLASSIFY)
+    for number in range(300):
+        scores.add_label("a", number >= 20, number >= 12 and not 50 <= number < 70)
+    measured.rates += scores.rates()
+    answer = judge(measured, precision=Precision.INT8, hf_task=CLASSIFY)
+    assert answer.reason.startswith("fail: right_answers_kept measured 0.9286, the limit is at least 0.99; 260 of")
+    assert "20 changed, 20 for the worse and 8 for the better" in answer.reason
+    # At fp32 a single one is too many.
+    for row in measured.rates:
+        if row["metric"] == "right_answers_kept":
+            row["hits"] = row["trials"]
+    measured.rates[-1]["hits"] = 0
+    exact = judge(measured, precision=Precision.FP32, hf_task=CLASSIFY)
+    assert exact.reason.startswith("fail: right_answers_kept")
+
+
+def test_folders_are_the_labels_of_their_files(tiny_model: ModelFactory, tmp_path: Path) -> None:
+    from PIL import Image
+
+    for name in ("cat/a.png", "cat/b.png", "cat/c.png", "dog/a.png", "loose.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(np.full((8, 9, 3), len(name), np.uint8)).save(tmp_path / name)
+    processor = load_processor(tiny_model(IMAGES), "image", trust_remote_code=False)
+    signals, _, digest = load_signals(processor, str(tmp_path), 4, by_class=True)
+    # A limit leaves no class out.
+    assert [(signal.name, signal.label) for signal in signals] == [
+        ("loose.png", None),
+        ("cat/a.png", "cat"),
+        ("dog/a.png", "dog"),
+        ("cat/b.png", "cat"),
+    ]
+    (tmp_path / "dog" / "a.png").rename(tmp_path / "cat" / "d.png")
+    assert signals_digest(str(tmp_path), "image", by_class=True) != digest
+    assert [signal.name for signal in load_signals(processor, str(tmp_path), 9)[0]] == ["loose.png"]
+
+
+def labelled_texts(source_dir: Path, path: Path) -> None:
+    """Write texts with the labels that the source model gives them."""
+    from transformers import pipeline
+
+    texts = sentences()[:60]
+    answers = pipeline("text-classification", model=str(source_dir))(texts, truncation=True)
+    rows = [{"text": text, "label": answer["label"]} for text, answer in zip(texts, answers, strict=True)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+
+
+def labelled_tags(source_dir: Path, path: Path) -> None:
+    import torch
+    from transformers import AutoModelForTokenClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source_dir)
+    model = AutoModelForTokenClassification.from_pretrained(source_dir)
+    rows = []
+    for text in sentences()[:60]:
+        words = re.sub("[^a-z ]", "", text.lower()).split()[:5]
+        encoded = tokenizer(words, is_split_into_words=True, return_tensors="pt")
+        with torch.inference_mode():
+            numbers = model(**encoded).logits[0].argmax(-1).tolist()
+        ids = encoded.word_ids(0)
+        rows.append({"tokens": words, "tags": [numbers[ids.index(word)] for word in range(len(words))]})
+    path.write_text("\n".join(map(json.dumps, rows)))
+
+
+def labelled_questions(source_dir: Path, path: Path) -> None:
+    import compileflow
+
+    questions, _, _ = load_examples(ASK, None, 40)
+    # They fit into one row of the tiny model, which knows few words.
+    lengths = {"question": 3, "context": 6}
+    short = [
+        {name: " ".join(question[name].split()[:length]) for name, length in lengths.items()}
+        for question in questions
+    ]
+    answer = compileflow.CompiledPipeline.from_pretrained(path.parent / "artifact")
+    rows = [question | {"answers": [answer(**question)["answer"]]} for question in short]
+    path.write_text("\n".join(map(json.dumps, rows)))
+
+
+def labelled_images(source_dir: Path, path: Path) -> None:
+    from PIL import Image
+    from transformers import pipeline
+
+    classify = pipeline("image-classification", model=str(source_dir))
+    processor = load_processor(source_dir, "image", trust_remote_code=False)
+    for signal in generated_signals(processor, 24):
+        image = Image.fromarray(signal.values)
+        folder = path / classify(image)[0]["label"]
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{signal.name}.png")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(r"ignore:.*torch\.jit\..*deprecated:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("task", "write", "name"),
+    [
+        (CLASSIFY, labelled_texts, "accuracy"),
+        (TAG, labelled_tags, "span F1"),
+        (ASK, labelled_questions, "answer F1"),
+        (IMAGES, labelled_images, "accuracy"),
+    ],
+)
+def test_a_faithful_compile_scores_as_its_source_model(
+    tiny_model: ModelFactory, in_process: InProcess, tmp_path: Path, task: HfTask, write: Any, name: str
+) -> None:
+    source_dir, path = tiny_model(task), tmp_path / "examples"
+    artifact_dir = in_process.compile(source_dir, tmp_path / "artifact", target="torchscript", hf_task=task)
+    write(source_dir, path)
+    faithful = validate_here(source_dir, artifact_dir, tmp_path / "report", examples=path)
+    # 40 examples are few for the rates of tokens and spans.
+    assert faithful.outcome in ("pass", "warn"), faithful.reason
+    score = faithful.report["score"]
+    assert (score["name"], score["source"], score["compiled"], score["right_to_wrong"]) == (name, 1.0, 1.0, 0)
+    assert faithful.gate("right_answers_kept")["outcome"] == "pass"
+    page = (tmp_path / "report" / "report.html").read_text("utf-8")
+    assert "Score on your labels" in page
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(r"ignore:.*torch\.jit\..*deprecated:DeprecationWarning")
+def test_another_model_loses_right_answers(
+    tiny_model: ModelFactory, in_process: InProcess, tmp_path: Path
+) -> None:
+    source_dir, path = tiny_model(TAG), tmp_path / "examples"
+    labelled_tags(source_dir, path)
+    other_model, other_dir = build_model(tmp_path / "other", TAG, seed=1), tmp_path / "other_artifact"
+    in_process.compile(other_model, other_dir, target="torchscript", hf_task=TAG)
+    other = validate_here(source_dir, other_dir, tmp_path / "report", examples=path)
+    assert other.gate("right_answers_kept")["outcome"] == other.gate("span_f1_kept")["outcome"] == "fail"
+    assert other.report["figures"]["span_f1"] == other.report["score"]["compiled"] < 1.0
