@@ -137,6 +137,17 @@ def test_rows_come_by_group_and_equal_ones_only_on_request() -> None:
 
 
 @pytest.mark.usefixtures("settings")
+@pytest.mark.parametrize(("columns", "is_table"), [(100, True), (40, False)])
+def test_table_fits_the_terminal(monkeypatch: pytest.MonkeyPatch, columns: int, is_table: bool) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = call(V1, V2).stdout.splitlines()
+    table = [line for line in lines if line.startswith(("│", "┃"))]
+    assert bool(table) is is_table
+    assert not any(len(line) > columns or "…" in line for line in table)
+    assert ("group: spec" in lines) is not is_table
+
+
+@pytest.mark.usefixtures("settings")
 def test_artifact_does_not_differ_from_itself() -> None:
     lines = call(V2, V2).stdout.splitlines()
     assert "Nothing that is on record differs." in lines
@@ -219,7 +230,7 @@ def test_report_is_read_from_its_json_file_and_a_busy_machine_is_marked(tmp_path
     lines = [line.strip("│ ") for line in call(tmp_path / "a.json", tmp_path / "b.json").stdout.splitlines()]
     row = next(line for line in lines if line.startswith("latency"))
     assert "0.50 of eager (0.40 to 0.60), 5.00 ms" in row
-    assert "5.00 ms, measured on a busy machine" in row
+    assert "5.00 ms, busy machine" in row
     assert "not fair: Latencies of B were measured on a busy machine: 1 x 16." in lines
 
 

@@ -87,7 +87,7 @@ def _print_difference(difference: Difference) -> None:
         else:
             table.append((row.group, row.name, _cell(row, row.a), _cell(row, row.b)))
     if table:
-        print_table(("group", "name", "A", "B"), table)
+        print_table(("group", "name", "A", "B"), table, wrapped=True)
     else:
         reasons = ["Nothing that is on record differs.", *reasons]
     titled = {"cache": difference.cache, "not fair": difference.unfair, "not compared": difference.not_compared}
@@ -111,11 +111,10 @@ def _cell(row: Row, value: Any) -> str:
 
 
 def _latency(value: Mapping[str, Any]) -> str:
-    from compileflow.validation.measure.contention import BUSY_MACHINE
     from compileflow.validation.report import fraction
 
     ratio, low, high = (fraction(value[name]) for name in ("ratio", "ratio_low", "ratio_high"))
-    mark = f", {BUSY_MACHINE}" if value["busy"] else ""
+    mark = ", busy machine" if value["busy"] else ""
     return f"{ratio} of eager ({low} to {high}), {value['candidate_p50_ms']:.2f} ms{mark}"
 
 

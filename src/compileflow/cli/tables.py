@@ -27,7 +27,12 @@ def output_console() -> Console:
 
 
 def print_table(
-    header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", optional: Collection[str] = ()
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    title: str = "",
+    optional: Collection[str] = (),
+    wrapped: bool = False,
 ) -> None:
     """Print rows as a table if it fits, without some optional columns if need be, or else one block per row.
 
@@ -36,6 +41,7 @@ def print_table(
         rows: Cells of each row, as text without markup.
         title: Title of the table.
         optional: Titles of columns that may be left out, in the order of leaving out.
+        wrapped: Whether cells may be wrapped between words.
     """
     console = output_console()
     left_out: list[str] = []
@@ -46,8 +52,8 @@ def print_table(
             *(header[position] for position in positions), title=Text(printable(title)) if title else None
         )
         for row in rows:
-            table.add_row(*(Text(printable(row[position])) for position in positions))
-        if _fits(table, console):
+            table.add_row(*(Text(printable(row[position]), overflow="fold") for position in positions))
+        if _fits(table, console, wrapped=wrapped):
             console.print(table)
             if left_out:
                 print_lines(console, f"Not shown for lack of width: {', '.join(left_out)}.")
@@ -76,5 +82,6 @@ def print_lines(console: Console, *lines: str) -> None:
         console.print(printable(line), soft_wrap=True, highlight=False, markup=False)
 
 
-def _fits(table: Table, console: Console) -> bool:
-    return console.measure(table, options=console.options.update(width=_NO_LIMIT)).maximum <= console.width
+def _fits(table: Table, console: Console, *, wrapped: bool = False) -> bool:
+    widths = console.measure(table, options=console.options.update(width=_NO_LIMIT))
+    return (widths.minimum if wrapped else widths.maximum) <= console.width
