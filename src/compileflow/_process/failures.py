@@ -29,38 +29,35 @@ _HINTS: Mapping[FailureKind, str] = {
     "shape": "The model's code does not work for every size. Choose a target with fixed shapes.",
 }
 # Patterns in their order of trial. A group is the operator.
-_PATTERNS: Sequence[tuple[FailureKind, re.Pattern[str]]] = tuple(
-    (kind, re.compile(pattern, re.IGNORECASE | re.MULTILINE))
-    for kind, pattern in (
-        (
-            "memory",
-            r"(?:can't|cannot|unable to|failed to) allocate|bad_alloc|bad allocation|out of memory|"
-            r"virtual memory exhausted|not enough memory|memory allocation (?:of .* )?failed|"
-            r"terminated program cc1plus",
-        ),
-        ("opset", r"was added in version \d+, try exporting with this version"),
-        ("operator", r"No ONNX function found for <OpOverload\(op='([\w.:]+)'"),
-        ("operator", r"Exporting the operator '([\w:]+)' to ONNX"),
-        ("operator", r"operator with unrecognized namespace ([\w:]+)"),
-        ("operator", r"No conversion rule found for operations: ([\w.:]+)"),
-        ("operator", r"^\s*-- ([\w:.]+) with a message"),
-        ("operator", r"UnsupportedOperatorException: ([\w.:]+)"),
-        ("operator", r"missing (?:lowering|decomposition)\s+target: ([\w.:]+)"),
-        ("operator", r"Could not run '([\w:.]+)' with arguments"),
-        ("operator", r"(\w+::\w+): attempted to run this operator with Meta tensors"),
-        ("operator", r"Could not find an implementation for ([\w.:]+)\("),
-        ("operator", r"([\w.]+:\w+)\(-?\d+\) is not a registered function/op"),
-        ("operator", r"(?:unsupported|unknown) (?:operator|op|operation)s?:? '?\"?([\w.]+(?:::?\w+)?)"),
-        (
-            "operator",
-            r"\b((?!std::|c10::|at::|torch::|onnx)\w+::\w+)'?\"?\s(?:\w+ ){0,3}"
-            r"(?:not supported|unsupported|not implemented)",
-        ),
-        ("opset", r"unsupported model IR version|under development and support|No (?:Op registered|adapter) for"),
-        ("opset", r"opset[^\n]{0,60}(?:not supported|unsupported)|(?:not support|unsupported)[^\n]{0,60}opset"),
-        ("branch", r"data.?dependent|dynamic control flow|DynamicOutputShape"),
-        ("shape", r"constraints? ?violat|dynamic[_ ](?:shape|dim)|symbolic shape|specialized .*constant"),
-    )
+_PATTERNS: Sequence[tuple[FailureKind, str]] = (
+    (
+        "memory",
+        r"(?:can't|cannot|unable to|failed to) allocate|bad_alloc|bad allocation|out of memory|"
+        r"virtual memory exhausted|not enough memory|memory allocation (?:of .* )?failed|"
+        r"terminated program cc1plus",
+    ),
+    ("opset", r"was added in version \d+, try exporting with this version"),
+    ("operator", r"No ONNX function found for <OpOverload\(op='([\w.:]+)'"),
+    ("operator", r"Exporting the operator '([\w:]+)' to ONNX"),
+    ("operator", r"operator with unrecognized namespace ([\w:]+)"),
+    ("operator", r"No conversion rule found for operations: ([\w.:]+)"),
+    ("operator", r"^\s*-- ([\w:.]+) with a message"),
+    ("operator", r"UnsupportedOperatorException: ([\w.:]+)"),
+    ("operator", r"missing (?:lowering|decomposition)\s+target: ([\w.:]+)"),
+    ("operator", r"Could not run '([\w:.]+)' with arguments"),
+    ("operator", r"(\w+::\w+): attempted to run this operator with Meta tensors"),
+    ("operator", r"Could not find an implementation for ([\w.:]+)\("),
+    ("operator", r"([\w.]+:\w+)\(-?\d+\) is not a registered function/op"),
+    ("operator", r"(?:unsupported|unknown) (?:operator|op|operation)s?:? '?\"?([\w.]+(?:::?\w+)?)"),
+    (
+        "operator",
+        r"\b((?!std::|c10::|at::|torch::|onnx)\w+::\w+)'?\"?\s(?:\w+ ){0,3}"
+        r"(?:not supported|unsupported|not implemented)",
+    ),
+    ("opset", r"unsupported model IR version|under development and support|No (?:Op registered|adapter) for"),
+    ("opset", r"opset[^\n]{0,60}(?:not supported|unsupported)|(?:not support|unsupported)[^\n]{0,60}opset"),
+    ("branch", r"data.?dependent|dynamic control flow|DynamicOutputShape"),
+    ("shape", r"constraints? ?violat|dynamic[_ ](?:shape|dim)|symbolic shape|specialized .*constant"),
 )
 _NEWER_OPSET = re.compile(r"was added in version (\d+)")
 # Longest text that is searched, of each error.
@@ -99,7 +96,7 @@ def failure_in(text: str) -> Failure | None:
     """Return the class of failure that a text of a toolchain tells; None if it tells none."""
     text = text[:_LONGEST]
     for kind, pattern in _PATTERNS:
-        match = pattern.search(text)
+        match = re.search(pattern, text, re.IGNORECASE | re.MULTILINE)
         if match is None:
             continue
         newer = _NEWER_OPSET.search(match[0])

@@ -76,7 +76,9 @@ def refusal(compiler: str, error: BaseException, *, reason: str = "", hint: str 
     problem = f"{type(error).__name__}: {reason or first_line(error)}"
     failure = failure_of(error)
     if failure is not None and failure.kind == "operator":
-        problem = f"it does not have the operator {failure.operator} ({problem})"
+        # Some toolchains list every step that failed for lack of the operator, and the operator last.
+        detail = problem if failure.operator.rpartition(".")[2] in problem else type(error).__name__
+        problem = f"it does not have the operator {failure.operator} ({detail})"
     verb = "ran out of memory" if failure is not None and failure.kind == "memory" else "refused the model"
     hint = hint or "Try another target; `compileflow targets` lists them."
     return compile_error(f"{compiler} {verb}: {problem}.", error, hint=hint)

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from compileflow._process.failures import raise_if_out_of_memory
 from compileflow.contracts import Attention, TensorRecord
 from compileflow.errors import SourceError, SpecError, first_line
 from compileflow.source_model.choices import with_one_choice
@@ -94,6 +95,7 @@ def load_source_model(
         source = probe_model(model, config, inputs, lengths, ignored_outputs=ignored_outputs, processor=processor)
         return replace(source, frame_convolutions=x_vector_convolutions(config)) if is_unmasked else source
     except (ValueError, RuntimeError, IndexError, TypeError) as error:
+        raise_if_out_of_memory(error)
         shapes = "; ".join(f"{record.name} ({', '.join(map(str, record.axes))})" for record in inputs)
         raise SourceError(
             f"{type(model).__name__} does not run on the inputs that its processor prepares, {shapes}: "
@@ -301,6 +303,7 @@ def _load_model(
             trust_remote_code=trust_remote_code,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise_if_out_of_memory(error)
         raise SourceError(
             f"The source model's weights cannot be loaded: {error}",
             hint="Check that the folder holds one complete model saved by save_pretrained.",

@@ -148,8 +148,8 @@ def signal_records(
         records.append(TensorRecord(name=name, dtype=str(value.dtype), axes=("batch", *axes)))
     if any(record.name in _SHAPES for record in records):
         raise SourceError(
-            f"{model_name} takes the shape of each image as an input and computes with it in Python, which a graph "
-            "cannot record.",
+            f"{model_name} takes the shape of each image as an input and computes with it in Python, which a "
+            "graph cannot record.",
             hint="Use a model of the family whose images have one size.",
         )
     if not records:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from compileflow._process.failures import raise_if_out_of_memory
 from compileflow.contracts import Arrays, Padding, TensorRecord
 from compileflow.errors import SourceError, first_line
 from compileflow.source_model.examples import example_inputs
@@ -74,6 +75,7 @@ def probe_text_model(
         except SourceError:
             raise
         except Exception as error:  # noqa: BLE001 - models raise whatever they like
+            raise_if_out_of_memory(error)
             errors.append(error)
     else:
         raise SourceError(

@@ -236,7 +236,7 @@ def _export(source_model: SourceModel, component: ComponentPlan) -> Any:
             # The code of the model does not work for all these sizes, so torch.export finds out for which it does.
             return export(torch.export.Dim.DYNAMIC, torch.export.Dim.DYNAMIC)
     except Exception as error:
-        raise refusal("torch.export", error) from error
+        raise refusal("torch.export", error, reason=_violated(error)) from error
 
 
 def _shortest_row(program: Any, source_model: SourceModel) -> int:
@@ -298,6 +298,15 @@ def _compiler_folder() -> str:
         f"The C++ compiler of aot-inductor needs a folder without spaces and quotes, got {folders[0]!r}.",
         hint="Set TMPDIR or COMPILEFLOW_HOME to such a folder, or choose another target.",
     )
+
+
+def _violated(error: Exception) -> str:
+    """Return the first size of torch.export's list that cannot vary; without one, "" stands for the first line."""
+    items = [line.strip() for line in str(error).splitlines() if line.strip().startswith("- ")]
+    if not items or "Constraints violated" not in str(error):
+        return ""
+    # Advice on dynamic_shapes follows.
+    return items[0].removeprefix("- ").partition(". If ")[0][:300].rstrip(".")
 
 
 def _compiler_error(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,6 +53,8 @@ _WRONG_OPTIMIZERS = ["Pad_Fusion"]
 # The newest one that the tracing exporter writes by default.
 _TRACED_OPSET = 18
 _COMPILE_NEEDS = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
+# Where an error of torch stops to say what happened.
+_ADVICE = re.compile(r"consider using|Caused by:|For more information|The following call raised")
 _FLOAT_TYPES = ("tensor(float)", "tensor(float16)", "tensor(double)")
 
 
@@ -369,4 +372,5 @@ def _export(
         # The outer errors hold pages of advice; the innermost error names the operator.
         while isinstance(cause, torch.onnx.OnnxExporterError) and cause.__cause__ is not None:
             cause = cause.__cause__
-        raise refusal("The ONNX exporter", cause, reason=one_line(str(cause))[:300]) from error
+        reason = one_line(_ADVICE.split(str(cause))[0])[:300].rstrip(". ")
+        raise refusal("The ONNX exporter", cause, reason=reason) from error
