@@ -128,7 +128,7 @@ def test_graph_that_always_answers_wrongly_is_refused(tiny_model: ModelFactory, 
             runner = super().load(component_dir, component, device=device, threads=threads)
             return ShiftedRunner(runner, 0.5)
 
-    with pytest.raises(CompileError, match=r"BertForSequenceClassification to a model that answers 1 rows"):
+    with pytest.raises(CompileError, match=r"BertForSequenceClassification to a model that answers a batch of 1 "):
         compiled(AlwaysShifting(), tiny_model(TASK), tmp_path / "out")
 
 
