@@ -164,6 +164,15 @@ def test_gates_stand_side_by_side_with_value_and_limit() -> None:
     assert set(rows) == {("gates", "rel_l2"), ("verdict", "outcome"), ("verdict", "reason")}
 
 
+def test_scores_on_labels_stand_side_by_side() -> None:
+    score = {
+        "name": "accuracy", "source": 0.9, "compiled": 0.88, "examples": 50, "right": 45, "right_to_wrong": 1,
+        "wrong_to_right": 0,
+    }  # fmt: skip
+    rows = values(side(report()), side(report(score=score)))
+    assert rows == {("verdict", "accuracy"): (None, {"source": 0.9, "compiled": 0.88, "examples": 50})}
+
+
 def test_verdict_of_one_side_is_shown_without_the_other() -> None:
     difference = compare(side(report(), V2), side(None, V2))
     rows = {(row.group, row.name): (row.a, row.b) for row in difference.rows if not row.equal}

@@ -145,6 +145,8 @@ def _report_facts(report: Report) -> Facts:
     for gate in report.verdict.gates:
         name = f"{gate.gate} (suite {gate.suite})" if gate.suite else gate.gate
         facts["gates", name] = gate.model_dump(include={"outcome", "measured", "comparison", "limit"})
+    if report.score is not None:
+        facts["verdict", report.score.name] = report.score.model_dump(include={"source", "compiled", "examples"})
     for latency in report.latencies:
         facts["latency", latency.shape] = {
             name: value for name, value in asdict(latency).items() if name != "shape"
