@@ -1,4 +1,4 @@
-"""Exported graphs do for other sizes what the model does: they keep the batch axis, and repeat as often."""
+"""Exported graphs do for other sizes and for zeros what the model does."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
+import openvino
 import pytest
 import torch
 
 from compileflow.source_model.free_batch import free_batch, free_repeats
+from compileflow.targets.onnx_runtime import exact_zeros
+from compileflow.targets.open_vino import resize_as_torch
 
 
 class Squeezing(torch.nn.Module):
@@ -52,3 +55,62 @@ def test_traced_graph_repeats_as_often_as_the_length_says(tmp_path: Path) -> Non
     (repeated,) = session.run(None, {"values": np.arange(10, dtype=np.float32)[None]})
 
     assert repeated.tolist() == [[3, 3, 3, 3, 9, 9, 9, 9, 9, 9]]
+
+
+class Repeated(torch.nn.Module):
+    """YOSO's mask for each head."""
+
+    def forward(self, mask: torch.Tensor) -> torch.Tensor:
+        return mask.unsqueeze(1).repeat_interleave(4, dim=1)
+
+
+def test_repeated_axis_is_exported_as_an_expansion() -> None:
+    mask = torch.tensor([[1.0, 0.0, 1.0], [1.0, 1.0, 0.0]])
+    with free_repeats():
+        program = torch.export.export(Repeated(), (mask,), strict=False)
+    assert not [node for node in program.graph.nodes if "repeat" in str(node.target)]
+    assert torch.equal(program.module()(mask), Repeated()(mask))
+
+
+class Normalizing(torch.nn.Module):
+    """Divides each row by its norm. 1e-8 keeps a row of zeros finite."""
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + 1e-8)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_small_number_that_keeps_zeros_finite_stays_in_the_graph(tmp_path: Path) -> None:
+    path = str(tmp_path / "model.onnx")
+    with exact_zeros():
+        torch.onnx.export(
+            Normalizing(), (torch.rand(2, 8),), path, input_names=["rows"], dynamo=True, verbose=False
+        )
+    session = onnxruntime.InferenceSession(path)
+
+    (normalized,) = session.run(None, {"rows": np.zeros((2, 8), np.float32)})
+
+    assert np.array_equal(normalized, np.zeros((2, 8)))
+
+
+class Resizing(torch.nn.Module):
+    """Resizes a table of positions to the patches of an image."""
+
+    def forward(self, table: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        size = (image.shape[2] // 16, image.shape[3] // 16)
+        return torch.nn.functional.interpolate(table, size=size, mode="bicubic", align_corners=False)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_table_of_positions_is_resized_to_one_patch_as_torch_does() -> None:
+    table, image = torch.rand(1, 2, 4, 4), torch.rand(2, 3, 64, 96)
+    free = torch.export.Dim.DYNAMIC
+    program = torch.export.export(Resizing(), (table, image), dynamic_shapes=({}, {2: free, 3: free}))
+    model = openvino.convert_model(program)
+    resize_as_torch(model)
+    compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+    narrow = torch.rand(2, 3, 64, 16)
+    resized = compiled([table.numpy(), narrow.numpy()])[0]
+
+    np.testing.assert_allclose(resized, Resizing()(table, narrow).numpy(), atol=1e-5)

@@ -131,6 +131,24 @@ def test_model_that_returns_tuples_only_is_refused(tmp_path: Path) -> None:
         load_source_model(tiny_folder(tmp_path, "hgnet_v2", task), task)
 
 
+def test_model_whose_rows_depend_on_the_padding_of_others_is_refused(tmp_path: Path) -> None:
+    task = HfTask.FEATURE_EXTRACTION
+    with pytest.raises(SourceError, match="differently if another row of a batch is padded"):
+        load_source_model(tiny_folder(tmp_path, "paligemma", task), task)
+
+
+def test_model_that_hides_random_patches_is_refused(tmp_path: Path) -> None:
+    task = HfTask.IMAGE_FEATURE_EXTRACTION
+    with pytest.raises(SourceError, match="different answers to the same input"):
+        load_source_model(tiny_folder(tmp_path, "vit_mae", task), task)
+
+
+def test_output_that_is_an_input_is_left_out(tmp_path: Path) -> None:
+    task = HfTask.FEATURE_EXTRACTION
+    source_model = load_source_model(tiny_folder(tmp_path, "qwen2_audio", task), task)
+    assert [record.name for record in source_model.outputs] == ["last_hidden_state"]
+
+
 def test_model_that_does_not_repeat_its_answers_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

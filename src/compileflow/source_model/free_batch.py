@@ -34,9 +34,10 @@ def free_batch() -> Iterator[None]:
 
 @contextmanager
 def free_repeats() -> Iterator[None]:
-    """Let `repeat_interleave` repeat, in a traced graph, as often as the size of an axis says.
+    """Write `repeat_interleave` as an expansion of an axis, which every exporter keeps free.
 
-    CANINE repeats its elements so. The tracing ONNX exporter would write the sizes of the example.
+    CANINE repeats its elements as often as the size of an axis says, and the tracing ONNX exporter would write the
+    size of the example. YOSO repeats the mask for each head, and OpenVINO would run the result for one row only.
     """
     import torch
     from torch.overrides import TorchFunctionMode
@@ -46,10 +47,12 @@ def free_repeats() -> Iterator[None]:
             self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
         ) -> Any:
             arguments = kwargs or {}
-            count, dim = arguments.get("repeats"), arguments.get("dim")
+            count = arguments.get("repeats", args[1] if len(args) > 1 else None)
+            dim = arguments.get("dim", args[2] if len(args) > 2 else None)
             # While a model is traced, the size of an axis is a tensor without axes.
             is_number = isinstance(count, int) or (isinstance(count, torch.Tensor) and count.ndim == 0)
-            if function is torch.repeat_interleave and is_number and dim is not None:
+            is_repeat = function in (torch.repeat_interleave, torch.Tensor.repeat_interleave)
+            if is_repeat and is_number and dim is not None:
                 axis = dim % args[0].ndim
                 sizes = [*args[0].shape[: axis + 1], count, *args[0].shape[axis + 1 :]]
                 return args[0].unsqueeze(axis + 1).expand(sizes).flatten(axis, axis + 1)

@@ -214,6 +214,9 @@ def _padding(source_model: SourceModel, lengths: tuple[int, int]) -> Padding:
     Most models take padding on the right. XLNet reads its answer off the last position, so that its rows are
     padded on the left. Others look at neighbours before the mask counts, pool them, or hash the sequence: no side
     suits them. Pooling is seen only at some lengths, so there are several short rows.
+
+    Raises:
+        SourceError: The answer to a row without padding depends on the padding of the other rows.
     """
     if all(record.name != "attention_mask" for record in source_model.inputs) or source_model.tokens is None:
         return "none"
@@ -229,17 +232,29 @@ def _padding(source_model: SourceModel, lengths: tuple[int, int]) -> Padding:
             answers.append(source_model.run(row))
             rows.append(row)
             row_lengths.append(length)
+    longest_is_equal: list[bool] = []
     sides: tuple[Padding, ...] = ("right", "left")
     for side in sides:
         # A model that refuses the batch cannot take padded rows either.
         with suppress(Exception):
             batch = source_model.run(_stacked(source_model, rows, left=side == "left"))
-            if all(
-                is_close(answer[record.name], _row(batch, record, number, length, left=side == "left"))
+            equal_rows = [
+                all(
+                    is_close(answer[record.name], _row(batch, record, number, length, left=side == "left"))
+                    for record in source_model.outputs
+                )
                 for number, (length, answer) in enumerate(zip(row_lengths, answers, strict=True))
-                for record in source_model.outputs
-            ):
+            ]
+            if all(equal_rows):
                 return side
+            longest_is_equal.append(equal_rows[-1])
+    if longest_is_equal and not any(longest_is_equal):
+        # transformers leaves out a mask that hides no padding, and PaliGemma's attention then looks ahead.
+        raise SourceError(
+            f"{type(source_model.model).__name__} answers a row differently if another row of a batch is padded. "
+            "A compiled model can repeat only one of these answers.",
+            hint="Choose another model, or save the part that reads text and compile that.",
+        )
     return "none"
 
 

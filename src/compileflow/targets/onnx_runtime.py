@@ -7,6 +7,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -100,7 +101,7 @@ class OnnxRuntimeTarget:
     """Export to ONNX for any batch size and length, and run with ONNX Runtime."""
 
     name: ClassVar[str] = "onnx-runtime"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     summary: ClassVar[str] = (
         "ONNX with dynamic axes and fused operators, int8 by ONNX Runtime (static: by NNCF); CPU fleets"
     )
@@ -253,6 +254,28 @@ class _OnnxRuntimeRunner:
         self._session = None
 
 
+@contextmanager
+def exact_zeros() -> Iterator[None]:
+    """Let onnxscript, inside the block, remove an addition only if it adds 0.
+
+    It takes 1e-8 for 0. A model that divides by the norm of a row plus such a number would answer NaN for padding.
+    """
+    from onnxscript.rewriter import _matcher
+
+    match_constant = _matcher.SimplePatternMatcher._match_constant
+
+    def match_exactly(self: Any, pattern: Any, value: Any) -> Any:
+        # A relative tolerance remains.
+        pattern._abs_tol = 0.0
+        return match_constant(self, pattern, value)
+
+    _matcher.SimplePatternMatcher._match_constant = match_exactly
+    try:
+        yield
+    finally:
+        _matcher.SimplePatternMatcher._match_constant = match_constant
+
+
 def _quantizer(options: OnnxRuntimeOptions, component: ComponentPlan, source_model: SourceModel) -> Any:
     """Quantize products with weights, with one scale for each column.
 
@@ -363,6 +386,7 @@ def _export(
             warnings.catch_warnings(),
             torch.no_grad(),
             free_batch(),
+            exact_zeros(),
             whole_rows(source_model.model, longest),
         ):
             warnings.simplefilter("ignore")

@@ -47,7 +47,7 @@ from compileflow.source_model import (
     free_axes,
     load_source_model,
 )
-from compileflow.source_model.free_batch import free_batch
+from compileflow.source_model.free_batch import free_batch, free_repeats
 from compileflow.source_model.whole_rows import whole_rows
 from compileflow.spec import HfTask, Precision
 
@@ -98,7 +98,7 @@ class OpenVinoTarget:
     """Convert to OpenVINO IR for any batch size and length, and run with the CPU plugin."""
 
     name: ClassVar[str] = "openvino"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     summary: ClassVar[str] = "OpenVINO IR with dynamic axes, int8 by NNCF; CPU fleets"
     Options: ClassVar[type[TargetOptions]] = OpenVinoOptions
     fallback_options: ClassVar[Mapping[str, JsonValue]] = {"exporter": "trace"}
@@ -147,6 +147,7 @@ class OpenVinoTarget:
                 model = _export(source_model, example, component, options.quantization, calibration)
             output_names = {name for port in model.outputs for name in port.get_names()}
             source_model.check_outputs(output_names, "the OpenVINO exporter")
+            resize_as_torch(model)
             report_progress("writing the IR")
             import openvino
 
@@ -309,6 +310,7 @@ def _export(
             warnings.catch_warnings(),
             torch.no_grad(),
             free_batch(),
+            free_repeats(),
             whole_rows(source_model.model, component.max_sequence_length),
         ):
             # The exporter warns that it was tested with an older torch, and torch.export warns about itself.
@@ -316,6 +318,14 @@ def _export(
             return OpenVINOExporter().export(source_model.model, dict(example), config).program
     except Exception as error:
         raise refusal("The OpenVINO exporter", error, reason=_reason(error)) from error
+
+
+def resize_as_torch(model: Any) -> None:
+    """Let a resize to one pixel read the middle, as torch does; the converter's mode reads the first pixel."""
+    for operation in model.get_ordered_ops():
+        mode = operation.get_attributes().get("coordinate_transformation_mode")
+        if operation.get_type_name() == "Interpolate" and mode == "pytorch_half_pixel":
+            operation.set_attribute("coordinate_transformation_mode", "half_pixel")
 
 
 def _trace(source_model: SourceModel, example: Mapping[str, Any]) -> Any:
