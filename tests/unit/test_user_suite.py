@@ -15,6 +15,7 @@ from compileflow.steps.run import run_request
 from compileflow.validation.judge import UserSuite, Verdict, gates_for, judge, load_user_suite, parse_user_suite
 from compileflow.validation.judge.suite import EXPECTATION_TYPES, load_suite
 from compileflow.validation.measure import Measurements
+from compileflow.validation.report import DATA_DOCS_FOLDER
 from tests.conftest import ModelFactory
 from tests.in_process import InProcess
 from tests.steps import Pipeline
@@ -254,6 +255,9 @@ def test_a_failed_gate_of_a_user_stands_in_the_report_and_shows_again(
     page.assert_self_contained()
     assert "largest_element (suite our-service)" in page.text
     assert f"the user's suite our-service: {users.digest}" in page.text
+    assert "The module cannot be named. The outputs agree within compileflow's own limits." in page.text
+    # They cost time, and were not requested.
+    assert not (tmp_path / "report" / DATA_DOCS_FOLDER).exists()
     failure = json.loads((tmp_path / "report" / "bundle" / "failure.json").read_text("utf-8"))
     assert failure["suite"] == {"text": users.text, "origin": "ours.yaml"}
     assert (failure["failure"]["figure"]["gate"], failure["failure"]["figure"]["output"]) == (

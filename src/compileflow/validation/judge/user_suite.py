@@ -178,7 +178,7 @@ def parse_user_suite(text: str, origin: str) -> UserSuite:
     """
     import yaml
 
-    hint = "Correct the file. The form is that of src/compileflow/validation/suites/regression.yaml."
+    hint = "Correct the file. The form is that of compileflow/validation/suites/regression.yaml."
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         repeated_key = _repeated_key(root) if root is not None else ""

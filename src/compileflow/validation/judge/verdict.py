@@ -287,9 +287,14 @@ def _expectation(gate: Gate, columns: Collection[str], levels: Mapping[str, floa
         kwargs=kwargs,
         severity=gate.severity,
         # Great Expectations keeps one of two expectations that differ in meta alone.
-        description=html.escape(f"{gate.entry.gate}: {gate.entry.says}").replace("$", "&#36;"),
+        description=html.escape(_meaning(gate)).replace("$", "&#36;"),
         meta={"gate": gate.entry.gate},
     ).to_domain_obj()
+
+
+def _meaning(gate: Gate) -> str:
+    side = "at most" if gate.entry.is_maximum else "at least"
+    return f"{gate.entry.gate}: {gate.entry.says}; the limit is {side} {gate.limit:.4g}"
 
 
 def _gate_result(gate: Gate, result: Any, examples: int) -> GateResult:
