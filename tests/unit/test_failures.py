@@ -24,7 +24,9 @@ from compileflow.serving.component import LoadedComponent
 from compileflow.source_model.load import load_source_model
 from compileflow.source_model.places import place_of_error, place_of_operator
 from compileflow.spec import HfTask, ShapeBucket
+from compileflow.steps import validate as validate_step
 from tests.conftest import ModelFactory
+from tests.steps import Pipeline
 
 ONNX = "No ONNX function found for <OpOverload(op='aten.unsqueeze', overload='default')>. Failure message: No"
 GUARD = "Could not guard on data-dependent expression Eq(u0, 1) (unhinted: Eq(u0, 1)).  (Size-like symbols: none)"
@@ -146,6 +148,39 @@ class TestSmallerRequest:
     )
     def test_crash_keeps_its_hint(self, error: ProcessError) -> None:
         assert smaller_request(error, buckets=self.BUCKETS) == "Crashed."
+
+
+@pytest.mark.parametrize(
+    ("kind", "hint"),
+    [
+        (
+            OutOfMemoryError,
+            "Try in this order: lower max_sequence_length from 64 to 32; use a machine with more memory.",
+        ),
+        (
+            ProcessTimeoutError,
+            "Raise the step's timeout (validate_s, now 600), or lower max_sequence_length from 64 to 32.",
+        ),
+    ],
+)
+def test_validation_that_dies_says_what_to_change(
+    pipeline: Pipeline,
+    tiny_model: ModelFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type[ProcessError],
+    hint: str,
+) -> None:
+    request = pipeline.request(tiny_model(HfTask.TEXT_CLASSIFICATION))
+    artifact = pipeline.compile(request)
+
+    def die(*_: Any, **__: Any) -> None:
+        raise kind("It ended.")
+
+    monkeypatch.setattr(validate_step, "run_in_child", die)
+    with pytest.raises(kind) as caught:
+        pipeline.validate(request, artifact)
+    assert caught.value.message == "The validation died: It ended."
+    assert caught.value.hint == hint
 
 
 class FullRunner:

@@ -169,7 +169,7 @@ def smaller_request(
     if threads > 1:
         changes.append(f"set COMPILEFLOW_THREADS to {threads // 2}")
     changes.append("use a machine with more memory")
-    reason = "" if error.hint == _MORE_MEMORY else f"{error.hint} "
+    reason = "" if error.hint in ("", _MORE_MEMORY) else f"{error.hint} "
     return f"{reason}Try in this order: {'; '.join(changes)}."
 
 
