@@ -17,6 +17,7 @@ from compileflow.steps.run import run_request
 from compileflow.validation.cases import (
     CaseBuilder,
     check_labels,
+    class_names,
     generated_signals,
     load_examples,
     load_signals,
@@ -258,6 +259,8 @@ def test_folders_are_the_labels_of_their_files(tiny_model: ModelFactory, tmp_pat
     (tmp_path / "dog" / "a.png").rename(tmp_path / "cat" / "d.png")
     assert signals_digest(str(tmp_path), "image", by_class=True) != digest
     assert [signal.name for signal in load_signals(processor, str(tmp_path), 9)[0]] == ["loose.png"]
+    (tmp_path / "notes").mkdir()
+    assert class_names(str(tmp_path), "image") == ["cat"]
 
 
 def labelled_texts(source_dir: Path, path: Path) -> None:

@@ -166,14 +166,24 @@ def _check_examples(hf_task: HfTask, path: str | None, source_dir: Path) -> None
         if hf_task.modality == "text":
             examples, _, _ = load_examples(hf_task, path, sys.maxsize)
         else:
-            signals_digest(path, hf_task.modality, by_class=hf_task in CLASS_FOLDERS)
-            examples = [{"label": name} for name in class_names(path)] if path is not None else []
-        names = read_model_json(source_dir / "config.json", "config.json").get("id2label")
-        if path is not None and isinstance(names, dict):
-            labels = {int(number): str(name) for number, name in names.items()}
+            by_class = hf_task in CLASS_FOLDERS
+            signals_digest(path, hf_task.modality, by_class=by_class)
+            names = class_names(path, hf_task.modality) if path is not None and by_class else []
+            examples = [{"label": name} for name in names]
+        labels = _labels_of(source_dir) if path is not None else {}
+        if path is not None and labels:
             check_labels(hf_task, examples, labels, Path(path).name)
     except MeasurementError as error:
         raise SpecError(error.message, hint=error.hint) from error
+
+
+def _labels_of(source_dir: Path) -> dict[int, str]:
+    """Return the labels that config.json names; {} if transformers gives them their default names."""
+    path = source_dir / "config.json"
+    names = read_model_json(path, path.name).get("id2label") if path.is_file() else None
+    if not isinstance(names, dict) or not all(str(number).isdecimal() for number in names):
+        return {}
+    return {int(number): str(name) for number, name in names.items()}
 
 
 def spec_of(request: CompileRequest, source_dir: Path, *, card_task: HfTask | None = None) -> CompileSpec:

@@ -161,11 +161,9 @@ def signals_digest(path: str | None, modality: Modality, *, by_class: bool = Fal
     return digest.hexdigest()
 
 
-def class_names(path: str) -> list[str]:
-    """Return the names of the folders inside a folder of examples."""
-    folder = Path(path).expanduser()
-    entries = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+def class_names(path: str, modality: Modality) -> list[str]:
+    """Return the names of the folders with examples inside a folder of examples."""
+    return sorted({label for _, label in _signal_files(path, modality, by_class=True) if label is not None})
 
 
 def _signal_files(path: str, modality: Modality, *, by_class: bool) -> list[tuple[Path, str | None]]:
@@ -173,12 +171,13 @@ def _signal_files(path: str, modality: Modality, *, by_class: bool) -> list[tupl
     suffixes, folder = _SUFFIXES[modality], Path(path).expanduser()
 
     def files_of(place: Path, label: str | None) -> list[tuple[Path, str | None]]:
-        entries = sorted(place.iterdir()) if place.is_dir() else []
-        return [(entry, label) for entry in entries if entry.suffix.lower() in suffixes]
+        return [(entry, label) for entry in sorted(place.iterdir()) if entry.suffix.lower() in suffixes]
 
-    classes = [files_of(folder / name, name) for name in class_names(path)] if by_class else []
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    folders = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    classes = [files_of(entry, entry.name) for entry in folders] if by_class else []
     in_turn = (entry for entries in zip_longest(*classes) for entry in entries if entry is not None)
-    signal_files = [*files_of(folder, None), *in_turn]
+    signal_files = [*(files_of(folder, None) if entries else ()), *in_turn]
     if not signal_files:
         raise MeasurementError(
             f"{path} holds no {modality} file.", hint=f"Give a folder of {', '.join(suffixes)} files."
