@@ -68,7 +68,8 @@ def check(model_class: ModelClass, target: str, folder: Path) -> Result:
         return Result("transformers", "reference", first_line(error))
     stage = "compile"
     try:
-        _compile(model_class, target, source_dir, out_dir)
+        longest = max(row["input_ids"].shape[-1] if "input_ids" in row else 0 for row in reference.rows)
+        _compile(model_class, target, source_dir, out_dir, longest=longest)
         stage = "load"
         model = CompiledModel.from_pretrained(out_dir, threads=1)
         worst = 0.0
@@ -235,8 +236,8 @@ def _items(model_class: ModelClass) -> list[Any]:
     return pictures()
 
 
-def _compile(model_class: ModelClass, target: str, source_dir: Path, out_dir: Path) -> None:
-    buckets = ((1, 32), (4, 120)) if model_class.hf_task.modality == "text" else ()
+def _compile(model_class: ModelClass, target: str, source_dir: Path, out_dir: Path, *, longest: int) -> None:
+    buckets = ((1, 32), (4, longest)) if model_class.hf_task.modality == "text" else ()
     if get_target(target).capabilities.dynamic_axes:
         buckets = ()
     component = ComponentSpec(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from compileflow.source_model.free_batch import free_batch, free_repeats
+from compileflow.source_model.traceable import traceable
 from compileflow.targets.onnx_runtime import exact_zeros
 from compileflow.targets.open_vino import resize_as_torch
 
@@ -114,3 +116,43 @@ def test_table_of_positions_is_resized_to_one_patch_as_torch_does() -> None:
     resized = compiled([table.numpy(), narrow.numpy()])[0]
 
     np.testing.assert_allclose(resized, Resizing()(table, narrow).numpy(), atol=1e-5)
+
+
+class Doubling(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(values)
+        return values * 2
+
+
+class Tripling(torch.autograd.Function):
+    """Takes its context in a function of its own."""
+
+    @staticmethod
+    def forward(values: torch.Tensor) -> torch.Tensor:
+        return values * 3
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+
+class OwnFunctions(torch.nn.Module):
+    """BLOOM's activations and the mask of DeepSeek V3.2."""
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        hidden = torch.ones_like(values, dtype=torch.bool).scatter(-1, values.argmax(-1, keepdim=True), False)
+        return Doubling.apply(values) + Tripling.apply(values) * hidden
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_traced_graph_with_functions_of_its_own_can_be_saved(tmp_path: Path) -> None:
+    values = torch.tensor([[1.0, 5.0, 2.0]])
+    with traceable(), torch.no_grad():
+        graph = torch.jit.trace(OwnFunctions(), (values,))
+    torch.jit.save(graph, tmp_path / "model.pt")
+
+    loaded = torch.jit.load(tmp_path / "model.pt")
+
+    assert loaded(values).tolist() == [[5, 10, 10]]
+    assert Doubling.apply(values).tolist() == [[2, 10, 4]]

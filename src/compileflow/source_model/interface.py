@@ -246,13 +246,19 @@ def probe_model(
     )
 
 
-def is_close(expected: NDArray[Any], actual: NDArray[Any]) -> bool:
-    """Return whether two answers of the source model differ by rounding alone."""
+def is_close(expected: NDArray[Any], actual: NDArray[Any], *, rounding: float = _ROUNDING) -> bool:
+    """Return whether two answers of the source model differ by rounding alone.
+
+    Args:
+        expected: One answer.
+        actual: The other answer.
+        rounding: Largest difference, as a share of the norm of `expected`.
+    """
     # A model that answers NaN is refused later, with the place of the NaN.
     if expected.shape != actual.shape or np.array_equal(expected, actual, equal_nan=True):
         return expected.shape == actual.shape
     difference = float(np.linalg.norm(expected.astype(np.float64) - actual))
-    return difference <= _ROUNDING * float(np.linalg.norm(expected.astype(np.float64)))
+    return difference <= rounding * float(np.linalg.norm(expected.astype(np.float64)))
 
 
 def tokenizer_maximum(tokenizer: Any) -> int | None:

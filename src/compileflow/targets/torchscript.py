@@ -36,6 +36,7 @@ from compileflow.contracts.toolkit import (
 )
 from compileflow.source_model import UNMASKED_TASKS, as_tuple_module, load_source_model
 from compileflow.source_model.lengths import call_sizes
+from compileflow.source_model.traceable import traceable
 from compileflow.spec import HfTask, Precision, ShapeBucket
 from compileflow.targets._traced import TracedRunner, readable_class_names
 
@@ -46,7 +47,7 @@ class TorchScriptTarget:
     """Compile with torch.jit; the result needs nothing but torch to run."""
 
     name: ClassVar[str] = "torchscript"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     summary: ClassVar[str] = "torch.jit.trace, frozen; fixed shapes; any machine with torch"
     Options: ClassVar[type[TargetOptions]] = TargetOptions
     capabilities: ClassVar[Capabilities] = Capabilities(
@@ -90,7 +91,7 @@ class TorchScriptTarget:
         for number, bucket in enumerate(component.shape_buckets, start=1):
             report_progress(f"tracing shape bucket {bucket} ({number} of {len(component.shape_buckets)})")
             example = source_model.example_tensors(bucket.batch_size, bucket.sequence_length)
-            with torch_threads(component.threads), readable_class_names(module):
+            with torch_threads(component.threads), readable_class_names(module), traceable():
                 setattr(buckets, bucket_attribute(bucket), _trace(module, tuple(example.values())))
         with warnings.catch_warnings():
             _silence_deprecation()
