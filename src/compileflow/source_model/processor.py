@@ -24,7 +24,7 @@ _PROBES_S = (1.0, 1.5)
 # Height and width of images that differ in size and in aspect ratio: an axis on which their inputs agree is fixed.
 _PROBE_PIXELS = ((64, 96), (200, 72), (80, 80), (48, 120))
 # Inputs that hold the shape of each image.
-_SHAPES = ("spatial_shapes",)
+_SHAPES = ("image_sizes", "spatial_shapes")
 
 
 @dataclass(frozen=True)

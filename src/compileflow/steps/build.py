@@ -25,6 +25,7 @@ from compileflow.spec import CompileSpec, ShapeBucket
 from compileflow.steps.calibration import Calibration, calibration_batches
 from compileflow.steps.graph import compile_graph, component_record
 from compileflow.steps.plan import check_timed_shapes, merge_plans, plan_components, source_limits
+from compileflow.steps.source_checks import check_model_type
 from compileflow.validation.judge.user_suite import parse_user_suite
 
 
@@ -49,6 +50,7 @@ def build_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
     target = get_target(spec.target)
     report_progress(f"importing {', '.join(target.toolchain())}")
     config = load_config(source_dir, trust_remote_code=spec.trust_remote_code)
+    check_model_type(target, spec.hf_task, config)
     tokenizer = None
     if spec.hf_task.takes_text and request.get("needs_tokenizer", True):
         tokenizer = load_tokenizer(source_dir, trust_remote_code=spec.trust_remote_code)

@@ -40,7 +40,7 @@ from compileflow.steps.attest import Attester
 from compileflow.steps.cache import CacheKey, find, find_or_make, latest, why_missed
 from compileflow.steps.calibration import Calibration, load_calibration
 from compileflow.steps.request import AUTO, CompileRequest
-from compileflow.steps.source_checks import check_lengths, check_safe, check_source
+from compileflow.steps.source_checks import check_lengths, check_model_type, check_safe, check_source, read_config
 from compileflow.steps.toolchain_logs import keep_log
 from compileflow.steps.values import CompiledArtifact, FetchedSource
 from compileflow.validation.cases import (
@@ -111,6 +111,7 @@ def compile_artifact(
                 on_progress(cost)
             check_available(target, spec.precision)
             check_source(folder, spec, needs_tokenizer=needs_tokenizer)
+            check_model_type(target, spec.hf_task, read_config(folder))
             check_lengths(folder, spec, target, timed_shapes=timed_shapes(request))
             if not spec.trust_remote_code:
                 check_safe(folder)

@@ -21,7 +21,7 @@ from compileflow.sources.hub import HubSource
 from compileflow.steps.compile import check_available, checked_target, spec_of, timed_shapes
 from compileflow.steps.fetch import scheme_of
 from compileflow.steps.request import AUTO, CompileRequest
-from compileflow.steps.source_checks import check_lengths, check_source
+from compileflow.steps.source_checks import check_lengths, check_model_type, check_source, read_config
 from compileflow.steps.validate import check_libraries
 from compileflow.validation.judge import load_user_suite
 
@@ -119,6 +119,8 @@ def _check_source(folder: Path, request: CompileRequest) -> None:
     spec = spec_of(request, folder)
     check_source(folder, spec)
     target = None if request.target == AUTO else checked_target(spec)
+    if target is not None:
+        check_model_type(target, spec.hf_task, read_config(folder))
     check_lengths(folder, spec, target, timed_shapes=timed_shapes(request))
 
 

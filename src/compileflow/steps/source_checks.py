@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from compileflow.contracts import Target
-from compileflow.errors import SourceError, first_line
+from compileflow.errors import SourceError, SpecError, first_line
 from compileflow.source_model.interface import length_limit
 from compileflow.source_model.interface_limits import check_interface_files
 from compileflow.source_model.load import (
@@ -73,6 +73,28 @@ def check_source(folder: Path, spec: CompileSpec, *, needs_tokenizer: bool = Tru
         raise missing_tokenizer()
     if spec.hf_task.modality != "text":
         check_processor_files(folder, "audio" if spec.hf_task.modality == "audio" else "image")
+
+
+def check_model_type(target: Target, hf_task: HfTask, config: Any) -> None:
+    """Refuse a model type that a target is known not to compile.
+
+    Args:
+        target: Target to compile for.
+        hf_task: Task of the model.
+        config: Configuration of the model, or its config.json with the fields as attributes.
+
+    Raises:
+        SpecError: The target names the type among its `refused_model_types`.
+    """
+    model_type = getattr(config, "model_type", None)
+    # Optional attribute of a target: reasons by "model type" or "task/model type".
+    reasons = getattr(target, "refused_model_types", {})
+    reason = reasons.get(model_type) or reasons.get(f"{hf_task.graph_task.value}/{model_type}")
+    if reason:
+        raise SpecError(
+            f"{target.name} does not compile {model_type} for {hf_task.value}: {reason}.",
+            hint="Choose another target; `compileflow targets` lists them.",
+        )
 
 
 def check_lengths(

@@ -230,8 +230,9 @@ def _export(source_model: SourceModel, component: ComponentPlan) -> Any:
     try:
         try:
             return export(batch, sequence)
-        except torch._dynamo.exc.UserError as error:
-            if "Constraints violated" not in str(error):
+        except (torch._dynamo.exc.UserError, AssertionError) as error:
+            # Where a size has one value left, torch's own report of it fails.
+            if "Constraints violated" not in str(error) and "inconsistent min" not in str(error):
                 raise
             # The code of the model does not work for all these sizes, so torch.export finds out for which it does.
             return export(torch.export.Dim.DYNAMIC, torch.export.Dim.DYNAMIC)

@@ -107,6 +107,13 @@ class OnnxRuntimeTarget:
     )
     Options: ClassVar[type[TargetOptions]] = OnnxRuntimeOptions
     fallback_options: ClassVar[Mapping[str, JsonValue]] = {"exporter": "trace"}
+    refused_model_types: ClassVar[Mapping[str, str]] = {
+        "deformable_detr": "its exported graph does not run on images of other sizes",
+        "image-feature-extraction/textnet": "its exported graph pools images of one size only",
+        "llama4": "its positions are complex numbers, which ONNX does not have",
+        "llama4_text": "its positions are complex numbers, which ONNX does not have",
+        "lw_detr": "its exported graph answers differently",
+    }
     capabilities: ClassVar[Capabilities] = Capabilities(
         hf_tasks=tuple(HfTask),
         precisions=(Precision.FP32, Precision.INT8),

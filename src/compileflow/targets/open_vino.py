@@ -102,6 +102,11 @@ class OpenVinoTarget:
     summary: ClassVar[str] = "OpenVINO IR with dynamic axes, int8 by NNCF; CPU fleets"
     Options: ClassVar[type[TargetOptions]] = OpenVinoOptions
     fallback_options: ClassVar[Mapping[str, JsonValue]] = {"exporter": "trace"}
+    refused_model_types: ClassVar[Mapping[str, str]] = {
+        "deformable_detr": "its exported graph answers differently",
+        "feature-extraction/fsmt": "its code branches on the tokens of a call",
+        "lw_detr": "its exported graph answers differently",
+    }
     capabilities: ClassVar[Capabilities] = Capabilities(
         hf_tasks=tuple(HfTask),
         precisions=tuple(Precision),

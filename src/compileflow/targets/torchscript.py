@@ -48,6 +48,10 @@ class TorchScriptTarget:
 
     name: ClassVar[str] = "torchscript"
     version: ClassVar[int] = 2
+    refused_model_types: ClassVar[Mapping[str, str]] = {
+        "jetmoe": "its traced graph keeps the experts that the example chose",
+        "lw_detr": "its traced graph answers differently",
+    }
     summary: ClassVar[str] = "torch.jit.trace, frozen; fixed shapes; any machine with torch"
     Options: ClassVar[type[TargetOptions]] = TargetOptions
     capabilities: ClassVar[Capabilities] = Capabilities(
