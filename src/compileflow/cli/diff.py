@@ -37,7 +37,7 @@ def diff(
     show_all: Annotated[bool, typer.Option("--all", help="Also show what is equal.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compare two artifacts or reports: what differs, and why one was a cache miss for the other.
+    """Compare two artifacts or reports: what differs, and why the compile of B did not find A in the cache.
 
     An artifact comes with the last report on it, and a report with its artifact, if the store holds them. The exit
     code is 0 if they could be compared.
