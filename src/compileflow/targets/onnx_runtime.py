@@ -269,18 +269,19 @@ def exact_zeros() -> Iterator[None]:
     """
     from onnxscript.rewriter import _matcher
 
-    match_constant = _matcher.SimplePatternMatcher._match_constant
+    matcher: Any = _matcher.SimplePatternMatcher
+    match_constant = matcher._match_constant
 
     def match_exactly(self: Any, pattern: Any, value: Any) -> Any:
         # A relative tolerance remains.
         pattern._abs_tol = 0.0
         return match_constant(self, pattern, value)
 
-    _matcher.SimplePatternMatcher._match_constant = match_exactly
+    matcher._match_constant = match_exactly
     try:
         yield
     finally:
-        _matcher.SimplePatternMatcher._match_constant = match_constant
+        matcher._match_constant = match_constant
 
 
 def _quantizer(options: OnnxRuntimeOptions, component: ComponentPlan, source_model: SourceModel) -> Any:
