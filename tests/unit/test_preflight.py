@@ -26,7 +26,7 @@ from compileflow.spec import CompileSpec, ComponentSpec, HfTask, Precision, Shap
 from compileflow.steps.cache import CacheKey
 from compileflow.steps.compile import earlier_cost
 from compileflow.steps.request import CompileRequest
-from compileflow.steps.source_checks import check_lengths, check_source
+from compileflow.steps.source_checks import DeclaredConfig, check_lengths, check_model_type, check_source
 from tests.conftest import ModelFactory
 from tests.hub_server import Hub
 from tests.models import MAX_TOKENS
@@ -242,6 +242,15 @@ def test_tables_read_from_source_give_the_tasks_that_transformers_has(model_type
     types = model_types()
     assert types is not None
     assert types.tasks(model_type) == tasks_of(transformers.AutoConfig.for_model(model_type))
+
+
+def test_model_type_that_a_target_does_not_compile_is_refused_for_its_tasks_alone() -> None:
+    config, target = DeclaredConfig(model_type="textnet"), get_target("onnx-runtime")
+
+    check_model_type(target, HfTask.IMAGE_CLASSIFICATION, config)
+    check_model_type(get_target("openvino"), HfTask.IMAGE_FEATURE_EXTRACTION, config)
+    with pytest.raises(SpecError, match="onnx-runtime does not compile textnet for image-feature-extraction: its"):
+        check_model_type(target, HfTask.IMAGE_FEATURE_EXTRACTION, config)
 
 
 def test_options_that_contradict_the_precision_are_refused_before_the_model_is_loaded() -> None:

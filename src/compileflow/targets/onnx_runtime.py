@@ -113,6 +113,7 @@ class OnnxRuntimeTarget:
         "llama4": "its positions are complex numbers, which ONNX does not have",
         "llama4_text": "its positions are complex numbers, which ONNX does not have",
         "lw_detr": "its exported graph answers differently",
+        "maskformer": "its export takes many minutes even for a tiny model",
     }
     capabilities: ClassVar[Capabilities] = Capabilities(
         hf_tasks=tuple(HfTask),

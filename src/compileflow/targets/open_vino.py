@@ -106,6 +106,7 @@ class OpenVinoTarget:
         "deformable_detr": "its exported graph answers differently",
         "feature-extraction/fsmt": "its code branches on the tokens of a call",
         "lw_detr": "its exported graph answers differently",
+        "maskformer": "its export takes many minutes even for a tiny model",
     }
     capabilities: ClassVar[Capabilities] = Capabilities(
         hf_tasks=tuple(HfTask),
