@@ -118,7 +118,20 @@ def test_a_faultless_model_has_no_difference_and_every_shape_and_token_counts(lo
 
 @pytest.mark.parametrize(
     ("rows", "length"),
-    [(9, 1), (2, 257), (3, 129), (33, 1), (32, 100), (33, 257), (8, 200), (9, 300), (2, 512), (1, 512), (1, 1)],
+    [
+        (9, 1),
+        (2, 257),
+        (3, 129),
+        (33, 1),
+        (32, 100),
+        (33, 257),
+        (8, 200),
+        (9, 300),
+        (2, 512),
+        (1, 512),
+        (1, 1),
+        (41, 1),
+    ],
 )
 def test_a_fault_from_some_rows_and_some_tokens_on_shows(long: Long, rows: int, length: int) -> None:
     def faulty(inputs: Arrays) -> Arrays:
@@ -126,6 +139,15 @@ def test_a_fault_from_some_rows_and_some_tokens_on_shows(long: Long, rows: int, 
         shape = inputs["input_ids"].shape
         sign = -1 if shape[0] >= rows and shape[1] >= length else 1
         return {name: sign * value for name, value in answer.items()}
+
+    assert long.error(faulty) > LIMIT
+
+
+@pytest.mark.parametrize("rows", [5, 16, 27, 64])
+def test_a_fault_at_one_batch_size_alone_shows(long: Long, rows: int) -> None:
+    def faulty(inputs: Arrays) -> Arrays:
+        sign = -1 if inputs["input_ids"].shape[0] == rows else 1
+        return {name: sign * value for name, value in long.reference(inputs).items()}
 
     assert long.error(faulty) > LIMIT
 

@@ -20,9 +20,13 @@ _TEXT_LENGTHS: dict[int, tuple[int, ...]] = {
     3: (16, 129, 257),
     8: (16, 128, 129, 256),
     9: (16, 129, _LONGEST),
+    16: (16, 128),
     32: (16, 128),
     33: (16, 257),
+    64: (16,),
 }
+# Batch sizes that are compared at the shortest length alone, where a call costs little.
+_SHORT_BATCHES = range(1, 34)
 # Tokens of a batch of the longest rows; a model that takes more gets shorter rows.
 _MOST_TOKENS = 9 * 512
 # Elements of an output, 160 MB. The answers of fill-mask have one for each word of the vocabulary.
@@ -51,6 +55,8 @@ def text_shapes(record: ComponentRecord, shortest: int) -> tuple[Shape, ...]:
         for length in (shortest, *lengths):
             limit = min(most, _MOST_TOKENS // rows) if length == _LONGEST and rows > 1 else most
             shapes.add((rows, max(1, min(length, limit))))
+    few = max(1, min(shortest, longest))
+    shapes |= {(rows, few) for rows in _SHORT_BATCHES if rows * few <= most_tokens(record.outputs)}
     return _ordered(shapes)
 
 
