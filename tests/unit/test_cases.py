@@ -246,6 +246,14 @@ def test_unusable_examples_give_one_clear_error(tmp_path: Path, task: HfTask, bo
         assert ('"question" and "context"' in caught.value.hint) is task.reads_pairs
 
 
+@pytest.mark.parametrize("name", ["mine.json", "mine.jsonl"])
+def test_json_that_is_not_one_object_in_each_line_is_not_read_as_text(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text('[\n  {"text": "a"}\n]\n', "utf-8")
+    with pytest.raises(MeasurementError, match="expected JSON lines, one object in each line"):
+        load_examples(HfTask.TEXT_CLASSIFICATION, str(path), 10)
+
+
 @pytest.mark.parametrize("name", ["absent.txt", "."])
 def test_examples_that_are_not_a_file_give_one_clear_error(tmp_path: Path, name: str) -> None:
     with pytest.raises(MeasurementError, match="cannot be used"):

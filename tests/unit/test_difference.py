@@ -151,7 +151,13 @@ def test_table_fits_the_terminal(monkeypatch: pytest.MonkeyPatch, columns: int, 
 def test_artifact_does_not_differ_from_itself() -> None:
     lines = call(V2, V2).stdout.splitlines()
     assert "Nothing that is on record differs." in lines
-    assert "cache: A and B are the same artifact." in lines
+    assert any(line.startswith("cache: A and B are the same artifact, by their records;") for line in lines)
+
+
+def test_equal_keys_with_different_files_are_pointed_out() -> None:
+    a, b = Side("1" * 64, read_manifest(V2), None), Side("2" * 64, read_manifest(V2), None)
+    (line,) = compare(a, b).cache
+    assert "keys of A and B are equal, but their files differ" in line
 
 
 def test_gates_stand_side_by_side_with_value_and_limit() -> None:
@@ -290,7 +296,9 @@ def test_registered_version_and_digest_name_an_artifact(settings: Settings) -> N
     for location in ("registry:old", "registry:old@1", folder.digest, folder.uri):
         difference = in_json(location, V2)
         assert difference["a"] == {"location": location, "artifact_digest": folder.digest}
-        assert difference["cache"] == ["A and B are the same artifact."]
+        assert difference["cache"] == [
+            "A and B are the same artifact, by their records; `compileflow verify` checks their files."
+        ]
     for command in ("inspect", "verify"):
         words = [command, folder.digest, "--json", *(["--integrity-only"] if command == "verify" else [])]
         assert CliRunner().invoke(app, words).exit_code == 0

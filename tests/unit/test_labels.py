@@ -103,6 +103,7 @@ def test_csv_names_its_columns_in_the_first_row(tmp_path: Path) -> None:
         ("text,label\na,1,2\n", "line 2: expected 2 cells"),
         ('text\n"a\n', "unexpected end of data"),
         ("text\n", "holds no example"),
+        ("text,text\na,b\n", "a column has the same name as another one: text, text"),
     ],
 )
 def test_unusable_csv_is_refused_in_one_line(tmp_path: Path, body: str, says: str) -> None:

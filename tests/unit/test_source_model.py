@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,15 @@ def test_model_without_the_tasks_head_is_refused(tiny_model: TinyModel, hf_task:
 
     assert hf_task.value in caught.value.message
     assert "fine-tuned" in caught.value.hint
+
+
+def test_configuration_with_a_layer_too_many_is_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model(HfTask.TEXT_CLASSIFICATION), tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 9}), "utf-8")
+    with pytest.raises(SourceError, match="but the weights do not hold it") as caught:
+        load_source_model(folder, HfTask.TEXT_CLASSIFICATION)
+    assert caught.value.hint == "Use the config.json that was saved with these weights."
 
 
 def test_head_of_another_size_is_refused(tiny_model: TinyModel, tmp_path: Path) -> None:

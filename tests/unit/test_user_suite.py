@@ -155,6 +155,10 @@ def test_a_gate_that_cannot_be_judged_is_refused_in_one_line(change: dict[str, A
     assert "\n" not in message
 
 
+# Twenty lists, each of which has the last one twice: a million values.
+BOMB = "l0: &l0 [1, 1]\n" + "".join(f"l{n}: &l{n} [*l{n - 1}, *l{n - 1}]\n" for n in range(1, 20))
+
+
 @pytest.mark.parametrize(
     ("body", "says"),
     [
@@ -162,7 +166,10 @@ def test_a_gate_that_cannot_be_judged_is_refused_in_one_line(change: dict[str, A
         ("- gate: a", "expected schema_version, name, gates and limits"),
         ("gates: [", "line 1: "),
         ("name: a\nname: b", "line 2: name: the key stands twice"),
-        ("a: &a [*a]", "recursion"),
+        ("a: &a [*a]", "more than 100000 values"),
+        (BOMB, "more than 100000 values"),
+        ("[" * 5000, "nested too deeply"),
+        (text(ELEMENT, name="regression"), "name: compileflow's own suite has this name"),
         (text(), "gates: "),
         (text(ELEMENT, name="our service"), "name: expected letters"),
         (text(ELEMENT, ELEMENT), "two gates share a name"),

@@ -166,11 +166,14 @@ def _cache(a: Side, b: Side) -> Iterator[str]:
     if a.manifest is None or b.manifest is None:
         return
     if a.digest == b.digest:
-        yield "A and B are the same artifact."
+        yield "A and B are the same artifact, by their records; `compileflow verify` checks their files."
         return
     changes = changed_parts(recorded_parts(a.manifest), recorded_parts(b.manifest))
     if not changes:
-        yield "The cache keys of A and B are equal: in one store, the later compile is a hit."
+        yield (
+            "The cache keys of A and B are equal, but their files differ: either the compile does not repeat its "
+            "files, or a file was changed. In one store, the later compile is a hit."
+        )
         return
     yield f"A is not a hit for B: changed: {', '.join(changes)}."
     if a.manifest.source.digest != b.manifest.source.digest:

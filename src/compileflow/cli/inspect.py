@@ -23,12 +23,12 @@ def inspect(
         str,
         typer.Argument(
             help="Folder, URI or digest of an artifact, registry:NAME@STAGE or registry:NAME@NUMBER, or URI or "
-            "digest of a report or comparison."
+            "digest of a report or of a comparison by target auto."
         ),
     ],
     as_json: AsJson = False,
 ) -> None:
-    """Show an artifact, a report or a comparison. Opens no compiled file."""
+    """Show an artifact, a report or a comparison by target auto. Opens no compiled file."""
     from compileflow.artifact.manifest import read_manifest
     from compileflow.errors import ManifestError
 

@@ -332,6 +332,13 @@ def _load_model(
     missing_keys = set(report["missing_keys"])
     missing_pooler = {key for key in missing_keys if hf_task.graph_task in _BARE_MODELS and "pooler." in key}
     missing_tensors = sorted(missing_keys - missing_pooler)
+    saved_task = task_of_architecture((config.architectures or [""])[0])
+    if missing_tensors and saved_task is not None and saved_task.graph_task == hf_task.graph_task:
+        raise SourceError(
+            f"config.json describes a {config.architectures[0]} with {missing_tensors[0]}, but the weights do not "
+            f"hold it; {len(missing_tensors)} tensors are missing.",
+            hint="Use the config.json that was saved with these weights.",
+        )
     if missing_tensors:
         raise SpecError(
             f"The weights hold no {missing_tensors[0]} ({len(missing_tensors)} tensors are missing): the model "

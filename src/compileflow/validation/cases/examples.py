@@ -58,7 +58,8 @@ def load_examples(task: HfTask, path: str | None, limit: int) -> tuple[list[Exam
             examples = list(_rows(text, task))
         else:
             # Not splitlines: a JSON string may contain U+2028 and similar characters.
-            examples = [_example(line, task) for line in text.split("\n") if line.strip()]
+            is_json = origin.lower().endswith((".json", ".jsonl"))
+            examples = [_example(line, task, is_json=is_json) for line in text.split("\n") if line.strip()]
     except (OSError, ValueError, csv.Error) as error:
         raise MeasurementError(
             f"The examples cannot be used: {first_line(error)}: {path}.",
@@ -73,7 +74,7 @@ def load_examples(task: HfTask, path: str | None, limit: int) -> tuple[list[Exam
     return examples[:limit], origin, hashlib.sha256(body).hexdigest()
 
 
-def _example(line: str, task: HfTask) -> Example:
+def _example(line: str, task: HfTask, *, is_json: bool) -> Example:
     if line.startswith("{"):
         data = json.loads(line)
         try:
@@ -82,12 +83,17 @@ def _example(line: str, task: HfTask) -> Example:
             raise ValueError(f"{error} in a line: {line[:80]}") from error
     if task.reads_pairs:
         raise ValueError(f"a line is not JSON with question and context: {line[:80]}")
+    if is_json:
+        raise ValueError(f"expected JSON lines, one object in each line, got a line: {line[:80]}")
     return {"text": line}
 
 
 def _rows(text: str, task: HfTask) -> Iterator[Example]:
     """Read CSV whose first row names the columns."""
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    names = reader.fieldnames or ()
+    if len(set(names)) < len(names):
+        raise ValueError(f"a column has the same name as another one: {', '.join(names)}")
     for row in reader:
         # DictReader puts missing cells under their column as None, and further cells under None.
         if None in row or None in row.values():

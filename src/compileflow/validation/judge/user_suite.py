@@ -22,6 +22,8 @@ COMPARISON_COLUMNS = tuple(compare(np.ones(1), np.ones(1)))
 _RATE_TYPE = "expect_rate_to_be_at_least"
 _COLUMNS = {"comparisons": COMPARISON_COLUMNS, "rates": ("agrees",), "scalars": ("value",)}
 _GATE_NAME, _SUITE_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}"), re.compile(r"[A-Za-z0-9][\w.-]{0,63}")
+# Values of a file, each alias written out.
+_MOST_VALUES = 100_000
 # These loosen a gate, leave it out or move its place in the order.
 _RESERVED = ("noise", "optional", "probe")
 
@@ -50,7 +52,9 @@ class _UserFile(GateFile):
     @classmethod
     def _name_is_plain(cls, name: str) -> str:
         if not _SUITE_NAME.fullmatch(name):
-            raise ValueError(f"expected letters, digits, '.', '_' and '-', got {name!r}")
+            raise ValueError("expected letters, digits, '.', '_' and '-'")
+        if name == load_suite().name:
+            raise ValueError("compileflow's own suite has this name; choose another one")
         return name
 
     @model_validator(mode="after")
@@ -181,6 +185,9 @@ def parse_user_suite(text: str, origin: str) -> UserSuite:
     hint = "Correct the file. The form is that of compileflow/validation/suites/regression.yaml."
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
+        # A few lines of aliases, such as *name, stand for billions of values.
+        if _size(root, {}) > _MOST_VALUES:
+            raise ValueError(f"it stands for more than {_MOST_VALUES} values")
         repeated_key = _repeated_key(root) if root is not None else ""
         if repeated_key:
             raise ValueError(f"{repeated_key}: the key stands twice, and YAML keeps only the last one")
@@ -193,7 +200,9 @@ def parse_user_suite(text: str, origin: str) -> UserSuite:
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         problem = f"{line}{error.problem}"
-    except (ValueError, yaml.YAMLError, RecursionError) as error:
+    except RecursionError:
+        problem = "its lists or objects are nested too deeply"
+    except (ValueError, yaml.YAMLError) as error:
         problem = first_line(error)
     raise SpecError(f"The suite {origin} cannot be used: {problem}.", hint=hint)
 
@@ -253,6 +262,16 @@ def _number(value: object) -> float | None:
         return float(value)
     except ValueError:
         return None
+
+
+def _size(node: Any, sizes: dict[int, float]) -> float:
+    """Return how many values a node stands for, if each alias is written out; infinity if it contains itself."""
+    if id(node) not in sizes:
+        sizes[id(node)] = math.inf
+        children = node.value if isinstance(getattr(node, "value", None), list) else []
+        parts = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
+        sizes[id(node)] = 1 + sum(_size(part, sizes) for part in parts)
+    return sizes[id(node)]
 
 
 def _repeated_key(node: Any) -> str:
