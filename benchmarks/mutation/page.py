@@ -74,9 +74,9 @@ def page(lines: Mapping[str, Line | None]) -> str:
         f"Measured by version {versions.pop('measurements', 'none')} of the measuring code; judged by the suites "
         f"of gates with the digests {versions.pop('suite', 'none')}.\n",
         "Libraries: " + ", ".join(f"{name} {numbers}" for name, numbers in sorted(versions.items())) + ".\n",
-        f"{len(made)} of {len(lines)} checks have been run.\n",
-        *([f"{failed} of these {len(made)} ended without a verdict.\n"] if failed else []),
-        *([_OLDER.format(older=older, made=len(made))] if older else []),
+        f"{len(made)} of {len(lines)} checks have been run; a check is one planted fault or one honest compile.\n",
+        *([f"{failed} of them ended without a verdict.\n"] if failed else []),
+        *([_OLDER.format(older="All" if older == len(made) else older)] if older else []),
         "## Summary\n",
         _summary(faults, made),
         "## Faults by the part at fault\n",
@@ -95,7 +95,7 @@ def page(lines: Mapping[str, Line | None]) -> str:
     return "\n".join(parts).rstrip() + "\n"
 
 
-_OLDER = """{older} of these {made} results were measured with an earlier version of the gates or of the
+_OLDER = """{older} of these results were measured with an earlier version of the gates or of the
 measurements. They do not describe the current version until `make mutation` has run again.
 """
 _INTRODUCTION = """# Error rate of the gates
@@ -103,11 +103,11 @@ _INTRODUCTION = """# Error rate of the gates
 This page is generated. It shows how often a verdict is wrong, in both directions.
 
 **Faults** are planted on purpose, one in each artifact: in weights, graphs, interface files and manifests, in
-graphs at int8, and at run time, where a graph answers wrongly only in some calls. A fault is **visible** if an
-answer of the pipeline has another text, label, position or error, a score that differs by at least 0.001, or an
-embedding that differs by at least a thousandth of its length. The benchmark looks for such changes on inputs
-that the validation does not use. For each fault, it lists the gates that are meant to find it. At least
-{caught:.0%} of the visible faults must fail, and one of these gates must be among those that fail.
+graphs at int8, and at run time, where a graph answers wrongly only in some calls. A fault is **visible** if the
+pipeline raises another error, or if an answer has another text, label or position, a score that differs by at
+least 0.001, or an embedding that differs by at least a thousandth of its length. The benchmark looks for such
+changes on inputs that the validation does not use. For each fault, it lists the gates that are meant to find it.
+At least {caught:.0%} of the visible faults must fail, and one of these gates must be among those that fail.
 
 **Honest compiles** are compiles without a fault, most of them of small models with three kinds of weights: large
 random ones, those that transformers gives a new model, and trained ones. No honest fp32 compile may be refused,

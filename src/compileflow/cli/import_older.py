@@ -24,8 +24,8 @@ def import_older(
 ) -> None:
     """Compare the compiled model in a folder of the older library with the uncompiled pipeline beside it.
 
-    The compiled model is stored as an artifact with its verdict. Nothing is compiled again. The exit code is 0 only
-    if the verdict is pass or warn.
+    The compiled model is stored as an artifact with its verdict. Nothing is compiled again. The exit code is 0
+    only if the verdict is pass or warn.
     """
     from compileflow.artifact.open import copy_artifact, open_artifact
     from compileflow.cli.progress import progress_display
