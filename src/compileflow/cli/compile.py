@@ -223,8 +223,8 @@ def _compile(
     examples: Annotated[
         str | None,
         typer.Option(
-            help="Your own examples to validate with, perhaps with labels: a text file with one example per line, "
-            "a JSON-lines or CSV file, or a folder of images or recordings."
+            help="Your own examples for the validation, with or without labels: a text file with one example per "
+            "line, a JSON-lines or CSV file, or a folder of images or recordings."
         ),
     ] = None,
     model_option: Annotated[

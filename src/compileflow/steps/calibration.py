@@ -33,7 +33,7 @@ class CalibrationSettings(BaseModel):
         None,
         title="Examples",
         description="File with natural examples that you do not validate with: text, one example on each line, or "
-        "JSON lines. Empty: built-in text.",
+        "JSON lines or CSV. Empty: built-in text.",
     )
     max_examples: int = Field(
         256, ge=1, le=10_000, title="Examples at most", description="Largest number of examples to use."

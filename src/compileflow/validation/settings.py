@@ -15,7 +15,7 @@ class ValidationSettings(BaseModel):
     examples_path: str | None = Field(
         None,
         title="Examples",
-        description="Your natural examples, perhaps with labels: a text file with one example per line, JSON "
+        description="Your natural examples, with or without labels: a text file with one example per line, JSON "
         "lines or CSV with text, or with question and context, or a folder of images or 16-bit WAV files. Empty: "
         "the 320 sentences or 300 questions that come with compileflow, or generated images and recordings.",
     )
