@@ -92,7 +92,7 @@ def test_the_page_counts_faults_by_the_gate_that_names_the_verdict() -> None:
     text = page({"a": line, "b": None})
     assert "| `mask_respected` | 1 | 1 |\n" in text
     assert "| **all** | 1 | 1 | 1 | 1 | 0 | 0 | 0 |\n" in text
-    assert "1 of 2 checks have been run." in text
+    assert "1 of 2 checks have been run; " in text
 
 
 def test_a_result_of_an_older_suite_counts_until_the_check_is_made_again() -> None:
