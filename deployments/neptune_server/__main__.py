@@ -81,12 +81,19 @@ def _print(line: str) -> None:
     sys.stdout.flush()
 
 
+def _path(text: str) -> Path:
+    """Return a path. Empty text, for example from a variable of a script, would mean the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got ''")
+    return Path(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m deployments.neptune_server", description="Serve a model registry for the neptune 1.x client."
     )
     parser.add_argument(
-        "--root", type=Path, required=True, help="folder for all data; only one server can use it at a time"
+        "--root", type=_path, required=True, help="folder for all data; only one server can use it at a time"
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument(
@@ -104,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--api-key-file",
-        type=Path,
+        type=_path,
         help=f"file with the API key (default: {API_KEY_VARIABLE}, the key in the token file, or a new key)",
     )
     parser.add_argument(

@@ -63,6 +63,16 @@ def test_key_is_read_from_a_file_and_not_printed(tmp_path: Path, command: list[s
     )
 
 
+@pytest.mark.parametrize("option", ["--root", "--api-key-file"])
+def test_empty_path_is_refused(tmp_path: Path, option: str) -> None:
+    options = {"--root": str(tmp_path / "root")} | {option: ""}
+    arguments = [part for pair in options.items() for part in pair]
+    command = [sys.executable, "-m", "deployments.neptune_server", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1].endswith(f"argument {option}: expected a path, got ''")
+
+
 def test_request_in_progress_is_answered_before_the_server_ends(tmp_path: Path) -> None:
     with serve_neptune(tmp_path / "server") as server:
         version = make_version(server, server.project())

@@ -103,6 +103,15 @@ def test_absent_folder_is_refused(source: FolderSource, model: Path) -> None:
         assert str(path) in caught.value.message
 
 
+@pytest.mark.parametrize("location", ["", "file:", "file://", "file://localhost"])
+def test_empty_path_is_refused_also_where_the_current_folder_is_a_model(
+    source: FolderSource, model: Path, monkeypatch: pytest.MonkeyPatch, location: str
+) -> None:
+    monkeypatch.chdir(model)
+    with pytest.raises(SourceError, match=f"Expected the folder of a model, got '{location}'"):
+        source.locate(location, None, model.parent / "unused")
+
+
 @pytest.mark.parametrize("owner", ["file", "folder"])
 def test_path_below_something_on_this_machine_is_not_a_hub_id(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: str

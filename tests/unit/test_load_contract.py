@@ -19,8 +19,9 @@ import pytest
 from compileflow import CompiledModel, CompiledPipeline, CompiledTokenizer
 from compileflow._process import cpu
 from compileflow.artifact.open import open_artifact
+from compileflow.artifact.verify import attestations_of, verify_artifact
 from compileflow.contracts.digests import file_digest
-from compileflow.errors import IntegrityError, LoadError, SpecError
+from compileflow.errors import IntegrityError, LoadError, SpecError, StoreError
 from compileflow.settings import Settings
 from compileflow.spec import HfTask
 from compileflow.stores.local import LocalStore
@@ -245,6 +246,22 @@ def test_misspelled_argument_of_a_pipeline_is_refused(sound: Path, name: str, ar
     with pytest.raises(SpecError) as caught:
         CompiledPipeline.from_pretrained(sound, **{name: True})
     assert str(caught.value) == f"Unknown argument {name!r}. Did you mean {argument}?"
+
+
+def test_empty_path_is_refused_instead_of_meaning_the_current_folder(
+    sound: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(sound, tmp_path / "artifact"))
+    tokenizer = CompiledTokenizer(CompiledTokenizer.from_pretrained(folder).tokenizer, {"max_length": 8})
+    monkeypatch.chdir(folder)
+    for load in (lambda: verify_artifact("", settings=settings), lambda: attestations_of("")):
+        with pytest.raises(LoadError, match="Expected the location of an artifact, got ''"):
+            load()
+    monkeypatch.chdir(tmp_path)
+    for saved in (tokenizer, CompiledTokenizer.from_pretrained(folder), CompiledModel.from_pretrained(folder)):
+        with pytest.raises(StoreError, match=r"Expected a folder to write to, got ''\. Give its path\."):
+            saved.save_pretrained("")
+    assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
 
 
 def test_artifact_that_is_not_stored_leaves_no_folder_in_the_cache(settings: Settings, tmp_path: Path) -> None:

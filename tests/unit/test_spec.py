@@ -125,6 +125,15 @@ def test_contradiction_in_a_request_is_one_line() -> None:
     assert caught.value.hint == "Correct the request."
 
 
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [("validation", "examples_path"), ("validation", "suite_path"), ("calibration", "examples_path")],
+)
+def test_empty_path_in_a_request_is_refused(group: str, name: str) -> None:
+    with pytest.raises(ValidationError, match=rf"{group}\.{name}\n  String should have at least 1 character"):
+        CompileRequest.model_validate({"model": "m", group: {name: ""}})
+
+
 def test_aliases_of_tasks_are_those_of_transformers() -> None:
     from transformers.pipelines import TASK_ALIASES as ALIASES_OF_TRANSFORMERS
 

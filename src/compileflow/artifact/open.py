@@ -197,9 +197,9 @@ def path_of(location: object) -> Path:
     """Return a location as a path, also if it is a URI or a name.
 
     Raises:
-        LoadError: The location is not text and not a path.
+        LoadError: The location is not text and not a path, or it is empty, which would mean the current folder.
     """
-    if not isinstance(location, str | os.PathLike):
+    if not isinstance(location, str | os.PathLike) or location == "":
         raise LoadError(
             f"Expected the location of an artifact, got {location!r:.80}.",
             hint="Give a folder, registry:NAME, or STORE/manifests/sha256/DIGEST.json.",
@@ -279,8 +279,9 @@ def open_artifact(
     attestations = None
     if keys is not None:
         attestations = check_signed(folder, checked_folder, keys, store_uri=store_uri, settings=settings)
-    elif store_uri is None and not trust:
-        check_subjects(folder, checked_folder.digest)
+    else:
+        # A fetched folder was compared with the digest of its URI.
+        check_subjects(folder, checked_folder.digest, is_trusted=trust or store_uri is not None)
     return OpenArtifact(
         folder,
         checked_folder.manifest,
@@ -309,6 +310,17 @@ def _open_again(
     )
 
 
+def folder_to_write(dest: str | Path) -> Path:
+    """Return the absolute path of a folder to write to.
+
+    Raises:
+        StoreError: The path is empty text, which would mean the current folder.
+    """
+    if dest == "":
+        raise StoreError("Expected a folder to write to, got ''.", hint="Give its path.")
+    return Path(dest).expanduser().absolute()
+
+
 def copy_artifact(
     artifact: OpenArtifact, dest: str | Path, *, replace: bool = False, with_original: bool = True
 ) -> Path:
@@ -321,9 +333,9 @@ def copy_artifact(
         with_original: Copy the original pipeline as well.
 
     Raises:
-        StoreError: `dest` holds other files or cannot be written.
+        StoreError: `dest` is empty text, holds other files or cannot be written.
     """
-    folder = Path(dest).expanduser().absolute()
+    folder = folder_to_write(dest)
     with os_errors(folder, "write to"):
         was_present = folder.exists()
         if replace and was_present and folder.samefile(artifact.saved_folder):

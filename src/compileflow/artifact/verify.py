@@ -11,7 +11,7 @@ from compileflow.artifact.attestations.keys import configured_keys, load_public_
 from compileflow.artifact.attestations.statements import report_digest
 from compileflow.artifact.attestations.verify import Attestations, verify_attestations
 from compileflow.artifact.manifest import ArtifactManifest, artifact_files, read_manifest, verify_folder
-from compileflow.artifact.open import cached_folder
+from compileflow.artifact.open import cached_folder, path_of
 from compileflow.catalog import open_store
 from compileflow.contracts.digests import folder_digest
 from compileflow.errors import IntegrityError, SignatureError, StoreUnavailableError
@@ -53,10 +53,11 @@ def attestations_of(location: str | Path, *, settings: Settings | None = None) -
     Raises:
         SignatureError: The bundle file cannot be read.
         StoreError: The store refused, or it did not answer and the artifact was never fetched.
+        LoadError: The location is empty.
     """
     text = str(location)
     if "://" not in text:
-        return read_bundle(Path(location).expanduser())
+        return read_bundle(path_of(location))
     settings = settings or get_settings()
     store_uri, digest = split_uri(text)
     cache = cached_folder(digest, settings)
@@ -86,6 +87,7 @@ def verify_artifact(
 
     Raises:
         ManifestError: The location does not hold an artifact.
+        LoadError: The location is empty.
         SpecError: A key cannot be used, or a signature is required but no key is trusted.
         StoreUnavailableError: The store did not answer.
     """
@@ -131,7 +133,7 @@ def _check_files(location: str, settings: Settings, problems: list[str]) -> tupl
         except IntegrityError as error:
             problems.append(str(error))
             return digest, None
-    folder = Path(location).expanduser().absolute()
+    folder = path_of(location).absolute()
     try:
         manifest, files = verify_folder(folder)
     except IntegrityError as error:

@@ -15,7 +15,7 @@ from typing import Any
 from compileflow._process.folders import os_errors
 from compileflow.artifact.attestations.require_signature import RequireSignature, requires_signature
 from compileflow.artifact.manifest import MANIFEST_NAME
-from compileflow.artifact.open import OpenArtifact, copy_artifact, path_of
+from compileflow.artifact.open import OpenArtifact, copy_artifact, folder_to_write, path_of
 from compileflow.errors import InputError, LoadError, SpecError, StoreError, first_line
 from compileflow.serving.interface_files import foreign_errors, load_part, load_saved_tokenizer
 from compileflow.serving.older_folder import open_any
@@ -266,7 +266,7 @@ class CompiledTokenizer:
         """
         if self._artifact is not None:
             return copy_artifact(self._artifact, dest, replace=True)
-        folder = Path(dest).expanduser().absolute()
+        folder = folder_to_write(dest)
         if (folder / MANIFEST_NAME).exists():
             raise StoreError(
                 f"{folder} contains a compiled artifact, whose files must not change.",

@@ -10,6 +10,9 @@ from compileflow.errors import SourceError
 from compileflow.settings import Settings
 from compileflow.sources.files import choose_files_below
 
+# Without a path, each of these would mean the current folder.
+_EMPTY = ("", "file:", "file://", "file://localhost")
+
 
 class FolderSource:
     """Reads a folder; the digest of its files serves as revision."""
@@ -21,7 +24,7 @@ class FolderSource:
         """Return the folder's URI. A folder has no commits to pin.
 
         Raises:
-            SourceError: A revision was given.
+            SourceError: A revision was given, or the location is empty.
         """
         if revision is not None:
             raise SourceError(
@@ -46,6 +49,11 @@ class FolderSource:
 
 
 def _path(location: str) -> Path:
+    if location in _EMPTY:
+        raise SourceError(
+            f"Expected the folder of a model, got {location!r}.",
+            hint="Give a model folder, or a Hub id as hf://owner/name.",
+        )
     path = path_of_uri(location) if location.startswith("file:") else Path(location).expanduser()
     parts = path.absolute().parts
     # The folder above a link is not the one that its name suggests. Other links keep their names: those of models.

@@ -31,6 +31,7 @@ class CalibrationSettings(BaseModel):
 
     examples_path: str | None = Field(
         None,
+        min_length=1,
         title="Examples",
         description="File with natural examples that you do not validate with: text, one example on each line, or "
         "JSON lines or CSV. Empty: built-in text.",

@@ -14,6 +14,7 @@ class ValidationSettings(BaseModel):
 
     examples_path: str | None = Field(
         None,
+        min_length=1,
         title="Examples",
         description="Your natural examples, with or without labels: a text file with one example per line, JSON "
         "lines or CSV with text, or with question and context, or a folder of images or 16-bit WAV files. Empty: "
@@ -21,6 +22,7 @@ class ValidationSettings(BaseModel):
     )
     suite_path: str | None = Field(
         None,
+        min_length=1,
         title="Your suite",
         description="YAML file with gates of your own, in the form of compileflow's suite file. They are judged "
         "in addition to compileflow's gates. Empty: none.",

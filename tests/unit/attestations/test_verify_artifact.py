@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,52 @@ class TestBesideTheFiles:
         assert folder_digest(files) == digest == open_artifact(artifact).digest
         assert folder_digest(list_files(artifact)) != digest
 
-    def test_bundle_is_not_read_unless_a_signature_is_required(self, artifact: Path, settings: Settings) -> None:
-        (artifact / ATTESTATIONS_NAME).write_bytes(b"\xff{")
-        opened = open_artifact(artifact, settings=settings)
+    @pytest.mark.parametrize(
+        ("body", "reason"),
+        [
+            (b"\xff{", "cannot be read: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte."),
+            (b"", "cannot be read: it is empty."),
+            (b"[]\n", "has a line that is not a JSON object."),
+            (b"{}\n", "An attestation is not a DSSE envelope: KeyError: 'payload'."),
+            (b'{"payload": "!"}\n', "An attestation is not a DSSE envelope: "),
+        ],
+    )
+    @pytest.mark.parametrize("place", ["folder", "trusted folder", "fetched folder"])
+    def test_damaged_bundle_is_named_in_a_warning_unless_a_signature_is_required(
+        self,
+        artifact: Path,
+        settings: Settings,
+        tmp_path: Path,
+        caplog: pytest.LogCaptureFixture,
+        body: bytes,
+        reason: str,
+        place: str,
+    ) -> None:
+        location, folder = str(artifact), artifact
+        if place == "fetched folder":
+            location = LocalStore((tmp_path / "store").as_uri(), settings).put_folder(artifact).uri
+            folder = open_artifact(location, settings=settings).folder
+        (folder / ATTESTATIONS_NAME).write_bytes(body)
+        with caplog.at_level(logging.WARNING, "compileflow"):
+            opened = open_artifact(location, settings=settings, trust=place == "trusted folder")
         assert opened.verified
         assert opened.attested is None
+        (warning,) = caplog.messages
+        assert warning.startswith(f"Loading {folder} although its attestations are damaged: ")
+        assert reason in warning
+        assert warning.endswith(" Fetch the artifact again.")
+        problems = verify_artifact(folder, settings=settings).problems
+        assert len(problems) == 1
+        assert reason in problems[0]
+
+    def test_statements_that_are_absent_or_sound_are_loaded_without_a_word(
+        self, artifact: Path, settings: Settings, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with caplog.at_level(logging.WARNING, "compileflow"):
+            open_artifact(artifact, settings=settings)
+            attest(artifact, None)
+            open_artifact(artifact, settings=settings)
+        assert caplog.messages == []
 
     def test_manifest_that_lists_them_is_refused(self, artifact: Path) -> None:
         attest(artifact, None)

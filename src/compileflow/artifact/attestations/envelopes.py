@@ -107,7 +107,7 @@ def read_bundle(folder: Path) -> tuple[Envelope, ...]:
     """Return the envelopes of the bundle file beside an artifact's files; () if the file does not exist.
 
     Raises:
-        SignatureError: The file cannot be read, or a line is not a JSON object.
+        SignatureError: The file cannot be read, it is empty, or a line is not a JSON object.
     """
     path = folder / ATTESTATIONS_NAME
     try:
@@ -116,6 +116,8 @@ def read_bundle(folder: Path) -> tuple[Envelope, ...]:
         if len(data) > _MOST_BUNDLE_BYTES:
             raise ValueError(f"it is larger than {_MOST_BUNDLE_BYTES / 2**20:g} MiB")
         envelopes = [json.loads(line) for line in data.splitlines() if line.strip()]
+        if not envelopes:
+            raise ValueError("it is empty")
     except FileNotFoundError:
         return ()
     except (OSError, ValueError, RecursionError) as error:

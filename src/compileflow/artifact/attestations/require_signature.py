@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +28,7 @@ from compileflow.settings import Settings, get_settings
 if TYPE_CHECKING:
     from securesystemslib.signer import SSlibKey
 
+logger = logging.getLogger(__name__)
 # True: trust the configured keys. PEM files of public keys: trust only these. None: follow the settings.
 RequireSignature = bool | str | Path | Sequence[str | Path] | None
 
@@ -100,23 +102,25 @@ def check_signed(
     return attestations
 
 
-def check_subjects(folder: Path, digest: str) -> None:
+def check_subjects(folder: Path, digest: str, *, is_trusted: bool) -> None:
     """Refuse an artifact whose bundle is about another artifact: its manifest was edited after the verdict.
 
-    No signature is required, so that a missing or damaged bundle is accepted.
+    No signature is required, so that a missing bundle is accepted, and a damaged one with a warning in the log.
 
     Args:
         folder: Folder of the artifact.
         digest: Digest of the artifact, as computed from its files.
+        is_trusted: Accept statements about another artifact, because the files may differ from the manifest.
 
     Raises:
-        SignatureError: A statement names another artifact.
+        SignatureError: A statement names another artifact, and `is_trusted` is false.
     """
     try:
         statements = [statement_in(envelope) for envelope in read_bundle(folder)]
-    except SignatureError:
+    except SignatureError as error:
+        logger.warning("Loading %s although its attestations are damaged: %s", folder, error)
         return
     for statement in statements:
         kind = RECORDS.get(str((statement or {}).get("predicateType")))
-        if statement is not None and kind is not None:
+        if statement is not None and kind is not None and not is_trusted:
             check_subject(kind, statement, digest)
