@@ -237,6 +237,8 @@ def test_an_unusable_suite_is_refused_before_the_compile(
     assert "top5_overlap is not measured for text-classification at fp32" in refusal()
     assert "top5_overlap is not measured for text-classification at fp32" in refusal(hf_task=CLASSIFY)
     assert pipeline.counts["compile"] == 0
+    # config.json names the task, so that the model was not even fetched.
+    assert not (pipeline.settings.home_dir / "store").exists()
     # The loaded model alone knows its outputs.
     path.write_text(text(ELEMENT | {"output": "scores"}))
     assert "the model does not have the output 'scores'" in refusal()

@@ -18,6 +18,7 @@ from compileflow.catalog import get_source, get_target, open_registry, open_stor
 from compileflow.errors import MissingPackageError, SourceError, SpecError
 from compileflow.settings import Settings
 from compileflow.sources.hub import HubSource
+from compileflow.spec import HfTask
 from compileflow.steps.compile import check_available, checked_target, spec_of, timed_shapes
 from compileflow.steps.fetch import scheme_of
 from compileflow.steps.request import AUTO, CompileRequest
@@ -65,7 +66,7 @@ def check_request(request: CompileRequest, settings: Settings, *, extras: Collec
     if request.steps.validate:
         check_libraries()
         _check_exists(request.validation.examples_path, "examples", "--examples")
-        _check_suite(request)
+        _check_suite(request, request.hf_task)
     if request.steps.compile:
         _check_exists(request.calibration.examples_path, "calibration examples", "--calibration")
         if folder is not None:
@@ -118,6 +119,8 @@ def _check_source(folder: Path, request: CompileRequest) -> None:
     """Refuse what the model's folder rules out; the compile step checks a model from elsewhere."""
     spec = spec_of(request, folder)
     check_source(folder, spec)
+    if request.steps.validate:
+        _check_suite(request, spec.hf_task)
     target = None if request.target == AUTO else checked_target(spec)
     if target is not None:
         check_model_type(target, spec.hf_task, read_config(folder))
@@ -153,11 +156,12 @@ def _extras_of(request: CompileRequest, settings: Settings) -> Iterator[str]:
         yield "signing"
 
 
-def _check_suite(request: CompileRequest) -> None:
+def _check_suite(request: CompileRequest, hf_task: HfTask | None) -> None:
+    """Check the user's suite, as far as the task is known; the outputs are known once the model is loaded."""
     if request.validation.suite_path is not None:
         suite = load_user_suite(request.validation.suite_path)
-        if request.hf_task is not None:
-            suite.check(request.hf_task, None if request.target == AUTO else request.precision)
+        if hf_task is not None:
+            suite.check(hf_task, None if request.target == AUTO else request.precision)
 
 
 def _missing_from(extra: str) -> list[str]:
