@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from compileflow.errors import MeasurementError, SpecError
 from compileflow.source_model.processor import load_processor
 from compileflow.spec import HfTask, Precision
 from compileflow.steps.run import run_request
+from compileflow.steps.summary import label_scores
 from compileflow.validation.cases import (
     CaseBuilder,
     check_labels,
@@ -21,6 +24,7 @@ from compileflow.validation.cases import (
     generated_signals,
     load_examples,
     load_signals,
+    note_on_fields,
     signals_digest,
     truth_of,
 )
@@ -85,6 +89,50 @@ def test_malformed_labels_are_refused(task: HfTask, data: dict[str, Any], says: 
         label_fields(data, task)
 
 
+@pytest.mark.parametrize(
+    ("task", "data", "says"),
+    [
+        (CLASSIFY, {"text": "a", "labels": "good"}, "expected the field 'label', got 'labels'"),
+        (CLASSIFY, {"text": "a", " Label": "good"}, "expected the field 'label', got ' Label'"),
+        (CLASSIFY, {"text": "a", "gold_label": "good"}, "expected the field 'label', got 'gold_label'"),
+        (CLASSIFY, {"text": "a", "label": ["good"]}, "label is not a name or a whole number: ['good']"),
+        (CLASSIFY, {"text": "a", "label": 1.0}, "label is not a name or a whole number: 1.0"),
+        (TAG, {"text": "anna", "entites": [ANNA]}, "expected the field 'entities', got 'entites'"),
+        (TAG, {"tokens": ["anna"], "ner_tags": [1]}, "expected the field 'tags', got 'ner_tags'"),
+        (TAG, {"text": "anna", "tags": [1]}, "tags needs the field tokens, got text"),
+        (TAG, {"tokens": ["anna"], "entities": [ANNA]}, "entities needs the field text, got tokens"),
+        (ASK, ASKED | {"anwsers": ["Anna"]}, "expected the field 'answers', got 'anwsers'"),
+        (ASK, ASKED | {"answers": {"texts": ["Anna"]}}, "answers has no list of texts under 'text'"),
+        (ASK, ASKED | {"answers": 0}, "answers is not a list of texts"),
+    ],
+)
+def test_a_label_that_would_vanish_is_refused(task: HfTask, data: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(says)):
+        label_fields(data, task)
+
+
+def test_other_fields_that_are_not_used_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"text": "a", "label": 1, "label_text": "good"}\n{"text": "b", "id": 2}\n', "utf-8")
+    used = "for text-classification it reads text, and label"
+    assert note_on_fields(CLASSIFY, str(path)) == (
+        f"Validation does not use 'label_text', 'id' of mine.jsonl: {used}."
+    )
+    path.write_text('{"text": "a", "sentiment": "good"}\n', "utf-8")
+    assert note_on_fields(CLASSIFY, str(path)).endswith(f"{used}, and no example has a label.")
+    path.write_text('{"text": "a", "label": "good"}\n', "utf-8")
+    assert note_on_fields(CLASSIFY, str(path)) == ""
+    assert "'label' of mine.jsonl" in note_on_fields(HfTask.FILL_MASK, str(path))
+
+
+@pytest.mark.parametrize(("name", "body"), [("mine.txt", "text,label\na,good\n"), ("mine.tsv", "label\ttext\n")])
+def test_a_table_is_not_read_as_texts(tmp_path: Path, name: str, body: str) -> None:
+    path = tmp_path / name
+    path.write_text(body, "utf-8")
+    with pytest.raises(MeasurementError, match=r"expected a table with commas in a file named \.csv"):
+        load_examples(CLASSIFY, str(path), 10)
+
+
 def test_csv_names_its_columns_in_the_first_row(tmp_path: Path) -> None:
     path = tmp_path / "examples.CSV"
     path.write_text('\ufefftext,label,note\r\n"good, and\nquick",positive,x\r\nso,,y\r\n', "utf-8")
@@ -135,15 +183,40 @@ def test_a_label_that_the_model_lacks_is_refused(
     check_labels(task, known, labels, "mine.csv")
 
 
-def test_an_unknown_label_is_refused_before_the_compile(
+class Lines:
+    """Progress of a run as the lines that it shows."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[Callable[[str], None]]:
+        """Show one step."""
+        yield self.lines.append
+
+
+def test_unusable_labels_are_refused_before_the_compile_and_unused_fields_are_named(
     pipeline: Pipeline, tiny_model: ModelFactory, tmp_path: Path
 ) -> None:
-    path = tmp_path / "mine.csv"
-    path.write_text("text,label\nIt arrived on time.,great\n")
+    path, progress = tmp_path / "mine.csv", Lines()
     request = pipeline.request(tiny_model(CLASSIFY), validation={"latency_pairs": 5, "examples_path": str(path)})
+    path.write_text("text,label,writer\nIt arrived on time.,great,me\n")
     with pytest.raises(SpecError, match=r"the model does not have the label 'great' of mine\.csv"):
+        run_request(request, pipeline.settings, progress=progress)
+    assert [line for line in progress.lines if line.startswith("note: ")] == [
+        "note: Validation does not use 'writer' of mine.csv: for text-classification it reads text, and label."
+    ]
+    path.write_text("text,lable\nIt arrived on time.,good\n")
+    with pytest.raises(SpecError, match=r"line 2: expected the field 'label', got 'lable': .*mine\.csv") as caught:
         run_request(request, pipeline.settings)
+    assert caught.value.hint.endswith("The field of a label is label.")
     assert pipeline.counts["compile"] == 0
+
+
+def test_the_summary_counts_labelled_examples() -> None:
+    figures = {"accuracy": 0.9, "accuracy_of_source_model": 0.92, "labelled_examples": 50.0}
+    assert label_scores(figures) == ["accuracy 0.9000, source model 0.9200, on 50 labelled examples"]
+    assert label_scores({"rel_l2": 1e-6}) == []
 
 
 @pytest.fixture
@@ -344,6 +417,9 @@ def test_a_faithful_compile_scores_as_its_source_model(
     assert faithful.gate("right_answers_kept")["outcome"] == "pass"
     page = (tmp_path / "report" / "report.html").read_text("utf-8")
     assert "Score on your labels" in page
+    count = faithful.report["labelled_count"]
+    assert count == score["examples"] == faithful.report["figures"]["labelled_examples"] > 0
+    assert f", {count} of them with a label" in page
 
 
 @pytest.mark.slow

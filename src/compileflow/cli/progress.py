@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from compileflow.steps.request import NOTE
+
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
@@ -43,7 +45,7 @@ def _echo(line: str) -> None:
 
 
 class TerminalProgress:
-    """A spinner, the elapsed time and the last progress line of each step."""
+    """A spinner, the elapsed time and the last progress line of each step; a note stays above them."""
 
     def __init__(self, live: LiveProgress, prefix: str = "") -> None:
         self._live = live
@@ -55,7 +57,10 @@ class TerminalProgress:
         task = self._live.add_task("", total=None, step=f"{self._prefix}{name}")
 
         def show(line: str) -> None:
-            self._live.update(task, description=line)
+            if line.startswith(NOTE):
+                self._live.console.print(line, markup=False, highlight=False)
+            else:
+                self._live.update(task, description=line)
 
         try:
             yield show

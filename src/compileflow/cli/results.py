@@ -19,7 +19,7 @@ def print_results(results: Sequence[CompileResult]) -> None:
     """Print a table with one row per result, and below it where artifacts, reports and versions are."""
     from compileflow.settings import get_settings
     from compileflow.steps.report_file import data_docs_beside, export_report
-    from compileflow.steps.summary import version_line
+    from compileflow.steps.summary import label_scores, version_line
 
     console = output_console()
     for result in results:
@@ -29,6 +29,7 @@ def print_results(results: Sequence[CompileResult]) -> None:
     for result in results:
         lines = [("artifact", result.artifact.uri)]
         if result.validated is not None:
+            lines += [("labels", score) for score in label_scores(result.validated.figures)]
             page = export_report(result.validated.report_uri, get_settings())
             lines.append(("report", str(page)))
             if docs := data_docs_beside(page):

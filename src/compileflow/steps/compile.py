@@ -39,16 +39,28 @@ from compileflow.spec import CompileSpec, HfTask, Precision, ShapeBucket
 from compileflow.steps.attest import Attester
 from compileflow.steps.cache import CacheKey, find, find_or_make, latest, why_missed
 from compileflow.steps.calibration import Calibration, load_calibration
-from compileflow.steps.request import AUTO, CompileRequest
-from compileflow.steps.source_checks import check_lengths, check_model_type, check_safe, check_source, read_config
+from compileflow.steps.request import AUTO, NOTE, CompileRequest
+from compileflow.steps.source_checks import (
+    check_lengths,
+    check_model_type,
+    check_safe,
+    check_source,
+    declared_sampling_rate,
+    read_config,
+)
 from compileflow.steps.toolchain_logs import keep_log
 from compileflow.steps.values import CompiledArtifact, FetchedSource
 from compileflow.validation.cases import (
     CLASS_FOLDERS,
+    LABELS_UNUSED,
+    MULTI_LABEL,
+    ONE_LABEL,
     check_labels,
+    check_signals,
     class_names,
+    has_label,
     load_examples,
-    signals_digest,
+    note_on_fields,
 )
 from compileflow.validation.judge import load_user_suite
 
@@ -105,6 +117,8 @@ def compile_artifact(
         key = compile_key(source, list_files(folder), spec, target, calibration)
         if not enabled:
             return _reuse(store, key)
+        if request.steps.validate and (path := request.validation.examples_path) is not None:
+            check_examples(spec.hf_task, path, request.validation.max_examples, folder, on_progress)
 
         def compute(reason: str) -> CompiledArtifact:
             if cost := earlier_cost(store, key):
@@ -115,8 +129,6 @@ def compile_artifact(
             check_lengths(folder, spec, target, timed_shapes=timed_shapes(request))
             if not spec.trust_remote_code:
                 check_safe(folder)
-            if request.steps.validate:
-                _check_examples(spec.hf_task, request.validation.examples_path, folder)
             build_request: dict[str, Any] = {
                 "source_dir": str(folder),
                 "spec": spec.model_dump(mode="json"),
@@ -157,31 +169,41 @@ def timed_shapes(request: CompileRequest) -> tuple[ShapeBucket, ...]:
     return request.validation.latency_shapes if request.steps.validate else ()
 
 
-def _check_examples(hf_task: HfTask, path: str | None, source_dir: Path) -> None:
-    """Refuse examples that the validate step could not use, before the compile takes minutes.
+def check_examples(
+    hf_task: HfTask, path: str, limit: int, source_dir: Path, report_line: Callable[[str], None]
+) -> None:
+    """Refuse examples that the validate step could not use, before the compile takes minutes; say what it ignores.
 
     Raises:
-        SpecError: The file holds no example, or not in the form of the task; or the model lacks a label.
+        SpecError: The file holds no example, or not in the form of the task; an image or a recording cannot be
+            read; or the model lacks a label.
     """
+    by_class = hf_task in CLASS_FOLDERS
     try:
         if hf_task.modality == "text":
             examples, _, _ = load_examples(hf_task, path, sys.maxsize)
+            if note := note_on_fields(hf_task, path):
+                report_line(NOTE + note)
         else:
-            by_class = hf_task in CLASS_FOLDERS
-            signals_digest(path, hf_task.modality, by_class=by_class)
-            names = class_names(path, hf_task.modality) if path is not None and by_class else []
+            rate = declared_sampling_rate(source_dir)
+            check_signals(path, hf_task.modality, limit, by_class=by_class, sampling_rate=rate)
+            names = class_names(path, hf_task.modality) if by_class else []
             examples = [{"label": name} for name in names]
-        labels = _labels_of(source_dir) if path is not None else {}
-        if path is not None and labels:
+        config_path = source_dir / "config.json"
+        config = read_model_json(config_path, config_path.name) if config_path.is_file() else {}
+        labels = _labels_of(config)
+        if labels:
             check_labels(hf_task, examples, labels, Path(path).name)
     except MeasurementError as error:
         raise SpecError(error.message, hint=error.hint) from error
+    chooses_one = len(labels) != 1 and config.get("problem_type") != MULTI_LABEL
+    if hf_task in ONE_LABEL and not chooses_one and any(map(has_label, examples)):
+        report_line(f"{NOTE}Validation does not use the labels of {Path(path).name}: {LABELS_UNUSED}.")
 
 
-def _labels_of(source_dir: Path) -> dict[int, str]:
+def _labels_of(config: Mapping[str, Any]) -> dict[int, str]:
     """Return the labels that config.json names; {} if transformers gives them their default names."""
-    path = source_dir / "config.json"
-    names = read_model_json(path, path.name).get("id2label") if path.is_file() else None
+    names = config.get("id2label")
     if not isinstance(names, dict) or not all(str(number).isdecimal() for number in names):
         return {}
     return {int(number): str(name) for number, name in names.items()}

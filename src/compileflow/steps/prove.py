@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
@@ -34,8 +34,8 @@ from compileflow.steps.claims import claimed_length, expected_claims
 from compileflow.steps.validate import MEASUREMENT_VERSION
 from compileflow.validation import measure as measuring
 from compileflow.validation.bundle import BUNDLE_FOLDER, examine_failure, write_failure_bundle
-from compileflow.validation.cases import Case
-from compileflow.validation.evidence import draw_for, gather_evidence, timed_shapes
+from compileflow.validation.cases import LABELS_UNUSED, MULTI_LABEL, Case
+from compileflow.validation.evidence import Evidence, draw_for, gather_evidence, timed_shapes
 from compileflow.validation.judge import UserSuite, judge, parse_user_suite
 from compileflow.validation.judge.suite import suite_digest
 from compileflow.validation.measure import Call, Measurements, Model, OneThread
@@ -266,7 +266,7 @@ def _prove_component(
     decisions = Decisions(
         spec.hf_task.graph_task,
         labels=dict(evidence.tokens) or labels,
-        multi_label=config.problem_type == "multi_label_classification",
+        multi_label=config.problem_type == MULTI_LABEL,
         pools=_pools(spec.hf_task, source_dir, artifact.folder),
         precision=spec.precision,
     )
@@ -288,7 +288,9 @@ def _prove_component(
     )
     measurements.scalars |= shared.scalars
     measurements.details |= shared.details
-    measurements.notes += shared.notes
+    measurements.notes += [*shared.notes, *filter(None, [evidence.note])]
+    if evidence.labelled_count and measurements.score is None:
+        measurements.notes.append(f"{evidence.labelled_count} labels are not used: {LABELS_UNUSED}.")
     report_progress("answering raw inputs as a service does")
     whole_artifact.measure_component(measurements, compiled_component, claims, max_length=claimed_length(claims))
     report_progress("calling the compiled model again")
@@ -297,7 +299,7 @@ def _prove_component(
     reference = answers.remembered(computed)
     if spec.precision is Precision.INT8:
         report_progress("rounding the source model's numbers to the grid of int8")
-        _measure_grid(measurements, source_model, decisions, evidence.natural, answers)
+        _measure_grid(measurements, source_model, decisions, evidence, compiled_component.run, answers)
     report_progress("probing padding, masks and token types")
     for probe in evidence.probes:
         # The probes of images and audio alter drawn signals.
@@ -373,6 +375,7 @@ def _prove_component(
         families=dict(Counter(row["family"] for row in measurements.comparisons)),
         examples_origin=evidence.origin,
         examples_count=evidence.examples_count,
+        labelled_count=evidence.labelled_count,
         examples_digest=evidence.examples_digest,
         measurement_version=MEASUREMENT_VERSION,
         suite_digest=suite_digest(),
@@ -456,20 +459,26 @@ def _measure_grid(
     measurements: Measurements,
     source_model: SourceModel,
     decisions: Decisions,
-    natural: Sequence[Case],
+    evidence: Evidence,
+    candidate: Model,
     answers: ReferenceAnswers,
 ) -> None:
-    """Measure the source model with numbers rounded to the grid of int8, on up to 12 natural batches."""
+    """Measure the source model with numbers rounded to the grid of int8, on up to 12 natural batches.
 
-    def rounded(inputs: Arrays) -> Arrays:
+    The rounded model is also the measure of the compiled model's answers to special tokens.
+    """
+
+    def run_rounded(inputs: Arrays) -> Arrays:
         with measuring.rounded_to_grid(source_model.model):
             return source_model.run(inputs)
 
     pools = (decisions.pools[0], decisions.pools[0])
+    reference = answers.remembered(_reference(source_model))
+    rounded = answers.remembered(run_rounded, "rounded to the grid of int8")
     measuring.measure_grid(
         measurements,
-        answers.remembered(rounded, "rounded to the grid of int8"),
-        answers.remembered(_reference(source_model)),
+        rounded,
+        reference,
         outputs=source_model.outputs,
         decisions=Decisions(
             decisions.task,
@@ -478,8 +487,9 @@ def _measure_grid(
             pools=pools,
             precision=decisions.precision,
         ),
-        cases=natural[:: math.ceil(len(natural) / _GRID_CASES)],
+        cases=evidence.natural[:: math.ceil(len(evidence.natural) / _GRID_CASES)],
     )
+    measuring.measure_special_tokens(measurements, reference, candidate, rounded, evidence.special)
 
 
 def _noise_variants(

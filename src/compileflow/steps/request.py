@@ -28,6 +28,8 @@ from compileflow.steps.calibration import CalibrationSettings
 from compileflow.validation.settings import ValidationSettings
 
 AUTO = "auto"
+# Start of a progress line that stays on the terminal.
+NOTE = "note: "
 
 
 def _list_targets(schema: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from compileflow.source_model.load import (
     untrusted_code,
 )
 from compileflow.source_model.model_types import model_types
-from compileflow.source_model.processor import check_processor_files
+from compileflow.source_model.processor import PROCESSOR_FILES, check_processor_files
 from compileflow.source_model.tasks import AUTO_CLASSES
 from compileflow.source_model.text_model import refuse_family
 from compileflow.sources.files import kind_of, read_model_json
@@ -143,6 +143,17 @@ def read_config(folder: Path) -> DeclaredConfig:
         SourceError: The file is not the JSON that transformers expects.
     """
     return DeclaredConfig(**read_model_json(folder / "config.json", "config.json"))
+
+
+def declared_sampling_rate(folder: Path) -> int | None:
+    """Return the samples per second that the processor's files name; None if they name none."""
+    for path in (folder / name for name in PROCESSOR_FILES):
+        settings = read_model_json(path, path.name) if path.is_file() else {}
+        for part in (settings, settings.get("feature_extractor")):
+            rate = part.get("sampling_rate") if isinstance(part, dict) else None
+            if isinstance(rate, int):
+                return rate
+    return None
 
 
 def _check_type(config: DeclaredConfig, model_type: Any, hf_task: HfTask) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from compileflow.contracts import LATENCY_ON_BUSY_MACHINE, ModelVersion, without_credentials
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact, all_figures
 from compileflow.validation.report import megabytes
@@ -21,10 +23,22 @@ def summary_markdown(source: FetchedSource, artifact: CompiledArtifact, validate
             "",
             f"- source model: `{source.uri}` at `{source.revision}`",
             f"- artifact: `{artifact.uri}` ({megabytes(artifact.size_bytes)}; {compile_words(artifact)})",
+            *(f"- labels: {score}" for score in label_scores(validated.figures)),
             f"- latency of one short text: {speed}",
             f"- report: `{validated.report_uri}`",
         )
     )
+
+
+def label_scores(figures: Mapping[str, float]) -> list[str]:
+    """Return the score of both models on the labels of the examples, as one line; [] without labels."""
+    suffix = "_of_source_model"
+    return [
+        f"{name.removesuffix(suffix).replace('_', ' ')} {figures[name.removesuffix(suffix)]:.4f}, source model "
+        f"{figures[name]:.4f}, on {figures['labelled_examples']:.0f} labelled examples"
+        for name in figures
+        if name.endswith(suffix) and "labelled_examples" in figures
+    ]
 
 
 def figures_table(artifact: CompiledArtifact, validated: ValidatedArtifact) -> list[dict[str, str]]:

@@ -26,6 +26,7 @@ from compileflow.validation.cases import (
     generated_count,
     load_examples,
     load_signals,
+    note_on_fields,
     shape_cases,
     truth_of,
 )
@@ -91,6 +92,7 @@ class Evidence:
     Attributes:
         generated: Cases that natural examples do not cover.
         natural: Cases of natural examples, on which decisions are compared.
+        special: Cases that repeat special tokens, which natural examples rarely hold.
         probes: Functions that measure one property, given the measurements, the reference and the candidate.
         shapes: Shapes, (batch size, length), at which both models are compared.
         repeated: Inputs that are called again, the shortest first.
@@ -100,6 +102,7 @@ class Evidence:
         origin: Origin of the natural examples, in words.
         examples_digest: SHA-256 that changes when the file or the folder of natural examples changes.
         examples_count: Number of natural examples.
+        note: What of the user's examples is not used, as a sentence; "" if all is.
     """
 
     generated: list[Case]
@@ -113,6 +116,13 @@ class Evidence:
     origin: str
     examples_digest: str
     examples_count: int
+    note: str = ""
+    special: tuple[Case, ...] = ()
+
+    @property
+    def labelled_count(self) -> int:
+        """Number of natural examples that have a label."""
+        return sum(truth is not None for case in self.natural for truth in case.truths)
 
 
 def gather_evidence(
@@ -230,6 +240,8 @@ def _text_evidence(
         origin=origin,
         examples_digest=digest,
         examples_count=len(examples),
+        note=note_on_fields(spec.hf_task, path) if (path := validation.examples_path) else "",
+        special=tuple(filled.special_cases(tokenizer.all_special_ids)),
     )
 
 

@@ -4,31 +4,47 @@ from __future__ import annotations
 
 from compileflow.validation.cases.case import Case
 from compileflow.validation.cases.examples import (
+    check_signals,
     class_names,
     generated_count,
     load_examples,
     load_signals,
+    note_on_fields,
     signals_digest,
 )
 from compileflow.validation.cases.generated_signals import NamedSignal, generated_signals
-from compileflow.validation.cases.labels import CLASS_FOLDERS, check_labels, truth_of
+from compileflow.validation.cases.labels import (
+    CLASS_FOLDERS,
+    LABELS_UNUSED,
+    MULTI_LABEL,
+    ONE_LABEL,
+    check_labels,
+    has_label,
+    truth_of,
+)
 from compileflow.validation.cases.signals import SignalCases
 from compileflow.validation.cases.text import ODD_TEXTS, CaseBuilder, agreement_cases, shape_cases
 
 __all__ = [
     "CLASS_FOLDERS",
+    "LABELS_UNUSED",
+    "MULTI_LABEL",
     "ODD_TEXTS",
+    "ONE_LABEL",
     "Case",
     "CaseBuilder",
     "NamedSignal",
     "SignalCases",
     "agreement_cases",
     "check_labels",
+    "check_signals",
     "class_names",
     "generated_count",
     "generated_signals",
+    "has_label",
     "load_examples",
     "load_signals",
+    "note_on_fields",
     "shape_cases",
     "signals_digest",
     "truth_of",

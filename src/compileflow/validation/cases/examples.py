@@ -6,11 +6,14 @@ import csv
 import hashlib
 import io
 import json
+import re
 import wave
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,7 +21,7 @@ from compileflow.errors import MeasurementError, first_line
 from compileflow.source_model.processor import Processor
 from compileflow.spec import HfTask, Modality, Precision
 from compileflow.validation.cases.generated_signals import NamedSignal, Signal, generated_signals
-from compileflow.validation.cases.labels import Example, label_fields
+from compileflow.validation.cases.labels import Example, has_label, known_fields, label_fields, unused_fields
 
 # Images or recordings that are generated. Where each gives one decision, 268 without a mismatch show 99 %.
 # fp32 allows no mismatch at all.
@@ -34,6 +37,8 @@ _SUFFIXES: dict[Modality, tuple[str, ...]] = {
     "audio": (".wav",),
 }
 
+Value = TypeVar("Value")
+
 
 def load_examples(task: HfTask, path: str | None, limit: int) -> tuple[list[Example], str, str]:
     """Read natural examples of text: the user's file, or the one bundled with compileflow.
@@ -45,6 +50,35 @@ def load_examples(task: HfTask, path: str | None, limit: int) -> tuple[list[Exam
     Raises:
         MeasurementError: The file cannot be read, or holds no example in the form that the task needs.
     """
+    examples, origin, digest = _read(task, path, lambda data: label_fields(data, task))
+    return examples[:limit], origin, digest
+
+
+def note_on_fields(task: HfTask, path: str) -> str:
+    """Return a sentence about the fields of the user's examples that validation does not use; "" without any.
+
+    Raises:
+        MeasurementError: See `load_examples`.
+    """
+    fields_of_rows, origin, _ = _read(task, path, lambda data: unused_fields(data, task))
+    names = list(dict.fromkeys(name for fields in fields_of_rows for name in fields))
+    if not names:
+        return ""
+    used_fields, _, _ = _read(task, path, lambda data: known_fields(data, task))
+    texts, labels = used_fields[0]
+    without = ""
+    if labels and not any(map(has_label, load_examples(task, path, len(used_fields))[0])):
+        without = ", and no example has a label"
+    return (
+        f"Validation does not use {', '.join(map(repr, names))} of {origin}: for {task} it reads "
+        f"{' and '.join(texts)}, and {' or '.join(labels) or 'no labels'}{without}."
+    )
+
+
+def _read(
+    task: HfTask, path: str | None, read: Callable[[Mapping[str, Any]], Value]
+) -> tuple[list[Value], str, str]:
+    """Read a file of examples; return what `read` makes of each, their origin, and the SHA-256 of the file."""
     questions = task.reads_pairs
     try:
         if path is not None:
@@ -55,40 +89,56 @@ def load_examples(task: HfTask, path: str | None, limit: int) -> tuple[list[Exam
             origin = f"compileflow's own {origin}"
         text = body.decode("utf-8-sig").replace("\r\n", "\n")
         if origin.lower().endswith(".csv"):
-            examples = list(_rows(text, task))
+            examples = list(_rows(text, read))
         else:
             # Not splitlines: a JSON string may contain U+2028 and similar characters.
             is_json = origin.lower().endswith((".json", ".jsonl"))
-            examples = [_example(line, task, is_json=is_json) for line in text.split("\n") if line.strip()]
+            lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+            _refuse_table([line for _, line in lines[:1]])
+            examples = [_example(number, line, task, read, is_json=is_json) for number, line in lines]
     except (OSError, ValueError, csv.Error) as error:
-        raise MeasurementError(
-            f"The examples cannot be used: {first_line(error)}: {path}.",
-            hint='Give JSON lines or CSV with "question" and "context".'
+        hint = (
+            'Give JSON lines or CSV with "question" and "context".'
             if questions
-            else 'Give a text file with one example per line, or JSON lines or CSV with "text".',
-        ) from error
+            else 'Give a text file with one example per line, or JSON lines or CSV with "text".'
+        )
+        if labels := known_fields({}, task)[1]:
+            hint += f" The field of a label is {' or '.join(labels)}."
+        raise MeasurementError(f"The examples cannot be used: {first_line(error)}: {path}.", hint=hint) from error
     if not examples:
         raise MeasurementError(
             f"{path} holds no example.", hint="Give at least one; 300 are enough for most gates."
         )
-    return examples[:limit], origin, hashlib.sha256(body).hexdigest()
+    return examples, origin, hashlib.sha256(body).hexdigest()
 
 
-def _example(line: str, task: HfTask, *, is_json: bool) -> Example:
+def _refuse_table(first_lines: Sequence[str]) -> None:
+    """Refuse a table that is not named as CSV: each of its lines would be read as a text, labels included."""
+    for line in first_lines:
+        columns = re.split(r"[,;\t]", line.strip().casefold())
+        if len(columns) > 1 and {"text", "question", "tokens"} & set(columns):
+            raise ValueError(f"expected a table with commas in a file named .csv, got the header {line[:80]!r}")
+
+
+def _example(
+    number: int, line: str, task: HfTask, read: Callable[[Mapping[str, Any]], Value], *, is_json: bool
+) -> Value:
     if line.startswith("{"):
-        data = json.loads(line)
         try:
-            return label_fields(data, task)
+            return read(json.loads(line))
+        except json.JSONDecodeError as error:
+            reason = f"{error.msg} at column {error.colno}"
+            raise ValueError(f"line {number} is not JSON: {reason}: {line[:80]}") from error
         except ValueError as error:
-            raise ValueError(f"{error} in a line: {line[:80]}") from error
+            raise ValueError(f"{error} in line {number}: {line[:80]}") from error
     if task.reads_pairs:
-        raise ValueError(f"a line is not JSON with question and context: {line[:80]}")
+        raise ValueError(f"line {number} is not JSON with question and context: {line[:80]}")
     if is_json:
-        raise ValueError(f"expected JSON lines, one object in each line, got a line: {line[:80]}")
-    return {"text": line}
+        raise ValueError(f"expected JSON lines, one object in each line, got line {number}: {line[:80]}")
+    return read({"text": line})
 
 
-def _rows(text: str, task: HfTask) -> Iterator[Example]:
+def _rows(text: str, read: Callable[[Mapping[str, Any]], Value]) -> Iterator[Value]:
     """Read CSV whose first row names the columns."""
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     names = reader.fieldnames or ()
@@ -99,7 +149,7 @@ def _rows(text: str, task: HfTask) -> Iterator[Example]:
         if None in row or None in row.values():
             raise ValueError(f"line {reader.line_num}: expected {len(reader.fieldnames or ())} cells")
         try:
-            yield label_fields(row, task)
+            yield read(row)
         except ValueError as error:
             raise ValueError(f"line {reader.line_num}: {error}") from error
 
@@ -137,33 +187,62 @@ def load_signals(
         count = min(limit, generated)
         origin = f"{count} {processor.modality} examples that compileflow generates"
         return generated_signals(processor, count), origin, hashlib.sha256(origin.encode()).hexdigest()
-    signal_files = _signal_files(path, processor.modality, by_class=by_class)[:limit]
-    read_signal = _read_image if processor.modality == "image" else _read_wav
-    try:
-        signals = [
-            NamedSignal(
-                f"{label}/{file.name}" if label else file.name, read_signal(file, processor.sampling_rate), label
-            )
-            for file, label in signal_files
-        ]
-    except (OSError, EOFError, ValueError, wave.Error) as error:
-        raise MeasurementError(
-            f"The examples cannot be used: {first_line(error)}: {path}.",
-            hint=f"Give a folder of {', '.join(_SUFFIXES[processor.modality])} files.",
-        ) from error
+    signals = []
+    for file, label in _signal_files(path, processor.modality, by_class=by_class)[:limit]:
+        with _signal_errors(file, processor.modality):
+            is_audio = processor.modality == "audio"
+            values = _read_wav(file, processor.sampling_rate) if is_audio else _read_image(file)
+        signals.append(NamedSignal(f"{label}/{file.name}" if label else file.name, values, label))
     return signals, Path(path).name, signals_digest(path, processor.modality, by_class=by_class)
+
+
+def check_signals(
+    path: str, modality: Modality, limit: int, *, by_class: bool = False, sampling_rate: int | None = None
+) -> None:
+    """Refuse a folder of images or recordings if a file that validation would use cannot be read.
+
+    Args:
+        path: The folder.
+        modality: Kind of the files.
+        limit: Most examples that validation uses.
+        by_class: Check the folders inside it as well.
+        sampling_rate: Samples per second that the model takes. None: any.
+
+    Raises:
+        MeasurementError: The folder holds no such file, or a file cannot be read.
+    """
+    for file, _ in _signal_files(path, modality, by_class=by_class)[:limit]:
+        with _signal_errors(file, modality):
+            if modality == "audio":
+                _read_wav(file, sampling_rate)
+            else:
+                _check_image(file)
+
+
+@contextmanager
+def _signal_errors(file: Path, modality: Modality) -> Iterator[None]:
+    """Turn an error of reading a file into one line that names the file."""
+    try:
+        yield
+    except Exception as error:
+        # Pillow raises errors of many classes.
+        raise MeasurementError(
+            f"The examples cannot be used: {file}: {first_line(error)}.",
+            hint=f"Repair or remove that file. Examples are {', '.join(_SUFFIXES[modality])} files.",
+        ) from error
 
 
 def signals_digest(path: str | None, modality: Modality, *, by_class: bool = False) -> str:
     """Return the SHA-256 of the names, labels and contents of a folder's examples; for None, of nothing.
 
     Raises:
-        MeasurementError: The folder holds no example.
+        MeasurementError: The folder holds no example, or a file cannot be read.
     """
     digest = hashlib.sha256()
     for file, label in _signal_files(path, modality, by_class=by_class) if path is not None else ():
         name = f"{label}/{file.name}" if label else file.name
-        digest.update(f"{name}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+        with _signal_errors(file, modality):
+            digest.update(f"{name}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()
 
 
@@ -191,20 +270,36 @@ def _signal_files(path: str, modality: Modality, *, by_class: bool) -> list[tupl
     return signal_files
 
 
-def _read_image(file: Path, _: int) -> Signal:
+def _read_image(file: Path) -> Signal:
     from PIL import Image
 
     with Image.open(file) as image:
         return np.asarray(image.convert("RGB"))
 
 
-def _read_wav(file: Path, rate: int) -> Signal:
+def _check_image(file: Path) -> None:
+    """Raise an error of Pillow if an image cannot be decoded, mostly without decoding it."""
+    from PIL import Image
+
+    with Image.open(file) as image:
+        if image.format == "JPEG":
+            # The format has no checksums. Decoding at an eighth of the size is fast and notices a file cut off.
+            image.draft("RGB", (1, 1))
+            image.load()
+        else:
+            image.verify()
+
+
+def _read_wav(file: Path, rate: int | None) -> Signal:
     with wave.open(str(file)) as recording:
+        rate = rate or recording.getframerate()
         if recording.getframerate() != rate or recording.getsampwidth() != 2:
             raise ValueError(
                 f"expected {rate} samples per second of 16 bits, {file.name} has {recording.getframerate()} "
                 f"of {8 * recording.getsampwidth()} bits"
             )
         frames = np.frombuffer(recording.readframes(recording.getnframes()), "<i2")
+        if not frames.size:
+            raise ValueError("it holds no samples")
         channels = frames.reshape(-1, recording.getnchannels())
     return np.asarray(channels.mean(axis=1) / 32768, np.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,23 @@ from compileflow.spec import HfTask
 
 # Tasks whose recordings or pictures may lie in one folder for each label.
 CLASS_FOLDERS = (HfTask.IMAGE_CLASSIFICATION, HfTask.AUDIO_CLASSIFICATION)
+# Tasks whose label is the name or number of one class.
+ONE_LABEL = (HfTask.TEXT_CLASSIFICATION, *CLASS_FOLDERS)
+# In a configuration, the problem_type of models that decide about each label separately.
+MULTI_LABEL = "multi_label_classification"
+# Why labels of such models, and of those with a single output, are not compared.
+LABELS_UNUSED = "the model does not choose one label"
 _NO_ENTITY = "O"
+# Fields of an example that give its label, by task.
+_LABEL_FIELDS = {
+    HfTask.TEXT_CLASSIFICATION: ("label",),
+    HfTask.TOKEN_CLASSIFICATION: ("entities",),
+    HfTask.QUESTION_ANSWERING: ("answers", "answer"),
+}
+# The form of token classification that gives the words.
+_TAGGED_WORDS = ("tokens", "tags")
+# Share of equal letters from which one name is a misspelling of another.
+_MISSPELLED = 0.7
 
 Example = dict[str, Any]
 # Type, first word and the word after the last one.
@@ -61,8 +78,9 @@ def label_fields(data: Mapping[str, Any], task: HfTask) -> Example:
         task: Task of the model.
 
     Raises:
-        ValueError: A field is missing, or does not have the form of the task.
+        ValueError: A field is missing, that of the label is misspelled, or one does not have the form of the task.
     """
+    _check_spelling(data, task)
     if task is HfTask.TOKEN_CLASSIFICATION and "tokens" in data:
         return _tagged(data)
     names = ("question", "context") if task.reads_pairs else ("text",)
@@ -72,13 +90,38 @@ def label_fields(data: Mapping[str, Any], task: HfTask) -> Example:
             raise ValueError(f"{name} {problem}")
     example: Example = {name: data[name] for name in names}
     label = data.get("label")
-    if task.graph_task is HfTask.TEXT_CLASSIFICATION and isinstance(label, str | int) and label != "":
+    if task is HfTask.TEXT_CLASSIFICATION and label is not None and label != "":
+        if not isinstance(label, str | int):
+            raise ValueError(f"label is not a name or a whole number: {label!r:.80}")
         return example | {"label": str(label)}
     if task is HfTask.TOKEN_CLASSIFICATION and "entities" in data:
         return example | {"entities": _entities(data["entities"], len(example["text"]))}
     if task is HfTask.QUESTION_ANSWERING and (answers := _answers(data)):
         return example | {"answers": answers}
     return example
+
+
+def known_fields(data: Mapping[str, Any], task: HfTask) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the names of the fields that are read of an example: those of its text, and those of its label.
+
+    Args:
+        data: One JSON object, or the cells of one row. The form of the example may depend on it.
+        task: Task of the model.
+    """
+    if task is HfTask.TOKEN_CLASSIFICATION and "tokens" in data:
+        return _TAGGED_WORDS[:1], _TAGGED_WORDS[1:]
+    return ("question", "context") if task.reads_pairs else ("text",), _LABEL_FIELDS.get(task, ())
+
+
+def unused_fields(data: Mapping[str, Any], task: HfTask) -> list[str]:
+    """Return the names of the fields that are not read."""
+    texts, labels = known_fields(data, task)
+    return [name for name in data if name not in (*texts, *labels)]
+
+
+def has_label(example: Example) -> bool:
+    """Whether an example, as `label_fields` returns it, has a label."""
+    return any(name in example for name in ("label", "tags", "entities", "answers"))
 
 
 def check_labels(task: HfTask, examples: Sequence[Example], labels: Mapping[int, str], origin: str) -> None:
@@ -93,7 +136,7 @@ def check_labels(task: HfTask, examples: Sequence[Example], labels: Mapping[int,
     Raises:
         MeasurementError: The model lacks a label.
     """
-    if task in (HfTask.TEXT_CLASSIFICATION, *CLASS_FOLDERS) and len(labels) > 1:
+    if task in ONE_LABEL and len(labels) > 1:
         used_labels = {example["label"] for example in examples if "label" in example}
         known_labels = {*labels.values(), *map(str, labels)}
     elif task is HfTask.TOKEN_CLASSIFICATION:
@@ -146,6 +189,20 @@ def _type_of(tag: str) -> str:
     return entity_type if dash and prefix in ("B", "I") else tag
 
 
+def _check_spelling(data: Mapping[str, Any], task: HfTask) -> None:
+    """Refuse a field that is nearly the name of a missing label: a label that is not read would vanish."""
+    texts, labels = known_fields(data, task)
+    missing = [] if any(name in data for name in labels) else labels
+    for field in unused_fields(data, task):
+        if task is HfTask.TOKEN_CLASSIFICATION and field in ("tags", "entities"):
+            raise ValueError(f"{field} needs the field {'tokens' if field == 'tags' else 'text'}, got {texts[0]}")
+        words = field.casefold().strip()
+        meant = [name for name in missing if name in words.split("_")]
+        meant = meant or get_close_matches(words, missing, n=1, cutoff=_MISSPELLED)
+        if meant:
+            raise ValueError(f"expected the field {meant[0]!r}, got {field!r}")
+
+
 def _tagged(data: Mapping[str, Any]) -> Example:
     tokens, tags = (
         value.split() if isinstance(value, str) else value for value in (data["tokens"], data.get("tags", []))
@@ -177,8 +234,10 @@ def _answers(data: Mapping[str, Any]) -> list[str]:
     """Return the right answers: a list of texts, or SQuAD's object with such a list, or one text."""
     value = data.get("answers", data.get("answer"))
     if isinstance(value, dict):
-        value = value.get("text")
-    answers = [value] if isinstance(value, str) else value or []
+        if "text" not in value:
+            raise ValueError("answers has no list of texts under 'text'")
+        value = value["text"]
+    answers = [value] if isinstance(value, str) else [] if value is None else value
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
         raise ValueError("answers is not a list of texts")
     return [answer for answer in answers if answer]

@@ -89,6 +89,8 @@ class Measurements:
         for metric in sorted({row["metric"] for row in self.rates}):
             rows = [row for row in self.rates if row["metric"] == metric]
             figures[metric] = sum(row["hits"] for row in rows) / sum(row["trials"] for row in rows)
+        if self.score is not None:
+            figures["labelled_examples"] = float(self.score.examples)
         if self.latencies and self.latencies[0].busy:
             figures[LATENCY_ON_BUSY_MACHINE] = 1.0
         elif self.latencies:

@@ -65,6 +65,9 @@ class Report(BaseModel):
     families: dict[str, int]
     examples_origin: str
     examples_count: int
+    labelled_count: int | None = Field(
+        None, description="Number of natural examples that have a label; null in older reports."
+    )
     examples_digest: str = Field("", description="SHA-256 of the natural examples; empty in older reports.")
     measurement_version: int | None = Field(
         None, description="Version of the measurements, which changes their numbers; null in older reports."
