@@ -93,10 +93,10 @@ class TestRefusals:
         [
             (HfTask.TEXT_CLASSIFICATION, b"", "holds no example"),
             (HfTask.TEXT_CLASSIFICATION, b"\n  \n", "holds no example"),
-            (HfTask.TEXT_CLASSIFICATION, b'{"txt": "a"}\n', "text is missing in a line"),
+            (HfTask.TEXT_CLASSIFICATION, b'{"txt": "a"}\n', "text is missing in line 1"),
             (HfTask.TEXT_CLASSIFICATION, b"\xff\xfe\x00", "cannot be used"),
             (QUESTIONS, b"just a sentence\n", "not JSON with question and context"),
-            (QUESTIONS, b'{"question": "who?"}\n', "context is missing in a line"),
+            (QUESTIONS, b'{"question": "who?"}\n', "context is missing in line 1"),
         ],
     )
     def test_unusable_file_is_a_compile_error_in_one_line(

@@ -228,12 +228,22 @@ def test_users_examples_as_json_lines(tmp_path: Path) -> None:
     [
         (HfTask.TEXT_CLASSIFICATION, b"", "holds no example"),
         (HfTask.TEXT_CLASSIFICATION, b"\n  \n", "holds no example"),
-        (HfTask.TEXT_CLASSIFICATION, b'{"sentence": "x"}\n', "text is missing in a line"),
-        (HfTask.TEXT_CLASSIFICATION, b'{"text": null}\n', "text is not a string in a line"),
+        (HfTask.TEXT_CLASSIFICATION, b'{"sentence": "x"}\n', "text is missing in line 1"),
+        (HfTask.TEXT_CLASSIFICATION, b'{"text": null}\n', "text is not a string in line 1"),
         (HfTask.TEXT_CLASSIFICATION, b'{"text": "x"\n', "cannot be used"),
+        (
+            HfTask.TEXT_CLASSIFICATION,
+            b'{"text": "x"}\n\n{"text" "y"}\n',
+            'line 3 is not JSON: Expecting \':\' delimiter at column 9: {"text" "y"}',
+        ),
+        (
+            HfTask.QUESTION_ANSWERING,
+            b'{"question": "q", "context": "c"}\nplain\n',
+            "line 2 is not JSON with question",
+        ),
         (HfTask.TEXT_CLASSIFICATION, b"\xff\xfe\x00", "cannot be used"),
         (HfTask.QUESTION_ANSWERING, b"plain text\n", "not JSON with question and context"),
-        (HfTask.QUESTION_ANSWERING, b'{"question": "q"}\n', "context is missing in a line"),
+        (HfTask.QUESTION_ANSWERING, b'{"question": "q"}\n', "context is missing in line 1"),
     ],
 )
 def test_unusable_examples_give_one_clear_error(tmp_path: Path, task: HfTask, body: bytes, says: str) -> None:

@@ -15,21 +15,29 @@ from compileflow import CompiledPipeline
 from compileflow.artifact.open import open_artifact
 from compileflow.catalog import get_target
 from compileflow.errors import InputError, MeasurementError, SourceError, SpecError
+from compileflow.selection.run import run_any_target
 from compileflow.serving.component import LoadedComponent
 from compileflow.source_model.examples import example_inputs
 from compileflow.source_model.lengths import frame_convolutions, frames_of, shortest_input
 from compileflow.source_model.load import load_source_model
 from compileflow.source_model.processor import LONGEST_S, load_processor, longest_signal
 from compileflow.source_model.tasks import task_of_architecture
-from compileflow.spec import ComponentSpec, HfTask, Precision
+from compileflow.spec import ComponentSpec, HfTask, Modality, Precision
 from compileflow.steps.compile import detect_task
 from compileflow.testing.pipelines import assert_same_result
-from compileflow.validation.cases import generated_count, generated_signals, load_signals, signals_digest
+from compileflow.validation.cases import (
+    check_signals,
+    generated_count,
+    generated_signals,
+    load_signals,
+    signals_digest,
+)
 from compileflow.validation.judge import gates_for
 from compileflow.validation.judge.rates import rate_bounds
 from tests.conftest import ModelFactory
 from tests.in_process import InProcess
 from tests.models import SIGNAL_TASKS
+from tests.steps import Pipeline
 from tests.unit.proving import reseal, validate_here
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:.*torch\.jit\..*deprecated")
@@ -282,8 +290,75 @@ class TestExamples:
         ):
             load_signals(ears, str(tmp_path), 10)
         (tmp_path / "slow.wav").write_bytes(b"no recording")
-        with pytest.raises(MeasurementError, match="cannot be used"):
+        with pytest.raises(MeasurementError, match=r"cannot be used: .*slow\.wav: file does not start with RIFF"):
             load_signals(ears, str(tmp_path), 10)
+
+    @pytest.mark.parametrize(
+        ("name", "kept", "reason"),
+        [
+            ("a.jpg", 0.5, "image file is truncated"),
+            ("a.png", 0.5, "Truncated File Read"),
+            ("a.webp", 0.5, "could not create decoder object"),
+            ("a.bmp", 0.0, "cannot identify image file"),
+            ("a.wav", 0.0, "EOFError"),
+            ("a.wav", 0.01, "it holds no samples"),
+        ],
+    )
+    def test_file_that_is_cut_off_is_named_without_a_model(
+        self, tmp_path: Path, name: str, kept: float, reason: str
+    ) -> None:
+        path = tmp_path / "cat" / name
+        path.parent.mkdir()
+        modality: Modality = "audio" if path.suffix == ".wav" else "image"
+        write_signal(path)
+        check_signals(str(tmp_path), modality, 10, by_class=True)
+        data = path.read_bytes()
+        path.write_bytes(data[: max(44 if kept else 0, int(len(data) * kept))])
+        with pytest.raises(MeasurementError) as caught:
+            check_signals(str(tmp_path), modality, 10, by_class=True)
+        assert caught.value.message.startswith(f"The examples cannot be used: {path}: ")
+        assert reason in caught.value.message
+        assert caught.value.hint.startswith("Repair or remove that file.")
+
+    def test_only_files_that_validation_uses_are_checked(self, tmp_path: Path) -> None:
+        write_signal(tmp_path / "a.png")
+        (tmp_path / "b.png").mkdir()
+        check_signals(str(tmp_path), "image", 1)
+        for check in (
+            lambda: check_signals(str(tmp_path), "image", 2),
+            lambda: signals_digest(str(tmp_path), "image"),
+        ):
+            with pytest.raises(MeasurementError, match=r"cannot be used: .*b\.png: .*Is a directory"):
+                check()
+
+
+@pytest.mark.parametrize(("task", "name"), [(IMAGES, "a.png"), (SOUNDS, "a.wav")])
+@pytest.mark.parametrize("target", ["torchscript", "auto"])
+def test_unreadable_examples_are_refused_before_the_compile(
+    pipeline: Pipeline, tiny_model: ModelFactory, tmp_path: Path, task: HfTask, name: str, target: str
+) -> None:
+    write_signal(tmp_path / name, rate=8000)
+    if task is IMAGES:
+        (tmp_path / name).write_text("not an image")
+    auto = {"targets": ["torchscript", "onnx-runtime"]} if target == "auto" else {}
+    fields = {"hf_task": task, "target": target, "auto": auto, "shape_buckets": ()}
+    request = pipeline.request(tiny_model(task), validation={"examples_path": str(tmp_path)}, **fields)
+    with pytest.raises(
+        SpecError, match=rf"^The examples cannot be used: .*{name}: (cannot identify|expected 16000)"
+    ):
+        run_any_target(request, pipeline.settings)
+    assert pipeline.counts == {"compile": 0, "validate": 0}
+
+
+def write_signal(path: Path, *, rate: int = 16_000) -> None:
+    """Write a small image, or a tenth of a second of a tone, in the format that the name stands for."""
+    from PIL import Image
+
+    if path.suffix == ".wav":
+        write_wav(path, rate=rate)
+    else:
+        pixels = np.random.default_rng(3).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
 
 
 def write_wav(path: Path, *, rate: int) -> None:

@@ -20,7 +20,7 @@ from compileflow.selection.choice import choose, drops
 from compileflow.selection.comparison import Comparison, write_comparison
 from compileflow.settings import Settings
 from compileflow.spec import HfTask, Precision
-from compileflow.steps.compile import check_modules, detect_task, timed_shapes
+from compileflow.steps.compile import check_examples, check_modules, detect_task, timed_shapes
 from compileflow.steps.race import race
 from compileflow.steps.report_file import read_report
 from compileflow.steps.request import AUTO, CompileRequest
@@ -93,8 +93,8 @@ def plan_candidates(
         settings: Credentials of the store.
 
     Raises:
-        SpecError: The request contradicts itself or does not suit the model, the model has modules that cannot be
-            served, or none of the requested targets has the task.
+        SpecError: The request contradicts itself or does not suit the model, the examples cannot be used, the
+            model has modules that cannot be served, or none of the requested targets has the task.
         SourceError: transformers does not know the model, or files of it are missing.
     """
     names = _requested_targets(request)
@@ -104,6 +104,10 @@ def plan_candidates(
         spec = request.spec_for(hf_task)
         check_source(folder, spec)
         check_lengths(folder, spec, None, timed_shapes=timed_shapes(request))
+        validation = request.validation
+        if request.steps.validate and validation.examples_path is not None:
+            # The compile of each candidate says what validation ignores.
+            check_examples(hf_task, validation.examples_path, validation.max_examples, folder, lambda _: None)
     requests: list[CompileRequest] = []
     unavailable_candidates: list[Candidate] = []
     for name in names:

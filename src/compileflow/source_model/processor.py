@@ -17,7 +17,7 @@ from compileflow.contracts import Arrays, Axis, TensorRecord
 from compileflow.errors import SourceError, first_line
 from compileflow.spec import Modality
 
-_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 # Longest recording, in seconds, of an audio component whose request sets no maximum.
 LONGEST_S = 30
 _PROBES_S = (1.0, 1.5)
@@ -92,8 +92,8 @@ def check_processor_files(folder: Path, modality: Modality) -> None:
     Raises:
         SourceError: It does not.
     """
-    if not any((folder / name).is_file() for name in _PROCESSOR_FILES):
-        raise _unusable(modality, f"{_PROCESSOR_FILES[0]} is missing")
+    if not any((folder / name).is_file() for name in PROCESSOR_FILES):
+        raise _unusable(modality, f"{PROCESSOR_FILES[0]} is missing")
 
 
 def _unusable(modality: Modality, reason: str) -> SourceError:
