@@ -215,6 +215,22 @@ def test_version_whose_uri_was_bent_to_another_artifact_is_refused(
     one_line(call(command, "registry:old"), "expected ffffffffffff", "it was changed")
 
 
+def test_verify_names_the_version_that_was_asked_for(
+    settings: Settings, registry: ModelRegistry, tmp_path: Path
+) -> None:
+    other_uri = f"sqlite:///{tmp_path / 'other.db'}"
+    for name in ("first", "second"):
+        registry.register(stored(settings, name))
+    open_registry(other_uri).register(stored(settings, "third"))
+    for reference, name in (
+        ("registry:first", "first"),
+        ("registry:second@1", "second"),
+        (f"{other_uri}#third@1", "third"),
+    ):
+        assert call("verify", reference).stdout.splitlines()[-1] == f"proven: {name} version 1, verdict pass"
+        assert json.loads(call("verify", reference, "--json").stdout)["proof"] == f"{name} version 1, verdict pass"
+
+
 def test_verify_refuses_what_failed_after_it_was_registered(settings: Settings, registry: ModelRegistry) -> None:
     entry = stored(settings)
     registry.register(entry)

@@ -11,13 +11,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
 
 import typer
 from typer.models import ArgumentInfo, ParameterInfo
 
 from compileflow._process.interrupts import signal_of, stopped_by_signals, word_for
 from compileflow.errors import CompileflowError, SourceError, SpecError
+
+if TYPE_CHECKING:
+    from compileflow.contracts import ModelVersion
 
 FAILED, WRONG_REQUEST = 1, 2
 
@@ -172,20 +175,34 @@ def artifact_location(text: str) -> str:
     Raises:
         IntegrityError: The URI in the registry belongs to another artifact than the one that was registered.
     """
-    from compileflow.artifact.integrity import check_digest
-    from compileflow.catalog import open_store, parse_reference, resolve_reference
+    from compileflow.catalog import open_store
     from compileflow.settings import get_settings
-    from compileflow.stores.layout import is_digest, split_uri
+    from compileflow.stores.layout import is_digest
 
     if is_digest(text) and not Path(text).exists():
         return open_store(get_settings().resolved_store_uri()).folder_uri(text)
+    version = registered_version(text)
+    return text if version is None else version.artifact_uri
+
+
+def registered_version(text: str) -> ModelVersion | None:
+    """Return the version that a reference means; None if the text is another location.
+
+    Raises:
+        IntegrityError: The URI in the registry belongs to another artifact than the one that was registered.
+    """
+    from compileflow.artifact.integrity import check_digest
+    from compileflow.catalog import parse_reference, resolve_reference
+    from compileflow.settings import get_settings
+    from compileflow.stores.layout import split_uri
+
     if parse_reference(text) is None:
-        return text
+        return None
     version = resolve_reference(text, get_settings())
     subject = f"the URI of {version.name} version {version.version}"
     hint = "Do not use this version; it was changed in the registry."
     check_digest(subject, split_uri(version.artifact_uri)[1], version.artifact_digest, hint=hint)
-    return version.artifact_uri
+    return version
 
 
 def store_of(location: str) -> str:

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from compileflow.cli.common import FAILED, AsJson, artifact_location, one_line_errors, store_of
+from compileflow.cli.common import FAILED, AsJson, artifact_location, one_line_errors, registered_version, store_of
 from compileflow.errors import printable
 
 if TYPE_CHECKING:
     from compileflow.artifact.verify import Verification
+    from compileflow.contracts import ModelVersion
 
 
 @one_line_errors
@@ -46,11 +47,12 @@ def verify(
     from compileflow.settings import get_settings
 
     settings = get_settings()
-    location = artifact_location(artifact)
+    version = registered_version(artifact)
+    location = artifact_location(artifact) if version is None else version.artifact_uri
     verification = verify_artifact(
         location, settings=settings, keys=key or (), require_signature=require_signature
     )
-    proof = _proof(location, verification.digest) if verification.intact else None
+    proof = _proof(location, verification.digest, version) if verification.intact else None
     problems = list(verification.problems)
     if verification.verdict == "FAILED" and not integrity_only:
         problems.append("The last validation failed, although an earlier one may have passed. Read the report.")
@@ -84,16 +86,20 @@ def _print_verification(verification: Verification, proof: str | None) -> None:
         typer.echo(printable(f"proven: {proof}"))
 
 
-def _proof(location: str, digest: str) -> str | None:
-    """Describe the proof of an artifact: a registered version, or else a passing report in its store."""
+def _proof(location: str, digest: str, version: ModelVersion | None) -> str | None:
+    """Describe the proof of an artifact: a registered version, or else a passing report in its store.
+
+    Several names may share an artifact: `version` is the one that the user named, if any.
+    """
     from compileflow.catalog import open_registry, open_store
     from compileflow.settings import get_settings
     from compileflow.steps.validate import report_on
 
     settings = get_settings()
-    versions = list(open_registry(settings.resolved_registry_uri()).find(digest))
-    if versions:
-        return f"{versions[0].name} version {versions[0].version}, verdict {versions[0].verdict}"
+    if version is None:
+        version = next(iter(open_registry(settings.resolved_registry_uri()).find(digest)), None)
+    if version is not None:
+        return f"{version.name} version {version.version}, verdict {version.verdict}"
     report = report_on(open_store(store_of(location)), digest)
     if report is not None and report.outcome == "pass":
         return f"report {report.report_digest[:12]}, {report.reason}"
