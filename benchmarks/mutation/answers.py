@@ -105,6 +105,8 @@ def _inputs(task: HfTask, mask_token: str | None) -> tuple[list[Any], dict[str, 
     texts = list(TEXTS)
     if task is HfTask.FILL_MASK:
         texts = [f"{text} {mask_token} {text}" for text in texts]
+    elif mask_token:
+        texts.append(f"{TEXTS[0]} {mask_token}")
     long = f"{_LONG} {mask_token}" if task is HfTask.FILL_MASK else _LONG
     lists = {
         "12 short texts": [texts[1]] * 6 + [texts[0]] * 6,

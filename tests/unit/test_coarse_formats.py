@@ -28,6 +28,7 @@ pytestmark = pytest.mark.filterwarnings(r"ignore:.*torch\.jit\..*deprecated")
 CLASSIFY, EMBED = HfTask.TEXT_CLASSIFICATION, HfTask.FEATURE_EXTRACTION
 Answer = Callable[[SourceModel, Arrays], Arrays]
 Prove = Callable[..., Proof]
+MASK_TOKEN_ID = 4
 _LOCK = Lock()
 
 
@@ -97,6 +98,10 @@ def skip_a_layer(model: Any) -> None:
             parameter.zero_()
 
 
+def lose_the_mask_token(model: Any) -> None:
+    model.get_input_embeddings().weight[MASK_TOKEN_ID].neg_()
+
+
 @pytest.mark.parametrize("task", [CLASSIFY, pytest.param(EMBED, marks=pytest.mark.slow)])
 def test_honest_rounding_to_int8_is_not_refused(prove: Prove, task: HfTask) -> None:
     proof = prove(task, rounded)
@@ -113,6 +118,7 @@ def test_honest_rounding_to_int8_is_not_refused(prove: Prove, task: HfTask) -> N
         pytest.param(EMBED, constant, None, "typical_error", id="one constant vector"),
         pytest.param(EMBED, without_mask, None, "mask_obeyed", id="mask ignored"),
         pytest.param(CLASSIFY, scaled, None, "typical_error", id="logits x 1.45"),
+        pytest.param(EMBED, rounded, lose_the_mask_token, "special_token_error", id="wrong row of one token"),
         pytest.param(EMBED, plain, shuffle, "typical_error", id="shuffled weights", marks=pytest.mark.slow),
         pytest.param(EMBED, plain, skip_a_layer, "typical_error", id="layer skipped", marks=pytest.mark.slow),
     ],

@@ -13,6 +13,7 @@ NUMBERS = (
     "rel_l2",
     "one_minus_cosine",
     "typical_error",
+    "special_token_error",
     "gain_error",
     "response_error",
     "probability_shift",

@@ -71,6 +71,22 @@ def one_layer_is_skipped(weights: Weights) -> None:
             weights[name].zero_()
 
 
+def _lose_the_mask_token(weights: Weights) -> None:
+    (name,) = (name for name in weights if name.endswith("word_embeddings.weight"))
+    # The sources' tokenizers have five special tokens, and the mask is the last one.
+    weights[name][4].neg_()
+
+
+@in_weights(INT8_EMBEDDER, *EMBEDDINGS, kind="int8")
+def one_special_token_has_a_wrong_row(weights: Weights) -> None:
+    _lose_the_mask_token(weights)
+
+
+@in_weights(Healthy(CLASSIFIER, OPENVINO, Precision.INT8), *NUMBERS, *DECISIONS, kind="int8")
+def one_special_token_of_a_classifier_has_a_wrong_row(weights: Weights) -> None:
+    _lose_the_mask_token(weights)
+
+
 @in_weights(Healthy(TAGGER, OPENVINO, Precision.INT8), *NUMBERS, *DECISIONS, kind="int8")
 def one_tag_is_likelier(weights: Weights) -> None:
     weights["classifier.bias"][3] += 1

@@ -16,7 +16,8 @@ class Case:
 
     Attributes:
         name: Unique, readable name.
-        family: Kind of case: length, text, batch, inputs, signal, shape, vocabulary, drawn, timed or agreement.
+        family: Kind of case: length, text, special, batch, inputs, signal, shape, vocabulary, drawn, timed or
+            agreement.
         texts: One readable name per row for the report; for text tasks, the text itself.
         inputs: Arrays that both models get, batch first.
         mask: 1 where a position counts. Nothing else is compared.

@@ -21,6 +21,8 @@ _SEED = 20
 # The answer to one token may have a value for each word. Then only some positions are compared, because all would
 # take a minute, and each token changes the answers at other positions as well.
 _VALUES_PER_POSITION = 2048
+# Special tokens that are read at most, and the rows that repeat one of them: each third of a few natural tokens.
+_MOST_SPECIAL, _SPECIAL_ROWS, _SPECIAL_CONTENT = 32, 4, 12
 # Rows and tokens that are drawn from the artifact's digest.
 _DRAWN_ROWS, _DRAWN_LENGTHS = 8, (12, 40)
 
@@ -114,6 +116,26 @@ class FilledRows:
             lengths = [int(count) for count in random.integers(self.shortest, length + 1, _DRAWN_ROWS)]
             case = self.case(f"drawn {len(cases) + 1}", "drawn", max(lengths), lengths, stream)
             cases.append(replace(case, is_drawn=True))
+        return cases
+
+    def special_cases(self, special_ids: Sequence[int]) -> list[Case]:
+        """Build one batch for each special token, whose rows repeat it among natural tokens.
+
+        Args:
+            special_ids: Special tokens that text may hold, such as `[MASK]`; every n-th of them if there are many.
+        """
+        ids = sorted({number for number in special_ids if 0 <= number < self.tokens.vocab_size})
+        length = min(self.tokens.shortest + _SPECIAL_CONTENT, self.record.max_sequence_length)
+        count = self.tokens.content(length)
+        cases: list[Case] = []
+        for number in ids[:: max(1, ceil(len(ids) / _MOST_SPECIAL))]:
+            natural = IdStream(self.natural_ids)
+            # Each row holds the token equally often, because some models count the ends of the text.
+            rows = [np.where(np.arange(count) % 3 == 1, number, natural.take(count)) for _ in range(_SPECIAL_ROWS)]
+            stream, lengths = IdStream(np.concatenate(rows)), [length] * _SPECIAL_ROWS
+            case = self.case(f"special token {number}", "special", length, lengths, stream, has_types=False)
+            # No tokenizer puts some of these tokens into a text.
+            cases.append(replace(case, may_fail=True))
         return cases
 
     def padded_case(self, length: int) -> Case | None:

@@ -57,7 +57,7 @@ def measure(
             measurements.comparisons += _faulty_answers(case, outputs, *candidate_answer(candidate, case.inputs))
             coverage.add(case)
             continue
-        expected = _reference_answer(reference, case, measurements)
+        expected = reference_answer(reference, case, measurements)
         if expected is None:
             continue
         actual, error_text = candidate_answer(candidate, case.inputs)
@@ -86,7 +86,7 @@ def measure(
     return measurements
 
 
-def _reference_answer(reference: Model, case: Case, measurements: Measurements) -> Arrays | None:
+def reference_answer(reference: Model, case: Case, measurements: Measurements) -> Arrays | None:
     """Return the source model's answer; None, with a note, for a case that does not suit the model."""
     try:
         answer = reference(case.inputs)
