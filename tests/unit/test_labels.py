@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -11,7 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
+from rich.progress import Progress, TextColumn
 
+from compileflow.cli.progress import TerminalProgress
 from compileflow.errors import MeasurementError, SpecError
 from compileflow.source_model.processor import load_processor
 from compileflow.spec import HfTask, Precision
@@ -28,7 +32,7 @@ from compileflow.validation.cases import (
     signals_digest,
     truth_of,
 )
-from compileflow.validation.cases.labels import LabelledAnswer, LabelledWords, label_fields
+from compileflow.validation.cases.labels import LabelledAnswer, LabelledWords, Ranked, Searched, label_fields
 from compileflow.validation.judge import judge
 from compileflow.validation.measure.scores import Scores, normalized, word_f1
 from tests.conftest import ModelFactory
@@ -39,7 +43,7 @@ from tests.unit.proving import validate_here
 from tests.unit.test_judge import healthy
 
 CLASSIFY, TAG, ASK = HfTask.TEXT_CLASSIFICATION, HfTask.TOKEN_CLASSIFICATION, HfTask.QUESTION_ANSWERING
-IMAGES = HfTask.IMAGE_CLASSIFICATION
+IMAGES, RANK, EMBED = HfTask.IMAGE_CLASSIFICATION, HfTask.TEXT_RANKING, HfTask.SENTENCE_SIMILARITY
 TAGS = dict(enumerate(LABELS[TAG]))
 ANNA = {"start": 0, "end": 4, "label": "PER"}
 ASKED = {"question": "Who?", "context": "It was Anna."}
@@ -65,6 +69,11 @@ ASKED = {"question": "Who?", "context": "It was Anna."}
         (ASK, ASKED | {"answers": {"text": ["Anna"], "answer_start": [7]}}, ASKED | {"answers": ["Anna"]}),
         (ASK, ASKED | {"answer": "Anna"}, ASKED | {"answers": ["Anna"]}),
         (ASK, ASKED | {"answers": []}, ASKED),
+        (RANK, ASKED | {"label": True}, ASKED | {"label": "1"}),
+        (RANK, ASKED | {"label": "0"}, ASKED | {"label": "0"}),
+        (EMBED, {"text": "a", "id": 7}, {"text": "a", "id": "7"}),
+        (EMBED, {"text": "a", "id": "", "relevant": "7 x"}, {"text": "a", "relevant": ["7", "x"]}),
+        (EMBED, {"text": "a", "relevant": [7]}, {"text": "a", "relevant": ["7"]}),
     ],
 )
 def test_forms_of_labels(task: HfTask, data: dict[str, Any], example: dict[str, Any]) -> None:
@@ -104,6 +113,10 @@ def test_malformed_labels_are_refused(task: HfTask, data: dict[str, Any], says: 
         (ASK, ASKED | {"anwsers": ["Anna"]}, "expected the field 'answers', got 'anwsers'"),
         (ASK, ASKED | {"answers": {"texts": ["Anna"]}}, "answers has no list of texts under 'text'"),
         (ASK, ASKED | {"answers": 0}, "answers is not a list of texts"),
+        (RANK, ASKED | {"label": 2}, "label is not 1 for a relevant document or 0 for another one: 2"),
+        (RANK, ASKED | {"labels": 1}, "expected the field 'label', got 'labels'"),
+        (EMBED, {"text": "a", "relevant": 7}, "relevant is not a list of ids"),
+        (EMBED, {"text": "a", "relevance": [7]}, "expected the field 'relevant', got 'relevance'"),
     ],
 )
 def test_a_label_that_would_vanish_is_refused(task: HfTask, data: dict[str, Any], says: str) -> None:
@@ -213,6 +226,18 @@ def test_unusable_labels_are_refused_before_the_compile_and_unused_fields_are_na
     assert pipeline.counts["compile"] == 0
 
 
+def test_a_note_stays_on_the_terminal() -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True)
+    with (
+        Progress(TextColumn("{task.description}"), console=console) as live,
+        TerminalProgress(live).step("a") as show,
+    ):
+        show("note: one field is not used")
+        show("next")
+    assert "note: one field is not used\n" in screen.getvalue()
+
+
 def test_the_summary_counts_labelled_examples() -> None:
     figures = {"accuracy": 0.9, "accuracy_of_source_model": 0.92, "labelled_examples": 50.0}
     assert label_scores(figures) == ["accuracy 0.9000, source model 0.9200, on 50 labelled examples"]
@@ -268,6 +293,59 @@ def test_scores_by_hand() -> None:
     nothing.add_label("a", False, True)
     assert nothing.rates() == []
     assert Scores(CLASSIFY).result() is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ([{"id": 1}, {"relevant": ["2"]}], "relevant names '2', which is not the id of another example"),
+        ([{"id": 1, "relevant": [1]}], "relevant names '1', which is not the id of another example"),
+        ([{"id": 1}, {"id": "1"}, {"relevant": [1]}], "two examples have the id '1'"),
+    ],
+)
+def test_ids_of_relevant_documents_exist_once(tmp_path: Path, rows: list[dict[str, Any]], says: str) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(json.dumps({"text": "a"} | row) for row in rows), "utf-8")
+    with pytest.raises(MeasurementError, match=says):
+        load_examples(EMBED, str(path), 10)
+
+
+def test_recall_of_searches_by_hand() -> None:
+    # Of four documents, two count as found. The source model finds a and b; the compiled model a and c.
+    angles = {"a": (0.1, 0.1), "b": (0.2, 0.3), "c": (0.3, 0.2), "d": (1.0, 1.0)}
+    scores = Scores(HfTask.FEATURE_EXTRACTION)
+
+    def add(name: str | None, relevant: str, before: float, after: float) -> None:
+        vectors = [np.asarray([np.cos(angle), np.sin(angle)], np.float32) for angle in (before, after)]
+        scores.searches.add_embedding(name or "query", Searched(name, frozenset(relevant)), *vectors)
+
+    for name, (before, after) in angles.items():
+        add(name, "", before, after)
+    add(None, "abd", 0.0, 0.0)
+    assert scores.scalars() == {
+        "recall_at_2": pytest.approx(1 / 3),
+        "recall_at_2_of_source_model": pytest.approx(2 / 3),
+    }
+    assert [(row["text"], row["hits"], row["trials"]) for row in scores.rates()] == [("query", 1, 2)]
+    add(None, "c", 0.0, 0.0)
+    result = scores.result()
+    assert result is not None
+    assert (result.name, result.examples, result.right_to_wrong, result.wrong_to_right) == ("recall@2", 2, 1, 1)
+    # b and c are equally near for the source model.
+    scores.searches.cosine_tie = 0.1
+    assert [(row["hits"], row["trials"]) for row in scores.rates()] == [(2, 2), (0, 0)]
+
+    ranked = Scores(CLASSIFY)
+    for query, is_relevant, before, after in (
+        ("x", True, 0.9, 0.4),
+        ("x", False, 0.5, 0.5),
+        ("y", False, -1.0, -1.0),
+        ("y", True, 2.0, 2.0),
+        # One document cannot be ranked.
+        ("z", True, 1.0, 1.0),
+    ):
+        ranked.searches.add_score(Ranked(query, is_relevant), before, after)
+    assert ranked.scalars() == {"recall_at_1": 0.5, "recall_at_1_of_source_model": 1.0}
 
 
 def test_answers_are_compared_as_squad_does() -> None:
@@ -379,6 +457,24 @@ def labelled_questions(source_dir: Path, path: Path) -> None:
     path.write_text("\n".join(map(json.dumps, rows)))
 
 
+def labelled_queries(source_dir: Path, path: Path) -> None:
+    """Write queries with the documents that the source model finds first."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(source_dir), AutoModel.from_pretrained(source_dir)
+    texts = [" ".join(text.split()[:6]) for text in sentences()[:40]]
+    vectors = []
+    for text in texts:
+        with torch.inference_mode():
+            vectors.append(model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0))
+    units = torch.nn.functional.normalize(torch.stack(vectors), dim=-1)
+    nearest = (units[:10] @ units[10:].T).argmax(-1).tolist()
+    rows = [{"text": text, "relevant": [number]} for text, number in zip(texts, nearest, strict=False)]
+    rows += [{"text": text, "id": number} for number, text in enumerate(texts[10:])]
+    path.write_text("\n".join(map(json.dumps, rows)))
+
+
 def labelled_images(source_dir: Path, path: Path) -> None:
     from PIL import Image
     from transformers import pipeline
@@ -400,6 +496,7 @@ def labelled_images(source_dir: Path, path: Path) -> None:
         (CLASSIFY, labelled_texts, "accuracy"),
         (TAG, labelled_tags, "span F1"),
         (ASK, labelled_questions, "answer F1"),
+        (HfTask.FEATURE_EXTRACTION, labelled_queries, "recall@10"),
         (IMAGES, labelled_images, "accuracy"),
     ],
 )

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,10 @@ from compileflow.spec import CompileSpec, HfTask, Precision
 from compileflow.steps.claims import claimed_length, expected_claims
 from compileflow.steps.validate import MEASUREMENT_VERSION
 from compileflow.validation import measure as measuring
-from compileflow.validation.bundle import BUNDLE_FOLDER, examine_failure, write_failure_bundle
-from compileflow.validation.cases import LABELS_UNUSED, MULTI_LABEL, Case
+from compileflow.validation.bundle import BUNDLE_FOLDER, Failed, examine_failure, write_failure_bundle
+from compileflow.validation.cases import LABELS_UNUSED, MULTI_LABEL, ONE_LABEL, Case
 from compileflow.validation.evidence import Evidence, draw_for, gather_evidence, timed_shapes
-from compileflow.validation.judge import UserSuite, judge, parse_user_suite
+from compileflow.validation.judge import UserSuite, Verdict, judge, parse_user_suite
 from compileflow.validation.judge.suite import suite_digest
 from compileflow.validation.measure import Call, Measurements, Model, OneThread
 from compileflow.validation.measure.decisions import Decisions, Pool, mean_of_tokens
@@ -126,26 +126,25 @@ def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
             write_registered_tests(tests, answered.answers, Path(request["report_dir"]) / TEST_FILES_FOLDER)
         if answered.disagreement is not None:
             shared.scalars["registered_disagreement"] = answered.disagreement
+    proof = _Proof(
+        source_model=source_model,
+        whole_artifact=whole_artifact,
+        artifact_uri=request["artifact_uri"],
+        requested=requested,
+        validation=validation,
+        user_suite=user_suite,
+        answers=answers,
+        tests=tests,
+        shared=shared,
+        threads=threads,
+        bundle_dir=Path(request["report_dir"]) / BUNDLE_FOLDER,
+    )
     reports = []
     judged: list[tuple[str, Any]] = []
     for compiled_component, serving_memory_bytes, first_call in loaded_components:
-        report = _prove_component(
-            source_model,
-            compiled_component,
-            first_call,
-            whole_artifact,
-            claims[compiled_component.component],
-            validation,
-            threads,
-            request["artifact_uri"],
-            requested=requested,
-            answers=answers,
-            tests=tests,
-            shared=shared,
-            user_suite=user_suite,
-            on_result=partial(_keep, judged, compiled_component.component) if validation.data_docs else None,
-            bundle_dir=Path(request["report_dir"]) / BUNDLE_FOLDER,
-        )
+        name = compiled_component.component
+        on_result = partial(_keep, judged, name) if validation.data_docs else None
+        report = proof.report(compiled_component, first_call, claims[name], on_result)
         figures = report.figures | {"serving_memory_bytes": float(serving_memory_bytes)}
         reports.append(report.model_copy(update={"figures": figures}))
         compiled_component.close()
@@ -228,175 +227,259 @@ def component_shapes(
     return timed_shapes(spec.hf_task, record, validation, second=max(1, longest_signal(processor) // LONGEST_S))
 
 
-def _prove_component(
-    source_model: SourceModel,
-    compiled_component: LoadedComponent,
-    first_call: Call,
-    whole_artifact: WholeArtifact,
-    claims: Claims,
-    validation: ValidationSettings,
-    threads: int,
-    artifact_uri: str,
-    *,
-    requested: CompileSpec,
-    answers: ReferenceAnswers,
-    tests: RegisteredTests | None,
-    shared: Measurements,
-    user_suite: UserSuite | None,
-    on_result: Callable[[str, Any], None] | None,
-    bundle_dir: Path,
-) -> Report:
-    artifact, source_dir = whole_artifact.artifact, whole_artifact.source_dir
-    manifest = artifact.manifest
-    # A wrong manifest must not decide which frames are compared.
-    record = compiled_component.record.model_copy(update={"frame_convolutions": source_model.frame_convolutions})
-    spec, config = manifest.spec, _config(source_dir, artifact)
-    labels = {int(key): str(value) for key, value in config.id2label.items()}
-    evidence = gather_evidence(
-        source_dir,
-        spec,
-        record,
-        validation,
-        tests,
-        labels=labels,
-        draw=draw_for(artifact.digest, source_model),
-        trust_remote_code=artifact.trust_remote_code,
-    )
-    shapes_to_time = component_shapes(artifact, record, source_dir, validation)
-    decisions = Decisions(
-        spec.hf_task.graph_task,
-        labels=dict(evidence.tokens) or labels,
-        multi_label=config.problem_type == MULTI_LABEL,
-        pools=_pools(spec.hf_task, source_dir, artifact.folder),
-        precision=spec.precision,
-    )
-    cases = [
-        *evidence.generated,
-        *evidence.natural,
-        *(evidence.timed(rows, length) for rows, length in shapes_to_time),
-    ]
-    answers.leave_out([case.inputs for case in cases if case.is_drawn])
-    measurements = measuring.measure(
-        answers.remembered(source_model.run),
-        compiled_component.run,
-        outputs=source_model.outputs,
-        decisions=decisions,
-        cases=cases,
-        coverage=measuring.Coverage(record, evidence.shapes, source_model.tokens),
-        progress=report_progress,
-        bucket_lengths={bucket.sequence_length for bucket in record.shape_buckets},
-    )
-    measurements.scalars |= shared.scalars
-    measurements.details |= shared.details
-    measurements.notes += [*shared.notes, *filter(None, [evidence.note])]
-    if evidence.labelled_count and measurements.score is None:
-        measurements.notes.append(f"{evidence.labelled_count} labels are not used: {LABELS_UNUSED}.")
-    report_progress("answering raw inputs as a service does")
-    whole_artifact.measure_component(measurements, compiled_component, claims, max_length=claimed_length(claims))
-    report_progress("calling the compiled model again")
-    measuring.measure_repeatability(measurements, compiled_component.run, evidence.repeated, first_call)
-    computed = _reference(source_model)
-    reference = answers.remembered(computed)
-    if spec.precision is Precision.INT8:
-        report_progress("rounding the source model's numbers to the grid of int8")
-        _measure_grid(measurements, source_model, decisions, evidence, compiled_component.run, answers)
-    report_progress("probing padding, masks and token types")
-    for probe in evidence.probes:
-        # The probes of images and audio alter drawn signals.
-        probe(
-            measurements,
-            reference if spec.hf_task.modality == "text" else computed,
-            compiled_component.run,
-        )
-    report_progress("measuring the noise of the source model")
-    noise_cases = evidence.natural[:: max(1, len(evidence.natural) // 3)][:3]
-    # No name holds the variants, so that the copy in float64 is freed afterwards.
-    measuring.measure_noise(measurements, _noise_variants(source_model, threads, answers), reference, noise_cases)
-    report_progress("timing both models in turn")
-    measuring.measure_latency(
-        measurements,
-        computed,
-        compiled_component.run,
-        lambda rows, length: evidence.timed(rows, length).inputs,
-        shapes=shapes_to_time,
-        pairs=validation.latency_pairs,
-        threads=threads,
-        one_thread=_one_thread(computed, compiled_component),
-    )
-    # Optional attribute of a third party's target: its own limits for a precision.
-    overrides = dict(getattr(get_target(spec.target), "default_gates", {}).get(spec.precision, {}))
-    if validation.max_latency_ratio is not None:
-        overrides["latency_ratio"] = validation.max_latency_ratio
-    report_progress("judging with Great Expectations")
-    verdict = judge(
-        measurements,
-        precision=spec.precision,
-        hf_task=spec.hf_task,
-        overrides=overrides,
-        strict=validation.strict,
-        user_suite=user_suite,
-        on_result=on_result,
-    )
-    failed = None
-    if verdict.outcome == "fail":
-        report_progress("looking for the first module whose output differs")
-        failed = examine_failure(
-            artifact,
-            compiled_component,
+@dataclass(frozen=True)
+class _Component:
+    """A compiled component, and the calls that it is measured on.
+
+    Attributes:
+        compiled: The loaded component.
+        first_call: First call of the component in this process.
+        record: Record of the component, with the rule by which the source model counts frames.
+        evidence: Calls that both models answer.
+        shapes_to_time: Shapes to time, each as (batch size, length).
+        cases: Calls whose outputs are compared.
+        decisions: Decisions of both models, which the comparison collects.
+    """
+
+    compiled: LoadedComponent
+    first_call: Call
+    record: ComponentRecord
+    evidence: Evidence
+    shapes_to_time: tuple[tuple[int, int], ...]
+    cases: Sequence[Case]
+    decisions: Decisions
+
+
+@dataclass(frozen=True)
+class _Proof:
+    """The proof of an artifact's components, one after another, with what they share.
+
+    Attributes:
+        source_model: The source model.
+        whole_artifact: The artifact, beside the files of the source model.
+        artifact_uri: URI of the artifact, for the report.
+        requested: Spec that the user requested.
+        validation: Settings of the validation.
+        user_suite: Gates of the user; None without any.
+        answers: Kept answers of the source model.
+        tests: Tests that are registered with the source version; None without any.
+        shared: Measurements that hold for each component.
+        threads: Threads that both models use.
+        bundle_dir: Folder for the bundle of the first component that fails.
+    """
+
+    source_model: SourceModel
+    whole_artifact: WholeArtifact
+    artifact_uri: str
+    requested: CompileSpec
+    validation: ValidationSettings
+    user_suite: UserSuite | None
+    answers: ReferenceAnswers
+    tests: RegisteredTests | None
+    shared: Measurements
+    threads: int
+    bundle_dir: Path
+
+    @property
+    def artifact(self) -> OpenArtifact:
+        return self.whole_artifact.artifact
+
+    @property
+    def spec(self) -> CompileSpec:
+        return self.artifact.manifest.spec
+
+    def report(
+        self,
+        compiled: LoadedComponent,
+        first_call: Call,
+        claims: Claims,
+        on_result: Callable[[str, Any], None] | None,
+    ) -> Report:
+        """Measure and judge a component, and write a bundle if it is the first one that fails.
+
+        Args:
+            compiled: The loaded component.
+            first_call: First call of the component in this process.
+            claims: Claims of the manifest about the component, with the right values.
+            on_result: Called with the title and the result of each judged suite.
+        """
+        component = self._component(compiled, first_call)
+        measurements = self._measure(component, claims)
+        verdict = self._judge(measurements, on_result)
+        failed = None
+        if verdict.outcome == "fail":
+            report_progress("looking for the first module whose output differs")
+            failed = examine_failure(
+                self.artifact,
+                compiled,
+                component.record,
+                self.source_model,
+                component.cases,
+                measurements,
+                verdict,
+                self.user_suite,
+                threads=self.threads,
+            )
+        report = self._report(component, measurements, verdict, failed)
+        # The first component that fails names the verdict.
+        if failed is not None and not self.bundle_dir.exists():
+            subject = report.subject.model_dump(mode="json") | {
+                "reason": report.verdict.reason,
+                "environment": report.environment,
+                "threads": self.threads,
+            }
+            write_failure_bundle(
+                self.bundle_dir, failed, subject, self.requested, self.validation, self.user_suite
+            )
+        return report
+
+    def _component(self, compiled: LoadedComponent, first_call: Call) -> _Component:
+        """Choose the calls that a component is measured on."""
+        artifact, source_dir, spec = self.artifact, self.whole_artifact.source_dir, self.spec
+        # A wrong manifest must not decide which frames are compared.
+        record = compiled.record.model_copy(update={"frame_convolutions": self.source_model.frame_convolutions})
+        config = _config(source_dir, artifact)
+        labels = {int(key): str(value) for key, value in config.id2label.items()}
+        evidence = gather_evidence(
+            source_dir,
+            spec,
             record,
-            source_model,
-            cases,
-            measurements,
-            verdict,
-            user_suite,
-            threads=threads,
+            self.validation,
+            self.tests,
+            labels=labels,
+            draw=draw_for(artifact.digest, self.source_model),
+            trust_remote_code=artifact.trust_remote_code,
         )
-    report = Report(
-        subject=ReportSubject(
-            source_uri=manifest.source.uri,
-            source_revision=manifest.source.revision,
-            source_digest=manifest.source.digest,
-            architecture=manifest.source.architecture,
-            artifact_uri=artifact_uri,
-            artifact_digest=artifact.digest,
-            target=spec.target,
-            hf_task=spec.hf_task.value,
-            precision=spec.precision.value,
-            component=compiled_component.component,
-            toolchain=manifest.target.toolchain,
-        ),
-        verdict=failed.named(verdict) if failed else verdict,
-        figures=measurements.figures(),
-        noise=measurements.noise,
-        floors=measurements.floors,
-        grid=measurements.grid,
-        latencies=tuple(measurements.latencies),
-        worst=worst_rows(measurements.comparisons),
-        families=dict(Counter(row["family"] for row in measurements.comparisons)),
-        examples_origin=evidence.origin,
-        examples_count=evidence.examples_count,
-        labelled_count=evidence.labelled_count,
-        examples_digest=evidence.examples_digest,
-        measurement_version=MEASUREMENT_VERSION,
-        suite_digest=suite_digest(),
-        user_suite=user_suite.name if user_suite is not None else "",
-        user_suite_digest=user_suite.digest if user_suite is not None else "",
-        environment=environment(threads),
-        flips=decisions.flips(evidence.decode),
-        flips_count=decisions.flips_count(),
-        coverage=measurements.coverage,
-        score=measurements.score,
-        failure=failed.failure if failed else None,
-    )
-    # The first component that fails names the verdict.
-    if failed is not None and not bundle_dir.exists():
-        subject = report.subject.model_dump(mode="json") | {
-            "reason": report.verdict.reason,
-            "environment": report.environment,
-            "threads": threads,
-        }
-        write_failure_bundle(bundle_dir, failed, subject, requested, validation, user_suite)
-    return report
+        shapes_to_time = component_shapes(artifact, record, source_dir, self.validation)
+        decisions = Decisions(
+            spec.hf_task.graph_task,
+            labels=dict(evidence.tokens) or labels,
+            multi_label=config.problem_type == MULTI_LABEL,
+            pools=_pools(spec.hf_task, source_dir, artifact.folder),
+            precision=spec.precision,
+        )
+        cases = [
+            *evidence.generated,
+            *evidence.natural,
+            *(evidence.timed(rows, length) for rows, length in shapes_to_time),
+        ]
+        return _Component(compiled, first_call, record, evidence, shapes_to_time, cases, decisions)
+
+    def _measure(self, component: _Component, claims: Claims) -> Measurements:
+        """Compare a component with the source model in every way that a gate judges."""
+        source_model, answers = self.source_model, self.answers
+        run, record, evidence = component.compiled.run, component.record, component.evidence
+        answers.leave_out([case.inputs for case in component.cases if case.is_drawn])
+        measurements = measuring.measure(
+            answers.remembered(source_model.run),
+            run,
+            outputs=source_model.outputs,
+            decisions=component.decisions,
+            cases=component.cases,
+            coverage=measuring.Coverage(record, evidence.shapes, source_model.tokens),
+            progress=report_progress,
+            bucket_lengths={bucket.sequence_length for bucket in record.shape_buckets},
+        )
+        measurements.scalars |= self.shared.scalars
+        measurements.details |= self.shared.details
+        measurements.notes += [*self.shared.notes, *filter(None, [evidence.note])]
+        if evidence.labelled_count and measurements.score is None:
+            task = self.spec.hf_task
+            why = LABELS_UNUSED if task in ONE_LABEL else "a search needs a relevant document and another one"
+            measurements.notes.append(f"{evidence.labelled_count} labels are not used: {why}.")
+        report_progress("answering raw inputs as a service does")
+        self.whole_artifact.measure_component(
+            measurements, component.compiled, claims, max_length=claimed_length(claims)
+        )
+        report_progress("calling the compiled model again")
+        measuring.measure_repeatability(measurements, run, evidence.repeated, component.first_call)
+        computed = _reference(source_model)
+        reference = answers.remembered(computed)
+        if self.spec.precision is Precision.INT8:
+            report_progress("rounding the source model's numbers to the grid of int8")
+            _measure_grid(measurements, source_model, component.decisions, evidence, run, answers)
+        report_progress("probing padding, masks and token types")
+        # The probes of images and audio alter drawn signals.
+        probed = reference if self.spec.hf_task.modality == "text" else computed
+        for probe in evidence.probes:
+            probe(measurements, probed, run)
+        report_progress("measuring the noise of the source model")
+        noise_cases = evidence.natural[:: max(1, len(evidence.natural) // 3)][:3]
+        # No name holds the variants, so that the copy in float64 is freed afterwards.
+        measuring.measure_noise(
+            measurements, _noise_variants(source_model, self.threads, answers), reference, noise_cases
+        )
+        report_progress("timing both models in turn")
+        measuring.measure_latency(
+            measurements,
+            computed,
+            run,
+            lambda rows, length: evidence.timed(rows, length).inputs,
+            shapes=component.shapes_to_time,
+            pairs=self.validation.latency_pairs,
+            threads=self.threads,
+            one_thread=_one_thread(computed, component.compiled),
+        )
+        return measurements
+
+    def _judge(self, measurements: Measurements, on_result: Callable[[str, Any], None] | None) -> Verdict:
+        spec = self.spec
+        # Optional attribute of a third party's target: its own limits for a precision.
+        overrides = dict(getattr(get_target(spec.target), "default_gates", {}).get(spec.precision, {}))
+        if self.validation.max_latency_ratio is not None:
+            overrides["latency_ratio"] = self.validation.max_latency_ratio
+        report_progress("judging with Great Expectations")
+        return judge(
+            measurements,
+            precision=spec.precision,
+            hf_task=spec.hf_task,
+            overrides=overrides,
+            strict=self.validation.strict,
+            user_suite=self.user_suite,
+            on_result=on_result,
+        )
+
+    def _report(
+        self, component: _Component, measurements: Measurements, verdict: Verdict, failed: Failed | None
+    ) -> Report:
+        manifest, spec, evidence = self.artifact.manifest, self.spec, component.evidence
+        return Report(
+            subject=ReportSubject(
+                source_uri=manifest.source.uri,
+                source_revision=manifest.source.revision,
+                source_digest=manifest.source.digest,
+                architecture=manifest.source.architecture,
+                artifact_uri=self.artifact_uri,
+                artifact_digest=self.artifact.digest,
+                target=spec.target,
+                hf_task=spec.hf_task.value,
+                precision=spec.precision.value,
+                component=component.compiled.component,
+                toolchain=manifest.target.toolchain,
+            ),
+            verdict=failed.named(verdict) if failed else verdict,
+            figures=measurements.figures(),
+            noise=measurements.noise,
+            floors=measurements.floors,
+            grid=measurements.grid,
+            latencies=tuple(measurements.latencies),
+            worst=worst_rows(measurements.comparisons),
+            families=dict(Counter(row["family"] for row in measurements.comparisons)),
+            examples_origin=evidence.origin,
+            examples_count=evidence.examples_count,
+            labelled_count=evidence.labelled_count,
+            examples_digest=evidence.examples_digest,
+            measurement_version=MEASUREMENT_VERSION,
+            suite_digest=suite_digest(),
+            user_suite=self.user_suite.name if self.user_suite is not None else "",
+            user_suite_digest=self.user_suite.digest if self.user_suite is not None else "",
+            environment=environment(self.threads),
+            flips=component.decisions.flips(evidence.decode),
+            flips_count=component.decisions.flips_count(),
+            coverage=measurements.coverage,
+            score=measurements.score,
+            failure=failed.failure if failed else None,
+        )
 
 
 def _pools(hf_task: HfTask, source_dir: Path, artifact_dir: Path) -> tuple[Pool, Pool]:

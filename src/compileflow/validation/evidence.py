@@ -32,6 +32,7 @@ from compileflow.validation.cases import (
 )
 from compileflow.validation.cases.filled_rows import FilledRows, natural_ids
 from compileflow.validation.cases.image_text import LABELS, ImageTextCases
+from compileflow.validation.cases.labels import Searched
 from compileflow.validation.cases.shapes import Shape, repeated_shapes, text_shapes
 from compileflow.validation.measure import (
     Measurements,
@@ -122,7 +123,9 @@ class Evidence:
     @property
     def labelled_count(self) -> int:
         """Number of natural examples that have a label."""
-        return sum(truth is not None for case in self.natural for truth in case.truths)
+        truths = [truth for case in self.natural for truth in case.truths if truth is not None]
+        # A text that queries should find is not labelled itself.
+        return sum(not isinstance(truth, Searched) or bool(truth.relevant) for truth in truths)
 
 
 def gather_evidence(

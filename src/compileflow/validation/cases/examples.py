@@ -21,7 +21,14 @@ from compileflow.errors import MeasurementError, first_line
 from compileflow.source_model.processor import Processor
 from compileflow.spec import HfTask, Modality, Precision
 from compileflow.validation.cases.generated_signals import NamedSignal, Signal, generated_signals
-from compileflow.validation.cases.labels import Example, has_label, known_fields, label_fields, unused_fields
+from compileflow.validation.cases.labels import (
+    Example,
+    check_ids,
+    has_label,
+    known_fields,
+    label_fields,
+    unused_fields,
+)
 
 # Images or recordings that are generated. Where each gives one decision, 268 without a mismatch show 99 %.
 # fp32 allows no mismatch at all.
@@ -51,6 +58,13 @@ def load_examples(task: HfTask, path: str | None, limit: int) -> tuple[list[Exam
         MeasurementError: The file cannot be read, or holds no example in the form that the task needs.
     """
     examples, origin, digest = _read(task, path, lambda data: label_fields(data, task))
+    try:
+        check_ids(examples)
+    except ValueError as error:
+        raise MeasurementError(
+            f"The examples cannot be used: {error}: {path}.",
+            hint="Give each document an id of its own, and under relevant the ids of the documents to find.",
+        ) from error
     return examples[:limit], origin, digest
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -27,6 +28,9 @@ _LABEL_FIELDS = {
     HfTask.TEXT_CLASSIFICATION: ("label",),
     HfTask.TOKEN_CLASSIFICATION: ("entities",),
     HfTask.QUESTION_ANSWERING: ("answers", "answer"),
+    HfTask.TEXT_RANKING: ("label",),
+    HfTask.FEATURE_EXTRACTION: ("relevant",),
+    HfTask.SENTENCE_SIMILARITY: ("relevant",),
 }
 # The form of token classification that gives the words.
 _TAGGED_WORDS = ("tokens", "tags")
@@ -66,8 +70,34 @@ class LabelledAnswer:
     window: Window
 
 
+@dataclass(frozen=True, eq=False)
+class Searched:
+    """A query or a document of a search by embeddings.
+
+    Attributes:
+        name: Id of a document; None if no query finds the text.
+        relevant: Ids of the documents that a query should find.
+    """
+
+    name: str | None
+    relevant: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A document that is ranked for a query.
+
+    Attributes:
+        query: The query.
+        is_relevant: Whether the document should come first.
+    """
+
+    query: str
+    is_relevant: bool
+
+
 # Of a classifier, the name or number of the right label.
-Truth = str | LabelledWords | LabelledAnswer
+Truth = str | LabelledWords | LabelledAnswer | Searched | Ranked
 
 
 def label_fields(data: Mapping[str, Any], task: HfTask) -> Example:
@@ -94,6 +124,12 @@ def label_fields(data: Mapping[str, Any], task: HfTask) -> Example:
         if not isinstance(label, str | int):
             raise ValueError(f"label is not a name or a whole number: {label!r:.80}")
         return example | {"label": str(label)}
+    if task is HfTask.TEXT_RANKING and label is not None and label != "":
+        if label not in (0, 1, "0", "1"):
+            raise ValueError(f"label is not 1 for a relevant document or 0 for another one: {label!r:.80}")
+        return example | {"label": str(int(label))}
+    if task.graph_task is HfTask.FEATURE_EXTRACTION:
+        return example | _search_fields(data)
     if task is HfTask.TOKEN_CLASSIFICATION and "entities" in data:
         return example | {"entities": _entities(data["entities"], len(example["text"]))}
     if task is HfTask.QUESTION_ANSWERING and (answers := _answers(data)):
@@ -110,7 +146,10 @@ def known_fields(data: Mapping[str, Any], task: HfTask) -> tuple[tuple[str, ...]
     """
     if task is HfTask.TOKEN_CLASSIFICATION and "tokens" in data:
         return _TAGGED_WORDS[:1], _TAGGED_WORDS[1:]
-    return ("question", "context") if task.reads_pairs else ("text",), _LABEL_FIELDS.get(task, ())
+    labels = _LABEL_FIELDS.get(task, ())
+    if "relevant" in labels:
+        return ("text", "id"), labels
+    return ("question", "context") if task.reads_pairs else ("text",), labels
 
 
 def unused_fields(data: Mapping[str, Any], task: HfTask) -> list[str]:
@@ -121,7 +160,23 @@ def unused_fields(data: Mapping[str, Any], task: HfTask) -> list[str]:
 
 def has_label(example: Example) -> bool:
     """Whether an example, as `label_fields` returns it, has a label."""
-    return any(name in example for name in ("label", "tags", "entities", "answers"))
+    return any(name in example for name in ("label", "tags", "entities", "answers", "relevant"))
+
+
+def check_ids(examples: Sequence[Example]) -> None:
+    """Check that each document has an id of its own, and that those of relevant documents exist.
+
+    Raises:
+        ValueError: They do not.
+    """
+    queries = [example for example in examples if "relevant" in example]
+    ids = Counter(example["id"] for example in examples if "id" in example)
+    if queries and ids and (most := ids.most_common(1)[0])[1] > 1:
+        raise ValueError(f"two examples have the id {most[0]!r}")
+    for example in queries:
+        for name in example["relevant"]:
+            if name not in ids or name == example.get("id"):
+                raise ValueError(f"relevant names {name!r}, which is not the id of another example")
 
 
 def check_labels(task: HfTask, examples: Sequence[Example], labels: Mapping[int, str], origin: str) -> None:
@@ -162,6 +217,10 @@ def truth_of(example: Example, encode: Any, labels: Mapping[int, str]) -> Truth 
         encode: Function from one or two texts to their tokens with offsets, as a fast tokenizer returns them.
         labels: Name of each label of the model.
     """
+    if "relevant" in example or ("id" in example and "question" not in example):
+        return Searched(example.get("id"), frozenset(example.get("relevant", ())))
+    if "label" in example and "question" in example:
+        return Ranked(example["question"], example["label"] == "1")
     if "answers" in example:
         return _labelled_answer(example, encode(example["question"], example["context"]))
     if "tags" in example or "entities" in example:
@@ -217,6 +276,20 @@ def _tagged(data: Mapping[str, Any]) -> Example:
     if len(tags) != len(tokens):
         raise ValueError(f"expected {len(tokens)} tags, one for each token, got {len(tags)}")
     return example | {"tokens": tokens, "tags": [str(tag) for tag in tags]}
+
+
+def _search_fields(data: Mapping[str, Any]) -> Example:
+    """Return the id of a document and the ids of the documents that a query should find."""
+    example: Example = {}
+    name, relevant = data.get("id"), data.get("relevant")
+    if isinstance(name, str | int) and name != "":
+        example["id"] = str(name)
+    names = relevant.split() if isinstance(relevant, str) else [] if relevant is None else relevant
+    if not isinstance(names, list) or not all(isinstance(name, str | int) for name in names):
+        raise ValueError("relevant is not a list of ids")
+    if names:
+        example["relevant"] = list(dict.fromkeys(map(str, names)))
+    return example
 
 
 def _entities(value: Any, length: int) -> list[Example]:

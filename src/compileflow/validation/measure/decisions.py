@@ -12,7 +12,7 @@ import numpy as np
 from compileflow.contracts import Arrays
 from compileflow.spec import HfTask, Precision
 from compileflow.validation.cases.case import Case
-from compileflow.validation.cases.labels import LabelledAnswer, LabelledWords, Truth, spans
+from compileflow.validation.cases.labels import LabelledAnswer, LabelledWords, Ranked, Searched, Truth, spans
 from compileflow.validation.measure import metrics
 from compileflow.validation.measure.detections import corners, detected
 from compileflow.validation.measure.flips import (
@@ -27,6 +27,7 @@ from compileflow.validation.measure.flips import (
     token_choice,
 )
 from compileflow.validation.measure.scores import Scores
+from compileflow.validation.measure.searches import Searches
 
 # With a smaller margin the reference has not decided between two answers; either counts as agreement. The same
 # holds for a gap between two logits that is a smaller share of the largest one: two steps of the format's grid,
@@ -105,7 +106,8 @@ class Decisions:
     _changes: list[Change] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.scores = Scores(self.task)
+        ties = (_SCORE_TIE, _TIE_SHARES[self.precision])
+        self.scores = Scores(self.task, Searches(_COSINE_TIES[self.precision], ties))
 
     def add(self, case: Case, expected: Arrays, actual: Arrays) -> None:
         """Add one natural batch. Outputs of the wrong shape are judged by the shape gate."""
@@ -130,7 +132,10 @@ class Decisions:
             ids = [int(token) for token in case.inputs["input_ids"][row][mask]]
             if self.task is HfTask.FEATURE_EXTRACTION:
                 tokens = (outputs["last_hidden_state"][row][mask] for outputs in (expected, actual))
-                self._add_embedding(text, *(pool(value) for pool, value in zip(self.pools, tokens, strict=True)))
+                before, after = (pool(value) for pool, value in zip(self.pools, tokens, strict=True))
+                self._add_embedding(text, before, after)
+                if isinstance(truth, Searched):
+                    self.scores.searches.add_embedding(text, truth, before, after)
             elif self.task is HfTask.TOKEN_CLASSIFICATION:
                 self._add_tokens(text, ids, expected["logits"][row][mask], actual["logits"][row][mask], truth)
             elif self.task is HfTask.FILL_MASK:
@@ -271,6 +276,8 @@ class Decisions:
     def _add_label(self, text: str, before: Any, after: Any, truth: Truth | None = None) -> None:
         if before.size == 1:
             self._add_score(text, before, after)
+            if isinstance(truth, Ranked):
+                self.scores.searches.add_score(truth, float(before[0]), float(after[0]))
         self._logits.append((before[None], after[None]))
         if not self.multi_label and before.size > 1:
             words: list[Words] = [[choice(logits, self._name)] for logits in (before, after)]

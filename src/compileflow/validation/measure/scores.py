@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from compileflow.serving.answer_spans import AnswerSettings, best_answers
 from compileflow.spec import HfTask
 from compileflow.validation.cases.labels import Entity, LabelledAnswer
+from compileflow.validation.measure.searches import Searches
 
 # What is scored, by task; elsewhere, the share of right labels.
 _NAMES = {HfTask.TOKEN_CLASSIFICATION: "span F1", HfTask.QUESTION_ANSWERING: "answer F1"}
@@ -25,7 +26,7 @@ class LabelScore(BaseModel):
     """Score of both models on the labels of the examples.
 
     Attributes:
-        name: accuracy, span F1 or answer F1.
+        name: accuracy, span F1, answer F1, or recall among the first documents, such as recall@10.
         source: Score of the source model, 0 to 1.
         compiled: Score of the compiled model.
         examples: Number of examples with a label.
@@ -74,9 +75,11 @@ class Scores:
 
     Attributes:
         task: Task of the model.
+        searches: Answers to labelled queries.
     """
 
     task: HfTask
+    searches: Searches = field(default_factory=Searches)
     _scored: list[_Scored] = field(default_factory=list)
 
     def add_label(self, text: str, was_right: bool, is_right: bool) -> None:
@@ -135,7 +138,7 @@ class Scores:
                 "right_to_wrong": scored.lost,
                 "wrong_to_right": scored.gained,
             }
-            for scored in self._scored
+            for scored in self._all()[1]
         ]
         return rows if any(row["trials"] for row in rows) else []
 
@@ -144,7 +147,7 @@ class Scores:
         score = self.result()
         if score is None:
             return {}
-        name = score.name.replace(" ", "_").lower()
+        name = score.name.replace(" ", "_").replace("@", "_at_").lower()
         scalars = {name: score.compiled, f"{name}_of_source_model": score.source}
         if self.task is HfTask.TOKEN_CLASSIFICATION and score.source > 0.0:
             scalars["span_f1_kept"] = score.compiled / score.source
@@ -152,25 +155,44 @@ class Scores:
 
     def result(self) -> LabelScore | None:
         """Return the score of both models; None if no example has a label."""
-        if not self._scored:
+        name, all_scored = self._all()
+        if not all_scored:
             return None
-        expected = sum(scored.expected for scored in self._scored)
+        expected = sum(scored.expected for scored in all_scored)
         source, compiled = (
             _f1(
-                sum(scored.hits[side] for scored in self._scored),
-                expected + sum(scored.given[side] for scored in self._scored),
+                sum(scored.hits[side] for scored in all_scored),
+                expected + sum(scored.given[side] for scored in all_scored),
             )
             for side in (0, 1)
         )
         return LabelScore(
-            name=_NAMES.get(self.task, "accuracy"),
+            name=name,
             source=source,
             compiled=compiled,
-            examples=len(self._scored),
-            right=sum(scored.right for scored in self._scored),
-            right_to_wrong=sum(scored.lost for scored in self._scored),
-            wrong_to_right=sum(scored.gained for scored in self._scored),
+            examples=len(all_scored),
+            right=sum(scored.right for scored in all_scored),
+            right_to_wrong=sum(scored.lost for scored in all_scored),
+            wrong_to_right=sum(scored.gained for scored in all_scored),
         )
+
+    def _all(self) -> tuple[str, list[_Scored]]:
+        """Return what is scored, and the labelled examples; for searches, the queries."""
+        k, found = self.searches.found()
+        if not found:
+            return _NAMES.get(self.task, "accuracy"), self._scored
+        return f"recall@{k}", [
+            _Scored(
+                query.text,
+                query.relevant,
+                (query.relevant, query.relevant),
+                (query.before, query.before - query.lost + query.gained),
+                query.before,
+                query.lost,
+                query.gained,
+            )
+            for query in found
+        ]
 
     def _add_whole(self, text: str, right: tuple[bool, bool], hits: tuple[float, float]) -> None:
         was_right, is_right = right
