@@ -127,7 +127,7 @@ def test_a_label_that_would_vanish_is_refused(task: HfTask, data: dict[str, Any]
 def test_other_fields_that_are_not_used_are_named(tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_text('{"text": "a", "label": 1, "label_text": "good"}\n{"text": "b", "id": 2}\n', "utf-8")
-    used = "for text-classification it reads text, and label"
+    used = "for text-classification it reads text and label"
     assert note_on_fields(CLASSIFY, str(path)) == (
         f"Validation does not use 'label_text', 'id' of mine.jsonl: {used}."
     )
@@ -217,12 +217,12 @@ def test_unusable_labels_are_refused_before_the_compile_and_unused_fields_are_na
     with pytest.raises(SpecError, match=r"the model does not have the label 'great' of mine\.csv"):
         run_request(request, pipeline.settings, progress=progress)
     assert [line for line in progress.lines if line.startswith("note: ")] == [
-        "note: Validation does not use 'writer' of mine.csv: for text-classification it reads text, and label."
+        "note: Validation does not use 'writer' of mine.csv: for text-classification it reads text and label."
     ]
     path.write_text("text,lable\nIt arrived on time.,good\n")
     with pytest.raises(SpecError, match=r"line 2: expected the field 'label', got 'lable': .*mine\.csv") as caught:
         run_request(request, pipeline.settings)
-    assert caught.value.hint.endswith("The field of a label is label.")
+    assert caught.value.hint.endswith('A label goes into "label".')
     assert pipeline.counts["compile"] == 0
 
 

@@ -80,12 +80,12 @@ def note_on_fields(task: HfTask, path: str) -> str:
         return ""
     used_fields, _, _ = _read(task, path, lambda data: known_fields(data, task))
     texts, labels = used_fields[0]
-    without = ""
+    used, without = [*texts, *filter(None, [" or ".join(labels)])], ""
     if labels and not any(map(has_label, load_examples(task, path, len(used_fields))[0])):
         without = ", and no example has a label"
     return (
         f"Validation does not use {', '.join(map(repr, names))} of {origin}: for {task} it reads "
-        f"{' and '.join(texts)}, and {' or '.join(labels) or 'no labels'}{without}."
+        f"{' and '.join(filter(None, [', '.join(used[:-1]), used[-1]]))}{without}."
     )
 
 
@@ -117,7 +117,8 @@ def _read(
             else 'Give a text file with one example per line, or JSON lines or CSV with "text".'
         )
         if labels := known_fields({}, task)[1]:
-            hint += f" The field of a label is {' or '.join(labels)}."
+            names = " or ".join(f'"{name}"' for name in labels)
+            hint += f" A label goes into {names}."
         raise MeasurementError(f"The examples cannot be used: {first_line(error)}: {path}.", hint=hint) from error
     if not examples:
         raise MeasurementError(
