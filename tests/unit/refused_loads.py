@@ -112,7 +112,9 @@ TRUSTED = {"require_signature": "trusted.pub"}
 REFUSALS = {
     "no folder": Refusal(ManifestError, "does not exist", location=lambda folder: f"{folder}/nothing"),
     "None": Refusal(LoadError, "Expected the location of an artifact, got None", location=lambda folder: None),
-    "an empty path": Refusal(LoadError, "Expected the location of an artifact, got ''", location=lambda folder: ""),
+    "an empty path": Refusal(
+        LoadError, "Expected the location of an artifact, got ''", location=lambda folder: ""
+    ),
     "a number": Refusal(LoadError, "Expected the location of an artifact, got 7", location=lambda folder: 7),
     "folder of an unknown user": Refusal(
         ManifestError, "does not exist", location=lambda folder: "~nobody-has-this-name/model"
