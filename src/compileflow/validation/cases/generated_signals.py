@@ -1,4 +1,4 @@
-"""Generated images and recordings: some that resemble natural ones, and some that break preprocessing."""
+"""Generated images and recordings: natural ones, and some that break preprocessing."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compileflow.source_model.processor import Processor
+from compileflow.validation.cases.pictures import pictures
+from compileflow.validation.cases.speech import recordings
 
 Signal = NDArray[Any]
-
-_PIXELS = (160, 256)
-_SECONDS = (0.4, 3.0)
 
 
 @dataclass(frozen=True)
@@ -32,11 +31,12 @@ class NamedSignal:
 
 
 def generated_signals(processor: Processor, count: int, *, seed: int = 11) -> list[NamedSignal]:
-    """Return images with edges over 1/f noise, or voiced sounds. The same seed gives the same signals."""
+    """Return images or recordings with the statistics of photographs or speech, the same for the same seed."""
     random = np.random.default_rng(seed)
     if processor.modality == "image":
-        return [NamedSignal(f"image {number + 1}", _image(random)) for number in range(count)]
-    return [NamedSignal(f"sound {number + 1}", _sound(random, processor.sampling_rate)) for number in range(count)]
+        return [NamedSignal(f"image {number}", values) for number, values in enumerate(pictures(count, random), 1)]
+    sounds = recordings(count, processor.sampling_rate, random)
+    return [NamedSignal(f"sound {number}", values) for number, values in enumerate(sounds, 1)]
 
 
 def odd_signals(processor: Processor) -> list[NamedSignal]:
@@ -56,32 +56,3 @@ def odd_signals(processor: Processor) -> list[NamedSignal]:
         NamedSignal("clipped", clipped),
         NamedSignal("far too loud", clipped * 1000),
     ]
-
-
-def _image(random: np.random.Generator) -> Signal:
-    """Return noise whose amplitude falls with frequency, as in photographs, and a few rectangles for edges."""
-    height, width = random.integers(*_PIXELS, 2)
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None])
-    frequency[0, 0] = 1 / max(height, width)
-    channels = []
-    for _ in range(3):
-        spectrum = np.fft.fft2(random.standard_normal((height, width))) / frequency
-        plane = np.fft.ifft2(spectrum).real
-        channels.append((plane - plane.min()) / np.ptp(plane) * 255)
-    image = np.stack(channels, axis=-1)
-    for _ in range(3):
-        top, left = random.integers(0, height // 2), random.integers(0, width // 2)
-        image[top : top + height // 3, left : left + width // 4] = random.integers(0, 256, 3)
-    return image.astype(np.uint8)
-
-
-def _sound(random: np.random.Generator, rate: int) -> Signal:
-    """Return a gliding tone with the falling harmonics of a voice, in syllables, over faint noise."""
-    seconds = random.uniform(*_SECONDS)
-    time = np.arange(int(seconds * rate)) / rate
-    pitch = random.uniform(90, 240) * (1 + 0.15 * np.sin(2 * np.pi * random.uniform(0.5, 2) * time))
-    phase = 2 * np.pi * np.cumsum(pitch) / rate
-    voice = sum(np.sin(harmonic * phase) / harmonic ** random.uniform(0.8, 1.6) for harmonic in range(1, 20))
-    syllables = np.clip(np.sin(2 * np.pi * random.uniform(2, 5) * time) + 0.3, 0, 1)
-    samples = 0.1 * np.asarray(voice) * syllables + 0.01 * random.standard_normal(time.size)
-    return samples.astype(np.float32)
