@@ -227,7 +227,8 @@ def test_examples_that_cannot_be_used_are_refused_before_the_compile(
     assert (outcome.exit_code, outcome.stderr) == (
         2,
         f'error: The examples cannot be used: text is missing in line 1: {{"tex": "a"}}: {examples}. '
-        'Give a text file with one example per line, or JSON lines or CSV with "text".\n',
+        'Give a text file with one example per line, or JSON lines or CSV with "text". '
+        'A label goes into "label".\n',
     )
     assert counts == {"compile": 0, "validate": 0}
 
