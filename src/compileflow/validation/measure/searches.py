@@ -85,10 +85,8 @@ class Searches:
             others = [entry for entry in documents_of_all if entry[1] is not truth]
             if truth.relevant and others:
                 relevant = np.asarray([entry[1].name in truth.relevant for entry in others])
-                before, after = (
-                    _cosines(vector, np.stack([entry[side] for entry in others]))
-                    for side, vector in zip((2, 3), embeddings, strict=True)
-                )
+                vectors: list[Any] = [np.stack(side) for side in list(zip(*others, strict=True))[2:]]
+                before, after = map(_cosines, embeddings, vectors)
                 lists.append((query, relevant, before, after))
         return lists
 
