@@ -161,6 +161,16 @@ def test_hint_gives_what_the_model_takes(tiny_model: ModelFactory) -> None:
             SpecError,
             "positions for 77 tokens",
         ),
+        *(
+            ({"model_type": "bert", "id2label": labels}, spec(TEXT), SourceError, says)
+            for labels, says in (
+                ({"0": "a", "2": "b", "5": "c"}, "must name the labels 0 to 2, but it names 0, 2, 5"),
+                ({"1": "a", "2": "b"}, "must name the labels 0 to 1, but it names 1, 2"),
+                ({"a": "0"}, "must name the labels 0 to 0, but it names a"),
+                (["a", "b"], r"must be an object with a label for each class, but it is \["),
+                ({}, "must be an object with a label for each class"),
+            )
+        ),
     ],
 )
 def test_files_of_the_model_are_enough_to_refuse_it(
@@ -187,11 +197,48 @@ def test_files_of_the_model_are_enough_to_refuse_it(
         {"model_type": "t5", "architectures": ["T5EncoderModel"], "n_positions": 512},
         {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]},
         {"model_type": "llama4", "text_config": {}},
+        # No load reads the labels of this task.
+        {"model_type": "bert", "id2label": {"1": "a", "90": "b"}},
     ],
     ids=str,
 )
 def test_field_that_is_missing_refuses_nothing(folder: Folder, config: dict[str, Any]) -> None:
     check(folder(**config), spec(EMBED, length=3000))
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"model_max_length": "64"}, 'a whole number of at least 1 as model_max_length .*, got "64"'),
+        ({"model_max_length": 0}, "a whole number of at least 1 as model_max_length"),
+        ({"model_max_length": -1}, "a whole number of at least 1 as model_max_length"),
+        ({"model_max_length": True}, "a whole number of at least 1 as model_max_length .*, got true"),
+        ({"model_max_length": 12.5}, "a whole number of at least 1 as model_max_length"),
+        ({"max_len": []}, "a whole number of at least 1 as max_len"),
+        ({"padding_side": "centre"}, '"right" or "left" as padding_side'),
+        ({"truncation_side": None}, '"right" or "left" as truncation_side'),
+        ({"padding_side": ["left"]}, '"right" or "left" as padding_side'),
+        ({"pad_token": 0}, "a text or an object as pad_token"),
+        ({"added_tokens_decoder": []}, "an object as added_tokens_decoder"),
+        ({"model_input_names": "input_ids"}, "a list of texts as model_input_names"),
+    ],
+    ids=str,
+)
+def test_wrong_setting_of_the_tokenizer_is_refused_by_name(
+    folder: Folder, settings: dict[str, Any], says: str
+) -> None:
+    path = folder(model_type="bert")
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(SourceError, match=f"Expected {says}") as caught:
+        check(path, spec(TEXT))
+    assert "tokenizer_config.json" in caught.value.message
+
+
+@pytest.mark.parametrize("length", [1, 512, 512.0, 10**30, 1e30, None])
+def test_tokenizer_may_have_any_maximum_or_none(folder: Folder, length: float | None) -> None:
+    path = folder(model_type="bert")
+    (path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": length}))
+    check_source(path, spec(TEXT))
 
 
 def test_trusted_code_decides_for_itself(folder: Folder) -> None:

@@ -22,18 +22,13 @@ from compileflow.contracts.toolkit import library_errors
 from compileflow.errors import LoadError, first_line
 from compileflow.source_model.interface_limits import check_interface_files, check_tokenizer
 from compileflow.source_model.processor import Processor, probe_signals
-from compileflow.spec import HfTask, Modality
+from compileflow.source_model.tasks import LABELLED_TASKS
+from compileflow.spec import Modality
 
 # Modules of transformers that define output classes.
 _OUTPUT_CLASS = re.compile(r"transformers\.(?:\w+\.)*modeling_\w+:\w+")
 # Model files with code are imported under this name.
 _REMOTE_MODULE = "transformers_modules"
-_LABELLED_TASKS = (
-    HfTask.TEXT_CLASSIFICATION,
-    HfTask.TOKEN_CLASSIFICATION,
-    HfTask.IMAGE_CLASSIFICATION,
-    HfTask.AUDIO_CLASSIFICATION,
-)
 # Values of `function_to_apply` in transformers' pipelines for classification.
 _FUNCTIONS = (None, "sigmoid", "softmax", "none")
 _MODALITIES: dict[str, Modality] = {"AutoImageProcessor": "image", "AutoFeatureExtractor": "audio"}
@@ -165,7 +160,7 @@ def check_answers(artifact: OpenArtifact, record: ComponentRecord, config: Any, 
     unknown_names = [tensor.name for tensor in record.outputs if fields is not None and tensor.name not in fields]
     if unknown_names:
         raise LoadError(f"{record.output_class} has no output {unknown_names[0]!r}.", hint=hint)
-    if artifact.manifest.hf_task.graph_task not in _LABELLED_TASKS:
+    if artifact.manifest.hf_task.graph_task not in LABELLED_TASKS:
         return
     function = getattr(config, "function_to_apply", None)
     if function not in _FUNCTIONS:

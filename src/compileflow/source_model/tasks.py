@@ -50,6 +50,13 @@ HEADS: Mapping[str, HfTask] = {
     "Encoder": HfTask.FEATURE_EXTRACTION,
     "Model": HfTask.FEATURE_EXTRACTION,
 }
+# Tasks whose answer is a label of the configuration, by the number of the output.
+LABELLED_TASKS = (
+    HfTask.TEXT_CLASSIFICATION,
+    HfTask.TOKEN_CLASSIFICATION,
+    HfTask.IMAGE_CLASSIFICATION,
+    HfTask.AUDIO_CLASSIFICATION,
+)
 # Tasks whose graph takes no attention mask, so that rows are never padded: x-vector heads average each row in a
 # Python loop over the rows, which no graph keeps.
 UNMASKED_TASKS = (HfTask.AUDIO_XVECTOR,)

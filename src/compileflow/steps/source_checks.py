@@ -5,6 +5,7 @@ A field that config.json lacks has a default that only transformers knows. What 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from compileflow.source_model.load import (
 )
 from compileflow.source_model.model_types import model_types
 from compileflow.source_model.processor import PROCESSOR_FILES, check_processor_files
-from compileflow.source_model.tasks import AUTO_CLASSES
+from compileflow.source_model.tasks import AUTO_CLASSES, LABELLED_TASKS
 from compileflow.source_model.text_model import refuse_family
 from compileflow.sources.files import kind_of, read_model_json
 from compileflow.spec import CompileSpec, HfTask, ShapeBucket
@@ -32,6 +33,10 @@ from compileflow.steps.plan import check_timed_shapes, declared_limits, plan_com
 
 # Model types whose tokenizer or processor needs no file.
 _WITHOUT_FILES = ("canine", "perceiver", "timm_wrapper")
+_TOKENIZER_SETTINGS = "tokenizer_config.json"
+# Fields of that file by what they hold.
+_LENGTHS, _SIDES = ("model_max_length", "max_len"), ("padding_side", "truncation_side")
+_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 
 class DeclaredConfig(SimpleNamespace):
@@ -54,7 +59,8 @@ def check_source(folder: Path, spec: CompileSpec, *, needs_tokenizer: bool = Tru
 
     Raises:
         SpecError: The model has no head for the task, is quantized, or brings code that is not trusted.
-        SourceError: transformers does not know the model, or the tokenizer or the processor is missing.
+        SourceError: transformers does not know the model, the tokenizer or the processor is missing, id2label has
+            gaps, or a setting of the tokenizer is wrong.
     """
     config = read_config(folder)
     refuse_quantized(config)
@@ -64,8 +70,11 @@ def check_source(folder: Path, spec: CompileSpec, *, needs_tokenizer: bool = Tru
     model_type = getattr(config, "model_type", None)
     _check_type(config, model_type, spec.hf_task)
     refuse_other_head(config, spec.hf_task)
+    if spec.hf_task.graph_task in LABELLED_TASKS:
+        _check_label_numbers(getattr(config, "id2label", None))
     if spec.hf_task.takes_text:
         refuse_family(config, (getattr(config, "architectures", None) or ["This model"])[0])
+        _check_tokenizer_settings(folder / _TOKENIZER_SETTINGS)
     if model_type in _WITHOUT_FILES:
         return
     has_tokenizer = any(kind_of(path.name) == "tokenizer" for path in folder.iterdir())
@@ -184,7 +193,55 @@ def _check_type(config: DeclaredConfig, model_type: Any, hf_task: HfTask) -> Non
         raise two_parts(*parts, hf_task, lambda name: types.has_class(model_type, name))
 
 
+def _check_label_numbers(labels: Any) -> None:
+    """Refuse labels that a load refuses: the head of the model has one class for each label, numbered from 0."""
+    if labels is None:
+        return
+    numbers = set(labels) if isinstance(labels, dict) else set()
+    if numbers and numbers == {str(number) for number in range(len(numbers))}:
+        return
+    if not numbers:
+        found = f"it is {json.dumps(labels)[:80]}"
+        expected = "id2label in config.json must be an object with a label for each class"
+    else:
+        names = sorted(numbers, key=lambda name: (len(name), name))
+        found = f"it names {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"
+        expected = f"id2label in config.json must name the labels 0 to {len(numbers) - 1}"
+    raise SourceError(
+        f"{expected}, but {found}.", hint="Number the labels from 0, in the order of the model's outputs."
+    )
+
+
+def _check_tokenizer_settings(path: Path) -> None:
+    """Refuse settings of a tokenizer that transformers takes and then fails on, or that let no token through."""
+    settings = read_model_json(path, path.name) if path.exists() else {}
+    for name, value in settings.items():
+        expected = _expected_setting(name, value)
+        if expected:
+            raise SourceError(
+                f"Expected {expected} as {name} in {path.name}, got {json.dumps(value)[:80]}.",
+                hint=f"Correct {path.name}, or save the tokenizer again with save_pretrained.",
+            )
+
+
+def _expected_setting(name: str, value: Any) -> str:
+    """Return what a setting of a tokenizer must be, if it is not; "" otherwise."""
+    if name in _SIDES and value not in ("right", "left"):
+        return '"right" or "left"'
+    if value is None:
+        return ""
+    if name in _LENGTHS:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return "" if is_number and value >= 1 and value == value // 1 else "a whole number of at least 1"
+    if name in _TOKENS and not isinstance(value, str | dict):
+        return "a text or an object"
+    if name == "added_tokens_decoder" and not isinstance(value, dict):
+        return "an object"
+    is_list = isinstance(value, list) and all(isinstance(item, str) for item in value)
+    return "a list of texts" if name == "model_input_names" and not is_list else ""
+
+
 def _tokenizer_maximum(folder: Path) -> int | None:
-    path = folder / "tokenizer_config.json"
+    path = folder / _TOKENIZER_SETTINGS
     maximum: Any = read_model_json(path, path.name).get("model_max_length") if path.exists() else None
     return length_limit(maximum) if isinstance(maximum, int | float) else None
