@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -85,9 +86,12 @@ class ArtifactManifest(Record):
 
     @field_validator("files")
     @classmethod
-    def _attestations_are_not_listed(cls, files: tuple[FileRecord, ...]) -> tuple[FileRecord, ...]:
+    def _each_file_is_listed_once(cls, files: tuple[FileRecord, ...]) -> tuple[FileRecord, ...]:
         if any(record.path == ATTESTATIONS_NAME for record in files):
             raise ValueError(f"{ATTESTATIONS_NAME} must not be listed as a file of the artifact")
+        path, count = Counter(record.path for record in files).most_common(1)[0] if files else ("", 1)
+        if count > 1:
+            raise ValueError(f"{path} is listed {count} times")
         return files
 
     @model_validator(mode="after")
@@ -146,7 +150,8 @@ def read_manifest(folder: Path) -> ArtifactManifest:
     except (OSError, ValueError, RecursionError) as error:
         raise ManifestError(f"{path} cannot be read: {error}.", hint="Fetch the artifact again.") from error
     version = data.get("schema_version") if isinstance(data, dict) else None
-    if version not in _READABLE:
+    # 3.0 and true are equal to numbers, but no version of compileflow writes them.
+    if type(version) is not int or version not in _READABLE:
         raise ManifestError(
             f"{path}: expected schema_version {', '.join(map(str, _READABLE))}, found {version!r}.",
             hint="Install the version of compileflow that wrote it, or compile the model again.",

@@ -128,8 +128,15 @@ class OpenArtifact:
 
         Raises:
             LoadError: The target is unknown or cannot run here. No compiled file was opened.
+            ManifestError: The component takes any shape, but the target compiles fixed shapes only.
         """
         target, device = self.target_for(record, device)
+        if record.dynamic_axes and not target.capabilities.dynamic_axes:
+            raise ManifestError(
+                f"{self.folder / MANIFEST_NAME}: dynamic_axes is true, but {target.name} compiles fixed shapes "
+                "only.",
+                hint=_FETCH_AGAIN,
+            )
         if device not in target.capabilities.devices:
             raise LoadError(
                 f"{target.name} does not run on {device!r}.",

@@ -71,9 +71,7 @@ class ComponentRecord(Record):
     )
     dynamic_axes: bool = Field(description="Whether any shape runs. False: only the shape buckets run.")
     shape_buckets: Annotated[tuple[ShapeBucket, ...], FailFast()] = ()
-    pad_token_id: int = Field(
-        0, ge=-(2**31), lt=2**31, description="Token that pads input_ids after the end of a row."
-    )
+    pad_token_id: int = Field(0, ge=0, lt=2**31, description="Token that pads input_ids after the end of a row.")
     precision: Precision = Field(
         Precision.FP32, description="Number format of the computation. Outputs are always float32."
     )
@@ -105,6 +103,14 @@ class ComponentRecord(Record):
             raise ValueError(
                 f"the longest shape bucket has the length {longest}, but max_sequence_length is "
                 f"{self.max_sequence_length}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _model_takes_the_pad_token(self) -> Self:
+        if self.pad_token_id >= self.vocab_size > 0:
+            raise ValueError(
+                f"pad_token_id is {self.pad_token_id}, but the model takes token ids below {self.vocab_size}"
             )
         return self
 

@@ -143,6 +143,7 @@ def open_older(root: Path, *, trust_remote_code: bool = False) -> OlderArtifact:
             hint="Expected tracing__batch_size and tracing__max_length, as the older library wrote them.",
         ) from error
     output_class, names = _OUTPUTS[task.graph_task]
+    pad_token_id = config.get("pad_token_id")
     graph = load_graph(folder, target)
     component = ComponentRecord(
         folder=_MODEL,
@@ -152,7 +153,8 @@ def open_older(root: Path, *, trust_remote_code: bool = False) -> OlderArtifact:
         max_sequence_length=bucket.sequence_length,
         dynamic_axes=False,
         shape_buckets=(bucket,),
-        pad_token_id=config.get("pad_token_id") or 0,
+        # Configurations without a token may say -1.
+        pad_token_id=pad_token_id if isinstance(pad_token_id, int) and pad_token_id >= 0 else 0,
     )
     tokenizer_files = list_files(root / _TOKENIZER) if (root / _TOKENIZER).is_dir() else ()
     digest = folder_digest(list_files(root))
