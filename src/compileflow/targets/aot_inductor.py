@@ -53,6 +53,10 @@ _LARGEST_BATCH = 4096
 _SHORTEST = 2
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9_./+:@=,~-]+")
 
+_BRANCHES_ON_TOKENS = "its code branches on the tokens of a call"
+# Their classifiers read the last end token of each row.
+_END_TOKEN_TYPES = ("bart", "bigbird_pegasus", "mbart", "mt5", "mvp", "plbart", "t5", "umt5")
+
 # Precompiled headers only pay off from the second compile on, and stay outside the cache folder.
 _ONE_COMPILE = {"cpp_cache_precompile_headers": False, "aot_inductor.precompile_headers": False}
 
@@ -77,6 +81,13 @@ class AotInductorTarget:
     version: ClassVar[int] = 1
     summary: ClassVar[str] = "torch.export and AOTInductor: native code for the CPU that compiled it"
     Options: ClassVar[type[TargetOptions]] = AotInductorOptions
+    refused_model_types: ClassVar[Mapping[str, str]] = {
+        "canine": "its code does not work for every length",
+        "gpt_neox_japanese": "AOTInductor cannot change the shape of its attention weights for every length",
+        "longformer": "AOTInductor fails on its windowed attention",
+        "openai_privacy_filter": _BRANCHES_ON_TOKENS,
+        **{f"text-classification/{model_type}": _BRANCHES_ON_TOKENS for model_type in _END_TOKEN_TYPES},
+    }
     capabilities: ClassVar[Capabilities] = Capabilities(
         hf_tasks=tuple(HfTask),
         precisions=(Precision.FP32, Precision.BF16),
