@@ -687,6 +687,13 @@ class TestValidation:
             self._check(("batch", 2), reference, np.array(candidate, np.float32))
         self._check(("batch", 2), reference, reference + np.float32(0.01))
 
+    @pytest.mark.parametrize(("difference", "advised"), [(0.5, True), (0.9, True), (1.1, False), (50.0, False)])
+    def test_wider_tolerance_is_advised_only_for_small_differences(self, difference: float, advised: bool) -> None:
+        reference = np.zeros((1, 2), np.float32)
+        with pytest.raises(VerdictError) as caught:
+            self._check(("batch", 2), reference, reference + np.float32(difference))
+        assert ("validation_rtol" in caught.value.hint) is advised
+
     def test_masked_positions_are_not_compared_and_counted_ones_are(self) -> None:
         reference = np.zeros((2, 3, 4), np.float32)
         mask = np.array([[1, 1, 0], [1, 0, 0]])

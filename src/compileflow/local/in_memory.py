@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -98,13 +99,12 @@ def compile_in_memory(
         options = _without_tracer_settings(target, options)
         spec = _spec(model, target, hf_task or detect_task(source), (batch_size, max_length), options)
         _check_here(spec)
-        _run(spec, source, artifact_dir, work, settings, type(model).__name__, has_tokenizer=tokenizer is not None)
+        _run(spec, source, artifact_dir, work, settings, type(model).__name__, tokenizer, tolerance)
         if tolerance is not None:
-            inner_tokenizer = tokenizer.tokenizer if tokenizer is not None else None
             artifact = open_artifact(
                 artifact_dir, require_signature=False, trust_remote_code=spec.trust_remote_code
             )
-            compare_with_source(model, artifact, tolerance, tokenizer=inner_tokenizer)
+            compare_with_source(model, artifact, tolerance, tokenizer=tokenizer)
         original = None if original_task is None else source
         return _keep(artifact_dir, settings, original, trust_remote_code=spec.trust_remote_code)
 
@@ -266,19 +266,27 @@ def _run(
     work: Path,
     settings: Settings,
     class_name: str,
-    *,
-    has_tokenizer: bool,
+    tokenizer: CompiledTokenizer | None,
+    tolerance: Tolerance | None,
 ) -> None:
     digest = folder_digest(list_files(source))
+    rows_fill_shapes, padding = True, None
+    if tokenizer is not None:
+        call_settings = tokenizer.tokenization_settings
+        (component,) = spec.components
+        filled = {"padding": "max_length", "max_length": component.max_sequence_length}
+        # The older library pads each row to the one shape that it compiles, unless its settings say otherwise.
+        rows_fill_shapes = filled.items() <= call_settings.items()
+        padding = {"settings": call_settings, "tolerance": None if tolerance is None else asdict(tolerance)}
     request = {
         "source_dir": str(source),
         "out_dir": str(artifact_dir),
         "spec": spec.model_dump(mode="json"),
         "source": {"uri": f"memory://{class_name}", "revision": digest, "digest": digest},
         "threads": settings.threads,
-        "needs_tokenizer": has_tokenizer,
-        # The older library pads each row to the one shape that it compiles.
-        "rows_fill_shapes": True,
+        "needs_tokenizer": tokenizer is not None,
+        "rows_fill_shapes": rows_fill_shapes,
+        "padding": padding,
     }
     try:
         run_in_child(

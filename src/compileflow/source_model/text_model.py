@@ -205,9 +205,14 @@ def _give_pad_token(model: Any, tokenizer: Any, tokens: TokenRows) -> None:
     """Name the padding token to a model whose configuration lacks it: some refuse every batch without one."""
     config = text_config(model.config)
     if getattr(config, "pad_token_id", None) is None:
-        has_token = getattr(tokenizer, "pad_token_id", None) is not None
-        # No token has the number -1: a classifier then reads the last token of each row, as of a single row.
-        config.pad_token_id = tokens.pad_token_id if has_token and tokens.pad_token_id not in tokens.after else -1
+        config.pad_token_id = missing_pad_token(tokenizer, tokens)
+
+
+def missing_pad_token(tokenizer: Any, tokens: TokenRows) -> int:
+    """Return the padding token of a model whose configuration lacks it."""
+    has_token = getattr(tokenizer, "pad_token_id", None) is not None
+    # No token has the number -1: a classifier then reads the last token of each row, as of a single row.
+    return tokens.pad_token_id if has_token and tokens.pad_token_id not in tokens.after else -1
 
 
 def _padding(source_model: SourceModel, lengths: tuple[int, int]) -> Padding:
@@ -241,7 +246,7 @@ def _padding(source_model: SourceModel, lengths: tuple[int, int]) -> Padding:
         with suppress(Exception):
             batch = source_model.run(_stacked(source_model, rows, left=side == "left"))
             pairs = [
-                (answer[record.name], _row(batch, record, number, length, left=side == "left"))
+                (answer[record.name], row_of(batch, record, number, length, left=side == "left"))
                 for number, (length, answer) in enumerate(zip(row_lengths, answers, strict=True))
                 for record in source_model.outputs
             ]
@@ -276,7 +281,7 @@ def _stacked(source_model: SourceModel, rows: Sequence[Arrays], *, left: bool) -
     return batch
 
 
-def _row(batch: Arrays, record: TensorRecord, number: int, length: int, *, left: bool) -> NDArray[Any]:
+def row_of(batch: Arrays, record: TensorRecord, number: int, length: int, *, left: bool) -> NDArray[Any]:
     """Return an output of one row of a padded batch, cut to the row's length."""
     place = slice(-length, None) if left else slice(length)
     index = {"batch": slice(number, number + 1), "sequence": place}

@@ -24,6 +24,7 @@ from compileflow.sources.files import is_interface_file
 from compileflow.spec import CompileSpec, ShapeBucket
 from compileflow.steps.calibration import Calibration, calibration_batches
 from compileflow.steps.graph import compile_graph, component_record
+from compileflow.steps.padded_texts import check_padding
 from compileflow.steps.plan import check_timed_shapes, merge_plans, plan_components, source_limits
 from compileflow.steps.source_checks import check_model_type
 from compileflow.validation.judge.user_suite import parse_user_suite
@@ -34,8 +35,9 @@ def build_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         request: What `steps.compile` sends. "needs_tokenizer" is False for a model that was in memory, which may
-            have no tokenizer. "rows_fill_shapes" is True if the caller pads each row to a compiled shape. The
-            user's "suite" must fit the model.
+            have no tokenizer. "rows_fill_shapes" is True if the caller pads each row to a compiled shape.
+            "padding" holds the settings and the tolerance of `check_padding`. The user's "suite" must fit the
+            model.
 
     Returns:
         Warnings for the user, under "warnings".
@@ -61,6 +63,8 @@ def build_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
     ):
         warnings = _unknown_tokens(tokenizer, source_model.vocab_size) if tokenizer is not None else []
         limits = source_limits(source_model, spec, tokenizer)
+        if request.get("padding"):
+            check_padding(source_model, tokenizer, target, limits, spec.hf_task, **request["padding"])
         plans = plan_components(
             spec,
             target,

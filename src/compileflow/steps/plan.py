@@ -210,7 +210,8 @@ def _padding_fault(source_model: SourceModel) -> str:
     return "its attention mask does not hide the padding from every part of it"
 
 
-def _targets_of_any_shape(hf_task: HfTask) -> list[str]:
+def targets_of_any_shape(hf_task: HfTask) -> list[str]:
+    """Return the names of the targets that compile a task without fixed shapes."""
     capabilities = {name: get_target(name).capabilities for name in target_names()}
     return [name for name, able in capabilities.items() if able.dynamic_axes and hf_task in able.hf_tasks]
 
@@ -260,7 +261,7 @@ def _plan(
             )
         buckets = ()
     elif limits.padding_fault:
-        choices = ", ".join(_targets_of_any_shape(spec.hf_task))
+        choices = ", ".join(targets_of_any_shape(spec.hf_task))
         raise SpecError(
             f"{target.name} pads each input to a fixed length, and padding changes the answers of this model: "
             f"{limits.padding_fault}.",
