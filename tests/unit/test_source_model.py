@@ -128,6 +128,49 @@ def test_configuration_with_a_layer_too_many_is_refused(tiny_model: TinyModel, t
     assert caught.value.hint == "Use the config.json that was saved with these weights."
 
 
+@pytest.mark.parametrize(
+    ("saved_task", "hf_task"),
+    [
+        (HfTask.TEXT_CLASSIFICATION, HfTask.TEXT_CLASSIFICATION),
+        # The weights of a model with a head have a prefix that the bare model does not have, and the reverse.
+        (HfTask.TEXT_CLASSIFICATION, HfTask.FEATURE_EXTRACTION),
+    ],
+)
+def test_weights_of_more_layers_than_the_configuration_has_are_refused(
+    tiny_model: TinyModel, tmp_path: Path, saved_task: HfTask, hf_task: HfTask
+) -> None:
+    folder = Path(shutil.copytree(tiny_model(saved_task), tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}), "utf-8")
+    expected = r"hold \S*encoder\.layer\.1\.\S+, but num_hidden_layers is 1 in config\.json; \d+ tensors"
+    with pytest.raises(SourceError, match=expected):
+        load_source_model(folder, hf_task)
+
+
+def test_pickle_that_would_run_code_is_refused_without_advice_to_run_it(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    class Harmful:
+        def __reduce__(self) -> tuple[object, ...]:
+            return (tmp_path / "ran").touch, ()
+
+    folder = Path(shutil.copytree(tiny_model(HfTask.TEXT_CLASSIFICATION), tmp_path / "model"))
+    (folder / "model.safetensors").unlink()
+    torch.save({"weight": Harmful()}, folder / "pytorch_model.bin")
+    with pytest.raises(SourceError, match=r"pytorch_model\.bin is not a plain weights file") as caught:
+        load_source_model(folder, HfTask.TEXT_CLASSIFICATION)
+    assert "safetensors" in caught.value.hint
+    assert "weights_only" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_wrong_value_in_the_configuration_is_to_be_corrected(tmp_path: Path) -> None:
+    folder = config_folder(tmp_path / "model", model_type="bert", hidden_size="32")
+    with pytest.raises(SourceError, match="hidden_size") as caught:
+        load_config(folder, trust_remote_code=False)
+    assert caught.value.hint == "Correct config.json, or use the one that was saved with the weights."
+
+
 def test_head_of_another_size_is_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
     source = tiny_model(HfTask.TEXT_CLASSIFICATION)
     config = json.loads((source / "config.json").read_text("utf-8"))

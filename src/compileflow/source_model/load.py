@@ -7,7 +7,9 @@ inside the functions.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+import pickle
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
@@ -27,6 +29,7 @@ from compileflow.source_model.processor import (
     signal_records,
     single_image_records,
 )
+from compileflow.source_model.sentence_files import NOT_PLAIN, SAVE_SAFE
 from compileflow.source_model.tasks import (
     AUTO_CLASSES,
     SIGNALS,
@@ -173,9 +176,12 @@ def load_config(folder: Path, *, trust_remote_code: bool) -> Any:
         text = str(error)
         if "trust_remote_code" in text:
             raise untrusted_code() from error
+        is_unknown = "ecognize" in text  # "Unrecognized model", "does not recognize this architecture"
         raise SourceError(
-            f"transformers cannot use config.json of the source model: {text}",
-            hint="Use a model that this version of transformers supports.",
+            f"transformers cannot use config.json of the source model: {text.rstrip('.')}.",
+            hint="Use a model that this version of transformers supports."
+            if is_unknown
+            else "Correct config.json, or use the one that was saved with the weights.",
         ) from error
     refuse_quantized(config)
     return config
@@ -313,6 +319,8 @@ def _load_model(
             f"The source model needs a module that is not installed: {first_line(error)}.",
             hint="Install it, or choose a model without it.",
         ) from error
+    except pickle.UnpicklingError as error:
+        raise SourceError(f"pytorch_model.bin {NOT_PLAIN}.", hint=SAVE_SAFE) from error
     except MemoryError:
         raise
     except Exception as error:
@@ -329,6 +337,7 @@ def _load_model(
             f"from the weights; {len(mismatched_keys)} tensors differ.",
             hint="Use the config.json that was saved with these weights.",
         )
+    _refuse_unused_layers(model, report["unexpected_keys"])
     missing_keys = set(report["missing_keys"])
     missing_pooler = {key for key in missing_keys if hf_task.graph_task in _BARE_MODELS and "pooler." in key}
     missing_tensors = sorted(missing_keys - missing_pooler)
@@ -351,6 +360,35 @@ def _load_model(
     if number_positions is not None and "mm_token_type_ids" in inspect.signature(number_positions).parameters:
         _hide_image_positions(model)
     return model.eval(), not missing_pooler
+
+
+def _refuse_unused_layers(model: Any, unused_names: Collection[str]) -> None:
+    """Refuse weights with more layers than config.json describes: transformers drops the rest without a word.
+
+    Args:
+        model: The model.
+        unused_names: Names of the weights that the model does not have, except those that its class ignores.
+    """
+    # The names of a bare model and of one with a head differ by this prefix.
+    prefix = f"{model.base_model_prefix}."
+    known_names = {_without_numbers(name, prefix) for name in model.state_dict()}
+    unused_layers = [name for name in unused_names if _without_numbers(name, prefix) in known_names]
+    if not unused_layers:
+        return
+    first_name = min(unused_layers, key=lambda name: re.sub(r"\d+", lambda number: number[0].zfill(9), name))
+    field = getattr(model.config, "attribute_map", {}).get("num_hidden_layers", "num_hidden_layers")
+    count = getattr(model.config, field, None)
+    described = f"{field} is {count}" if isinstance(count, int) else "the model has fewer layers"
+    raise SourceError(
+        f"The weights hold {first_name}, but {described} in config.json; {len(unused_layers)} tensors are left "
+        "over.",
+        hint="Use the config.json that was saved with these weights.",
+    )
+
+
+def _without_numbers(name: str, prefix: str) -> str:
+    """Return the name of a weight with a sign for the number of each layer."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "#", name.removeprefix(prefix))
 
 
 def _hide_image_positions(model: Any) -> None:

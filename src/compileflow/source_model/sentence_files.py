@@ -19,6 +19,9 @@ MODULES_FILE, SETTINGS_FILE = "modules.json", "config_sentence_transformers.json
 # Files with the weights of a module, in the order in which sentence-transformers looks for them.
 MODULE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 DAMAGED = "Copy or download the complete model, and compile it again."
+# torch's own text says how to load such a file all the same, which would run the code in it.
+NOT_PLAIN = "is not a plain weights file: it holds other objects than tensors, or it is damaged"
+SAVE_SAFE = "Save the model as safetensors, which save_pretrained writes."
 
 
 @dataclass(frozen=True)

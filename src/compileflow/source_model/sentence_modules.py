@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from compileflow.source_model.sentence_files import (
     DAMAGED,
     MODULE_WEIGHTS,
     MODULES_FILE,
+    NOT_PLAIN,
+    SAVE_SAFE,
     SETTINGS_FILE,
     TextSettings,
     activate,
@@ -390,6 +393,8 @@ def _module_weights(folder: Path) -> dict[str, Floats]:
             else torch.load(paths[0], map_location="cpu", weights_only=True)
         )
         return {str(name): tensor.float().numpy() for name, tensor in tensors.items()}
+    except pickle.UnpicklingError as error:
+        raise LoadError(f"{folder.name}/{paths[0].name} {NOT_PLAIN}.", hint=SAVE_SAFE) from error
     except Exception as error:
         raise LoadError(
             f"{folder.name}/{paths[0].name} cannot be read: {type(error).__name__}: {error}.",
