@@ -214,14 +214,35 @@ class TestImport:
         assert_same_result(pipeline(TEXTS), reference(root)(TEXTS))
         assert pipeline.tokenizer.tokenization_settings["padding"] == "max_length"
 
-    def test_command_prints_verdict_and_place(
-        self, older_folder: OlderFolder, runs_here: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    def test_command_names_what_is_missing_or_unreadable_in_a_wrong_folder(
+        self, older_folder: OlderFolder, runs_here: Settings
     ) -> None:
         root = older_folder()
-        shutil.rmtree(root / "pipeline")
-        refused = CliRunner().invoke(app, ["import-older", str(root)])
-        assert refused.exit_code == 1
-        assert "is not a pipeline that the older library saved" in refused.stderr
+
+        def refused(folder: Path) -> str:
+            outcome = CliRunner().invoke(app, ["import-older", str(folder)])
+            assert outcome.exit_code == 2, outcome.stderr
+            return outcome.stderr.splitlines()[-1]
+
+        assert f"{root / 'absent'} does not exist" in refused(root / "absent")
+        assert "model.pt is not a folder" in refused(root / "compiled_model" / "model.pt")
+        specs, graph = (root / "compiled_model" / name for name in ("compilation_specs.json", "model.pt"))
+        sound_specs = specs.read_text()
+        specs.write_text("{")
+        assert f"{specs} cannot be read" in refused(root)
+        specs.write_text("{}")
+        assert f"{specs} does not hold the shape" in refused(root)
+        specs.write_text(sound_specs)
+        graph.write_bytes(graph.read_bytes()[:100])
+        assert f"{graph} is damaged" in refused(root)
+        for name, missing_name in (
+            ("pipeline", "pipeline"),
+            ("compiled_tokenizer", "compiled_tokenizer"),
+            ("compiled_model", "compiled_model/compilation_specs.json"),
+        ):
+            shutil.rmtree(root / name)
+            problem = f"is not a pipeline that the older library saved: {missing_name} is missing"
+            assert problem in refused(root)
 
     @pytest.mark.slow
     def test_command_proves_and_copies(

@@ -14,17 +14,24 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import numpy as np
 
 from compileflow.artifact.attestations.require_signature import RequireSignature, requires_signature
-from compileflow.artifact.manifest import MANIFEST_NAME, ArtifactManifest, SourceRecord, TargetRecord
+from compileflow.artifact.manifest import (
+    MANIFEST_NAME,
+    ORIGINAL_FOLDER,
+    ArtifactManifest,
+    SourceRecord,
+    TargetRecord,
+)
 from compileflow.artifact.open import OpenArtifact, open_artifact, path_of
 from compileflow.catalog import get_target
 from compileflow.contracts import ComponentRecord, Device, Runner, TensorRecord
 from compileflow.contracts.digests import folder_digest, list_files
 from compileflow.contracts.json_files import read_json
-from compileflow.errors import LoadError, first_line
+from compileflow.errors import LoadError, SourceError, first_line
 from compileflow.source_model.tasks import task_of_architecture
 from compileflow.spec import CompileSpec, ComponentSpec, HfTask, ShapeBucket
 from compileflow.targets._traced import TracedRunner
@@ -122,26 +129,42 @@ def is_older(folder: Path) -> bool:
     return is_saved and not (folder / MANIFEST_NAME).exists()
 
 
+def check_pipeline(root: Path) -> None:
+    """Check that a folder holds a whole pipeline of the older library, without loading its traced model.
+
+    Raises:
+        SourceError: The folder does not exist, or a file is missing or cannot be read.
+    """
+    hint = f"Give the folder that holds {ORIGINAL_FOLDER}, {_TOKENIZER}, {_MODEL} and {TASK_FILE}."
+    if not root.is_dir():
+        raise SourceError(f"{root} {'is not a folder' if root.exists() else 'does not exist'}.", hint=hint)
+    names = [f"{_MODEL}/{name}" for name in (_SPECS_FILE, "config.json", GRAPH_FILE)]
+    missing_names = [name for name in (*names, _TOKENIZER, ORIGINAL_FOLDER) if not (root / name).exists()]
+    if missing_names or (root / MANIFEST_NAME).exists():
+        problem = f"{missing_names[0]} is missing" if missing_names else f"with {MANIFEST_NAME}, it is an artifact"
+        raise SourceError(f"{root} is not a pipeline that the older library saved: {problem}.", hint=hint)
+    try:
+        _read_header(root)
+    except LoadError as error:
+        raise SourceError(error.message, hint=error.hint) from error
+    graph = root / _MODEL / GRAPH_FILE
+    if not is_zipfile(graph):
+        raise SourceError(
+            f"{graph} is damaged, or not a file of torch.jit.save.",
+            hint="Copy the folder of the older library again.",
+        )
+
+
 def open_older(root: Path, *, trust_remote_code: bool = False) -> OlderArtifact:
     """Read a folder of the older library, and run its traced model once to learn its outputs.
 
     Raises:
         LoadError: A file is missing or damaged, or the traced model cannot run here.
     """
-    folder = root / _MODEL if (root / _MODEL).is_dir() else root
-    specs = _read_object(folder / _SPECS_FILE)
-    config = _read_object(folder / "config.json")
+    folder, config, task, bucket, specs = _read_header(root)
     architectures = config.get("architectures") or ["unknown"]
-    task = _task(root, folder, architectures)
-    try:
-        bucket = ShapeBucket(batch_size=specs["tracing__batch_size"], sequence_length=specs["tracing__max_length"])
-        target = "neuron" if specs.get("tracing__neuron") else "torchscript"
-        options = dict(specs.get("tracing_kwargs") or {})
-    except (KeyError, ValueError, TypeError) as error:
-        raise LoadError(
-            f"{folder / _SPECS_FILE} does not hold the shape of the traced model: {first_line(error)}.",
-            hint="Expected tracing__batch_size and tracing__max_length, as the older library wrote them.",
-        ) from error
+    target = "neuron" if specs.get("tracing__neuron") else "torchscript"
+    options = dict(specs.get("tracing_kwargs") or {})
     output_class, names = _OUTPUTS[task.graph_task]
     pad_token_id = config.get("pad_token_id")
     graph = load_graph(folder, target)
@@ -167,6 +190,23 @@ def open_older(root: Path, *, trust_remote_code: bool = False) -> OlderArtifact:
         files=tokenizer_files,
     )
     return OlderArtifact(folder, manifest, digest, verified=False, trust_remote_code=trust_remote_code, root=root)
+
+
+def _read_header(root: Path) -> tuple[Path, dict[str, Any], HfTask, ShapeBucket, dict[str, Any]]:
+    """Return the folder of the traced model, its configuration, task, shape and specs."""
+    folder = root / _MODEL if (root / _MODEL).is_dir() else root
+    specs = _read_object(folder / _SPECS_FILE)
+    config = _read_object(folder / "config.json")
+    task = _task(root, folder, config.get("architectures") or ["unknown"])
+    try:
+        bucket = ShapeBucket(batch_size=specs["tracing__batch_size"], sequence_length=specs["tracing__max_length"])
+        dict(specs.get("tracing_kwargs") or {})
+    except (KeyError, ValueError, TypeError) as error:
+        raise LoadError(
+            f"{folder / _SPECS_FILE} does not hold the shape of the traced model: {first_line(error)}.",
+            hint="Expected tracing__batch_size and tracing__max_length, as the older library wrote them.",
+        ) from error
+    return folder, config, task, bucket, specs
 
 
 def load_graph(folder: Path, target_name: str) -> Any:

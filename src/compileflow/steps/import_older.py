@@ -14,8 +14,7 @@ from compileflow._process.run_in_child import run_in_child
 from compileflow.artifact.manifest import ORIGINAL_FOLDER
 from compileflow.catalog import get_target, open_store
 from compileflow.contracts.digests import list_files
-from compileflow.errors import LoadError
-from compileflow.serving.older_folder import is_older, load_graph, open_older
+from compileflow.serving.older_folder import check_pipeline, load_graph, open_older
 from compileflow.settings import Settings
 from compileflow.sources.files import kind_of
 from compileflow.spec import ShapeBucket
@@ -49,16 +48,12 @@ def import_older(
         on_progress: Called with one line for each stage.
 
     Raises:
-        LoadError: The folder is not such a pipeline, or its traced model cannot run here.
-        SourceError: The uncompiled pipeline is incomplete.
+        SourceError: The folder is not such a pipeline, or the uncompiled pipeline in it is incomplete.
+        LoadError: The traced model cannot run here.
         MeasurementError: The two models could not be compared.
     """
     folder = folder.expanduser().absolute()
-    if not is_older(folder) or not (folder / ORIGINAL_FOLDER).is_dir():
-        raise LoadError(
-            f"{folder} is not a pipeline that the older library saved.",
-            hint="Give the folder that holds pipeline, compiled_tokenizer, compiled_model and pipeline_task.json.",
-        )
+    check_pipeline(folder)
     store_uri = settings.resolved_store_uri()
     source = fetch_source(
         str(folder / ORIGINAL_FOLDER), None, store_uri=store_uri, settings=settings, on_progress=on_progress
