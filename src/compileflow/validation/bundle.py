@@ -26,6 +26,7 @@ from compileflow.validation.judge.user_suite import UserSuite
 from compileflow.validation.judge.verdict import GateResult, Verdict
 from compileflow.validation.measure.measurements import Measurements, candidate_answer
 from compileflow.validation.measure.metrics import scales_of
+from compileflow.validation.measure.tendencies import SPECIAL_TOKEN_ERROR
 from compileflow.validation.settings import ValidationSettings
 
 # Folder beside the report.
@@ -139,7 +140,8 @@ def examine_failure(
         (gate for gate in failed_gates if verdict.reason.startswith(f"fail: {gate.gate} ")), failed_gates[0]
     )
     compared = [case for case in cases if not case.answers_only]
-    small_case = failing_case(measurements.comparisons, compared, record.precision)
+    shown = [case for case in compared if case.family == "special" or gate.gate != SPECIAL_TOKEN_ERROR]
+    small_case = failing_case(measurements.comparisons, shown, record.precision)
     if small_case is None and gate.gate == _LATENCY:
         divergence = Divergence(note="The gate compares time, and the answers agree.")
     elif small_case is None and gate.suite:

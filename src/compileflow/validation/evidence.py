@@ -93,7 +93,6 @@ class Evidence:
     Attributes:
         generated: Cases that natural examples do not cover.
         natural: Cases of natural examples, on which decisions are compared.
-        special: Cases that repeat special tokens, which natural examples rarely hold.
         probes: Functions that measure one property, given the measurements, the reference and the candidate.
         shapes: Shapes, (batch size, length), at which both models are compared.
         repeated: Inputs that are called again, the shortest first.
@@ -118,7 +117,6 @@ class Evidence:
     examples_digest: str
     examples_count: int
     note: str = ""
-    special: tuple[Case, ...] = ()
 
     @property
     def labelled_count(self) -> int:
@@ -216,6 +214,11 @@ def _text_evidence(
     ids = np.concatenate([case.inputs["input_ids"][case.mask == 1] for case in natural])
     filled = FilledRows(tokens, record, natural_ids(ids, tokens), {})
     shapes, filled_cases = _filled_cases(filled, spec, draw)
+    special_cases: list[Case] = []
+    # At other precisions, the case of all special tokens is enough.
+    if spec.precision is Precision.INT8:
+        names = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
+        special_cases = filled.special_cases(dict(names))
     probed_lengths = sorted({min(length, record.max_sequence_length) for length in _probed_lengths(record)})
 
     def mask(measurements: Measurements, reference: Model, candidate: Model) -> None:
@@ -232,7 +235,7 @@ def _text_evidence(
         return builder.case(f"timed {rows} x {length}", "timed", [row] * rows, [text] * rows)
 
     return Evidence(
-        generated=shape_cases(builder, texts) + filled_cases,
+        generated=shape_cases(builder, texts) + filled_cases + special_cases,
         natural=natural,
         probes=(mask, token_types) if "token_type_ids" in builder.input_names else (mask,),
         shapes=shapes,
@@ -244,7 +247,6 @@ def _text_evidence(
         examples_digest=digest,
         examples_count=len(examples),
         note=note_on_fields(spec.hf_task, path) if (path := validation.examples_path) else "",
-        special=tuple(filled.special_cases(tokenizer.all_special_ids)),
     )
 
 

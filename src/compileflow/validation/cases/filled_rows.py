@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, prod
 
@@ -118,13 +118,13 @@ class FilledRows:
             cases.append(replace(case, is_drawn=True))
         return cases
 
-    def special_cases(self, special_ids: Sequence[int]) -> list[Case]:
-        """Build one batch for each special token, whose rows repeat it among natural tokens.
+    def special_cases(self, special_tokens: Mapping[int, str]) -> list[Case]:
+        """Build a batch for each special token, or for each n-th of many; its rows repeat it in natural text.
 
         Args:
-            special_ids: Special tokens that text may hold, such as `[MASK]`; every n-th of them if there are many.
+            special_tokens: Special tokens that text may hold, such as `[MASK]`, by id.
         """
-        ids = sorted({number for number in special_ids if 0 <= number < self.tokens.vocab_size})
+        ids = sorted(number for number in special_tokens if 0 <= number < self.tokens.vocab_size)
         length = min(self.tokens.shortest + _SPECIAL_CONTENT, self.record.max_sequence_length)
         count = self.tokens.content(length)
         cases: list[Case] = []
@@ -133,7 +133,9 @@ class FilledRows:
             # Each row holds the token equally often, because some models count the ends of the text.
             rows = [np.where(np.arange(count) % 3 == 1, number, natural.take(count)) for _ in range(_SPECIAL_ROWS)]
             stream, lengths = IdStream(np.concatenate(rows)), [length] * _SPECIAL_ROWS
-            case = self.case(f"special token {number}", "special", length, lengths, stream, has_types=False)
+            case = self.case(
+                f"special token {special_tokens[number]}", "special", length, lengths, stream, has_types=False
+            )
             # No tokenizer puts some of these tokens into a text.
             cases.append(replace(case, may_fail=True))
         return cases

@@ -6,12 +6,7 @@ from compileflow.validation.measure.compare_outputs import measure
 from compileflow.validation.measure.coverage import Coverage
 from compileflow.validation.measure.latency import OneThread, Stopwatch, measure_latency, time_pairs
 from compileflow.validation.measure.measurements import Latency, Measurements, Model, candidate_answer
-from compileflow.validation.measure.noise import (
-    measure_grid,
-    measure_noise,
-    measure_special_tokens,
-    rounded_to_grid,
-)
+from compileflow.validation.measure.noise import measure_grid, measure_noise, rounded_to_grid
 from compileflow.validation.measure.probes import (
     measure_mask,
     measure_padding,
@@ -35,7 +30,6 @@ __all__ = [
     "measure_noise",
     "measure_padding",
     "measure_repeatability",
-    "measure_special_tokens",
     "measure_token_types",
     "rounded_to_grid",
     "time_pairs",

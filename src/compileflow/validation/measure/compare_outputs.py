@@ -16,7 +16,7 @@ from compileflow.validation.measure.coverage import Coverage
 from compileflow.validation.measure.decisions import Decisions
 from compileflow.validation.measure.detections import in_same_order
 from compileflow.validation.measure.measurements import Measurements, Model, candidate_answer
-from compileflow.validation.measure.tendencies import Tendencies
+from compileflow.validation.measure.tendencies import SPECIAL_TOKEN_ERROR, Tendencies, worst_special_token
 
 # Two answers of the source model that should be equal differ by less than this share of their norm.
 _SAME = 1e-3
@@ -57,7 +57,7 @@ def measure(
             measurements.comparisons += _faulty_answers(case, outputs, *candidate_answer(candidate, case.inputs))
             coverage.add(case)
             continue
-        expected = reference_answer(reference, case, measurements)
+        expected = _reference_answer(reference, case, measurements)
         if expected is None:
             continue
         actual, error_text = candidate_answer(candidate, case.inputs)
@@ -83,10 +83,12 @@ def measure(
     measurements.score = decisions.scores.result()
     if decisions.precision is Precision.INT8:
         measurements.scalars.update(tendencies.scalars(measurements.comparisons))
+        if worst := worst_special_token(measurements.comparisons):
+            measurements.details[SPECIAL_TOKEN_ERROR] = f"the worst is {worst[0]}"
     return measurements
 
 
-def reference_answer(reference: Model, case: Case, measurements: Measurements) -> Arrays | None:
+def _reference_answer(reference: Model, case: Case, measurements: Measurements) -> Arrays | None:
     """Return the source model's answer; None, with a note, for a case that does not suit the model."""
     try:
         answer = reference(case.inputs)

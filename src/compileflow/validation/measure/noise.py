@@ -12,9 +12,9 @@ from compileflow.contracts import Arrays, TensorRecord
 from compileflow.errors import first_line
 from compileflow.validation.cases.case import Case
 from compileflow.validation.measure import metrics
-from compileflow.validation.measure.compare_outputs import compared_rows, reference_answer
+from compileflow.validation.measure.compare_outputs import compared_rows
 from compileflow.validation.measure.decisions import Decisions
-from compileflow.validation.measure.measurements import Measurements, Model, candidate_answer
+from compileflow.validation.measure.measurements import Measurements, Model
 from compileflow.validation.measure.tendencies import Tendencies
 
 # Differences whose noise is measured per output.
@@ -22,7 +22,6 @@ _DIFFERENCES = ("max_abs_diff", "scaled_diff", "peak_error", "rel_l2", "one_minu
 # Bits of weights and of the inputs of layers. Weights have 7: targets reduce their range for CPUs without VNNI.
 _WEIGHT_BITS, _INPUT_BITS = 7, 8
 _TINY = 1e-30
-_NOTHING = np.empty(0)
 # Answers must differ between examples by this multiple of what rounding changes.
 _LEAST_RESPONSE = 3.0
 
@@ -94,15 +93,16 @@ def measure_grid(
         reference: Source model as it is compared with the candidate.
         outputs: Records of the outputs.
         decisions: Collects the decisions of the rounded model.
-        cases: Natural cases.
+        cases: Natural cases, and those that repeat special tokens.
     """
     grid, tendencies = Measurements(), Tendencies()
     for case in cases:
         expected, actual = reference(case.inputs), rounded(case.inputs)
         for record in outputs:
             grid.comparisons += compared_rows(case, record, expected[record.name], actual[record.name], "")
-        decisions.add(case, expected, actual)
-        tendencies.add(case, outputs, expected, actual)
+        if case.family == "agreement":
+            decisions.add(case, expected, actual)
+            tendencies.add(case, outputs, expected, actual)
     metrics.relate_to_scale(grid.comparisons, metrics.scales_of(grid.comparisons))
     grid.rates.extend((*decisions.rates(), *decisions.scores.rates()))
     grid.scalars |= decisions.scalars() | decisions.scores.scalars() | tendencies.scalars(grid.comparisons)
@@ -114,30 +114,6 @@ def measure_grid(
             "response_error was not judged: the source model's answers differ by less between examples than the "
             "numbers of int8."
         )
-
-
-def measure_special_tokens(
-    measurements: Measurements, reference: Model, candidate: Model, rounded: Model, cases: Sequence[Case]
-) -> None:
-    """Measure the answers to rows that repeat one special token, such as `[MASK]`.
-
-    `special_token_error` is the rel_l2 of all rows of a token together, for the worst token and output. `grid` gets
-    the same figure of the rounded model.
-    """
-    errors: list[float] = []
-    rounded_errors: list[float] = []
-    for case in cases:
-        expected = reference_answer(reference, case, measurements)
-        if expected is None or not all(np.isfinite(value).all() and value.any() for value in expected.values()):
-            continue
-        for model, collected in ((candidate, errors), (rounded, rounded_errors)):
-            actual = candidate_answer(model, case.inputs)[0]
-            collected += [
-                metrics.compare(value, actual.get(name, _NOTHING))["rel_l2"] for name, value in expected.items()
-            ]
-    if errors:
-        measurements.scalars["special_token_error"] = float(np.max(errors))
-        measurements.grid["special_token_error"] = float(np.max(rounded_errors))
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import numpy as np
 from compileflow.contracts import Arrays, TensorRecord
 from compileflow.validation.cases.case import Case
 
+SPECIAL_TOKEN_ERROR = "special_token_error"  # noqa: S105 - the name of a figure
 # A smaller difference between the examples, as a share of the answers, is too small to be measured.
 _LEAST_RESPONSE = 1e-3
 
@@ -52,8 +53,11 @@ class Tendencies:
         turns the source model's answers into the compiled model's, by least squares. `response_error`: the same
         for the differences between the examples; it is 1 if the answers do not depend on the input. It is omitted
         if the source model's hardly do. `response_share`: those differences as a share of the answers.
+        `special_token_error`: mean rel_l2 of the rows that repeat one special token, of the worst token.
         """
         scalars: dict[str, float] = {}
+        if worst := worst_special_token(comparisons):
+            scalars[SPECIAL_TOKEN_ERROR] = worst[1]
         errors: dict[str, list[float]] = defaultdict(list)
         for row in comparisons:
             if row["family"] == "agreement":
@@ -74,6 +78,16 @@ class Tendencies:
         if responses:
             scalars |= {"response_error": float(np.max(responses)), "response_share": min(shares)}
         return scalars
+
+
+def worst_special_token(comparisons: Sequence[Mapping[str, Any]]) -> tuple[str, float] | None:
+    """Return the case of the special token whose rows differ most, and their mean rel_l2; None without any."""
+    errors: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for row in comparisons:
+        if row["family"] == "special":
+            errors[row["case"], row["output"]].append(row["rel_l2"])
+    means = [(case, float(np.mean(values))) for (case, _), values in errors.items()]
+    return max(means, key=lambda mean: (np.isnan(mean[1]), mean[1]), default=None)
 
 
 def _slope_error(product: float, square: float) -> float:
