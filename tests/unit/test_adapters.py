@@ -145,6 +145,23 @@ class TestPipeline:
         with pytest.raises(SpecError, match=r"precision: .*got 'fp12'"):
             adapter(model=folder, precision="fp12")
 
+    @pytest.mark.parametrize(
+        ("wrong", "says"),
+        [
+            ({"precison": "int8"}, "Unknown argument 'precison'. Did you mean precision?"),
+            ({"max_sequence_len": 8}, "Unknown argument 'max_sequence_len'. Did you mean max_sequence_length?"),
+            ({"foo": 1}, "The pipeline of text-classification has no setting 'foo'. Leave it out."),
+            ({"topk": 1}, "The pipeline of text-classification has no setting 'topk'. Did you mean top_k?"),
+        ],
+    )
+    def test_setting_that_nothing_knows_is_refused_before_the_compile(
+        self, pipeline: Pipeline, tiny_model: ModelFactory, wrong: dict[str, Any], says: str
+    ) -> None:
+        with pytest.raises(SpecError) as caught:
+            compileflow.pipeline(model=str(tiny_model(TASK)), **SMALL, **wrong)
+        assert str(caught.value) == says
+        assert pipeline.counts["compile"] == 0
+
     def test_device_that_is_not_the_targets_is_refused(self, settings: Settings, tiny_model: ModelFactory) -> None:
         with pytest.raises(LoadError, match="from the CPU, got device='cuda:0'"):
             compileflow.pipeline(model=str(tiny_model(TASK)), device="cuda:0")

@@ -5,6 +5,7 @@ Over 300 lines, because all of it shares one set of compiled models.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from copy import deepcopy
@@ -191,6 +192,17 @@ class TestTokenizer:
         with pytest.raises(SpecError, match=rf"has no setting '{wrong}'\. Did you mean .*\b{right}\b"):
             CompiledTokenizer.from_tokenizer(plain, **{wrong: True})
 
+    @pytest.mark.parametrize("length", ["16", -3, 0, 8.0, True])
+    def test_length_that_is_not_a_positive_number_is_refused(
+        self, plain: Any, tmp_path: Path, length: Any
+    ) -> None:
+        with pytest.raises(SpecError, match=f"whole number of at least 1, got {length!r}"):
+            CompiledTokenizer.from_tokenizer(plain, max_length=length)
+        CompiledTokenizer.from_tokenizer(plain).save_pretrained(tmp_path)
+        (tmp_path / "tokenization_settings.json").write_text(json.dumps({"max_length": length}))
+        with pytest.raises(LoadError, match="whole number of at least 1"):
+            CompiledTokenizer.from_pretrained(tmp_path)
+
     def test_tokenizer_without_a_maximum_needs_a_length(self, plain: Any) -> None:
         plain.model_max_length = int(1e30)
 
@@ -326,14 +338,44 @@ def test_tokenizer_settings_of_a_pipeline_survive_and_win(source: Sources, tmp_p
             "torchscript option frozen: .*The options of torchscript are: none",
         ),
         ({"max_length": MAX_TOKENS + 1}, f"positions for {MAX_TOKENS} tokens"),
-        ({"max_length": 0}, "sequence_length: .*got 0"),
+        ({"max_length": 0}, "Expected max_length as a whole number of at least 1, got 0"),
+        ({"max_length": None}, "Expected max_length as a whole number of tokens, got None"),
+        ({"max_length": "8"}, "Expected max_length as a whole number of tokens, got '8'"),
+        ({"max_length": 8.5}, r"Expected max_length as a whole number of tokens, got 8\.5"),
+        ({"pipeline": "sentiment-analysis"}, r"Expected a transformers pipeline, got str\."),
+        ({"pipeline": None}, r"Expected a transformers pipeline, got NoneType\."),
+        ({"tokenizer_settings": ["a"]}, r"Expected tokenizer_settings as a dict .*, got \['a'\]"),
+        ({"tokenizer_settings": {1: 2}}, r"Expected tokenizer_settings as a dict .*, got \{1: 2\}"),
+        ({"model_tracing_settings": ["a"]}, r"Expected model_tracing_settings as a dict .*, got \['a'\]"),
+        ({"validation_rtol": "small"}, "Expected validation_rtol as a number of at least 0, got 'small'"),
+        ({"validation_atol": -1}, "Expected validation_atol as a number of at least 0, got -1"),
         ({"batch_size": 0}, "batch_size: .*got 0"),
         ({"target": "torchscrip"}, "Unknown target 'torchscrip'.*torchscript"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(source: Sources, settings: dict[str, Any], says: str) -> None:
     with pytest.raises(SpecError, match=says):
-        CompiledPipeline.from_pipeline(source("bert"), **({"max_length": LENGTH, "neuron": False} | settings))
+        CompiledPipeline.from_pipeline(
+            **({"pipeline": source("bert"), "max_length": LENGTH, "neuron": False} | settings)
+        )
+
+
+def test_objects_of_another_kind_are_refused(source: Sources) -> None:
+    model = source("bert").model
+
+    with pytest.raises(SpecError, match=r"Expected a transformers pipeline, got BertForSequenceClassification\."):
+        CompiledPipeline.from_pipeline(model, LENGTH, neuron=False)
+    with pytest.raises(SpecError, match=r"Expected a CompiledModel, got BertForSequenceClassification\."):
+        CompiledPipeline.from_model(model)
+    for wrong in (model, None, "bert"):
+        with pytest.raises(SpecError, match=f"Expected a transformers tokenizer, got {type(wrong).__name__}"):
+            CompiledTokenizer.from_tokenizer(wrong)
+    with pytest.raises(SpecError, match="Expected a pipeline as original_pipeline, got BertForSequence"):
+        CompiledPipeline(original_pipeline=model, compiled_pipeline=source("bert"))
+    with pytest.raises(SpecError, match="Expected a pipeline as compiled_pipeline, got NoneType"):
+        CompiledPipeline(original_pipeline=None, compiled_pipeline=None)
+    with pytest.raises(SpecError, match="Expected max_length as a whole number of tokens, got '8'"):
+        CompiledModel.from_model(model, max_length="8", neuron=False)
 
 
 class TestModel:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import ValidationError
@@ -18,6 +20,7 @@ from compileflow.local.optimized_model import as_source_class
 from compileflow.local.source import default_model, fetch_local, is_compiled, known_task, loaded, preprocessor_of
 from compileflow.serving.model import CompiledModel
 from compileflow.serving.pipeline import CompiledPipeline, check_pipeline, served_task
+from compileflow.serving.pipeline_settings import check_settings, check_spelling
 from compileflow.settings import Settings, get_settings
 from compileflow.spec import HfTask, Precision
 from compileflow.steps.compile import compile_artifact, detect_task
@@ -85,7 +88,7 @@ def pipeline(
     Raises:
         ValueError: Both the task and the model are missing.
         SpecError: The task, the target, the precision or an option is invalid, or a model in memory has no
-            tokenizer.
+            tokenizer, or a setting is unknown.
         LoadError: The task has no pipeline; `optimize` compiles its models.
         TargetUnavailableError, CompileError: The model cannot be compiled here.
         VerdictError: The compiled model does not answer like the source model.
@@ -94,6 +97,7 @@ def pipeline(
     if task is not None:
         check_pipeline(known_task(task))
     compile_settings = {name: settings.pop(name) for name in _COMPILE_NAMES if name in settings}
+    check_spelling(settings, [*inspect.signature(pipeline).parameters, *_COMPILE_NAMES])
     preprocessor = tokenizer if tokenizer is not None else feature_extractor
     compiled_model, hf_task = _compiled_model(
         task,
@@ -102,6 +106,7 @@ def pipeline(
         precision=autocast_precision(precision, target, amp=amp),
         preprocessor=preprocessor,
         needs_preprocessor=True,
+        pipeline_settings=settings,
         validate=validate,
         settings={"revision": revision} | compile_settings | load_settings(model_kwargs),
     )
@@ -218,6 +223,7 @@ def _compiled_model(
     precision: Precision | str,
     preprocessor: Any,
     needs_preprocessor: bool,
+    pipeline_settings: Mapping[str, Any] = MappingProxyType({}),
     validate: bool | ValidationSettings,
     settings: Mapping[str, Any],
 ) -> tuple[CompiledModel, HfTask]:
@@ -242,6 +248,7 @@ def _compiled_model(
     if hf_task is None:
         with open_store(configuration.resolved_store_uri()).open_folder(source.digest) as folder:
             hf_task = detect_task(folder)
+    check_settings(hf_task, pipeline_settings)
     request = _checked(
         {
             "model": source.uri,

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from compileflow.artifact.open import OpenArtifact
 from compileflow.contracts import Arrays, ComponentRecord, TensorRecord
-from compileflow.errors import VerdictError
+from compileflow.errors import SpecError, VerdictError
 from compileflow.serving.component import LoadedComponent
 from compileflow.serving.tokenizer import CompiledTokenizer
 from compileflow.source_model.examples import example_inputs
@@ -36,6 +37,13 @@ class Tolerance:
 
     rtol: float
     atol: float
+
+    def __post_init__(self) -> None:
+        for name, value in (("validation_rtol", self.rtol), ("validation_atol", self.atol)):
+            if not isinstance(value, Real) or not value >= 0:
+                raise SpecError(
+                    f"Expected {name} as a number of at least 0, got {value!r}.", hint="The default is 0.01."
+                )
 
 
 def compare_with_source(

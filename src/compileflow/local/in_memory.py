@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from difflib import get_close_matches
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +139,13 @@ def resolved_length(model: Any, max_length: int) -> int:
     """Return a length in tokens; -1 stands for the maximum of the model.
 
     Raises:
-        SpecError: The model has fewer positions.
+        SpecError: The length is not a whole number, or the model has fewer positions.
     """
+    if not isinstance(max_length, Integral) or isinstance(max_length, bool):
+        raise SpecError(
+            f"Expected max_length as a whole number of tokens, got {max_length!r}.",
+            hint="Pass a number, or -1 for the maximum of the model.",
+        )
     with evaluation_mode(model):
         positions = longest_of(model)
     if positions is not None and max_length > positions:

@@ -6,7 +6,6 @@ import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -22,6 +21,7 @@ from compileflow.serving.list_calls import call_list
 from compileflow.serving.model import CompiledModel
 from compileflow.serving.older_folder import open_any
 from compileflow.serving.original import completed_artifact, load_original, original_task
+from compileflow.serving.pipeline_settings import check_mapping, check_settings, check_spelling
 from compileflow.serving.question_answering import QuestionAnsweringPipeline
 from compileflow.serving.sentence_embedding import SentenceEmbeddingPipeline
 from compileflow.serving.text_ranking import TextRankingPipeline
@@ -47,7 +47,17 @@ class CompiledPipeline:
             original_pipeline: The uncompiled pipeline; None if there is none.
             compiled_pipeline: The pipeline that answers calls.
             artifact: Artifact to save. None: the artifact of the compiled pipeline's model.
+
+        Raises:
+            SpecError: An argument is not a pipeline.
         """
+        for name, value in (("original", original_pipeline), ("compiled", compiled_pipeline)):
+            is_pipeline = hasattr(value, "model") and hasattr(value, "task")
+            if not is_pipeline and (name == "compiled" or value is not None):
+                raise SpecError(
+                    f"Expected a pipeline as {name}_pipeline, got {type(value).__name__}.",
+                    hint="from_pipeline compiles a pipeline, and from_pretrained loads a compiled one.",
+                )
         self.pipeline = compiled_pipeline
         self._original_pipeline = original_pipeline
         self._artifact = artifact or getattr(compiled_pipeline.model, "artifact", None)
@@ -112,7 +122,15 @@ class CompiledPipeline:
             TargetUnavailableError, CompileError, VerdictError: See `CompiledModel.from_model`.
         """
         local = in_memory()
+        from transformers import Pipeline
 
+        if not isinstance(pipeline, Pipeline):
+            raise SpecError(
+                f"Expected a transformers pipeline, got {type(pipeline).__name__}.",
+                hint="Pass what transformers.pipeline returns; CompiledModel.from_model compiles a model alone.",
+            )
+        check_mapping("tokenizer_settings", tokenizer_settings)
+        check_mapping("model_tracing_settings", model_tracing_settings)
         length = local.resolved_length(pipeline.model, max_length)
         tokenizer = _fitting_tokenizer(pipeline, length, tokenizer_settings)
         artifact = local.compile_in_memory(
@@ -171,9 +189,9 @@ class CompiledPipeline:
         Raises:
             ManifestError, IntegrityError, SignatureError: The artifact fails a check. Nothing was deserialized.
             LoadError: The artifact cannot run here, it does not serve the task, or the task has no pipeline.
-            SpecError: A keyword is nearly one of the arguments above.
+            SpecError: A keyword is nearly one of the arguments above, or the pipeline has no such setting.
         """
-        _check_spelling(pipeline_settings)
+        check_spelling(pipeline_settings, inspect.signature(cls.from_pretrained).parameters)
         artifact = open_any(
             location,
             digest=digest,
@@ -207,9 +225,16 @@ class CompiledPipeline:
 
         Raises:
             LoadError: The model does not serve the task, or its artifact has no tokenizer.
+            SpecError: The model is not compiled, or the pipeline has no such setting.
         """
+        if not isinstance(model, CompiledModel):
+            raise SpecError(
+                f"Expected a CompiledModel, got {type(model).__name__}.",
+                hint="CompiledPipeline.from_pipeline compiles a pipeline, compileflow.pipeline a model.",
+            )
         hf_task = served_task(model.artifact, task)
         check_pipeline(hf_task)
+        check_settings(hf_task, pipeline_settings)
         if tokenizer is not None and not isinstance(tokenizer, CompiledTokenizer):
             longest = model.graph.record.max_sequence_length
             tokenizer = CompiledTokenizer(tokenizer, {"padding": True, "truncation": True, "max_length": longest})
@@ -248,15 +273,6 @@ class CompiledPipeline:
 
     def __repr__(self) -> str:
         return f"CompiledPipeline(task={self.task!r}, model={self.model!r})"
-
-
-def _check_spelling(pipeline_settings: Mapping[str, Any]) -> None:
-    """Refuse misspelled arguments of `from_pretrained`: transformers ignores settings that it does not know."""
-    arguments = inspect.signature(CompiledPipeline.from_pretrained).parameters
-    for name in pipeline_settings:
-        near_names = get_close_matches(name, arguments, n=1, cutoff=0.8)
-        if near_names:
-            raise SpecError(f"Unknown argument {name!r}.", hint=f"Did you mean {near_names[0]}?")
 
 
 def served_task(artifact: OpenArtifact, requested_task: HfTask | str | None) -> HfTask:

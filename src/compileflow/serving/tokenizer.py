@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import wraps
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +95,17 @@ class CompiledTokenizer:
                 them win over the arguments of a call, because the compiled shape is fixed.
 
         Raises:
-            SpecError: A setting is unknown, or the maximum length is missing.
+            SpecError: The object is not a tokenizer, a setting is unknown, or the maximum length is missing or not
+                a positive number.
         """
+        from transformers import PreTrainedTokenizerBase
+
         inner_tokenizer = tokenizer.tokenizer if isinstance(tokenizer, cls) else tokenizer
+        if not isinstance(inner_tokenizer, PreTrainedTokenizerBase):
+            raise SpecError(
+                f"Expected a transformers tokenizer, got {type(tokenizer).__name__}.",
+                hint="Pass what AutoTokenizer.from_pretrained returns.",
+            )
         _check_names(inner_tokenizer, settings)
         defaults = {
             "padding": "max_length" if _can_pad(inner_tokenizer) else False,
@@ -105,6 +114,7 @@ class CompiledTokenizer:
             "max_length": inner_tokenizer.model_max_length,
         }
         call_settings = defaults | settings
+        _check_length(call_settings["max_length"])
         if call_settings["max_length"] and length_limit(call_settings["max_length"]) is None:
             raise SpecError(
                 "The tokenizer has no maximum length, and max_length is missing.",
@@ -338,11 +348,25 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> None:
     tokenizer_copy.save_pretrained(folder)
 
 
-def _check_names(tokenizer: Any, settings: Mapping[str, Any]) -> None:
+def call_names(tokenizer: Any) -> set[str]:
+    """Return the names of the settings that a tokenizer, or a class of tokenizers, takes in a call."""
     calls = [tokenizer.__call__, getattr(tokenizer, "_encode_plus", None)]
     calls.append(getattr(tokenizer, "prepare_for_tokenization", None))
-    known_names = {name for call in calls if call is not None for name in inspect.signature(call).parameters}
-    known_names -= {*_TEXTS, "padding_strategy", "truncation_strategy"}
+    names = {name for call in calls if call is not None for name in inspect.signature(call).parameters}
+    return names - {*_TEXTS, "padding_strategy", "truncation_strategy"}
+
+
+def _check_length(max_length: Any) -> None:
+    is_number = isinstance(max_length, Integral) and not isinstance(max_length, bool)
+    if max_length is not None and not (is_number and max_length > 0):
+        raise SpecError(
+            f"Expected max_length as a whole number of at least 1, got {max_length!r}.",
+            hint="Pass the number of tokens of the compiled shape.",
+        )
+
+
+def _check_names(tokenizer: Any, settings: Mapping[str, Any]) -> None:
+    known_names = call_names(tokenizer)
     for name in settings:
         if name not in known_names:
             near_names = get_close_matches(name, known_names, n=3) or sorted(known_names)
@@ -361,6 +385,7 @@ def _read_settings(folder: Path, tokenizer: Any) -> dict[str, Any] | None:
         data = json.loads(path.read_text("utf-8"))
         settings = dict(data["settings"] if data.keys() == {"settings", "given"} else data)
         _check_names(tokenizer, settings)
+        _check_length(settings.get("max_length"))
     except (ValueError, TypeError, AttributeError, RecursionError, SpecError) as error:
         raise LoadError(
             f"{path} was not written by CompiledTokenizer.save_pretrained: {type(error).__name__}: "
