@@ -161,6 +161,12 @@ def test_hint_gives_what_the_model_takes(tiny_model: ModelFactory) -> None:
             SpecError,
             "positions for 77 tokens",
         ),
+        (
+            {"model_type": "bert", "max_position_embeddings": 3},
+            spec(TEXT),
+            SourceError,
+            "positions for 3 tokens, and compileflow takes models for 4 or more",
+        ),
         *(
             ({"model_type": "bert", "id2label": labels}, spec(TEXT), SourceError, says)
             for labels, says in (

@@ -80,6 +80,8 @@ def test_preferred_attention_is_used(tmp_path: Path) -> None:
         ({"return_dict": False}, "config.json asks for tuples"),
         ({"output_hidden_states": True, "output_attentions": True}, "config.json asks for more outputs"),
         ({"max_position_embeddings": 8}, "few positions"),
+        ({"max_position_embeddings": 5}, "very few positions"),
+        ({"max_position_embeddings": 4}, "the fewest positions"),
     ],
 )
 def test_odd_configurations_leave_the_interface_alone(

@@ -181,14 +181,17 @@ def probe_model(
 
     convolutions = convolutions_of(config) if "sequence" in inputs[0].axes else ()
     convolved = tuple(frames_of(convolutions, length) for length in lengths)
+    batches = (2, 3)
     if processor is not None and processor.modality == "image":
         # Two images of different sizes may have equally many patches; a third one shows that the number is free.
         varies = any(axis in ("height", "width") for record in inputs for axis in record.axes)
         batch_sizes = (2, 3, 3) if varies else (2, 3)
         examples = [image_inputs(processor, inputs, size, probe=probe) for probe, size in enumerate(batch_sizes)]
     else:
+        # Sizes that differ from the lengths show which axis is which.
+        batches = (5, 6) if set(batches) & set(lengths) else batches
         examples = [
-            example_inputs(inputs, size, length, tokens) for size, length in zip((2, 3), lengths, strict=True)
+            example_inputs(inputs, size, length, tokens) for size, length in zip(batches, lengths, strict=True)
         ]
     answers = []
     for example in (*examples, examples[-1]):
@@ -214,7 +217,7 @@ def probe_model(
                 axes.append("free")
             elif sizes[0] == sizes[1]:
                 axes.append(sizes[0])
-            elif sizes == (2, 3):
+            elif sizes == batches:
                 axes.append("batch")
             elif sizes == lengths:
                 axes.append("sequence")

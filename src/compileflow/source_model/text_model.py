@@ -22,8 +22,8 @@ from compileflow.source_model.token_rows import TokenRows, text_config, token_ro
 from compileflow.source_model.whole_rows import chunk_of
 from compileflow.spec import HfTask
 
-# Lengths of the two probes; shorter ones are for models that take few tokens. 2 and 3 are sizes of the batches.
-_PROBES = ((7, 11), (5, 8), (4, 6))
+# Lengths of the two probes; shorter ones are for models that take few tokens.
+_PROBES = ((7, 11), (5, 8), (4, 6), (3, 4))
 # Model types without the form of experts that transformers exports for any number of tokens.
 _CHOOSE_EXPERTS = ("dbrx", "longcat_flash", "nllb-moe", "switch_transformers")
 # A difference that rounding does not explain, as a share of the norm. Small answers are sums of large numbers.
@@ -64,6 +64,7 @@ def probe_text_model(
             "model has a fixed number of steps.",
             hint="Choose a model of another family.",
         )
+    refuse_short(config)
     inputs = (*text_inputs(model, config, tokenizer), *other_inputs)
     tokens = token_rows(tokenizer, config, embedding_rows(model), hf_task)
     _give_pad_token(model, tokenizer, tokens)
@@ -116,6 +117,23 @@ def refuse_family(config: Any, class_name: str) -> None:
             f"{class_name} loops over the experts that the tokens of a call choose, and a compiled model has a "
             "fixed number of steps.",
             hint="Choose a model of another family.",
+        )
+
+
+def refuse_short(config: Any) -> None:
+    """Refuse a model that has no room for padding beside one token of text and the special tokens around it.
+
+    Args:
+        config: Configuration of the model, or its config.json with the fields as attributes.
+
+    Raises:
+        SourceError: The model takes fewer tokens than the shortest probe.
+    """
+    longest, shortest = declared_longest(text_config(config)), _PROBES[-1][-1]
+    if longest is not None and longest < shortest:
+        raise SourceError(
+            f"The model has positions for {longest} tokens, and compileflow takes models for {shortest} or more.",
+            hint="Choose a model with a larger max_position_embeddings.",
         )
 
 

@@ -26,7 +26,7 @@ from compileflow.source_model.load import (
 from compileflow.source_model.model_types import model_types
 from compileflow.source_model.processor import PROCESSOR_FILES, check_processor_files
 from compileflow.source_model.tasks import AUTO_CLASSES, LABELLED_TASKS
-from compileflow.source_model.text_model import refuse_family
+from compileflow.source_model.text_model import refuse_family, refuse_short
 from compileflow.sources.files import kind_of, read_model_json
 from compileflow.spec import CompileSpec, HfTask, ShapeBucket
 from compileflow.steps.plan import check_timed_shapes, declared_limits, plan_components, requested_length
@@ -74,6 +74,7 @@ def check_source(folder: Path, spec: CompileSpec, *, needs_tokenizer: bool = Tru
         _check_label_numbers(getattr(config, "id2label", None))
     if spec.hf_task.takes_text:
         refuse_family(config, (getattr(config, "architectures", None) or ["This model"])[0])
+        refuse_short(config)
         _check_tokenizer_settings(folder / _TOKENIZER_SETTINGS)
     if model_type in _WITHOUT_FILES:
         return
