@@ -186,12 +186,12 @@ def test_absent_shard_is_named(source: FolderSource, model: Path) -> None:
         chosen(source, model)
 
 
-def test_shard_outside_the_folder_is_absent(source: FolderSource, model: Path) -> None:
+def test_shard_outside_the_folder_is_refused_as_such(source: FolderSource, model: Path) -> None:
     (model / "model.safetensors").rename(model.parent / "outside.safetensors")
     shard_outside = {"weight_map": {"weight": "../outside.safetensors"}}
     write(model / "model.safetensors.index.json", json.dumps(shard_outside))
     save_file({"weight": np.zeros(10, dtype=np.float32)}, model / "model-00001-of-00002.safetensors")
-    with pytest.raises(SourceError, match=r"names the shard \.\./outside\.safetensors, which is missing"):
+    with pytest.raises(SourceError, match=r"names the shard \.\./outside\.safetensors, which lies outside"):
         chosen(source, model)
 
 

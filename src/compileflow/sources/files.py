@@ -185,7 +185,13 @@ def check_files(folder: Path, names: Sequence[str]) -> None:
 
 
 def _check_index(index: Path, names: Sequence[str]) -> None:
-    missing_shards = sorted(_shards(index) - set(names))
+    missing_shards = sorted(map(str, _shards(index) - set(names)))
+    outside = [name for name in missing_shards if name.startswith("/") or ".." in PurePosixPath(name).parts]
+    if outside:
+        raise SourceError(
+            f"{index.name} names the shard {outside[0]}, which lies outside the model's folder.",
+            hint="Copy the shard into that folder, and name it in the index without a folder.",
+        )
     if missing_shards:
         raise SourceError(
             f"{index.name} names the shard {missing_shards[0]}, which is missing ({len(missing_shards)} shards in "
