@@ -46,7 +46,9 @@ def check_settings(task: HfTask, settings: Mapping[str, Any]) -> None:
         SpecError: A setting is unknown.
     """
     known_names = _known_names(task) if settings and task.pipeline_owner == "transformers" else None
-    for name in settings if known_names is not None else ():
+    if known_names is None:
+        return
+    for name in settings:
         if name not in known_names:
             near_names = get_close_matches(name, known_names, n=1)
             raise SpecError(
