@@ -64,6 +64,13 @@ def test_architecture_that_says_no_task_is_refused_with_the_tasks_there_are(
     assert all(task.value in caught.value.hint for task in HfTask)
 
 
+def test_task_of_foreign_code_needs_the_task_and_trust(tmp_path: Path) -> None:
+    folder = config_folder(tmp_path / "model", architectures=["MyBert"], auto_map={"AutoConfig": "a.B"})
+    with pytest.raises(SpecError, match="does not determine the task") as caught:
+        detect_task(folder)
+    assert "if you trust it, set trust_remote_code" in caught.value.hint
+
+
 @pytest.mark.parametrize("name", ["GPT2LMHeadModel", "LlamaForCausalLM", "T5ForConditionalGeneration"])
 def test_model_that_generates_text_is_refused_for_that(tmp_path: Path, name: str) -> None:
     folder = config_folder(tmp_path / "model", model_type="gpt2", architectures=[name])

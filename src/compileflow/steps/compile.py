@@ -223,7 +223,8 @@ def detect_task(source_dir: Path) -> HfTask:
     """
     if _pools_tokens(source_dir):
         return HfTask.SENTENCE_SIMILARITY
-    architectures = read_model_json(source_dir / "config.json", "config.json").get("architectures") or []
+    config = read_model_json(source_dir / "config.json", "config.json")
+    architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise SourceError(
             f"Expected a list of class names as architectures in config.json, got {architectures!r:.80}.",
@@ -246,7 +247,12 @@ def detect_task(source_dir: Path) -> HfTask:
         )
     raise SpecError(
         f"The architecture {', '.join(architectures) or '(none in config.json)'} does not determine the task.",
-        hint=f"Give the task: one of {', '.join(task.value for task in HfTask)}.",
+        hint=f"Give the task: one of {', '.join(task.value for task in HfTask)}."
+        + (
+            " The model brings its own Python code: if you trust it, set trust_remote_code."
+            if "auto_map" in config
+            else ""
+        ),
     )
 
 
