@@ -54,6 +54,8 @@ _SHORTEST = 2
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9_./+:@=,~-]+")
 
 _BRANCHES_ON_TOKENS = "its code branches on the tokens of a call"
+_ONE_BATCH_SIZE = "its code works for one batch size only"
+_FAILS = "AOTInductor fails on its graph"
 # Their classifiers read the last end token of each row.
 _END_TOKEN_TYPES = ("bart", "bigbird_pegasus", "mbart", "mt5", "mvp", "plbart", "t5", "umt5")
 
@@ -83,9 +85,16 @@ class AotInductorTarget:
     Options: ClassVar[type[TargetOptions]] = AotInductorOptions
     refused_model_types: ClassVar[Mapping[str, str]] = {
         "canine": "its code does not work for every length",
-        "gpt_neox_japanese": "AOTInductor cannot change the shape of its attention weights for every length",
-        "longformer": "AOTInductor fails on its windowed attention",
+        "d_fine": _ONE_BATCH_SIZE,
+        "deformable_detr": "its compile takes many minutes even for a tiny model",
+        "glpn": _FAILS,
+        "gpt_neox_japanese": _FAILS,
+        "longformer": _FAILS,
+        "lw_detr": "its compiled graph answers batches differently",
         "openai_privacy_filter": _BRANCHES_ON_TOKENS,
+        "rt_detr": _ONE_BATCH_SIZE,
+        "rt_detr_v2": _ONE_BATCH_SIZE,
+        "swin2sr": _FAILS,
         **{f"text-classification/{model_type}": _BRANCHES_ON_TOKENS for model_type in _END_TOKEN_TYPES},
     }
     capabilities: ClassVar[Capabilities] = Capabilities(
