@@ -207,7 +207,7 @@ def colours_are_in_the_order_bgr(weights: Weights) -> None:
 @in_weights(torchscript(IMAGES), *NUMBERS)
 def patches_are_transposed(weights: Weights) -> None:
     patches = named(weights, "patch_embeddings.projection.weight")
-    patches.copy_(patches.transpose(2, 3))
+    patches.copy_(patches.transpose(2, 3).clone())
 
 
 @in_weights(openvino(IMAGES), *NUMBERS)
