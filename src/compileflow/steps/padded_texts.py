@@ -127,8 +127,10 @@ def check_padding(
     configured_id = config.pad_token_id
     if configured_id != pad_token_id:
         config.pad_token_id = pad_token_id
-        is_cause = is_unchanged(settings)
-        config.pad_token_id = configured_id
+        try:
+            is_cause = is_unchanged(settings)
+        finally:
+            config.pad_token_id = configured_id
         if is_cause:
             raise SpecError(
                 f"{text}the tokenizer pads with the token {pad_token_id}, but pad_token_id of the model's "
