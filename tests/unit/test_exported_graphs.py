@@ -14,7 +14,7 @@ import torch
 from compileflow.source_model.free_batch import free_batch, free_repeats
 from compileflow.source_model.traceable import traceable
 from compileflow.targets.onnx_runtime import exact_zeros
-from compileflow.targets.open_vino import resize_as_torch
+from compileflow.targets.open_vino import divide_as_torch, resize_as_torch
 
 
 class Squeezing(torch.nn.Module):
@@ -116,6 +116,43 @@ def test_table_of_positions_is_resized_to_one_patch_as_torch_does() -> None:
     resized = compiled([table.numpy(), narrow.numpy()])[0]
 
     np.testing.assert_allclose(resized, Resizing()(table, narrow).numpy(), atol=1e-5)
+
+
+class Dividing(torch.nn.Module):
+    """Divides the lengths of recordings and the size of their batch."""
+
+    def forward(self, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        lengths, (rows, samples) = mask.sum(-1) - 10, mask.shape
+        size = torch.ones(samples // 41, -(-rows // 41))
+        return (
+            torch.div(lengths, 5, rounding_mode="floor"),
+            torch.div(lengths, 5, rounding_mode="trunc"),
+            lengths // -torch.ones_like(lengths).cumsum(0),
+            size + samples // 5,
+        )
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("exporter", "precision"), [("graph", "bf16"), ("trace", "f32")])
+def test_quotients_of_lengths_and_sizes_are_exact(exporter: str, precision: str) -> None:
+    example = torch.ones(90, 100, dtype=torch.int64)
+    free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    if exporter == "graph":
+        model = openvino.convert_model(torch.export.export(Dividing(), (example,), dynamic_shapes=(free,)))
+    else:
+        model = openvino.convert_model(torch.jit.trace(Dividing(), (example,)), example_input=(example,))
+    divide_as_torch(model)
+    compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision})
+    rows, samples = 82, 41 * 41
+    mask = (torch.arange(samples) < torch.arange(rows)[:, None]).long()
+
+    answers = compiled([mask.numpy()])
+
+    lengths = range(-10, rows - 10)
+    assert answers[0].tolist() == [length // 5 for length in lengths]
+    assert answers[1].tolist() == [int(length / 5) for length in lengths]
+    assert answers[2].tolist() == [length // -number for number, length in enumerate(lengths, start=1)]
+    assert answers[3].shape == (41, 2)
 
 
 class Doubling(torch.autograd.Function):

@@ -98,7 +98,7 @@ class OpenVinoTarget:
     """Convert to OpenVINO IR for any batch size and length, and run with the CPU plugin."""
 
     name: ClassVar[str] = "openvino"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     summary: ClassVar[str] = "OpenVINO IR with dynamic axes, int8 by NNCF; CPU fleets"
     Options: ClassVar[type[TargetOptions]] = OpenVinoOptions
     fallback_options: ClassVar[Mapping[str, JsonValue]] = {"exporter": "trace"}
@@ -154,6 +154,7 @@ class OpenVinoTarget:
             output_names = {name for port in model.outputs for name in port.get_names()}
             source_model.check_outputs(output_names, "the OpenVINO exporter")
             resize_as_torch(model)
+            divide_as_torch(model)
             report_progress("writing the IR")
             import openvino
 
@@ -332,6 +333,89 @@ def resize_as_torch(model: Any) -> None:
         mode = operation.get_attributes().get("coordinate_transformation_mode")
         if operation.get_type_name() == "Interpolate" and mode == "pytorch_half_pixel":
             operation.set_attribute("coordinate_transformation_mode", "half_pixel")
+
+
+def divide_as_torch(model: Any) -> None:
+    """Replace each dividend by a multiple of its divisor, so that quotients of integers need no rounding.
+
+    The CPU plugin rounds such a quotient to the nearest integer or towards zero, whatever the graph says. Sizes of
+    tensors are divided as floating-point numbers, and bf16 lacks many of the integers above 256.
+    """
+    from openvino import opset13 as opset
+
+    def multiple(dividend: Any, divisor: Any, rounding: str) -> Any:
+        if rounding == "Ceiling":
+            return opset.add(dividend, opset.floor_mod(opset.negative(dividend), divisor))
+        remainder = opset.floor_mod if rounding == "Floor" else opset.mod
+        return opset.subtract(dividend, remainder(dividend, divisor))
+
+    for operation in model.get_ordered_ops():
+        kind = operation.get_type_name()
+        if kind not in ("Divide", "Convert") or not _is_integer(operation.output(0)):
+            continue
+        if kind == "Divide":
+            dividend, divisor = operation.input_values()
+            # The converter lets one division serve readers that round differently.
+            for port in operation.output(0).get_target_inputs():
+                if _rounds_down(port.get_node()):
+                    floor = opset.divide(multiple(dividend, divisor, "Floor"), divisor)
+                    port.replace_source_output(floor.output(0))
+            operation.input(0).replace_source_output(multiple(dividend, divisor, "").output(0))
+            continue
+        quotient, rounding = operation.input_value(0).get_node(), ""
+        if quotient.get_type_name() in ("Floor", "Ceiling"):
+            quotient, rounding = quotient.input_value(0).get_node(), quotient.get_type_name()
+        integers = _integers(quotient)
+        if integers is not None:
+            dividend, divisor = (opset.convert(integer, "i64") for integer in integers)
+            exact = opset.divide(multiple(dividend, divisor, rounding), divisor)
+            operation.input(0).replace_source_output(exact.output(0))
+    model.validate_nodes_and_infer_types()
+
+
+def _rounds_down(reader: Any) -> bool:
+    """Return whether an operation is a floor, or a broadcast that a floor reads."""
+    kind = reader.get_type_name()
+    return kind == "Floor" or (
+        kind == "Broadcast" and any(_rounds_down(port.get_node()) for port in reader.output(0).get_target_inputs())
+    )
+
+
+def _integers(quotient: Any) -> tuple[Any, Any] | None:
+    """Return the integers that an operation divides as floating-point numbers; None if it does something else.
+
+    The converter turns a division by a constant into a product with its inverse.
+    """
+    from openvino import opset13 as opset
+
+    kind = quotient.get_type_name()
+    if kind not in ("Divide", "Multiply"):
+        return None
+    sources = [port.get_node() for port in quotient.input_values()]
+    if kind == "Multiply" and sources[0].get_type_name() == "Constant":
+        sources.reverse()
+    dividend, divisor = sources
+    if not _is_converted_integer(dividend):
+        return None
+    if kind == "Divide" and _is_converted_integer(divisor):
+        return dividend.input_value(0), divisor.input_value(0)
+    if divisor.get_type_name() != "Constant" or np.size(divisor.data) != 1:
+        return None
+    constant = float(divisor.data.item())
+    number = constant if kind == "Divide" else 1 / constant if constant else 0.0
+    # An inverse in fp32 is right to 24 bits.
+    if not np.isfinite(number) or round(number) == 0 or abs(number / round(number) - 1) > 2**-23:
+        return None
+    return dividend.input_value(0), opset.constant(np.int64(round(number)))
+
+
+def _is_converted_integer(operation: Any) -> bool:
+    return operation.get_type_name() == "Convert" and _is_integer(operation.input_value(0))
+
+
+def _is_integer(port: Any) -> bool:
+    kind = port.get_element_type()
+    return bool(kind.is_integral() and kind.get_type_name() != "boolean")
 
 
 def _trace(source_model: SourceModel, example: Mapping[str, Any]) -> Any:
