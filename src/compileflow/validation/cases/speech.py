@@ -1,11 +1,13 @@
 """Generated recordings with the statistics of speech: vowels, fricatives and pauses over background noise.
 
 Sources of the statistics:
-    Formants of vowels: Peterson and Barney, "Control methods used in a study of the vowels", JASA 24 (1952).
+    Formants of vowels: Peterson and Barney, "Control methods used in a study of the vowels", JASA 24 (1952), table
+        II. Children's formants are 1.35 times men's, on average over its vowels and formants.
     Voice as a source and a filter, higher formants, tilt: Fant, "Acoustic theory of speech production" (1960).
     Peaks of fricatives: Jongman, Wayland and Wong, "Acoustic characteristics of English fricatives", JASA 108
-        (2000).
+        (2000). The means are 3820 Hz for the sound of sh, 6839 for s, 7470 for th and 7733 for f.
     Rate of syllables: Ding et al., "Temporal modulations in speech and music", Neurosci. Biobehav. Rev. 81 (2017).
+        The intensity of speech varies most at about 5 Hz. The syllables here are a little slower.
 """
 
 from __future__ import annotations
@@ -34,8 +36,9 @@ _VOWELS = np.array(
 # The fourth and fifth formant are those of a uniform tube of 17.5 cm.
 _HIGHER_FORMANTS = (3500, 4500)
 _BANDWIDTHS = (60, 90, 150, 200, 250)
-# Children's voices are the highest, and their formants are about 1.35 times men's.
+# Children's voices are the highest, and their formants are the most above men's.
 _PITCHES, _HIGHEST_SCALE = (80, 300), 1.35
+# One peak serves for th and f.
 _FRICATIVES = (3800, 6800, 7700)
 # Strength of fricatives; their power is then about a tenth of the vowels'.
 _FRICTION = 0.04
