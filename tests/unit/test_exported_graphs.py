@@ -14,7 +14,7 @@ import torch
 from compileflow.source_model.free_batch import free_batch, free_repeats
 from compileflow.source_model.traceable import traceable
 from compileflow.targets.onnx_runtime import exact_zeros
-from compileflow.targets.open_vino import divide_as_torch, resize_as_torch
+from compileflow.targets.open_vino import divide_as_torch, keep_rounded_quotients, resize_as_torch
 
 
 class Squeezing(torch.nn.Module):
@@ -153,6 +153,32 @@ def test_quotients_of_lengths_and_sizes_are_exact(exporter: str, precision: str)
     assert answers[1].tolist() == [int(length / 5) for length in lengths]
     assert answers[2].tolist() == [length // -number for number, length in enumerate(lengths, start=1)]
     assert answers[3].shape == (41, 2)
+
+
+class Bucketing(torch.nn.Module):
+    """DeBERTa's buckets of the distances of 64 tokens: the farthest is in the last bucket."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        positions = torch.arange(ids.shape[1])
+        distances = torch.clamp(torch.abs(positions[:, None] - positions[None, :]), min=16)
+        shares = torch.log(distances / 16) / torch.log(torch.tensor(63 / 16))
+        buckets: torch.Tensor = torch.ceil(shares * 15) + 16
+        return buckets
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_rounded_quotient_of_equal_numbers_is_one(tmp_path: Path) -> None:
+    ids = torch.ones(1, 64, dtype=torch.int64)
+    program = torch.export.export(Bucketing(), (ids,), dynamic_shapes=({1: torch.export.Dim.DYNAMIC},))
+    openvino.save_model(openvino.convert_model(program), str(tmp_path / "model.xml"), compress_to_fp16=False)
+    core = openvino.Core()
+    model = core.read_model(str(tmp_path / "model.xml"))
+    keep_rounded_quotients(model)
+
+    (buckets,) = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})([ids.numpy()]).values()
+
+    assert buckets.max() == 16 + 15
+    np.testing.assert_array_equal(buckets, Bucketing()(ids).numpy())
 
 
 class Doubling(torch.autograd.Function):

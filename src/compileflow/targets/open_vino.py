@@ -61,6 +61,11 @@ _GROUP_SIZE = {"dynamic": 32, "static": 0, "weights": 0}
 # Both converters send usage data and keep an identifier in the home folder unless these are set.
 _NO_TELEMETRY = {"CI": "true", "NNCF_CI": "true"}
 
+# OpenVINO's own mark of a division that must not become a product.
+_KEPT_DIVISION = "nonconvertable_divide_0"
+# Operations from a quotient to where it is rounded.
+_PASS_QUOTIENTS = ("Add", "Broadcast", "Convert", "Divide", "Multiply", "Subtract")
+
 Quantization = Literal["dynamic", "static", "weights"]
 
 
@@ -229,6 +234,9 @@ def _compiled(core: Any, model: Any, component: ComponentRecord, threads: int | 
         settings["NUM_STREAMS"] = threads if hint == "throughput" else 1
     try:
         with undisturbed_process():
+            if isinstance(model, str):
+                model = core.read_model(model)
+            keep_rounded_quotients(model)
             return core.compile_model(model, "CPU", settings)
     except Exception as error:
         runtime = f"openvino {openvino.__version__}"
@@ -371,6 +379,36 @@ def divide_as_torch(model: Any) -> None:
             exact = opset.divide(multiple(dividend, divisor, rounding), divisor)
             operation.input(0).replace_source_output(exact.output(0))
     model.validate_nodes_and_infer_types()
+
+
+def keep_rounded_quotients(model: Any) -> None:
+    """Let the CPU plugin divide where a quotient is rounded later, as torch does.
+
+    Otherwise it multiplies by the inverse, and 15 * (x / x) in DeBERTa's positions becomes more than 15, which the
+    graph rounds up to 16. A saved model does not keep the mark.
+    """
+    pending = [operation for operation in model.get_ordered_ops() if _rounds(operation)]
+    seen: set[str] = set()
+    while pending:
+        for port in pending.pop().input_values():
+            source = port.get_node()
+            name, kind = source.get_friendly_name(), source.get_type_name()
+            if name in seen or kind not in _PASS_QUOTIENTS:
+                continue
+            seen.add(name)
+            pending.append(source)
+            if kind == "Divide":
+                source.get_rt_info()[_KEPT_DIVISION] = ""
+
+
+def _rounds(operation: Any) -> bool:
+    """Return whether an operation rounds floating-point numbers to integers."""
+    kind = operation.get_type_name()
+    return kind in ("Ceiling", "Floor", "Round") or (
+        kind == "Convert"
+        and _is_integer(operation.output(0))
+        and operation.input_value(0).get_element_type().is_real()
+    )
 
 
 def _rounds_down(reader: Any) -> bool:
