@@ -9,6 +9,7 @@ import json
 import math
 import sys
 import tempfile
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,26 +46,35 @@ def reproduce(failure: str, arrays: str, *, folder: Path, arguments: Sequence[st
     parser = argparse.ArgumentParser(description="Show the failure of a compiled model.")
     parser.add_argument("artifact", nargs="?", help="folder or URI of the artifact")
     parser.add_argument("--source", type=Path, help="folder of the source model, for a gate that needs it")
-    options = parser.parse_args(arguments)
-    content = json.loads(failure)
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python files of the models, with your rights"
+    )
     try:
-        return _reproduced(content, arrays, folder, options.artifact, options.source)
+        return _reproduced(json.loads(failure), arrays, folder, parser.parse_args(arguments))
     except CompileflowError as error:
         sys.stderr.write(f"error: {error}\n")
-        return NOT_TRIED
+    except Exception:  # noqa: BLE001 - Python's own exit code for it means that the failure shows
+        traceback.print_exc()
+    return NOT_TRIED
 
 
-def _reproduced(
-    content: Mapping[str, Any], arrays: str, folder: Path, location: str | None, source_dir: Path | None
-) -> int:
+def _reproduced(content: Mapping[str, Any], arrays: str, folder: Path, options: argparse.Namespace) -> int:
     subject, figure = content["subject"], content["failure"]["figure"]
+    if options.source is not None and not (options.source / "config.json").is_file():
+        raise MeasurementError(
+            f"{options.source} has no config.json.", hint="Give the folder of the source model."
+        )
     artifact = open_artifact(
-        location or _local(subject["artifact_uri"]), digest=subject["artifact_digest"], require_signature=False
+        options.artifact or _local(subject["artifact_uri"]),
+        digest=subject["artifact_digest"],
+        require_signature=False,
+        trust_remote_code=options.trust_remote_code,
     )
     sys.stdout.write(f"artifact {artifact.digest[:12]} for {subject['target']}: {subject['reason']}\n")
     gate = content["failure"]["gate"]
-    source_dir = source_dir or _source_of(subject["source_uri"])
-    if figure is not None and (figure["gate"] == gate or source_dir is None):
+    source_dir = options.source or _source_of(subject["source_uri"])
+    validates = options.source is not None or (source_dir is not None and _can_validate())
+    if figure is not None and (figure["gate"] == gate or not validates):
         return _show(artifact, subject, figure, *_arrays(arrays, folder))
     if source_dir is None:
         raise MeasurementError(
@@ -128,6 +138,7 @@ def _prove_again(artifact: OpenArtifact, content: Mapping[str, Any], gate: str, 
                 "validation": content["validation"],
                 "suite": content.get("suite"),
                 "threads": content["subject"]["threads"],
+                "trust_remote_code": artifact.trust_remote_code,
             }
         )
         report = Report.model_validate_json((Path(report_dir) / REPORT_JSON).read_bytes())
@@ -137,7 +148,18 @@ def _prove_again(artifact: OpenArtifact, content: Mapping[str, Any], gate: str, 
         f"{gate}: {_number(result.measured)}, the limit is {result.comparison} {result.limit:.4g}; "
         f"the report says {_number(reported)}\n"
     )
-    return SHOWN if result.outcome == "fail" else NOT_SHOWN
+    return {"fail": SHOWN, "error": NOT_TRIED}.get(result.outcome, NOT_SHOWN)
+
+
+def _can_validate() -> bool:
+    """Return whether the libraries of a validation are installed."""
+    from compileflow.steps.validate import check_libraries
+
+    try:
+        check_libraries()
+    except MeasurementError:
+        return False
+    return True
 
 
 def _local(uri: str) -> str:
