@@ -23,7 +23,7 @@ from compileflow.catalog import get_target
 from compileflow.spec import CompileSpec, ComponentSpec, Precision, ShapeBucket
 from compileflow.steps.build import build_artifact
 
-Kind = Literal["weights", "graph", "run time", "interface file", "manifest", "int8"]
+Kind = Literal["weights", "graph", "run time", "interface file", "manifest", "bf16", "int8"]
 Shape = tuple[int, int]
 TEXT_BUCKETS = ((1, 16), (8, 64))
 _BUCKETS: dict[str, tuple[Shape, ...]] = {

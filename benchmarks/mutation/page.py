@@ -103,12 +103,13 @@ _INTRODUCTION = """# Error rate of the gates
 This page is generated. It shows how often a verdict is wrong, in both directions.
 
 **Faults** are planted on purpose, one in each artifact: in weights, graphs, interface files and manifests, in
-graphs at int8, and at run time, where a graph answers wrongly only in some calls. A fault is **visible** if it
-makes the pipeline raise an error that the source model's pipeline does not raise, or if an answer has another
-text, label or position, a score that differs by at least 0.001, or an embedding that differs by at least a
-thousandth of its length. The benchmark looks for such changes on inputs that the validation does not use. For each
-fault, it lists the gates that are meant to find it. At least {caught:.0%} of the artifacts with a visible fault
-must get the verdict fail, and one of these gates must be among those that fail.
+artifacts at bf16 and int8, and at run time, where a graph answers wrongly only in some calls. A fault is
+**visible** if it makes the pipeline raise an error that the source model's pipeline does not raise, or if an
+answer has another text, label or position, a score that differs by at least 0.001, or an embedding that
+differs by at least a thousandth of its length. The benchmark looks for such changes on inputs that the
+validation does not use. For each fault, it lists the gates that are meant to find it. At least {caught:.0%}
+of the artifacts with a visible fault must get the verdict fail, and one of these gates must be among those
+that fail.
 
 **Honest compiles** are compiles without a fault, most of them of small models with three kinds of weights: large
 random ones, those that transformers gives a new model, and trained ones. No honest fp32 compile may be refused. Of

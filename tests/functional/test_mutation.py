@@ -37,7 +37,7 @@ def honest_line(outcome: str, precision: str) -> dict[str, Any]:
 
 
 def test_there_are_faults_in_every_part_and_honest_compiles_of_every_precision() -> None:
-    parts = {"weights", "graph", "run time", "interface file", "manifest", "int8"}
+    parts = {"weights", "graph", "run time", "interface file", "manifest", "bf16", "int8"}
     assert {fault.kind for fault in FAULTS.values()} == parts
     targets = {"onnx-runtime", "openvino", "torchscript"}
     assert {fault.healthy.target for fault in FAULTS.values()} == targets

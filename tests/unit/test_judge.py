@@ -337,13 +337,30 @@ def test_the_noise_of_one_output_does_not_open_the_gate_for_another() -> None:
     assert gate(answer, "max_abs_diff").limit == 1e-4
 
 
-def test_noise_moves_neither_a_limit_that_someone_set_nor_one_of_another_precision() -> None:
+def test_noise_does_not_move_a_limit_that_someone_set() -> None:
     measured = healthy()
     measured.floors = {"logits": {"scaled_diff": 5e-5, "rel_l2": 5e-3, "one_minus_cosine": 0.0}}
     measured.comparisons.append(comparison([1.0 + 4e-4, -1.0]))
     assert gate(verdict(measured, max_abs_diff=1e-4), "max_abs_diff").outcome == "fail"
-    result = gate(verdict(measured, precision=Precision.FP16), "rel_l2")
-    assert (result.limit, result.floor) == (1e-2, 5e-3)
+
+
+def test_rounding_moves_the_differences_of_bf16_but_not_without_bound() -> None:
+    measured = healthy()
+    measured.floors = {"logits": {"rel_l2": 5e-7, "one_minus_cosine": 1e-13}}
+    measured.comparisons.append(comparison([1.1, -1.3]))
+    assert verdict(measured, precision=Precision.BF16).reason.startswith("fail: rel_l2 measured 0.2")
+    measured.grid_floors = {"logits": {"rel_l2": 0.08, "one_minus_cosine": 3e-3}}
+    answer = verdict(measured, precision=Precision.BF16)
+    assert answer.outcome == "pass", answer.reason
+    result = gate(answer, "rel_l2")
+    assert (result.limit, result.floor) == (pytest.approx(0.24), 0.08)
+    assert "limit raised from 0.05: rounding the source model to bf16 alone gives 0.08 in logits" in result.detail
+    # 1 - cosine is half the square of rel_l2.
+    assert gate(answer, "one_minus_cosine").limit == pytest.approx(9 * 3e-3)
+    measured.grid_floors = {"logits": {"rel_l2": 0.9, "one_minus_cosine": 0.5}}
+    answer = verdict(measured, precision=Precision.BF16)
+    assert gate(answer, "rel_l2").limit == pytest.approx(0.5)
+    assert gate(answer, "one_minus_cosine").limit == pytest.approx(0.1)
 
 
 def test_rounding_to_int8_moves_limits_but_not_without_bound() -> None:

@@ -2,6 +2,7 @@
 
 from benchmarks.mutation.fault import FAULTS, Fault
 from benchmarks.mutation.faults import (  # noqa: F401
+    bf16,
     int8,
     interface_files,
     manifests,

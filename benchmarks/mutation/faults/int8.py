@@ -37,6 +37,20 @@ def shuffle_rows(weights: Weights) -> None:
             tensor.copy_(tensor[torch.randperm(len(tensor), generator=generator)])
 
 
+def skip_a_layer(weights: Weights) -> None:
+    """Let the second layer add nothing."""
+    for name in weights:
+        if "layer.1." in name and "output.dense" in name:
+            weights[name].zero_()
+
+
+def lose_the_mask_token(weights: Weights) -> None:
+    """Negate the embedding of the mask token."""
+    (name,) = (name for name in weights if name.endswith("word_embeddings.weight"))
+    # The sources' tokenizers have five special tokens, and the mask is the last one.
+    weights[name][4].neg_()
+
+
 @in_onnx(INT8_CLASSIFIER, *NUMBERS, *DECISIONS, "probability_shift", kind="int8")
 def logits_are_half_as_large_again(model: Any) -> None:
     factor = constant(model, "factor", np.float32(1.45))
@@ -66,25 +80,17 @@ def matrices_are_shuffled(weights: Weights) -> None:
 
 @in_weights(Healthy(EMBEDDER, OPENVINO, Precision.INT8), *EMBEDDINGS, kind="int8")
 def one_layer_is_skipped(weights: Weights) -> None:
-    for name in weights:
-        if "layer.1." in name and "output.dense" in name:
-            weights[name].zero_()
-
-
-def _lose_the_mask_token(weights: Weights) -> None:
-    (name,) = (name for name in weights if name.endswith("word_embeddings.weight"))
-    # The sources' tokenizers have five special tokens, and the mask is the last one.
-    weights[name][4].neg_()
+    skip_a_layer(weights)
 
 
 @in_weights(INT8_EMBEDDER, *EMBEDDINGS, kind="int8")
 def one_special_token_has_a_wrong_row(weights: Weights) -> None:
-    _lose_the_mask_token(weights)
+    lose_the_mask_token(weights)
 
 
 @in_weights(Healthy(CLASSIFIER, OPENVINO, Precision.INT8), *NUMBERS, *DECISIONS, kind="int8")
 def one_special_token_of_a_classifier_has_a_wrong_row(weights: Weights) -> None:
-    _lose_the_mask_token(weights)
+    lose_the_mask_token(weights)
 
 
 @in_weights(Healthy(TAGGER, OPENVINO, Precision.INT8), *NUMBERS, *DECISIONS, kind="int8")

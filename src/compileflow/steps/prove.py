@@ -62,8 +62,9 @@ from compileflow.validation.report import (
 from compileflow.validation.settings import ValidationSettings
 from compileflow.validation.whole_artifact import WholeArtifact
 
-# Natural batches on which the source model is run with rounded numbers.
+# Natural batches, and families of generated ones, on which the source model is run with rounded numbers.
 _GRID_CASES = 12
+_GRID_FAMILIES = ("batch", "length", "text")
 
 
 def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -395,8 +396,8 @@ class _Proof:
         measuring.measure_repeatability(measurements, run, evidence.repeated, component.first_call)
         computed = _reference(source_model)
         reference = answers.remembered(computed)
-        if self.spec.precision is Precision.INT8:
-            report_progress("rounding the source model's numbers to the grid of int8")
+        if self.spec.precision is not Precision.FP32:
+            report_progress(f"rounding the source model's numbers to {self.spec.precision.value}")
             _measure_grid(measurements, source_model, component.decisions, evidence, answers)
         report_progress("probing padding, masks and token types")
         # The probes of images and audio alter drawn signals.
@@ -462,6 +463,7 @@ class _Proof:
             noise=measurements.noise,
             floors=measurements.floors,
             grid=measurements.grid,
+            grid_floors=measurements.grid_floors,
             latencies=tuple(measurements.latencies),
             worst=worst_rows(measurements.comparisons),
             families=dict(Counter(row["family"] for row in measurements.comparisons)),
@@ -545,19 +547,23 @@ def _measure_grid(
     evidence: Evidence,
     answers: ReferenceAnswers,
 ) -> None:
-    """Measure the source model with numbers rounded to the grid of int8, on special tokens and natural text."""
+    """Measure the source model with numbers rounded to a lower precision, on special tokens and natural text."""
+    precision = decisions.precision
 
     def rounded(inputs: Arrays) -> Arrays:
-        with measuring.rounded_to_grid(source_model.model):
+        with measuring.rounded_to(source_model.model, precision):
             return source_model.run(inputs)
 
     pools = (decisions.pools[0], decisions.pools[0])
     # The source model fails on some special tokens; those were left out.
     compared_names = {row["case"] for row in measurements.comparisons}
-    special = [case for case in evidence.generated if case.family == "special" and case.name in compared_names]
+    generated = [case for case in evidence.generated if case.name in compared_names]
+    special = [case for case in generated if case.family == "special"]
+    # Short rows round worse than natural text. At int8, such differences only warn.
+    others = [case for case in generated if case.family in _GRID_FAMILIES and precision is not Precision.INT8]
     measuring.measure_grid(
         measurements,
-        answers.remembered(rounded, "rounded to the grid of int8"),
+        answers.remembered(rounded, f"rounded to {precision.value}"),
         answers.remembered(_reference(source_model)),
         outputs=source_model.outputs,
         decisions=Decisions(
@@ -565,9 +571,9 @@ def _measure_grid(
             labels=decisions.labels,
             multi_label=decisions.multi_label,
             pools=pools,
-            precision=decisions.precision,
+            precision=precision,
         ),
-        cases=[*evidence.natural[:: math.ceil(len(evidence.natural) / _GRID_CASES)], *special],
+        cases=[*evidence.natural[:: math.ceil(len(evidence.natural) / _GRID_CASES)], *others, *special],
     )
 
 

@@ -30,11 +30,10 @@ from compileflow.validation.measure.module_outputs import (
     Matcher,
     ModuleCall,
     Positions,
-    autocast_to_bf16,
     set_floors,
     trace_modules,
 )
-from compileflow.validation.measure.noise import rounded_to_grid
+from compileflow.validation.measure.noise import rounded_to
 
 # An output is equal to a tensor of the graph if it differs by less than this multiple of its floor, or than this.
 _MULTIPLES = {Precision.FP32: 20.0}
@@ -226,9 +225,7 @@ def _difference(expected: Arrays, actual: Arrays, inputs: Arrays) -> float:
 def _measure_floors(
     root: ModuleCall, model: Any, inputs: Arrays, precision: Precision, positions: Positions
 ) -> None:
-    """Measure how far each output is from itself in float64, in bf16, or with numbers on the grid of int8."""
-    import torch
-
+    """Measure how far each output is from itself in float64, or with rounded numbers."""
     tensors = _tensors(inputs)
     if precision is Precision.FP32:
         model = copy.deepcopy(model).double()
@@ -240,11 +237,8 @@ def _measure_floors(
         except (RuntimeError, TypeError, ValueError):
             # Not every model runs in float64.
             return
-    elif precision is Precision.INT8:
-        with rounded_to_grid(model):
-            other = trace_modules(model, tensors, positions)
     else:
-        with torch.no_grad(), autocast_to_bf16():
+        with rounded_to(model, precision):
             other = trace_modules(model, tensors, positions)
     if [call.name for call in other.walk()] == [call.name for call in root.walk()]:
         set_floors(root, other)

@@ -73,16 +73,14 @@ class GateEntry(_Strict):
         return self.type.endswith("at_most")
 
 
-class NoiseLimits(_Strict):
-    """How far the source model's own noise moves a limit.
+class NoiseLimit(_Strict):
+    """How far the source model's own noise, or the rounding of its numbers, moves the limit of a difference.
 
     Attributes:
-        precisions: Precisions at which it does.
-        factor: Multiple of the noise up to which a difference passes.
-        most: Largest multiple of the limit.
+        factor: Multiple of the noise or rounding up to which a difference passes; its square for 1 - cosine.
+        most: Largest multiple of the limit; its square for 1 - cosine.
     """
 
-    precisions: tuple[Precision, ...]
     factor: float = Field(gt=1)
     most: float = Field(ge=1)
 
@@ -93,10 +91,12 @@ class GridLimit(_Strict):
     Attributes:
         factor: Multiple of what rounding the source model's numbers does.
         most: Largest value that passes; for a rate, the largest share of misses.
+        precisions: Precisions at which it moves the limit.
     """
 
     factor: float = Field(gt=1)
     most: float = Field(gt=0)
+    precisions: tuple[Precision, ...] = (Precision.FP16, Precision.BF16, Precision.INT8)
 
 
 class GateFile(_Strict):
@@ -139,7 +139,7 @@ class GateFile(_Strict):
 class SuiteFile(GateFile):
     """The whole suite file of compileflow."""
 
-    noise_limits: NoiseLimits
+    noise_limits: dict[Precision, NoiseLimit]
     grid_limits: dict[str, GridLimit]
 
     @model_validator(mode="after")

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from compileflow.contracts import ACCEPTED_OUTCOMES, Outcome
 from compileflow.errors import MeasurementError
 from compileflow.spec import GRAPH_TASKS, HfTask, Precision
-from compileflow.validation.judge.calibration import Calibration, opened
+from compileflow.validation.judge.calibration import Calibration, cause, opened
 from compileflow.validation.judge.rates import (
     FALSE_REFUSALS,
     chance_of_fewer,
@@ -75,7 +75,7 @@ class GateResult(BaseModel):
         margin: Remaining share of the distance to the limit: 1 is all of it, 0 is at the limit, negative is
             beyond; None if the limit (0 or 1) leaves no room by design.
         detail: Counts and bounds of a rate, the reason why the limit moved or why the gate could not be judged.
-        floor: Noise of the source model in the same units, or what the grid of int8 does to it.
+        floor: Noise of the source model in the same units, or what rounding it to the precision does to it.
         multiple: The measured value as a multiple of the floor; of a rate, the share of misses.
         evidence: Statistics of a rate.
         suite: Name of the user's suite that has the gate; "" for compileflow's own.
@@ -173,7 +173,8 @@ def judge(
         )
     by_name = {gate.entry.gate: gate for gate in gates}
     results = [
-        _explained(result, by_name[result.gate], calibrations[result.gate], measurements) for result in results
+        _explained(result, by_name[result.gate], calibrations[result.gate], measurements, precision)
+        for result in results
     ]
     outcome, reason = _sum_up(_by_reason(results, by_name, tables["comparisons"]))
     if outcome in ACCEPTED_OUTCOMES:
@@ -351,7 +352,9 @@ def _rate_detail(details: Mapping[str, Any]) -> str:
     )
 
 
-def _explained(result: GateResult, gate: Gate, calibration: Calibration, measurements: Measurements) -> GateResult:
+def _explained(
+    result: GateResult, gate: Gate, calibration: Calibration, measurements: Measurements, precision: Precision
+) -> GateResult:
     """Add the floor, the limit that it moved, and the statistics of a rate."""
     update: dict[str, Any] = {}
     notes = [*filter(None, (result.detail, measurements.details.get(gate.entry.source)))]
@@ -361,8 +364,8 @@ def _explained(result: GateResult, gate: Gate, calibration: Calibration, measure
         update = {"measured": measured, "limit": result.limit * share}
         if share > 1.0:
             notes.append(
-                f"limit raised from {result.limit:.3g}: the source model's own noise in {output} is "
-                f"{calibration.floors[output]:.2g}"
+                f"limit raised from {result.limit:.3g}: "
+                f"{cause(precision, f'{calibration.floors[output]:.2g}', output)}"
             )
         floor = calibration.floors.get(output)
     else:

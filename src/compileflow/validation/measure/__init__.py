@@ -6,7 +6,7 @@ from compileflow.validation.measure.compare_outputs import measure
 from compileflow.validation.measure.coverage import Coverage
 from compileflow.validation.measure.latency import OneThread, Stopwatch, measure_latency, time_pairs
 from compileflow.validation.measure.measurements import Latency, Measurements, Model, candidate_answer
-from compileflow.validation.measure.noise import measure_grid, measure_noise, rounded_to_grid
+from compileflow.validation.measure.noise import measure_grid, measure_noise, rounded_to
 from compileflow.validation.measure.probes import (
     measure_mask,
     measure_padding,
@@ -31,6 +31,6 @@ __all__ = [
     "measure_padding",
     "measure_repeatability",
     "measure_token_types",
-    "rounded_to_grid",
+    "rounded_to",
     "time_pairs",
 ]

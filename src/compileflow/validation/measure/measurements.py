@@ -56,7 +56,8 @@ class Measurements:
         details: For some metrics of `scalars`, what was found, in words.
         noise: Noise of the source model: `max_abs_diff` and `rel_l2` between runs that should be equal.
         floors: The same per output, for each difference that is compared.
-        grid: Figures of the source model with numbers rounded to the grid of int8; empty at other precisions.
+        grid: Figures of the source model with numbers rounded to the format of the precision; empty at fp32.
+        grid_floors: Largest differences of the rounded source model, per output.
         latencies: Paired timings; the first is the headline.
         notes: Sentences for the report about what could not be measured.
         coverage: Shapes and token ids that were met, and how many there are.
@@ -71,6 +72,7 @@ class Measurements:
     noise: dict[str, float] = field(default_factory=dict)
     floors: dict[str, dict[str, float]] = field(default_factory=dict)
     grid: dict[str, float] = field(default_factory=dict)
+    grid_floors: dict[str, dict[str, float]] = field(default_factory=dict)
     latencies: list[Latency] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     coverage: tuple[Covered, ...] = ()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -197,15 +196,6 @@ class Matcher:
         for call, reference, few in forms:
             if not few.any() or rel_l2(few, few_values) < _NEAR:
                 call.nearest = min(call.nearest, rel_l2(reference, values))
-
-
-@contextmanager
-def autocast_to_bf16() -> Iterator[None]:
-    """Compute products in bf16 while the block runs."""
-    import torch
-
-    with torch.autocast("cpu", torch.bfloat16):
-        yield
 
 
 def _caller() -> str:

@@ -1,4 +1,4 @@
-"""Noise: how far the source model is from itself, and what rounding to the grid of int8 does to it."""
+"""Noise: how far the source model is from itself, and what rounding to a number format does to it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from compileflow.contracts import Arrays, TensorRecord
 from compileflow.errors import first_line
+from compileflow.spec import Precision
 from compileflow.validation.cases.case import Case
 from compileflow.validation.measure import metrics
 from compileflow.validation.measure.compare_outputs import compared_rows
@@ -63,8 +64,7 @@ def measure_noise(
             rows = [row for output in expected for row in _rows(case, output, expected[output], actual[output])]
             metrics.relate_to_scale(rows, scales)
             for row in rows:
-                floor = floors.setdefault(row["output"], dict.fromkeys(_DIFFERENCES, 0.0))
-                floor |= {key: max(floor[key], row[key]) for key in _DIFFERENCES if np.isfinite(row[key])}
+                _raise_floor(floors, row)
                 noise["max_abs_diff"] = max(noise["max_abs_diff"], row["max_abs_diff"])
                 noise["rel_l2"] = max(noise["rel_l2"], row["rel_l2"])
                 noise[f"rel_l2 ({name})"] = max(noise[f"rel_l2 ({name})"], row["rel_l2"])
@@ -88,7 +88,8 @@ def measure_grid(
     """Measure what a coarse grid of numbers alone does to the source model's answers and decisions.
 
     Args:
-        measurements: Gets `grid`: the figures of the rounded model, compared with the source model.
+        measurements: Gets `grid`: the figures of the rounded model, compared with the source model; and
+            `grid_floors`: its largest differences, per output.
         rounded: Source model with rounded weights and inputs of its layers.
         reference: Source model as it is compared with the candidate.
         outputs: Records of the outputs.
@@ -107,6 +108,8 @@ def measure_grid(
     grid.rates.extend((*decisions.rates(), *decisions.scores.rates()))
     grid.scalars |= decisions.scalars() | decisions.scores.scalars() | tendencies.scalars(grid.comparisons)
     measurements.grid = grid.figures()
+    for row in grid.comparisons:
+        _raise_floor(measurements.grid_floors, row)
     share = measurements.scalars.pop("response_share", 0.0)
     least_share = _LEAST_RESPONSE * measurements.grid.get("typical_error", 0.0)
     if share < least_share and measurements.scalars.pop("response_error", None) is not None:
@@ -117,7 +120,59 @@ def measure_grid(
 
 
 @contextmanager
-def rounded_to_grid(model: Any) -> Iterator[None]:
+def rounded_to(model: Any, precision: Precision) -> Iterator[None]:
+    """Round the numbers of a model to the format of a precision while the block runs."""
+    import torch
+
+    if precision is Precision.INT8:
+        with _rounded_to_int8(model):
+            yield
+    else:
+        with _rounded_to_type(model, {Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}[precision]):
+            yield
+
+
+@contextmanager
+def _rounded_to_type(model: Any, dtype: Any) -> Iterator[None]:
+    """Round the parameters, inputs and outputs of the innermost modules to a floating-point type.
+
+    Products are summed in fp32, as CPUs do. The parameters are rounded when a module is called, so that memory
+    never holds the model twice.
+    """
+    import torch
+
+    plain_parameters: dict[Any, dict[str, Any]] = {}
+
+    def rounded(value: Any) -> Any:
+        is_real = isinstance(value, torch.Tensor) and value.is_floating_point()
+        return value.to(dtype).to(value.dtype) if is_real else value
+
+    def round_module(module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        parameters = dict(module.named_parameters(recurse=False))
+        plain_parameters[module] = {name: parameter.data for name, parameter in parameters.items()}
+        for parameter in parameters.values():
+            parameter.data = rounded(parameter.data)
+        return tuple(map(rounded, arguments))
+
+    def restore(module: Any, _: Any, output: Any) -> Any:
+        for name, values in plain_parameters.pop(module).items():
+            getattr(module, name).data = values
+        return tuple(map(rounded, output)) if type(output) is tuple else rounded(output)
+
+    handles = []
+    for module in model.modules():
+        if not any(True for _ in module.children()):
+            handles.append(module.register_forward_pre_hook(round_module))
+            handles.append(module.register_forward_hook(restore, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _rounded_to_int8(model: Any) -> Iterator[None]:
     """Round the weights and the inputs of a model's layers to the grid of int8 while the block runs.
 
     Weights get 63 steps up to the largest one of each output channel, inputs 255 steps from the smallest to the
@@ -153,6 +208,12 @@ def rounded_to_grid(model: Any) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _raise_floor(floors: dict[str, dict[str, float]], row: Mapping[str, Any]) -> None:
+    """Let the floor of a row's output be at least the row's differences."""
+    floor = floors.setdefault(row["output"], dict.fromkeys(_DIFFERENCES, 0.0))
+    floor |= {key: max(floor[key], row[key]) for key in _DIFFERENCES if np.isfinite(row[key])}
 
 
 def _rows(case: Case, output: str, expected: Any, actual: Any) -> list[dict[str, Any]]:

@@ -58,7 +58,10 @@ class Report(BaseModel):
     )
     grid: dict[str, float] = Field(
         default_factory=dict,
-        description="Figures of the source model with numbers rounded to the grid of int8, at int8.",
+        description="Figures of the source model with numbers rounded to the precision; empty at fp32.",
+    )
+    grid_floors: dict[str, dict[str, float]] = Field(
+        default_factory=dict, description="By output, the largest differences of the rounded source model."
     )
     latencies: tuple[Latency, ...]
     worst: tuple[dict[str, Any], ...]
