@@ -90,10 +90,10 @@ def case(rows: int = 2, length: int = 16) -> Case:
     return Case("random tokens", "length", ("",) * rows, inputs, mask)
 
 
-def diverge(bert: Path, artifact_dir: Path, failing: Case | None) -> Divergence:
+def diverge(source_dir: Path, artifact_dir: Path, failing: Case | None, task: HfTask = TASK) -> Divergence:
     artifact = open_artifact(artifact_dir, require_signature=False)
     component = LoadedComponent.load(artifact, threads=1)
-    source_model = load_source_model(bert, TASK)
+    source_model = load_source_model(source_dir, task)
     record = artifact.component("default")
     return first_divergence(artifact, component, record, source_model, failing, threads=1)
 
@@ -125,6 +125,23 @@ def test_fault_in_a_module_of_a_traced_graph_is_named(bert: Path, in_process: In
     assert key.floor is not None
     assert 0.1 < key.difference < 0.7
     assert 0.0 < key.floor < 1e-6
+
+
+def test_fault_in_the_first_module_is_named_although_nothing_is_equal(
+    tiny_model: ModelFactory, in_process: InProcess, tmp_path: Path
+) -> None:
+    task, module = HfTask.IMAGE_CLASSIFICATION, "vit.embeddings.patch_embeddings.projection"
+    vit = tiny_model(task)
+    component = ComponentSpec(shape_buckets=(ShapeBucket(batch_size=2, sequence_length=1),))
+    faulty = disturb_source(vit, module, tmp_path / "source")
+    artifact_dir = in_process.compile(
+        faulty, tmp_path / "artifact", target="torchscript", hf_task=task, components=[component]
+    )
+    pixels = np.random.default_rng(0).standard_normal((2, 3, 32, 32), dtype=np.float32)
+    failing = Case("noise", "batch", ("", ""), {"pixel_values": pixels}, np.ones((2, 1)))
+    divergence = diverge(vit, artifact_dir, failing, task=task)
+    assert (divergence.module, divergence.kind, divergence.note) == (module, "Conv2d", "")
+    assert (divergence.last_equal, divergence.unseen) == ("", ())
 
 
 def test_what_cannot_be_told_says_why(bert: Path, in_process: InProcess, tmp_path: Path) -> None:

@@ -175,8 +175,10 @@ def _compared(
     calls = list(root.walk())
     parts = math.ceil(_TENSORS_PER_MODULE * 4 * sum(call.size for call in calls) / _PART_BYTES) or 1
     outputs: Arrays = {}
+    sizes: set[int] = set()
     for tensors in target.observe(artifact.folder / record.folder, record, inputs, threads=threads, parts=parts):
         matcher.add(outputs)
+        sizes.update(array.size for array in outputs.values())
         outputs = tensors
     if not _difference(source_model.run(inputs), outputs, inputs) > limit:
         return Divergence(
@@ -184,7 +186,7 @@ def _compared(
             note="The graph answers like the source model while its intermediate outputs are read. So the fault "
             "comes from an optimization of the runtime, or it comes and goes.",
         )
-    return _described(_Tree(root, precision), case)
+    return _described(_Tree(root, precision), case, sizes)
 
 
 class _Recorder:
@@ -294,12 +296,20 @@ class _Tree:
         return call.nearest <= _limit(call, self._precision)
 
 
-def _described(tree: _Tree, case: Case) -> Divergence:
+def _described(tree: _Tree, case: Case, sizes: set[int]) -> Divergence:
+    """Describe the first call that differs.
+
+    Args:
+        tree: The calls of the source model.
+        case: Case that they answer.
+        sizes: Numbers of elements of the tensors that the graph shows.
+    """
     call = tree.first()
     before = tree.calls[: tree.calls.index(call)]
     equal = [position for position, earlier in enumerate(before) if tree.is_right(earlier)]
     last = equal[-1] if equal else -1
-    if not any(map(tree.is_right, tree.calls)):
+    # If the graph shows no tensor of that size, it may compute something else everywhere.
+    if call.size not in sizes and not any(map(tree.is_right, tree.calls)):
         return Divergence(
             case=case.name,
             modules=len(tree.calls),
