@@ -77,6 +77,7 @@ def page(lines: Mapping[str, Line | None]) -> str:
         f"{len(made)} of {len(lines)} checks have been run; a check is one planted fault or one honest compile.\n",
         *([f"{failed} of them ended without a verdict.\n"] if failed else []),
         *([_OLDER.format(older="All" if older == len(made) else older)] if older else []),
+        *(f"**{sentence}**\n" for sentence in missed_limits(made) if not sentence.startswith(" ")),
         "## Summary\n",
         _summary(faults, made),
         "## Faults by the part at fault\n",

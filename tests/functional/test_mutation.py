@@ -95,6 +95,12 @@ def test_the_page_counts_faults_by_the_gate_that_names_the_verdict() -> None:
     assert "1 of 2 checks have been run; " in text
 
 
+def test_the_page_says_above_its_summary_which_limits_are_missed() -> None:
+    text = page({"a": honest_line("fail", "fp32") | {"key": "a", "versions": {}, "target": "openvino"}})
+    before_summary, _, _ = text.partition("## Summary")
+    assert "**100.0% of the honest fp32 compiles are refused; the limit is 0%.**\n" in before_summary
+
+
 def test_a_result_of_an_older_suite_counts_until_the_check_is_made_again() -> None:
     results = {"old": fault_line("pass") | {"key": "old"}, "new": fault_line("fail") | {"key": "new"}}
     assert newest("fault", NAME, "old", results) == results["old"]
