@@ -96,7 +96,7 @@ def test_the_page_counts_faults_by_the_gate_that_names_the_verdict() -> None:
 
 
 def test_the_page_says_above_its_summary_which_limits_are_missed() -> None:
-    text = page({"a": honest_line("fail", "fp32") | {"key": "a", "versions": {}, "target": "openvino"}})
+    text = page({"a": honest_line("fail", "fp32") | {"key": "a", "versions": "", "target": "openvino"}})
     before_summary, _, _ = text.partition("## Summary")
     assert "**100.0% of the honest fp32 compiles are refused; the limit is 0%.**\n" in before_summary
 
