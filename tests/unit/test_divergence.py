@@ -14,12 +14,13 @@ from compileflow.artifact.open import open_artifact
 from compileflow.catalog import get_target
 from compileflow.serving.component import LoadedComponent
 from compileflow.source_model.load import load_source_model
-from compileflow.spec import ComponentSpec, HfTask, ShapeBucket
+from compileflow.spec import ComponentSpec, HfTask, Precision, ShapeBucket
 from compileflow.targets.onnx_runtime import OnnxRuntimeTarget
 from compileflow.targets.open_vino import OpenVinoTarget
 from compileflow.testing.shared import make_once, shared_folder
 from compileflow.validation.cases import Case
-from compileflow.validation.divergence import Divergence, first_divergence
+from compileflow.validation.divergence import Divergence, _Tree, first_divergence
+from compileflow.validation.measure.module_outputs import Matcher, Positions, trace_modules
 from tests.conftest import ModelFactory
 from tests.in_process import InProcess
 from tests.unit.proving import reseal
@@ -142,6 +143,64 @@ def test_fault_in_the_first_module_is_named_although_nothing_is_equal(
     divergence = diverge(vit, artifact_dir, failing, task=task)
     assert (divergence.module, divergence.kind, divergence.note) == (module, "Conv2d", "")
     assert (divergence.last_equal, divergence.unseen) == ("", ())
+
+
+def test_modules_that_compute_weights_are_left_out() -> None:
+    import torch
+
+    convolution = torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv1d(2, 2, 1))
+    model = torch.nn.Sequential(convolution, torch.nn.ReLU())
+    root = trace_modules(model, {"input": torch.ones(1, 2, 3)}, Positions(None))
+    assert [call.name for call in root.walk()] == ["0", "1", ""]
+
+
+def test_module_that_reads_an_output_in_a_tuple_is_one_of_its_readers() -> None:
+    import torch
+
+    class Layer(torch.nn.Module):
+        def forward(self, hidden: torch.Tensor, positions: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+            return hidden * positions[0] + positions[1]
+
+    class Table(torch.nn.Module):
+        def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return hidden.cos(), hidden.sin()
+
+    class Turning(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.layer = Table(), Layer()
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            answer: torch.Tensor = self.layer(hidden, positions=self.table(hidden))
+            return answer
+
+    root = trace_modules(Turning(), {"hidden": torch.rand(2, 4)}, Positions(None))
+    table, layer = root.children
+    assert (table.name, table.readers) == ("table", [layer])
+    # A graph that shows neither may compute the table in another shape.
+    assert _Tree(root, Precision.FP32).first() is layer
+
+
+def test_output_that_is_changed_in_place_is_found_in_the_graph() -> None:
+    import torch
+
+    class Cutting(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+
+        def forward(self, values: torch.Tensor) -> torch.Tensor:
+            hidden = self.first(values)
+            hidden[:, 1:] = 0
+            answer: torch.Tensor = self.last(hidden)
+            return answer
+
+    model, values = Cutting(), torch.rand(2, 4, 3)
+    root = trace_modules(model, {"values": values}, Positions(None))
+    shown = model.first(values)
+    shown[:, 1:] = 0
+    Matcher(root, Positions(None)).add({"hidden": shown.detach().numpy()})
+    assert {call.name: call.nearest < 1e-6 for call in root.walk()} == {"first": True, "last": False, "": False}
 
 
 def test_what_cannot_be_told_says_why(bert: Path, in_process: InProcess, tmp_path: Path) -> None:

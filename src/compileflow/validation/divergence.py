@@ -58,7 +58,8 @@ class Divergence(BaseModel):
         difference: rel_l2 of its output to the nearest tensor of the graph; None if no tensor is near.
         floor: rel_l2 that the source model's own noise, or the number format, makes there.
         last_equal: Name of the last module before it whose output the graph has; "" if it is the first module.
-        unseen: Modules between the two whose outputs the graph does not show; the fault may be there as well.
+        unseen: Modules between the two, and tables of positions, whose outputs the graph does not show. The fault
+            may be there as well.
         case: Name of the case that shows it.
         modules: Number of outputs that were looked up.
         note: Why it cannot be told.
@@ -290,10 +291,15 @@ class _Tree:
 
     def is_hidden(self, call: ModuleCall) -> bool:
         """Return whether the graph has no tensor for this kind of call, whether or not it is right."""
-        return call.values is None or not call.values.any() or call.pattern in self._hidden
+        return call.values is None or not call.values.any() or _is_table(call) or call.pattern in self._hidden
 
     def _is_equal(self, call: ModuleCall) -> bool:
         return call.nearest <= _limit(call, self._precision)
+
+
+def _is_table(call: ModuleCall) -> bool:
+    """Return whether a call gives cosines and sines of positions, which a graph may compute in another shape."""
+    return call.outputs > 1 and not call.has_weights
 
 
 def _described(tree: _Tree, case: Case, sizes: set[int]) -> Divergence:
@@ -316,7 +322,11 @@ def _described(tree: _Tree, case: Case, sizes: set[int]) -> Divergence:
             note="No tensor of the graph is equal to the output of any module.",
         )
     inside = set(map(id, call.walk()))
-    unseen = [earlier.name for earlier in before[last + 1 :] if id(earlier) not in inside]
+    unseen = [
+        earlier.name
+        for position, earlier in enumerate(before)
+        if id(earlier) not in inside and (position > last or (_is_table(earlier) and not tree.is_right(earlier)))
+    ]
     return Divergence(
         module=call.name,
         kind=call.kind,

@@ -17,6 +17,8 @@ from compileflow.validation.measure.metrics import rel_l2
 
 # Elements of a tensor that are compared; of a larger one, so many are drawn.
 _MOST_ELEMENTS = 2**16
+# Elements of all outputs that are kept until the model has answered.
+_MOST_HELD_ELEMENTS = 2**26
 # A tensor whose few first elements are further away than this is not compared as a whole.
 _FEW_ELEMENTS, _NEAR = 512, 0.7
 
@@ -29,12 +31,14 @@ class ModuleCall:
         name: Name of the module in the model; "" is the model itself. A later call of it has its number.
         kind: Class of the module.
         called_at: Line of Python that calls the module.
+        has_weights: The module, or one inside of it, has parameters.
         inputs: Shape of each tensor that the module gets.
         statistics: Least, largest and mean element of the first of them, and their standard deviation.
         outputs: Number of tensors of floating-point numbers in the output.
         shape: Shape of the first of them; () without one.
         values: Elements of that tensor that are compared, flat.
-        other_values: The same elements in another form that a graph may have: without the bias.
+        other_values: The same elements in other forms that a graph may have: without the bias, and as a later
+            operation leaves them that changes the tensor in place.
         is_masked: Padding is left out of `values`.
         children: Calls that the module makes, in their order.
         readers: Calls that get this output unchanged.
@@ -45,12 +49,13 @@ class ModuleCall:
     name: str
     kind: str
     called_at: str
+    has_weights: bool = True
     inputs: tuple[tuple[int, ...], ...] = ()
     statistics: dict[str, float] = field(default_factory=dict)
     outputs: int = 0
     shape: tuple[int, ...] = ()
     values: NDArray[Any] | None = None
-    other_values: NDArray[Any] | None = None
+    other_values: list[NDArray[Any]] = field(default_factory=list)
     is_masked: bool = False
     children: list[ModuleCall] = field(default_factory=list)
     readers: list[ModuleCall] = field(default_factory=list)
@@ -113,20 +118,23 @@ def trace_modules(model: Any, inputs: Mapping[str, Any], positions: Positions) -
     """
     import torch
 
-    names = {module: name for name, module in model.named_modules()}
+    # Parametrizations compute weights, which a graph keeps as constants.
+    names = {module: name for name, module in model.named_modules() if "parametrizations" not in name.split(".")}
     counts: dict[str, int] = {}
     stack: list[ModuleCall] = []
     roots: list[ModuleCall] = []
+    held: list[tuple[ModuleCall, Any, NDArray[Any]]] = []
 
     def before(module: Any, arguments: tuple[Any, ...], named_arguments: dict[str, Any]) -> None:
         name = names[module]
         counts[name] = counts.get(name, 0) + 1
         suffix = f" (call {counts[name]})" if counts[name] > 1 else ""
-        call = ModuleCall(f"{name}{suffix}", type(module).__name__, _caller())
+        has_weights = next(module.parameters(), None) is not None
+        call = ModuleCall(f"{name}{suffix}", type(module).__name__, _caller(), has_weights)
         tensors = [value for value in (*arguments, *named_arguments.values()) if isinstance(value, torch.Tensor)]
         call.inputs = tuple(tuple(tensor.shape) for tensor in tensors)
         call.statistics = _statistics(tensors[0]) if tensors else {}
-        for tensor in tensors:
+        for tensor in _tensors([*arguments, *named_arguments.values()]):
             writer = getattr(tensor, "_compileflow_call", None)
             if writer is not None:
                 writer.readers.append(call)
@@ -146,8 +154,10 @@ def trace_modules(model: Any, inputs: Mapping[str, Any], positions: Positions) -
         call.values = _flat(tensor)[chosen]
         bias = getattr(module, "bias", None)
         if isinstance(module, torch.nn.Linear) and bias is not None:
-            call.other_values = _flat(tensor - bias)[chosen]
+            call.other_values.append(_flat(tensor - bias)[chosen])
         tensor._compileflow_call = call
+        if sum(call.size for call, _, _ in held) < _MOST_HELD_ELEMENTS:
+            held.append((call, tensor, chosen))
 
     handles = []
     for module in names:
@@ -159,6 +169,10 @@ def trace_modules(model: Any, inputs: Mapping[str, Any], positions: Positions) -
     finally:
         for handle in handles:
             handle.remove()
+    for call, tensor, chosen in held:
+        final = _flat(tensor)[chosen]
+        if not np.array_equal(final, call.values):  # type: ignore[arg-type]
+            call.other_values.append(final)
     return roots[0]
 
 
@@ -176,7 +190,7 @@ class Matcher:
         self._positions = positions
         self._forms: dict[tuple[int, bool], list[tuple[ModuleCall, NDArray[Any], NDArray[Any]]]] = {}
         for call in root.walk():
-            for values in (call.values, call.other_values):
+            for values in (call.values, *call.other_values):
                 if values is not None and values.any():
                     few = values[:: max(1, values.size // _FEW_ELEMENTS)]
                     self._forms.setdefault((call.size, call.is_masked), []).append((call, values, few))
