@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,15 @@ import onnxruntime
 import openvino
 import pytest
 import torch
+from transformers.models.deberta_v2 import modeling_deberta_v2
+from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
+from transformers.models.t5.modeling_t5 import T5Attention
 
 from compileflow.source_model.free_batch import free_batch, free_repeats
+from compileflow.source_model.position_buckets import tabulated_buckets
 from compileflow.source_model.traceable import traceable
+from compileflow.targets._openvino_graph import divide_as_torch, keep_rounded_quotients, resize_as_torch
 from compileflow.targets.onnx_runtime import exact_zeros
-from compileflow.targets.open_vino import divide_as_torch, keep_rounded_quotients, resize_as_torch
 
 
 class Squeezing(torch.nn.Module):
@@ -219,3 +224,35 @@ def test_traced_graph_with_functions_of_its_own_can_be_saved(tmp_path: Path) -> 
 
     assert loaded(values).tolist() == [[5, 10, 10]]
     assert Doubling.apply(values).tolist() == [[2, 10, 4]]
+
+
+@pytest.mark.parametrize(
+    ("layer", "holder", "name", "settings"),
+    [
+        (T5Attention, T5Attention, "_relative_position_bucket", {"bidirectional": True, "max_distance": 100}),
+        (T5Attention, T5Attention, "_relative_position_bucket", {"bidirectional": False, "num_buckets": 8}),
+        (MPNetEncoder, MPNetEncoder, "relative_position_bucket", {"num_buckets": 32}),
+        (
+            modeling_deberta_v2.DebertaV2Layer,
+            modeling_deberta_v2,
+            "make_log_bucket_position",
+            {"bucket_size": 32, "max_position": 512},
+        ),
+    ],
+)
+def test_buckets_of_positions_come_from_a_table(
+    monkeypatch: pytest.MonkeyPatch, layer: type, holder: Any, name: str, settings: dict[str, Any]
+) -> None:
+    positions = torch.arange(512)[None] - torch.arange(512)[:, None]
+    expected = getattr(holder, name)(positions, **settings)
+    sizes = []
+    logarithm = torch.log
+    monkeypatch.setattr(torch, "log", lambda values: sizes.append(values.numel()) or logarithm(values))
+    model = SimpleNamespace(modules=lambda: [layer.__new__(layer)])
+    with tabulated_buckets(model, 512):
+        actual = getattr(holder, name)(positions, **settings)
+    assert (actual == expected).all()
+    assert sizes
+    assert max(sizes) <= 1025
+    assert getattr(holder, name)(positions, **settings).equal(expected)
+    assert max(sizes) == 512 * 512
