@@ -26,8 +26,8 @@ def tabulated_buckets(model: Any, longest: int) -> Iterator[None]:
         model: The transformers model.
         longest: Longest row of the graph.
     """
-    holders = {type(module) for module in model.modules()}
-    holders |= {sys.modules[holder.__module__] for holder in holders}
+    layers = {type(module) for module in model.modules()}
+    holders = [*layers, *{sys.modules[layer.__module__] for layer in layers}]
     originals = [
         (holder, name, vars(holder)[name]) for holder in holders for name in _FUNCTIONS if name in vars(holder)
     ]
