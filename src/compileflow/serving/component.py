@@ -8,14 +8,14 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from compileflow._process.failures import raise_if_out_of_memory
 from compileflow.artifact.open import OpenArtifact
-from compileflow.contracts import Arrays, ComponentRecord, Device, Runner
+from compileflow.contracts import Arrays, ComponentRecord, Continuation, Device, GeneratingRunner, Runner
 from compileflow.contracts.toolkit import require_open
 from compileflow.errors import CompileflowError, InputError, LoadError, first_line
 from compileflow.serving.padding import complete_inputs, run_fitted
@@ -121,6 +121,21 @@ class LoadedComponent:
             ) from error
         self._check_shapes(outputs)
         return outputs
+
+    def start(self) -> Continuation:
+        """Begin to read new rows with a component of text generation.
+
+        Raises:
+            InputError: The component reads whole rows only.
+        """
+        if os.getpid() != self._process_id:
+            self._load_after_fork()
+        if not hasattr(self._runner, "start"):
+            raise InputError(
+                "The component reads whole rows only, so it cannot continue one.",
+                hint="Compile the model for text-generation with a target that keeps a cache.",
+            )
+        return cast("GeneratingRunner", self._runner).start()
 
     def _check_shapes(self, outputs: Arrays) -> None:
         """Compare the outputs with the record, because the answers are cut and read by its axes."""

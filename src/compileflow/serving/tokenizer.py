@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
@@ -24,6 +25,7 @@ from compileflow.source_model.interface import length_limit
 from compileflow.sources.files import kind_of
 from compileflow.spec import HfTask
 
+logger = logging.getLogger(__name__)
 SETTINGS_FILE = "tokenization_settings.json"
 # Methods of the wrapped tokenizer that set its truncation and padding.
 _ENCODING_METHODS = ("encode", "batch_encode_plus", "tokenize", "apply_chat_template", "_encode_plus")
@@ -192,6 +194,11 @@ class CompiledTokenizer:
         tokenizer = load_part(artifact, "AutoTokenizer")
         longest = tokenizer.model_max_length = record.max_sequence_length
         saved_settings = _read_settings(artifact.tokenizer_folder, tokenizer)
+        if artifact.manifest.hf_task.generates:
+            _prepare_prompts(tokenizer)
+            if saved_settings is None:
+                # A prompt that is cut loses its question, so the model refuses one that is too long.
+                return cls(tokenizer, {"padding": _can_pad(tokenizer)}, artifact)
         if saved_settings is None:
             defaults = {"padding": _can_pad(tokenizer), "truncation": True, "max_length": longest}
             return cls(tokenizer, defaults, artifact)
@@ -323,6 +330,14 @@ class CompiledTokenizer:
 def _can_pad(tokenizer: Any) -> bool:
     """Return whether a tokenizer has a padding token. One text, and the rows of a list call, need none."""
     return tokenizer.pad_token is not None
+
+
+def _prepare_prompts(tokenizer: Any) -> None:
+    """Let a tokenizer pad prompts on the left, next to which a decoder writes, with the end token if it must."""
+    tokenizer.padding_side = "left"
+    if not _can_pad(tokenizer) and tokenizer.eos_token is not None:
+        logger.info("the tokenizer has no padding token; %s pads the prompts of a batch", tokenizer.eos_token)
+        tokenizer.pad_token = tokenizer.eos_token
 
 
 def _as_tensors(encoded: Any) -> Any:

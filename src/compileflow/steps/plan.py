@@ -210,6 +210,11 @@ def _padding_fault(source_model: SourceModel) -> str:
     return "its attention mask does not hide the padding from every part of it"
 
 
+def targets_of(hf_task: HfTask) -> list[str]:
+    """Return the names of the targets that compile a task."""
+    return [name for name in target_names() if hf_task in get_target(name).capabilities.hf_tasks]
+
+
 def targets_of_any_shape(hf_task: HfTask) -> list[str]:
     """Return the names of the targets that compile a task without fixed shapes."""
     capabilities = {name: get_target(name).capabilities for name in target_names()}
