@@ -148,6 +148,11 @@ class Precision(StrEnum):
     INT8 = "int8"
     INT4 = "int4"
 
+    @property
+    def is_integer(self) -> bool:
+        """Whether weights are stored as integers with scales."""
+        return self in (Precision.INT8, Precision.INT4)
+
 
 class ShapeBucket(BaseModel):
     """One fixed input shape that a static graph is compiled for."""

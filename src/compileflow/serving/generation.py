@@ -18,8 +18,8 @@ from compileflow.serving.interface_files import load_part
 from compileflow.serving.model import FLAGS, CompiledModel
 
 logger = logging.getLogger(__name__)
-# Arguments of decoders that change no answer of a compiled one.
-_IGNORED = ("cache_position", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+# Arguments that reach decoders and change no answer of a compiled one.
+_IGNORED = ("tokenizer", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 class ReadRows:

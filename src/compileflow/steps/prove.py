@@ -560,7 +560,7 @@ def _measure_grid(
     generated = [case for case in evidence.generated if case.name in compared_names]
     special = [case for case in generated if case.family == "special"]
     # Short rows round worse than natural text. At int8, such differences only warn.
-    others = [case for case in generated if case.family in _GRID_FAMILIES and precision is not Precision.INT8]
+    others = [case for case in generated if case.family in _GRID_FAMILIES and not precision.is_integer]
     measuring.measure_grid(
         measurements,
         answers.remembered(rounded, f"rounded to {precision.value}"),
