@@ -61,6 +61,7 @@ from compileflow.validation.report import (
 )
 from compileflow.validation.settings import ValidationSettings
 from compileflow.validation.whole_artifact import WholeArtifact
+from compileflow.validation.writing import compare_writing
 
 # Natural batches, and families of generated ones, on which the source model is run with rounded numbers.
 _GRID_CASES = 12
@@ -392,6 +393,15 @@ class _Proof:
         self.whole_artifact.measure_component(
             measurements, component.compiled, claims, max_length=claimed_length(claims)
         )
+        if self.spec.hf_task.generates:
+            compare_writing(
+                measurements,
+                source_model,
+                answers.remembered(source_model.run),
+                component.compiled,
+                evidence.natural,
+                progress=report_progress,
+            )
         report_progress("calling the compiled model again")
         measuring.measure_repeatability(measurements, run, evidence.repeated, component.first_call)
         computed = _reference(source_model)

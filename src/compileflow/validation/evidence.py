@@ -15,7 +15,7 @@ from compileflow.source_model.interface import SourceModel
 from compileflow.source_model.lengths import call_sizes
 from compileflow.source_model.processor import load_processor
 from compileflow.source_model.token_rows import TokenRows
-from compileflow.spec import CompileSpec, HfTask, Precision
+from compileflow.spec import CompileSpec, HfTask
 from compileflow.validation.cases import (
     CLASS_FOLDERS,
     Case,

@@ -9,7 +9,7 @@ import numpy as np
 
 from compileflow.contracts import Arrays, TensorRecord
 from compileflow.errors import MeasurementError, first_line
-from compileflow.spec import HfTask, Precision
+from compileflow.spec import HfTask
 from compileflow.validation.cases.case import Case
 from compileflow.validation.measure import metrics
 from compileflow.validation.measure.coverage import Coverage

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -121,8 +122,8 @@ def measure_generation(
     """Compare what both models write, and what the compiled model writes in other circumstances.
 
     The scalars count rows that differ really: `generations` after natural prompts, `batch_rows` beside other rows
-    and alone, `later_requests` asked again, `prompt_lengths` after odd prompts, `early_ends` with a token that ends
-    the text, `beams` with a beam search, and `long_prompts` that are not refused.
+    and alone, `later_requests` asked again, `prompt_lengths` after odd prompts, `early_ends` with a token that
+    ends the text, `beams` with a beam search, and `long_prompts` that are not refused.
 
     Args:
         measurements: Gets a scalar for each comparison, and the rate `greedy` over the prompts.
@@ -157,11 +158,7 @@ def measure_generation(
             together = Written(after.ids[number : number + 1], _rows(after.logits, number))
             counts.add("batch_rows", prompts.texts[number : number + 1], part(alone, together))
         again = candidate.write(prompts.batch(rows), greedy)
-        counts.add(
-            "later_requests",
-            prompts.texts[: len(rows)],
-            ["none" if np.array_equal(*pair) else "real" for pair in zip(after.ids, again.ids, strict=True)],
-        )
+        counts.add("later_requests", prompts.texts[: len(rows)], part(after, again))
     _measure_lengths(counts, reference, candidate, prompts)
     _measure_early_ends(counts, reference, candidate, prompts)
     _measure_beams(counts, reference, candidate, prompts)
@@ -181,14 +178,14 @@ def measure_pieces(measurements: Measurements, reference: Model, candidate: Read
         prompts: Natural prompts.
     """
     rows = sorted(prompts.rows, key=len)
-    inputs = prompts.batch([row for row in (rows[0], rows[len(rows) // 2], rows[-1])])
+    inputs = prompts.batch([rows[0], rows[len(rows) // 2], rows[-1]])
     expected = reference(inputs)["logits"]
     length = inputs["input_ids"].shape[1]
     # The first piece is a prompt, the next ones are single tokens, and the last one is the rest.
     edges = [0, max(1, length // 2), *range(max(1, length // 2) + 1, length - 1), length]
     pieces = [
         {"input_ids": inputs["input_ids"][:, start:end], "attention_mask": inputs["attention_mask"][:, :end]}
-        for start, end in zip(edges, edges[1:], strict=False)
+        for start, end in pairwise(edges)
         if end > start
     ]
     actual = candidate.read(pieces)

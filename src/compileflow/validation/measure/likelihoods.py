@@ -70,7 +70,7 @@ class Likelihoods:
     def _change(self) -> tuple[float, float]:
         """Return the change of the mean negative log-likelihood of a token, and its standard error over texts.
 
-        The texts are a sample, and tokens of one text are not independent, so this is the error of a ratio of sums.
+        The tokens of one text are not independent, so this is the error of a ratio of sums over texts.
         """
         losses = np.array([before - after for before, after, _ in self._texts])
         counts = np.array([count for _, _, count in self._texts])
