@@ -132,9 +132,8 @@ _PIPELINE_OWNERS: Mapping[HfTask, PipelineOwner] = {
     HfTask.AUDIO_FRAME_CLASSIFICATION: None,
     HfTask.AUDIO_XVECTOR: None,
 }
-TEXT_TASKS = tuple(task for task in HfTask if task.modality == "text")
-# Text tasks whose graph answers one call at a time.
-SINGLE_CALL_TEXT_TASKS = tuple(task for task in TEXT_TASKS if not task.generates)
+# Text tasks whose graph answers in one call. Targets of third parties name them.
+TEXT_TASKS = tuple(task for task in HfTask if task.modality == "text" and not task.generates)
 # One task per graph.
 GRAPH_TASKS = tuple(task for task in HfTask if task.graph_task is task)
 

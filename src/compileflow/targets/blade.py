@@ -24,7 +24,7 @@ from compileflow.contracts import (
 from compileflow.contracts.toolkit import installed_versions
 from compileflow.errors import CompileError, LoadError, TargetUnavailableError
 from compileflow.source_model import as_tuple_module, load_source_model
-from compileflow.spec import SINGLE_CALL_TEXT_TASKS, Precision
+from compileflow.spec import TEXT_TASKS, Precision
 from compileflow.targets._traced import TracedRunner
 from compileflow.targets._vendor.buckets import compile_buckets, load_buckets
 from compileflow.targets._vendor.toolchain import VendorToolchain, precision_conflict
@@ -92,7 +92,7 @@ class BladeTarget:
     summary: ClassVar[str] = "BladeDISC's torch_blade for CPU and CUDA; fixed shapes"
     Options: ClassVar[type[TargetOptions]] = BladeOptions
     capabilities: ClassVar[Capabilities] = Capabilities(
-        hf_tasks=SINGLE_CALL_TEXT_TASKS,
+        hf_tasks=TEXT_TASKS,
         precisions=(Precision.FP32, Precision.FP16),
         devices=("cpu", "cuda"),
         dynamic_axes=False,

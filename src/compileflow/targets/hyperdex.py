@@ -39,7 +39,7 @@ from compileflow.contracts.toolkit import (
 )
 from compileflow.errors import CompileError, LoadError, SpecError
 from compileflow.source_model import AUTO_CLASSES, HEADS, load_config, load_source_model
-from compileflow.spec import SINGLE_CALL_TEXT_TASKS, HfTask, Precision
+from compileflow.spec import TEXT_TASKS, HfTask, Precision
 from compileflow.targets._vendor.toolchain import VendorToolchain, vendor_call
 
 _FOLDER = "model"
@@ -80,7 +80,7 @@ class HyperdexTarget:
     # The LPU computes in FP16; HyperDex has no argument for it. The documentation requires a device to compile.
     capabilities: ClassVar[Capabilities] = Capabilities(
         # HyperDex compiles the class that the model was saved as, which has an axis for choices.
-        hf_tasks=tuple(task for task in SINGLE_CALL_TEXT_TASKS if task is not HfTask.MULTIPLE_CHOICE),
+        hf_tasks=tuple(task for task in TEXT_TASKS if task is not HfTask.MULTIPLE_CHOICE),
         precisions=(Precision.FP16,),
         devices=("lpu",),
         dynamic_axes=True,

@@ -27,7 +27,7 @@ from compileflow.contracts import (
 from compileflow.contracts.toolkit import installed_versions, report_progress
 from compileflow.errors import CompileError, LoadError, SpecError, first_line
 from compileflow.source_model import as_tuple_module, load_source_model
-from compileflow.spec import SINGLE_CALL_TEXT_TASKS, Precision
+from compileflow.spec import TEXT_TASKS, Precision
 from compileflow.targets._traced import TracedRunner
 from compileflow.targets._vendor.buckets import compile_buckets, load_buckets
 from compileflow.targets._vendor.toolchain import VendorToolchain, precision_conflict
@@ -106,7 +106,7 @@ class NeuronxTarget:
     summary: ClassVar[str] = "torch_neuronx for AWS Inf2 and Trn1; fixed shapes; compiles without a device"
     Options: ClassVar[type[TargetOptions]] = NeuronxOptions
     capabilities: ClassVar[Capabilities] = Capabilities(
-        hf_tasks=SINGLE_CALL_TEXT_TASKS,
+        hf_tasks=TEXT_TASKS,
         precisions=(Precision.FP32, Precision.BF16, Precision.FP16),
         devices=("neuron",),
         dynamic_axes=False,
