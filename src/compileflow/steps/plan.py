@@ -19,8 +19,8 @@ from compileflow.spec import CompileSpec, ComponentSpec, HfTask, ShapeBucket
 _SHORTEST_BUCKET = 16
 # Maximum length of a text component if neither the model nor its tokenizer has one.
 DEFAULT_TOKENS = 512
-# Maximum length of a decoder whose spec sets none. Many have positions for 100,000 tokens, and a validation at that
-# length would need more memory than a machine has: each token has a logit for each word.
+# Maximum length of a decoder whose spec sets none. Many have positions for 100,000 tokens, and validation compares
+# a logit for each word at each token.
 _DECODER_TOKENS = 1024
 # Batches speed up a CPU only for rows up to this length; a single longer row keeps it busy.
 _BATCH_SIZE, _BATCHED_UP_TO = 8, 128
