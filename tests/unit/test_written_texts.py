@@ -1,0 +1,182 @@
+"""How texts of two models are compared: near ties, real differences, likelihoods, and what is refused at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from compileflow.errors import InputError, SpecError
+from compileflow.source_model.decoding import token_positions
+from compileflow.spec import CompileSpec, HfTask, Precision
+from compileflow.steps.compile import checked_target
+from compileflow.steps.source_checks import check_source
+from compileflow.validation.measure import Measurements
+from compileflow.validation.measure.generation import (
+    Prompts,
+    Settings,
+    Written,
+    is_near_tie,
+    measure_generation,
+    part,
+)
+from compileflow.validation.measure.likelihoods import Likelihoods
+from tests.unit.test_source_model import config_folder
+
+TASK = HfTask.TEXT_GENERATION
+
+
+def spec(target: str, precision: Precision = Precision.FP32, **options: Any) -> CompileSpec:
+    return CompileSpec(target=target, hf_task=TASK, precision=precision, target_options=options)
+
+
+@pytest.mark.parametrize("target", ["aot-inductor", "blade", "hyperdex", "neuron", "neuronx", "torchscript"])
+def test_target_that_cannot_generate_names_those_that_can(target: str) -> None:
+    with pytest.raises(SpecError, match=f"{target} does not support text-generation") as caught:
+        checked_target(spec(target))
+    assert caught.value.hint == "Choose one of the targets that do: onnx-runtime, openvino."
+
+
+@pytest.mark.parametrize(
+    ("target", "precision", "options", "says"),
+    [
+        ("onnx-runtime", "bf16", {}, "does not support bf16"),
+        ("openvino", "fp32", {"exporter": "trace"}, "cannot trace a model for text-generation"),
+        ("onnx-runtime", "fp32", {"exporter": "trace"}, "cannot trace a model for text-generation"),
+        ("openvino", "int8", {"quantization": "static"}, "does not quantize statically"),
+        ("onnx-runtime", "int8", {"quantization": "static"}, "does not quantize statically"),
+        ("openvino", "int8", {"group_size": 64}, "group_size is only for int4"),
+        ("onnx-runtime", "fp32", {"symmetric": True}, "symmetric is only for int4"),
+        ("openvino", "bf16", {"compute_precision": "fp32"}, "compute_precision is for int8 and int4"),
+        ("openvino", "int4", {"kv_cache_precision": "int2"}, "kv_cache_precision"),
+    ],
+)
+def test_options_that_do_not_suit_are_refused(
+    target: str, precision: str, options: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(SpecError, match=says):
+        checked_target(spec(target, Precision(precision), **options))
+
+
+def test_other_tasks_have_neither_int4_nor_a_cache() -> None:
+    encoder = CompileSpec(target="openvino", hf_task=HfTask.FILL_MASK, precision=Precision.INT4)
+    with pytest.raises(SpecError, match="openvino does not support int4 for fill-mask"):
+        checked_target(encoder)
+    options = {"kv_cache_precision": "int8"}
+    with pytest.raises(SpecError, match="only for text-generation"):
+        checked_target(CompileSpec(target="openvino", hf_task=HfTask.FILL_MASK, target_options=options))
+
+
+@pytest.mark.parametrize(
+    ("config", "task", "says"),
+    [
+        ({"model_type": "bert", "architectures": ["BertModel"]}, TASK, "bert has no head for text-generation"),
+        ({"model_type": "t5", "architectures": ["T5Model"]}, TASK, "t5 has no head for text-generation"),
+        ({"model_type": "llama", "architectures": ["LlamaModel"]}, TASK, "saved as LlamaModel, not for text-gen"),
+        (
+            {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
+            HfTask.TEXT_CLASSIFICATION,
+            "saved as LlamaForCausalLM, not for text-classification",
+        ),
+    ],
+)
+def test_model_of_another_kind_is_refused_by_its_configuration(
+    tmp_path: Path, config: dict[str, Any], task: HfTask, says: str
+) -> None:
+    folder = config_folder(tmp_path / "model", **config)
+    with pytest.raises(SpecError, match=says):
+        check_source(folder, CompileSpec(target="openvino", hf_task=task), needs_tokenizer=False)
+
+
+def test_positions_count_the_tokens_after_the_padding() -> None:
+    mask = np.array([[0, 0, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]])
+    assert token_positions(mask).tolist() == [[0, 0, 0, 1], [0, 1, 2, 3], [0, 1, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ([2.0, 1.9, 0.0], [1.9, 2.0, 0.0], True),
+        # Too far apart in one model.
+        ([2.0, 1.8, 0.0], [1.9, 2.0, 0.0], False),
+        # The other's first token is not second.
+        ([2.0, 1.9, 1.95], [1.9, 2.0, 1.8], False),
+    ],
+)
+def test_near_tie_is_close_and_mutual(before: list[float], after: list[float], expected: bool) -> None:
+    assert is_near_tie(np.array(before), np.array(after)) is expected
+
+
+def written(rows: list[list[int]], favourites: Mapping[int, float] | None = None) -> Written:
+    """Return a text in which each token leads by 5, and the tokens of `favourites` have these logits."""
+    ids = np.array(rows)
+    logits = np.zeros((*ids.shape, 10))
+    np.put_along_axis(logits, ids[..., None], 5.0, axis=-1)
+    for token, value in (favourites or {}).items():
+        logits[..., token] = value
+    return Written(ids, logits)
+
+
+def test_texts_part_at_their_first_different_token() -> None:
+    close = {3: 5.0, 4: 4.9}
+    assert part(written([[1, 2]]), written([[1, 2]])) == ["none"]
+    assert part(written([[1, 2]]), written([[1, 5]])) == ["real"]
+    assert part(written([[3, 2]], close), written([[4, 9]], {3: 4.9, 4: 5.0})) == ["near tie"]
+    # The tie comes after a real difference.
+    assert part(written([[1, 3]], close), written([[2, 4]], close)) == ["real"]
+    assert part(written([[1, 2]]), written([[1, 2, 3]])) == ["real"]
+
+
+class Counting:
+    """Writes the numbers after the last token of a prompt; `step` and `refuses` plant faults."""
+
+    def __init__(self, step: int = 1, *, refuses: bool = True):
+        self.step, self.refuses = step, refuses
+
+    def write(self, prompts: Mapping[str, Any], settings: Settings) -> Written:
+        """Write on from prompts of at most 15 tokens."""
+        ids = prompts["input_ids"]
+        if self.refuses and ids.shape[1] > 15:
+            raise InputError("too long", hint="")
+        new_ids = (ids[:, -1:] + self.step * np.arange(1, settings.new_tokens + 1)) % 10
+        if settings.beams > 1:
+            return Written(new_ids, scores=np.full(len(ids), -0.1 * self.step))
+        return written(new_ids.tolist())
+
+
+@pytest.mark.parametrize(
+    ("candidate", "faulty"),
+    [
+        (Counting(), set()),
+        (Counting(3), {"generations", "prompt_lengths", "early_ends", "beams"}),
+        (Counting(refuses=False), {"long_prompts"}),
+    ],
+)
+def test_faults_are_counted_under_their_names(candidate: Counting, faulty: set[str]) -> None:
+    prompts = Prompts([[1, 2, 3], [5]] * 5, ["a text"] * 10, pad_token_id=0, longest=16, new_tokens=6)
+    measurements = Measurements()
+    measure_generation(measurements, Counting(), candidate, prompts, progress=lambda _: None)
+    assert {name for name, value in measurements.scalars.items() if value} == faulty
+    assert len(measurements.scalars) == 7
+    assert sum(row["trials"] for row in measurements.rates) == 10
+
+
+def test_likelihoods_of_two_known_distributions() -> None:
+    likelihoods = Likelihoods()
+    before, after = np.log([[0.5, 0.25, 0.25]]), np.log([[0.25, 0.5, 0.25]])
+    for text in ("one", "two"):
+        likelihoods.add(text, before, after, [0])
+    scalars = likelihoods.scalars()
+    assert scalars["kl_mean"] == pytest.approx(0.5 * math.log(2) - 0.25 * math.log(2))
+    # The token had 0.5 and has 0.25, so the perplexity doubles.
+    assert scalars["perplexity_change"] == pytest.approx(1.0)
+    assert likelihoods.details()["perplexity_change"].startswith("perplexity 2 of the source model, 4 of the")
+
+
+def test_likelihoods_without_texts_measure_nothing() -> None:
+    assert Likelihoods().scalars() == {}
+    assert Likelihoods().details() == {}
