@@ -16,7 +16,7 @@ from compileflow.validation.judge import judge, suite
 from compileflow.validation.judge.suite import SuiteFile, gates_for, load_suite
 from compileflow.validation.measure import Measurements
 
-FP32, FP16, BF16, INT8, INT4 = tuple(Precision)
+FP32, BF16, FP16, INT8, INT4 = tuple(Precision)
 # The agreed limits, written out a second time on purpose.
 NUMERIC = {
     "rel_l2": {FP32: 1e-4, FP16: 1e-2, BF16: 5e-2},
