@@ -5,6 +5,8 @@ Over 300 lines, because all of it shares the compiles of one small decoder.
 
 from __future__ import annotations
 
+import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +32,7 @@ from compileflow.validation.measure.generation import measure_generation, measur
 from compileflow.validation.writing import ComponentReader, ModelWriter, prompts_of
 from tests.in_process import InProcess
 from tests.models import MAX_TOKENS, build_decoder, sentences
-from tests.unit.proving import validate_here
+from tests.unit.proving import reseal, validate_here
 
 TASK = HfTask.TEXT_GENERATION
 TARGETS = ("openvino", "onnx-runtime")
@@ -50,12 +52,12 @@ def compiled(tiny_model: Callable[..., Path], in_process: InProcess, tmp_path_fa
 
     def make(target: str, precision: Precision = Precision.FP32, **options: Any) -> Path:
         name = "-".join((target, precision, *map(str, options.values())))
-        return make_once(
+        settings = {"target": target, "hf_task": TASK, "precision": precision, "options": options}
+        folder = make_once(
             shared_folder(tmp_path_factory) / f"decoder-{name}",
-            lambda folder: in_process.compile(
-                tiny_model(TASK), folder, target=target, hf_task=TASK, precision=precision, options=options
-            ),
+            lambda folder: in_process.compile(tiny_model(TASK), folder / "artifact", **settings),
         )
+        return folder / "artifact"
 
     return make
 
@@ -440,11 +442,6 @@ class TestPlantedFaults:
     def test_end_token_that_the_artifact_lost_fails(
         self, compiled: Compiled, tiny_model: Callable[..., Path], tmp_path: Path
     ) -> None:
-        import json
-        import shutil
-
-        from tests.unit.proving import reseal
-
         folder = tmp_path / "artifact"
         shutil.copytree(compiled("openvino"), folder)
         path = folder / "generation_config.json"

@@ -13,7 +13,7 @@ import numpy as np
 
 from compileflow.contracts import Continuation
 from compileflow.errors import InputError
-from compileflow.serving.component import LoadedComponent
+from compileflow.serving.component import LoadedComponent, graph_errors
 from compileflow.serving.interface_files import load_part
 from compileflow.serving.model import FLAGS, CompiledModel
 
@@ -127,7 +127,8 @@ class GeneratingModel(CompiledModel):
         if positions is None:
             positions = np.maximum(np.cumsum(mask, axis=-1) - 1, 0)[:, -length:]
         positions = np.ascontiguousarray(np.broadcast_to(positions, ids.shape))
-        return past.continuation.read(ids, mask, positions)
+        with graph_errors({"input_ids": ids, "attention_mask": mask, "position_ids": positions}):
+            return past.continuation.read(ids, mask, positions)
 
     def _checked_ids(self, input_ids: Any, past: ReadRows | None) -> Any:
         ids = _as_array(input_ids)

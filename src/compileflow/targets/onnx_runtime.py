@@ -343,19 +343,18 @@ def _quantizer(options: OnnxRuntimeOptions, component: ComponentPlan, source_mod
 def _int4_quantizer(options: OnnxRuntimeOptions) -> Any:
     """Return NNCF's quantizer of weights: 4 bits, and 8 for embeddings and the last layer."""
     nncf = _nncf("int4")
-    from transformers.exporters import NNCFOnnxQuantizer, NNCFWeightCompressionConfig
+    from transformers.exporters import NNCFWeightCompressionConfig
 
     mode = nncf.CompressWeightsMode.INT4_SYM if options.symmetric else nncf.CompressWeightsMode.INT4_ASYM
-    return NNCFOnnxQuantizer(
-        NNCFWeightCompressionConfig(
-            mode=mode,
-            group_size=_WEIGHTS_PER_SCALE if options.group_size is None else options.group_size,
-            ratio=1.0,
-            advanced_parameters=nncf.AdvancedCompressionParameters(
-                group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST
-            ),
-        )
+    config = NNCFWeightCompressionConfig(
+        mode=mode,
+        group_size=_WEIGHTS_PER_SCALE if options.group_size is None else options.group_size,
+        ratio=1.0,
+        advanced_parameters=nncf.AdvancedCompressionParameters(
+            group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST
+        ),
     )
+    return _nncf_quantizer(config)
 
 
 def _nncf(precision: str) -> Any:
@@ -382,7 +381,20 @@ def _static_quantizer(options: OnnxRuntimeOptions, samples: list[dict[str, Any]]
         TargetUnavailableError: nncf is not installed.
     """
     nncf = _nncf("static int8")
-    from transformers.exporters import NNCFOnnxQuantizer, NNCFQuantizationConfig
+    from transformers.exporters import NNCFQuantizationConfig
+
+    overflow_fix = nncf.OverflowFix.ENABLE if options.reduce_range else nncf.OverflowFix.DISABLE
+    config = NNCFQuantizationConfig(
+        # Use all batches: NNCF would take only the first ones, and they are sorted by length.
+        subset_size=len(samples),
+        advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=overflow_fix),
+    )
+    return _nncf_quantizer(config, samples)
+
+
+def _nncf_quantizer(config: Any, samples: list[dict[str, Any]] | None = None) -> Any:
+    """Return NNCF's quantizer for a graph that the exporter's fusions have changed."""
+    from transformers.exporters import NNCFOnnxQuantizer
 
     class Quantizer(NNCFOnnxQuantizer):  # type: ignore[misc]
         """Corrects the declared shapes of constants that the exporter's fusions leave wrong; NNCF refuses them."""
@@ -393,12 +405,6 @@ def _static_quantizer(options: OnnxRuntimeOptions, samples: list[dict[str, Any]]
                     value.shape = value.const_value.shape
             return super().quantize(model, *args, **kwargs)
 
-    overflow_fix = nncf.OverflowFix.ENABLE if options.reduce_range else nncf.OverflowFix.DISABLE
-    config = NNCFQuantizationConfig(
-        # Use all batches: NNCF would take only the first ones, and they are sorted by length.
-        subset_size=len(samples),
-        advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=overflow_fix),
-    )
     return Quantizer(config, calibration_dataset=samples)
 
 
