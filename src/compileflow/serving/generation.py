@@ -95,6 +95,8 @@ class GeneratingModel(CompiledModel):
             InputError: The inputs do not suit the component, or there are more tokens than it takes.
         """
         _refuse(kwargs)
+        if not isinstance(past_key_values, ReadRows | None):
+            raise _other_cache()
         ids = self._checked_ids(input_ids, past_key_values)
         past = past_key_values
         if past is None and use_cache:
@@ -168,10 +170,7 @@ class GeneratingModel(CompiledModel):
         """
         rows = model_kwargs.get("past_key_values")
         if generation_config.cache_implementation is not None or not isinstance(rows, ReadRows | None):
-            raise InputError(
-                "A compiled decoder keeps its own cache; it takes neither cache_implementation nor another cache.",
-                hint="Leave them out; past_key_values of an earlier answer of this model can be passed.",
-            )
+            raise _other_cache()
         if rows is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = ReadRows(self.graph.start())
 
@@ -240,6 +239,14 @@ def generating_bases(kind: type[CompiledModel]) -> tuple[type, ...]:
     else:
         own = (GeneratingModel,) if kind is CompiledModel else (kind, GeneratingModel)
     return (*own, PreTrainedModel, GenerationMixin)
+
+
+def _other_cache() -> InputError:
+    """Return the error for a call with a cache of transformers."""
+    return InputError(
+        "A compiled decoder keeps its own cache; it takes neither cache_implementation nor another cache.",
+        hint="Leave them out; past_key_values of an earlier answer of this model can be passed.",
+    )
 
 
 def _refuse(arguments: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ from compileflow.source_model.decoding import CACHE, token_positions
 LOGITS = "logits"
 # The exporter marks a tensor that is an input and an output.
 _INPUT, _OUTPUT = f"input.{CACHE}", f"output.{CACHE}"
+_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 
 
 def has_cache(session: Any) -> bool:
@@ -28,8 +29,7 @@ def has_cache(session: Any) -> bool:
 def whole_row_inputs(session: Any, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
     """Return the inputs of a session that read rows from their beginning."""
     mask = inputs["attention_mask"]
-    caches = {value.name: _no_tokens(value, len(mask)) for value in session.get_inputs() if CACHE in value.name}
-    return {**inputs, "position_ids": token_positions(mask), **caches}
+    return {**inputs, "position_ids": token_positions(mask), **_Cache(session).empty(len(mask))}
 
 
 class OnnxDecoder:
@@ -37,6 +37,7 @@ class OnnxDecoder:
 
     def __init__(self, session: Any):
         self._session = session
+        self._cache = _Cache(session)
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
         mask = inputs["attention_mask"]
@@ -44,66 +45,83 @@ class OnnxDecoder:
 
     def start(self) -> OnnxContinuation:
         """Begin with an empty cache."""
-        return OnnxContinuation(require_open(self._session))
+        return OnnxContinuation(require_open(self._session), self._cache)
 
     def close(self) -> None:
         self._session = None
 
 
 class OnnxContinuation:
-    """Rows whose cache is bound to the session call after call."""
+    """Rows whose keys and values are bound to the session call after call."""
 
-    def __init__(self, session: Any):
+    def __init__(self, session: Any, cache: _Cache):
         self.length = 0
         self._session = session
-        self._empty = {value.name: value for value in session.get_inputs() if CACHE in value.name}
-        self._names = {value.name for value in session.get_inputs()}
-        self._cache: dict[str, Any] = {}
+        self._cache = cache
+        self._values: dict[str, Any] = {}
 
     def read(
         self, input_ids: NDArray[Any], attention_mask: NDArray[Any], position_ids: NDArray[Any]
     ) -> NDArray[Any]:
         """Read the next tokens of each row."""
-        import onnxruntime
-
-        session = require_open(self._session)
-        if not self._cache:
-            self._cache = {
-                name: onnxruntime.OrtValue.ortvalue_from_numpy(_no_tokens(value, len(input_ids)))
-                for name, value in self._empty.items()
-            }
-        binding = session.io_binding()
+        session, cache = require_open(self._session), self._cache
+        if not self._values:
+            self._values = _bound(cache.empty(len(input_ids)))
         tokens = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        for name, array in tokens.items():
-            if name in self._names:
-                binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
-        for name, value in self._cache.items():
+        binding = session.io_binding()
+        inputs = self._values | _bound({name: array for name, array in tokens.items() if name in cache.inputs})
+        for name, value in inputs.items():
             binding.bind_ortvalue_input(name, value)
-        names = [value.name for value in session.get_outputs()]
-        for name in names:
+        for name in cache.outputs:
             binding.bind_output(name, "cpu")
         session.run_with_iobinding(binding)
-        outputs = dict(zip(names, binding.get_outputs(), strict=True))
-        self._cache = {name: outputs[name.replace(_INPUT, _OUTPUT)] for name in self._cache}
+        answers = dict(zip(cache.outputs, binding.get_outputs(), strict=True))
+        self._values |= {name: answers[output] for name, output in cache.successors.items()}
         self.length += input_ids.shape[1]
-        logits: NDArray[Any] = outputs[LOGITS].numpy()
+        logits: NDArray[Any] = answers[LOGITS].numpy()
         return logits
 
     def reorder(self, rows: NDArray[Any]) -> None:
         """Copy the rows of the cache into their new places."""
-        import onnxruntime
-
-        self._cache = {
-            name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value.numpy()[rows]))
-            for name, value in self._cache.items()
-        }
+        self._values |= _bound({name: self._values[name].numpy()[rows] for name in self._cache.successors})
 
     def close(self) -> None:
         """Forget the cache."""
-        self._session, self._cache = None, {}
+        self._session, self._values = None, {}
 
 
-def _no_tokens(value: Any, rows: int) -> NDArray[Any]:
-    """Return keys or values of no tokens, of shape (rows, heads, 0, size)."""
-    _, heads, _, size = value.shape
-    return np.zeros((rows, heads, 0, size), np.float32)
+class _Cache:
+    """The ports of a session through which its cache goes.
+
+    Attributes:
+        inputs: Names of all inputs.
+        outputs: Names of all outputs.
+        successors: Name of each input with keys or values, and of the output that is its input of the next call.
+    """
+
+    def __init__(self, session: Any):
+        ports = session.get_inputs()
+        self.inputs = [port.name for port in ports]
+        self.outputs = [port.name for port in session.get_outputs()]
+        self._ports = {port.name: port for port in ports if CACHE in port.name}
+        # A layer with a sliding window also has a number of no shape, which the exported graph does not use.
+        self.successors = {
+            name: name.replace(_INPUT, _OUTPUT) for name, port in self._ports.items() if len(port.shape) > 1
+        }
+
+    def empty(self, rows: int) -> Arrays:
+        """Return keys and values of no tokens, of shape (rows, heads, 0, size)."""
+        return {
+            name: np.zeros((rows, port.shape[1], 0, port.shape[3]) if port.shape else (), _TYPES[port.type])
+            for name, port in self._ports.items()
+        }
+
+
+def _bound(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+    """Return arrays as values that can be bound to a session."""
+    import onnxruntime
+
+    return {
+        name: onnxruntime.OrtValue.ortvalue_from_numpy(np.asarray(array, order="C"))
+        for name, array in arrays.items()
+    }
