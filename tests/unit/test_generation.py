@@ -36,7 +36,7 @@ from tests.unit.proving import reseal, validate_here
 
 TASK = HfTask.TEXT_GENERATION
 TARGETS = ("openvino", "onnx-runtime")
-TEXTS = sentences()[:3]
+TEXTS = ["the train was late and", "it arrived", "where is my order today because it is late"]
 CHAT = [{"role": "user", "content": "where is my order"}]
 GREEDY = {"max_new_tokens": 16, "do_sample": False}
 
@@ -178,7 +178,7 @@ class TestGenerateIsTransformersOwn:
     def test_eight_threads_get_the_answers_of_one(
         self, model_of: Any, eager: Any, tokens: Any, target: str
     ) -> None:
-        inputs = [tokens([text]) for text in sentences()[:8]]
+        inputs = [tokens([f"{text} {number}"]) for number in range(4) for text in TEXTS[:2]]
         expected = [eager.generate(**row, **GREEDY).tolist() for row in inputs]
         ready = threading.Barrier(8)
 
@@ -278,7 +278,7 @@ class TestArtifact:
     def test_weights_are_stored_once(self, compiled: Compiled, tiny_model: Callable[..., Path]) -> None:
         weights = (tiny_model(TASK) / "model.safetensors").stat().st_size
         for target in TARGETS:
-            assert read_manifest(compiled(target)).size_bytes < 1.5 * weights + 500_000
+            assert read_manifest(compiled(target)).size_bytes < 1.2 * weights + 300_000
 
     @pytest.mark.parametrize("target", TARGETS)
     def test_passes_validation(
@@ -418,26 +418,17 @@ class TestPlantedFaults:
         assert measured("openvino").scalars["generations"] > 0
 
     @pytest.mark.parametrize(
-        ("alter", "gate"),
-        [
-            (
-                lambda config: config.update(rope_parameters={"rope_theta": 500.0, "rope_type": "default"}),
-                "rel_l2",
-            ),
-            (lambda config: config.update(rms_norm_eps=1.0), "rel_l2"),
-        ],
-        ids=["wrong rope scale", "wrong epsilon"],
+        "settings",
+        [{"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}}, {"tie_word_embeddings": True}],
+        ids=["wrong rope scale", "tied weights untied"],
     )
-    def test_other_arithmetic_fails(
-        self, compiled: Compiled, tmp_path: Path, alter: Callable[[dict[str, Any]], None], gate: str
-    ) -> None:
+    def test_other_arithmetic_fails(self, compiled: Compiled, tmp_path: Path, settings: dict[str, Any]) -> None:
         """The source model has other settings than the artifact was compiled from."""
-        settings: dict[str, Any] = {}
-        alter(settings)
         source = build_decoder(tmp_path / "source", **settings)
         proof = validate_here(source, compiled("openvino"), tmp_path / "report", max_examples=8)
+        failed = {gate["gate"] for gate in proof.report["verdict"]["gates"] if gate["outcome"] == "fail"}
         assert proof.outcome == "fail"
-        assert proof.gate(gate)["outcome"] == "fail"
+        assert {"rel_l2", "next_token", "kl_mean", "cached_reading", "generations"} <= failed
 
     def test_end_token_that_the_artifact_lost_fails(
         self, compiled: Compiled, tiny_model: Callable[..., Path], tmp_path: Path

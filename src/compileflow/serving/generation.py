@@ -68,7 +68,7 @@ class GeneratingModel(CompiledModel):
         super().__init__(graph, config)
         self.generation_config = load_generation_config(graph, config)
 
-    def __call__(
+    def __call__(  # type: ignore[override]
         self,
         input_ids: Any = None,
         attention_mask: Any = None,
@@ -113,7 +113,7 @@ class GeneratingModel(CompiledModel):
             output["past_key_values"] = past
         return output if return_dict is not False else output.to_tuple()
 
-    forward = __call__
+    forward = __call__  # type: ignore[assignment]
 
     def _read(self, past: ReadRows, ids: Any, mask: Any, positions: Any) -> Any:
         """Read the next tokens of rows, with the mask and the positions that transformers leaves out."""

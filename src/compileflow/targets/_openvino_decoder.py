@@ -69,18 +69,23 @@ def compress_weights(graph: Any, precision: Precision, *, group_size: int, symme
     import nncf
 
     logging.getLogger("nncf").setLevel(logging.ERROR)
-    if precision is Precision.INT8:
-        return nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_ASYM)
-    mode = nncf.CompressWeightsMode.INT4_SYM if symmetric else nncf.CompressWeightsMode.INT4_ASYM
-    return nncf.compress_weights(
-        graph,
-        mode=mode,
-        group_size=group_size,
-        ratio=1.0,
-        advanced_parameters=nncf.AdvancedCompressionParameters(
-            group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST
-        ),
-    )
+    settings: dict[str, Any] = {"mode": nncf.CompressWeightsMode.INT8_ASYM}
+    if precision is Precision.INT4:
+        modes = nncf.CompressWeightsMode
+        settings = {
+            "mode": modes.INT4_SYM if symmetric else modes.INT4_ASYM,
+            "group_size": group_size,
+            "ratio": 1.0,
+            "advanced_parameters": nncf.AdvancedCompressionParameters(
+                group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST
+            ),
+        }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return nncf.compress_weights(graph, **settings)
+        except Exception as error:
+            raise refusal("NNCF", error, reason=first_line(error)) from error
 
 
 def whole_row_inputs(inputs: Mapping[str, NDArray[Any]]) -> Arrays:

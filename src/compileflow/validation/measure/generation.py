@@ -32,6 +32,7 @@ _BEAM_TIE = 1e-3
 _NAMED = 3
 
 Parting = Literal["none", "near tie", "real"]
+_REAL: Parting = "real"
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def measure_generation(
         before = reference.write(prompts.batch(rows), greedy)
         after = _attempt(candidate, prompts.batch(rows), greedy)
         if after is None:
-            counts.add("generations", texts, ["real"] * len(rows))
+            counts.add("generations", texts, [_REAL] * len(rows))
             continue
         partings = part(before, after)
         counts.add("generations", texts, partings)
@@ -274,7 +275,7 @@ def _measure_lengths(counts: _Counts, reference: Writer, candidate: Writer, prom
         inputs = prompts.batch([row])
         after = _attempt(candidate, inputs, settings)
         name = [f"a prompt of {length} tokens"]
-        partings: list[Parting] = ["real"] if after is None else part(reference.write(inputs, settings), after)
+        partings = [_REAL] if after is None else part(reference.write(inputs, settings), after)
         counts.add("prompt_lengths", name, partings)
 
 
@@ -285,7 +286,7 @@ def _measure_early_ends(counts: _Counts, reference: Writer, candidate: Writer, p
     written = reference.write(inputs, Settings(min(_ENDS_AFTER + 1, prompts.new_tokens)))
     settings = Settings(prompts.new_tokens, end_id=int(written.ids[0, -1]))
     after = _attempt(candidate, inputs, settings)
-    partings: list[Parting] = ["real"] * len(rows)
+    partings = [_REAL] * len(rows)
     if after is not None:
         partings = part(reference.write(inputs, settings), after)
     counts.add("early_ends", prompts.texts[: len(rows)], partings)
