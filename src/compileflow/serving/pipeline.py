@@ -238,7 +238,12 @@ class CompiledPipeline:
         check_settings(hf_task, pipeline_settings)
         if tokenizer is not None and not isinstance(tokenizer, CompiledTokenizer):
             longest = model.graph.record.max_sequence_length
-            tokenizer = CompiledTokenizer(tokenizer, {"padding": True, "truncation": True, "max_length": longest})
+            settings = {"padding": True, "truncation": True, "max_length": longest}
+            tokenizer = (
+                CompiledTokenizer.for_prompts(tokenizer)
+                if hf_task.generates
+                else CompiledTokenizer(tokenizer, settings)
+            )
         return cls(None, _wrapped(hf_task, model, tokenizer, pipeline_settings), model.artifact)
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:

@@ -195,10 +195,7 @@ class CompiledTokenizer:
         longest = tokenizer.model_max_length = record.max_sequence_length
         saved_settings = _read_settings(artifact.tokenizer_folder, tokenizer)
         if artifact.manifest.hf_task.generates:
-            _prepare_prompts(tokenizer)
-            if saved_settings is None:
-                # A prompt that is cut loses its question, so the model refuses one that is too long.
-                return cls(tokenizer, {"padding": _can_pad(tokenizer)}, artifact)
+            return cls.for_prompts(tokenizer, saved_settings, artifact)
         if saved_settings is None:
             defaults = {"padding": _can_pad(tokenizer), "truncation": True, "max_length": longest}
             return cls(tokenizer, defaults, artifact)
@@ -209,6 +206,31 @@ class CompiledTokenizer:
         # Question answering splits long contexts, which needs settings of its own in each call.
         fixed = artifact.manifest.hf_task is not HfTask.QUESTION_ANSWERING
         return cls(tokenizer, settings, artifact, fixed=fixed)
+
+    @classmethod
+    def for_prompts(
+        cls,
+        tokenizer: Any,
+        settings: Mapping[str, Any] | None = None,
+        artifact: OpenArtifact | None = None,
+    ) -> CompiledTokenizer:
+        """Wrap a tokenizer for a decoder: it pads on the left, next to which the decoder writes, and cuts nothing.
+
+        A prompt that is cut loses its question, so the model refuses one that is too long. If there is no padding
+        token, the token that ends a text pads.
+
+        Args:
+            tokenizer: A transformers tokenizer. Its side of padding and its padding token are set.
+            settings: Saved settings of each call; None without any.
+            artifact: Artifact that the tokenizer belongs to.
+        """
+        tokenizer.padding_side = "left"
+        if not _can_pad(tokenizer) and tokenizer.eos_token is not None:
+            logger.info("the tokenizer has no padding token; %s pads the prompts of a batch", tokenizer.eos_token)
+            tokenizer.pad_token = tokenizer.eos_token
+        if settings is not None:
+            return cls(tokenizer, settings, artifact, fixed=True)
+        return cls(tokenizer, {"padding": _can_pad(tokenizer)}, artifact)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Tokenize as the wrapped tokenizer does, with `tokenization_settings`."""
@@ -330,14 +352,6 @@ class CompiledTokenizer:
 def _can_pad(tokenizer: Any) -> bool:
     """Return whether a tokenizer has a padding token. One text, and the rows of a list call, need none."""
     return tokenizer.pad_token is not None
-
-
-def _prepare_prompts(tokenizer: Any) -> None:
-    """Let a tokenizer pad prompts on the left, next to which a decoder writes, with the end token if it must."""
-    tokenizer.padding_side = "left"
-    if not _can_pad(tokenizer) and tokenizer.eos_token is not None:
-        logger.info("the tokenizer has no padding token; %s pads the prompts of a batch", tokenizer.eos_token)
-        tokenizer.pad_token = tokenizer.eos_token
 
 
 def _as_tensors(encoded: Any) -> Any:
