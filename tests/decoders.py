@@ -36,7 +36,7 @@ class EagerContinuation:
         self.cache = transformers.DynamicCache(config=model.config)
         self._model = model
 
-    def read(self, input_ids: Any, attention_mask: Any, position_ids: Any) -> Any:
+    def read(self, input_ids: Any, attention_mask: Any, position_ids: Any, *, last: bool = False) -> Any:
         """Read the next tokens of each row."""
         import torch
 
@@ -48,7 +48,8 @@ class EagerContinuation:
                 use_cache=True,
             )
         self.length += input_ids.shape[1]
-        return answer.logits.numpy()
+        logits = answer.logits.numpy()
+        return logits[:, -1:] if last else logits
 
     def reorder(self, rows: NDArray[Any]) -> None:
         """Replace the rows by copies of some of them."""
@@ -63,17 +64,17 @@ class EagerContinuation:
 class PositionsOffByOne(EagerContinuation):
     """Numbers the tokens after the prompt from one too many."""
 
-    def read(self, input_ids: Any, attention_mask: Any, position_ids: Any) -> Any:
+    def read(self, input_ids: Any, attention_mask: Any, position_ids: Any, *, last: bool = False) -> Any:
         """Read the next tokens of each row."""
-        return super().read(input_ids, attention_mask, position_ids + (self.length > 0))
+        return super().read(input_ids, attention_mask, position_ids + (self.length > 0), last=last)
 
 
 class MaskIgnored(EagerContinuation):
     """Reads the padding as text."""
 
-    def read(self, input_ids: Any, attention_mask: Any, position_ids: Any) -> Any:
+    def read(self, input_ids: Any, attention_mask: Any, position_ids: Any, *, last: bool = False) -> Any:
         """Read the next tokens of each row."""
-        return super().read(input_ids, np.ones_like(attention_mask), position_ids)
+        return super().read(input_ids, np.ones_like(attention_mask), position_ids, last=last)
 
 
 class ReorderDropped(EagerContinuation):
@@ -86,11 +87,11 @@ class ReorderDropped(EagerContinuation):
 class RowsExchanged(EagerContinuation):
     """Exchanges the first two rows of the cache before each token after the prompt."""
 
-    def read(self, input_ids: Any, attention_mask: Any, position_ids: Any) -> Any:
+    def read(self, input_ids: Any, attention_mask: Any, position_ids: Any, *, last: bool = False) -> Any:
         """Read the next tokens of each row."""
         if self.length > 0 and len(input_ids) > 1:
             self.reorder(np.array([1, 0, *range(2, len(input_ids))]))
-        return super().read(input_ids, attention_mask, position_ids)
+        return super().read(input_ids, attention_mask, position_ids, last=last)
 
 
 class StaleCache(EagerContinuation):
@@ -98,13 +99,13 @@ class StaleCache(EagerContinuation):
 
     earlier: ClassVar[dict[int, Any]] = {}
 
-    def read(self, input_ids: Any, attention_mask: Any, position_ids: Any) -> Any:
+    def read(self, input_ids: Any, attention_mask: Any, position_ids: Any, *, last: bool = False) -> Any:
         """Read the next tokens of each row."""
         rows = len(input_ids)
         if self.length == 0:
             self.cache = self.earlier.setdefault(rows, self.cache)
         stale = np.ones((rows, self.cache.get_seq_length() - self.length), np.int64)
-        return super().read(input_ids, np.concatenate([stale, attention_mask], axis=1), position_ids)
+        return super().read(input_ids, np.concatenate([stale, attention_mask], axis=1), position_ids, last=last)
 
 
 class EndIgnored(ModelWriter):

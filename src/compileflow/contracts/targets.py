@@ -199,7 +199,12 @@ class Continuation(Protocol):
     length: int
 
     def read(
-        self, input_ids: NDArray[Any], attention_mask: NDArray[Any], position_ids: NDArray[Any]
+        self,
+        input_ids: NDArray[Any],
+        attention_mask: NDArray[Any],
+        position_ids: NDArray[Any],
+        *,
+        last: bool = False,
     ) -> NDArray[Any]:
         """Read the next tokens of each row.
 
@@ -207,9 +212,10 @@ class Continuation(Protocol):
             input_ids: The tokens, int64 of shape (rows, tokens).
             attention_mask: 0 for padding, 1 for tokens that count, int64 of shape (rows, all tokens read so far).
             position_ids: Position of each token in its row without padding, int64 of the shape of `input_ids`.
+            last: Return the logits of the last token alone, which saves time and memory for a prompt.
 
         Returns:
-            Logits of the token after each of these tokens, float32 of shape (rows, tokens, vocabulary).
+            Logits of the token after each of these tokens, float32 of shape (rows, tokens or 1, vocabulary).
         """
 
     def reorder(self, rows: NDArray[Any]) -> None:

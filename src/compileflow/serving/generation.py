@@ -105,7 +105,7 @@ class GeneratingModel(CompiledModel):
         if past is None:
             logits = self.run({"input_ids": ids, **({} if mask is None else {"attention_mask": mask})})["logits"]
         else:
-            logits = self._read(past, ids, mask, _as_array(position_ids))
+            logits = self._read(past, ids, mask, _as_array(position_ids), last=logits_to_keep == 1)
         if logits_to_keep:
             logits = logits[:, -logits_to_keep:]
         output = self.as_output({"logits": logits})
@@ -115,7 +115,7 @@ class GeneratingModel(CompiledModel):
 
     forward = __call__  # type: ignore[assignment]
 
-    def _read(self, past: ReadRows, ids: Any, mask: Any, positions: Any) -> Any:
+    def _read(self, past: ReadRows, ids: Any, mask: Any, positions: Any, *, last: bool) -> Any:
         """Read the next tokens of rows, with the mask and the positions that transformers leaves out."""
         rows, length = ids.shape
         total = past.get_seq_length() + length
@@ -130,7 +130,7 @@ class GeneratingModel(CompiledModel):
             positions = np.maximum(np.cumsum(mask, axis=-1) - 1, 0)[:, -length:]
         positions = np.ascontiguousarray(np.broadcast_to(positions, ids.shape))
         with graph_errors({"input_ids": ids, "attention_mask": mask, "position_ids": positions}):
-            return past.continuation.read(ids, mask, positions)
+            return past.continuation.read(ids, mask, positions, last=last)
 
     def _checked_ids(self, input_ids: Any, past: ReadRows | None) -> Any:
         ids = _as_array(input_ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from compileflow.source_model.interface import SourceModel
 
 CACHE = "past_key_values"
+# Name in transformers of the tokens whose logits a decoder computes.
+LOGITS_PLACES = "logits_to_keep"
 # Rows and tokens of the example: torch.export takes a size of 1 for a constant.
 _ROWS, _TOKENS = 3, 6
 
@@ -46,8 +49,12 @@ def token_positions(attention_mask: NDArray[Any]) -> NDArray[np.int64]:
     return np.maximum(np.cumsum(attention_mask, axis=-1, dtype=np.int64) - 1, 0)
 
 
-def decoding_step(source_model: SourceModel) -> DecodingStep:
+def decoding_step(source_model: SourceModel, *, chooses_logits: bool = False) -> DecodingStep:
     """Return one step of a decoder with an example of its inputs, taken from transformers' own `generate`.
+
+    Args:
+        source_model: The decoder.
+        chooses_logits: Add the input LOGITS_PLACES, the tokens whose logits are computed, if the decoder has it.
 
     Raises:
         RuntimeError: transformers cannot generate with the model.
@@ -68,11 +75,13 @@ def decoding_step(source_model: SourceModel) -> DecodingStep:
             multi_token_decode=True,
         )
     model, inputs = stages["decode"]
+    if chooses_logits and LOGITS_PLACES in inspect.signature(source_model.model.forward).parameters:
+        inputs = {**inputs, LOGITS_PLACES: torch.arange(inputs["input_ids"].shape[1])}
     free = torch.export.Dim.DYNAMIC
     shapes: dict[str, Any] = {}
     for name, value in inputs.items():
         if isinstance(value, torch.Tensor):
-            shapes[name] = {0: free, 1: free}
+            shapes[name] = dict.fromkeys(range(value.ndim), free)
         elif name == CACHE:
             # Keys and values have the shape (rows, heads, tokens, size); a sliding window also counts its tokens.
             tensors = get_leaf_tensors({name: value}).values()

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from compileflow.contracts import Arrays
 from compileflow.contracts.toolkit import require_open
-from compileflow.source_model.decoding import CACHE, token_positions
+from compileflow.source_model.decoding import CACHE, LOGITS_PLACES, token_positions
 
 LOGITS = "logits"
 # The exporter marks a tensor that is an input and an output.
@@ -29,7 +29,9 @@ def has_cache(session: Any) -> bool:
 def whole_row_inputs(session: Any, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
     """Return the inputs of a session that read rows from their beginning."""
     mask = inputs["attention_mask"]
-    return {**inputs, "position_ids": token_positions(mask), **_Cache(session).empty(len(mask))}
+    places = np.arange(mask.shape[1])
+    cache = _Cache(session).empty(len(mask))
+    return {**inputs, "position_ids": token_positions(mask), LOGITS_PLACES: places, **cache}
 
 
 class OnnxDecoder:
@@ -61,13 +63,24 @@ class OnnxContinuation:
         self._values: dict[str, Any] = {}
 
     def read(
-        self, input_ids: NDArray[Any], attention_mask: NDArray[Any], position_ids: NDArray[Any]
+        self,
+        input_ids: NDArray[Any],
+        attention_mask: NDArray[Any],
+        position_ids: NDArray[Any],
+        *,
+        last: bool = False,
     ) -> NDArray[Any]:
         """Read the next tokens of each row."""
         session, cache = require_open(self._session), self._cache
+        length = input_ids.shape[1]
         if not self._values:
             self._values = _bound(cache.empty(len(input_ids)))
-        tokens = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        tokens = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            LOGITS_PLACES: np.arange(length - 1 if last else 0, length),
+        }
         binding = session.io_binding()
         inputs = self._values | _bound({name: array for name, array in tokens.items() if name in cache.inputs})
         for name, value in inputs.items():
@@ -77,9 +90,9 @@ class OnnxContinuation:
         session.run_with_iobinding(binding)
         answers = dict(zip(cache.outputs, binding.get_outputs(), strict=True))
         self._values |= {name: answers[output] for name, output in cache.successors.items()}
-        self.length += input_ids.shape[1]
+        self.length += length
         logits: NDArray[Any] = answers[LOGITS].numpy()
-        return logits
+        return logits[:, -1:] if last else logits
 
     def reorder(self, rows: NDArray[Any]) -> None:
         """Copy the rows of the cache into their new places."""

@@ -24,6 +24,10 @@ from compileflow.spec import Precision
 LOGITS = "logits"
 # Inputs of the graph. The last one names the row of the cache that takes each place before the tokens are read.
 INPUTS = ("input_ids", "attention_mask", "position_ids", "beam_idx")
+# A further input of the loaded graph: the tokens whose logits are computed.
+_PLACES = "logits_places"
+# Operations between the product that gives the logits and the output.
+_AFTER_PRODUCT = ("Add", "Convert", "Divide", "Multiply", "Result", "Tanh")
 
 
 def export_decoder(source_model: SourceModel) -> Any:
@@ -88,11 +92,37 @@ def compress_weights(graph: Any, precision: Precision, *, group_size: int, symme
             raise refusal("NNCF", error, reason=first_line(error)) from error
 
 
+def choose_logits(graph: Any) -> None:
+    """Let a graph compute the logits of some tokens alone, whose places are a further input.
+
+    Of a prompt, only the last token's logits count, and the product that gives them is as large as several layers.
+    Nothing changes in a graph whose logits are not a product of the hidden states, and at most a few operations.
+    """
+    import openvino
+    from openvino import opset13 as opset
+
+    node = graph.output(LOGITS).get_node()
+    while node.get_type_name() in _AFTER_PRODUCT:
+        sources = [port.get_node() for port in node.input_values()]
+        sources = [source for source in sources if source.get_type_name() != "Constant"]
+        if len(sources) != 1:
+            return
+        node = sources[0]
+    if node.get_type_name() != "MatMul" or node.input_value(0).get_partial_shape().rank.get_length() != 3:
+        return
+    places = opset.parameter(openvino.PartialShape([-1]), np.int64, name=_PLACES)
+    places.output(0).get_tensor().set_names({_PLACES})
+    chosen = opset.gather(node.input_value(0), places, opset.constant(np.int64(1)))
+    node.input(0).replace_source_output(chosen.output(0))
+    graph.add_parameters([places])
+    graph.validate_nodes_and_infer_types()
+
+
 def whole_row_inputs(inputs: Mapping[str, NDArray[Any]]) -> Arrays:
     """Return the inputs of the graph that read rows from their beginning."""
     mask = inputs["attention_mask"]
-    rows = np.arange(len(mask), dtype=np.int32)
-    return {**inputs, "position_ids": token_positions(mask), "beam_idx": rows}
+    rows, places = np.arange(len(mask), dtype=np.int32), np.arange(mask.shape[1])
+    return {**inputs, "position_ids": token_positions(mask), "beam_idx": rows, _PLACES: places}
 
 
 class OpenVinoDecoder:
@@ -100,7 +130,7 @@ class OpenVinoDecoder:
 
     def __init__(self, model: Any):
         self._model = model
-        self._has_positions = any("position_ids" in port.get_names() for port in model.inputs)
+        self._inputs = frozenset(name for port in model.inputs for name in port.get_names())
         self._idle_requests: list[Any] = []
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
@@ -118,7 +148,7 @@ class OpenVinoDecoder:
             request = self._idle_requests.pop()
         except IndexError:
             request = model.create_infer_request()
-        return OpenVinoContinuation(request, self._idle_requests, has_positions=self._has_positions)
+        return OpenVinoContinuation(request, self._idle_requests, self._inputs)
 
     def close(self) -> None:
         self._model = None
@@ -128,28 +158,38 @@ class OpenVinoDecoder:
 class OpenVinoContinuation:
     """Rows whose cache is the state of an inference request."""
 
-    def __init__(self, request: Any, idle_requests: list[Any], *, has_positions: bool):
+    def __init__(self, request: Any, idle_requests: list[Any], names: frozenset[str]):
         # A request that was used before still holds the rows of its last continuation.
         request.reset_state()
         self.length = 0
         self._request = request
         self._idle_requests = idle_requests
-        self._has_positions = has_positions
+        self._names = names
         self._rows: NDArray[np.int32] | None = None
 
     def read(
-        self, input_ids: NDArray[Any], attention_mask: NDArray[Any], position_ids: NDArray[Any]
+        self,
+        input_ids: NDArray[Any],
+        attention_mask: NDArray[Any],
+        position_ids: NDArray[Any],
+        *,
+        last: bool = False,
     ) -> NDArray[Any]:
         """Read the next tokens of each row, after putting the rows into the order that was asked for."""
-        rows = np.arange(len(input_ids), dtype=np.int32) if self._rows is None else self._rows
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "beam_idx": rows}
-        if self._has_positions:
-            inputs["position_ids"] = position_ids
-        answers = require_open(self._request).infer(inputs, share_inputs=True)
+        rows, length = input_ids.shape
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "beam_idx": np.arange(rows, dtype=np.int32) if self._rows is None else self._rows,
+            _PLACES: np.arange(length - 1 if last else 0, length),
+        }
+        known_inputs = {name: value for name, value in inputs.items() if name in self._names}
+        answers = require_open(self._request).infer(known_inputs, share_inputs=True)
         self._rows = None
-        self.length += input_ids.shape[1]
+        self.length += length
         logits: NDArray[Any] = answers[LOGITS]
-        return logits
+        return logits[:, -1:] if last else logits
 
     def reorder(self, rows: NDArray[Any]) -> None:
         """Remember which row takes each place; the graph moves the cache when it reads the next tokens."""

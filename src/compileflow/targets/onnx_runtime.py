@@ -454,7 +454,7 @@ def _export(
 def _export_decoder(source_model: SourceModel, options: OnnxRuntimeOptions, quantizer: Any, longest: int) -> Any:
     """Export one step of a decoder, with its cache as inputs and outputs."""
     try:
-        step = decoding_step(source_model)
+        step = decoding_step(source_model, chooses_logits=True)
     except RuntimeError as error:
         raise refusal("transformers", error) from error
     return _exported(step.model, step.inputs, step.dynamic_shapes, options, quantizer, longest)

@@ -53,6 +53,7 @@ from compileflow.source_model.whole_rows import whole_rows
 from compileflow.spec import HfTask, Precision
 from compileflow.targets._openvino_decoder import (
     OpenVinoDecoder,
+    choose_logits,
     compress_weights,
     export_decoder,
     whole_row_inputs,
@@ -342,6 +343,8 @@ def _compiled(core: Any, model: Any, component: ComponentRecord, threads: int | 
             if isinstance(model, str):
                 model = core.read_model(model)
             keep_rounded_quotients(model)
+            if _CACHE_OPTION in component.load_options:
+                choose_logits(model)
             return core.compile_model(model, "CPU", settings)
     except Exception as error:
         runtime = f"openvino {openvino.__version__}"
