@@ -13,8 +13,9 @@ import pytest
 from compileflow.errors import InputError, SpecError
 from compileflow.source_model.decoding import token_positions
 from compileflow.spec import CompileSpec, HfTask, Precision
-from compileflow.steps.compile import checked_target
+from compileflow.steps.compile import checked_target, flat_spec
 from compileflow.steps.source_checks import check_source
+from compileflow.targets.open_vino import OpenVinoOptions
 from compileflow.validation.measure import Measurements
 from compileflow.validation.measure.generation import (
     Prompts,
@@ -60,6 +61,30 @@ def test_options_that_do_not_suit_are_refused(
 ) -> None:
     with pytest.raises(SpecError, match=says):
         checked_target(spec(target, Precision(precision), **options))
+
+
+@pytest.mark.parametrize(
+    ("precision", "options", "compute", "cache"),
+    [
+        ("fp32", {}, "f32", "f32"),
+        ("bf16", {}, "bf16", "bf16"),
+        ("int8", {}, "f32", "f32"),
+        ("int4", {"compute_precision": "bf16"}, "bf16", "bf16"),
+        ("int4", {"compute_precision": "bf16", "kv_cache_precision": "fp32"}, "bf16", "f32"),
+        ("fp32", {"kv_cache_precision": "int8"}, "f32", "u8"),
+    ],
+)
+def test_formats_of_computation_and_cache_are_explicit(
+    precision: str, options: dict[str, Any], compute: str, cache: str
+) -> None:
+    hints = OpenVinoOptions(**options).decoder_hints(Precision(precision))
+    assert hints == {"inference_precision": compute, "kv_cache_precision": cache}
+
+
+def test_formats_are_part_of_the_cache_key() -> None:
+    plain, small_cache = flat_spec(spec("openvino")), flat_spec(spec("openvino", kv_cache_precision="int8"))
+    assert small_cache == plain | {"target_options.kv_cache_precision": "int8"}
+    assert flat_spec(spec("openvino", Precision.BF16)) == plain | {"precision": "bf16"}
 
 
 def test_other_tasks_have_neither_int4_nor_a_cache() -> None:
