@@ -21,7 +21,6 @@ from compileflow.validation.measure.generation import (
     Prompts,
     Settings,
     Written,
-    is_near_tie,
     measure_generation,
     part,
 )
@@ -122,38 +121,34 @@ def test_positions_count_the_tokens_after_the_padding() -> None:
     assert token_positions(mask).tolist() == [[0, 0, 0, 1], [0, 1, 2, 3], [0, 1, 1, 1]]
 
 
+def written(*rows: list[tuple[int, int, float]]) -> Written:
+    """Return a text, given at each place as its token, the second likeliest one, and the gap between them."""
+    places = np.array(rows)
+    return Written(places[..., 0].astype(int), places[..., :2].astype(int), places[..., 2])
+
+
 @pytest.mark.parametrize(
     ("before", "after", "expected"),
     [
-        ([2.0, 1.9, 0.0], [1.9, 2.0, 0.0], True),
+        ([(1, 2, 5.0)], [(1, 3, 0.0)], "none"),
+        ([(1, 2, 0.1)], [(2, 1, 0.12)], "near tie"),
         # Too far apart in one model.
-        ([2.0, 1.8, 0.0], [1.9, 2.0, 0.0], False),
-        # The other's first token is not second.
-        ([2.0, 1.9, 1.95], [1.9, 2.0, 1.8], False),
+        ([(1, 2, 0.2)], [(2, 1, 0.1)], "real"),
+        ([(1, 2, 0.1)], [(2, 1, math.nan)], "real"),
+        # The other's token is not second.
+        ([(1, 3, 0.1)], [(2, 1, 0.1)], "real"),
+        # The texts part before the tie, and after it.
+        ([(1, 5, 3.0), (1, 2, 0.1)], [(4, 5, 3.0), (2, 1, 0.1)], "real"),
+        ([(1, 2, 0.1), (1, 5, 3.0)], [(2, 1, 0.1), (4, 5, 3.0)], "near tie"),
+        # One text is longer.
+        ([(1, 2, 3.0)], [(1, 2, 3.0), (3, 4, 3.0)], "real"),
     ],
 )
-def test_near_tie_is_close_and_mutual(before: list[float], after: list[float], expected: bool) -> None:
-    assert is_near_tie(np.array(before), np.array(after)) is expected
-
-
-def written(rows: list[list[int]], favourites: Mapping[int, float] | None = None) -> Written:
-    """Return a text in which each token leads by 5, and the tokens of `favourites` have these logits."""
-    ids = np.array(rows)
-    logits = np.zeros((*ids.shape, 10))
-    np.put_along_axis(logits, ids[..., None], 5.0, axis=-1)
-    for token, value in (favourites or {}).items():
-        logits[..., token] = value
-    return Written(ids, logits)
-
-
-def test_texts_part_at_their_first_different_token() -> None:
-    close = {3: 5.0, 4: 4.9}
-    assert part(written([[1, 2]]), written([[1, 2]])) == ["none"]
-    assert part(written([[1, 2]]), written([[1, 5]])) == ["real"]
-    assert part(written([[3, 2]], close), written([[4, 9]], {3: 4.9, 4: 5.0})) == ["near tie"]
-    # The tie comes after a real difference.
-    assert part(written([[1, 3]], close), written([[2, 4]], close)) == ["real"]
-    assert part(written([[1, 2]]), written([[1, 2, 3]])) == ["real"]
+def test_texts_are_judged_at_their_first_different_token(
+    before: list[tuple[int, int, float]], after: list[tuple[int, int, float]], expected: str
+) -> None:
+    assert part(written(before), written(after)) == [expected]
+    assert part(written(after), written(before)) == [expected]
 
 
 class Counting:
@@ -170,7 +165,7 @@ class Counting:
         new_ids = (ids[:, -1:] + self.step * np.arange(1, settings.new_tokens + 1)) % 10
         if settings.beams > 1:
             return Written(new_ids, scores=np.full(len(ids), -0.1 * self.step))
-        return written(new_ids.tolist())
+        return written(*([(int(number), 0, 5.0) for number in row] for row in new_ids))
 
 
 @pytest.mark.parametrize(

@@ -216,8 +216,8 @@ class CompiledTokenizer:
     ) -> CompiledTokenizer:
         """Wrap a tokenizer for a decoder: it pads on the left, next to which the decoder writes, and cuts nothing.
 
-        A prompt that is cut loses its question, so the model refuses one that is too long. If there is no padding
-        token, the token that ends a text pads.
+        A prompt that is cut loses its question, so the model refuses one that is too long. A tokenizer without a
+        padding token pads with the token that ends a text.
 
         Args:
             tokenizer: A transformers tokenizer. Its side of padding and its padding token are set.

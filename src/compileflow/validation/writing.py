@@ -68,7 +68,10 @@ class ModelWriter:
         ids = answer.sequences[:, tensors["input_ids"].shape[1] :].numpy()
         if is_beam_search:
             return Written(ids, scores=answer.sequences_scores.numpy())
-        return Written(ids, torch.stack(answer.logits, dim=1).numpy())
+        # The difference of two logits is that of the log probabilities.
+        best = [logits.topk(2) for logits in answer.logits]
+        values, ranked = (torch.stack(parts, dim=1).numpy() for parts in zip(*best, strict=True))
+        return Written(ids, ranked, values[..., 0] - values[..., 1])
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,17 @@ likely may part without a fault (a near tie). From there on their texts say noth
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import pairwise
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from compileflow.errors import InputError
+from compileflow.errors import InputError, first_line
 from compileflow.validation.measure import metrics
-from compileflow.validation.measure.likelihoods import log_softmax
 from compileflow.validation.measure.measurements import Measurements, Model
 
 logger = logging.getLogger(__name__)
@@ -56,13 +56,19 @@ class Written:
 
     Attributes:
         ids: New tokens of each row, of shape (rows, tokens); padding follows the token that ends a text.
-        logits: Logits of each new token, of shape (rows, tokens, vocabulary); None for beams.
+        ranked: The two likeliest tokens at each place, of shape (rows, tokens, 2); None for beams.
+        gaps: How much likelier the first of them is, in nats, of shape (rows, tokens); None for beams.
         scores: Mean log probability of a token of each row; None without beams.
     """
 
     ids: NDArray[np.int64]
-    logits: NDArray[Any] | None = None
+    ranked: NDArray[np.int64] | None = None
+    gaps: NDArray[Any] | None = None
     scores: NDArray[Any] | None = None
+
+    def row(self, number: int) -> Written:
+        """Return one row alone."""
+        return Written(*(None if value is None else value[number : number + 1] for value in astuple(self)))
 
 
 class Writer(Protocol):
@@ -135,31 +141,22 @@ def measure_generation(
     """
     greedy = Settings(prompts.new_tokens)
     counts = _Counts(measurements)
-    first: list[tuple[Sequence[Sequence[int]], Written]] = []
+    batches: list[tuple[Sequence[Sequence[int]], Written]] = []
     for start in range(0, len(prompts.rows), _BATCH):
         progress(f"generating from prompts {start + 1} to {min(start + _BATCH, len(prompts.rows))}")
         rows, texts = prompts.rows[start : start + _BATCH], prompts.texts[start : start + _BATCH]
         before = reference.write(prompts.batch(rows), greedy)
         after = _attempt(candidate, prompts.batch(rows), greedy)
-        if after is None:
-            counts.add("generations", texts, [_REAL] * len(rows))
-            continue
-        partings = part(before, after)
+        partings = _compared(after, before)
         counts.add("generations", texts, partings)
         measurements.rates += [
             {"metric": "greedy", "text": text, "hits": int(parting != "real"), "trials": 1}
             for text, parting in zip(texts, partings, strict=True)
         ]
-        first.append((rows, after))
+        if after is not None:
+            batches.append((rows, after))
     progress("generating alone, again, from odd prompts, with an early end and with beams")
-    if first:
-        rows, after = first[0]
-        for number in range(min(_ALONE, len(rows))):
-            alone = candidate.write(prompts.batch(rows[number : number + 1]), greedy)
-            together = Written(after.ids[number : number + 1], _rows(after.logits, number))
-            counts.add("batch_rows", prompts.texts[number : number + 1], part(alone, together))
-        again = candidate.write(prompts.batch(rows), greedy)
-        counts.add("later_requests", prompts.texts[: len(rows)], part(after, again))
+    _measure_repetitions(counts, candidate, prompts, *(batches[0] if batches else ((), None)))
     _measure_lengths(counts, reference, candidate, prompts)
     _measure_early_ends(counts, reference, candidate, prompts)
     _measure_beams(counts, reference, candidate, prompts)
@@ -189,7 +186,14 @@ def measure_pieces(measurements: Measurements, reference: Model, candidate: Read
         for start, end in pairwise(edges)
         if end > start
     ]
-    actual = candidate.read(pieces)
+    try:
+        actual = candidate.read(pieces)
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the runtimes' errors have no narrower common base
+        measurements.scalars["piece_error"] = math.inf
+        measurements.details["piece_error"] = f"{type(error).__name__}: {first_line(error)}"
+        return
     mask = inputs["attention_mask"].astype(bool)
     measurements.scalars["piece_error"] = max(
         metrics.rel_l2(before[keep], after[keep])
@@ -205,26 +209,18 @@ def part(before: Written, after: Written) -> list[Parting]:
         differs = np.flatnonzero(before.ids[row, :length] != after.ids[row, :length])
         if not differs.size:
             partings.append("none" if before.ids.shape[1] == after.ids.shape[1] else "real")
-        elif before.logits is None or after.logits is None:
-            partings.append("real")
         else:
-            place = int(differs[0])
-            pair = (before.logits[row, place], after.logits[row, place])
-            partings.append("near tie" if is_near_tie(*pair) else "real")
+            partings.append("near tie" if _is_near_tie(before, after, row, int(differs[0])) else "real")
     return partings
 
 
-def is_near_tie(before: Any, after: Any) -> bool:
-    """Return whether each of two models ranks the other's first token second, and finds it nearly as likely.
-
-    Args:
-        before: Logits of one model, of shape (vocabulary,).
-        after: Logits of the other model.
-    """
-    p, q = log_softmax(before), log_softmax(after)
-    (p1, p2), (q1, q2) = (np.argsort(-values, kind="stable")[:2] for values in (p, q))
-    gaps = (p[p1] - p[p2], q[q1] - q[q2])
-    return bool(p2 == q1 and q2 == p1 and max(gaps) <= NEAR_TIE)
+def _is_near_tie(before: Written, after: Written, row: int, place: int) -> bool:
+    """Return whether each model ranks the other's token second there, and finds it nearly as likely."""
+    if before.ranked is None or after.ranked is None or before.gaps is None or after.gaps is None:
+        return False
+    are_exchanged = np.array_equal(before.ranked[row, place], after.ranked[row, place, ::-1])
+    # Each gap by itself, because NaN must fail.
+    return are_exchanged and all(float(gaps[row, place]) <= NEAR_TIE for gaps in (before.gaps, after.gaps))
 
 
 class _Counts:
@@ -261,8 +257,37 @@ def _attempt(candidate: Writer, inputs: Mapping[str, NDArray[Any]], settings: Se
         return None
 
 
-def _rows(logits: Any, number: int) -> Any:
-    return None if logits is None else logits[number : number + 1]
+def _compared(written: Written | None, expected: Written) -> list[Parting]:
+    """Compare what a model wrote; nothing differs in each row."""
+    return [_REAL] * len(expected.ids) if written is None else part(expected, written)
+
+
+def _measure_repetitions(
+    counts: _Counts,
+    candidate: Writer,
+    prompts: Prompts,
+    rows: Sequence[Sequence[int]],
+    written: Written | None,
+) -> None:
+    """Let the compiled model write after the same prompts again: each alone, and all of a batch.
+
+    Args:
+        counts: Counts the differences.
+        candidate: The compiled model.
+        prompts: Natural prompts.
+        rows: Prompts of a batch.
+        written: What the model wrote after them; None if it never wrote anything.
+    """
+    greedy = Settings(prompts.new_tokens)
+    if written is None:
+        for name in ("batch_rows", "later_requests"):
+            counts.add(name, prompts.texts[:1], [_REAL])
+        return
+    for number, row in enumerate(rows[:_ALONE]):
+        alone = _attempt(candidate, prompts.batch([row]), greedy)
+        counts.add("batch_rows", prompts.texts[number : number + 1], _compared(alone, written.row(number)))
+    again = _attempt(candidate, prompts.batch(rows), greedy)
+    counts.add("later_requests", prompts.texts[: len(rows)], _compared(again, written))
 
 
 def _measure_lengths(counts: _Counts, reference: Writer, candidate: Writer, prompts: Prompts) -> None:
@@ -274,9 +299,8 @@ def _measure_lengths(counts: _Counts, reference: Writer, candidate: Writer, prom
         settings = Settings(min(prompts.new_tokens, prompts.longest - length))
         inputs = prompts.batch([row])
         after = _attempt(candidate, inputs, settings)
-        name = [f"a prompt of {length} tokens"]
-        partings = [_REAL] if after is None else part(reference.write(inputs, settings), after)
-        counts.add("prompt_lengths", name, partings)
+        before = reference.write(inputs, settings)
+        counts.add("prompt_lengths", [f"a prompt of {length} tokens"], _compared(after, before))
 
 
 def _measure_early_ends(counts: _Counts, reference: Writer, candidate: Writer, prompts: Prompts) -> None:
@@ -285,10 +309,7 @@ def _measure_early_ends(counts: _Counts, reference: Writer, candidate: Writer, p
     inputs = prompts.batch(rows)
     written = reference.write(inputs, Settings(min(_ENDS_AFTER + 1, prompts.new_tokens)))
     settings = Settings(prompts.new_tokens, end_id=int(written.ids[0, -1]))
-    after = _attempt(candidate, inputs, settings)
-    partings = [_REAL] * len(rows)
-    if after is not None:
-        partings = part(reference.write(inputs, settings), after)
+    partings = _compared(_attempt(candidate, inputs, settings), reference.write(inputs, settings))
     counts.add("early_ends", prompts.texts[: len(rows)], partings)
 
 

@@ -34,7 +34,7 @@ class Likelihoods:
             after: Logits of the compiled model, of the same shape.
             next_ids: Token that follows at each position.
         """
-        p, q = log_softmax(before), log_softmax(after)
+        p, q = _log_softmax(before), _log_softmax(after)
         self._divergences.append(np.sum(np.exp(p) * (p - q), axis=-1))
         places = np.arange(len(next_ids))
         self._texts.append((float(p[places, next_ids].sum()), float(q[places, next_ids].sum()), len(next_ids)))
@@ -82,7 +82,7 @@ class Likelihoods:
         return change, float(math.sqrt(np.square(residuals).sum() * n / (n - 1)) / counts.sum())
 
 
-def log_softmax(logits: Any) -> NDArray[np.float64]:
+def _log_softmax(logits: Any) -> NDArray[np.float64]:
     """Return log probabilities along the last axis, in float64."""
     shifted = np.asarray(logits, np.float64)
     shifted = shifted - shifted.max(axis=-1, keepdims=True)
