@@ -252,6 +252,9 @@ def refuse_other_head(config: Any, hf_task: HfTask) -> None:
         return
     if hf_task.graph_task in _BARE_MODELS or (saved_task in _BARE_MODELS and not hf_task.generates):
         return
+    if saved_task.generates and hf_task is HfTask.FILL_MASK:
+        # BertLMHeadModel has the tensors of BertForMaskedLM.
+        return
     raise SpecError(
         f"The model was saved as {architecture}, not for {hf_task.value}.",
         hint=f"Choose the task that the model was trained for, {saved_task.value}, or give another model.",

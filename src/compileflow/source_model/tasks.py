@@ -142,7 +142,7 @@ def task_of_architecture(name: str) -> HfTask | None:
     """Return the task that the name of a model class stands for; None when its ending is unknown."""
     if name.startswith(_SPEECH_ENCODERS) and name.endswith("ForSequenceClassification"):
         return HfTask.AUDIO_CLASSIFICATION
-    if name.endswith("DoubleHeadsModel"):
-        # GPT2DoubleHeadsModel answers two tasks at once.
+    if name.endswith(("DoubleHeadsModel", "WithLMHeadModel")):
+        # GPT2DoubleHeadsModel answers two tasks at once, and FlaubertWithLMHeadModel fills masks or generates.
         return None
     return next((task for ending, task in HEADS.items() if name.endswith(ending)), None)
