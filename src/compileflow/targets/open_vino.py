@@ -62,6 +62,9 @@ from compileflow.targets._openvino_graph import divide_as_torch, keep_rounded_qu
 
 _FILE = "model.xml"
 _FILES = (_FILE, "model.bin")
+# The names that openvino_genai looks for in a folder.
+_DECODER_FILE = "openvino_model.xml"
+_DECODER_FILES = (_DECODER_FILE, "openvino_model.bin")
 _COMPILE_NEEDS = ("torch", "transformers", "openvino", "nncf")
 # int8 and int4 graphs compute the other operators in fp32.
 _HINTS = {
@@ -257,8 +260,9 @@ class OpenVinoTarget:
         """Compile the IR for this CPU, in exactly the precision of the artifact."""
         import openvino
 
-        compiled = _compiled(openvino.Core(), str(component_dir / _FILE), component, threads)
         is_decoder = _CACHE_OPTION in component.load_options
+        path = str(component_dir / (_DECODER_FILE if is_decoder else _FILE))
+        compiled = _compiled(openvino.Core(), path, component, threads)
         return OpenVinoDecoder(compiled) if is_decoder else _OpenVinoRunner(compiled, component)
 
     def observe(
@@ -273,8 +277,8 @@ class OpenVinoTarget:
         """Run the graph with the tensors between its operations as further outputs, once for each part."""
         import openvino
 
-        core, path = openvino.Core(), str(component_dir / _FILE)
         is_decoder = _CACHE_OPTION in component.load_options
+        core, path = openvino.Core(), str(component_dir / (_DECODER_FILE if is_decoder else _FILE))
         graph_inputs = whole_row_inputs(inputs) if is_decoder else inputs
         for part in in_parts(_inner_positions(core.read_model(path)), parts):
             model = core.read_model(path)
@@ -308,9 +312,9 @@ def _compile_decoder(
             group_size = _WEIGHTS_PER_SCALE if options.group_size is None else options.group_size
             graph = compress_weights(graph, precision, group_size=group_size, symmetric=options.symmetric)
         report_progress("writing the IR")
-        openvino.save_model(graph, str(out_dir / _FILE), compress_to_fp16=precision is Precision.FP16)
+        openvino.save_model(graph, str(out_dir / _DECODER_FILE), compress_to_fp16=precision is Precision.FP16)
     return source_model.compiled_to(
-        _FILES,
+        _DECODER_FILES,
         {
             "performance_hint": options.performance_hint,
             "dynamic_quantization_group_size": _GROUP_SIZE[options.quantization] if precision in _QUANTIZED else 0,
