@@ -261,7 +261,7 @@ class OpenVinoTarget:
         import openvino
 
         is_decoder = _CACHE_OPTION in component.load_options
-        path = str(component_dir / (_DECODER_FILE if is_decoder else _FILE))
+        path = str(component_dir / _file_of(component))
         compiled = _compiled(openvino.Core(), path, component, threads)
         return OpenVinoDecoder(compiled) if is_decoder else _OpenVinoRunner(compiled, component)
 
@@ -278,7 +278,7 @@ class OpenVinoTarget:
         import openvino
 
         is_decoder = _CACHE_OPTION in component.load_options
-        core, path = openvino.Core(), str(component_dir / (_DECODER_FILE if is_decoder else _FILE))
+        core, path = openvino.Core(), str(component_dir / _file_of(component))
         graph_inputs = whole_row_inputs(inputs) if is_decoder else inputs
         for part in in_parts(_inner_positions(core.read_model(path)), parts):
             model = core.read_model(path)
@@ -323,6 +323,10 @@ def _compile_decoder(
     )
 
 
+def _file_of(component: ComponentRecord) -> str:
+    return _DECODER_FILE if _CACHE_OPTION in component.load_options else _FILE
+
+
 def _compiled(core: Any, model: Any, component: ComponentRecord, threads: int | None) -> Any:
     """Compile an IR, a model or the path of its file, for this CPU.
 
@@ -352,7 +356,7 @@ def _compiled(core: Any, model: Any, component: ComponentRecord, threads: int | 
             return core.compile_model(model, "CPU", settings)
     except Exception as error:
         runtime = f"openvino {openvino.__version__}"
-        raise load_error(_FILE, runtime, error, reason=_reason(error)) from error
+        raise load_error(_file_of(component), runtime, error, reason=_reason(error)) from error
 
 
 def _inner_positions(model: Any) -> list[tuple[int, int]]:
