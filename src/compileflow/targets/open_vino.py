@@ -62,6 +62,8 @@ from compileflow.targets._openvino_graph import divide_as_torch, keep_rounded_qu
 
 _FILE = "model.xml"
 _FILES = (_FILE, "model.bin")
+# Operations without a tensor of their own: inputs, outputs, and the state of a decoder.
+_NO_TENSORS = ("Parameter", "Result", "Assign", "ReadValue")
 # The names that openvino_genai looks for in a folder.
 _DECODER_FILE = "openvino_model.xml"
 _DECODER_FILES = (_DECODER_FILE, "openvino_model.bin")
@@ -368,7 +370,7 @@ def _inner_positions(model: Any) -> list[tuple[int, int]]:
         sources = {port.get_source_output().get_node().get_friendly_name() for port in operation.inputs()}
         if kind == "Parameter" or reached & sources:
             reached.add(name)
-            if kind not in ("Parameter", "Result"):
+            if kind not in _NO_TENSORS:
                 positions += [(number, port.get_index()) for port in operation.outputs() if _is_inner(port)]
     return positions
 
