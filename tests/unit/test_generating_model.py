@@ -247,7 +247,7 @@ def measured(
     component = eager_component(folder, other or source, kind)
     ids = range(20, 20 + 9 * 11)
     rows = [[*ids[9 * number : 9 * number + 3 + number % 6]] for number in range(11)]
-    prompts = Prompts(rows, ["a text"] * len(rows), source.pad_token_id, MAX_TOKENS, 12)
+    prompts = Prompts(rows, ["a text"] * len(rows), source.pad_token_id, MAX_TOKENS, 8)
     measurements = Measurements()
     measure_pieces(measurements, source.run, ComponentReader(component), prompts)
     reference = ModelWriter(source.model, source.pad_token_id, source.vocab_size)
