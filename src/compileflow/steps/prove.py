@@ -547,7 +547,7 @@ def _measure_grid(
     evidence: Evidence,
     answers: ReferenceAnswers,
 ) -> None:
-    """Measure the source model with numbers rounded to a lower precision, on special tokens and natural text."""
+    """Measure the source model with numbers rounded to the precision, on natural text and generated rows."""
     precision = decisions.precision
 
     def rounded(inputs: Arrays) -> Arrays:
