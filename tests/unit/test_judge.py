@@ -363,6 +363,19 @@ def test_rounding_moves_the_differences_of_bf16_but_not_without_bound() -> None:
     assert gate(answer, "one_minus_cosine").limit == pytest.approx(0.1)
 
 
+def test_rounding_moves_a_single_figure_by_what_it_does_to_that_figure() -> None:
+    measured = healthy()
+    measured.grid_floors = {"logits": {"rel_l2": 0.1, "one_minus_cosine": 5e-3}}
+    measured.grid = {"embedding_error": 0.03}
+    measured.scalars |= {"embedding_error": 0.08, "mask_leak": 0.06}
+    measured.rates = [{"metric": "neighbour_overlap", "text": "", "hits": 300, "trials": 300}]
+    answer = verdict(measured, HfTask.FEATURE_EXTRACTION, Precision.BF16)
+    assert gate(answer, "embedding_error").limit == pytest.approx(0.09)
+    # Rounding does not let masked tokens leak.
+    assert gate(answer, "mask_respected").limit == 0.05
+    assert answer.reason.startswith("fail: mask_respected measured 0.06")
+
+
 def test_rounding_to_int8_moves_limits_but_not_without_bound() -> None:
     measured = healthy(hits=280)
     measured.scalars |= {"typical_error": 0.25, "gain_error": 0.0, "response_error": 0.0, "mask_ignored": 0.0}
