@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from compileflow.contracts.json_files import without_repeats
 from compileflow.errors import MeasurementError, first_line
 from compileflow.source_model.processor import Processor
 from compileflow.spec import HfTask, Modality, Precision
@@ -140,7 +141,11 @@ def _example(
 ) -> Value:
     if line.startswith("{"):
         try:
-            return read(json.loads(line))
+            data = json.loads(line, object_pairs_hook=without_repeats)
+            _refuse_surrogates(line, data)
+            return read(data)
+        except RecursionError as error:
+            raise ValueError(f"line {number} is nested too deeply: {line[:80]}") from error
         except json.JSONDecodeError as error:
             reason = f"{error.msg} at column {error.colno}"
             raise ValueError(f"line {number} is not JSON: {reason}: {line[:80]}") from error
@@ -151,6 +156,17 @@ def _example(
     if is_json:
         raise ValueError(f"expected JSON lines, one object in each line, got line {number}: {line[:80]}")
     return read({"text": line})
+
+
+def _refuse_surrogates(line: str, data: Any) -> None:
+    """Refuse half of a surrogate pair, which JSON can write as an escape: no tokenizer takes it."""
+    # Only an escape can stand for one, because the file is UTF-8.
+    if "\\ud" not in line.casefold():
+        return
+    try:
+        json.dumps(data, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{error.object[error.start]!a} is half of a surrogate pair, not a character") from error
 
 
 def _rows(text: str, read: Callable[[Mapping[str, Any]], Value]) -> Iterator[Value]:

@@ -118,6 +118,8 @@ def label_fields(data: Mapping[str, Any], task: HfTask) -> Example:
         if not isinstance(data.get(name), str):
             problem = "is not a string" if name in data else "is missing"
             raise ValueError(f"{name} {problem}")
+        if not data[name].strip():
+            raise ValueError(f"{name} is empty")
     example: Example = {name: data[name] for name in names}
     label = data.get("label")
     if task is HfTask.TEXT_CLASSIFICATION and label is not None and label != "":
@@ -193,12 +195,12 @@ def check_labels(task: HfTask, examples: Sequence[Example], labels: Mapping[int,
     """
     if task in ONE_LABEL and len(labels) > 1:
         used_labels = {example["label"] for example in examples if "label" in example}
-        known_labels = {*labels.values(), *map(str, labels)}
+        known_labels = _names_or_numbers(labels)
     elif task is HfTask.TOKEN_CLASSIFICATION:
         used_labels = {entity["label"] for example in examples for entity in example.get("entities", ())}
         known_labels = {_type_of(name) for name in labels.values()} - {_NO_ENTITY}
         used_labels |= {str(tag) for example in examples for tag in example.get("tags", ())}
-        known_labels |= {*labels.values(), *map(str, labels), _NO_ENTITY}
+        known_labels |= {*_names_or_numbers(labels), _NO_ENTITY}
     else:
         return
     unknown_labels = sorted(used_labels - known_labels)
@@ -207,6 +209,12 @@ def check_labels(task: HfTask, examples: Sequence[Example], labels: Mapping[int,
             f"The examples cannot be used: the model does not have the label {unknown_labels[0]!r} of {origin}.",
             hint=f"Its labels are: {', '.join(labels[number] for number in sorted(labels)[:20])}.",
         )
+
+
+def _names_or_numbers(labels: Mapping[int, str]) -> set[str]:
+    """Return the words for a model's labels: their names, and their numbers unless some number is a name."""
+    names, numbers = set(labels.values()), set(map(str, labels))
+    return names if names & numbers else names | numbers
 
 
 def truth_of(example: Example, encode: Any, labels: Mapping[int, str]) -> Truth | None:
@@ -269,6 +277,8 @@ def _tagged(data: Mapping[str, Any]) -> Example:
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         raise ValueError("tokens is not a list of strings")
     example: Example = {"text": " ".join(tokens)}
+    if not example["text"].strip():
+        raise ValueError("tokens is empty")
     if not tags:
         return example
     if not isinstance(tags, list) or not all(isinstance(tag, str | int) for tag in tags):
