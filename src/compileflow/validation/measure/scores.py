@@ -33,7 +33,7 @@ class LabelScore(BaseModel):
         right: Right answers of the source model.
         right_to_wrong: Those that the compiled model gets wrong.
         wrong_to_right: Right answers of the compiled model alone.
-        undecided: Of `right_to_wrong`, those on which the source model is undecided; gates count them as kept.
+        undecided: Answers of `right_to_wrong` on which the source model is undecided; gates count them as kept.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -60,7 +60,7 @@ class _Scored:
         right: Right answers of the source model.
         lost: Those that the compiled model gets wrong.
         gained: Right answers of the compiled model alone.
-        undecided: Of the lost ones, those on which the source model is undecided.
+        undecided: Lost answers on which the source model is undecided.
     """
 
     text: str
