@@ -244,6 +244,7 @@ def test_users_examples_as_json_lines(tmp_path: Path) -> None:
         (HfTask.TEXT_CLASSIFICATION, b'a\n{"text": "a \\ud800"}\n', "half of a surrogate pair.* in line 2"),
         (HfTask.TEXT_CLASSIFICATION, b'{"text": "a", "x": ' + b"[" * 100_000, "line 1 is nested too deeply"),
         (HfTask.TEXT_CLASSIFICATION, b'{"text": "a", "text": "b"}', "it repeats the name 'text' in line 1"),
+        (HfTask.TEXT_CLASSIFICATION, b"a\ncaf\xe9\n", "line 2 is not UTF-8.* Save the file as UTF-8"),
         (HfTask.TEXT_CLASSIFICATION, b"\xff\xfe\x00", "cannot be used"),
         (HfTask.QUESTION_ANSWERING, b"plain text\n", "not JSON with question and context"),
         (HfTask.QUESTION_ANSWERING, b'{"question": "q"}\n', "context is missing in line 1"),
