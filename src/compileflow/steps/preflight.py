@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from compileflow._process.folders import check_writable, os_errors
 from compileflow._process.packages import installed_versions
 from compileflow.catalog import get_source, get_target, open_registry, open_store, parse_reference
-from compileflow.errors import MissingPackageError, SourceError, SpecError
+from compileflow.errors import MissingPackageError, RegistryError, SourceError, SpecError
 from compileflow.registries.sqlite import SqliteRegistry
 from compileflow.settings import Settings
 from compileflow.sources.hub import HubSource
@@ -43,7 +43,7 @@ def check_request(request: CompileRequest, settings: Settings, *, extras: Collec
 
     Raises:
         StoreError: The home folder or the local store cannot be written.
-        RegistryError: The file of a registry cannot be written, or is not a registry.
+        RegistryError: No registry can be written, because the files are not registries or are not writable.
         SourceError: The model's folder does not hold a model that transformers loads, or only a Hub model has a
             revision.
         SpecError: The model does not suit the task or the lengths, the target does
@@ -100,10 +100,17 @@ def _check_places(request: CompileRequest, settings: Settings) -> None:
     if isinstance(store, LocalStore) and not store.root.is_dir():
         with os_errors(store.root, "write to the store"):
             check_writable(store.root)
-    for registry_uri in settings.resolved_registry_uris(request.registry_uris) if request.steps.register else ():
-        registry = open_registry(registry_uri, settings)
-        if isinstance(registry, SqliteRegistry):
-            registry.check_writable()
+    uris = settings.resolved_registry_uris(request.registry_uris) if request.steps.register else ()
+    errors = []
+    for registry in [open_registry(uri, settings) for uri in uris]:
+        try:
+            if isinstance(registry, SqliteRegistry):
+                registry.check_writable()
+        except RegistryError as error:
+            errors.append(error)
+    # A registry that fails does not stop the others, and the next run completes it.
+    if errors and len(errors) == len(uris):
+        raise errors[0]
 
 
 def _checked_model(request: CompileRequest, settings: Settings) -> Path | None:
