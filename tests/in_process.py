@@ -16,6 +16,7 @@ import pytest
 from compileflow._process.run_in_child import ChildResult
 from compileflow.artifact.manifest import SourceRecord, read_manifest
 from compileflow.catalog import get_target
+from compileflow.contracts.digests import folder_digest, list_files
 from compileflow.local import in_memory
 from compileflow.settings import Settings
 from compileflow.spec import CompileSpec, ComponentSpec, HfTask, Precision, ShapeBucket
@@ -84,7 +85,11 @@ class InProcess:
                 "source_dir": str(source_dir),
                 "out_dir": str(out_dir),
                 "spec": spec.model_dump(mode="json"),
-                "source": {"uri": source_dir.as_uri(), "revision": "0" * 64, "digest": "0" * 64},
+                "source": {
+                    "uri": source_dir.as_uri(),
+                    "revision": "0" * 64,
+                    "digest": folder_digest(list_files(source_dir)),
+                },
                 "threads": 1,
                 "calibration": calibration,
             }

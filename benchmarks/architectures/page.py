@@ -67,8 +67,8 @@ This page is generated. It shows which of transformers' model classes compile fo
 
 A class **works** if a small random model of it compiles and answers like transformers: each row alone, all rows
 in one list, and a padded batch of short and long rows. In fp32, the relative difference is at most
-{tolerance:g}. Where transformers' own answers round by more, it is at most {roundings} times their rounding, but
-never more than {largest:g}. A class is **refused** if compileflow says in one line, before anything is compiled,
+{tolerance:g}, or {roundings} times the rounding of transformers' own answers if that is more, but never more than
+{largest:g}. A class is **refused** if compileflow says in one line, before anything is compiled,
 why it cannot compile it. A class **fails** if its compile ends with another error, if it does not answer in
 time, or if it answers differently.
 

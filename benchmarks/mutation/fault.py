@@ -20,6 +20,7 @@ from benchmarks.mutation.surgery import (
 )
 from compileflow.artifact.manifest import MANIFEST_NAME
 from compileflow.catalog import get_target
+from compileflow.contracts.digests import folder_digest, list_files
 from compileflow.spec import CompileSpec, ComponentSpec, Precision, ShapeBucket
 from compileflow.steps.build import build_artifact
 
@@ -62,7 +63,11 @@ class Healthy:
         return {
             "source_dir": str(source_dir),
             "spec": spec.model_dump(mode="json"),
-            "source": {"uri": source_dir.as_uri(), "revision": "0" * 64, "digest": "0" * 64},
+            "source": {
+                "uri": source_dir.as_uri(),
+                "revision": "0" * 64,
+                "digest": folder_digest(list_files(source_dir)),
+            },
             "threads": 1,
             "calibration": None,
         }

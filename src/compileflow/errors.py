@@ -228,6 +228,8 @@ def expectation(problem: Mapping[str, Any]) -> str:
     if kind in _BOUNDS:
         words, key = _BOUNDS[kind]
         return f"expected {words} {context[key]:.12g}"
+    if kind == "string_too_long":
+        return f"expected at most {context['max_length']} characters"
     expected = context.get("expected")
     if kind.endswith(("_type", "_parsing", "_from_float")):
         expected = _EXPECTED.get(kind.partition("_")[0])

@@ -225,7 +225,9 @@ ComponentName = Annotated[
     str, *_name_rule(r"^[a-z0-9][a-z0-9_-]*$", "lower-case letters, digits, underscores and hyphens")
 ]
 RegisteredName = Annotated[
-    str, *_name_rule(r"^[A-Za-z0-9][A-Za-z0-9._-]*$", "letters, digits, dots, underscores and hyphens")
+    str,
+    Field(max_length=128),
+    *_name_rule(r"^[A-Za-z0-9][A-Za-z0-9._-]*$", "letters, digits, dots, underscores and hyphens"),
 ]
 
 

@@ -136,7 +136,7 @@ def test_honest_computation_in_bf16_is_not_refused(prove: Prove, task: HfTask) -
 @pytest.mark.parametrize(
     ("answer", "alter", "gate"),
     [
-        pytest.param(in_bf16, lose_the_mask_token, "rel_l2", id="wrong row of one token"),
+        pytest.param(in_bf16, lose_the_mask_token, "rel_l2", id="wrong row", marks=pytest.mark.slow),
         pytest.param(in_bf16, skip_a_layer, "rel_l2", id="layer skipped", marks=pytest.mark.slow),
         pytest.param(scaled, None, "rel_l2", id="logits x 1.45", marks=pytest.mark.slow),
         pytest.param(without_mask, None, "mask_respected", id="mask ignored", marks=pytest.mark.slow),
@@ -154,8 +154,8 @@ def test_garbage_at_bf16_fails_by_a_named_gate(
     ("task", "answer", "alter", "gate"),
     [
         pytest.param(EMBED, constant, None, "typical_error", id="one constant vector"),
-        pytest.param(EMBED, without_mask, None, "mask_obeyed", id="mask ignored"),
-        pytest.param(CLASSIFY, scaled, None, "typical_error", id="logits x 1.45"),
+        pytest.param(EMBED, without_mask, None, "mask_obeyed", id="mask ignored", marks=pytest.mark.slow),
+        pytest.param(CLASSIFY, scaled, None, "typical_error", id="logits x 1.45", marks=pytest.mark.slow),
         pytest.param(EMBED, rounded, lose_the_mask_token, "special_token_error", id="wrong row of one token"),
         pytest.param(EMBED, plain, shuffle, "typical_error", id="shuffled weights", marks=pytest.mark.slow),
         pytest.param(EMBED, plain, skip_a_layer, "typical_error", id="layer skipped", marks=pytest.mark.slow),

@@ -264,7 +264,7 @@ def test_a_label_stands_beside_its_text_in_json_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("precision", "gap", "is_tie"),
     [
-        # Two steps of the grid, as a share of a logit of 1000: 0.2, 1.95, 15.6 and 15.7.
+        # Two steps of the grid, as a share of half a range of 2000: 0.2, 1.95, 15.6 and 15.7.
         (Precision.FP32, 0.19, True),
         (Precision.FP32, 0.21, False),
         (Precision.FP16, 1.9, True),
@@ -279,7 +279,7 @@ def test_two_logits_closer_than_the_grid_of_the_format_are_a_tie(
     precision: Precision, gap: float, is_tie: bool
 ) -> None:
     decisions = Decisions(CLASSIFY, LABELS, precision=precision)
-    before, after = {"logits": [1000.0, 1000.0 - gap, 0.0]}, {"logits": [1000.0, 1000.0 + gap, 0.0]}
+    before, after = ({"logits": [1000.0, 1000.0 + change, -1000.0]} for change in (-gap, gap))
     flips = one_row(decisions, "a", before, after)
     (row,) = decisions.rates()
     assert (row["hits"], row["ties"], bool(flips)) == (int(is_tie), int(is_tie), not is_tie)

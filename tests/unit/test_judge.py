@@ -363,6 +363,35 @@ def test_rounding_moves_the_differences_of_bf16_but_not_without_bound() -> None:
     assert gate(answer, "one_minus_cosine").limit == pytest.approx(0.1)
 
 
+def test_strict_does_not_let_rounding_change_decisions() -> None:
+    measured = healthy(hits=296)
+    measured.grid = {"label_agreement": 0.95}
+    assert gate(verdict(measured, precision=Precision.BF16), "label_agreement").limit == pytest.approx(0.9)
+    answer = judge(measured, precision=Precision.BF16, hf_task=CLASSIFY, strict=True)
+    assert gate(answer, "label_agreement").limit == pytest.approx(0.999)
+    assert answer.outcome == "fail"
+
+
+def test_a_pass_names_the_gates_that_hold_only_because_a_limit_moved() -> None:
+    measured = healthy(hits=285)
+    measured.grid = {"label_agreement": 0.93}
+    answer = verdict(measured, precision=Precision.BF16)
+    assert answer.reason == "pass: all 9 gates hold; label_agreement only because rounding moved its limit"
+
+
+def test_rounding_moves_a_single_figure_by_what_it_does_to_that_figure() -> None:
+    measured = healthy()
+    measured.grid_floors = {"logits": {"rel_l2": 0.1, "one_minus_cosine": 5e-3}}
+    measured.grid = {"embedding_error": 0.03}
+    measured.scalars |= {"embedding_error": 0.08, "mask_leak": 0.06}
+    measured.rates = [{"metric": "neighbour_overlap", "text": "", "hits": 300, "trials": 300}]
+    answer = verdict(measured, HfTask.FEATURE_EXTRACTION, Precision.BF16)
+    assert gate(answer, "embedding_error").limit == pytest.approx(0.09)
+    # Rounding does not let masked tokens leak.
+    assert gate(answer, "mask_respected").limit == 0.05
+    assert answer.reason.startswith("fail: mask_respected measured 0.06")
+
+
 def test_rounding_to_int8_moves_limits_but_not_without_bound() -> None:
     measured = healthy(hits=280)
     measured.scalars |= {"typical_error": 0.25, "gain_error": 0.0, "response_error": 0.0, "mask_ignored": 0.0}

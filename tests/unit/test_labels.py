@@ -32,8 +32,10 @@ from compileflow.validation.cases import (
     signals_digest,
     truth_of,
 )
+from compileflow.validation.cases.case import Case
 from compileflow.validation.cases.labels import LabelledAnswer, LabelledWords, Ranked, Searched, label_fields
 from compileflow.validation.judge import judge
+from compileflow.validation.measure.decisions import Decisions
 from compileflow.validation.measure.scores import Scores, normalized, word_f1
 from tests.conftest import ModelFactory
 from tests.in_process import InProcess
@@ -91,6 +93,9 @@ def test_forms_of_labels(task: HfTask, data: dict[str, Any], example: dict[str, 
         (TAG, {"text": "a", "entities": [{"start": 0, "end": 1}]}, "an entity is not a start, an end and a label"),
         (ASK, ASKED | {"answers": [1]}, "answers is not a list of texts"),
         (ASK, {"question": "Who?"}, "context is missing"),
+        (ASK, ASKED | {"question": " "}, "question is empty"),
+        (CLASSIFY, {"text": "", "label": "good"}, "text is empty"),
+        (TAG, {"tokens": [], "tags": []}, "tokens is empty"),
     ],
 )
 def test_malformed_labels_are_refused(task: HfTask, data: dict[str, Any], says: str) -> None:
@@ -196,6 +201,46 @@ def test_a_label_that_the_model_lacks_is_refused(
     check_labels(task, known, labels, "mine.csv")
 
 
+def test_a_number_that_is_a_name_is_no_number() -> None:
+    stars = {0: "1", 1: "2", 2: "3"}
+    check_labels(CLASSIFY, [{"label": "1"}, {"label": "3"}], stars, "mine")
+    with pytest.raises(MeasurementError, match="does not have the label '0'"):
+        check_labels(CLASSIFY, [{"label": "0"}], stars, "mine")
+    decisions = Decisions(CLASSIFY, stars)
+    inputs = {"input_ids": np.zeros((2, 1), np.int64)}
+    case = Case("mine", "agreement", ("a", "b"), inputs, np.ones((2, 1), int), truths=("1", "2"))
+    answers = {"logits": np.array([[5.0, 0, 0], [5.0, 0, 0]])}
+    decisions.add(case, answers, answers)
+    assert decisions.scores.scalars()["accuracy"] == 0.5
+
+
+def test_scores_count_what_changed_although_the_gate_lets_ties_pass() -> None:
+    decisions = Decisions(CLASSIFY, {0: "no", 1: "yes"}, precision=Precision.BF16)
+    case = Case(
+        "mine",
+        "agreement",
+        ("a",),
+        {"input_ids": np.zeros((1, 1), np.int64)},
+        np.ones((1, 1), int),
+        truths=("no",),
+    )
+    decisions.add(case, {"logits": np.array([[4.0, 4.0 - 1e-3]])}, {"logits": np.array([[4.0 - 1e-3, 4.0]])})
+    score = decisions.scores.result()
+    assert score is not None
+    assert (score.compiled, score.right_to_wrong, score.undecided) == (0.0, 1, 1)
+    (row,) = decisions.scores.rates()
+    assert (row["hits"], row["trials"], row["right_to_wrong"]) == (1, 1, 0)
+
+
+@pytest.mark.parametrize("precision", [Precision.BF16, Precision.INT8])
+def test_a_number_that_all_logits_have_in_common_makes_no_tie(precision: Precision) -> None:
+    decisions = Decisions(CLASSIFY, {0: "no", 1: "yes"}, precision=precision)
+    case = Case("mine", "agreement", ("a",), {"input_ids": np.zeros((1, 1), np.int64)}, np.ones((1, 1), int))
+    decisions.add(case, {"logits": np.array([[20.2, 20.0]])}, {"logits": np.array([[20.0, 20.2]])})
+    (row,) = decisions.rates()
+    assert (row["hits"], row["ties"]) == (0, 0)
+
+
 class Lines:
     """Progress of a run as the lines that it shows."""
 
@@ -271,7 +316,7 @@ def test_entities_become_words_of_the_tokenizer(builder: CaseBuilder) -> None:
 def test_scores_by_hand() -> None:
     labels = Scores(CLASSIFY)
     for was_right, is_right in ((True, True), (True, False), (False, True), (False, False)):
-        labels.add_label("a", was_right, is_right)
+        labels.add_label("a", was_right, is_right, is_tie=False)
     assert labels.scalars() == {"accuracy": 0.5, "accuracy_of_source_model": 0.5}
     assert [(row["hits"], row["trials"]) for row in labels.rates()] == [(1, 1), (0, 1), (0, 0), (0, 0)]
     result = labels.result()
@@ -281,7 +326,8 @@ def test_scores_by_hand() -> None:
     entities = Scores(TAG)
     gold = frozenset({("PER", 0, 1), ("LOC", 3, 5)})
     # Two of two are right; then one of three.
-    entities.add_entities("a", gold, (gold, frozenset({("PER", 0, 1), ("LOC", 3, 4), ("PER", 6, 7)})))
+    after = frozenset({("PER", 0, 1), ("LOC", 3, 4), ("PER", 6, 7)})
+    entities.add_entities("a", gold, gold, after, agreed=after)
     assert entities.scalars() == {
         "span_f1": pytest.approx(2 * 1 / (2 + 3)),
         "span_f1_of_source_model": 1.0,
@@ -290,7 +336,7 @@ def test_scores_by_hand() -> None:
     assert [(row["hits"], row["trials"]) for row in entities.rates()] == [(1, 2)]
     # Nothing is right, so nothing can be lost.
     nothing = Scores(CLASSIFY)
-    nothing.add_label("a", False, True)
+    nothing.add_label("a", False, True, is_tie=False)
     assert nothing.rates() == []
     assert Scores(CLASSIFY).result() is None
 
@@ -370,7 +416,7 @@ def test_an_answer_is_the_best_span_of_the_context(builder: CaseBuilder) -> None
         return list(values)
 
     scores = Scores(ASK)
-    scores.add_answer("a", truth, logits(first, last), logits(first, first), is_equal=False)
+    scores.add_answer("a", truth, logits(first, last), logits(first, first), is_tie=False)
     assert scores.scalars() == {"answer_f1": pytest.approx(2 / 3), "answer_f1_of_source_model": 1.0}
     assert [(row["hits"], row["trials"]) for row in scores.rates()] == [(0, 1)]
 
@@ -379,7 +425,7 @@ def test_lost_right_answers_fail_and_the_reason_counts_both_directions() -> None
     measured = healthy()
     scores = Scores(CLASSIFY)
     for number in range(300):
-        scores.add_label("a", number >= 20, number >= 12 and not 50 <= number < 70)
+        scores.add_label("a", number >= 20, number >= 12 and not 50 <= number < 70, is_tie=False)
     measured.rates += scores.rates()
     answer = judge(measured, precision=Precision.INT8, hf_task=CLASSIFY)
     assert answer.reason.startswith("fail: right_answers_kept measured 0.9286, the limit is at least 0.99; 260 of")

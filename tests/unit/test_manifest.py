@@ -21,7 +21,7 @@ from compileflow.artifact.manifest import (
 from compileflow.artifact.open import open_artifact
 from compileflow.contracts import ComponentRecord, TensorRecord
 from compileflow.contracts.digests import folder_digest, list_files
-from compileflow.errors import IntegrityError, ManifestError
+from compileflow.errors import IntegrityError, LoadError, ManifestError
 from compileflow.spec import CompileSpec, HfTask
 
 TORCHSCRIPT = {"spec": {"target": "torchscript"}, "target": {"name": "torchscript"}}
@@ -66,6 +66,13 @@ def test_whole_artifact_passes(artifact: Path) -> None:
     assert manifest.hf_task is HfTask.TEXT_CLASSIFICATION
     assert manifest.size_bytes == 5002
     assert folder_digest(files) == folder_digest(list_files(artifact))
+
+
+def test_missing_load_option_is_named(artifact: Path) -> None:
+    record = read_manifest(artifact).components["default"].model_copy(update={"load_options": {"device": "cpu"}})
+    assert record.load_option("device") == "cpu"
+    with pytest.raises(LoadError, match="lacks the entry 'performance_hint'"):
+        record.load_option("performance_hint")
 
 
 def test_same_manifest_is_written_as_the_same_bytes(artifact: Path) -> None:

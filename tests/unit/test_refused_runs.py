@@ -68,6 +68,7 @@ def uninstall(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         ),
         (("--store", "ftp://host/store"), "Unknown artifact store 'ftp'"),
         (("--registry", "redis://host"), "Unknown model registry 'redis'"),
+        (("--name", "a" * 129), "--name: expected at most 128 characters"),
     ],
 )
 def test_wrong_request_about_a_real_model_is_refused_before_anything_is_stored(
@@ -78,6 +79,20 @@ def test_wrong_request_about_a_real_model_is_refused_before_anything_is_stored(
     assert outcome.stderr.startswith("error: ")
     assert outcome.stderr.count("\n") == 1
     assert message in outcome.stderr
+    assert not settings.home_dir.exists()
+
+
+@pytest.mark.parametrize("place", ["folder", "text.db", "text.db/below.db"])
+def test_registry_that_cannot_be_written_is_refused_at_the_start(
+    settings: Settings, tiny_model: ModelFactory, tmp_path: Path, place: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "text.db").write_text("This is not a database.\n" * 100, "utf-8")
+    model = str(tiny_model(HfTask.TEXT_CLASSIFICATION))
+    outcome = invoke(compileflow_app, "compile", model, "--registry", f"sqlite:///{tmp_path / place}")
+    assert outcome.exit_code == 1
+    assert outcome.stderr.count("\n") == 1
+    assert str(tmp_path / place) in outcome.stderr
     assert not settings.home_dir.exists()
 
 
@@ -230,6 +245,41 @@ def test_examples_that_cannot_be_used_are_refused_before_the_compile(
         'Give a text file with one example per line, or JSON lines or CSV with "text". '
         'A label goes into "label".\n',
     )
+    assert counts == {"compile": 0, "validate": 0}
+
+
+LABEL_GATE = """schema_version: 1
+name: mine
+gates:
+  - {gate: kept_right, says: right answers stay right, table: rates, metric: right_answers_kept, severity: warning,
+     type: expect_rate_to_be_at_least, limit: kept_right, tasks: [text-classification]}
+limits:
+  kept_right: {fp32: 0.9}
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("text\na\n", "gate 'kept_right' needs labels, and no example has one. Give examples with labels"),
+        ("text,label\na,\nb,Great\n", "does not have the label 'Great' of examples.csv (line 3)"),
+        ("text,label\n,good\n", "line 2: text is empty"),
+    ],
+)
+def test_examples_without_the_labels_of_a_gate_or_of_the_model_are_refused_before_the_compile(
+    in_process: InProcess, tiny_model: ModelFactory, settings: Settings, tmp_path: Path, body: str, message: str
+) -> None:
+    examples, suite = tmp_path / "examples.csv", tmp_path / "suite.yaml"
+    examples.write_text(body, "utf-8")
+    suite.write_text(LABEL_GATE, "utf-8")
+    words = (
+        "compile", str(tiny_model(HfTask.TEXT_CLASSIFICATION)), "--target", "torchscript", "--bucket", "1x16",
+        "--examples", str(examples), "--suite", str(suite), "--no-progress",
+    )  # fmt: skip
+    with in_process.instead_of_children() as counts:
+        outcome = invoke(compileflow_app, *words)
+    assert outcome.exit_code == 2
+    assert message in outcome.stderr
     assert counts == {"compile": 0, "validate": 0}
 
 

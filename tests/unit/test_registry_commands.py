@@ -15,7 +15,7 @@ from compileflow.artifact.manifest import read_manifest
 from compileflow.artifact.open import open_artifact
 from compileflow.catalog import open_registry, open_store
 from compileflow.cli import app
-from compileflow.contracts import ModelRegistry, VersionEntry
+from compileflow.contracts import ModelRegistry, Outcome, VersionEntry
 from compileflow.contracts.digests import folder_digest, list_files
 from compileflow.errors import RegistryUnavailableError
 from compileflow.registries.sqlite import SqliteRegistry
@@ -243,7 +243,36 @@ def test_verify_refuses_what_failed_after_it_was_registered(settings: Settings, 
     result = call("verify", entry.artifact_uri)
     assert result.exit_code == 1
     assert "last validation failed" in result.stderr
+    assert "proven" not in result.stdout
+    assert json.loads(call("verify", entry.artifact_uri, "--json").stdout)["proven"] is False
+    # A copy of the folder has the same digest, but not the later statement.
+    copied = call("verify", str(OLD_ARTIFACT))
+    assert copied.exit_code == 1
+    assert "proven" not in copied.stdout
     assert call("verify", entry.artifact_uri, "--integrity-only").exit_code == 0
+
+
+@pytest.mark.parametrize(("outcome", "result"), [("fail", "FAILED"), ("error", "FAILED"), ("warn", "WARNED")])
+def test_promote_refuses_what_did_not_pass_its_last_validation(
+    settings: Settings, registry: ModelRegistry, outcome: Outcome, result: str
+) -> None:
+    entry = stored(settings)
+    registry.register(entry)
+    verdict = judged(outcome, source=read_manifest(OLD_ARTIFACT).source.digest)
+    store = open_store(settings.resolved_store_uri())
+    put_statement(store, entry.artifact_digest, verdict_statement(entry.artifact_digest, verdict), None)
+    words = ("promote", "old", "1", "--stage", "production")
+    one_line(call(*words), f"last validation of old version 1 has the result {result}", "--force")
+    assert registry.get("old", 1).stage == "none"
+    assert call(*words, "--force", "--reason", "the other suite counts").exit_code == 0
+
+
+def test_promote_reads_the_verdict_in_every_registry(both: tuple[str, str]) -> None:
+    for number, uri in enumerate(both):
+        entry = version_entry("pos", 5).model_copy(update={"verdict": ("pass", "warn")[number]})
+        open_registry(uri).register(entry)
+    one_line(call("promote", "pos", "1", "--stage", "staging"), "pos version 1 has the verdict warn")
+    assert open_registry(both[0]).get("pos", 1).stage == "none"
 
 
 def test_report_of_another_version_is_one_line(settings: Settings, tmp_path: Path) -> None:

@@ -286,6 +286,15 @@ def test_latency_of_a_fast_model_has_two_significant_digits(ratio: float, text: 
     assert fraction(ratio) == text
 
 
+def test_the_worst_comparison_by_each_difference_is_listed() -> None:
+    names = ("scaled_diff", "rel_l2", "one_minus_cosine")
+    rows = [{"case": name, **dict.fromkeys(names, 0.5)} for name in "abcdefghijklm"]
+    worst = [{"case": name, **dict.fromkeys(names, 1e-3), name: 1.0} for name in names]
+    listed = worst_rows([*rows, *worst])
+    assert len(listed) == 10
+    assert {row["case"] for row in listed[:3]} == set(names)
+
+
 def test_noise_multiple_is_the_worst_difference_over_the_floor(report: Report) -> None:
     measured_report = report.model_copy(update={"figures": {"rel_l2": 1e-6}})
     assert measured_report.noise_multiple == pytest.approx(5.0)

@@ -16,8 +16,9 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from compileflow import CompiledModel, CompiledPipeline
-from compileflow.artifact.manifest import MANIFEST_NAME
-from compileflow.artifact.open import open_artifact
+from compileflow.artifact.manifest import MANIFEST_NAME, read_manifest
+from compileflow.artifact.open import OpenArtifact, open_artifact
+from compileflow.contracts.digests import folder_digest, list_files
 from compileflow.serving.component import LoadedComponent
 from compileflow.source_model.interface import SourceModel
 from compileflow.source_model.load import load_source_model
@@ -27,6 +28,7 @@ from compileflow.steps.claims import claimed_length, expected_claims
 from compileflow.validation.cases import raw
 from compileflow.validation.judge import gates_for
 from compileflow.validation.measure import Measurements
+from compileflow.validation.measure.interface import Claims, measure_claims, measure_files
 from compileflow.validation.whole_artifact import WholeArtifact
 from tests.conftest import ModelFactory
 from tests.in_process import InProcess
@@ -108,13 +110,19 @@ def _source_model(source_dir: Path, task: HfTask) -> SourceModel:
     return load_source_model(source_dir, task)
 
 
+def _claims(source_dir: Path, artifact: OpenArtifact, requested: CompileSpec | None = None) -> dict[str, Claims]:
+    requested = requested or artifact.manifest.spec
+    source_model = _source_model(source_dir, requested.hf_task)
+    digest = folder_digest(list_files(source_dir))
+    return expected_claims(artifact, source_model, source_dir, requested, source_digest=digest)
+
+
 def _measured(
     source_dir: Path, artifact_dir: Path, component: str = "default", *, requested: CompileSpec | None = None
 ) -> Measurements:
     """Measure everything around the graph of an artifact."""
     artifact = open_artifact(artifact_dir)
-    requested = requested or artifact.manifest.spec
-    claims = expected_claims(artifact, _source_model(source_dir, requested.hf_task), source_dir, requested)
+    claims = _claims(source_dir, artifact, requested)
     longest = max(map(claimed_length, claims.values()))
     whole, measurements = WholeArtifact(artifact, source_dir), Measurements()
     loaded = LoadedComponent.load(artifact, component=component, threads=1)
@@ -235,6 +243,8 @@ CLAIM_FAULTS = {
     "other pad token": (CLASSIFY, _updated(pad_token_id=7), "pad_token_id: expected 0, the manifest says 7"),
     "other precision": (CLASSIFY, _updated(precision="bf16"), "precision: expected fp32, the manifest says bf16"),
     "fewer words": (CLASSIFY, _updated(vocab_size=50), "vocab_size: expected"),
+    "unknown attention": (CLASSIFY, _updated(attention="flash"), "attention: expected sdpa, the manifest says f"),
+    "no attention": (CLASSIFY, _updated(attention=""), "attention: expected sdpa, the manifest says "),
 }  # fmt: skip
 SPEC_FAULTS = {
     "hf_task": ("text-ranking", "spec.hf_task: expected text-classification, the manifest says text-ranking"),
@@ -263,6 +273,52 @@ def test_a_wrong_claim_of_the_manifest_is_named(compiled: Compile, tmp_path: Pat
     measurements = _measured(healthy.source_dir, artifact_dir)
     assert _first_gate(measurements, task) == "manifest_claims"
     assert measurements.details["manifest_claims"].startswith(says), measurements.details
+
+
+MANIFEST_FAULTS: dict[str, tuple[Edit, str]] = {
+    "other source": (lambda manifest: manifest["source"].update(digest="0" * 64), "source.digest: expected "),
+    "other toolchain": (
+        lambda manifest: manifest["target"]["toolchain"].update(transformers="0.0.1"),
+        "target.toolchain.transformers: expected ",
+    ),
+    "unknown toolchain": (
+        lambda manifest: manifest["target"]["toolchain"].pop("transformers"),
+        "target.toolchain.transformers: expected ",
+    ),
+    "other target version": (
+        lambda manifest: manifest["target"].update(version=99), "target.version: expected 2, the manifest says 99",
+    ),
+    "other CPU": (
+        lambda manifest: manifest["target"].update(cpu_features=["sse2"]), "target.cpu_features: expected ()",
+    ),
+    "further file": (
+        lambda manifest: manifest["files"].append(
+            {"path": "components/default/evil.so", "size_bytes": 1, "sha256": "0" * 64}
+        ),
+        "further files: expected none, the manifest says components/default/evil.so",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", MANIFEST_FAULTS)
+def test_a_wrong_claim_about_the_compile_is_named(compiled: Compile, tmp_path: Path, fault: str) -> None:
+    edit, says = MANIFEST_FAULTS[fault]
+    healthy = compiled(CLASSIFY)
+    artifact_dir = _edited(healthy.artifact_dir, tmp_path / "artifact", MANIFEST_NAME, edit)
+    measurements = Measurements()
+    artifact = OpenArtifact(artifact_dir, read_manifest(artifact_dir), "", verified=False)
+    measure_claims(measurements, _claims(healthy.source_dir, artifact)["default"])
+    assert says in measurements.details["manifest_claims"]
+
+
+def test_weights_that_no_module_reads_are_named(compiled: Compile, tmp_path: Path) -> None:
+    healthy = compiled(CLASSIFY)
+    folder = shutil.copytree(healthy.artifact_dir, tmp_path / "artifact")
+    save_file({"weight": np.zeros(1)}, folder / "other.safetensors")
+    reseal(folder)
+    measurements = Measurements()
+    measure_files(measurements, healthy.source_dir, open_artifact(folder))
+    assert measurements.details["interface_files"] == "other.safetensors holds weights that no module reads"
 
 
 @pytest.mark.parametrize("field", SPEC_FAULTS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -98,6 +99,19 @@ def file_lock(path: Path, *, on_wait: Callable[[], None], poll_s: float = 0.1) -
         yield
     finally:
         os.close(handle)
+
+
+def check_writable(folder: Path) -> None:
+    """Check that a folder can be made or written, without making it.
+
+    Raises:
+        OSError: It cannot.
+    """
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def path_of_uri(uri: str) -> Path:

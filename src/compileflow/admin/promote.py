@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from compileflow.artifact.verify import last_result
 from compileflow.catalog import open_registry
 from compileflow.contracts import STAGES, ModelVersion, Stage, without_credentials
 from compileflow.errors import CompileflowError, SpecError, VerdictError
@@ -35,14 +36,15 @@ def promote_version(
         settings: Tokens and timeouts.
         who: Name of the person who promotes; the registry keeps it with the version.
         reason: Reason for the promotion; the registry keeps it with the version.
-        force: Promote even if the verdict is not pass; this needs a reason.
+        force: Promote even a version that did not pass; this needs a reason.
 
     Returns:
         The promoted version in each registry, by URI.
 
     Raises:
         SpecError: The stage is unknown, or force was given without a reason.
-        VerdictError: The verdict is not pass.
+        SignatureError: The store's verdict statement is about another artifact or was altered.
+        VerdictError: The verdict is not pass, or the last validation of the artifact did not pass.
         RegistryError: The version does not exist, or a registry failed.
     """
     if stage not in STAGES:
@@ -51,26 +53,37 @@ def promote_version(
         raise SpecError("Force was given without a reason.", hint='Give the reason, with --reason "...".')
     first_uri, *other_uris = registry_uris
     version_record = open_registry(first_uri, settings).get(name, version)
-    number, verdict = version_record.version, version_record.verdict
-    if stage in _SERVING_STAGES and verdict != "pass" and not force:
-        raise VerdictError(
-            f"{name} version {number} has the verdict {verdict}, but {stage} takes only pass.",
-            hint="Read its report. To promote it regardless, give --force and --reason.",
-        )
-    numbers = {first_uri: number}
+    versions = {first_uri: version_record}
     for uri in other_uris:
         candidates = open_registry(uri, settings).find(version_record.artifact_digest)
         same_name = [candidate for candidate in candidates if candidate.name == name]
         if same_name:
-            numbers[uri] = same_name[0].version
+            versions[uri] = same_name[0]
+    if stage in _SERVING_STAGES and not force:
+        for candidate in versions.values():
+            _check_passed(candidate, stage, settings)
     promotions: dict[str, ModelVersion] = {}
     errors: dict[str, CompileflowError] = {}
-    for uri, number in numbers.items():
+    for uri, candidate in versions.items():
         try:
             promotions[without_credentials(uri)] = open_registry(uri, settings).set_stage(
-                name, number, stage, who=who, reason=reason
+                name, candidate.version, stage, who=who, reason=reason
             )
         except CompileflowError as error:
             errors[without_credentials(uri)] = error
     check_all_succeeded("Promoted", promotions, errors, hint="Run the same command again.")
     return promotions
+
+
+def _check_passed(version: ModelVersion, stage: str, settings: Settings) -> None:
+    """Refuse a version whose verdict is not pass, or whose artifact did not pass its last validation."""
+    problem = f"{version.name} version {version.version} has the verdict {version.verdict}"
+    if version.verdict == "pass":
+        result = last_result(version.artifact_uri, settings)
+        if result in (None, "PASSED"):
+            return
+        problem = f"The last validation of {version.name} version {version.version} has the result {result}"
+    raise VerdictError(
+        f"{problem}, but {stage} takes only pass.",
+        hint="Read its report. To promote it regardless, give --force and --reason.",
+    )

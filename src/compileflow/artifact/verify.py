@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,13 @@ from compileflow.artifact.attestations.verify import Attestations, verify_attest
 from compileflow.artifact.manifest import ArtifactManifest, artifact_files, read_manifest, verify_folder
 from compileflow.artifact.open import cached_folder, path_of
 from compileflow.catalog import open_store
+from compileflow.contracts import without_credentials
 from compileflow.contracts.digests import folder_digest
-from compileflow.errors import IntegrityError, SignatureError, StoreUnavailableError
+from compileflow.errors import IntegrityError, ManifestError, SignatureError, StoreError, StoreUnavailableError
 from compileflow.settings import Settings, get_settings
 from compileflow.stores.layout import split_uri
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,25 @@ def attestations_of(location: str | Path, *, settings: Settings | None = None) -
             raise
         envelopes = ()
     return envelopes or read_bundle(cache)
+
+
+def last_result(artifact_uri: str, settings: Settings) -> str | None:
+    """Return the result of the last validation of a stored artifact: PASSED, WARNED or FAILED.
+
+    None if its store has no verdict on it, or cannot be read, which the log says.
+
+    Raises:
+        SignatureError: The statement is about another artifact.
+    """
+    try:
+        store_uri, digest = split_uri(artifact_uri)
+        envelopes = stored_envelopes(open_store(store_uri, settings), digest)
+    except (ManifestError, StoreError) as error:
+        logger.warning(
+            "The last validation of %s is unknown: %s", without_credentials(artifact_uri), error.message
+        )
+        return None
+    return verify_attestations(digest, envelopes, trusted_keys=(), require_signature=False).result
 
 
 def verify_artifact(

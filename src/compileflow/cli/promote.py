@@ -17,9 +17,7 @@ def promote(
     name: ModelName,
     version: VersionRef,
     stage: Annotated[str, typer.Option(help="staging, production, archived or none.")],
-    force: Annotated[
-        bool, typer.Option(help="Promote a version whose verdict is not pass. Needs --reason.")
-    ] = False,
+    force: Annotated[bool, typer.Option(help="Promote a version that did not pass. Needs --reason.")] = False,
     reason: Annotated[
         str, typer.Option(help="Reason for the promotion; the registry keeps it with the version.")
     ] = "",
@@ -30,7 +28,8 @@ def promote(
 ) -> None:
     """Move a version to a stage, in every registry that has its artifact. VERSION is looked up in the first one.
 
-    Only a version with the verdict pass may enter staging or production, unless you give --force and --reason.
+    Only a version with the verdict pass, whose artifact also passed its last validation, may enter staging or
+    production, unless you give --force and --reason.
     """
     from compileflow.admin.promote import promote_version
     from compileflow.registries.references import parse_ref

@@ -136,6 +136,10 @@ def target_options_of(texts: Sequence[str]) -> dict[str, Any]:
             raise SpecError(f"--option {name} was given twice.", hint="Give each target option once.")
         try:
             options[name] = json.loads(value)
+        except RecursionError as error:
+            raise SpecError(
+                f"--option {name}: the value is nested too deeply.", hint="Give a number, a name or a short list."
+            ) from error
         except ValueError:
             options[name] = value
     return options

@@ -42,19 +42,28 @@ def verify(
     """
     from dataclasses import asdict
 
-    from compileflow.artifact.verify import verify_artifact
+    from compileflow.artifact.verify import last_result, verify_artifact
+    from compileflow.catalog import open_registry
     from compileflow.contracts import without_credentials
     from compileflow.settings import get_settings
 
     settings = get_settings()
+    # Several names may share an artifact; the one that the user named counts first.
     version = registered_version(artifact)
     location = artifact_location(artifact) if version is None else version.artifact_uri
     verification = verify_artifact(
         location, settings=settings, keys=key or (), require_signature=require_signature
     )
-    proof = _proof(location, verification.digest, version) if verification.intact else None
+    if version is None and verification.intact:
+        version = next(iter(open_registry(settings.resolved_registry_uri()).find(verification.digest)), None)
+    has_failed = verification.verdict == "FAILED"
+    if version is not None and "://" not in location:
+        # The statements in a folder may be older than those in the store.
+        has_failed |= last_result(version.artifact_uri, settings) == "FAILED"
+    is_proven = verification.intact and not has_failed
+    proof = _proof(location, verification.digest, version) if is_proven else None
     problems = list(verification.problems)
-    if verification.verdict == "FAILED" and not integrity_only:
+    if has_failed and not integrity_only:
         problems.append("The last validation failed, although an earlier one may have passed. Read the report.")
     elif proof is None and verification.intact and not integrity_only:
         registry = without_credentials(settings.resolved_registry_uri())
@@ -87,17 +96,10 @@ def _print_verification(verification: Verification, proof: str | None) -> None:
 
 
 def _proof(location: str, digest: str, version: ModelVersion | None) -> str | None:
-    """Describe the proof of an artifact: a registered version, or else a passing report in its store.
-
-    Several names may share an artifact: `version` is the one that the user named, if any.
-    """
-    from compileflow.catalog import open_registry, open_store
-    from compileflow.settings import get_settings
+    """Describe the proof of an artifact: a registered version, or else a passing report in its store."""
+    from compileflow.catalog import open_store
     from compileflow.steps.validate import report_on
 
-    settings = get_settings()
-    if version is None:
-        version = next(iter(open_registry(settings.resolved_registry_uri()).find(digest)), None)
     if version is not None:
         return f"{version.name} version {version.version}, verdict {version.verdict}"
     report = report_on(open_store(store_of(location)), digest)

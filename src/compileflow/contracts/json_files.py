@@ -37,14 +37,15 @@ def read_json(path: Path, *, most_bytes: int = MOST_JSON_BYTES, strict: bool = F
     # An empty list takes two bytes of the file and sixty of memory. Signs inside texts count as well.
     if sum(map(data.count, (b"[", b"{", b","))) > _MOST_VALUES:
         raise ValueError(f"it has more than {_MOST_VALUES} values")
-    hooks: dict[str, Any] = {"object_pairs_hook": _without_repeats, "parse_constant": _refuse} if strict else {}
+    hooks: dict[str, Any] = {"object_pairs_hook": without_repeats, "parse_constant": _refuse} if strict else {}
     try:
         return json.loads(data.decode("utf-8"), **hooks)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the pairs of a JSON object as a dict, and raise a ValueError if a name repeats."""
     values = dict(pairs)
     if len(values) != len(pairs):
         repeated_name, _ = Counter(name for name, _ in pairs).most_common(1)[0]

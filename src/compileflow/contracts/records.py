@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, JsonValue, model_validator
 
 from compileflow.contracts.digests import safe_relative_path
+from compileflow.errors import LoadError
 from compileflow.spec import LONGEST_SEQUENCE, Precision, ShapeBucket
 
 # Implementation of attention in transformers.
@@ -95,6 +96,19 @@ class ComponentRecord(Record):
         "",
         description="Implementation of attention in transformers that the graph was made from; empty if unknown.",
     )
+
+    def load_option(self, name: str) -> JsonValue:
+        """Return a value that the target needs for a load.
+
+        Raises:
+            LoadError: The manifest lacks it.
+        """
+        if name not in self.load_options:
+            raise LoadError(
+                f"load_options of the manifest lacks the entry {name!r}, which the target needs.",
+                hint="Fetch the artifact again, or compile the model again.",
+            )
+        return self.load_options[name]
 
     @model_validator(mode="after")
     def _longest_bucket_is_the_maximum(self) -> Self:

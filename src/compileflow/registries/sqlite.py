@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
@@ -10,7 +12,7 @@ from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from compileflow._process.folders import os_errors
+from compileflow._process.folders import check_writable, os_errors
 from compileflow.contracts import ModelVersion, Promotion, Stage, VersionEntry, VersionFiles
 from compileflow.errors import RegistryError, RegistryUnavailableError, SpecError
 from compileflow.registries.lookup import (
@@ -77,6 +79,21 @@ class SqliteRegistry:
             )
         self.uri = uri
         self._path = Path(uri.removeprefix("sqlite:///"))
+
+    def check_writable(self) -> None:
+        """Check that the file can be written or made, without making it.
+
+        Raises:
+            RegistryError: It cannot be written, or is not the file of a registry.
+            RegistryUnavailableError: Another process holds the file for too long.
+        """
+        with os_errors(self._path, "write the registry", kind=RegistryError):
+            if self._path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            check_writable(self._path.parent)
+            if self._path.exists() and not os.access(self._path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        self.find("")
 
     def register(self, entry: VersionEntry, files: VersionFiles | None = None) -> ModelVersion:
         """Add a version, or return the one that already holds this artifact under this name.

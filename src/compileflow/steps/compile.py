@@ -54,16 +54,19 @@ from compileflow.steps.values import CompiledArtifact, FetchedSource
 from compileflow.validation.cases import (
     CLASS_FOLDERS,
     LABELS_UNUSED,
+    METRICS_OF_LABELS,
     MULTI_LABEL,
     ONE_LABEL,
     check_labels,
     check_signals,
     class_names,
+    example_lines,
     has_label,
     load_examples,
     note_on_fields,
 )
 from compileflow.validation.judge import load_user_suite
+from compileflow.validation.settings import ValidationSettings
 
 logger = logging.getLogger(__name__)
 STEP = "compile"
@@ -120,6 +123,8 @@ def compile_artifact(
             return _reuse(store, key)
         if request.steps.validate and (path := request.validation.examples_path) is not None:
             check_examples(spec.hf_task, path, request.validation.max_examples, folder, on_progress)
+        if request.steps.validate:
+            _check_label_gates(request.validation, spec)
 
         def compute(reason: str) -> CompiledArtifact:
             if cost := earlier_cost(store, key):
@@ -183,23 +188,51 @@ def check_examples(
     try:
         if hf_task.modality == "text":
             examples, _, _ = load_examples(hf_task, path, sys.maxsize)
+            lines = example_lines(hf_task, path)
             if note := note_on_fields(hf_task, path):
                 report_line(NOTE + note)
         else:
             rate = declared_sampling_rate(source_dir)
             check_signals(path, hf_task.modality, limit, by_class=by_class, sampling_rate=rate)
             names = class_names(path, hf_task.modality) if by_class else []
-            examples = [{"label": name} for name in names]
+            examples, lines = [{"label": name} for name in names], []
         config_path = source_dir / "config.json"
         config = read_model_json(config_path, config_path.name) if config_path.is_file() else {}
         labels = _labels_of(config)
         if labels:
-            check_labels(hf_task, examples, labels, Path(path).name)
+            check_labels(hf_task, examples, labels, Path(path).name, lines=lines)
     except MeasurementError as error:
         raise SpecError(error.message, hint=error.hint) from error
     chooses_one = len(labels) != 1 and config.get("problem_type") != MULTI_LABEL
     if hf_task in ONE_LABEL and not chooses_one and any(map(has_label, examples)):
         report_line(f"{NOTE}Validation does not use the labels of {Path(path).name}: {LABELS_UNUSED}.")
+
+
+def _check_label_gates(validation: ValidationSettings, spec: CompileSpec) -> None:
+    """Refuse the user's gates on labels, before the compile, if no example has a label.
+
+    Raises:
+        SpecError: A gate would have nothing to judge.
+    """
+    if validation.suite_path is None:
+        return
+    suite = load_user_suite(validation.suite_path)
+    gates = suite.gates_for(spec.precision, spec.hf_task)
+    names = [gate.entry.gate for gate in gates if gate.entry.metric in METRICS_OF_LABELS]
+    if names and not _has_labels(spec.hf_task, validation):
+        raise SpecError(
+            f"The suite {suite.origin} cannot be used: gate {names[0]!r} needs labels, and no example has one.",
+            hint="Give examples with labels by --examples, or leave the gate out.",
+        )
+
+
+def _has_labels(hf_task: HfTask, validation: ValidationSettings) -> bool:
+    path = validation.examples_path
+    if path is None:
+        return False
+    if hf_task.modality != "text":
+        return bool(class_names(path, hf_task.modality))
+    return any(map(has_label, load_examples(hf_task, path, validation.max_examples)[0]))
 
 
 def _labels_of(config: Mapping[str, Any]) -> dict[int, str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import re
 from collections.abc import Collection, Iterator
 from importlib.metadata import requires
@@ -12,10 +10,11 @@ from tempfile import TemporaryDirectory
 
 from packaging.requirements import Requirement
 
-from compileflow._process.folders import os_errors
+from compileflow._process.folders import check_writable, os_errors
 from compileflow._process.packages import installed_versions
 from compileflow.catalog import get_source, get_target, open_registry, open_store, parse_reference
-from compileflow.errors import MissingPackageError, SourceError, SpecError
+from compileflow.errors import MissingPackageError, RegistryError, SourceError, SpecError
+from compileflow.registries.sqlite import SqliteRegistry
 from compileflow.settings import Settings
 from compileflow.sources.hub import HubSource
 from compileflow.spec import HfTask
@@ -24,6 +23,7 @@ from compileflow.steps.fetch import scheme_of
 from compileflow.steps.request import AUTO, CompileRequest
 from compileflow.steps.source_checks import check_lengths, check_model_type, check_source, read_config
 from compileflow.steps.validate import check_libraries
+from compileflow.stores.local import LocalStore
 from compileflow.validation.judge import load_user_suite
 
 _EXTRA = re.compile(r"compileflow\[([a-z0-9,-]+)\]")
@@ -42,7 +42,8 @@ def check_request(request: CompileRequest, settings: Settings, *, extras: Collec
         extras: Extras of compileflow that the caller needs as well.
 
     Raises:
-        StoreError: The home folder cannot be written.
+        StoreError: The home folder or the local store cannot be written.
+        RegistryError: No registry can be written, because the files are not registries or are not writable.
         SourceError: The model's folder does not hold a model that transformers loads, or only a Hub model has a
             revision.
         SpecError: The model does not suit the task or the lengths, the target does
@@ -60,9 +61,7 @@ def check_request(request: CompileRequest, settings: Settings, *, extras: Collec
         checked_target(request.spec_for(request.hf_task or target.capabilities.hf_tasks[0]))
         if request.steps.compile:
             check_available(target, request.precision)
-    open_store(settings.resolved_store_uri(request.store_uri), settings)
-    for registry_uri in settings.resolved_registry_uris(request.registry_uris) if request.steps.register else ():
-        open_registry(registry_uri, settings)
+    _check_places(request, settings)
     if request.steps.validate:
         check_libraries()
         _check_exists(request.validation.examples_path, "examples", "--examples")
@@ -91,11 +90,27 @@ def check_hub_model(request: CompileRequest, settings: Settings) -> None:
 def _check_home(home: Path) -> None:
     """Check that the home folder can be made or written, without making it."""
     with os_errors(home, "write to"):
-        existing = next(folder for folder in (home, *home.parents) if folder.exists())
-        if not existing.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        check_writable(home)
+
+
+def _check_places(request: CompileRequest, settings: Settings) -> None:
+    """Check the store and the registries, as far as that needs no server."""
+    store = open_store(settings.resolved_store_uri(request.store_uri), settings)
+    # A store that is read-only may hold everything already.
+    if isinstance(store, LocalStore) and not store.root.is_dir():
+        with os_errors(store.root, "write to the store"):
+            check_writable(store.root)
+    uris = settings.resolved_registry_uris(request.registry_uris) if request.steps.register else ()
+    errors = []
+    for registry in [open_registry(uri, settings) for uri in uris]:
+        try:
+            if isinstance(registry, SqliteRegistry):
+                registry.check_writable()
+        except RegistryError as error:
+            errors.append(error)
+    # A registry that fails does not stop the others, and the next run completes it.
+    if errors and len(errors) == len(uris):
+        raise errors[0]
 
 
 def _checked_model(request: CompileRequest, settings: Settings) -> Path | None:

@@ -19,6 +19,7 @@ from compileflow._process.state import resident_bytes, torch_threads
 from compileflow.artifact.open import OpenArtifact, open_artifact
 from compileflow.catalog import get_target
 from compileflow.contracts import OUTCOMES, Arrays, ComponentRecord
+from compileflow.contracts.digests import folder_digest, list_files
 from compileflow.errors import LoadError, MeasurementError, first_line
 from compileflow.serving.component import LoadedComponent
 from compileflow.serving.padding import join_rows, take_rows
@@ -109,8 +110,14 @@ def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
         report=report_progress,
     )
     report_progress("comparing files, tokens and processor outputs with the source model's")
-    requested = CompileSpec.model_validate(request["spec"]) if request.get("spec") else spec
-    claims = expected_claims(artifact, source_model, source_dir, requested)
+    requested = CompileSpec.model_validate(request["spec"]) if request.get("spec") else None
+    claims = expected_claims(
+        artifact,
+        source_model,
+        source_dir,
+        requested,
+        source_digest=request.get("source_digest") or folder_digest(list_files(source_dir)),
+    )
     whole_artifact = WholeArtifact(artifact, source_dir, validation.examples_path)
     user_suite = parse_user_suite(**request["suite"]) if request.get("suite") else None
     shared = Measurements()
@@ -132,7 +139,7 @@ def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
         source_model=source_model,
         whole_artifact=whole_artifact,
         artifact_uri=request["artifact_uri"],
-        requested=requested,
+        requested=requested or spec,
         validation=validation,
         user_suite=user_suite,
         answers=answers,
@@ -557,7 +564,7 @@ def _measure_grid(
     evidence: Evidence,
     answers: ReferenceAnswers,
 ) -> None:
-    """Measure the source model with numbers rounded to a lower precision, on special tokens and natural text."""
+    """Measure the source model with numbers rounded to the precision, on natural text and generated rows."""
     precision = decisions.precision
 
     def rounded(inputs: Arrays) -> Arrays:

@@ -136,7 +136,6 @@ class CompileRequest(BaseModel):
     trust_remote_code: TrustRemoteCode = False
     name: RegisteredName | None = Field(
         None,
-        max_length=128,
         title="Registered name",
         description="Name in the registry. Empty: the last part of the model's name.",
     )

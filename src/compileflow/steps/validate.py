@@ -35,7 +35,7 @@ from compileflow.validation.settings import ValidationSettings
 logger = logging.getLogger(__name__)
 STEP = "validate"
 # Part of the cache key. Raise it when a measurement changes.
-MEASUREMENT_VERSION = 8
+MEASUREMENT_VERSION = 9
 _CHILD = "compileflow.steps.prove:prove_artifact"
 # Great Expectations alone takes seconds. What a compiled model needs stays out: its memory is measured.
 IMPORTS = ("torch", _CHILD.partition(":")[0], "compileflow.validation.judge.expectations", "matplotlib.pyplot")

@@ -7,7 +7,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -83,6 +83,7 @@ class AotInductorTarget:
     version: ClassVar[int] = 1
     summary: ClassVar[str] = "torch.export and AOTInductor: native code for the CPU that compiled it"
     Options: ClassVar[type[TargetOptions]] = AotInductorOptions
+    component_files: ClassVar[Sequence[str]] = (_FILE,)
     refused_model_types: ClassVar[Mapping[str, str]] = {
         "canine": "its code does not work for every length",
         "d_fine": _ONE_BATCH_SIZE,
@@ -147,7 +148,9 @@ class AotInductorTarget:
             report_progress("generating and compiling native code")
             _package(program, out_dir / _FILE, options)
         shortest = _shortest_row(program, source_model)
-        return source_model.compiled_to([_FILE], {"shortest": shortest} if shortest > _SHORTEST else {})
+        return source_model.compiled_to(
+            self.component_files, {"shortest": shortest} if shortest > _SHORTEST else {}
+        )
 
     def load(
         self, component_dir: Path, component: ComponentRecord, *, device: Device, threads: int | None

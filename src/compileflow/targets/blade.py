@@ -143,7 +143,7 @@ class BladeTarget:
 
         Calls queue, because BladeDISC does not document whether its graphs are thread-safe.
         """
-        compiled_for = str(component.load_options["device"])
+        compiled_for = str(component.load_option("device"))
         if device != compiled_for:
             raise LoadError(
                 f"Cannot load on {device}: the graphs were compiled for {compiled_for}.",

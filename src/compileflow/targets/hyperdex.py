@@ -158,15 +158,15 @@ class HyperdexTarget:
     ) -> Runner:
         """Load the compiled folder onto the number of LPUs that it was compiled for."""
         runtime = _TOOLCHAIN.import_module("hyperdex.transformers")
-        load_options = component.load_options
-        if load_options["auto_class"] not in AUTO_CLASSES.values():
+        load_option = component.load_option
+        if load_option("auto_class") not in AUTO_CLASSES.values():
             raise LoadError(
-                f"{load_options['auto_class']!r} is not a class that loads a model.",
+                f"{load_option('auto_class')!r} is not a class that loads a model.",
                 hint="Compile the model again.",
             )
         try:
-            model = getattr(runtime, str(load_options["auto_class"])).from_pretrained(
-                model_id=str(component_dir / _FOLDER), device_map={"lpu": load_options["num_device"]}
+            model = getattr(runtime, str(load_option("auto_class"))).from_pretrained(
+                model_id=str(component_dir / _FOLDER), device_map={"lpu": load_option("num_device")}
             )
         except Exception as error:
             raise load_error(_FOLDER, "hyperdex.transformers", error) from error

@@ -135,7 +135,7 @@ class NeuronTarget:
         # The import registers the operators of the graphs.
         _TOOLCHAIN.import_module("torch_neuron")
         graphs = load_buckets(component_dir, component, runtime="torch_neuron")
-        return TracedRunner(graphs, component, any_batch=bool(component.load_options["dynamic_batch_size"]))
+        return TracedRunner(graphs, component, any_batch=bool(component.load_option("dynamic_batch_size")))
 
 
 def compiler_arguments(user_arguments: Sequence[str], precision: Precision) -> tuple[str, ...]:

@@ -190,11 +190,11 @@ class NeuronxTarget:
         """Load the graph of every shape bucket, with the same weights, and move all to one NeuronCore."""
         # The import registers the operators of the graphs.
         torch_neuronx = _TOOLCHAIN.import_module("torch_neuronx")
-        load_options = component.load_options
+        load_option = component.load_option
         weights = (
             None
-            if load_options["inline_weights_to_neff"]
-            else _read_weights(component_dir, load_options["tied_weights"])
+            if load_option("inline_weights_to_neff")
+            else _read_weights(component_dir, load_option("tied_weights"))
         )
 
         def prepare(graph: Any) -> Any:
@@ -205,7 +205,7 @@ class NeuronxTarget:
             return graph
 
         graphs = load_buckets(component_dir, component, runtime="torch_neuronx", prepare=prepare)
-        return TracedRunner(graphs, component, any_batch=bool(load_options["dynamic_batch_size"]))
+        return TracedRunner(graphs, component, any_batch=bool(load_option("dynamic_batch_size")))
 
 
 def compiler_arguments(options: NeuronxOptions, precision: Precision) -> tuple[str, ...]:

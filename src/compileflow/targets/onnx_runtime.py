@@ -130,6 +130,7 @@ class OnnxRuntimeTarget:
         "ONNX with dynamic axes and fused operators, int8 by ONNX Runtime (static: by NNCF); CPU fleets"
     )
     Options: ClassVar[type[TargetOptions]] = OnnxRuntimeOptions
+    component_files: ClassVar[Sequence[str]] = (_FILE, f"{_FILE}.data")
     fallback_options: ClassVar[Mapping[str, JsonValue]] = {"exporter": "trace"}
     refused_model_types: ClassVar[Mapping[str, str]] = {
         "deformable_detr": "its exported graph does not run on images of other sizes",
@@ -188,7 +189,7 @@ class OnnxRuntimeTarget:
         import onnx_ir
 
         onnx_ir.save(model, str(out_dir / _FILE), external_data=f"{_FILE}.data")
-        return source_model.compiled_to([_FILE, f"{_FILE}.data"])
+        return source_model.compiled_to(self.component_files)
 
     def load(
         self, component_dir: Path, component: ComponentRecord, *, device: Device, threads: int | None

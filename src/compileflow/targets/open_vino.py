@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -183,6 +183,7 @@ class OpenVinoTarget:
     version: ClassVar[int] = 3
     summary: ClassVar[str] = "OpenVINO IR with dynamic axes, int8 and int4 by NNCF; CPU fleets"
     Options: ClassVar[type[TargetOptions]] = OpenVinoOptions
+    component_files: ClassVar[Sequence[str]] = (*_FILES, *_DECODER_FILES)
     fallback_options: ClassVar[Mapping[str, JsonValue]] = {"exporter": "trace"}
     refused_model_types: ClassVar[Mapping[str, str]] = {
         "deformable_detr": "its exported graph answers differently",
@@ -337,11 +338,11 @@ def _compiled(core: Any, model: Any, component: ComponentRecord, threads: int | 
     """
     import openvino
 
-    hint = str(component.load_options["performance_hint"])
+    hint = str(component.load_option("performance_hint"))
     settings: dict[str, Any] = {
         "PERFORMANCE_HINT": hint.upper(),
         "INFERENCE_PRECISION_HINT": component.load_options.get("inference_precision", _HINTS[component.precision]),
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": component.load_options["dynamic_quantization_group_size"],
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": component.load_option("dynamic_quantization_group_size"),
     }
     if _CACHE_OPTION in component.load_options:
         settings["KV_CACHE_PRECISION"] = component.load_options[_CACHE_OPTION]

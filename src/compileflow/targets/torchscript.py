@@ -48,6 +48,7 @@ class TorchScriptTarget:
 
     name: ClassVar[str] = "torchscript"
     version: ClassVar[int] = 2
+    component_files: ClassVar[Sequence[str]] = (GRAPH_FILE,)
     refused_model_types: ClassVar[Mapping[str, str]] = {
         "jetmoe": "its traced graph keeps the experts that the example chose",
         "lw_detr": "its traced graph answers differently",
@@ -100,7 +101,7 @@ class TorchScriptTarget:
         with warnings.catch_warnings():
             _silence_deprecation()
             torch.jit.save(torch.jit.script(buckets), str(out_dir / GRAPH_FILE))
-        return source_model.compiled_to([GRAPH_FILE])
+        return source_model.compiled_to(self.component_files)
 
     def load(
         self, component_dir: Path, component: ComponentRecord, *, device: Device, threads: int | None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from compileflow.catalog import get_target
-from compileflow.contracts.digests import json_digest, list_files
+from compileflow.contracts.digests import folder_digest, json_digest, list_files
 from compileflow.steps.build import build_artifact
 from compileflow.testing.shared import make_once
 from compileflow.testing.state import unchanged_process
@@ -20,7 +20,7 @@ def compile_once(request: Mapping[str, Any], parent: Path) -> Path:
 
     Args:
         request: Arguments of `build_artifact` without `out_dir`. Its source record does not matter: the manifest
-            names `source_dir` and a revision of zeros.
+            names `source_dir`, its digest and a revision of zeros.
         parent: Existing folder that all processes of a test run use.
 
     Raises:
@@ -28,7 +28,8 @@ def compile_once(request: Mapping[str, Any], parent: Path) -> Path:
     """
     source_dir = Path(request["source_dir"])
     target = get_target(request["spec"]["target"])
-    content = [record.model_dump(mode="json") for record in list_files(source_dir)]
+    files = list_files(source_dir)
+    content = folder_digest(files)
     arguments = {
         name: value
         for name, value in request.items()
@@ -37,7 +38,7 @@ def compile_once(request: Mapping[str, Any], parent: Path) -> Path:
     key = json_digest(
         {"content": content, "arguments": arguments, "version": target.version, "toolchain": target.toolchain()}
     )
-    source = {"uri": source_dir.as_uri(), "revision": "0" * 64, "digest": "0" * 64}
+    source = {"uri": source_dir.as_uri(), "revision": "0" * 64, "digest": content}
 
     def make(folder: Path) -> None:
         # The first compile of a run checks this for all tests. A separate test would cost another compile.

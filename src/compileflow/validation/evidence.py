@@ -196,7 +196,7 @@ def _text_evidence(
         note = f" ({tests.note})" if tests and tests.note else ""
         origin = f"{len(test_examples)} test inputs of the source version{note}, and {origin}"
         examples = (test_examples + examples)[: max(validation.max_examples, len(test_examples))]
-    texts = [example.get("text") or example["context"] for example in examples]
+    texts = [example["context" if "context" in example else "text"] for example in examples]
     builder = CaseBuilder(
         tokenizer=tokenizer,
         input_names=tuple(tensor.name for tensor in record.inputs),

@@ -6,6 +6,7 @@ from compileflow.validation.cases.case import Case
 from compileflow.validation.cases.examples import (
     check_signals,
     class_names,
+    example_lines,
     generated_count,
     load_examples,
     load_signals,
@@ -16,6 +17,7 @@ from compileflow.validation.cases.generated_signals import NamedSignal, generate
 from compileflow.validation.cases.labels import (
     CLASS_FOLDERS,
     LABELS_UNUSED,
+    METRICS_OF_LABELS,
     MULTI_LABEL,
     ONE_LABEL,
     check_labels,
@@ -28,6 +30,7 @@ from compileflow.validation.cases.text import ODD_TEXTS, CaseBuilder, agreement_
 __all__ = [
     "CLASS_FOLDERS",
     "LABELS_UNUSED",
+    "METRICS_OF_LABELS",
     "MULTI_LABEL",
     "ODD_TEXTS",
     "ONE_LABEL",
@@ -39,6 +42,7 @@ __all__ = [
     "check_labels",
     "check_signals",
     "class_names",
+    "example_lines",
     "generated_count",
     "generated_signals",
     "has_label",

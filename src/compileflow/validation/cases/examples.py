@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from compileflow.contracts.json_files import without_repeats
 from compileflow.errors import MeasurementError, first_line
 from compileflow.source_model.processor import Processor
 from compileflow.spec import HfTask, Modality, Precision
@@ -57,9 +58,9 @@ def load_examples(task: HfTask, path: str | None, limit: int) -> tuple[list[Exam
     Raises:
         MeasurementError: The file cannot be read, or holds no example in the form that the task needs.
     """
-    examples, origin, digest = _read(task, path, lambda data: label_fields(data, task))
+    examples, lines, origin, digest = _read(task, path, lambda data: label_fields(data, task))
     try:
-        check_ids(examples)
+        check_ids(examples, lines)
     except ValueError as error:
         raise MeasurementError(
             f"The examples cannot be used: {error}: {path}.",
@@ -68,17 +69,22 @@ def load_examples(task: HfTask, path: str | None, limit: int) -> tuple[list[Exam
     return examples[:limit], origin, digest
 
 
+def example_lines(task: HfTask, path: str) -> list[int]:
+    """Return the line of each example of the user's file. Raises as `load_examples` does."""
+    return _read(task, path, lambda data: label_fields(data, task))[1]
+
+
 def note_on_fields(task: HfTask, path: str) -> str:
     """Return a sentence about the fields of the user's examples that validation does not use; "" without any.
 
     Raises:
         MeasurementError: See `load_examples`.
     """
-    fields_of_rows, origin, _ = _read(task, path, lambda data: unused_fields(data, task))
+    fields_of_rows, _, origin, _ = _read(task, path, lambda data: unused_fields(data, task))
     names = list(dict.fromkeys(name for fields in fields_of_rows for name in fields))
     if not names:
         return ""
-    used_fields, _, _ = _read(task, path, lambda data: known_fields(data, task))
+    used_fields, *_ = _read(task, path, lambda data: known_fields(data, task))
     texts, labels = used_fields[0]
     used, without = [*texts, *filter(None, [" or ".join(labels)])], ""
     if labels and not any(map(has_label, load_examples(task, path, len(used_fields))[0])):
@@ -91,8 +97,8 @@ def note_on_fields(task: HfTask, path: str) -> str:
 
 def _read(
     task: HfTask, path: str | None, read: Callable[[Mapping[str, Any]], Value]
-) -> tuple[list[Value], str, str]:
-    """Read a file of examples; return what `read` makes of each, their origin, and the SHA-256 of the file."""
+) -> tuple[list[Value], list[int], str, str]:
+    """Return what `read` makes of each example of a file, their lines and origin, and the SHA-256 of the file."""
     questions = task.reads_pairs
     try:
         if path is not None:
@@ -101,7 +107,7 @@ def _read(
             origin = "questions_en.jsonl" if questions else "sentences_en.txt"
             body = (files("compileflow.validation") / "data" / origin).read_bytes()
             origin = f"compileflow's own {origin}"
-        text = body.decode("utf-8-sig").replace("\r\n", "\n")
+        text = _decoded(body, path or origin).replace("\r\n", "\n")
         if origin.lower().endswith(".csv"):
             examples = list(_rows(text, read))
         else:
@@ -109,7 +115,7 @@ def _read(
             is_json = origin.lower().endswith((".json", ".jsonl"))
             lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
             _refuse_table([line for _, line in lines[:1]])
-            examples = [_example(number, line, task, read, is_json=is_json) for number, line in lines]
+            examples = [(number, _example(number, line, task, read, is_json=is_json)) for number, line in lines]
     except (OSError, ValueError, csv.Error) as error:
         hint = (
             'Give JSON lines or CSV with "question" and "context".'
@@ -124,7 +130,18 @@ def _read(
         raise MeasurementError(
             f"{path} holds no example.", hint="Give at least one; 300 are enough for most gates."
         )
-    return examples, origin, hashlib.sha256(body).hexdigest()
+    values, numbers = [value for _, value in examples], [number for number, _ in examples]
+    return values, numbers, origin, hashlib.sha256(body).hexdigest()
+
+
+def _decoded(body: bytes, path: str) -> str:
+    try:
+        return body.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = error.object.count(b"\n", 0, error.start) + 1
+        raise MeasurementError(
+            f"The examples cannot be used: line {number} is not UTF-8: {path}.", hint="Save the file as UTF-8."
+        ) from error
 
 
 def _refuse_table(first_lines: Sequence[str]) -> None:
@@ -140,7 +157,11 @@ def _example(
 ) -> Value:
     if line.startswith("{"):
         try:
-            return read(json.loads(line))
+            data = json.loads(line, object_pairs_hook=without_repeats)
+            _refuse_surrogates(line, data)
+            return read(data)
+        except RecursionError as error:
+            raise ValueError(f"line {number} is nested too deeply: {line[:80]}") from error
         except json.JSONDecodeError as error:
             reason = f"{error.msg} at column {error.colno}"
             raise ValueError(f"line {number} is not JSON: {reason}: {line[:80]}") from error
@@ -153,8 +174,19 @@ def _example(
     return read({"text": line})
 
 
-def _rows(text: str, read: Callable[[Mapping[str, Any]], Value]) -> Iterator[Value]:
-    """Read CSV whose first row names the columns."""
+def _refuse_surrogates(line: str, data: Any) -> None:
+    """Refuse half of a surrogate pair, which JSON can write as an escape: no tokenizer takes it."""
+    # Only an escape can stand for one, because the file is UTF-8.
+    if "\\ud" not in line.casefold():
+        return
+    try:
+        json.dumps(data, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{error.object[error.start]!a} is half of a surrogate pair") from error
+
+
+def _rows(text: str, read: Callable[[Mapping[str, Any]], Value]) -> Iterator[tuple[int, Value]]:
+    """Read CSV whose first row names the columns; yield the last line of each row with the row."""
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     names = reader.fieldnames or ()
     if len(set(names)) < len(names):
@@ -164,7 +196,7 @@ def _rows(text: str, read: Callable[[Mapping[str, Any]], Value]) -> Iterator[Val
         if None in row or None in row.values():
             raise ValueError(f"line {reader.line_num}: expected {len(reader.fieldnames or ())} cells")
         try:
-            yield read(row)
+            yield reader.line_num, read(row)
         except ValueError as error:
             raise ValueError(f"line {reader.line_num}: {error}") from error
 

@@ -20,6 +20,8 @@ CLASS_FOLDERS = (HfTask.IMAGE_CLASSIFICATION, HfTask.AUDIO_CLASSIFICATION)
 ONE_LABEL = (HfTask.TEXT_CLASSIFICATION, *CLASS_FOLDERS)
 # In a configuration, the problem_type of models that decide about each label separately.
 MULTI_LABEL = "multi_label_classification"
+# Metrics that are measured only on examples with labels.
+METRICS_OF_LABELS = ("right_answers_kept", "span_f1_kept")
 # Why labels of such models, and of those with a single output, are not compared.
 LABELS_UNUSED = "the model does not choose one label"
 _NO_ENTITY = "O"
@@ -118,6 +120,8 @@ def label_fields(data: Mapping[str, Any], task: HfTask) -> Example:
         if not isinstance(data.get(name), str):
             problem = "is not a string" if name in data else "is missing"
             raise ValueError(f"{name} {problem}")
+        if not data[name].strip():
+            raise ValueError(f"{name} is empty")
     example: Example = {name: data[name] for name in names}
     label = data.get("label")
     if task is HfTask.TEXT_CLASSIFICATION and label is not None and label != "":
@@ -163,23 +167,40 @@ def has_label(example: Example) -> bool:
     return any(name in example for name in ("label", "tags", "entities", "answers", "relevant"))
 
 
-def check_ids(examples: Sequence[Example]) -> None:
+def check_ids(examples: Sequence[Example], lines: Sequence[int] = ()) -> None:
     """Check that each document has an id of its own, and that those of relevant documents exist.
+
+    Args:
+        examples: Examples, as `label_fields` returns them.
+        lines: Line of each example, for the message.
 
     Raises:
         ValueError: They do not.
     """
-    queries = [example for example in examples if "relevant" in example]
+    queries = [(number, example) for number, example in enumerate(examples) if "relevant" in example]
     ids = Counter(example["id"] for example in examples if "id" in example)
     if queries and ids and (most := ids.most_common(1)[0])[1] > 1:
-        raise ValueError(f"two examples have the id {most[0]!r}")
-    for example in queries:
+        second = [number for number, example in enumerate(examples) if example.get("id") == most[0]][1]
+        raise ValueError(f"two examples have the id {most[0]!r}{_line_of(second, lines)}")
+    for number, example in queries:
         for name in example["relevant"]:
             if name not in ids or name == example.get("id"):
-                raise ValueError(f"relevant names {name!r}, which is not the id of another example")
+                place = _line_of(number, lines)
+                raise ValueError(f"relevant names {name!r}, which is not the id of another example{place}")
 
 
-def check_labels(task: HfTask, examples: Sequence[Example], labels: Mapping[int, str], origin: str) -> None:
+def _line_of(number: int, lines: Sequence[int]) -> str:
+    return f" (line {lines[number]})" if lines else ""
+
+
+def check_labels(
+    task: HfTask,
+    examples: Sequence[Example],
+    labels: Mapping[int, str],
+    origin: str,
+    *,
+    lines: Sequence[int] = (),
+) -> None:
     """Check that the model has the labels of the examples; otherwise each of them would count as a wrong answer.
 
     Args:
@@ -187,26 +208,36 @@ def check_labels(task: HfTask, examples: Sequence[Example], labels: Mapping[int,
         examples: Examples, as `label_fields` returns them.
         labels: Name of each label of the model.
         origin: Name of the file or folder, for the message.
+        lines: Line of each example in the file, for the message.
 
     Raises:
         MeasurementError: The model lacks a label.
     """
     if task in ONE_LABEL and len(labels) > 1:
-        used_labels = {example["label"] for example in examples if "label" in example}
-        known_labels = {*labels.values(), *map(str, labels)}
+        used_labels: list[set[str]] = [{example["label"]} if "label" in example else set() for example in examples]
+        known_labels = _names_or_numbers(labels)
     elif task is HfTask.TOKEN_CLASSIFICATION:
-        used_labels = {entity["label"] for example in examples for entity in example.get("entities", ())}
+        used_labels = [
+            {entity["label"] for entity in example.get("entities", ())} | set(map(str, example.get("tags", ())))
+            for example in examples
+        ]
         known_labels = {_type_of(name) for name in labels.values()} - {_NO_ENTITY}
-        used_labels |= {str(tag) for example in examples for tag in example.get("tags", ())}
-        known_labels |= {*labels.values(), *map(str, labels), _NO_ENTITY}
+        known_labels |= {*_names_or_numbers(labels), _NO_ENTITY}
     else:
         return
-    unknown_labels = sorted(used_labels - known_labels)
-    if unknown_labels:
-        raise MeasurementError(
-            f"The examples cannot be used: the model does not have the label {unknown_labels[0]!r} of {origin}.",
-            hint=f"Its labels are: {', '.join(labels[number] for number in sorted(labels)[:20])}.",
-        )
+    for number, used in enumerate(used_labels):
+        if unknown_labels := sorted(used - known_labels):
+            raise MeasurementError(
+                f"The examples cannot be used: the model does not have the label {unknown_labels[0]!r} of "
+                f"{origin}{_line_of(number, lines)}.",
+                hint=f"Its labels are: {', '.join(labels[number] for number in sorted(labels)[:20])}.",
+            )
+
+
+def _names_or_numbers(labels: Mapping[int, str]) -> set[str]:
+    """Return the words for a model's labels: their names, and their numbers unless some number is a name."""
+    names, numbers = set(labels.values()), set(map(str, labels))
+    return names if names & numbers else names | numbers
 
 
 def truth_of(example: Example, encode: Any, labels: Mapping[int, str]) -> Truth | None:
@@ -269,6 +300,8 @@ def _tagged(data: Mapping[str, Any]) -> Example:
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         raise ValueError("tokens is not a list of strings")
     example: Example = {"text": " ".join(tokens)}
+    if not example["text"].strip():
+        raise ValueError("tokens is empty")
     if not tags:
         return example
     if not isinstance(tags, list) or not all(isinstance(tag, str | int) for tag in tags):

@@ -85,7 +85,7 @@ def raw_texts(
         seed: Seed of the random choices.
     """
     chosen = random.Random(seed).sample(list(examples), min(_ANSWERED_TEXTS, len(examples)))  # noqa: S311 - as above
-    long_text = " ".join(example.get("text") or example["context"] for example in examples[:200])
+    long_text = " ".join(example["context" if "context" in example else "text"] for example in examples[:200])
     long_text = " ".join(long_text.split()[: max_length + 8])
     # A long row of fill-mask has a score for each word at each token: a gigabyte for a large vocabulary.
     is_answered = max_length <= _LONGEST_ANSWERED and task is not HfTask.FILL_MASK and not task.generates

@@ -45,7 +45,12 @@ def opened(gate: Gate, measurements: Measurements, precision: Precision, *, is_f
     entry, grid_limit = gate.entry, suite.grid_limits.get(gate.entry.gate)
     if entry.noise is not None:
         noise, noise_limit = entry.noise, suite.noise_limits.get(precision)
-        by_output = measurements.floors if precision is Precision.FP32 else measurements.grid_floors
+        if precision is Precision.FP32:
+            by_output = measurements.floors
+        elif entry.table == "comparisons":
+            by_output = measurements.grid_floors
+        else:
+            by_output = {"": {noise: measurements.grid.get(entry.source, 0.0)}}
         floors = {output: floor[noise] for output, floor in by_output.items() if floor.get(noise)}
         largest = max(floors.values(), default=0.0)
         if is_fixed or noise_limit is None or gate.limit <= 0.0 or not floors:

@@ -31,9 +31,10 @@ from compileflow.validation.measure.scores import Scores
 from compileflow.validation.measure.searches import Searches
 
 # With a smaller margin the reference has not decided between two answers; either counts as agreement. The same
-# holds for a gap between two logits that is a smaller share of the largest one: two steps of the format's grid,
-# which are 2^-9 for the 11 bits of fp16, 2^-6 for the 8 bits of bf16, and 2/127 for int8, which has 127 steps up
-# to the largest value. At fp32, each of the two logits may differ by 1e-4.
+# holds for a gap between two logits that is a smaller share of half the range of all logits: two steps of the
+# format's grid, which are 2^-9 for the 11 bits of fp16, 2^-6 for the 8 bits of bf16, and 2/127 for int8, which has
+# 127 steps up to the largest value. At fp32, each of the two logits may differ by 1e-4. A number that all logits
+# have in common does not matter to a decision, so the range does not count it.
 TIE_MARGIN = 1e-3
 # int4 stores the last layer in 8 bits, so its logits have the same grid.
 _TIE_SHARES = {
@@ -127,8 +128,7 @@ class Decisions:
     _likelihoods: Likelihoods = field(default_factory=Likelihoods)
 
     def __post_init__(self) -> None:
-        ties = (_SCORE_TIE, _TIE_SHARES[self.precision])
-        self.scores = Scores(self.task, Searches(_COSINE_TIES[self.precision], ties))
+        self.scores = Scores(self.task, Searches(_COSINE_TIES[self.precision], _SCORE_TIE))
 
     def add(self, case: Case, expected: Arrays, actual: Arrays) -> None:
         """Add one natural batch. Outputs of the wrong shape are judged by the shape gate."""
@@ -252,7 +252,7 @@ class Decisions:
         if len(self._scores) < 2:
             return []
         before, after = np.asarray([scores for _, scores in self._scores], np.float64).T
-        tie = max(_SCORE_TIE * before.std(), _TIE_SHARES[self.precision] * float(np.median(np.abs(before))))
+        tie = _SCORE_TIE * before.std()
         orders = []
         for index, (text, _) in enumerate(self._scores):
             others = np.arange(index + 1, index + 1 + min(_OTHERS, len(before) - 1)) % len(before)
@@ -312,14 +312,13 @@ class Decisions:
             self._count("label_agreement", text, before[None], after[None], lambda _: words)
             if isinstance(truth, str):
                 choices = (int(before.argmax()), int(after.argmax()))
-                was_right, is_right = (truth in (self._name(label), str(label)) for label in choices)
-                self._rates[-1] |= {
-                    "right_to_wrong": int(was_right and not is_right),
-                    "wrong_to_right": int(is_right and not was_right),
-                }
-                # A tie of the source model counts as agreement.
+                was_right, is_right = (self._is(label, truth) for label in choices)
                 is_tie = bool(self._ties(before[None])[0])
-                self.scores.add_label(text, was_right, was_right if is_tie else is_right)
+                self._rates[-1] |= {
+                    "right_to_wrong": int(was_right and not is_right and not is_tie),
+                    "wrong_to_right": int(is_right and not was_right and not is_tie),
+                }
+                self.scores.add_label(text, was_right, is_right, is_tie=is_tie)
             return
         self._count_each("label_agreement", text, before, after, self._name)
 
@@ -423,12 +422,11 @@ class Decisions:
         tags = [[self._name(int(label)) for label in logits.argmax(-1)] for logits in (before, after)]
         self._tags.append((tags[0], tags[1]))
         if isinstance(truth, LabelledWords):
-            # A tie of the source model counts as agreement.
             agreed = [tags[int(not is_tie)][position] for position, is_tie in enumerate(self._ties(before))]
-            entities = [
-                frozenset(spans([given[token] for token in truth.first_tokens])) for given in (tags[0], agreed)
-            ]
-            self.scores.add_entities(text, truth.entities, entities)
+            before_spans, after_spans, agreed_spans = (
+                frozenset(spans([given[token] for token in truth.first_tokens])) for given in (*tags, agreed)
+            )
+            self.scores.add_entities(text, truth.entities, before_spans, after_spans, agreed=agreed_spans)
 
     def _add_speech(self, text: str, before: Any, after: Any) -> None:
         """Compare the character of each frame, and the transcript, where repeats of a character merge (CTC)."""
@@ -466,7 +464,7 @@ class Decisions:
         words = [token_choice(logits) for logits in (before, after)]
         self._count("label_agreement", text, before[None], after[None], lambda _: words)
         k = min(5, before.size)
-        tie = _TIE_SHARES[self.precision] * float(np.abs(before).max())
+        tie = _TIE_SHARES[self.precision] * float(np.ptp(before)) / 2
         hits = metrics.overlap_at(before, after, k, tie=tie)
         self._rates.append({"metric": "top5_overlap", "text": text, "hits": hits, "trials": k})
 
@@ -485,7 +483,7 @@ class Decisions:
             {"metric": "exact_span", "text": text, "hits": int(is_equal), "trials": 1, "ties": int(any(ties))}
         )
         if isinstance(truth, LabelledAnswer):
-            self.scores.add_answer(text, truth, before, after, is_equal=is_equal and any(ties))
+            self.scores.add_answer(text, truth, before, after, is_tie=is_equal and any(ties))
         if not is_equal:
             words = [span_choice(ids, ends) for ends in (before, after)]
             self._changes.append(Change("exact_span", text, margin, *words))
@@ -508,7 +506,7 @@ class Decisions:
             before: Logits of the source model.
             after: Logits of the compiled model.
             describe: Function that puts the flipped decisions into words.
-            size: Size of the numbers that the format rounds, if it exceeds that of the largest logit.
+            size: Size of the numbers that the format rounds, if it exceeds half the range of the logits.
         """
         margin = metrics.margins(before)
         ties = self._ties(before, size)
@@ -534,7 +532,11 @@ class Decisions:
         gaps = metrics.gaps(logits)
         # Of two choices, the gap as a margin. With hundreds of choices, all probabilities and margins are small.
         is_close = np.tanh(gaps / 2) < TIE_MARGIN
-        return is_close | (gaps <= _TIE_SHARES[self.precision] * np.maximum(np.abs(logits.max(-1)), size))
+        return is_close | (gaps <= _TIE_SHARES[self.precision] * np.maximum(np.ptp(logits, axis=-1) / 2, size))
+
+    def _is(self, label: int, truth: str) -> bool:
+        """Return whether a label is the right one, which is given by its name or else by its number."""
+        return truth == (self._name(label) if truth in self.labels.values() else str(label))
 
     def _name(self, label: int) -> str:
         return self.labels.get(label, str(label))

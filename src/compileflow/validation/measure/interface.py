@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from compileflow.artifact.open import OpenArtifact
 from compileflow.contracts import Arrays
 from compileflow.errors import LoadError, first_line
+from compileflow.source_model.sentence_files import MODULE_WEIGHTS, module_list
 from compileflow.source_model.sentence_modules import module_weights
 from compileflow.sources.files import is_interface_file, kind_of
 from compileflow.validation.cases.generated_signals import NamedSignal
@@ -201,13 +202,17 @@ def _record(measurements: Measurements, metric: str, changes: Sequence[str]) -> 
 def _changed_files(source_dir: Path, artifact: OpenArtifact) -> list[str]:
     folders = tuple(f"{record.folder}/" for record in artifact.manifest.components.values())
     listed_names = {record.path for record in artifact.manifest.files}
-    names = {name for name in listed_names if not name.startswith(folders) and kind_of(name) != "weights"}
+    # A compile converts the weights of modules to safetensors. They are compared number by number.
+    rewritten_names = {f"{path}/{MODULE_WEIGHTS[0]}" for _, path in module_list(source_dir)}
+    names = {name for name in listed_names if not name.startswith(folders) and name not in rewritten_names}
     source_names = {path.relative_to(source_dir).as_posix() for path in source_dir.rglob("*") if path.is_file()}
     source_names = {name for name in source_names if is_interface_file(name)}
     changes = []
     for name in sorted(names | source_names):
         if name not in names:
             changes.append(f"{name} is missing")
+        elif kind_of(name) == "weights":
+            changes.append(f"{name} holds weights that no module reads")
         elif name not in source_names:
             changes.append(f"the source model has no {name}")
         elif (source_dir / name).read_bytes() != (artifact.folder / name).read_bytes():

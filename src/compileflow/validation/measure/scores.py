@@ -33,6 +33,7 @@ class LabelScore(BaseModel):
         right: Right answers of the source model.
         right_to_wrong: Those that the compiled model gets wrong.
         wrong_to_right: Right answers of the compiled model alone.
+        undecided: Answers of `right_to_wrong` on which the source model is undecided; gates count them as kept.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,6 +45,7 @@ class LabelScore(BaseModel):
     right: int
     right_to_wrong: int
     wrong_to_right: int
+    undecided: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class _Scored:
         right: Right answers of the source model.
         lost: Those that the compiled model gets wrong.
         gained: Right answers of the compiled model alone.
+        undecided: Lost answers on which the source model is undecided.
     """
 
     text: str
@@ -67,6 +70,7 @@ class _Scored:
     right: int
     lost: int
     gained: int
+    undecided: int = 0
 
 
 @dataclass
@@ -82,13 +86,28 @@ class Scores:
     searches: Searches = field(default_factory=Searches)
     _scored: list[_Scored] = field(default_factory=list)
 
-    def add_label(self, text: str, was_right: bool, is_right: bool) -> None:
+    def add_label(self, text: str, was_right: bool, is_right: bool, *, is_tie: bool) -> None:
         """Add one decision."""
-        self._add_whole(text, (was_right, is_right), (float(was_right), float(is_right)))
+        self._add_whole(text, (was_right, is_right), (float(was_right), float(is_right)), is_tie)
 
-    def add_entities(self, text: str, truth: frozenset[Entity], found: Sequence[frozenset[Entity]]) -> None:
-        """Add the entities of a text that each model finds."""
-        before, after = found
+    def add_entities(
+        self,
+        text: str,
+        truth: frozenset[Entity],
+        before: frozenset[Entity],
+        after: frozenset[Entity],
+        *,
+        agreed: frozenset[Entity],
+    ) -> None:
+        """Add the entities of a text that each model finds.
+
+        Args:
+            text: The example.
+            truth: Entities that the labels give.
+            before: Entities that the source model finds.
+            after: Entities that the compiled model finds.
+            agreed: The same, with the source model's tags where it is undecided.
+        """
         right_before, right_after = truth & before, truth & after
         self._scored.append(
             _Scored(
@@ -99,11 +118,12 @@ class Scores:
                 right=len(right_before),
                 lost=len(right_before - right_after),
                 gained=len(right_after - right_before),
+                undecided=len((right_before - right_after) & agreed),
             )
         )
 
     def add_answer(
-        self, text: str, truth: LabelledAnswer, before: Sequence[Any], after: Sequence[Any], *, is_equal: bool
+        self, text: str, truth: LabelledAnswer, before: Sequence[Any], after: Sequence[Any], *, is_tie: bool
     ) -> None:
         """Add the answers to a question.
 
@@ -112,20 +132,18 @@ class Scores:
             truth: The right answers.
             before: Start and end logits of the source model, each of shape (tokens,).
             after: Those of the compiled model.
-            is_equal: The models differ at most where the source model is undecided.
+            is_tie: The models differ at most where the source model is undecided.
         """
         settings = AnswerSettings()
         answers = [
             best_answers([(truth.window, *logits)], truth.context, settings)[0]["answer"]
             for logits in ((before[0], before[1]), (after[0], after[1]))
         ]
-        if is_equal:
-            answers[1] = answers[0]
         was_right, is_right = (
             any(normalized(answer) == normalized(right) for right in truth.answers) for answer in answers
         )
         first, second = (max(word_f1(answer, right) for right in truth.answers) for answer in answers)
-        self._add_whole(text, (was_right, is_right), (first, second))
+        self._add_whole(text, (was_right, is_right), (first, second), is_tie)
 
     def rates(self) -> list[dict[str, Any]]:
         """Return one row per example: how many right answers of the source model stay right."""
@@ -133,9 +151,10 @@ class Scores:
             {
                 "metric": "right_answers_kept",
                 "text": scored.text,
-                "hits": scored.right - scored.lost,
+                "hits": scored.right - scored.lost + scored.undecided,
                 "trials": scored.right,
-                "right_to_wrong": scored.lost,
+                "ties": scored.undecided,
+                "right_to_wrong": scored.lost - scored.undecided,
                 "wrong_to_right": scored.gained,
             }
             for scored in self._all()[1]
@@ -174,6 +193,7 @@ class Scores:
             right=sum(scored.right for scored in all_scored),
             right_to_wrong=sum(scored.lost for scored in all_scored),
             wrong_to_right=sum(scored.gained for scored in all_scored),
+            undecided=sum(scored.undecided for scored in all_scored),
         )
 
     def _all(self) -> tuple[str, list[_Scored]]:
@@ -194,8 +214,9 @@ class Scores:
             for query in found
         ]
 
-    def _add_whole(self, text: str, right: tuple[bool, bool], hits: tuple[float, float]) -> None:
+    def _add_whole(self, text: str, right: tuple[bool, bool], hits: tuple[float, float], is_tie: bool) -> None:
         was_right, is_right = right
+        lost = int(was_right and not is_right)
         self._scored.append(
             _Scored(
                 text,
@@ -203,8 +224,9 @@ class Scores:
                 (1, 1),
                 hits,
                 right=int(was_right),
-                lost=int(was_right and not is_right),
+                lost=lost,
                 gained=int(is_right and not was_right),
+                undecided=lost if is_tie else 0,
             )
         )
 

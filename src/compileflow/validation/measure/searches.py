@@ -39,12 +39,11 @@ class Searches:
 
     Attributes:
         cosine_tie: Difference of two similarities below which both documents are equally near.
-        score_ties: Shares of the scores' standard deviation and of their median size up to which two scores are
-            equal.
+        score_tie: Share of the scores' standard deviation up to which two scores are equal.
     """
 
     cosine_tie: float = 0.0
-    score_ties: tuple[float, float] = (0.0, 0.0)
+    score_tie: float = 0.0
     _embeddings: list[tuple[str, Searched, Any, Any]] = field(default_factory=list)
     _scores: list[tuple[Ranked, float, float]] = field(default_factory=list)
 
@@ -68,7 +67,7 @@ class Searches:
         tie = self.cosine_tie
         if self._scores:
             before = np.asarray([score for _, score, _ in self._scores])
-            tie = max(self.score_ties[0] * before.std(), self.score_ties[1] * float(np.median(np.abs(before))))
+            tie = self.score_tie * before.std()
         return k, [_found(text, relevant, before, after, k, tie) for text, relevant, before, after in lists]
 
     def _lists(self) -> list[tuple[str, Any, Any, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,8 @@ from compileflow.validation.report.page import fraction, write_page
 from compileflow.validation.report.picture import latency_picture
 
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
+# Differences whose worst comparisons are listed.
+_DIFFERENCES = ("scaled_diff", "rel_l2", "one_minus_cosine")
 # Folder beside them with the source version's test inputs and the compiled model's answers.
 TEST_FILES_FOLDER = "test_files"
 
@@ -95,10 +97,17 @@ class Report(BaseModel):
 
 
 def worst_rows(comparisons: Sequence[dict[str, Any]], count: int = 10) -> tuple[dict[str, Any], ...]:
-    """Return the comparisons that use most of the tolerance; comparisons without a number come first."""
-    ordered = sorted(
-        comparisons, key=lambda row: -row["tolerance_use"] if np.isfinite(row["tolerance_use"]) else -np.inf
-    )
+    """Return the comparisons that are worst by some difference; comparisons without a number come first."""
+    peaks = {
+        name: max((row[name] for row in comparisons if np.isfinite(row[name])), default=0.0) or 1.0
+        for name in _DIFFERENCES
+    }
+
+    def share(row: Mapping[str, Any]) -> float:
+        shares = [row[name] / peaks[name] for name in _DIFFERENCES]
+        return max(shares) if np.isfinite(shares).all() else np.inf
+
+    ordered = sorted(comparisons, key=share, reverse=True)
     return tuple({name: _plain(value) for name, value in row.items()} for row in ordered[:count])
 
 
