@@ -128,7 +128,7 @@ class GeneratingModel(CompiledModel):
             )
         if positions is None:
             positions = np.maximum(np.cumsum(mask, axis=-1) - 1, 0)[:, -length:]
-        positions = np.ascontiguousarray(np.broadcast_to(positions, ids.shape))
+        positions = np.array(np.broadcast_to(positions, ids.shape))
         with graph_errors({"input_ids": ids, "attention_mask": mask, "position_ids": positions}):
             return past.continuation.read(ids, mask, positions, last=last)
 
