@@ -164,8 +164,8 @@ class TestArtifact:
         with torch.no_grad():
             expected = eager(**inputs).logits
         difference = torch.linalg.norm(model(**inputs).logits - expected) / torch.linalg.norm(expected)
-        # One step of 8 bits is 1/127 of the largest weight, one of 4 bits 1/15 of the range of a group.
-        assert 1e-5 < float(difference) < (0.1 if precision is Precision.INT8 else 0.7)
+        # A step of 7 bits is 1/63 of the largest weight, one of 4 bits 1/7 of the largest weight of a group.
+        assert 1e-5 < float(difference) < (0.25 if precision is Precision.INT8 else 0.8)
         assert model.generate(**inputs, **GREEDY).shape[1] == inputs["input_ids"].shape[1] + 16
 
 

@@ -94,7 +94,6 @@ class OnnxRuntimeOptions(TargetOptions):
         le=4096,
         description=f"At int4: weights that share one scale; -1 for a whole channel. null: {_WEIGHTS_PER_SCALE}.",
     )
-    symmetric: bool = Field(False, description="At int4: store the weights without zero points.")
 
     def needs_calibration(self, precision: Precision) -> bool:
         """Return True for static int8, which measures ranges on natural examples."""
@@ -102,9 +101,8 @@ class OnnxRuntimeOptions(TargetOptions):
 
     def check_task(self, hf_task: HfTask, precision: Precision) -> None:
         """Refuse a trace and static ranges for text generation, and options of int4 elsewhere."""
-        for name in ("group_size", "symmetric"):
-            if getattr(self, name) and precision is not Precision.INT4:
-                raise SpecError(f"onnx-runtime option {name} is only for int4.", hint=f"Leave {name} out.")
+        if self.group_size is not None and precision is not Precision.INT4:
+            raise SpecError("onnx-runtime option group_size is only for int4.", hint="Leave group_size out.")
         if hf_task.generates and self.exporter == "trace":
             raise SpecError("onnx-runtime cannot trace a model for text-generation.", hint="Leave exporter out.")
         if hf_task.generates and self.quantization == "static" and precision is Precision.INT8:
@@ -346,9 +344,9 @@ def _int4_quantizer(options: OnnxRuntimeOptions) -> Any:
     nncf = _nncf("int4")
     from transformers.exporters import NNCFWeightCompressionConfig
 
-    mode = nncf.CompressWeightsMode.INT4_SYM if options.symmetric else nncf.CompressWeightsMode.INT4_ASYM
     config = NNCFWeightCompressionConfig(
-        mode=mode,
+        # ONNX Runtime 1.31 refuses the shape of NNCF's zero points.
+        mode=nncf.CompressWeightsMode.INT4_SYM,
         group_size=_WEIGHTS_PER_SCALE if options.group_size is None else options.group_size,
         ratio=1.0,
         advanced_parameters=nncf.AdvancedCompressionParameters(
