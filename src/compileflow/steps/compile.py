@@ -62,6 +62,7 @@ from compileflow.validation.cases import (
     example_lines,
     has_label,
     load_examples,
+    note_on_count,
     note_on_fields,
 )
 from compileflow.validation.judge import load_user_suite
@@ -202,6 +203,8 @@ def check_examples(
             check_labels(hf_task, examples, labels, Path(path).name, lines=lines)
     except MeasurementError as error:
         raise SpecError(error.message, hint=error.hint) from error
+    if note := note_on_count(hf_task, path, limit):
+        report_line(NOTE + note)
     chooses_one = len(labels) != 1 and config.get("problem_type") != MULTI_LABEL
     if hf_task in ONE_LABEL and not chooses_one and any(map(has_label, examples)):
         report_line(f"{NOTE}Validation does not use the labels of {Path(path).name}: {LABELS_UNUSED}.")

@@ -10,6 +10,7 @@ from compileflow.validation.cases.examples import (
     generated_count,
     load_examples,
     load_signals,
+    note_on_count,
     note_on_fields,
     signals_digest,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "has_label",
     "load_examples",
     "load_signals",
+    "note_on_count",
     "note_on_fields",
     "shape_cases",
     "signals_digest",
