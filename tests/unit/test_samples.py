@@ -9,7 +9,7 @@ import pytest
 
 from compileflow.errors import MeasurementError
 from compileflow.spec import HfTask
-from compileflow.validation.cases import load_examples, note_on_count, signals_digest
+from compileflow.validation.cases import note_on_count, sample_examples, signals_digest
 
 CLASSIFY, RANK, EMBED = HfTask.TEXT_CLASSIFICATION, HfTask.TEXT_RANKING, HfTask.SENTENCE_SIMILARITY
 IMAGES, DEPTH = HfTask.IMAGE_CLASSIFICATION, HfTask.DEPTH_ESTIMATION
@@ -22,16 +22,16 @@ def _write(path: Path, rows: list[dict[str, object]]) -> str:
 
 def test_a_sorted_file_gives_a_sample_of_all_its_labels(tmp_path: Path) -> None:
     path = _write(tmp_path / "sorted.jsonl", [{"text": f"text {n}", "label": n // 500} for n in range(1000)])
-    examples, origin, digest = load_examples(CLASSIFY, path, 400)
+    examples, origin, digest = sample_examples(CLASSIFY, path, 400)
     assert len({example["text"] for example in examples}) == 400
     assert 150 < sum(example["label"] == "1" for example in examples) < 250
     numbers = [int(example["text"].split()[1]) for example in examples]
     assert numbers == sorted(numbers)
     assert origin == "sorted.jsonl"
     # The same sample each time, and another cache key than that of the whole file or of another sample.
-    assert load_examples(CLASSIFY, path, 400)[0] == examples
-    assert len({digest, load_examples(CLASSIFY, path, 401)[2], load_examples(CLASSIFY, path, 1000)[2]}) == 3
-    assert load_examples(CLASSIFY, path, 1000)[2] == load_examples(CLASSIFY, path, 2000)[2]
+    assert sample_examples(CLASSIFY, path, 400)[0] == examples
+    assert len({digest, sample_examples(CLASSIFY, path, 401)[2], sample_examples(CLASSIFY, path, 1000)[2]}) == 3
+    assert sample_examples(CLASSIFY, path, 1000)[2] == sample_examples(CLASSIFY, path, 2000)[2]
     assert note_on_count(CLASSIFY, path, 400) == (
         "Validation compares 400 of the 1000 examples in sorted.jsonl, a random sample."
     )
@@ -43,8 +43,8 @@ def test_queries_stay_with_their_documents(tmp_path: Path, task: HfTask) -> None
     rows = [{"text": "query", "relevant": [0]}, *documents] if task is EMBED else []
     rows = rows or [{"question": "q", "context": f"document {n}"} for n in range(501)]
     path = _write(tmp_path / "search.jsonl", rows)
-    used = load_examples(task, path, 400)[0]
-    assert used == load_examples(task, path, 501)[0][:400]
+    used = sample_examples(task, path, 400)[0]
+    assert used == sample_examples(task, path, 501)[0][:400]
     assert note_on_count(task, path, 400).endswith("400 of the 501 examples in search.jsonl, the first ones.")
 
 

@@ -64,6 +64,7 @@ from compileflow.validation.cases import (
     load_examples,
     note_on_count,
     note_on_fields,
+    sample_examples,
 )
 from compileflow.validation.judge import load_user_suite
 from compileflow.validation.settings import ValidationSettings
@@ -234,7 +235,7 @@ def _has_labels(hf_task: HfTask, validation: ValidationSettings) -> bool:
         return False
     if hf_task.modality != "text":
         return bool(class_names(path, hf_task.modality))
-    return any(map(has_label, load_examples(hf_task, path, validation.max_examples)[0]))
+    return any(map(has_label, sample_examples(hf_task, path, validation.max_examples)[0]))
 
 
 def _labels_of(config: Mapping[str, Any]) -> dict[int, str]:

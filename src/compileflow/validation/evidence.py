@@ -24,10 +24,10 @@ from compileflow.validation.cases import (
     agreement_cases,
     check_labels,
     generated_count,
-    load_examples,
     load_signals,
     note_on_count,
     note_on_fields,
+    sample_examples,
     shape_cases,
     truth_of,
 )
@@ -199,7 +199,7 @@ def _text_evidence(
     labels: Mapping[int, str],
     draw: Draw,
 ) -> Evidence:
-    examples, origin, digest = load_examples(spec.hf_task, validation.examples_path, validation.max_examples)
+    examples, origin, digest = sample_examples(spec.hf_task, validation.examples_path, validation.max_examples)
     test_examples = tests.examples(spec.hf_task) if tests else []
     if test_examples or (tests and tests.note):
         note = f" ({tests.note})" if tests and tests.note else ""

@@ -12,6 +12,7 @@ from compileflow.validation.cases.examples import (
     load_signals,
     note_on_count,
     note_on_fields,
+    sample_examples,
     signals_digest,
 )
 from compileflow.validation.cases.generated_signals import NamedSignal, generated_signals
@@ -51,6 +52,7 @@ __all__ = [
     "load_signals",
     "note_on_count",
     "note_on_fields",
+    "sample_examples",
     "shape_cases",
     "signals_digest",
     "truth_of",

@@ -55,12 +55,9 @@ Value = TypeVar("Value")
 def load_examples(task: HfTask, path: str | None, limit: int) -> tuple[list[Example], str, str]:
     """Read natural examples of text: the user's file, or the one bundled with compileflow.
 
-    A user's file with more examples than `limit` gives a sample, the same one each time: files are often sorted.
-    Documents with their queries are the first ones of the file, because a sample would separate them.
-
     Returns:
-        The examples ({"text": ...}, or {"question": ..., "context": ...}, with the labels that `label_fields`
-        returns), their origin in words, and a SHA-256 that changes when they change.
+        The first examples ({"text": ...}, or {"question": ..., "context": ...}, with the labels that
+        `label_fields` returns), their origin in words, and the SHA-256 of the file.
 
     Raises:
         MeasurementError: The file cannot be read, or holds no example in the form that the task needs.
@@ -73,6 +70,22 @@ def load_examples(task: HfTask, path: str | None, limit: int) -> tuple[list[Exam
             f"The examples cannot be used: {error}: {path}.",
             hint="Give each document an id of its own, and under relevant the ids of the documents to find.",
         ) from error
+    return examples[:limit], origin, digest
+
+
+def sample_examples(task: HfTask, path: str | None, limit: int) -> tuple[list[Example], str, str]:
+    """Read natural examples of text as `load_examples` does, but take a sample of a user's longer file.
+
+    The sample is the same one each time. The first examples would often have one label, because files are sorted.
+    Documents and their queries are the first ones of the file all the same: a sample would separate them.
+
+    Returns:
+        The examples and their origin, as of `load_examples`, and a SHA-256 that changes when they change.
+
+    Raises:
+        MeasurementError: See `load_examples`.
+    """
+    examples, origin, digest = load_examples(task, path, sys.maxsize)
     if path is None or len(examples) <= limit or _belong_together(examples, task):
         return examples[:limit], origin, digest
     digest = hashlib.sha256(f"{digest}, a sample of {limit}".encode()).hexdigest()
@@ -105,7 +118,7 @@ def note_on_count(task: HfTask, path: str, limit: int) -> str:
             way = "the first ones"
         # Labels do not make two examples different.
         fields = ("question", "context", "text")
-        used = [[example.get(field) for field in fields] for example in load_examples(task, path, limit)[0]]
+        used = [[example.get(field) for field in fields] for example in sample_examples(task, path, limit)[0]]
         different = len(set(map(tuple, used)))
     else:
         by_class = task in CLASS_FOLDERS
