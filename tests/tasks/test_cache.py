@@ -194,8 +194,8 @@ def test_other_shipped_examples_validate_again(
     request = pipeline.request(model)
     artifact = pipeline.compile(request)
     pipeline.validate(request, artifact)
-    real = validate_step.load_examples
-    monkeypatch.setattr(validate_step, "load_examples", lambda *arguments: (*real(*arguments)[:2], "0" * 64))
+    real = validate_step.sample_examples
+    monkeypatch.setattr(validate_step, "sample_examples", lambda *arguments: (*real(*arguments)[:2], "0" * 64))
     assert pipeline.validate(request, artifact).why == "changed: examples"
 
 

@@ -161,6 +161,8 @@ def test_reading_commands_refuse_in_one_line(
         (("m", "--max-accuracy-loss", "0"), ("--max-accuracy-loss has no effect without --target auto",)),
         (("m", "--calibration", "c.txt"), ("--calibration has no effect", "--precision int8")),
         (("m", "--precision", "int8", "--calibration", "c.txt"), ("--calibration has no effect", "static")),
+        (("m", "--max-examples", "0"), ("--max-examples: expected at least 1, got 0",)),
+        (("m", "--skip", "validate", "--strict"), ("--strict has no effect with --skip validate",)),
         (("m", "--skip", "validate", "--shape", "1x16"), ("--shape has no effect with --skip validate",)),
         (("m", "--store", ""), ("--store was given an empty value",)),
         (("m", "--registry", "sqlite:////r.db", "--registry", ""), ("--registry was given an empty value",)),

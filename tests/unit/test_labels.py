@@ -455,7 +455,7 @@ def test_folders_are_the_labels_of_their_files(tiny_model: ModelFactory, tmp_pat
         ("cat/b.png", "cat"),
     ]
     (tmp_path / "dog" / "a.png").rename(tmp_path / "cat" / "d.png")
-    assert signals_digest(str(tmp_path), "image", by_class=True) != digest
+    assert signals_digest(str(tmp_path), "image", 4, by_class=True) != digest
     assert [signal.name for signal in load_signals(processor, str(tmp_path), 9)[0]] == ["loose.png"]
     (tmp_path / "notes").mkdir()
     assert class_names(str(tmp_path), "image") == ["cat"]

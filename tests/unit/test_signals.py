@@ -273,9 +273,9 @@ class TestExamples:
             ("a.png", 10),
             ("b.png", 200),
         ]
-        assert (origin, digest) == (tmp_path.name, signals_digest(str(tmp_path), "image"))
+        assert (origin, digest) == (tmp_path.name, signals_digest(str(tmp_path), "image", 10))
         (tmp_path / "b.png").unlink()
-        assert signals_digest(str(tmp_path), "image") != digest
+        assert signals_digest(str(tmp_path), "image", 10) != digest
 
         write_wav(tmp_path / "c.wav", rate=16_000)
         ears = load_processor(tiny_model(SPEECH), "audio", trust_remote_code=False)
@@ -329,7 +329,7 @@ class TestExamples:
         check_signals(str(tmp_path), "image", 1)
         for check in (
             lambda: check_signals(str(tmp_path), "image", 2),
-            lambda: signals_digest(str(tmp_path), "image"),
+            lambda: signals_digest(str(tmp_path), "image", 2),
         ):
             with pytest.raises(MeasurementError, match=r"cannot be used: .*b\.png: .*Is a directory"):
                 check()

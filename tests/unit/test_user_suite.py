@@ -142,6 +142,7 @@ def test_a_suite_of_a_user_changes_nothing_about_compileflows_gates() -> None:
         ({"tasks": []}, "the list is empty"),
         ({"limit": "nothing"}, "limits has no nothing"),
         ({"limit": ".nan"}, "limits"),
+        ({"limit": True}, "expected a number or the name of a limit, got True"),
         ({"limit": "inf"}, "expected a finite number"),
         ({"colum": "rel_l2"}, "gates.0.colum: this name is not known"),
     ],
@@ -187,6 +188,13 @@ def test_a_file_that_is_not_a_suite_is_refused_in_one_line(body: str, says: str)
     message = str(caught.value)
     assert says in message
     assert "\n" not in message
+
+
+def test_a_file_in_another_encoding_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "ours.yaml"
+    path.write_bytes(text(ELEMENT).encode() + b"# caf\xe9")
+    with pytest.raises(SpecError, match=r"ours\.yaml is not UTF-8\. Save the file as UTF-8\."):
+        load_user_suite(str(path))
 
 
 def test_gates_that_find_nothing_in_a_model_are_refused() -> None:

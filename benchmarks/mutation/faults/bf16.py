@@ -20,7 +20,7 @@ from benchmarks.mutation.faults.healthy import (
     TORCHSCRIPT,
     TYPES,
 )
-from benchmarks.mutation.faults.int8 import lose_the_mask_token, skip_a_layer
+from benchmarks.mutation.faults.int8 import exchange_colours, lose_the_mask_token, skip_a_layer
 from benchmarks.mutation.faults.openvino_graphs import change_input, change_output, operators
 from benchmarks.mutation.surgery import Weights
 from compileflow.spec import Precision
@@ -71,5 +71,4 @@ def one_tag_is_likelier_at_bf16(weights: Weights) -> None:
 
 @in_weights(Healthy(IMAGES, OPENVINO, Precision.BF16), *NUMBERS, *DECISIONS, kind="bf16")
 def colours_are_in_another_order_at_bf16(weights: Weights) -> None:
-    (name,) = (name for name in weights if name.endswith("patch_embeddings.projection.weight"))
-    weights[name].copy_(weights[name].flip(1))
+    exchange_colours(weights)

@@ -51,6 +51,12 @@ def lose_the_mask_token(weights: Weights) -> None:
     weights[name][4].neg_()
 
 
+def exchange_colours(weights: Weights) -> None:
+    """Let red be read as blue, and blue as red."""
+    (name,) = (name for name in weights if name.endswith("patch_embeddings.projection.weight"))
+    weights[name].copy_(weights[name].flip(1))
+
+
 @in_onnx(INT8_CLASSIFIER, *NUMBERS, *DECISIONS, "probability_shift", kind="int8")
 def logits_are_half_as_large_again(model: Any) -> None:
     factor = constant(model, "factor", np.float32(1.45))
@@ -106,5 +112,4 @@ def logits_are_a_fifth_as_large(model: Any) -> None:
 
 @in_weights(Healthy(IMAGES, ONNX, Precision.INT8), *NUMBERS, *DECISIONS, kind="int8")
 def colours_are_in_another_order_at_int8(weights: Weights) -> None:
-    (name,) = (name for name in weights if name.endswith("patch_embeddings.projection.weight"))
-    weights[name].copy_(weights[name].flip(1))
+    exchange_colours(weights)

@@ -311,6 +311,19 @@ def _compile(
             rich_help_panel=_VALIDATION,
         ),
     ] = None,
+    max_examples: Annotated[
+        int | None,
+        typer.Option(help="Maximum number of examples to compare. Default: 400.", rich_help_panel=_VALIDATION),
+    ] = None,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            help="Allow a tenth as many changed decisions: 0.1 % where 1 % is allowed. A pass needs about 2,700 "
+            "examples.",
+            rich_help_panel=_VALIDATION,
+            show_default=False,
+        ),
+    ] = False,
     suite: Annotated[
         str | None,
         typer.Option(
@@ -389,6 +402,8 @@ def _compile(
         validate={
             "--examples": examples,
             "--shape": shape,
+            "--max-examples": max_examples,
+            "--strict": strict or None,
             "--suite": suite,
             "--data-docs": data_docs or None,
             "--max-latency-ratio": max_latency_ratio,
@@ -420,8 +435,10 @@ def _compile(
             "examples_path": examples,
             "suite_path": suite,
             "data_docs": data_docs,
+            "strict": strict,
             "max_latency_ratio": max_latency_ratio,
             "latency_shapes": [bucket_of(text) for text in shape or ()],
+            **({} if max_examples is None else {"max_examples": max_examples}),
         },
         "store_uri": store,
         "registry_uris": registry or (),

@@ -37,6 +37,7 @@ _OPTIONS: Mapping[tuple[str, ...], str] = {
     ("trust_remote_code",): "--trust-remote-code",
     ("calibration", "examples_path"): "--calibration",
     ("validation", "examples_path"): "--examples",
+    ("validation", "max_examples"): "--max-examples",
     ("validation", "suite_path"): "--suite",
     ("validation", "latency_shapes"): "--shape",
     ("validation", "max_latency_ratio"): "--max-latency-ratio",

@@ -63,7 +63,9 @@ from compileflow.validation.cases import (
     example_lines,
     has_label,
     load_examples,
+    note_on_count,
     note_on_fields,
+    sample_examples,
 )
 from compileflow.validation.judge import load_user_suite
 from compileflow.validation.settings import ValidationSettings
@@ -203,6 +205,8 @@ def check_examples(
             check_labels(hf_task, examples, labels, Path(path).name, lines=lines)
     except MeasurementError as error:
         raise SpecError(error.message, hint=error.hint) from error
+    if note := note_on_count(hf_task, path, limit):
+        report_line(NOTE + note)
     chooses_one = len(labels) != 1 and config.get("problem_type") != MULTI_LABEL
     if hf_task in ONE_LABEL and not chooses_one and any(map(has_label, examples)):
         report_line(f"{NOTE}Validation does not use the labels of {Path(path).name}: {LABELS_UNUSED}.")
@@ -232,7 +236,7 @@ def _has_labels(hf_task: HfTask, validation: ValidationSettings) -> bool:
         return False
     if hf_task.modality != "text":
         return bool(class_names(path, hf_task.modality))
-    return any(map(has_label, load_examples(hf_task, path, validation.max_examples)[0]))
+    return any(map(has_label, sample_examples(hf_task, path, validation.max_examples)[0]))
 
 
 def _labels_of(config: Mapping[str, Any]) -> dict[int, str]:

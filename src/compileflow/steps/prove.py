@@ -391,7 +391,7 @@ class _Proof:
         )
         measurements.scalars |= self.shared.scalars
         measurements.details |= self.shared.details
-        measurements.notes += [*self.shared.notes, *filter(None, [evidence.note])]
+        measurements.notes += [*self.shared.notes, *evidence.notes]
         if evidence.labelled_count and measurements.score is None:
             task = self.spec.hf_task
             why = LABELS_UNUSED if task in ONE_LABEL else "a search needs a relevant document and another one"

@@ -27,7 +27,7 @@ from compileflow.steps.request import CompileRequest
 from compileflow.steps.toolchain_logs import write_logs
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
 from compileflow.validation.bundle import BUNDLE_FOLDER
-from compileflow.validation.cases import CLASS_FOLDERS, load_examples, signals_digest
+from compileflow.validation.cases import CLASS_FOLDERS, sample_examples, signals_digest
 from compileflow.validation.judge import load_user_suite
 from compileflow.validation.judge.suite import suite_digest
 from compileflow.validation.settings import ValidationSettings
@@ -214,11 +214,11 @@ def _key_parts(
     if validation.data_docs:
         parts["data docs"] = "written"
     # Built-in examples also count: another version of compileflow may have others.
+    path, limit = validation.examples_path, validation.max_examples
     if hf_task.modality == "text":
-        parts["examples"] = load_examples(hf_task, validation.examples_path, validation.max_examples)[2]
+        parts["examples"] = sample_examples(hf_task, path, limit)[2]
     else:
-        by_class = hf_task in CLASS_FOLDERS
-        parts["examples"] = signals_digest(validation.examples_path, hf_task.modality, by_class=by_class)
+        parts["examples"] = signals_digest(path, hf_task.modality, limit, by_class=hf_task in CLASS_FOLDERS)
     versions = dict(toolchain) | check_libraries()
     return parts | {f"toolchain.{name}": value for name, value in versions.items()}
 

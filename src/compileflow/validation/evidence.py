@@ -24,9 +24,10 @@ from compileflow.validation.cases import (
     agreement_cases,
     check_labels,
     generated_count,
-    load_examples,
     load_signals,
+    note_on_count,
     note_on_fields,
+    sample_examples,
     shape_cases,
     truth_of,
 )
@@ -102,7 +103,7 @@ class Evidence:
         origin: Origin of the natural examples, in words.
         examples_digest: SHA-256 that changes when the file or the folder of natural examples changes.
         examples_count: Number of natural examples.
-        note: What of the user's examples is not used, as a sentence; "" if all is.
+        notes: What to know about the user's examples: what of them is not used, and whether they are few.
     """
 
     generated: list[Case]
@@ -116,7 +117,7 @@ class Evidence:
     origin: str
     examples_digest: str
     examples_count: int
-    note: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def labelled_count(self) -> int:
@@ -175,6 +176,14 @@ def timed_shapes(
     return tuple(dict.fromkeys((rows, min(length, longest)) for rows, length in requested_shapes or default))
 
 
+def _notes(hf_task: HfTask, validation: ValidationSettings) -> tuple[str, ...]:
+    path = validation.examples_path
+    if path is None:
+        return ()
+    fields = note_on_fields(hf_task, path) if hf_task.modality == "text" else ""
+    return tuple(filter(None, [fields, note_on_count(hf_task, path, validation.max_examples)]))
+
+
 def _tokenizer(source_dir: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
@@ -190,7 +199,7 @@ def _text_evidence(
     labels: Mapping[int, str],
     draw: Draw,
 ) -> Evidence:
-    examples, origin, digest = load_examples(spec.hf_task, validation.examples_path, validation.max_examples)
+    examples, origin, digest = sample_examples(spec.hf_task, validation.examples_path, validation.max_examples)
     test_examples = tests.examples(spec.hf_task) if tests else []
     if test_examples or (tests and tests.note):
         note = f" ({tests.note})" if tests and tests.note else ""
@@ -246,7 +255,7 @@ def _text_evidence(
         origin=origin,
         examples_digest=digest,
         examples_count=len(examples),
-        note=note_on_fields(spec.hf_task, path) if (path := validation.examples_path) else "",
+        notes=_notes(spec.hf_task, validation),
     )
 
 
@@ -314,6 +323,7 @@ def _image_text_evidence(
         origin=origin,
         examples_digest=digest,
         examples_count=len(signals),
+        notes=_notes(spec.hf_task, validation),
     )
 
 
@@ -365,4 +375,5 @@ def _signal_evidence(
         origin=origin,
         examples_digest=digest,
         examples_count=len(signals),
+        notes=_notes(spec.hf_task, validation),
     )

@@ -10,7 +10,9 @@ from compileflow.validation.cases.examples import (
     generated_count,
     load_examples,
     load_signals,
+    note_on_count,
     note_on_fields,
+    sample_examples,
     signals_digest,
 )
 from compileflow.validation.cases.generated_signals import NamedSignal, generated_signals
@@ -48,7 +50,9 @@ __all__ = [
     "has_label",
     "load_examples",
     "load_signals",
+    "note_on_count",
     "note_on_fields",
+    "sample_examples",
     "shape_cases",
     "signals_digest",
     "truth_of",

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import re
+import sys
 import wave
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from compileflow.source_model.processor import Processor
 from compileflow.spec import HfTask, Modality, Precision
 from compileflow.validation.cases.generated_signals import NamedSignal, Signal, generated_signals
 from compileflow.validation.cases.labels import (
+    CLASS_FOLDERS,
     Example,
     check_ids,
     has_label,
@@ -39,6 +41,8 @@ _ONE_DECISION = (
     HfTask.AUDIO_CLASSIFICATION,
     HfTask.ZERO_SHOT_IMAGE_CLASSIFICATION,
 )
+# That many decisions without a change show 99 %; see `rates`.
+_ENOUGH = 300
 _SUFFIXES: dict[Modality, tuple[str, ...]] = {
     "image": (".bmp", ".jpeg", ".jpg", ".png", ".webp"),
     "image-text": (".bmp", ".jpeg", ".jpg", ".png", ".webp"),
@@ -52,8 +56,8 @@ def load_examples(task: HfTask, path: str | None, limit: int) -> tuple[list[Exam
     """Read natural examples of text: the user's file, or the one bundled with compileflow.
 
     Returns:
-        The examples ({"text": ...}, or {"question": ..., "context": ...}, with the labels that `label_fields`
-        returns), their origin in words, and the SHA-256 of the file.
+        The first examples ({"text": ...}, or {"question": ..., "context": ...}, with the labels that
+        `label_fields` returns), their origin in words, and the SHA-256 of the file.
 
     Raises:
         MeasurementError: The file cannot be read, or holds no example in the form that the task needs.
@@ -67,6 +71,70 @@ def load_examples(task: HfTask, path: str | None, limit: int) -> tuple[list[Exam
             hint="Give each document an id of its own, and under relevant the ids of the documents to find.",
         ) from error
     return examples[:limit], origin, digest
+
+
+def sample_examples(task: HfTask, path: str | None, limit: int) -> tuple[list[Example], str, str]:
+    """Read natural examples of text as `load_examples` does, but take a sample of a user's longer file.
+
+    The sample is the same one each time. The first examples would often have one label, because files are sorted.
+    Documents and their queries are the first ones of the file all the same: a sample would separate them.
+
+    Returns:
+        The examples and their origin, as of `load_examples`, and a SHA-256 that changes when they change.
+
+    Raises:
+        MeasurementError: See `load_examples`.
+    """
+    examples, origin, digest = load_examples(task, path, sys.maxsize)
+    if path is None or len(examples) <= limit or _belong_together(examples, task):
+        return examples[:limit], origin, digest
+    digest = hashlib.sha256(f"{digest}, a sample of {limit}".encode()).hexdigest()
+    return _sample(examples, limit), origin, digest
+
+
+def _belong_together(examples: Sequence[Example], task: HfTask) -> bool:
+    return task is HfTask.TEXT_RANKING or any("relevant" in example for example in examples)
+
+
+def _sample(values: Sequence[Value], limit: int) -> list[Value]:
+    """Return a random sample in the order of the values, the same one each time."""
+    if len(values) <= limit:
+        return list(values)
+    positions = np.random.default_rng(0).choice(len(values), limit, replace=False)
+    return [values[position] for position in sorted(positions)]
+
+
+def note_on_count(task: HfTask, path: str, limit: int) -> str:
+    """Return what to know about the number of the user's examples; "" if all are compared, and they are enough.
+
+    Raises:
+        MeasurementError: See `load_examples` and `load_signals`.
+    """
+    way = "a random sample"
+    if task.modality == "text":
+        examples, _, origin, _ = _read(task, path, lambda data: label_fields(data, task))
+        total, name = len(examples), f"examples in {origin}"
+        if _belong_together(examples, task):
+            way = "the first ones"
+        # Labels do not make two examples different.
+        fields = ("question", "context", "text")
+        used = [[example.get(field) for field in fields] for example in sample_examples(task, path, limit)[0]]
+        different = len(set(map(tuple, used)))
+    else:
+        by_class = task in CLASS_FOLDERS
+        total = len(_signal_files(path, task.modality, by_class=by_class))
+        name, different = f"files in {Path(path).name}", min(total, limit)
+        if by_class and class_names(path, task.modality):
+            way = "some of each class"
+    notes = []
+    if total > limit:
+        notes.append(f"Validation compares {limit} of the {total} {name}, {way}.")
+    if different < _ENOUGH:
+        notes.append(
+            f"Validation has only {different} different {name}: {_ENOUGH} without a change show that at most 1 % "
+            "of decisions change."
+        )
+    return " ".join(notes)
 
 
 def example_lines(task: HfTask, path: str) -> list[int]:
@@ -217,6 +285,8 @@ def load_signals(
 ) -> tuple[list[NamedSignal], str, str]:
     """Read a folder of image or WAV files, sorted by name, or generate examples.
 
+    More files than `limit` give a sample, the same one each time; of folders of classes, some files of each class.
+
     Args:
         processor: Processor of the model.
         path: The folder. None: generate examples.
@@ -235,12 +305,12 @@ def load_signals(
         origin = f"{count} {processor.modality} examples that compileflow generates"
         return generated_signals(processor, count), origin, hashlib.sha256(origin.encode()).hexdigest()
     signals = []
-    for file, label in _signal_files(path, processor.modality, by_class=by_class)[:limit]:
+    for file, label in _signal_files(path, processor.modality, limit, by_class=by_class):
         with _signal_errors(file, processor.modality):
             is_audio = processor.modality == "audio"
             values = _read_wav(file, processor.sampling_rate) if is_audio else _read_image(file)
         signals.append(NamedSignal(f"{label}/{file.name}" if label else file.name, values, label))
-    return signals, Path(path).name, signals_digest(path, processor.modality, by_class=by_class)
+    return signals, Path(path).name, signals_digest(path, processor.modality, limit, by_class=by_class)
 
 
 def check_signals(
@@ -258,7 +328,7 @@ def check_signals(
     Raises:
         MeasurementError: The folder holds no such file, or a file cannot be read.
     """
-    for file, _ in _signal_files(path, modality, by_class=by_class)[:limit]:
+    for file, _ in _signal_files(path, modality, limit, by_class=by_class):
         with _signal_errors(file, modality):
             if modality == "audio":
                 _read_wav(file, sampling_rate)
@@ -279,14 +349,20 @@ def _signal_errors(file: Path, modality: Modality) -> Iterator[None]:
         ) from error
 
 
-def signals_digest(path: str | None, modality: Modality, *, by_class: bool = False) -> str:
-    """Return the SHA-256 of the names, labels and contents of a folder's examples; for None, of nothing.
+def signals_digest(path: str | None, modality: Modality, limit: int, *, by_class: bool = False) -> str:
+    """Return the SHA-256 of the names, labels and contents of the examples to compare; for None, of nothing.
+
+    Args:
+        path: The folder, or None.
+        modality: Kind of the files.
+        limit: Most examples that validation uses.
+        by_class: Read the folders inside it as well.
 
     Raises:
         MeasurementError: The folder holds no example, or a file cannot be read.
     """
     digest = hashlib.sha256()
-    for file, label in _signal_files(path, modality, by_class=by_class) if path is not None else ():
+    for file, label in _signal_files(path, modality, limit, by_class=by_class) if path is not None else ():
         name = f"{label}/{file.name}" if label else file.name
         with _signal_errors(file, modality):
             digest.update(f"{name}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
@@ -298,8 +374,10 @@ def class_names(path: str, modality: Modality) -> list[str]:
     return sorted({label for _, label in _signal_files(path, modality, by_class=True) if label is not None})
 
 
-def _signal_files(path: str, modality: Modality, *, by_class: bool) -> list[tuple[Path, str | None]]:
-    """Return the files with their labels; one of each class in turn, so that a limit leaves no class out."""
+def _signal_files(
+    path: str, modality: Modality, limit: int = sys.maxsize, *, by_class: bool
+) -> list[tuple[Path, str | None]]:
+    """Return the files with their labels; one of each class in turn, so that the limit leaves no class out."""
     suffixes, folder = _SUFFIXES[modality], Path(path).expanduser()
 
     def files_of(place: Path, label: str | None) -> list[tuple[Path, str | None]]:
@@ -314,7 +392,7 @@ def _signal_files(path: str, modality: Modality, *, by_class: bool) -> list[tupl
         raise MeasurementError(
             f"{path} holds no {modality} file.", hint=f"Give a folder of {', '.join(suffixes)} files."
         )
-    return signal_files
+    return signal_files[:limit] if any(classes) else _sample(signal_files, limit)
 
 
 def _read_image(file: Path) -> Signal:

@@ -38,6 +38,10 @@ class _UserFile(GateFile):
             return data
         limits, gates = dict(data.get("limits") or {}), []
         for gate in data["gates"]:
+            if isinstance(gate, dict) and isinstance(gate.get("limit"), bool):
+                raise ValueError(
+                    f"gate {gate.get('gate')!r}: expected a number or the name of a limit, got {gate['limit']}"
+                )
             limit = _number(gate.get("limit")) if isinstance(gate, dict) else None
             if limit is not None:
                 name = f"limit of {gate.get('gate')}"
@@ -162,6 +166,8 @@ def load_user_suite(path: str) -> UserSuite:
     """Read a user's suite file. Raises as `parse_user_suite` does."""
     try:
         text = Path(path).expanduser().read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SpecError(f"The suite {path} is not UTF-8.", hint="Save the file as UTF-8.") from error
     except (OSError, ValueError) as error:
         raise SpecError(
             f"The suite {path} cannot be read: {first_line(error)}.", hint="Check the path of --suite."
