@@ -16,6 +16,8 @@ from compileflow._process.child_process import skip_slow_grammar
 from compileflow.settings import Settings, get_settings
 from compileflow.spec import HfTask
 from compileflow.testing.shared import make_once, shared_folder
+from compileflow.validation.cases import raw
+from compileflow.validation.measure import latency
 from tests.functional.prefect_server import PrefectServer, shared_server
 from tests.hub_server import Hub, serve_hub
 from tests.in_process import InProcess
@@ -38,6 +40,18 @@ os.environ.pop("COLUMNS", None)
 pytest_plugins = ["tests.leaks"]
 
 ModelFactory = Callable[..., Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_validations() -> Iterator[None]:
+    """Shorten validations in this process; those in child processes take the time that they take for users.
+
+    Two tests run at once, so that waiting for a quiet machine is in vain.
+    """
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(latency, "_PATIENCE_S", 0.0)
+        patched.setattr(raw, "_TEXTS", 1000)
+        yield
 
 
 @pytest.fixture(scope="session")

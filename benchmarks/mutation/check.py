@@ -10,12 +10,13 @@ from typing import Any
 from benchmarks.forked_checks import target_versions
 from benchmarks.mutation.answers import user_answers, visible_difference
 from benchmarks.mutation.fault import Fault, Healthy, Planting
+from compileflow.contracts.digests import json_digest
 from compileflow.errors import CompileflowError, first_line
 from compileflow.steps.build import build_artifact
 from compileflow.steps.prove import prove_artifact
 from compileflow.steps.validate import MEASUREMENT_VERSION
 from compileflow.testing.compiles import compile_once
-from compileflow.validation.judge.suite import suite_digest
+from compileflow.validation.judge.suite import load_suite
 from compileflow.validation.settings import ValidationSettings
 
 _TIME_LIMIT_S = 300
@@ -141,7 +142,9 @@ class HonestCheck:
 
 def versions(target: str) -> str:
     """Return the versions that a verdict depends on: of the toolchain, the suite and the measurements."""
-    return f"{target_versions(target)} suite {suite_digest()[:8]} measurements {MEASUREMENT_VERSION}"
+    # What a gate says does not change what it refuses.
+    rules = load_suite().model_dump(mode="json", exclude={"gates": {"__all__": {"says"}}})
+    return f"{target_versions(target)} suite {json_digest(rules)[:8]} measurements {MEASUREMENT_VERSION}"
 
 
 def _healthy_compile(healthy: Healthy, shared_dir: Path) -> tuple[Path, Path]:

@@ -95,7 +95,6 @@ def test_disturbed_measurement_is_repeated_until_it_is_quiet(monkeypatch: pytest
     # Busy before the first start; quiet before the second, busy after it; then quiet.
     answers = iter(("busy", "", "busy", "", ""))
     monkeypatch.setattr(latency, "disturbance", lambda *_, **__: next(answers))
-    monkeypatch.setattr(latency, "_PATIENCE_S", 0.0)
     stopwatch = Stopwatch(1)
     times, busy = stopwatch.time([lambda: None, lambda: None], rounds=5, budget_s=1.0)
     assert times is not None
@@ -105,7 +104,6 @@ def test_disturbed_measurement_is_repeated_until_it_is_quiet(monkeypatch: pytest
 def test_repetitions_end_and_are_shared_by_all_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     questions = []
     monkeypatch.setattr(latency, "disturbance", lambda *_, **__: questions.append(1) or "busy")
-    monkeypatch.setattr(latency, "_PATIENCE_S", 0.0)
     stopwatch = Stopwatch(1)
     assert [stopwatch.time([lambda: None], rounds=5, budget_s=1.0) for _ in range(2)] == [(None, "busy")] * 2
     assert len(questions) == 4
@@ -127,7 +125,6 @@ def _measured(monkeypatch: pytest.MonkeyPatch, busy: str) -> tuple[Measurements,
         yield model("source, one thread"), model("compiled, one thread")
 
     monkeypatch.setattr(latency, "disturbance", lambda *_, **__: busy)
-    monkeypatch.setattr(latency, "_PATIENCE_S", 0.0)
     measurements = Measurements()
     measure_latency(
         measurements,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, Protocol
 
@@ -68,7 +68,9 @@ class Written:
 
     def row(self, number: int) -> Written:
         """Return one row alone."""
-        return Written(*(None if value is None else value[number : number + 1] for value in astuple(self)))
+        rest = (self.ranked, self.gaps, self.scores)
+        kept = (None if values is None else values[number : number + 1] for values in rest)
+        return Written(self.ids[number : number + 1], *kept)
 
 
 class Writer(Protocol):
