@@ -12,9 +12,10 @@ from benchmarks.architectures.classes import list_digest
 from benchmarks.forked_checks import read_results
 
 ROOT = Path(__file__).parents[2]
-# One class of each family that once failed: without sdpa, with padding on the left, with a required last token, with
-# convolutions between tokens, with hashed tokens, with positions after the padding, with decoders, with positions of
-# images, with states that are read in parts, rows that are read in steps, and processors that fix or keep a size.
+# One class of each family that once failed: without sdpa, with padding on the left, with a required last token,
+# with convolutions between tokens, with hashed tokens, with positions after the padding, with decoders, with
+# positions of images, with states that are read in parts, rows that are read in steps, and processors that fix or
+# keep a size.
 SAMPLE = (
     "audio-classification/whisper",
     "automatic-speech-recognition/wav2vec2-conformer",
