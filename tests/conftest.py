@@ -34,6 +34,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["COMPILEFLOW_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+# Native code of small models need not be fast; the compiler takes most of the time of a test with aot-inductor.
+os.environ["AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL"] = "O0"
 # The library readline sets it in the process that starts pytest's workers.
 os.environ.pop("COLUMNS", None)
 

@@ -16,7 +16,7 @@ from compileflow.steps.build import build_artifact
 from compileflow.steps.prove import prove_artifact
 from compileflow.steps.validate import MEASUREMENT_VERSION
 from compileflow.testing.compiles import compile_once
-from compileflow.validation.judge.suite import load_suite
+from compileflow.validation.judge.suite import gates_for, load_suite
 from compileflow.validation.settings import ValidationSettings
 
 _TIME_LIMIT_S = 300
@@ -38,7 +38,7 @@ class FaultCheck:
     @property
     def key(self) -> str:
         """Key of the result."""
-        return f"fault/{self.fault.name}/{versions(self.fault.healthy.target)}"
+        return f"fault/{self.fault.name}/{versions(self.fault.healthy)}"
 
     @property
     def labels(self) -> dict[str, Any]:
@@ -51,7 +51,7 @@ class FaultCheck:
             "task": healthy.source.hf_task.value,
             "target": healthy.target,
             "precision": healthy.precision.value,
-            "versions": versions(healthy.target),
+            "versions": versions(healthy),
         }
 
     @property
@@ -101,7 +101,7 @@ class HonestCheck:
     @property
     def key(self) -> str:
         """Key of the result."""
-        return f"honest/{self.name}/{versions(self.healthy.target)}"
+        return f"honest/{self.name}/{versions(self.healthy)}"
 
     @property
     def labels(self) -> dict[str, Any]:
@@ -112,7 +112,7 @@ class HonestCheck:
             "task": self.healthy.source.hf_task.value,
             "target": self.healthy.target,
             "precision": self.healthy.precision.value,
-            "versions": versions(self.healthy.target),
+            "versions": versions(self.healthy),
         }
 
     @property
@@ -140,11 +140,23 @@ class HonestCheck:
         return f"honest {line['name']}: {line['outcome']}: {line['reason'][:100]}"
 
 
-def versions(target: str) -> str:
-    """Return the versions that a verdict depends on: of the toolchain, the suite and the measurements."""
-    # What a gate says does not change what it refuses.
-    rules = load_suite().model_dump(mode="json", exclude={"gates": {"__all__": {"says"}}})
-    return f"{target_versions(target)} suite {json_digest(rules)[:8]} measurements {MEASUREMENT_VERSION}"
+def versions(healthy: Healthy) -> str:
+    """Return what a verdict on a compile depends on: versions of the toolchain, gates and measurements."""
+    suite, precision = load_suite(), healthy.precision
+    gates = gates_for(precision, healthy.source.hf_task, {})
+    rules = {
+        # What a gate says does not change what it refuses.
+        "gates": [
+            (gate.entry.model_dump(mode="json", exclude={"says"}), gate.limit, gate.severity) for gate in gates
+        ],
+        "noise": [limit.model_dump() for name, limit in suite.noise_limits.items() if name is precision],
+        "grid": {
+            gate.entry.gate: grid.model_dump(mode="json")
+            for gate in gates
+            if (grid := suite.grid_limits.get(gate.entry.gate)) is not None
+        },
+    }
+    return f"{target_versions(healthy.target)} gates {json_digest(rules)[:8]} measurements {MEASUREMENT_VERSION}"
 
 
 def _healthy_compile(healthy: Healthy, shared_dir: Path) -> tuple[Path, Path]:

@@ -69,10 +69,11 @@ def page(lines: Mapping[str, Line | None]) -> str:
     faults = [line for line in made if line["check"] == "fault" and not _has_no_result(line)]
     honest = [line for line in made if line["check"] == "honest"]
     versions = _versions(line["versions"] for line in made)
+    # One digest for each task and precision.
+    versions.pop("gates", None)
     parts = [
         _INTRODUCTION.format(caught=LEAST_CAUGHT, bf16=MOST_REFUSED["bf16"]),
-        f"Measured by version {versions.pop('measurements', 'none')} of the measuring code; judged by the suites "
-        f"of gates with the digests {versions.pop('suite', 'none')}.\n",
+        f"Measured by version {versions.pop('measurements', 'none')} of the measuring code.\n",
         "Libraries: " + ", ".join(f"{name} {numbers}" for name, numbers in sorted(versions.items())) + ".\n",
         f"{len(made)} of {len(lines)} checks have been run; a check is one planted fault or one honest compile.\n",
         *([f"{failed} of them ended without a verdict.\n"] if failed else []),

@@ -81,6 +81,12 @@ def commands(page: Path) -> list[str]:
     return [line for line in lines if not line.startswith(NOT_RUN)]
 
 
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One store for all pages, which compile the same model: the first page compiles it, the others find it."""
+    return tmp_path_factory.mktemp("store")
+
+
 @pytest.mark.parametrize(
     ("page", "server"),
     [
@@ -96,11 +102,15 @@ def commands(page: Path) -> list[str]:
     ],
 )
 def test_commands_and_then_the_python_of_a_page_run(
-    settings: Settings, workspace: Path, request: pytest.FixtureRequest, page: str, server: str
+    settings: Settings, workspace: Path, store: Path, request: pytest.FixtureRequest, page: str, server: str
 ) -> None:
     if server == "the run's":
         request.getfixturevalue("flows_on_server")
-    environment = os.environ | {"COMPILEFLOW_HOME": str(settings.home_dir), "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {
+        "COMPILEFLOW_HOME": str(settings.home_dir),
+        "COMPILEFLOW_STORE_URI": store.as_uri(),
+        "PYTHONPATH": str(ROOT),
+    }
     lines = commands(ROOT / page)
     if PULL in lines:
         shutil.rmtree(workspace / "compiled")

@@ -112,33 +112,18 @@ def test_example_compiles_with_the_attention_of_the_plan(tiny_model: ModelFactor
 
 
 @pytest.mark.slow
-def test_installed_target_passes_the_suite_for_one_task_and_is_listed(
+def test_installed_target_passes_the_suite_and_is_listed(
     installed: Installed, commands: list[list[str]], tmp_path: Path
 ) -> None:
     _, run_tests, list_targets = commands[0]
-    other_tasks = " or ".join(task for task in TEXT_TASKS if task is not HfTask.TEXT_CLASSIFICATION)
-    summary = installed.run(
-        run_tests,
-        cwd=installed.folder,
-        PYTEST_DEBUG_TEMPROOT=str(tmp_path),
-        PYTEST_ADDOPTS=f"-k 'not ({other_tasks})'",
-    )
-    # The summary has more words if a test failed or was skipped.
-    assert re.search(r"^=+ \d+ passed, \d+ deselected in ", summary, re.MULTILINE), summary
-    table = installed.run(list_targets, cwd=installed.folder, COLUMNS="200")
-    assert re.search(r"torch-export +│ yes +│ yes +│ fp32 ", table), table
-
-
-@pytest.mark.slow
-def test_installed_target_passes_the_whole_suite(
-    installed: Installed, commands: list[list[str]], tmp_path: Path
-) -> None:
-    summary = installed.run(commands[0][1], cwd=installed.folder, PYTEST_DEBUG_TEMPROOT=str(tmp_path))
+    summary = installed.run(run_tests, cwd=installed.folder, PYTEST_DEBUG_TEMPROOT=str(tmp_path))
     # The summary has more words if a test failed or was skipped.
     passed = re.search(r"^=+ (\d+) passed in ", summary, re.MULTILINE)
     assert passed is not None, summary
     suite = [name for name in dir(TargetConformance) if name.startswith("test_")]
     assert int(passed[1]) >= len(suite) + len([task for task in TEXT_TASKS if task in GRAPH_TASKS]) - 1
+    table = installed.run(list_targets, cwd=installed.folder, COLUMNS="200")
+    assert re.search(r"torch-export +│ yes +│ yes +│ fp32 ", table), table
 
 
 @pytest.mark.slow
