@@ -48,7 +48,13 @@ def targets() -> str:
     rows = []
     for name in target_names():
         target = get_target(name)
-        precisions = ", ".join(precision.value for precision in target.capabilities.precisions)
+        capabilities = target.capabilities
+        precisions = ", ".join(capabilities.precisions)
+        extra = [
+            precision for precision in capabilities.all_precisions if precision not in capabilities.precisions
+        ]
+        if extra:
+            precisions += f"; for text-generation also {', '.join(extra)}"
         rows.append((f"`{name}`", target.summary, precisions))
     return table(("target", "what it is", "precisions"), rows)
 

@@ -25,7 +25,12 @@ LABELS = {
 }
 _LETTERS = ("<pad>", "<s>", "</s>", "<unk>", "|", *"abcdefghijklmnopqrstuvwxyz'")
 MAX_TOKENS = 64
-TEXT_GRAPHS = tuple(task for task in GRAPH_TASKS if task.modality == "text")
+# Graphs that answer in one call; tests/unit/test_generation.py has the one that goes on.
+TEXT_GRAPHS = tuple(task for task in GRAPH_TASKS if task.modality == "text" and not task.generates)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }} : {{ message.content }} {% endfor %}"
+    "{% if add_generation_prompt %}answer : {% endif %}"
+)
 SIGNAL_TASKS = tuple(task for task in HfTask if task.modality != "text")
 _VOCAB_SIZE = 600
 
@@ -49,6 +54,8 @@ def build_model(folder: Path, hf_task: HfTask, *, architecture: str = "bert", se
         return _build_clip(folder, seed)
     if hf_task.modality != "text":
         return _build_signal_model(folder, hf_task, seed)
+    if hf_task.generates:
+        return build_decoder(folder, seed=seed)
     torch.manual_seed(seed)
     tokenizer = _tokenizer(architecture)
     labels = LABELS.get(hf_task, ("LABEL_0", "LABEL_1"))
@@ -58,6 +65,36 @@ def build_model(folder: Path, hf_task: HfTask, *, architecture: str = "bert", se
             if parameter.ndim == 2:
                 parameter.normal_(0.0, 0.3 if "embeddings" in name else 0.15)
     model.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def build_decoder(folder: Path, *, seed: int = 0, template: str | None = CHAT_TEMPLATE, **settings: Any) -> Path:
+    """Write a random Llama with its tokenizer, and return the folder.
+
+    The weights are so large that two tokens are hardly ever equally likely.
+
+    Args:
+        folder: Folder to write.
+        seed: Seed of the weights.
+        template: Template of chats; None for a tokenizer without one.
+        **settings: Fields of the configuration.
+    """
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    tokenizer = _decoder_tokenizer()
+    tokenizer.chat_template = template
+    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    size = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    config = transformers.LlamaConfig(
+        **ids,
+        **(size | {"num_key_value_heads": 2, "initializer_range": 0.4} | settings),
+        vocab_size=len(tokenizer),
+        max_position_embeddings=MAX_TOKENS,
+    )
+    transformers.LlamaForCausalLM(config).eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -193,6 +230,24 @@ def _tokenizer(architecture: str) -> Any:
     inputs = ["input_ids", "attention_mask"] + (["token_type_ids"] if architecture == "bert" else [])
     return PreTrainedTokenizerFast(
         tokenizer_object=core, model_max_length=MAX_TOKENS, model_input_names=inputs, **special
+    )
+
+
+def _decoder_tokenizer() -> Any:
+    """Return a tokenizer that adds no token after a text, as those of decoders."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = {"pad": "<pad>", "bos": "<s>", "eos": "</s>", "unk": "<unk>"}
+    core = Tokenizer(models.WordPiece(_vocabulary(list(names.values())), unk_token=names["unk"]))
+    core.normalizer = normalizers.BertNormalizer()
+    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    core.decoder = decoders.WordPiece()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        model_max_length=MAX_TOKENS,
+        model_input_names=["input_ids", "attention_mask"],
+        **{f"{kind}_token": token for kind, token in names.items()},
     )
 
 

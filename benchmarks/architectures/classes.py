@@ -19,12 +19,16 @@ _MAIN_INPUTS: Mapping[str, tuple[str, ...]] = {
 }
 
 
+# Decoders that generate have a table of their own.
+_TASKS = tuple(task for task in AUTO_CLASSES if task in GRAPH_TASKS and not task.generates)
+
+
 def all_classes() -> list[ModelClass]:
     """Return one entry for each graph task and model type, in the order of transformers' mappings."""
     import transformers
 
     classes = []
-    for hf_task in (task for task in AUTO_CLASSES if task in GRAPH_TASKS and task.modality in _MAIN_INPUTS):
+    for hf_task in (task for task in _TASKS if task.modality in _MAIN_INPUTS):
         mapping = getattr(transformers, AUTO_CLASSES[hf_task])._model_mapping
         main_inputs = _MAIN_INPUTS[hf_task.modality]
         if AUTO_CLASSES[hf_task] == "AutoModel":
@@ -42,8 +46,7 @@ def list_digest() -> str:
 
     names = {
         task.value: sorted(getattr(transformers, AUTO_CLASSES[task])._model_mapping._model_mapping.items())
-        for task in AUTO_CLASSES
-        if task in GRAPH_TASKS
+        for task in _TASKS
     }
     return json_digest(names)[:16]
 

@@ -51,6 +51,7 @@ class HfTask(StrEnum):
     QUESTION_ANSWERING = "question-answering"
     MULTIPLE_CHOICE = "multiple-choice"
     TEXT_RANKING = "text-ranking"
+    TEXT_GENERATION = "text-generation"
     IMAGE_CLASSIFICATION = "image-classification"
     ZERO_SHOT_IMAGE_CLASSIFICATION = "zero-shot-image-classification"
     IMAGE_FEATURE_EXTRACTION = "image-feature-extraction"
@@ -95,6 +96,11 @@ class HfTask(StrEnum):
         return self in _PAIR_TASKS
 
     @property
+    def generates(self) -> bool:
+        """Whether a call of the model goes on until the answer ends, token by token, with what it has read."""
+        return self is HfTask.TEXT_GENERATION
+
+    @property
     def pipeline_owner(self) -> PipelineOwner:
         """Library whose pipeline answers the task: transformers, compileflow where it lacks one, or none."""
         return _PIPELINE_OWNERS.get(self, "transformers")
@@ -126,7 +132,8 @@ _PIPELINE_OWNERS: Mapping[HfTask, PipelineOwner] = {
     HfTask.AUDIO_FRAME_CLASSIFICATION: None,
     HfTask.AUDIO_XVECTOR: None,
 }
-TEXT_TASKS = tuple(task for task in HfTask if task.modality == "text")
+# Text tasks whose graph answers in one call. Targets of third parties name them.
+TEXT_TASKS = tuple(task for task in HfTask if task.modality == "text" and not task.generates)
 # One task per graph.
 GRAPH_TASKS = tuple(task for task in HfTask if task.graph_task is task)
 
@@ -138,6 +145,12 @@ class Precision(StrEnum):
     BF16 = "bf16"
     FP16 = "fp16"
     INT8 = "int8"
+    INT4 = "int4"
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether weights are stored as integers with scales."""
+        return self in (Precision.INT8, Precision.INT4)
 
 
 class ShapeBucket(BaseModel):

@@ -138,4 +138,4 @@ def test_form_explains_every_parameter(deployment: dict[str, Any]) -> None:
         enum = definitions[field["$ref"].rpartition("/")[2]] if "$ref" in field else {}
         assert {"title", "description"} <= {*field, *enum}, name
     assert set(definitions["CompileRequest"]["properties"]["target"]["enum"]) >= {"onnx-runtime", "torchscript"}
-    assert definitions["Precision"]["enum"] == ["fp32", "bf16", "fp16", "int8"]
+    assert definitions["Precision"]["enum"] == ["fp32", "bf16", "fp16", "int8", "int4"]

@@ -88,7 +88,10 @@ def test_architecture_whose_frames_its_configuration_does_not_explain_is_refused
         ("WavLMForXVector", HfTask.AUDIO_XVECTOR),
         ("Wav2Vec2ForAudioFrameClassification", HfTask.AUDIO_FRAME_CLASSIFICATION),
         ("T5ForConditionalGeneration", None),
-        ("GPT2LMHeadModel", None),
+        ("GPT2LMHeadModel", HfTask.TEXT_GENERATION),
+        ("Qwen3ForCausalLM", HfTask.TEXT_GENERATION),
+        ("FlaubertWithLMHeadModel", None),
+        ("GPT2DoubleHeadsModel", None),
     ],
 )
 def test_task_is_read_off_the_class_name(name: str, task: HfTask | None) -> None:

@@ -16,7 +16,7 @@ from compileflow.validation.judge import judge, suite
 from compileflow.validation.judge.suite import SuiteFile, gates_for, load_suite
 from compileflow.validation.measure import Measurements
 
-FP32, FP16, BF16, INT8 = Precision.FP32, Precision.FP16, Precision.BF16, Precision.INT8
+FP32, BF16, FP16, INT8, INT4 = tuple(Precision)
 # The agreed limits, written out a second time on purpose.
 NUMERIC = {
     "rel_l2": {FP32: 1e-4, FP16: 1e-2, BF16: 5e-2},
@@ -45,6 +45,12 @@ BY_TASK = {
         "neighbour_overlap": {FP32: 0.99, FP16: 0.99, BF16: 0.99, INT8: 0.95},
     },
     HfTask.FILL_MASK: {"top5_overlap": {FP32: 0.99, FP16: 0.95, BF16: 0.95, INT8: 0.9}},
+    HfTask.TEXT_GENERATION: {
+        "cached_reading": {FP32: 1e-4, FP16: 1e-2, BF16: 5e-2, INT8: 0.5, INT4: 0.5},
+        "next_token": {FP32: 1.0, FP16: 0.99, BF16: 0.98, INT8: 0.95, INT4: 0.85},
+        "kl_mean": {FP32: 1e-5, FP16: 1e-3, BF16: 1e-2, INT8: 3e-2, INT4: 0.15},
+        "perplexity_change": {FP32: 1e-3, FP16: 5e-3, BF16: 5e-3, INT8: 1e-2, INT4: 5e-2},
+    },
     HfTask.QUESTION_ANSWERING: {"exact_span": {FP32: 0.99, FP16: 0.99, BF16: 0.99}},
     HfTask.MULTIPLE_CHOICE: {"order_agreement": {FP32: 0.999, FP16: 0.99, BF16: 0.98, INT8: 0.95}},
     HfTask.IMAGE_CLASSIFICATION: {"label_agreement": {FP32: 1.0, FP16: 0.99, BF16: 0.99, INT8: 0.98}},
@@ -74,7 +80,8 @@ CLASSIFIES = (
 )
 # Their labels have places, but they decide about too many pixels or boxes for a limit of no flip.
 LABELS_PLACES = (HfTask.IMAGE_SEGMENTATION, HfTask.OBJECT_DETECTION)
-EVERY = list(product(Precision, GRAPH_TASKS))
+# Only text generation has int4.
+EVERY = [pair for pair in product(Precision, GRAPH_TASKS) if pair[0] is not INT4 or pair[1].generates]
 # Position of the first gate that is judged for all models.
 FINITE_OUTPUTS = [entry.gate for entry in load_suite().gates].index("finite_outputs")
 
@@ -87,7 +94,7 @@ def test_every_precision_and_task_has_the_gates_that_hold_for_all(precision: Pre
     assert gates["finite_outputs"].limit == 0
     assert gates["output_shapes"].limit == 1
     assert {"mask_respected", "rel_l2", "one_minus_cosine"} <= set(gates)
-    assert ("token_types_respected" in gates) is (task.modality == "text")
+    assert ("token_types_respected" in gates) is (task.modality == "text" and not task.generates)
     assert ("label_order" in gates) is (task in CLASSIFIES + LABELS_PLACES)
     assert ("confident_flips" in gates) is (task in CLASSIFIES)
     assert ("max_abs_diff" in gates) is (precision is FP32 and task not in SCALED)
@@ -113,9 +120,17 @@ def test_every_task_has_a_decision_gate(precision: Precision, task: HfTask) -> N
 @pytest.mark.parametrize(("precision", "task"), EVERY)
 def test_only_the_numbers_of_int8_and_registered_predictions_warn(precision: Precision, task: HfTask) -> None:
     warning = {gate.entry.gate for gate in gates_for(precision, task, {}) if gate.severity == "warning"}
-    numbers = {"mask_respected", "rel_l2", "one_minus_cosine", "embedding_error", "neighbour_overlap"}
+    numbers = {
+        "mask_respected",
+        "rel_l2",
+        "one_minus_cosine",
+        "embedding_error",
+        "neighbour_overlap",
+        "cached_reading",
+    }
     gates = {gate.entry.gate for gate in gates_for(precision, task, {})}
-    assert warning == {"registered_predictions"} | (numbers & gates if precision is INT8 else set())
+    texts = {"greedy"} & gates
+    assert warning == {"registered_predictions"} | texts | (numbers & gates if precision.is_integer else set())
 
 
 def test_a_tasks_own_limit_wins() -> None:

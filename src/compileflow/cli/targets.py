@@ -58,6 +58,7 @@ def _row(name: str) -> dict[str, Any]:
         "target": name,
         **asdict(availability),
         "precisions": [precision.value for precision in capabilities.precisions],
+        "generation_precisions": [precision.value for precision in capabilities.generation_precisions],
         "hf_tasks": [task.value for task in capabilities.hf_tasks],
         "devices": list(capabilities.devices),
         "dynamic_axes": capabilities.dynamic_axes,

@@ -47,6 +47,7 @@ class Capabilities:
     Attributes:
         hf_tasks: Hub tasks that the target compiles.
         precisions: Number formats that the target compiles to.
+        generation_precisions: Number formats for text generation, where they differ from `precisions`.
         devices: Devices that the compiled model runs on. The first one is the default.
         dynamic_axes: Whether a compiled model runs any shape. False: it runs only its shape buckets.
         compile_needs_device: Whether a compile needs the device.
@@ -68,6 +69,16 @@ class Capabilities:
     variants: Mapping[Precision, tuple[Mapping[str, JsonValue], ...]] = field(default_factory=dict)
     runtime: Mapping[str, str] = field(default_factory=dict)
     runtime_install: str = "pip install {}"
+    generation_precisions: tuple[Precision, ...] = ()
+
+    def precisions_for(self, hf_task: HfTask) -> tuple[Precision, ...]:
+        """Return the number formats that the target compiles a task to."""
+        return (self.generation_precisions if hf_task.generates else ()) or self.precisions
+
+    @property
+    def all_precisions(self) -> tuple[Precision, ...]:
+        """Number formats that the target compiles at least one task to."""
+        return tuple(dict.fromkeys((*self.precisions, *self.generation_precisions)))
 
 
 @dataclass(frozen=True)
@@ -176,6 +187,55 @@ class Runner(Protocol):
         """Release memory and device. A second call does nothing."""
 
 
+class Continuation(Protocol):
+    """Rows that a component of text generation has read, and from which it predicts their next tokens.
+
+    One thread at a time uses it.
+
+    Attributes:
+        length: Tokens of each row that were read, with padding.
+    """
+
+    length: int
+
+    def read(
+        self,
+        input_ids: NDArray[Any],
+        attention_mask: NDArray[Any],
+        position_ids: NDArray[Any],
+        *,
+        last: bool = False,
+    ) -> NDArray[Any]:
+        """Read the next tokens of each row.
+
+        Args:
+            input_ids: The tokens, int64 of shape (rows, tokens).
+            attention_mask: 0 for padding, 1 for tokens that count, int64 of shape (rows, all tokens read so far).
+            position_ids: Position of each token in its row without padding, int64 of the shape of `input_ids`.
+            last: Return the logits of the last token alone, which saves time and memory for a prompt.
+
+        Returns:
+            Logits of the token after each of these tokens, float32 of shape (rows, tokens or 1, vocabulary).
+        """
+
+    def reorder(self, rows: NDArray[Any]) -> None:
+        """Replace the rows by copies of some of them.
+
+        Args:
+            rows: Number of the row that takes each place, int of shape (rows,).
+        """
+
+    def close(self) -> None:
+        """Forget the rows. A second call does nothing."""
+
+
+class GeneratingRunner(Runner, Protocol):
+    """A loaded component of text generation. `run` reads whole rows at once, and remembers nothing."""
+
+    def start(self) -> Continuation:
+        """Begin to read new rows, independent of those that other continuations have read."""
+
+
 class TargetOptions(BaseModel):
     """Base class of a target's options: immutable, without unknown names."""
 
@@ -187,6 +247,13 @@ class TargetOptions(BaseModel):
 
     def check_precision(self, precision: Precision) -> None:
         """Check that the options suit a precision, before anything is loaded.
+
+        Raises:
+            SpecError: They contradict it.
+        """
+
+    def check_task(self, hf_task: HfTask, precision: Precision) -> None:
+        """Check that the options suit a task at a precision, before anything is loaded.
 
         Raises:
             SpecError: They contradict it.

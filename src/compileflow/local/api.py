@@ -69,7 +69,7 @@ def pipeline(
             transformers' default for the task.
         target: Name of a target. "auto-local" is the first of openvino, onnx-runtime, aot-inductor and
             torchscript that compiles and runs here.
-        precision: fp32, bf16, fp16 or int8, if the target supports it.
+        precision: fp32, bf16, fp16, int8 or int4, if the target supports it for the task.
         tokenizer: A tokenizer, its folder or Hub id. It replaces the tokenizer of the model.
         feature_extractor: A processor of images or audio. It replaces the processor of the model.
         revision: Branch, tag or commit of a Hub model.
@@ -161,7 +161,7 @@ def optimize(
         output_names: Outputs to return. None: all.
         forward_default_kwargs: Arguments for calls that leave them out; a callable is called in each call.
         target: Name of a target, or "auto-local"; see `pipeline`.
-        precision: fp32, bf16, fp16 or int8, if the target supports it.
+        precision: fp32, bf16, fp16, int8 or int4, if the target supports it for the task.
         tokenizer: Another name for `preprocessor`.
         revision: Branch, tag or commit of a Hub model.
         validate: False skips validation; `ValidationSettings` configure it.
@@ -199,7 +199,7 @@ def local_target(hf_task: HfTask, precision: Precision) -> str:
     for name in LOCAL_TARGETS:
         target = get_target(name)
         availability, capabilities = target.probe(), target.capabilities
-        if hf_task not in capabilities.hf_tasks or precision not in capabilities.precisions:
+        if hf_task not in capabilities.hf_tasks or precision not in capabilities.precisions_for(hf_task):
             skip_reasons.append(f"{name} does not compile {hf_task.value} at {precision.value}")
         elif not (availability.can_compile and availability.can_run):
             skip_reasons.append(f"{name}: {availability.reason}")

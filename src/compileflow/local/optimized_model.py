@@ -24,14 +24,16 @@ def as_source_class(compiled_model: CompiledModel, forms: Forms = _NO_FORMS) -> 
     import torch
 
     source_class = _source_class(compiled_model)
-    kind: Any = type(source_class.__name__, (_Optimized, source_class), {"__module__": source_class.__module__})
+    generates = compiled_model.manifest.hf_task.generates
+    bases = (_OptimizedDecoder if generates else _Optimized, source_class)
+    kind: Any = type(source_class.__name__, bases, {"__module__": source_class.__module__})
     optimized = kind.__new__(kind)
     # Not __init__ of the source class, which would create the weights.
     torch.nn.Module.__init__(optimized)
     optimized.training = False
     optimized.config = compiled_model.config
     optimized.name_or_path = compiled_model.name_or_path
-    optimized.generation_config = None
+    optimized.generation_config = compiled_model.generation_config
     # Not a submodule, which would be looked up more slowly in each call.
     vars(optimized).update(
         compiled=compiled_model,
@@ -115,6 +117,14 @@ class _Optimized(FixedModule):
 
     def __repr__(self: Any) -> str:
         return f"{type(self).__name__}(compiled for {self.compiled.manifest.target.name})"
+
+
+class _OptimizedDecoder(_Optimized):
+    """The same for a decoder, whose cache is the compiled model's."""
+
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Generate with the compiled model; the arguments are those of transformers."""
+        return self.compiled.generate(*args, **kwargs)
 
 
 def _source_class(model: CompiledModel) -> Any:

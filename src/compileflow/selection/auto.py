@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from compileflow._process.folders import work_folder
 from compileflow.catalog import get_target, open_store, target_names
+from compileflow.contracts import Target
 from compileflow.errors import CompileflowError, SpecError, TargetUnavailableError
 from compileflow.selection.candidates import Candidate, CandidateLatency, accuracy_loss_of
 from compileflow.selection.choice import choose, drops
@@ -114,10 +115,9 @@ def plan_candidates(
         target = get_target(name)
         if hf_task not in target.capabilities.hf_tasks:
             continue
-        requested_precisions = request.auto.precisions or target.capabilities.precisions
-        precisions = [
-            precision for precision in target.capabilities.precisions if precision in requested_precisions
-        ]
+        supported_precisions = target.capabilities.precisions_for(hf_task)
+        requested_precisions = request.auto.precisions or supported_precisions
+        precisions = [precision for precision in supported_precisions if precision in requested_precisions]
         availability = target.probe()
         if precisions and not (availability.can_compile and availability.can_run):
             reason = "; ".join(part for part in (availability.reason, availability.hint) if part)
@@ -128,6 +128,8 @@ def plan_candidates(
                 unavailable_candidates.append(_unavailable(name, precision, availability.lacking[precision]))
                 continue
             for options in target.capabilities.variants.get(precision, ({},)):
+                if not _suit(target, options, hf_task, precision):
+                    continue
                 update = {"target": name, "precision": precision, "target_options": dict(options)}
                 requests.append(request.model_copy(update=update | {"hf_task": hf_task}))
     if not requests and not unavailable_candidates:
@@ -136,6 +138,15 @@ def plan_candidates(
             hint="Allow more targets or precisions for auto.",
         )
     return CandidatePlan(hf_task=hf_task, requests=tuple(requests), unavailable=tuple(unavailable_candidates))
+
+
+def _suit(target: Target, options: Mapping[str, JsonValue], hf_task: HfTask, precision: Precision) -> bool:
+    """Return whether a target has options of its own list for a task; some are for other tasks."""
+    try:
+        target.Options.model_validate(options).check_task(hf_task, precision)
+    except SpecError:
+        return False
+    return True
 
 
 def measured_candidate(

@@ -14,7 +14,7 @@ from compileflow.errors import MeasurementError
 from compileflow.spec import Precision
 from compileflow.validation.measure import Latency
 
-_AGREEMENTS = ("label_agreement", "exact_span", "neighbour_overlap", "entity_f1")
+_AGREEMENTS = ("label_agreement", "exact_span", "neighbour_overlap", "entity_f1", "next_token")
 
 
 class _Value(BaseModel):

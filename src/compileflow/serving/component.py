@@ -5,17 +5,18 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from compileflow._process.failures import raise_if_out_of_memory
 from compileflow.artifact.open import OpenArtifact
-from compileflow.contracts import Arrays, ComponentRecord, Device, Runner
+from compileflow.contracts import Arrays, ComponentRecord, Continuation, Device, GeneratingRunner, Runner
 from compileflow.contracts.toolkit import require_open
 from compileflow.errors import CompileflowError, InputError, LoadError, first_line
 from compileflow.serving.padding import complete_inputs, run_fitted
@@ -107,20 +108,25 @@ class LoadedComponent:
         if os.getpid() != self._process_id:
             self._load_after_fork()
         arrays = complete_inputs(self.record, inputs)
-        try:
+        with graph_errors(arrays):
             outputs = run_fitted(self._runner, self.record, arrays)
-        except (CompileflowError, MemoryError):
-            raise
-        except Exception as error:
-            raise_if_out_of_memory(error)
-            shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
-            raise InputError(
-                f"The compiled graph failed on inputs of the shapes {shapes}: {type(error).__name__}: "
-                f"{first_line(error)}.",
-                hint="If it fails on every input, compile the model again.",
-            ) from error
         self._check_shapes(outputs)
         return outputs
+
+    def start(self) -> Continuation:
+        """Begin to read new rows with a component of text generation.
+
+        Raises:
+            InputError: The component reads whole rows only.
+        """
+        if os.getpid() != self._process_id:
+            self._load_after_fork()
+        if not hasattr(self._runner, "start"):
+            raise InputError(
+                "The component reads whole rows only, so it cannot continue one.",
+                hint="Compile the model for text-generation with a target that keeps a cache.",
+            )
+        return cast("GeneratingRunner", self._runner).start()
 
     def _check_shapes(self, outputs: Arrays) -> None:
         """Compare the outputs with the record, because the answers are cut and read by its axes."""
@@ -181,6 +187,28 @@ class LoadedComponent:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _load, (self.artifact, self.component, self._device, self._threads, self._buckets)
+
+
+@contextmanager
+def graph_errors(arrays: Mapping[str, NDArray[Any]]) -> Iterator[None]:
+    """Turn what a runtime raises on these inputs into an error of one line.
+
+    Raises:
+        InputError: The graph fails.
+        MemoryError: The call needs more memory than the machine has.
+    """
+    try:
+        yield
+    except (CompileflowError, MemoryError):
+        raise
+    except Exception as error:
+        raise_if_out_of_memory(error)
+        shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
+        raise InputError(
+            f"The compiled graph failed on inputs of the shapes {shapes}: {type(error).__name__}: "
+            f"{first_line(error)}.",
+            hint="If it fails on every input, compile the model again.",
+        ) from error
 
 
 class _RunnerInThreads:

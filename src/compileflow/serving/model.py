@@ -205,8 +205,13 @@ class CompiledModel(FixedModule):
 
         # transformers' pipelines read the name of the class, so a subclass takes the source model's. Only the
         # subclass is a PreTrainedModel, because importing that class imports torch.
-        name, bases = artifact.manifest.source.architecture, (cls, PreTrainedModel)
-        kind: Any = type(name, bases, {"__module__": cls.__module__})
+        bases: tuple[type, ...] = (cls, PreTrainedModel)
+        if artifact.manifest.hf_task.generates:
+            # The class for decoders extends this one.
+            from compileflow.serving.generation import generating_bases
+
+            bases = generating_bases(cls)
+        kind: Any = type(artifact.manifest.source.architecture, bases, {"__module__": cls.__module__})
         model: CompiledModel = kind(graph, config)
         return model
 
@@ -349,7 +354,7 @@ class CompiledModel(FixedModule):
         self.graph.close()
 
     def can_generate(self) -> bool:
-        """Return False: compileflow does not compile generative models yet."""
+        """Return False: only a model that was compiled for text-generation generates."""
         return False
 
     def __getattr__(self, name: str) -> Any:

@@ -16,6 +16,7 @@ from compileflow.artifact.open import OpenArtifact, copy_artifact
 from compileflow.contracts import Device
 from compileflow.errors import LoadError, SpecError
 from compileflow.serving.from_memory import in_memory
+from compileflow.serving.generation import check_prompts
 from compileflow.serving.interface_files import load_part
 from compileflow.serving.list_calls import call_list
 from compileflow.serving.model import CompiledModel
@@ -237,15 +238,27 @@ class CompiledPipeline:
         check_settings(hf_task, pipeline_settings)
         if tokenizer is not None and not isinstance(tokenizer, CompiledTokenizer):
             longest = model.graph.record.max_sequence_length
-            tokenizer = CompiledTokenizer(tokenizer, {"padding": True, "truncation": True, "max_length": longest})
+            settings = {"padding": True, "truncation": True, "max_length": longest}
+            tokenizer = (
+                CompiledTokenizer.for_prompts(tokenizer)
+                if hf_task.generates
+                else CompiledTokenizer(tokenizer, settings)
+            )
         return cls(None, _wrapped(hf_task, model, tokenizer, pipeline_settings), model.artifact)
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
         """Call the pipeline as in transformers. Lists run in batches of similar length; answers keep the order."""
+        if self._generates():
+            # A list may be one chat, and the order of the prompts decides what sampling draws.
+            check_prompts(self.pipeline.tokenizer, inputs[0] if inputs else kwargs.get("text_inputs"))
+            return self.pipeline(*inputs, **kwargs)
         # As in transformers, a tuple is a single input: a text pair.
         if inputs and isinstance(inputs[0], list) and len(inputs[0]) > 1:
             return call_list(self.pipeline, *inputs, **kwargs)
         return self.pipeline(*inputs, **kwargs)
+
+    def _generates(self) -> bool:
+        return str(self.pipeline.task) == HfTask.TEXT_GENERATION.value
 
     def save_pretrained(self, dest: str | Path, *, original: bool = True) -> Path:
         """Write the artifact, and beside it the original pipeline if there is one.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
@@ -24,6 +25,7 @@ from compileflow.source_model.interface import length_limit
 from compileflow.sources.files import kind_of
 from compileflow.spec import HfTask
 
+logger = logging.getLogger(__name__)
 SETTINGS_FILE = "tokenization_settings.json"
 # Methods of the wrapped tokenizer that set its truncation and padding.
 _ENCODING_METHODS = ("encode", "batch_encode_plus", "tokenize", "apply_chat_template", "_encode_plus")
@@ -192,6 +194,8 @@ class CompiledTokenizer:
         tokenizer = load_part(artifact, "AutoTokenizer")
         longest = tokenizer.model_max_length = record.max_sequence_length
         saved_settings = _read_settings(artifact.tokenizer_folder, tokenizer)
+        if artifact.manifest.hf_task.generates:
+            return cls.for_prompts(tokenizer, saved_settings, artifact)
         if saved_settings is None:
             defaults = {"padding": _can_pad(tokenizer), "truncation": True, "max_length": longest}
             return cls(tokenizer, defaults, artifact)
@@ -202,6 +206,31 @@ class CompiledTokenizer:
         # Question answering splits long contexts, which needs settings of its own in each call.
         fixed = artifact.manifest.hf_task is not HfTask.QUESTION_ANSWERING
         return cls(tokenizer, settings, artifact, fixed=fixed)
+
+    @classmethod
+    def for_prompts(
+        cls,
+        tokenizer: Any,
+        settings: Mapping[str, Any] | None = None,
+        artifact: OpenArtifact | None = None,
+    ) -> CompiledTokenizer:
+        """Wrap a tokenizer for a decoder: it pads on the left, next to which the decoder writes, and cuts nothing.
+
+        A prompt that is cut loses its question, so the model refuses one that is too long. A tokenizer without a
+        padding token pads with the token that ends a text.
+
+        Args:
+            tokenizer: A transformers tokenizer. Its side of padding and its padding token are set.
+            settings: Saved settings of each call; None without any.
+            artifact: Artifact that the tokenizer belongs to.
+        """
+        tokenizer.padding_side = "left"
+        if not _can_pad(tokenizer) and tokenizer.eos_token is not None:
+            logger.info("the tokenizer has no padding token; %s pads the prompts of a batch", tokenizer.eos_token)
+            tokenizer.pad_token = tokenizer.eos_token
+        if settings is not None:
+            return cls(tokenizer, settings, artifact, fixed=True)
+        return cls(tokenizer, {"padding": _can_pad(tokenizer)}, artifact)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Tokenize as the wrapped tokenizer does, with `tokenization_settings`."""

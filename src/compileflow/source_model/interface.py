@@ -13,6 +13,7 @@ from pydantic import JsonValue
 from compileflow._process.failures import raise_if_out_of_memory
 from compileflow.contracts import Arrays, Axis, CompiledComponent, Padding, TensorRecord
 from compileflow.errors import CompileError, SourceError
+from compileflow.source_model.decoding import token_positions
 from compileflow.source_model.examples import example_inputs, example_length
 from compileflow.source_model.lengths import Convolutions, convolutions_of, frame_convolutions, frames_of
 from compileflow.source_model.processor import Processor, image_inputs
@@ -46,6 +47,8 @@ class SourceModel:
         longest: Longest row that the model has positions for; None without a limit.
         chunk: Number of tokens in each part of a row that the model reads in parts; 0 for other models.
         attention: Implementation of attention.
+        numbers_tokens: The positions of a row are numbered from its first token that is not padding, as for
+            generation. Otherwise the model numbers them itself.
     """
 
     model: Any
@@ -61,6 +64,7 @@ class SourceModel:
     longest: int | None = None
     chunk: int = 0
     attention: str = ""
+    numbers_tokens: bool = False
 
     @property
     def cuts_padding(self) -> bool:
@@ -76,6 +80,8 @@ class SourceModel:
         """
         import torch
 
+        if self.numbers_tokens and "attention_mask" in inputs:
+            inputs = {**inputs, "position_ids": token_positions(inputs["attention_mask"])}
         try:
             with torch.inference_mode():
                 answer = self.model(**{name: torch.as_tensor(value) for name, value in inputs.items()})

@@ -250,7 +250,10 @@ def refuse_other_head(config: Any, hf_task: HfTask) -> None:
     saved_task = task_of_architecture(architecture)
     if saved_task is None or saved_task.graph_task == hf_task.graph_task:
         return
-    if saved_task in _BARE_MODELS or hf_task.graph_task in _BARE_MODELS:
+    if hf_task.graph_task in _BARE_MODELS or (saved_task in _BARE_MODELS and not hf_task.generates):
+        return
+    if saved_task.generates and hf_task is HfTask.FILL_MASK:
+        # BertLMHeadModel has the tensors of BertForMaskedLM.
         return
     raise SpecError(
         f"The model was saved as {architecture}, not for {hf_task.value}.",

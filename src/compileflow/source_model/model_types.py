@@ -53,7 +53,10 @@ class ModelTypes:
         return tuple(
             task
             for task, auto_class in AUTO_CLASSES.items()
-            if types & self.heads[auto_class].keys() and (auto_class != "AutoModel" or modality == task.modality)
+            if types & self.heads[auto_class].keys()
+            and (auto_class != "AutoModel" or modality == task.modality)
+            # Encoders have a causal head as well, for the decoder of a model of two parts.
+            and not (task.generates and types & self.heads[AUTO_CLASSES[HfTask.FILL_MASK]].keys())
         )
 
     def two_parts(self, model_type: str) -> tuple[str, str] | None:

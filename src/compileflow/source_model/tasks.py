@@ -18,6 +18,7 @@ AUTO_CLASSES: Mapping[HfTask, str] = {
     HfTask.QUESTION_ANSWERING: "AutoModelForQuestionAnswering",
     HfTask.MULTIPLE_CHOICE: "AutoModelForMultipleChoice",
     HfTask.TEXT_RANKING: "AutoModelForSequenceClassification",
+    HfTask.TEXT_GENERATION: "AutoModelForCausalLM",
     HfTask.IMAGE_CLASSIFICATION: "AutoModelForImageClassification",
     HfTask.ZERO_SHOT_IMAGE_CLASSIFICATION: "AutoModelForZeroShotImageClassification",
     HfTask.IMAGE_FEATURE_EXTRACTION: "AutoModel",
@@ -36,6 +37,8 @@ HEADS: Mapping[str, HfTask] = {
     "ForMaskedLM": HfTask.FILL_MASK,
     "ForQuestionAnswering": HfTask.QUESTION_ANSWERING,
     "ForMultipleChoice": HfTask.MULTIPLE_CHOICE,
+    "ForCausalLM": HfTask.TEXT_GENERATION,
+    "LMHeadModel": HfTask.TEXT_GENERATION,
     "ForImageClassification": HfTask.IMAGE_CLASSIFICATION,
     "ForSemanticSegmentation": HfTask.IMAGE_SEGMENTATION,
     "ForObjectDetection": HfTask.OBJECT_DETECTION,
@@ -83,6 +86,11 @@ def tasks_of(config: Any) -> tuple[HfTask, ...]:
         if auto_class in getattr(config, "auto_map", {}):
             tasks.append(task)
         elif type(config) in model_classes:
+            if task.generates:
+                # Encoders have a causal head as well, for the decoder of a model of two parts.
+                if type(config) not in transformers.AutoModelForMaskedLM._model_mapping:
+                    tasks.append(task)
+                continue
             # Speech encoders and vision models also have an AutoModel, but it does not take text.
             main_input = _first_class(model_classes, config).main_input_name
             if auto_class != "AutoModel" or MODALITIES.get(main_input) == task.modality:
@@ -134,7 +142,7 @@ def task_of_architecture(name: str) -> HfTask | None:
     """Return the task that the name of a model class stands for; None when its ending is unknown."""
     if name.startswith(_SPEECH_ENCODERS) and name.endswith("ForSequenceClassification"):
         return HfTask.AUDIO_CLASSIFICATION
-    if name.endswith(("HeadModel", "HeadsModel")):
-        # GPT2LMHeadModel generates text. It returns no hidden states.
+    if name.endswith(("DoubleHeadsModel", "WithLMHeadModel")):
+        # GPT2DoubleHeadsModel answers two tasks at once, and FlaubertWithLMHeadModel fills masks or generates.
         return None
     return next((task for ending, task in HEADS.items() if name.endswith(ending)), None)

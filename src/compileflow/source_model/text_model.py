@@ -88,6 +88,10 @@ def probe_text_model(
         ) from errors[0]
     # The table of positions of the image would look like that of the tokens.
     longest = declared_longest(text_config(config)) if other_inputs else measured_longest(model, inputs, tokens)
+    if hf_task.generates:
+        source_model = replace(
+            source_model, numbers_tokens="position_ids" in inspect.signature(model.forward).parameters
+        )
     return replace(
         source_model,
         longest=longest,

@@ -17,7 +17,7 @@ from compileflow._process.folders import work_folder
 from compileflow._process.run_in_child import run_in_child
 from compileflow.artifact.manifest import SCHEMA_VERSION, ArtifactManifest, CalibrationRecord, TargetRecord
 from compileflow.catalog import get_target, open_store
-from compileflow.contracts import ArtifactStore, FileRecord, Target
+from compileflow.contracts import ArtifactStore, Capabilities, FileRecord, Target
 from compileflow.contracts.digests import json_digest, list_files
 from compileflow.errors import (
     CompileError,
@@ -39,6 +39,7 @@ from compileflow.spec import CompileSpec, HfTask, Precision, ShapeBucket
 from compileflow.steps.attest import Attester
 from compileflow.steps.cache import CacheKey, find, find_or_make, latest, why_missed
 from compileflow.steps.calibration import Calibration, load_calibration
+from compileflow.steps.plan import targets_of
 from compileflow.steps.request import AUTO, NOTE, CompileRequest
 from compileflow.steps.source_checks import (
     check_lengths,
@@ -73,7 +74,7 @@ logger = logging.getLogger(__name__)
 STEP = "compile"
 _CHILD = "compileflow.steps.build:build_artifact"
 _FOLDERS = {"digest": "uri"}
-_GENERATING_HEADS = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
+_TWO_PARTS = "ForConditionalGeneration"
 
 
 def compile_artifact(
@@ -276,11 +277,11 @@ def detect_task(source_dir: Path) -> HfTask:
             return HfTask.TEXT_RANKING
         if task is not None:
             return task
-    generating = next((name for name in architectures if name.endswith(_GENERATING_HEADS)), None)
+    generating = next((name for name in architectures if name.endswith(_TWO_PARTS)), None)
     if generating:
         raise SpecError(
-            f"{generating} generates text, which compileflow does not compile.",
-            hint="For the hidden states of the model, give the task feature-extraction.",
+            f"{generating} generates text from an encoder's answer, which compileflow does not compile.",
+            hint="Give a decoder, such as LlamaForCausalLM. For hidden states, give the task feature-extraction.",
         )
     raise SpecError(
         f"The architecture {', '.join(architectures) or '(none in config.json)'} does not determine the task.",
@@ -344,12 +345,15 @@ def checked_target(spec: CompileSpec) -> Target:
     target = get_target(spec.target)
     capabilities = target.capabilities
     if spec.hf_task not in capabilities.hf_tasks:
-        choices = ", ".join(task.value for task in capabilities.hf_tasks)
-        raise SpecError(f"{target.name} does not support {spec.hf_task.value}.", hint=f"Choose one of: {choices}.")
-    if spec.precision not in capabilities.precisions:
-        choices = ", ".join(precision.value for precision in capabilities.precisions)
         raise SpecError(
-            f"{target.name} does not support {spec.precision.value}.", hint=f"Choose one of: {choices}."
+            f"{target.name} does not support {spec.hf_task.value}.", hint=_other_choice(spec.hf_task, capabilities)
+        )
+    precisions = capabilities.precisions_for(spec.hf_task)
+    if spec.precision not in precisions:
+        subject = f" for {spec.hf_task.value}" if spec.precision in capabilities.all_precisions else ""
+        raise SpecError(
+            f"{target.name} does not support {spec.precision.value}{subject}.",
+            hint=f"Choose one of: {', '.join(precisions)}.",
         )
     try:
         chosen_options = target.Options.model_validate(spec.target_options)
@@ -360,7 +364,15 @@ def checked_target(spec: CompileSpec) -> Target:
             hint=f"The options of {target.name} are: {options}.",
         ) from error
     chosen_options.check_precision(spec.precision)
+    chosen_options.check_task(spec.hf_task, spec.precision)
     return target
+
+
+def _other_choice(hf_task: HfTask, capabilities: Capabilities) -> str:
+    """Return what to choose instead of a task that a target lacks: another target for text generation."""
+    if hf_task.generates:
+        return f"Choose one of the targets that do: {', '.join(targets_of(hf_task))}."
+    return f"Choose one of: {', '.join(task.value for task in capabilities.hf_tasks)}."
 
 
 def check_available(target: Target, precision: Precision) -> None:

@@ -67,7 +67,7 @@ def compile_graph(
     # Optional attribute of a target: options of a slower or plainer way to compile.
     if fallback_options := getattr(target, "fallback_options", None):
         options = {**plan.options, **fallback_options}
-        if _suit(target, options, plan.precision):
+        if _suit(target, options, plan):
             attempts.append(replace(attempts[-1], spec=plan.spec.model_copy(update={"target_options": options})))
     errors: list[CompileError] = []
     for attempt in attempts:
@@ -84,10 +84,12 @@ def compile_graph(
     raise errors[0]
 
 
-def _suit(target: Target, options: Mapping[str, JsonValue], precision: Precision) -> bool:
-    """Return whether options suit a precision."""
+def _suit(target: Target, options: Mapping[str, JsonValue], plan: ComponentPlan) -> bool:
+    """Return whether options suit the precision and the task of a plan."""
     try:
-        target.Options.model_validate(options).check_precision(precision)
+        chosen_options = target.Options.model_validate(options)
+        chosen_options.check_precision(plan.precision)
+        chosen_options.check_task(plan.hf_task, plan.precision)
     except SpecError:
         return False
     except ValidationError:

@@ -19,6 +19,9 @@ from compileflow.spec import CompileSpec, ComponentSpec, HfTask, ShapeBucket
 _SHORTEST_BUCKET = 16
 # Maximum length of a text component if neither the model nor its tokenizer has one.
 DEFAULT_TOKENS = 512
+# Maximum length of a decoder whose spec sets none. Many have positions for 100,000 tokens, and validation compares
+# a logit for each word at each token.
+_DECODER_TOKENS = 1024
 # Batches speed up a CPU only for rows up to this length; a single longer row keeps it busy.
 _BATCH_SIZE, _BATCHED_UP_TO = 8, 128
 # Model types that pool a row in steps, or read it in a loop over its tokens or pieces.
@@ -74,7 +77,7 @@ def source_limits(source_model: SourceModel, spec: CompileSpec, tokenizer: Any) 
         lengths = [length for length in (longest, tokenizer_maximum(tokenizer)) if length]
         return SourceLimits(
             longest,
-            min(lengths, default=DEFAULT_TOKENS),
+            _default_length(spec.hf_task, lengths),
             text_buckets,
             longest_piece=_longest_piece(source_model.model.config),
             padding_fault=_padding_fault(source_model) if source_model.padding == "none" else "",
@@ -117,8 +120,20 @@ def declared_limits(config: Any, hf_task: HfTask, tokenizer_maximum: int | None)
     longest = declared_longest(text_config(config))
     lengths = [length for length in (longest, tokenizer_maximum) if length]
     return SourceLimits(
-        longest, min(lengths, default=DEFAULT_TOKENS), text_buckets, longest_piece=_longest_piece(config)
+        longest, _default_length(hf_task, lengths), text_buckets, longest_piece=_longest_piece(config)
     )
+
+
+def _default_length(hf_task: HfTask, lengths: Sequence[int]) -> int:
+    """Return the maximum length of a component whose spec sets none.
+
+    Args:
+        hf_task: Task of the model.
+        lengths: Longest rows of the model and of its tokenizer, as far as they have one.
+    """
+    if hf_task.generates:
+        return min((*lengths, _DECODER_TOKENS))
+    return min(lengths, default=DEFAULT_TOKENS)
 
 
 def plan_components(
@@ -208,6 +223,11 @@ def _padding_fault(source_model: SourceModel) -> str:
     if any("free" in record.axes for record in source_model.outputs):
         return "its outputs cannot be cut back to the length of an input"
     return "its attention mask does not hide the padding from every part of it"
+
+
+def targets_of(hf_task: HfTask) -> list[str]:
+    """Return the names of the targets that compile a task."""
+    return [name for name in target_names() if hf_task in get_target(name).capabilities.hf_tasks]
 
 
 def targets_of_any_shape(hf_task: HfTask) -> list[str]:

@@ -62,6 +62,7 @@ from compileflow.validation.report import (
 )
 from compileflow.validation.settings import ValidationSettings
 from compileflow.validation.whole_artifact import WholeArtifact
+from compileflow.validation.writing import compare_writing
 
 # Natural batches, and families of generated ones, on which the source model is run with rounded numbers.
 _GRID_CASES = 12
@@ -399,6 +400,15 @@ class _Proof:
         self.whole_artifact.measure_component(
             measurements, component.compiled, claims, max_length=claimed_length(claims)
         )
+        if self.spec.hf_task.generates:
+            compare_writing(
+                measurements,
+                source_model,
+                answers.remembered(source_model.run),
+                component.compiled,
+                evidence.natural,
+                progress=report_progress,
+            )
         report_progress("calling the compiled model again")
         measuring.measure_repeatability(measurements, run, evidence.repeated, component.first_call)
         computed = _reference(source_model)
@@ -567,7 +577,7 @@ def _measure_grid(
     generated = [case for case in evidence.generated if case.name in compared_names]
     special = [case for case in generated if case.family == "special"]
     # Short rows round worse than natural text. At int8, such differences only warn.
-    others = [case for case in generated if case.family in _GRID_FAMILIES and precision is not Precision.INT8]
+    others = [case for case in generated if case.family in _GRID_FAMILIES and not precision.is_integer]
     measuring.measure_grid(
         measurements,
         answers.remembered(rounded, f"rounded to {precision.value}"),

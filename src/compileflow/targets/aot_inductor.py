@@ -99,7 +99,7 @@ class AotInductorTarget:
         **{f"text-classification/{model_type}": _BRANCHES_ON_TOKENS for model_type in _END_TOKEN_TYPES},
     }
     capabilities: ClassVar[Capabilities] = Capabilities(
-        hf_tasks=tuple(HfTask),
+        hf_tasks=tuple(task for task in HfTask if not task.generates),
         precisions=(Precision.FP32, Precision.BF16),
         devices=("cpu",),
         dynamic_axes=True,

@@ -44,15 +44,19 @@ from compileflow.source_model import (
     free_axes,
     load_source_model,
 )
+from compileflow.source_model.decoding import decoding_step
 from compileflow.source_model.free_batch import free_batch, free_repeats
 from compileflow.source_model.whole_rows import whole_rows
 from compileflow.spec import HfTask, Precision
+from compileflow.targets._onnx_decoder import OnnxDecoder, has_cache, whole_row_inputs
 
 _FILE = "model.onnx"
 # It moves zeros around a picture into a following MaxPool, which pads with minus infinity (BiT).
 _WRONG_OPTIMIZERS = ["Pad_Fusion"]
 # The newest one that the tracing exporter writes by default.
 _TRACED_OPSET = 18
+# Weights that share one scale at int4. Every common hidden size is a multiple.
+_WEIGHTS_PER_SCALE = 64
 _COMPILE_NEEDS = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 # Where an error of torch stops to say what happened.
 _ADVICE = re.compile(r"consider using|Caused by:|For more information|The following call raised")
@@ -84,10 +88,28 @@ class OnnxRuntimeOptions(TargetOptions):
         description="At int8: store weights in 7 bits. 8 bits overflow on CPUs without VNNI; set it to false only "
         "if every machine has VNNI.",
     )
+    group_size: int | None = Field(
+        None,
+        ge=-1,
+        le=4096,
+        description=f"At int4: weights that share one scale; -1 for a whole channel. null: {_WEIGHTS_PER_SCALE}.",
+    )
 
     def needs_calibration(self, precision: Precision) -> bool:
         """Return True for static int8, which measures ranges on natural examples."""
         return precision is Precision.INT8 and self.quantization == "static"
+
+    def check_task(self, hf_task: HfTask, precision: Precision) -> None:
+        """Refuse a trace and static ranges for text generation, and options of int4 elsewhere."""
+        if self.group_size is not None and precision is not Precision.INT4:
+            raise SpecError("onnx-runtime option group_size is only for int4.", hint="Leave group_size out.")
+        if hf_task.generates and self.exporter == "trace":
+            raise SpecError("onnx-runtime cannot trace a model for text-generation.", hint="Leave exporter out.")
+        if hf_task.generates and self.quantization == "static" and precision is Precision.INT8:
+            raise SpecError(
+                "onnx-runtime does not quantize statically for text-generation.",
+                hint="Choose quantization=dynamic.",
+            )
 
     def check_precision(self, precision: Precision) -> None:
         """Refuse a trace at int8."""
@@ -120,6 +142,7 @@ class OnnxRuntimeTarget:
     capabilities: ClassVar[Capabilities] = Capabilities(
         hf_tasks=tuple(HfTask),
         precisions=(Precision.FP32, Precision.INT8),
+        generation_precisions=(Precision.FP32, Precision.INT8, Precision.INT4),
         devices=("cpu",),
         dynamic_axes=True,
         variants={Precision.INT8: ({"quantization": "dynamic"}, {"quantization": "static"})},
@@ -147,11 +170,15 @@ class OnnxRuntimeTarget:
             attention=component.attention,
             trust_remote_code=component.trust_remote_code,
         )
-        quantizer = _quantizer(options, component, source_model) if component.precision is Precision.INT8 else None
+        quantizer = None
+        if component.precision is not Precision.FP32:
+            quantizer = _quantizer(options, component, source_model)
         report_progress(f"exporting to ONNX ({component.precision.value})")
         with torch_threads(component.threads):
             example = source_model.export_tensors(component.max_sequence_length)
-            if options.exporter == "trace":
+            if component.hf_task.generates:
+                model = _export_decoder(source_model, options, quantizer, component.max_sequence_length)
+            elif options.exporter == "trace":
                 model = _trace(source_model, example, options)
             else:
                 model = _export(source_model, example, options, quantizer, component.max_sequence_length)
@@ -167,7 +194,7 @@ class OnnxRuntimeTarget:
     ) -> Runner:
         """Open an inference session; ONNX Runtime optimizes the graph for this CPU."""
         session = _session(str(component_dir / _FILE), component_dir, threads)
-        return _OnnxRuntimeRunner(session, component)
+        return OnnxDecoder(session) if has_cache(session) else _OnnxRuntimeRunner(session, component)
 
     def observe(
         self,
@@ -192,6 +219,8 @@ class OnnxRuntimeTarget:
                 inner_names += [name for name in node.output if name and name not in (*outputs, *products)]
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in inner_names)
         session = _session(model.SerializeToString(), component_dir, threads)
+        if has_cache(session):
+            inputs = whole_row_inputs(session, inputs)
         runner = _OnnxRuntimeRunner(session, component)
         floats = {value.name for value in session.get_outputs() if value.type in _FLOAT_TYPES}
         for names in in_parts([name for name in inner_names if name in floats], parts):
@@ -292,6 +321,8 @@ def _quantizer(options: OnnxRuntimeOptions, component: ComponentPlan, source_mod
 
     Products of two activations stay in fp32, because they lose the most accuracy.
     """
+    if component.precision is Precision.INT4:
+        return _int4_quantizer(options)
     if options.quantization == "static":
         return _static_quantizer(options, calibration_tensors(source_model.inputs, component.calibration))
     from onnxruntime.quantization import QuantType
@@ -308,8 +339,25 @@ def _quantizer(options: OnnxRuntimeOptions, component: ComponentPlan, source_mod
     )
 
 
-def _static_quantizer(options: OnnxRuntimeOptions, samples: list[dict[str, Any]]) -> Any:
-    """Return NNCF's quantizer: it moves outliers of activations into the weights, so it is far more accurate.
+def _int4_quantizer(options: OnnxRuntimeOptions) -> Any:
+    """Return NNCF's quantizer of weights: 4 bits, and 8 for embeddings and the last layer."""
+    nncf = _nncf("int4")
+    from transformers.exporters import NNCFWeightCompressionConfig
+
+    config = NNCFWeightCompressionConfig(
+        # ONNX Runtime 1.31 refuses the shape of NNCF's zero points.
+        mode=nncf.CompressWeightsMode.INT4_SYM,
+        group_size=_WEIGHTS_PER_SCALE if options.group_size is None else options.group_size,
+        ratio=1.0,
+        advanced_parameters=nncf.AdvancedCompressionParameters(
+            group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST
+        ),
+    )
+    return _nncf_quantizer(config)
+
+
+def _nncf(precision: str) -> Any:
+    """Import nncf.
 
     Raises:
         TargetUnavailableError: nncf is not installed.
@@ -318,12 +366,34 @@ def _static_quantizer(options: OnnxRuntimeOptions, samples: list[dict[str, Any]]
         import nncf
     except ImportError as error:
         raise TargetUnavailableError(
-            "onnx-runtime needs nncf for static int8, but nncf is not installed.",
+            f"onnx-runtime needs nncf for {precision}, but nncf is not installed.",
             hint="Run: pip install 'compileflow[int8]'",
         ) from error
-    from transformers.exporters import NNCFOnnxQuantizer, NNCFQuantizationConfig
-
     logging.getLogger("nncf").setLevel(logging.ERROR)
+    return nncf
+
+
+def _static_quantizer(options: OnnxRuntimeOptions, samples: list[dict[str, Any]]) -> Any:
+    """Return NNCF's quantizer: it moves outliers of activations into the weights, so it is far more accurate.
+
+    Raises:
+        TargetUnavailableError: nncf is not installed.
+    """
+    nncf = _nncf("static int8")
+    from transformers.exporters import NNCFQuantizationConfig
+
+    overflow_fix = nncf.OverflowFix.ENABLE if options.reduce_range else nncf.OverflowFix.DISABLE
+    config = NNCFQuantizationConfig(
+        # Use all batches: NNCF would take only the first ones, and they are sorted by length.
+        subset_size=len(samples),
+        advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=overflow_fix),
+    )
+    return _nncf_quantizer(config, samples)
+
+
+def _nncf_quantizer(config: Any, samples: list[dict[str, Any]] | None = None) -> Any:
+    """Return NNCF's quantizer for a graph that the exporter's fusions have changed."""
+    from transformers.exporters import NNCFOnnxQuantizer
 
     class Quantizer(NNCFOnnxQuantizer):  # type: ignore[misc]
         """Corrects the declared shapes of constants that the exporter's fusions leave wrong; NNCF refuses them."""
@@ -334,12 +404,6 @@ def _static_quantizer(options: OnnxRuntimeOptions, samples: list[dict[str, Any]]
                     value.shape = value.const_value.shape
             return super().quantize(model, *args, **kwargs)
 
-    overflow_fix = nncf.OverflowFix.ENABLE if options.reduce_range else nncf.OverflowFix.DISABLE
-    config = NNCFQuantizationConfig(
-        # Use all batches: NNCF would take only the first ones, and they are sorted by length.
-        subset_size=len(samples),
-        advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=overflow_fix),
-    )
     return Quantizer(config, calibration_dataset=samples)
 
 
@@ -380,12 +444,36 @@ def _export(
     longest: int,
 ) -> Any:
     import torch
-    from transformers.exporters import OnnxConfig, OnnxExporter
 
     batch, sequence = torch.export.Dim.DYNAMIC, torch.export.Dim.DYNAMIC
+    shapes = free_axes(source_model.inputs, batch, sequence)
+    return _exported(source_model.model, example, shapes, options, quantizer, longest)
+
+
+def _export_decoder(source_model: SourceModel, options: OnnxRuntimeOptions, quantizer: Any, longest: int) -> Any:
+    """Export one step of a decoder, with its cache as inputs and outputs."""
+    try:
+        step = decoding_step(source_model, chooses_logits=True)
+    except RuntimeError as error:
+        raise refusal("transformers", error) from error
+    return _exported(step.model, step.inputs, step.dynamic_shapes, options, quantizer, longest)
+
+
+def _exported(
+    model: Any,
+    inputs: Mapping[str, Any],
+    shapes: Mapping[str, Any],
+    options: OnnxRuntimeOptions,
+    quantizer: Any,
+    longest: int,
+) -> Any:
+    """Export a model with free axes to an ONNX graph."""
+    import torch
+    from transformers.exporters import OnnxConfig, OnnxExporter
+
     config = OnnxConfig(
         dynamic=True,
-        dynamic_shapes=free_axes(source_model.inputs, batch, sequence),
+        dynamic_shapes=dict(shapes),
         ort_fusions=None if options.fusions == "none" else options.fusions,
         opset_version=options.opset,
         quantizer=quantizer,
@@ -398,10 +486,10 @@ def _export(
             torch.no_grad(),
             free_batch(),
             exact_zeros(),
-            whole_rows(source_model.model, longest),
+            whole_rows(model, longest),
         ):
             warnings.simplefilter("ignore")
-            return OnnxExporter().export(source_model.model, dict(example), config).program
+            return OnnxExporter().export(model, dict(inputs), config).program
     except Exception as error:
         cause: BaseException = error
         # The outer errors hold pages of advice; the innermost error names the operator.

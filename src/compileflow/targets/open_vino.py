@@ -51,19 +51,46 @@ from compileflow.source_model.free_batch import free_batch, free_repeats
 from compileflow.source_model.position_buckets import tabulated_buckets
 from compileflow.source_model.whole_rows import whole_rows
 from compileflow.spec import HfTask, Precision
+from compileflow.targets._openvino_decoder import (
+    OpenVinoDecoder,
+    choose_logits,
+    compress_weights,
+    export_decoder,
+    whole_row_inputs,
+)
 from compileflow.targets._openvino_graph import divide_as_torch, keep_rounded_quotients, resize_as_torch
 
 _FILE = "model.xml"
 _FILES = (_FILE, "model.bin")
+# Operations without a tensor of their own: inputs, outputs, and the state of a decoder.
+_NO_TENSORS = ("Parameter", "Result", "Assign", "ReadValue")
+# The names that openvino_genai looks for in a folder.
+_DECODER_FILE = "openvino_model.xml"
+_DECODER_FILES = (_DECODER_FILE, "openvino_model.bin")
 _COMPILE_NEEDS = ("torch", "transformers", "openvino", "nncf")
-# int8 graphs compute the other operators in fp32.
-_HINTS = {Precision.FP32: "f32", Precision.BF16: "bf16", Precision.FP16: "f16", Precision.INT8: "f32"}
+# int8 and int4 graphs compute the other operators in fp32.
+_HINTS = {
+    Precision.FP32: "f32",
+    Precision.BF16: "bf16",
+    Precision.FP16: "f16",
+    Precision.INT8: "f32",
+    Precision.INT4: "f32",
+}
+_CACHE_HINTS = {**_HINTS, Precision.INT8: "u8"}
+# Weights that share one scale at int4. Every common hidden size is a multiple.
+_WEIGHTS_PER_SCALE = 64
+# Only the load options of a decoder hold it.
+_CACHE_OPTION = "kv_cache_precision"
+_QUANTIZED = (Precision.INT8, Precision.INT4)
 # Size of the groups in which activations are quantized at run time, where the CPU has kernels for it; 0: never.
 _GROUP_SIZE = {"dynamic": 32, "static": 0, "weights": 0}
 # Both converters send usage data and keep an identifier in the home folder unless these are set.
 _NO_TELEMETRY = {"CI": "true", "NNCF_CI": "true"}
 
 Quantization = Literal["dynamic", "static", "weights"]
+# Formats that activations are computed in, and formats that a cache is kept in.
+ComputePrecision = Literal["fp32", "bf16", "fp16"]
+CachePrecision = Literal["fp32", "bf16", "fp16", "int8"]
 
 
 class OpenVinoOptions(TargetOptions):
@@ -71,8 +98,9 @@ class OpenVinoOptions(TargetOptions):
 
     quantization: Quantization = Field(
         "dynamic",
-        description="At int8: quantize activations in each call where the CPU has kernels for it (dynamic), with "
-        "ranges from natural examples (static), or never (weights).",
+        description="At int8 and int4: quantize activations in each call where the CPU has kernels for it "
+        "(dynamic), with ranges from natural examples (static; int8 only, not for text-generation), or never "
+        "(weights).",
     )
     exporter: Literal["graph", "trace"] = Field(
         "graph",
@@ -85,6 +113,21 @@ class OpenVinoOptions(TargetOptions):
         description="latency: each call uses all threads. throughput: each call uses one thread, and many calls "
         "run at once.",
     )
+    group_size: int | None = Field(
+        None,
+        ge=-1,
+        le=4096,
+        description=f"At int4: weights that share one scale; -1 for a whole channel. null: {_WEIGHTS_PER_SCALE}.",
+    )
+    symmetric: bool = Field(False, description="At int4: store the weights without zero points.")
+    compute_precision: ComputePrecision | None = Field(
+        None, description="For text-generation at int8 and int4: format of the computation. null: fp32."
+    )
+    kv_cache_precision: CachePrecision | None = Field(
+        None,
+        description="For text-generation: format of the keys and values of earlier tokens. null: the precision, "
+        "and fp32 at int8 and int4.",
+    )
 
     def needs_calibration(self, precision: Precision) -> bool:
         """Return True for static int8, which measures ranges on natural examples."""
@@ -95,15 +138,52 @@ class OpenVinoOptions(TargetOptions):
         if self.exporter == "trace" and precision is Precision.INT8:
             raise SpecError("openvino cannot trace a model at int8.", hint="Choose fp32, or another target.")
 
+    def check_task(self, hf_task: HfTask, precision: Precision) -> None:
+        """Refuse a trace and static ranges for text generation, and options of generation for other tasks."""
+        if not hf_task.generates:
+            for name in ("group_size", "symmetric", "compute_precision", "kv_cache_precision"):
+                if getattr(self, name):
+                    raise SpecError(
+                        f"openvino option {name} is only for text-generation, not for {hf_task.value}.",
+                        hint=f"Leave {name} out.",
+                    )
+            return
+        if self.exporter == "trace":
+            raise SpecError("openvino cannot trace a model for text-generation.", hint="Leave exporter out.")
+        if self.quantization == "static" and precision in _QUANTIZED:
+            raise SpecError(
+                "openvino does not quantize statically for text-generation.",
+                hint="Choose quantization=dynamic or quantization=weights.",
+            )
+        if precision is not Precision.INT4 and (self.group_size is not None or self.symmetric):
+            name = "symmetric" if self.symmetric else "group_size"
+            raise SpecError(f"openvino option {name} is only for int4.", hint=f"Leave {name} out.")
+        if self.compute_precision is not None and precision not in _QUANTIZED:
+            raise SpecError(
+                f"openvino computes in {precision.value} at {precision.value}; compute_precision is for int8 and "
+                "int4.",
+                hint="Leave compute_precision out.",
+            )
+
+    def decoder_hints(self, precision: Precision) -> dict[str, JsonValue]:
+        """Return the formats of the computation and of the cache, as OpenVINO names them."""
+        compute = Precision(self.compute_precision or precision)
+        cache = Precision(self.kv_cache_precision) if self.kv_cache_precision else None
+        return {
+            "inference_precision": _HINTS[compute],
+            # Without a choice, the cache is as exact as the computation.
+            _CACHE_OPTION: _CACHE_HINTS[cache] if cache else _HINTS[compute],
+        }
+
 
 class OpenVinoTarget:
     """Convert to OpenVINO IR for any batch size and length, and run with the CPU plugin."""
 
     name: ClassVar[str] = "openvino"
     version: ClassVar[int] = 3
-    summary: ClassVar[str] = "OpenVINO IR with dynamic axes, int8 by NNCF; CPU fleets"
+    summary: ClassVar[str] = "OpenVINO IR with dynamic axes, int8 and int4 by NNCF; CPU fleets"
     Options: ClassVar[type[TargetOptions]] = OpenVinoOptions
-    component_files: ClassVar[Sequence[str]] = _FILES
+    component_files: ClassVar[Sequence[str]] = (*_FILES, *_DECODER_FILES)
     fallback_options: ClassVar[Mapping[str, JsonValue]] = {"exporter": "trace"}
     refused_model_types: ClassVar[Mapping[str, str]] = {
         "deformable_detr": "its exported graph answers differently",
@@ -113,7 +193,8 @@ class OpenVinoTarget:
     }
     capabilities: ClassVar[Capabilities] = Capabilities(
         hf_tasks=tuple(HfTask),
-        precisions=tuple(Precision),
+        precisions=(Precision.FP32, Precision.BF16, Precision.FP16, Precision.INT8),
+        generation_precisions=tuple(Precision),
         devices=("cpu",),
         dynamic_axes=True,
         variants={Precision.INT8: ({"quantization": "dynamic"}, {"quantization": "static"})},
@@ -126,7 +207,7 @@ class OpenVinoTarget:
             _COMPILE_NEEDS,
             ("openvino",),
             install="pip install 'compileflow[openvino]'",
-            lacking=lacking_precisions(self.capabilities.precisions),
+            lacking=lacking_precisions(self.capabilities.all_precisions),
         )
 
     def toolchain(self) -> dict[str, str]:
@@ -146,6 +227,8 @@ class OpenVinoTarget:
             attention=component.attention,
             trust_remote_code=component.trust_remote_code,
         )
+        if component.hf_task.generates:
+            return _compile_decoder(source_model, component, options, out_dir)
         example = source_model.export_tensors(component.max_sequence_length)
         calibration = calibration_tensors(source_model.inputs, component.calibration)
         with torch_threads(component.threads), environment(**_NO_TELEMETRY):
@@ -180,8 +263,10 @@ class OpenVinoTarget:
         """Compile the IR for this CPU, in exactly the precision of the artifact."""
         import openvino
 
-        path = str(component_dir / _FILE)
-        return _OpenVinoRunner(_compiled(openvino.Core(), path, component, threads), component)
+        is_decoder = _CACHE_OPTION in component.load_options
+        path = str(component_dir / _file_of(component))
+        compiled = _compiled(openvino.Core(), path, component, threads)
+        return OpenVinoDecoder(compiled) if is_decoder else _OpenVinoRunner(compiled, component)
 
     def observe(
         self,
@@ -195,7 +280,9 @@ class OpenVinoTarget:
         """Run the graph with the tensors between its operations as further outputs, once for each part."""
         import openvino
 
-        core, path = openvino.Core(), str(component_dir / _FILE)
+        is_decoder = _CACHE_OPTION in component.load_options
+        core, path = openvino.Core(), str(component_dir / _file_of(component))
+        graph_inputs = whole_row_inputs(inputs) if is_decoder else inputs
         for part in in_parts(_inner_positions(core.read_model(path)), parts):
             model = core.read_model(path)
             first = len(model.outputs)
@@ -204,13 +291,43 @@ class OpenVinoTarget:
             compiled = _compiled(core, model, component, threads)
             names = {name for port in compiled.inputs for name in port.get_names()}
             answers = compiled.create_infer_request().infer(
-                {name: value for name, value in inputs.items() if name in names}
+                {name: value for name, value in graph_inputs.items() if name in names}
             )
             yield {
                 f"{operations[operation].get_friendly_name()}:{port}": answers[first + number].copy()
                 for number, (operation, port) in enumerate(part)
             }
-        yield _OpenVinoRunner(compiled, component).run(inputs)
+        yield (OpenVinoDecoder(compiled) if is_decoder else _OpenVinoRunner(compiled, component)).run(inputs)
+
+
+def _compile_decoder(
+    source_model: SourceModel, component: ComponentPlan, options: OpenVinoOptions, out_dir: Path
+) -> CompiledComponent:
+    """Export the stateful graph of a decoder, and compress its weights at int8 and int4."""
+    import openvino
+
+    precision = component.precision
+    with torch_threads(component.threads), environment(**_NO_TELEMETRY):
+        report_progress(f"converting the decoder to OpenVINO IR ({precision.value})")
+        graph = export_decoder(source_model)
+        if precision in _QUANTIZED:
+            report_progress(f"compressing the weights to {precision.value}")
+            group_size = _WEIGHTS_PER_SCALE if options.group_size is None else options.group_size
+            graph = compress_weights(graph, precision, group_size=group_size, symmetric=options.symmetric)
+        report_progress("writing the IR")
+        openvino.save_model(graph, str(out_dir / _DECODER_FILE), compress_to_fp16=precision is Precision.FP16)
+    return source_model.compiled_to(
+        _DECODER_FILES,
+        {
+            "performance_hint": options.performance_hint,
+            "dynamic_quantization_group_size": _GROUP_SIZE[options.quantization] if precision in _QUANTIZED else 0,
+            **options.decoder_hints(precision),
+        },
+    )
+
+
+def _file_of(component: ComponentRecord) -> str:
+    return _DECODER_FILE if _CACHE_OPTION in component.load_options else _FILE
 
 
 def _compiled(core: Any, model: Any, component: ComponentRecord, threads: int | None) -> Any:
@@ -224,9 +341,11 @@ def _compiled(core: Any, model: Any, component: ComponentRecord, threads: int | 
     hint = str(component.load_option("performance_hint"))
     settings: dict[str, Any] = {
         "PERFORMANCE_HINT": hint.upper(),
-        "INFERENCE_PRECISION_HINT": _HINTS[component.precision],
+        "INFERENCE_PRECISION_HINT": component.load_options.get("inference_precision", _HINTS[component.precision]),
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": component.load_option("dynamic_quantization_group_size"),
     }
+    if _CACHE_OPTION in component.load_options:
+        settings["KV_CACHE_PRECISION"] = component.load_options[_CACHE_OPTION]
     if threads is not None:
         settings["INFERENCE_NUM_THREADS"] = threads
         settings["NUM_STREAMS"] = threads if hint == "throughput" else 1
@@ -235,10 +354,12 @@ def _compiled(core: Any, model: Any, component: ComponentRecord, threads: int | 
             if isinstance(model, str):
                 model = core.read_model(model)
             keep_rounded_quotients(model)
+            if _CACHE_OPTION in component.load_options:
+                choose_logits(model)
             return core.compile_model(model, "CPU", settings)
     except Exception as error:
         runtime = f"openvino {openvino.__version__}"
-        raise load_error(_FILE, runtime, error, reason=_reason(error)) from error
+        raise load_error(_file_of(component), runtime, error, reason=_reason(error)) from error
 
 
 def _inner_positions(model: Any) -> list[tuple[int, int]]:
@@ -250,7 +371,7 @@ def _inner_positions(model: Any) -> list[tuple[int, int]]:
         sources = {port.get_source_output().get_node().get_friendly_name() for port in operation.inputs()}
         if kind == "Parameter" or reached & sources:
             reached.add(name)
-            if kind not in ("Parameter", "Result"):
+            if kind not in _NO_TENSORS:
                 positions += [(number, port.get_index()) for port in operation.outputs() if _is_inner(port)]
     return positions
 

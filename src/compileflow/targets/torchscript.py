@@ -56,7 +56,7 @@ class TorchScriptTarget:
     summary: ClassVar[str] = "torch.jit.trace, frozen; fixed shapes; any machine with torch"
     Options: ClassVar[type[TargetOptions]] = TargetOptions
     capabilities: ClassVar[Capabilities] = Capabilities(
-        hf_tasks=tuple(task for task in HfTask if task not in UNMASKED_TASKS),
+        hf_tasks=tuple(task for task in HfTask if not task.generates and task not in UNMASKED_TASKS),
         precisions=(Precision.FP32, Precision.BF16),
         devices=("cpu",),
         dynamic_axes=False,

@@ -38,7 +38,13 @@ from compileflow.validation.measure.noise import rounded_to
 # An output is equal to a tensor of the graph if it differs by less than this multiple of its floor, or than this.
 _MULTIPLES = {Precision.FP32: 20.0}
 _OTHER_MULTIPLE = 4.0
-_LEAST = {Precision.FP32: 1e-5, Precision.FP16: 5e-3, Precision.BF16: 2e-2, Precision.INT8: 5e-2}
+_LEAST = {
+    Precision.FP32: 1e-5,
+    Precision.FP16: 5e-3,
+    Precision.BF16: 2e-2,
+    Precision.INT8: 5e-2,
+    Precision.INT4: 2e-1,
+}
 # Of the cases that fail, the smallest is taken among those that are at least this share as wrong as the worst one.
 _SHARE_OF_WORST = 0.3
 # Bytes of tensors that are in memory at once. A graph has about three tensors for each module.

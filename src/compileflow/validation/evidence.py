@@ -15,7 +15,7 @@ from compileflow.source_model.interface import SourceModel
 from compileflow.source_model.lengths import call_sizes
 from compileflow.source_model.processor import load_processor
 from compileflow.source_model.token_rows import TokenRows
-from compileflow.spec import CompileSpec, HfTask, Precision
+from compileflow.spec import CompileSpec, HfTask
 from compileflow.validation.cases import (
     CLASS_FOLDERS,
     Case,
@@ -225,7 +225,7 @@ def _text_evidence(
     shapes, filled_cases = _filled_cases(filled, spec, draw)
     special_cases: list[Case] = []
     # At other precisions, the case of all special tokens is enough.
-    if spec.precision is Precision.INT8:
+    if spec.precision.is_integer:
         names = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
         special_cases = filled.special_cases(dict(names))
     probed_lengths = sorted({min(length, record.max_sequence_length) for length in _probed_lengths(record)})
@@ -264,7 +264,7 @@ def _filled_cases(filled: FilledRows, spec: CompileSpec, draw: Draw) -> tuple[tu
     shapes = text_shapes(filled.record, filled.shortest)
     vocabulary = filled.vocabulary(draw.most_ids)
     # The scales of int8 fit natural text, so its answers to other tokens say nothing.
-    is_numeric = spec.precision is not Precision.INT8
+    is_numeric = not spec.precision.is_integer
     cases = filled.shape_cases(shapes, vocabulary if is_numeric else None)
     cases += filled.vocabulary_cases(vocabulary, answers_only=not is_numeric)
     return shapes, cases + filled.drawn_cases(draw.seed)

@@ -197,7 +197,8 @@ class WholeArtifact:
         except LoadError as error:
             record_refusal(measurements, "token_ids", error)
             return
-        settings: dict[str, Any] = {"truncation": True, "max_length": max_length}
+        # Prompts are never cut.
+        settings: dict[str, Any] = {} if self._task.generates else {"truncation": True, "max_length": max_length}
         if (self.source_dir / SETTINGS_FILE).is_file():
             settings = self._compiled_tokenizer(self._source_artifact).tokenization_settings
         measure_token_ids(

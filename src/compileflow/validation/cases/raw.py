@@ -25,6 +25,7 @@ CALL_SETTINGS: Mapping[HfTask, Mapping[str, Any]] = {
     HfTask.FEATURE_EXTRACTION: {"return_tensors": True},
     HfTask.TEXT_CLASSIFICATION: {"top_k": None},
     HfTask.TOKEN_CLASSIFICATION: {"ignore_labels": []},
+    HfTask.TEXT_GENERATION: {"max_new_tokens": 8, "do_sample": False},
     HfTask.IMAGE_CLASSIFICATION: {"top_k": 1000},
     HfTask.IMAGE_FEATURE_EXTRACTION: {"return_tensors": True},
     HfTask.OBJECT_DETECTION: {"threshold": 0.3},
@@ -87,7 +88,7 @@ def raw_texts(
     long_text = " ".join(example["context" if "context" in example else "text"] for example in examples[:200])
     long_text = " ".join(long_text.split()[: max_length + 8])
     # A long row of fill-mask has a score for each word at each token: a gigabyte for a large vocabulary.
-    is_answered = max_length <= _LONGEST_ANSWERED and task is not HfTask.FILL_MASK
+    is_answered = max_length <= _LONGEST_ANSWERED and task is not HfTask.FILL_MASK and not task.generates
     if task.reads_pairs:
         pairs = [(example["question"], example["context"]) for example in chosen]
         pairs += [(pairs[0][0], ODD_TEXTS["CJK"]), *([(pairs[0][0], long_text)] if is_answered else [])]
@@ -96,6 +97,8 @@ def raw_texts(
         return list(pairs)
     texts = [example["text"] for example in chosen]
     texts += [f"{ODD_TEXTS['emoji']} {ODD_TEXTS['CJK']}", *([long_text] if is_answered else [])]
+    if task.generates and getattr(tokenizer, "chat_template", None):
+        return [*texts, [{"role": "user", "content": texts[0]}]]
     if task is HfTask.FILL_MASK:
         return [f"{tokenizer.mask_token} {text}" for text in texts]
     return list(texts)

@@ -96,7 +96,7 @@ class GridLimit(_Strict):
 
     factor: float = Field(gt=1)
     most: float = Field(gt=0)
-    precisions: tuple[Precision, ...] = (Precision.FP16, Precision.BF16, Precision.INT8)
+    precisions: tuple[Precision, ...] = (Precision.FP16, Precision.BF16, Precision.INT8, Precision.INT4)
 
 
 class GateFile(_Strict):

@@ -9,7 +9,7 @@ import numpy as np
 
 from compileflow.contracts import Arrays, TensorRecord
 from compileflow.errors import MeasurementError, first_line
-from compileflow.spec import HfTask, Precision
+from compileflow.spec import HfTask
 from compileflow.validation.cases.case import Case
 from compileflow.validation.measure import metrics
 from compileflow.validation.measure.coverage import Coverage
@@ -80,8 +80,9 @@ def measure(
     measurements.scalars.update(coverage.scalars())
     measurements.rates.extend((*decisions.rates(), *decisions.scores.rates()))
     measurements.scalars.update(decisions.scalars() | decisions.scores.scalars())
+    measurements.details.update(decisions.details())
     measurements.score = decisions.scores.result()
-    if decisions.precision is Precision.INT8:
+    if decisions.precision.is_integer:
         measurements.scalars.update(tendencies.scalars(measurements.comparisons))
         if worst := worst_special_token(measurements.comparisons):
             measurements.details[SPECIAL_TOKEN_ERROR] = f"the worst is {worst[0]}"

@@ -26,6 +26,7 @@ from compileflow.validation.measure.flips import (
     span_choice,
     token_choice,
 )
+from compileflow.validation.measure.likelihoods import Likelihoods
 from compileflow.validation.measure.scores import Scores
 from compileflow.validation.measure.searches import Searches
 
@@ -35,12 +36,31 @@ from compileflow.validation.measure.searches import Searches
 # 127 steps up to the largest value. At fp32, each of the two logits may differ by 1e-4. A number that all logits
 # have in common does not matter to a decision, so the range does not count it.
 TIE_MARGIN = 1e-3
-_TIE_SHARES = {Precision.FP32: 2e-4, Precision.FP16: 2**-9, Precision.BF16: 2**-6, Precision.INT8: 2 / 127}
+# int4 stores the last layer in 8 bits, so its logits have the same grid.
+_TIE_SHARES = {
+    Precision.FP32: 2e-4,
+    Precision.FP16: 2**-9,
+    Precision.BF16: 2**-6,
+    Precision.INT8: 2 / 127,
+    Precision.INT4: 2 / 127,
+}
 # Difference of two cosines that one rounding to the format's grid makes: at most 2^-11, 2^-8 and 1/254. At fp32 it
 # is the largest 1 - cosine that the gates allow.
-_COSINE_TIES = {Precision.FP32: 1e-6, Precision.FP16: 2**-11, Precision.BF16: 2**-8, Precision.INT8: 1 / 254}
+_COSINE_TIES = {
+    Precision.FP32: 1e-6,
+    Precision.FP16: 2**-11,
+    Precision.BF16: 2**-8,
+    Precision.INT8: 1 / 254,
+    Precision.INT4: 1 / 254,
+}
 # Share of the logits' size by which the gates let all logits differ, at int8 those of the median example.
-_LOGIT_ERRORS = {Precision.FP32: 1e-4, Precision.FP16: 1e-2, Precision.BF16: 5e-2, Precision.INT8: 0.1}
+_LOGIT_ERRORS = {
+    Precision.FP32: 1e-4,
+    Precision.FP16: 1e-2,
+    Precision.BF16: 5e-2,
+    Precision.INT8: 0.1,
+    Precision.INT4: 0.3,
+}
 # At int8, one of so many decisions may flip although the source model is sure, such as one of a thousand tokens: a
 # value beyond the range that calibration saw is cut off.
 _SURE_DECISIONS = 1000
@@ -105,6 +125,7 @@ class Decisions:
     _texts: list[str] = field(default_factory=list)
     _scores: list[tuple[str, tuple[float, float]]] = field(default_factory=list)
     _changes: list[Change] = field(default_factory=list)
+    _likelihoods: Likelihoods = field(default_factory=Likelihoods)
 
     def __post_init__(self) -> None:
         self.scores = Scores(self.task, Searches(_COSINE_TIES[self.precision], _SCORE_TIE))
@@ -138,6 +159,8 @@ class Decisions:
                     self.scores.searches.add_embedding(text, truth, before, after)
             elif self.task is HfTask.TOKEN_CLASSIFICATION:
                 self._add_tokens(text, ids, expected["logits"][row][mask], actual["logits"][row][mask], truth)
+            elif self.task.generates:
+                self._add_next_tokens(text, ids, expected["logits"][row][mask], actual["logits"][row][mask])
             elif self.task is HfTask.FILL_MASK:
                 position = case.positions[row]
                 self._add_mask(text, expected["logits"][row, position], actual["logits"][row, position])
@@ -167,18 +190,23 @@ class Decisions:
             tolerance = _LOGIT_ERRORS[self.precision]
             scalars["misplaced_labels"] = metrics.misplaced_labels(before, after, tolerance=tolerance)
             decisions = sum(row["trials"] for row in self._rates if row["metric"] == "label_agreement")
-            allowed = decisions // _SURE_DECISIONS if self.precision is Precision.INT8 else 0
+            allowed = decisions // _SURE_DECISIONS if self.precision.is_integer else 0
             scalars["confident_flips"] = max(0, self._confident_flips - allowed)
-        if self._shifts and self.precision is Precision.INT8:
+        if self._shifts and self.precision.is_integer and not self.task.generates:
             scalars["probability_shift"] = float(np.concatenate(self._shifts).mean())
         if self._embedding_errors:
             scalars["embedding_error"] = float(np.max(self._embedding_errors))
+        scalars |= self._likelihoods.scalars()
         if self._pictures:
             scalars["mean_iou"] = metrics.mean_iou(*zip(*self._pictures, strict=True))
         if self._tags:
             before_tags, after_tags = zip(*self._tags, strict=True)
             scalars["entity_f1"] = metrics.entity_f1(before_tags, after_tags)
         return scalars
+
+    def details(self) -> dict[str, str]:
+        """Return what was found, in words, for some of the scalars."""
+        return self._likelihoods.details()
 
     def flips(self, decode: Decode, limit: int = 50) -> tuple[Flip, ...]:
         """Return the examples whose decision differs, most confident first. Ties of the source model do not count.
@@ -416,6 +444,21 @@ class Decisions:
         self._count("label_agreement", text, before, after, describe)
         is_equal = transcripts[0] == transcripts[1] or len(self._changes) == flips
         self._rates.append({"metric": "exact_transcript", "text": text, "hits": int(is_equal), "trials": 1})
+
+    def _add_next_tokens(self, text: str, ids: list[int], before: Any, after: Any) -> None:
+        """Compare the predictions of all tokens of a text but the first, logits of shape (tokens, vocabulary)."""
+        if len(ids) < 2:
+            return
+        before, after, next_ids = before[:-1], after[:-1], ids[1:]
+        self._likelihoods.add(text, before, after, next_ids)
+
+        def describe(flipped: list[int]) -> list[Words]:
+            return [
+                listed([["after ", [ids[i]], ": ", *token_choice(logits[i])] for i in flipped])
+                for logits in (before, after)
+            ]
+
+        self._count("next_token", text, before, after, describe)
 
     def _add_mask(self, text: str, before: Any, after: Any) -> None:
         words = [token_choice(logits) for logits in (before, after)]

@@ -22,6 +22,8 @@ from compileflow.validation.measure.tendencies import Tendencies
 _DIFFERENCES = ("max_abs_diff", "scaled_diff", "peak_error", "rel_l2", "one_minus_cosine")
 # Bits of weights and of the inputs of layers. Weights have 7: targets reduce their range for CPUs without VNNI.
 _WEIGHT_BITS, _INPUT_BITS = 7, 8
+# Weights that share a scale at int4.
+_GROUP_SIZE = 64
 _TINY = 1e-30
 # Answers must differ between examples by this multiple of what rounding changes.
 _LEAST_RESPONSE = 3.0
@@ -124,8 +126,8 @@ def rounded_to(model: Any, precision: Precision) -> Iterator[None]:
     """Round the numbers of a model to the format of a precision while the block runs."""
     import torch
 
-    if precision is Precision.INT8:
-        with _rounded_to_int8(model):
+    if precision.is_integer:
+        with _rounded_to_integers(model, precision):
             yield
     else:
         with _rounded_to_type(model, {Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}[precision]):
@@ -172,21 +174,24 @@ def _rounded_to_type(model: Any, dtype: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _rounded_to_int8(model: Any) -> Iterator[None]:
-    """Round the weights and the inputs of a model's layers to the grid of int8 while the block runs.
+def _rounded_to_integers(model: Any, precision: Precision) -> Iterator[None]:
+    """Round the weights and the inputs of a model's layers to the grid of int8 or int4 while the block runs.
 
     Weights get 63 steps up to the largest one of each output channel, inputs 255 steps from the smallest to the
-    largest one in the call, as dynamic quantization does. The weights are rounded when a layer is called, so that
-    memory never holds the model twice.
+    largest one in the call, as dynamic quantization does. At int4, weights get 7 steps up to the largest one of
+    each group, except those of embeddings and of the last layer. The weights are rounded when a layer is called,
+    so that memory never holds the model twice.
     """
     import torch
 
     plain_weights: dict[Any, Any] = {}
+    find_last = getattr(model, "get_output_embeddings", lambda: None)
+    last_layer = find_last()
 
     def round_layer(layer: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
         plain_weights[layer] = weight = layer.weight.data
-        step = weight.abs().amax(dim=tuple(range(1, weight.ndim)), keepdim=True) / (2 ** (_WEIGHT_BITS - 1) - 1)
-        layer.weight.data = torch.round(weight / step.clamp_min(_TINY)) * step
+        is_coarse = precision is Precision.INT4 and type(layer) is torch.nn.Linear and layer is not last_layer
+        layer.weight.data = _on_grid(weight, 4, _GROUP_SIZE) if is_coarse else _on_grid(weight, _WEIGHT_BITS)
         if isinstance(layer, torch.nn.Embedding) or not arguments:
             return None
         values = arguments[0]
@@ -208,6 +213,15 @@ def _rounded_to_int8(model: Any) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _on_grid(weight: Any, bits: int, group_size: int = 0) -> Any:
+    """Round a weight to so many bits, with one scale for each channel, or for each group of a channel."""
+    rows = weight.flatten(1)
+    if group_size and rows.shape[1] % group_size == 0:
+        rows = rows.reshape(-1, group_size)
+    step = rows.abs().amax(dim=1, keepdim=True) / (2 ** (bits - 1) - 1)
+    return ((rows / step.clamp_min(_TINY)).round() * step).reshape(weight.shape)
 
 
 def _raise_floor(floors: dict[str, dict[str, float]], row: Mapping[str, Any]) -> None:

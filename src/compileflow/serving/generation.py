@@ -1,0 +1,276 @@
+"""GeneratingModel: a compiled decoder behind transformers' `generate`, whose code chooses every token.
+
+The class only reads tokens and keeps what was read. Sampling, beams, stopping and streaming are transformers' own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from compileflow.contracts import Continuation
+from compileflow.errors import InputError
+from compileflow.serving.component import LoadedComponent, graph_errors
+from compileflow.serving.interface_files import load_part
+from compileflow.serving.model import FLAGS, CompiledModel
+
+logger = logging.getLogger(__name__)
+# Arguments that reach decoders and change no answer of a compiled one.
+_IGNORED = ("tokenizer", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+class ReadRows:
+    """The rows that a compiled decoder has read, in the place of transformers' cache.
+
+    It belongs to one call of `generate`, or to several that continue the same rows.
+
+    Attributes:
+        is_compileable: False: transformers must not compile the code around it.
+    """
+
+    is_compileable = False
+
+    def __init__(self, continuation: Continuation):
+        self.continuation = continuation
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return how many tokens of each row were read, with padding."""
+        return self.continuation.length
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """Keep the rows that a beam search goes on with.
+
+        Args:
+            beam_idx: Number of the row that takes each place, a tensor of shape (rows,).
+        """
+        self.continuation.reorder(beam_idx.numpy())
+
+    def __del__(self) -> None:
+        self.continuation.close()
+
+
+class GeneratingModel(CompiledModel):
+    """A compiled decoder. `generate` is transformers' own, and a call gives logits as the source model does.
+
+    Each call of `generate` keeps its own rows, so calls are safe from several threads.
+
+    Attributes:
+        generation_config: Settings of `generate`, from generation_config.json or else from config.json.
+    """
+
+    _is_stateful = True
+    _supports_cache_class = False
+
+    def __init__(self, graph: LoadedComponent, config: Any):
+        super().__init__(graph, config)
+        self.generation_config = load_generation_config(graph, config)
+
+    def __call__(  # type: ignore[override]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: ReadRows | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Read tokens and return the logits of the tokens that follow each of them.
+
+        Args:
+            input_ids: Token ids of shape (rows, tokens).
+            attention_mask: 0 for padding, of shape (rows, all tokens read so far). None: no padding.
+            position_ids: Position of each token in its row. None: counted from the mask.
+            past_key_values: Rows that were read before, as an earlier call returned them. None: read new rows.
+            use_cache: True returns the rows that were read, as past_key_values.
+            logits_to_keep: Return the logits of so many of the last tokens; 0 returns all.
+            return_dict: False returns a plain tuple, as in transformers.
+            **kwargs: Other arguments of transformers' models, which must not ask for more outputs.
+
+        Raises:
+            InputError: The inputs do not suit the component, or there are more tokens than it takes.
+        """
+        _refuse(kwargs)
+        if not isinstance(past_key_values, ReadRows | None):
+            raise _other_cache()
+        ids = self._checked_ids(input_ids, past_key_values)
+        past = past_key_values
+        if past is None and use_cache:
+            past = ReadRows(self.graph.start())
+        mask = _as_array(attention_mask)
+        if past is None:
+            logits = self.run({"input_ids": ids, **({} if mask is None else {"attention_mask": mask})})["logits"]
+        else:
+            logits = self._read(past, ids, mask, _as_array(position_ids), last=logits_to_keep == 1)
+        if logits_to_keep:
+            logits = logits[:, -logits_to_keep:]
+        output = self.as_output({"logits": logits})
+        if past is not None:
+            output["past_key_values"] = past
+        return output if return_dict is not False else output.to_tuple()
+
+    forward = __call__  # type: ignore[assignment]
+
+    def _read(self, past: ReadRows, ids: Any, mask: Any, positions: Any, *, last: bool) -> Any:
+        """Read the next tokens of rows, with the mask and the positions that transformers leaves out."""
+        rows, length = ids.shape
+        total = past.get_seq_length() + length
+        if mask is None:
+            mask = np.ones((rows, total), np.int64)
+        if mask.shape != (rows, total):
+            raise InputError(
+                f"Expected attention_mask of shape {(rows, total)} for {total} tokens in all, got {mask.shape}.",
+                hint="Give a mask of all tokens, those that were read before included.",
+            )
+        if positions is None:
+            positions = np.maximum(np.cumsum(mask, axis=-1) - 1, 0)[:, -length:]
+        positions = np.array(np.broadcast_to(positions, ids.shape))
+        with graph_errors({"input_ids": ids, "attention_mask": mask, "position_ids": positions}):
+            return past.continuation.read(ids, mask, positions, last=last)
+
+    def _checked_ids(self, input_ids: Any, past: ReadRows | None) -> Any:
+        ids = _as_array(input_ids)
+        if ids is None or ids.ndim != 2 or ids.dtype.kind not in "iu" or ids.size == 0:
+            found = "nothing" if ids is None else f"{ids.dtype} of shape {ids.shape}"
+            raise InputError(
+                f"Expected input_ids as integers of shape (rows, tokens), got {found}.",
+                hint="Tokenize the prompt; a compiled decoder takes neither embeddings nor an empty prompt.",
+            )
+        vocab_size = self.graph.record.vocab_size
+        if vocab_size and (ids.min() < 0 or ids.max() >= vocab_size):
+            raise InputError(
+                f"Expected token ids from 0 to {vocab_size - 1}, got {ids.min()} to {ids.max()}.",
+                hint="Use the tokenizer of this model.",
+            )
+        total = ids.shape[1] + (past.get_seq_length() if past is not None else 0)
+        if total > self.longest:
+            raise InputError(f"The model was compiled for {self.longest} tokens, got {total}.", hint=_LONGER_ROWS)
+        return ids
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a row can have, those of the prompt included."""
+        return self.graph.record.max_sequence_length
+
+    def can_generate(self) -> bool:
+        """Return True."""
+        return True
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Give `generate` the rows that this model reads, in the place of transformers' cache.
+
+        Raises:
+            InputError: The call wants a cache of transformers.
+        """
+        rows = model_kwargs.get("past_key_values")
+        if generation_config.cache_implementation is not None or not isinstance(rows, ReadRows | None):
+            raise _other_cache()
+        if rows is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = ReadRows(self.graph.start())
+
+    def _prepare_generated_length(self, *, input_ids_length: int, **kwargs: Any) -> Any:
+        """End a generation at the longest row at the latest.
+
+        Raises:
+            InputError: The prompt leaves no room for a token.
+        """
+        mixin: Any = super()
+        settings = mixin._prepare_generated_length(input_ids_length=input_ids_length, **kwargs)
+        if input_ids_length >= self.longest:
+            raise InputError(
+                f"The prompt has {input_ids_length} tokens, and the model was compiled for {self.longest}.",
+                hint=_LONGER_ROWS,
+            )
+        if settings.max_length > self.longest:
+            logger.warning(
+                "generation ends at %d tokens, for which the model was compiled, instead of %d",
+                self.longest,
+                settings.max_length,
+            )
+            settings.max_length = self.longest
+        return settings
+
+
+_LONGER_ROWS = "Shorten the prompt, or compile the model with a larger maximum length."
+
+
+def load_generation_config(graph: LoadedComponent, config: Any) -> Any:
+    """Return the settings of `generate` that an artifact holds, or those that follow from its configuration."""
+    from transformers import GenerationConfig
+
+    if (graph.artifact.folder / "generation_config.json").is_file():
+        return load_part(graph.artifact, "GenerationConfig")
+    return GenerationConfig.from_model_config(config)
+
+
+def check_prompts(tokenizer: Any, prompts: Any) -> None:
+    """Refuse a chat if the tokenizer has no template for chats.
+
+    Args:
+        tokenizer: Tokenizer of the pipeline.
+        prompts: What the pipeline is called with.
+
+    Raises:
+        InputError: A prompt is a chat, a list of messages with "role" and "content".
+    """
+    # As in transformers: a chat is a list of messages, and several chats are a list of such lists.
+    first = prompts[0] if isinstance(prompts, list) and prompts else prompts
+    message = first[0] if isinstance(first, list) and first else first
+    if isinstance(message, Mapping) and getattr(tokenizer, "chat_template", None) is None:
+        raise InputError(
+            "The prompt is a chat, but the model's tokenizer has no chat template.",
+            hint="Write the prompt as one text, or set tokenizer.chat_template to the template that the model was "
+            "trained with.",
+        )
+
+
+def generating_bases(kind: type[CompiledModel]) -> tuple[type, ...]:
+    """Return the bases of a compiled decoder's class, given the class that loads it."""
+    from transformers import GenerationMixin, PreTrainedModel
+
+    if issubclass(kind, GeneratingModel):
+        own: tuple[type, ...] = (kind,)
+    else:
+        own = (GeneratingModel,) if kind is CompiledModel else (kind, GeneratingModel)
+    return (*own, PreTrainedModel, GenerationMixin)
+
+
+def _other_cache() -> InputError:
+    """Return the error for a call with a cache of transformers."""
+    return InputError(
+        "A compiled decoder keeps its own cache; it takes neither cache_implementation nor another cache.",
+        hint="Leave them out; past_key_values of an earlier answer of this model can be passed.",
+    )
+
+
+def _refuse(arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments that a compiled decoder does not have.
+
+    Raises:
+        InputError: An argument asks for another output, or is unknown.
+    """
+    for name, value in arguments.items():
+        if name in FLAGS and value:
+            raise InputError(
+                f"{name}=True asks for outputs that the compiled model does not have.",
+                hint="Use the source model for these outputs.",
+            )
+        if name not in (*FLAGS, *_IGNORED) and value is not None:
+            raise InputError(
+                f"The compiled decoder has no input {name}.",
+                hint="It takes input_ids, attention_mask, position_ids and past_key_values.",
+            )
+
+
+def _as_array(value: Any) -> Any:
+    """Return a tensor or a list as an array; integers get 64 bits, and floats are refused later."""
+    if value is None:
+        return None
+    array = np.asarray(value)
+    return np.ascontiguousarray(array, np.int64) if array.dtype.kind in "biu" else array

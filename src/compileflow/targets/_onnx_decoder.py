@@ -1,0 +1,140 @@
+"""Decoders on ONNX Runtime: one graph that reads the next tokens of rows, with its cache as inputs and outputs.
+
+The outputs of a call are bound as the inputs of the next one, so the cache is never copied to NumPy and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compileflow.contracts import Arrays
+from compileflow.contracts.toolkit import require_open
+from compileflow.source_model.decoding import CACHE, LOGITS_PLACES, token_positions
+
+LOGITS = "logits"
+# The exporter marks a tensor that is an input and an output.
+_INPUT, _OUTPUT = f"input.{CACHE}", f"output.{CACHE}"
+_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+
+
+def has_cache(session: Any) -> bool:
+    """Return whether a session runs one step of a decoder."""
+    return any(CACHE in value.name for value in session.get_inputs())
+
+
+def whole_row_inputs(session: Any, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+    """Return the inputs of a session that read rows from their beginning."""
+    mask = inputs["attention_mask"]
+    places = np.arange(mask.shape[1])
+    cache = _Cache(session).empty(len(mask))
+    return {**inputs, "position_ids": token_positions(mask), LOGITS_PLACES: places, **cache}
+
+
+class OnnxDecoder:
+    """Runs a session whose cache goes in and comes out; each continuation holds a cache of its own."""
+
+    def __init__(self, session: Any):
+        self._session = session
+        self._cache = _Cache(session)
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+        mask = inputs["attention_mask"]
+        return {LOGITS: self.start().read(inputs["input_ids"], mask, token_positions(mask))}
+
+    def start(self) -> OnnxContinuation:
+        """Begin with an empty cache."""
+        return OnnxContinuation(require_open(self._session), self._cache)
+
+    def close(self) -> None:
+        self._session = None
+
+
+class OnnxContinuation:
+    """Rows whose keys and values are bound to the session call after call."""
+
+    def __init__(self, session: Any, cache: _Cache):
+        self.length = 0
+        self._session = session
+        self._cache = cache
+        self._values: dict[str, Any] = {}
+
+    def read(
+        self,
+        input_ids: NDArray[Any],
+        attention_mask: NDArray[Any],
+        position_ids: NDArray[Any],
+        *,
+        last: bool = False,
+    ) -> NDArray[Any]:
+        """Read the next tokens of each row."""
+        session, cache = require_open(self._session), self._cache
+        length = input_ids.shape[1]
+        if not self._values:
+            self._values = _bound(cache.empty(len(input_ids)))
+        tokens = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            LOGITS_PLACES: np.arange(length - 1 if last else 0, length),
+        }
+        binding = session.io_binding()
+        inputs = self._values | _bound({name: array for name, array in tokens.items() if name in cache.inputs})
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in cache.outputs:
+            binding.bind_output(name, "cpu")
+        session.run_with_iobinding(binding)
+        answers = dict(zip(cache.outputs, binding.get_outputs(), strict=True))
+        self._values |= {name: answers[output] for name, output in cache.successors.items()}
+        self.length += length
+        logits: NDArray[Any] = answers[LOGITS].numpy()
+        return logits[:, -1:] if last else logits
+
+    def reorder(self, rows: NDArray[Any]) -> None:
+        """Copy the rows of the cache into their new places."""
+        self._values |= _bound({name: self._values[name].numpy()[rows] for name in self._cache.successors})
+
+    def close(self) -> None:
+        """Forget the cache."""
+        self._session, self._values = None, {}
+
+
+class _Cache:
+    """The ports of a session through which its cache goes.
+
+    Attributes:
+        inputs: Names of all inputs.
+        outputs: Names of all outputs.
+        successors: Name of each input with keys or values, and of the output that is its input of the next call.
+    """
+
+    def __init__(self, session: Any):
+        ports = session.get_inputs()
+        self.inputs = [port.name for port in ports]
+        self.outputs = [port.name for port in session.get_outputs()]
+        self._ports = {port.name: port for port in ports if CACHE in port.name}
+        # A layer with a sliding window also has a number of no shape, which the exported graph does not use.
+        self.successors = {
+            name: name.replace(_INPUT, _OUTPUT) for name, port in self._ports.items() if len(port.shape) > 1
+        }
+
+    def empty(self, rows: int) -> Arrays:
+        """Return keys and values of no tokens, of shape (rows, heads, 0, size)."""
+        return {
+            name: np.zeros((rows, port.shape[1], 0, port.shape[3]) if port.shape else (), _TYPES[port.type])
+            for name, port in self._ports.items()
+        }
+
+
+def _bound(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+    """Return arrays as values that can be bound to a session."""
+    import onnxruntime
+
+    return {
+        name: onnxruntime.OrtValue.ortvalue_from_numpy(np.asarray(array, order="C"))
+        for name, array in arrays.items()
+    }

@@ -1,0 +1,203 @@
+"""Decoders on OpenVINO: one stateful graph that reads the next tokens of rows, with its cache as state.
+
+One graph serves prompts and single tokens, so an artifact holds its weights once.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compileflow.contracts import Arrays
+from compileflow.contracts.toolkit import refusal, require_open
+from compileflow.errors import CompileError, first_line
+from compileflow.source_model import SourceModel
+from compileflow.source_model.decoding import decoding_step, token_positions
+from compileflow.source_model.free_batch import free_batch, free_repeats
+from compileflow.spec import Precision
+
+LOGITS = "logits"
+# Inputs of the graph. The last one names the row of the cache that takes each place before the tokens are read.
+INPUTS = ("input_ids", "attention_mask", "position_ids", "beam_idx")
+# A further input of the loaded graph: the tokens whose logits are computed.
+_PLACES = "logits_places"
+# Operations between the product that gives the logits and the output.
+_AFTER_PRODUCT = ("Add", "Convert", "Divide", "Multiply", "Result", "Tanh")
+
+
+def export_decoder(source_model: SourceModel) -> Any:
+    """Export one step of a decoder as a stateful graph.
+
+    Raises:
+        CompileflowError: The exporter refused the model, or its graph has no state.
+    """
+    import torch
+    from transformers.exporters import OpenVINOConfig, OpenVINOExporter
+
+    try:
+        step = decoding_step(source_model)
+        config = OpenVINOConfig(dynamic=True, dynamic_shapes=dict(step.dynamic_shapes))
+        with warnings.catch_warnings(), torch.no_grad(), free_batch(), free_repeats():
+            # The exporter warns that it was tested with an older torch, and torch.export warns about itself.
+            warnings.simplefilter("ignore")
+            graph = OpenVINOExporter().export(step.model, dict(step.inputs), config).program
+    except Exception as error:
+        raise refusal("The OpenVINO exporter", error, reason=first_line(error)) from error
+    names = {name for port in graph.inputs for name in port.get_names()}
+    if not graph.get_sinks() or not {"input_ids", "attention_mask", "beam_idx"} <= names <= set(INPUTS):
+        raise CompileError(
+            f"Expected a graph with the inputs {', '.join(INPUTS)} and a cache as its state, got the inputs "
+            f"{', '.join(sorted(names))} and {len(graph.get_sinks())} states.",
+            hint="Report this model's architecture; another target may compile it.",
+        )
+    return graph
+
+
+def compress_weights(graph: Any, precision: Precision, *, group_size: int, symmetric: bool) -> Any:
+    """Store the weights of a graph in 8 or 4 bits.
+
+    At int4, embeddings and the last layer keep 8 bits. A layer whose size is not a multiple of the group gets a
+    smaller group.
+
+    Args:
+        graph: A graph with weights in fp32.
+        precision: int8 or int4.
+        group_size: At int4, weights that share one scale; -1 for a whole channel.
+        symmetric: At int4, use no zero points.
+    """
+    import nncf
+
+    logging.getLogger("nncf").setLevel(logging.ERROR)
+    settings: dict[str, Any] = {"mode": nncf.CompressWeightsMode.INT8_ASYM}
+    if precision is Precision.INT4:
+        modes = nncf.CompressWeightsMode
+        settings = {
+            "mode": modes.INT4_SYM if symmetric else modes.INT4_ASYM,
+            "group_size": group_size,
+            "ratio": 1.0,
+            "advanced_parameters": nncf.AdvancedCompressionParameters(
+                group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST
+            ),
+        }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return nncf.compress_weights(graph, **settings)
+        except Exception as error:
+            raise refusal("NNCF", error, reason=first_line(error)) from error
+
+
+def choose_logits(graph: Any) -> None:
+    """Let a graph compute the logits of some tokens alone, whose places are a further input.
+
+    Of a prompt, only the last token's logits count, and the product that gives them is as large as several layers.
+    Nothing changes in a graph whose logits are not a product of the hidden states, and at most a few operations.
+    """
+    import openvino
+    from openvino import opset13 as opset
+
+    node = graph.output(LOGITS).get_node()
+    while node.get_type_name() in _AFTER_PRODUCT:
+        sources = [port.get_node() for port in node.input_values()]
+        sources = [source for source in sources if source.get_type_name() != "Constant"]
+        if len(sources) != 1:
+            return
+        node = sources[0]
+    if node.get_type_name() != "MatMul" or node.input_value(0).get_partial_shape().rank.get_length() != 3:
+        return
+    places = opset.parameter(openvino.PartialShape([-1]), np.int64, name=_PLACES)
+    places.output(0).get_tensor().set_names({_PLACES})
+    chosen = opset.gather(node.input_value(0), places, opset.constant(np.int64(1)))
+    node.input(0).replace_source_output(chosen.output(0))
+    graph.add_parameters([places])
+    graph.validate_nodes_and_infer_types()
+
+
+def whole_row_inputs(inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+    """Return the inputs of the graph that read rows from their beginning."""
+    mask = inputs["attention_mask"]
+    rows, places = np.arange(len(mask), dtype=np.int32), np.arange(mask.shape[1])
+    return {**inputs, "position_ids": token_positions(mask), "beam_idx": rows, _PLACES: places}
+
+
+class OpenVinoDecoder:
+    """Runs a stateful graph; each continuation has a request of its own, which holds its cache."""
+
+    def __init__(self, model: Any):
+        self._model = model
+        self._inputs = frozenset(name for port in model.inputs for name in port.get_names())
+        self._idle_requests: list[Any] = []
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+        mask = inputs["attention_mask"]
+        continuation = self.start()
+        try:
+            return {LOGITS: continuation.read(inputs["input_ids"], mask, token_positions(mask))}
+        finally:
+            continuation.close()
+
+    def start(self) -> OpenVinoContinuation:
+        """Begin with an empty cache, in a request that no other continuation uses."""
+        model = require_open(self._model)
+        try:
+            request = self._idle_requests.pop()
+        except IndexError:
+            request = model.create_infer_request()
+        return OpenVinoContinuation(request, self._idle_requests, self._inputs)
+
+    def close(self) -> None:
+        self._model = None
+        self._idle_requests = []
+
+
+class OpenVinoContinuation:
+    """Rows whose cache is the state of an inference request."""
+
+    def __init__(self, request: Any, idle_requests: list[Any], names: frozenset[str]):
+        # A request that was used before still holds the rows of its last continuation.
+        request.reset_state()
+        self.length = 0
+        self._request = request
+        self._idle_requests = idle_requests
+        self._names = names
+        self._rows: NDArray[np.int32] | None = None
+
+    def read(
+        self,
+        input_ids: NDArray[Any],
+        attention_mask: NDArray[Any],
+        position_ids: NDArray[Any],
+        *,
+        last: bool = False,
+    ) -> NDArray[Any]:
+        """Read the next tokens of each row, after putting the rows into the order that was asked for."""
+        rows, length = input_ids.shape
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "beam_idx": np.arange(rows, dtype=np.int32) if self._rows is None else self._rows,
+            _PLACES: np.arange(length - 1 if last else 0, length),
+        }
+        known_inputs = {name: value for name, value in inputs.items() if name in self._names}
+        answers = require_open(self._request).infer(known_inputs, share_inputs=True)
+        self._rows = None
+        self.length += length
+        logits: NDArray[Any] = answers[LOGITS]
+        return logits[:, -1:] if last else logits
+
+    def reorder(self, rows: NDArray[Any]) -> None:
+        """Remember which row takes each place; the graph moves the cache when it reads the next tokens."""
+        rows = np.asarray(rows, np.int32)
+        self._rows = rows if self._rows is None else self._rows[rows]
+
+    def close(self) -> None:
+        """Give the request back."""
+        request, self._request = self._request, None
+        if request is not None:
+            self._idle_requests.append(request)

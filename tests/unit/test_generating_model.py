@@ -1,0 +1,299 @@
+"""GeneratingModel writes what transformers writes, whatever reads the tokens; faults of a reader are found."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from compileflow import CompiledModel, CompiledPipeline
+from compileflow.errors import InputError
+from compileflow.source_model import SourceModel, load_source_model
+from compileflow.spec import Precision
+from compileflow.validation.judge.suite import gates_for
+from compileflow.validation.measure import Measurements
+from compileflow.validation.measure.generation import Prompts, measure_generation, measure_pieces
+from compileflow.validation.writing import ComponentReader, ModelWriter
+from tests.decoders import (
+    CHAT,
+    GREEDY,
+    TASK,
+    TEXTS,
+    EagerContinuation,
+    EndIgnored,
+    MaskIgnored,
+    PositionsOffByOne,
+    ReorderDropped,
+    RowsExchanged,
+    StaleCache,
+    eager_component,
+)
+from tests.models import MAX_TOKENS, build_decoder
+
+TinyModel = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def source(tiny_model: TinyModel) -> SourceModel:
+    """The small decoder."""
+    return load_source_model(tiny_model(TASK), TASK)
+
+
+@pytest.fixture(scope="session")
+def eager(tiny_model: TinyModel) -> Any:
+    """The same, loaded with transformers itself."""
+    return transformers.AutoModelForCausalLM.from_pretrained(tiny_model(TASK)).eval()
+
+
+@pytest.fixture(scope="session")
+def model(tiny_model: TinyModel, source: SourceModel) -> Any:
+    """A compiled model whose graph is the small decoder itself."""
+    return CompiledModel.from_component(eager_component(tiny_model(TASK), source))
+
+
+@pytest.fixture(scope="session")
+def tokens(tiny_model: TinyModel) -> Callable[[list[str]], Any]:
+    """Tokenize prompts with transformers itself, padded on the left."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model(TASK), padding_side="left")
+    return lambda texts: tokenizer(texts, return_tensors="pt", padding=True)
+
+
+class Chunks:
+    """Collects what a streamer gets."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+
+    def put(self, value: Any) -> None:
+        """Add tokens."""
+        self.ids += value.flatten().tolist()
+
+    def end(self) -> None:
+        """Mark the end."""
+        self.ids.append(-1)
+
+
+class StopAt(transformers.StoppingCriteria):
+    """Stops at a length."""
+
+    def __init__(self, length: int):
+        self.length = length
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        """Return whether each row has the length."""
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self.length)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"num_beams": 2},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+        {"use_cache": False},
+        {"bad_words_ids": [[100], [101]]},
+        {"logits_processor": transformers.LogitsProcessorList([transformers.TemperatureLogitsWarper(0.5)])},
+        {"stopping_criteria": transformers.StoppingCriteriaList([StopAt(24)])},
+        {"prefill_chunk_size": 2},
+    ],
+    ids=lambda settings: " ".join(settings) or "greedy",
+)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_same_tokens(model: Any, eager: Any, tokens: Any, settings: dict[str, Any], rows: int) -> None:
+    inputs = tokens(TEXTS[:rows])
+    expected = eager.generate(**inputs, **(GREEDY | settings))
+    assert model.generate(**inputs, **(GREEDY | settings)).tolist() == expected.tolist()
+
+
+def test_same_samples(model: Any, eager: Any, tokens: Any) -> None:
+    def sample(model: Any) -> Any:
+        torch.manual_seed(7)
+        settings = {"do_sample": True, "top_k": 20, "temperature": 1.3, "num_return_sequences": 2}
+        return model.generate(**tokens(TEXTS), max_new_tokens=16, **settings).tolist()
+
+    assert sample(model) == sample(eager)
+
+
+def test_streamer_gets_each_token(model: Any, eager: Any, tokens: Any) -> None:
+    def stream(model: Any) -> list[int]:
+        chunks = Chunks()
+        model.generate(**tokens(TEXTS[:1]), streamer=chunks, **GREEDY)
+        return chunks.ids
+
+    assert stream(model) == stream(eager)
+
+
+def test_text_ends_with_the_end_token(model: Any, eager: Any, tokens: Any) -> None:
+    inputs = tokens(TEXTS)
+    end = int(eager.generate(**inputs, **GREEDY)[0, inputs["input_ids"].shape[1] + 2])
+    expected = eager.generate(**inputs, **GREEDY, eos_token_id=end)
+    assert model.generate(**inputs, **GREEDY, eos_token_id=end).tolist() == expected.tolist()
+
+
+def test_rows_go_on_from_an_earlier_answer(model: Any, eager: Any, tokens: Any) -> None:
+    def turn(model: Any) -> Any:
+        answer = model.generate(**tokens(TEXTS[:1]), **GREEDY, return_dict_in_generate=True)
+        prompt = torch.cat([answer.sequences, torch.tensor([[30, 40, 50]])], dim=1)
+        past = answer.past_key_values
+        return model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), past_key_values=past, **GREEDY
+        ).tolist()
+
+    assert turn(model) == turn(eager)
+
+
+def test_threads_keep_their_own_rows(model: Any, eager: Any, tokens: Any) -> None:
+    inputs = [tokens([text]) for text in (*TEXTS, "on time")]
+    expected = [eager.generate(**row, **GREEDY).tolist() for row in inputs]
+    ready = threading.Barrier(len(inputs))
+
+    def ask(row: Any) -> Any:
+        ready.wait()
+        return model.generate(**row, **GREEDY).tolist()
+
+    with ThreadPoolExecutor(len(inputs)) as pool:
+        assert list(pool.map(ask, inputs)) == expected
+
+
+def test_generation_ends_at_the_longest_row(model: Any, tokens: Any, caplog: pytest.LogCaptureFixture) -> None:
+    answer = model.generate(**tokens(TEXTS[:1]), do_sample=False, max_new_tokens=200)
+    assert answer.shape[1] <= MAX_TOKENS
+    assert f"generation ends at {MAX_TOKENS} tokens" in caplog.text
+
+
+def test_prompt_without_room_is_refused(model: Any) -> None:
+    with pytest.raises(InputError, match=f"prompt has {MAX_TOKENS} tokens") as caught:
+        model.generate(torch.full((1, MAX_TOKENS), 20), max_new_tokens=1)
+    assert "larger maximum length" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"input_ids": [[1, 2]], "labels": [[1, 2]]}, "no input labels"),
+        ({"input_ids": [[1, 2]], "output_attentions": True}, "output_attentions=True"),
+        ({"input_ids": [[1, 99_999]]}, "got 1 to 99999"),
+        ({"input_ids": [[20] * (MAX_TOKENS + 1)]}, f"compiled for {MAX_TOKENS} tokens, got {MAX_TOKENS + 1}"),
+        ({"inputs_embeds": [[0.5]]}, "no input inputs_embeds"),
+        ({"input_ids": [[]]}, "integers of shape"),
+        ({}, "got nothing"),
+        ({"input_ids": [[1, 2]], "past_key_values": "mine"}, "keeps its own cache"),
+        ({"input_ids": [[1, 2]], "attention_mask": [[1]], "use_cache": True}, "attention_mask of shape"),
+    ],
+)
+def test_wrong_call_is_refused(model: Any, arguments: dict[str, Any], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        model(**arguments)
+
+
+def test_other_cache_is_refused(model: Any, tokens: Any) -> None:
+    with pytest.raises(InputError, match="keeps its own cache"):
+        model.generate(**tokens(TEXTS), max_new_tokens=2, cache_implementation="static")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings"),
+    [
+        (TEXTS, {}),
+        (TEXTS, {"batch_size": 3}),
+        (CHAT, {}),
+        ([CHAT, CHAT], {}),
+        ([*CHAT, {"role": "assistant", "content": "it is"}], {}),
+        (TEXTS[0], {"return_full_text": False}),
+        (TEXTS[0], {"num_return_sequences": 2, "num_beams": 2}),
+        (TEXTS[0], {"stop_sequence": "the"}),
+    ],
+)
+def test_pipeline_answers_like_transformers(
+    model: Any, eager: Any, tiny_model: TinyModel, prompt: Any, settings: dict[str, Any]
+) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model(TASK))
+    expected = transformers.pipeline("text-generation", model=eager, tokenizer=tokenizer, device="cpu")
+    pipeline = CompiledPipeline.from_model(model, tokenizer=tokenizer)
+    assert pipeline(prompt, **GREEDY, **settings) == expected(prompt, **GREEDY, **settings)
+
+
+def test_chat_without_a_template_is_refused(model: Any, tiny_model: TinyModel) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model(TASK))
+    tokenizer.chat_template = None
+    with pytest.raises(InputError, match="no chat template"):
+        CompiledPipeline.from_model(model, tokenizer=tokenizer)(CHAT)
+
+
+def measured(
+    folder: Path,
+    source: SourceModel,
+    kind: type[EagerContinuation] = EagerContinuation,
+    *,
+    other: SourceModel | None = None,
+    writer: type[ModelWriter] = ModelWriter,
+) -> dict[str, float]:
+    """Measure a reader against the source model.
+
+    Args:
+        folder: Folder of the source model.
+        source: The source model.
+        kind: Class that reads.
+        other: Model that the reader reads with; None: the source model.
+        writer: Class that writes with the compiled model.
+    """
+    component = eager_component(folder, other or source, kind)
+    ids = range(20, 20 + 9 * 11)
+    rows = [[*ids[9 * number : 9 * number + 3 + number % 6]] for number in range(11)]
+    prompts = Prompts(rows, ["a text"] * len(rows), source.pad_token_id, MAX_TOKENS, 8)
+    measurements = Measurements()
+    measure_pieces(measurements, source.run, ComponentReader(component), prompts)
+    reference = ModelWriter(source.model, source.pad_token_id, source.vocab_size)
+    candidate = writer(CompiledModel.from_component(component), source.pad_token_id, source.vocab_size)
+    measure_generation(measurements, reference, candidate, prompts, progress=lambda _: None)
+    return measurements.scalars
+
+
+def test_correct_reader_has_no_fault(tiny_model: TinyModel, source: SourceModel) -> None:
+    scalars = measured(tiny_model(TASK), source)
+    assert scalars.pop("piece_error") < 1e-5
+    assert scalars == dict.fromkeys(scalars, 0.0)
+    metrics = {gate.entry.metric for gate in gates_for(Precision.FP32, TASK, {})}
+    assert {"piece_error", *scalars} <= metrics
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (PositionsOffByOne, "piece_error"),
+        (StaleCache, "later_requests"),
+        (MaskIgnored, "batch_rows"),
+        (ReorderDropped, "beams"),
+        (RowsExchanged, "generations"),
+    ],
+)
+def test_fault_of_a_reader_is_found(
+    tiny_model: TinyModel, source: SourceModel, kind: type[EagerContinuation], name: str
+) -> None:
+    StaleCache.earlier.clear()
+    assert measured(tiny_model(TASK), source, kind)[name] > 1e-3
+
+
+def test_ignored_end_is_found(tiny_model: TinyModel, source: SourceModel) -> None:
+    assert measured(tiny_model(TASK), source, writer=EndIgnored)["early_ends"] > 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}}, {"tie_word_embeddings": True}],
+    ids=["wrong rope scale", "untied weights"],
+)
+def test_other_arithmetic_is_found(
+    tiny_model: TinyModel, source: SourceModel, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    other = load_source_model(build_decoder(tmp_path / "other", **settings), TASK)
+    scalars = measured(tiny_model(TASK), source, other=other)
+    assert scalars["piece_error"] > 1e-3
+    assert scalars["generations"] > 0
