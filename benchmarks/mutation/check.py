@@ -142,18 +142,25 @@ class HonestCheck:
 
 def versions(healthy: Healthy) -> str:
     """Return what a verdict on a compile depends on: versions of the toolchain, gates and measurements."""
-    suite, precision = load_suite(), healthy.precision
-    gates = gates_for(precision, healthy.source.hf_task, {})
+    suite, precision, task = load_suite(), healthy.precision, healthy.source.hf_task.graph_task
+    gates = gates_for(precision, task, {})
+    # Other tasks that a gate has, and what it says, do not change what it refuses here.
+    others = {"says", "tasks", "optional"}
     rules = {
-        # What a gate says does not change what it refuses.
         "gates": [
-            (gate.entry.model_dump(mode="json", exclude={"says"}), gate.limit, gate.severity) for gate in gates
+            (
+                gate.entry.model_dump(mode="json", exclude=others),
+                task in gate.entry.optional,
+                gate.limit,
+                gate.severity,
+            )
+            for gate in gates
         ],
         "noise": [limit.model_dump() for name, limit in suite.noise_limits.items() if name is precision],
         "grid": {
-            gate.entry.gate: grid.model_dump(mode="json")
+            gate.entry.gate: grid.model_dump(exclude={"precisions"})
             for gate in gates
-            if (grid := suite.grid_limits.get(gate.entry.gate)) is not None
+            if (grid := suite.grid_limits.get(gate.entry.gate)) is not None and precision in grid.precisions
         },
     }
     return f"{target_versions(healthy.target)} gates {json_digest(rules)[:8]} measurements {MEASUREMENT_VERSION}"
