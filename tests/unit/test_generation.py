@@ -17,6 +17,10 @@ import transformers
 
 from compileflow import CompiledModel, CompiledPipeline, CompiledTokenizer, Precision
 from compileflow.artifact.manifest import read_manifest
+from compileflow.catalog import get_target
+from compileflow.contracts import ACCEPTED_OUTCOMES
+from compileflow.errors import TargetUnavailableError
+from compileflow.steps.compile import check_available
 from compileflow.targets import _openvino_decoder
 from compileflow.testing.shared import make_once, shared_folder
 from tests.decoders import CHAT, GREEDY, TASK, TEXTS
@@ -152,6 +156,19 @@ class TestArtifact:
         proof = validate_here(tiny_model(TASK), compiled(target), tmp_path / "report", max_examples=16)
         assert (proof.outcome, proof.gate("generations")["measured"]) == ("pass", 0.0), proof.reason
         assert "perplexity" in proof.gate("perplexity_change")["detail"]
+
+    def test_bf16_passes_validation(
+        self, compiled: Compiled, tiny_model: Callable[..., Path], tmp_path: Path
+    ) -> None:
+        try:
+            check_available(get_target("openvino"), Precision.BF16)
+        except TargetUnavailableError as error:
+            pytest.skip(str(error))
+        artifact_dir = compiled("openvino", Precision.BF16)
+        proof = validate_here(tiny_model(TASK), artifact_dir, tmp_path / "report", max_examples=16)
+        # How often both models write the same tokens only warns.
+        assert proof.outcome in ACCEPTED_OUTCOMES, proof.reason
+        assert proof.gate("cached_reading")["limit"] > 0.05, "rounding moves the limit"
 
     @pytest.mark.parametrize("target", TARGETS)
     @pytest.mark.parametrize("precision", [Precision.INT8, Precision.INT4])

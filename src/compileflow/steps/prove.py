@@ -592,6 +592,10 @@ def _measure_grid(
         ),
         cases=[*evidence.natural[:: math.ceil(len(evidence.natural) / _GRID_CASES)], *others, *special],
     )
+    if decisions.task.generates:
+        # Rows that are read piece by piece round as whole rows do.
+        floors = [floor["rel_l2"] for floor in measurements.grid_floors.values() if "rel_l2" in floor]
+        measurements.grid["piece_error"] = max(floors, default=0.0)
 
 
 def _noise_variants(
