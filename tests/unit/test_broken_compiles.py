@@ -16,9 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from compileflow.artifact.manifest import read_manifest
+from compileflow.artifact.open import copy_artifact, open_artifact
 from compileflow.catalog import get_target, open_registry, open_store
+from compileflow.cli import app
 from compileflow.errors import VerdictError
 from compileflow.settings import Settings
 from compileflow.spec import HfTask, Precision
@@ -339,6 +342,15 @@ def test_a_broken_artifact_in_the_store_is_refused_by_validate_and_by_register(
     with pytest.raises(VerdictError, match="artifact is not registered"):
         stored.register(artifact, validated.model_copy(update={"outcome": "error"}))
     assert not list(open_registry(settings.resolved_registry_uri()).versions())
+
+    # `verify` says the same of the artifact in the store and of a copy.
+    copy = copy_artifact(open_artifact(artifact.uri, settings=settings), tmp_path / "copy")
+    for location in (artifact.uri, str(copy)):
+        outcome = CliRunner().invoke(app, ["verify", location])
+        assert outcome.exit_code == 1
+        assert (
+            f"The last validation refused it: {validated.reason}. Report: {validated.report_uri}" in outcome.stderr
+        )
 
 
 @pytest.mark.parametrize("healthy", ["torchscript"], indirect=True)

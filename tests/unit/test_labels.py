@@ -170,6 +170,7 @@ def test_csv_names_its_columns_in_the_first_row(tmp_path: Path) -> None:
         ('text\n"a\n', "unexpected end of data"),
         ("text\n", "holds no example"),
         ("text,text\na,b\n", "a column has the same name as another one: text, text"),
+        ("text;label\na;b\n", "expected columns that commas separate, got the header 'text;label'"),
     ],
 )
 def test_unusable_csv_is_refused_in_one_line(tmp_path: Path, body: str, says: str) -> None:

@@ -86,3 +86,29 @@ def test_folders_of_classes_give_some_files_of_each(tmp_path: Path) -> None:
     )
     with pytest.raises(MeasurementError, match=r"dog/broken\.png: .*Is a directory"):
         signals_digest(str(tmp_path), "image", 400, by_class=True)
+
+
+@pytest.mark.parametrize(
+    ("names", "task", "deep", "place"),
+    [
+        (("cat/1.png", "dog/train/2.png"), IMAGES, "dog/train/2.png", "the folder of their label"),
+        (("all/1.png",), DEPTH, "all/1.png", ""),
+    ],
+)
+def test_files_in_a_folder_too_deep_are_refused(
+    tmp_path: Path, names: tuple[str, ...], task: HfTask, deep: str, place: str
+) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    with pytest.raises(MeasurementError) as caught:
+        note_on_count(task, str(tmp_path), 400)
+    assert caught.value.message == f"{tmp_path} holds image files in a folder too deep: {deep}."
+    assert caught.value.hint == f"Put the files directly into {place or tmp_path}."
+
+
+def test_subfolders_without_labels_are_left_alone(tmp_path: Path) -> None:
+    for name in ("1.png", "small/1.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert note_on_count(DEPTH, str(tmp_path), 400).startswith("Validation has only 1 different file in ")

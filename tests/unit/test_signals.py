@@ -324,14 +324,15 @@ class TestExamples:
         assert caught.value.hint.startswith("Repair or remove that file.")
 
     def test_only_files_that_validation_uses_are_checked(self, tmp_path: Path) -> None:
-        write_signal(tmp_path / "a.png")
-        (tmp_path / "b.png").mkdir()
+        write_signal(tmp_path / "b.png")
+        (tmp_path / "a.png").mkdir()
+        # The sample of one file is the second one.
         check_signals(str(tmp_path), "image", 1)
         for check in (
             lambda: check_signals(str(tmp_path), "image", 2),
             lambda: signals_digest(str(tmp_path), "image", 2),
         ):
-            with pytest.raises(MeasurementError, match=r"cannot be used: .*b\.png: .*Is a directory"):
+            with pytest.raises(MeasurementError, match=r"cannot be used: .*a\.png: .*Is a directory"):
                 check()
 
 

@@ -13,6 +13,7 @@ from compileflow.errors import printable
 if TYPE_CHECKING:
     from compileflow.artifact.verify import Verification
     from compileflow.contracts import ModelVersion
+    from compileflow.steps.values import ValidatedArtifact
 
 
 @one_line_errors
@@ -43,9 +44,10 @@ def verify(
     from dataclasses import asdict
 
     from compileflow.artifact.verify import last_result, verify_artifact
-    from compileflow.catalog import open_registry
-    from compileflow.contracts import without_credentials
+    from compileflow.catalog import open_registry, open_store
+    from compileflow.contracts import ACCEPTED_OUTCOMES, without_credentials
     from compileflow.settings import get_settings
+    from compileflow.steps.validate import report_on
 
     settings = get_settings()
     # Several names may share an artifact; the one that the user named counts first.
@@ -60,10 +62,15 @@ def verify(
     if version is not None and "://" not in location:
         # The statements in a folder may be older than those in the store.
         has_failed |= last_result(version.artifact_uri, settings) == "FAILED"
-    is_proven = verification.intact and not has_failed
-    proof = _proof(location, verification.digest, version) if is_proven else None
+    is_unknown = version is None and verification.intact
+    report = report_on(open_store(store_of(location)), verification.digest) if is_unknown else None
+    refusal = report if report is not None and report.outcome not in ACCEPTED_OUTCOMES else None
+    has_failed |= refusal is not None
+    proof = _proof(version, report) if verification.intact and not has_failed else None
     problems = list(verification.problems)
-    if has_failed and not integrity_only:
+    if refusal is not None and not integrity_only:
+        problems.append(f"The last validation refused it: {refusal.reason}. Report: {refusal.report_uri}")
+    elif has_failed and not integrity_only:
         problems.append("The last validation failed, although an earlier one may have passed. Read the report.")
     elif proof is None and verification.intact and not integrity_only:
         registry = without_credentials(settings.resolved_registry_uri())
@@ -95,14 +102,10 @@ def _print_verification(verification: Verification, proof: str | None) -> None:
         typer.echo(printable(f"proven: {proof}"))
 
 
-def _proof(location: str, digest: str, version: ModelVersion | None) -> str | None:
+def _proof(version: ModelVersion | None, report: ValidatedArtifact | None) -> str | None:
     """Describe the proof of an artifact: a registered version, or else a passing report in its store."""
-    from compileflow.catalog import open_store
-    from compileflow.steps.validate import report_on
-
     if version is not None:
         return f"{version.name} version {version.version}, verdict {version.verdict}"
-    report = report_on(open_store(store_of(location)), digest)
     if report is not None and report.outcome == "pass":
         return f"report {report.report_digest[:12]}, {report.reason}"
     return None

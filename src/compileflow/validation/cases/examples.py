@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import re
 import sys
 import wave
@@ -130,6 +131,8 @@ def note_on_count(task: HfTask, path: str, limit: int) -> str:
     if total > limit:
         notes.append(f"Validation compares {limit} of the {total} {name}, {way}.")
     if different < _ENOUGH:
+        if different == 1:
+            name = name.replace("examples", "example", 1).replace("files", "file", 1)
         notes.append(
             f"Validation has only {different} different {name}: {_ENOUGH} without a change show that at most 1 % "
             "of decisions change."
@@ -177,6 +180,7 @@ def _read(
             origin = f"compileflow's own {origin}"
         text = _decoded(body, path or origin).replace("\r\n", "\n")
         if origin.lower().endswith(".csv"):
+            _refuse_other_separator(text.partition("\n")[0])
             examples = list(_rows(text, read))
         else:
             # Not splitlines: a JSON string may contain U+2028 and similar characters.
@@ -218,6 +222,12 @@ def _refuse_table(first_lines: Sequence[str]) -> None:
         columns = re.split(r"[,;\t]", line.strip().casefold())
         if len(columns) > 1 and {"text", "question", "tokens"} & set(columns):
             raise ValueError(f"expected a table with commas in a file named .csv, got the header {line[:80]!r}")
+
+
+def _refuse_other_separator(header: str) -> None:
+    """Refuse CSV whose columns other characters than commas separate."""
+    if "," not in header and len(re.split(r"[;\t]", header)) > 1:
+        raise ValueError(f"expected columns that commas separate, got the header {header[:80]!r}")
 
 
 def _example(
@@ -388,6 +398,14 @@ def _signal_files(
     classes = [files_of(entry, entry.name) for entry in folders] if by_class else []
     in_turn = (entry for entries in zip_longest(*classes) for entry in entries if entry is not None)
     signal_files = [*(files_of(folder, None) if entries else ()), *in_turn]
+    places = folders if by_class else [folder] if entries and not signal_files else []
+    subfolders = (place / name for place in places for name in next(os.walk(place))[1])
+    nested = (file for subfolder in subfolders for file in subfolder.rglob("*"))
+    if deep := next((file for file in nested if file.suffix.lower() in suffixes), None):
+        raise MeasurementError(
+            f"{path} holds {modality} files in a folder too deep: {deep.relative_to(folder)}.",
+            hint=f"Put the files directly into {'the folder of their label' if by_class else path}.",
+        )
     if not signal_files:
         raise MeasurementError(
             f"{path} holds no {modality} file.", hint=f"Give a folder of {', '.join(suffixes)} files."
