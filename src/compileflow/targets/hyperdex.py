@@ -62,7 +62,9 @@ class HyperdexOptions(TargetOptions):
         None, ge=1, description="Longest input in tokens. null: the maximum sequence length of the component."
     )
     low_memory_usage: bool = Field(
-        False, description="Passed to AutoCompiler; HyperAccel documents only its name."
+        False,
+        description="AutoCompiler removes the checkpoint's weights after it has converted them. A system of LPUs "
+        "and GPUs needs them.",
     )
     fast_compile: bool = Field(True, description="Compile faster; HyperAccel's examples always do.")
 
