@@ -69,13 +69,21 @@ def build_model(folder: Path, hf_task: HfTask, *, architecture: str = "bert", se
     return folder
 
 
-def build_decoder(folder: Path, *, seed: int = 0, template: str | None = CHAT_TEMPLATE, **settings: Any) -> Path:
-    """Write a random Llama with its tokenizer, and return the folder.
+def build_decoder(
+    folder: Path,
+    *,
+    model_type: str = "llama",
+    seed: int = 0,
+    template: str | None = CHAT_TEMPLATE,
+    **settings: Any,
+) -> Path:
+    """Write a random decoder with its tokenizer, and return the folder.
 
     The weights are so large that two tokens are hardly ever equally likely.
 
     Args:
         folder: Folder to write.
+        model_type: Family of the decoder, as transformers names it.
         seed: Seed of the weights.
         template: Template of chats; None for a tokenizer without one.
         **settings: Fields of the configuration.
@@ -88,13 +96,14 @@ def build_decoder(folder: Path, *, seed: int = 0, template: str | None = CHAT_TE
     tokenizer.chat_template = template
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     size = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
-    config = transformers.LlamaConfig(
+    config = transformers.AutoConfig.for_model(
+        model_type,
         **ids,
         **(size | {"num_key_value_heads": 2, "initializer_range": 0.4} | settings),
         vocab_size=len(tokenizer),
         max_position_embeddings=MAX_TOKENS,
     )
-    transformers.LlamaForCausalLM(config).eval().save_pretrained(folder)
+    transformers.AutoModelForCausalLM.from_config(config).eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -489,7 +489,7 @@ def _exported(
             whole_rows(model, longest),
         ):
             warnings.simplefilter("ignore")
-            return OnnxExporter().export(model, dict(inputs), config).program
+            exported_model = OnnxExporter().export(model, dict(inputs), config).program
     except Exception as error:
         cause: BaseException = error
         # The outer errors hold pages of advice; the innermost error names the operator.
@@ -497,3 +497,26 @@ def _exported(
             cause = cause.__cause__
         reason = one_line(_ADVICE.split(str(cause))[0])[:300].rstrip(". ")
         raise refusal("The ONNX exporter", cause, reason=reason) from error
+    _transpose_batches(exported_model)
+    return exported_model
+
+
+def _transpose_batches(model: Any) -> None:
+    """Undo a fusion that ONNX Runtime does not run: FusedMatMul moves a batch axis only beside an equal rank.
+
+    The hidden states of the chosen tokens and the tied weights of a decoder's last layer differ in rank.
+    """
+    import onnx_ir
+
+    for node in [node for node in model.graph if node.op_type == "FusedMatMul"]:
+        ranks = [len(value.shape) if value.shape is not None else 0 for value in node.inputs]
+        if ranks[0] == ranks[1] or not all(ranks):
+            continue
+        for position, name in enumerate(("transBatchA", "transBatchB")):
+            flag, rank = node.attributes.pop(name, None), ranks[position]
+            if flag is not None and flag.as_int():
+                # The definition of the flag: the first axis goes to the second-to-last place.
+                order = [*range(1, rank - 1), 0, rank - 1]
+                transpose = onnx_ir.node("Transpose", [node.inputs[position]], attributes={"perm": order})
+                model.graph.insert_before(node, transpose)
+                node.replace_input_with(position, transpose.outputs[0])
