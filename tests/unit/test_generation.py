@@ -29,6 +29,15 @@ from tests.models import MAX_TOKENS, build_decoder
 from tests.unit.proving import reseal, validate_here
 
 TARGETS = ("openvino", "onnx-runtime")
+# Largest difference of the logits, as a share of their norm. openvino rounds weights to steps of 1/127 of the
+# largest one, and to 16 levels with a zero point. onnx-runtime has steps of 1/63, rounds activations for a whole
+# tensor, and has 15 levels without a zero point.
+FARTHEST = {
+    ("openvino", Precision.INT8): 0.1,
+    ("openvino", Precision.INT4): 0.7,
+    ("onnx-runtime", Precision.INT8): 0.25,
+    ("onnx-runtime", Precision.INT4): 0.8,
+}
 
 # Each export takes ten seconds.
 pytestmark = pytest.mark.slow
@@ -181,8 +190,7 @@ class TestArtifact:
         with torch.no_grad():
             expected = eager(**inputs).logits
         difference = torch.linalg.norm(model(**inputs).logits - expected) / torch.linalg.norm(expected)
-        # A step of 7 bits is 1/63 of the largest weight, one of 4 bits 1/7 of the largest weight of a group.
-        assert 1e-5 < float(difference) < (0.25 if precision is Precision.INT8 else 0.8)
+        assert 1e-5 < float(difference) < FARTHEST[target, precision]
         assert model.generate(**inputs, **GREEDY).shape[1] == inputs["input_ids"].shape[1] + 16
 
 

@@ -62,8 +62,8 @@ def verify(
     if version is not None and "://" not in location:
         # The statements in a folder may be older than those in the store.
         has_failed |= last_result(version.artifact_uri, settings) == "FAILED"
-    is_unknown = version is None and verification.intact
-    report = report_on(open_store(store_of(location)), verification.digest) if is_unknown else None
+    is_unregistered = version is None and verification.intact
+    report = report_on(open_store(store_of(location)), verification.digest) if is_unregistered else None
     refusal = report if report is not None and report.outcome not in ACCEPTED_OUTCOMES else None
     has_failed |= refusal is not None
     proof = _proof(version, report) if verification.intact and not has_failed else None

@@ -113,29 +113,28 @@ def note_on_count(task: HfTask, path: str, limit: int) -> str:
     """
     way = "a random sample"
     if task.modality == "text":
-        examples, _, origin, _ = _read(task, path, lambda data: label_fields(data, task))
-        total, name = len(examples), f"examples in {origin}"
-        if _belong_together(examples, task):
-            way = "the first ones"
+        examples, origin, _ = load_examples(task, path, sys.maxsize)
+        total, noun = len(examples), "example"
         # Labels do not make two examples different.
-        fields = ("question", "context", "text")
-        used = [[example.get(field) for field in fields] for example in sample_examples(task, path, limit)[0]]
-        different = len(set(map(tuple, used)))
+        texts = [(example.get("question"), example.get("context"), example.get("text")) for example in examples]
+        used = _sample(texts, limit)
+        if _belong_together(examples, task):
+            way, used = "the first ones", texts[:limit]
+        different = len(set(used))
     else:
         by_class = task in CLASS_FOLDERS
         total = len(_signal_files(path, task.modality, by_class=by_class))
-        name, different = f"files in {Path(path).name}", min(total, limit)
+        origin, noun, different = Path(path).name, "file", min(total, limit)
         if by_class and class_names(path, task.modality):
             way = "some of each class"
     notes = []
     if total > limit:
-        notes.append(f"Validation compares {limit} of the {total} {name}, {way}.")
+        notes.append(f"Validation compares {limit} of the {total} {noun}s in {origin}, {way}.")
     if different < _ENOUGH:
-        if different == 1:
-            name = name.replace("examples", "example", 1).replace("files", "file", 1)
+        noun += "s" if different > 1 else ""
         notes.append(
-            f"Validation has only {different} different {name}: {_ENOUGH} without a change show that at most 1 % "
-            "of decisions change."
+            f"Validation has only {different} different {noun} in {origin}: {_ENOUGH} without a change show that "
+            "at most 1 % of decisions change."
         )
     return " ".join(notes)
 
