@@ -34,6 +34,27 @@ def whole_row_inputs(session: Any, inputs: Mapping[str, NDArray[Any]]) -> Arrays
     return {**inputs, "position_ids": token_positions(mask), LOGITS_PLACES: places, **cache}
 
 
+def transpose_batches(model: Any) -> None:
+    """Undo a fusion that ONNX Runtime does not run: FusedMatMul moves a batch axis only beside an equal rank.
+
+    The hidden states of the chosen tokens and the tied weights of a decoder's last layer differ in rank.
+    """
+    import onnx_ir
+
+    for node in [node for node in model.graph if node.op_type == "FusedMatMul"]:
+        ranks = [len(value.shape) if value.shape is not None else 0 for value in node.inputs]
+        if ranks[0] == ranks[1] or not all(ranks):
+            continue
+        for position, name in enumerate(("transBatchA", "transBatchB")):
+            flag, rank = node.attributes.pop(name, None), ranks[position]
+            if flag is not None and flag.as_int():
+                # The definition of the flag: the first axis goes to the second-to-last place.
+                order = [*range(1, rank - 1), 0, rank - 1]
+                transpose = onnx_ir.node("Transpose", [node.inputs[position]], attributes={"perm": order})
+                model.graph.insert_before(node, transpose)
+                node.replace_input_with(position, transpose.outputs[0])
+
+
 class OnnxDecoder:
     """Runs a session whose cache goes in and comes out; each continuation holds a cache of its own."""
 

@@ -48,7 +48,7 @@ from compileflow.source_model.decoding import decoding_step
 from compileflow.source_model.free_batch import free_batch, free_repeats
 from compileflow.source_model.whole_rows import whole_rows
 from compileflow.spec import HfTask, Precision
-from compileflow.targets._onnx_decoder import OnnxDecoder, has_cache, whole_row_inputs
+from compileflow.targets._onnx_decoder import OnnxDecoder, has_cache, transpose_batches, whole_row_inputs
 
 _FILE = "model.onnx"
 # It moves zeros around a picture into a following MaxPool, which pads with minus infinity (BiT).
@@ -456,7 +456,9 @@ def _export_decoder(source_model: SourceModel, options: OnnxRuntimeOptions, quan
         step = decoding_step(source_model, chooses_logits=True)
     except RuntimeError as error:
         raise refusal("transformers", error) from error
-    return _exported(step.model, step.inputs, step.dynamic_shapes, options, quantizer, longest)
+    model = _exported(step.model, step.inputs, step.dynamic_shapes, options, quantizer, longest)
+    transpose_batches(model)
+    return model
 
 
 def _exported(
@@ -489,7 +491,7 @@ def _exported(
             whole_rows(model, longest),
         ):
             warnings.simplefilter("ignore")
-            exported_model = OnnxExporter().export(model, dict(inputs), config).program
+            return OnnxExporter().export(model, dict(inputs), config).program
     except Exception as error:
         cause: BaseException = error
         # The outer errors hold pages of advice; the innermost error names the operator.
@@ -497,26 +499,3 @@ def _exported(
             cause = cause.__cause__
         reason = one_line(_ADVICE.split(str(cause))[0])[:300].rstrip(". ")
         raise refusal("The ONNX exporter", cause, reason=reason) from error
-    _transpose_batches(exported_model)
-    return exported_model
-
-
-def _transpose_batches(model: Any) -> None:
-    """Undo a fusion that ONNX Runtime does not run: FusedMatMul moves a batch axis only beside an equal rank.
-
-    The hidden states of the chosen tokens and the tied weights of a decoder's last layer differ in rank.
-    """
-    import onnx_ir
-
-    for node in [node for node in model.graph if node.op_type == "FusedMatMul"]:
-        ranks = [len(value.shape) if value.shape is not None else 0 for value in node.inputs]
-        if ranks[0] == ranks[1] or not all(ranks):
-            continue
-        for position, name in enumerate(("transBatchA", "transBatchB")):
-            flag, rank = node.attributes.pop(name, None), ranks[position]
-            if flag is not None and flag.as_int():
-                # The definition of the flag: the first axis goes to the second-to-last place.
-                order = [*range(1, rank - 1), 0, rank - 1]
-                transpose = onnx_ir.node("Transpose", [node.inputs[position]], attributes={"perm": order})
-                model.graph.insert_before(node, transpose)
-                node.replace_input_with(position, transpose.outputs[0])
