@@ -10,8 +10,10 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import JsonValue, ValidationError
 
 from compileflow._process.child_process import report_progress
@@ -33,12 +35,15 @@ from compileflow.source_model.interface import SourceModel
 from compileflow.source_model.load import loaded_once
 from compileflow.source_model.places import place_of_error, place_of_operator
 from compileflow.spec import HfTask, Precision
+from compileflow.validation.cases.shapes import values_per_token
 
 logger = logging.getLogger(__name__)
 # Largest accepted ||reference - answer|| / ||reference||. Rounding stays far below; int8 has no limit here.
 _LIMITS: Mapping[Precision, float] = {Precision.FP32: 1e-3, Precision.BF16: 0.3, Precision.FP16: 0.3}
 # Longest row, in tokens, of these examples.
 _LONG = 2048
+# Elements of an answer of these examples, 80 MB.
+_MOST_VALUES = 20_000_000
 # Namespaces of operators that torch, torchvision and ONNX have.
 _NAMESPACES = ("aten", "prim", "prims", "quantized", "torchvision", "ai", "com")
 _OTHER_TARGET = "Another target may compile it; `compileflow targets` lists them."
@@ -262,8 +267,8 @@ def _shapes(source_model: SourceModel, record: ComponentRecord) -> list[tuple[in
     export_length = example_length(source_model.inputs, longest, chunk=source_model.chunk)
     lengths = [min(longest, length * 3 // 4 + 1), min(longest, 2 * export_length + 1)]
     if source_model.tokens is not None:
-        # A loop over pieces of the text may have become constant.
-        lengths.append(min(longest, _LONG))
+        # A loop over pieces of the text may have become constant. A decoder answers with a value for each word.
+        lengths.append(max(lengths[-1], min(longest, _LONG, _MOST_VALUES // values_per_token(record.outputs))))
     return list(zip((2, 1, 1), dict.fromkeys(lengths), strict=False))
 
 
@@ -271,14 +276,19 @@ def _difference(source_model: SourceModel, inputs: Arrays, expected: Arrays, act
     """Return the largest difference of an output as a share of its norm, where the mask counts tokens."""
     differences = [0.0]
     for record in source_model.outputs:
-        reference, answer = expected[record.name].astype(np.float64), actual[record.name].astype(np.float64)
+        reference, answer = expected[record.name], actual[record.name]
         if reference.shape != answer.shape:
             return float("inf")
         if record.axes[:2] == ("batch", "sequence") and "attention_mask" in inputs:
             counts = inputs["attention_mask"].astype(bool)
             reference, answer = reference[counts], answer[counts]
-        norm = float(np.linalg.norm(reference))
-        distance = float(np.linalg.norm(reference - answer))
+        norm, distance = _norm(reference), _norm(reference - answer)
         differences.append(distance / norm if norm else distance)
     # numpy's maximum, unlike max(), never drops a NaN.
     return float(np.max(differences))
+
+
+def _norm(values: NDArray[Any]) -> float:
+    """Return the norm of an array, summed in float64 without a copy of that size."""
+    flat = values.ravel()
+    return float(np.sqrt(np.einsum("i,i->", flat, flat, dtype=np.float64)))
