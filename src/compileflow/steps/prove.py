@@ -356,7 +356,7 @@ class _Proof:
             self.validation,
             self.tests,
             labels=labels,
-            draw=draw_for(artifact.digest, self.source_model),
+            draw=draw_for(artifact.digest, self.source_model, generates=spec.hf_task.generates),
             trust_remote_code=artifact.trust_remote_code,
         )
         shapes_to_time = component_shapes(artifact, record, source_dir, self.validation)

@@ -53,8 +53,9 @@ _TIMED_LABELS = ((8, 16),)
 _TIMED_SECONDS = ((1, 1), (1, 5))
 # Lengths of the probes of a dynamic model, as far as its maximum.
 _PROBED_LENGTHS = (64, 129, 512)
-# Multiplications by weights while the vocabulary is read: two minutes on two cores, for each model.
-_MOST_VOCABULARY_WORK = 6e12
+# Multiplications by weights while the vocabulary is read: two minutes on two cores, for each model. A decoder also
+# writes, which takes minutes more.
+_MOST_VOCABULARY_WORK, _MOST_DECODER_WORK = 6e12, 1.5e12
 
 Decode = Callable[[Sequence[int]], str]
 Probe = Callable[[Measurements, Model, Model], None]
@@ -75,15 +76,21 @@ class Draw:
     most_ids: int
 
 
-def draw_for(artifact_digest: str, source_model: SourceModel) -> Draw:
-    """Return the seed of an artifact, and how many token ids a model of this size reads in bearable time."""
-    # The table of embeddings is read, not multiplied.
+def draw_for(artifact_digest: str, source_model: SourceModel, *, generates: bool) -> Draw:
+    """Return the seed of an artifact, and how many token ids a model of this size reads in bearable time.
+
+    Args:
+        artifact_digest: Digest of the artifact.
+        source_model: The source model.
+        generates: Whether the model is a decoder, compiled to generate text.
+    """
+    # The table of embeddings is read, not multiplied, but a decoder predicts each token with one of that size.
     weights = sum(
         weight.numel()
         for weight in source_model.model.parameters()
-        if source_model.tokens is None or weight.shape[:1] != (source_model.tokens.vocab_size,)
+        if generates or source_model.tokens is None or weight.shape[:1] != (source_model.tokens.vocab_size,)
     )
-    most_ids = int(_MOST_VOCABULARY_WORK // max(1, weights))
+    most_ids = int((_MOST_DECODER_WORK if generates else _MOST_VOCABULARY_WORK) // max(1, weights))
     return Draw(int(artifact_digest[:16], 16), source_model.tokens, most_ids)
 
 
