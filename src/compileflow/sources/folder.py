@@ -1,4 +1,4 @@
-"""file: a model that save_pretrained wrote on this machine."""
+"""file: a model that save_pretrained wrote on this machine, or a GGUF file."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from compileflow._process.folders import path_of_uri
 from compileflow.contracts import LocatedSource
 from compileflow.errors import SourceError
 from compileflow.settings import Settings
+from compileflow.sources import gguf_file
 from compileflow.sources.files import choose_files_below
 
 # Without a path, each of these would mean the current folder.
@@ -15,32 +16,39 @@ _EMPTY = ("", "file:", "file://", "file://localhost")
 
 
 class FolderSource:
-    """Reads a folder; the digest of its files serves as revision."""
+    """Reads a folder, whose digest of files serves as revision, or a GGUF file."""
 
     def __init__(self, settings: Settings):
-        """Accept the settings that every source gets; a folder needs none of them."""
+        self._settings = settings
 
     def pin(self, location: str, revision: str | None) -> tuple[str, str | None]:
-        """Return the folder's URI. A folder has no commits to pin.
+        """Return the URI, and for a GGUF file what decides its weights. A folder has no commits to pin.
 
         Raises:
             SourceError: A revision was given, or the location is empty.
         """
-        if revision is not None:
+        path = local_path(location)
+        commit = gguf_file.gguf_revision(path) if gguf_file.is_gguf(path) else None
+        if revision not in (None, commit):
+            kind = "folder" if commit is None else "file"
             raise SourceError(
-                f"{location} is a folder, and a folder has no revision {revision!r}.",
+                f"{location} is a {kind}, and a {kind} has no revision {revision!r}.",
                 hint="Leave the revision empty, or give a Hub id.",
             )
-        return _path(location).as_uri(), None
+        return path.as_uri(), commit
 
     def locate(self, location: str, revision: str | None, work_dir: Path) -> LocatedSource:
-        """Choose the model's files in the folder, without a copy.
+        """Choose the model's files in the folder, without a copy; a GGUF file is converted below `work_dir`.
 
         Raises:
-            SourceError: The folder does not exist or does not hold a model.
+            MissingPackageError: The packages that read a GGUF file are missing.
+            SourceError: The folder does not exist or does not hold a model, or the GGUF file cannot be read.
         """
-        uri, _ = self.pin(location, revision)
-        folder = _path(location)
+        uri, commit = self.pin(location, revision)
+        folder = local_path(location)
+        if commit is not None:
+            files = gguf_file.convert_gguf(folder, work_dir, self._settings)
+            return LocatedSource(uri=uri, revision=commit, folder=work_dir, files=files)
         if not folder.is_dir():
             raise SourceError(
                 f"{folder} is not a folder.", hint="Give a model folder, or a Hub id as hf://owner/name."
@@ -48,7 +56,12 @@ class FolderSource:
         return LocatedSource(uri=uri, revision="", folder=folder, files=choose_files_below(folder, str(folder)))
 
 
-def _path(location: str) -> Path:
+def local_path(location: str) -> Path:
+    """Return the absolute path that a path or a file:// URI names.
+
+    Raises:
+        SourceError: The location is empty.
+    """
     if location in _EMPTY:
         raise SourceError(
             f"Expected the folder of a model, got {location!r}.",

@@ -16,6 +16,8 @@ from compileflow.catalog import get_source, get_target, open_registry, open_stor
 from compileflow.errors import MissingPackageError, RegistryError, SourceError, SpecError
 from compileflow.registries.sqlite import SqliteRegistry
 from compileflow.settings import Settings
+from compileflow.sources.folder import local_path
+from compileflow.sources.gguf_file import check_gguf, is_gguf
 from compileflow.sources.hub import HubSource
 from compileflow.spec import HfTask
 from compileflow.steps.compile import check_available, checked_target, spec_of, timed_shapes
@@ -118,6 +120,11 @@ def _checked_model(request: CompileRequest, settings: Settings) -> Path | None:
     scheme = scheme_of(request.model)
     source = get_source(scheme, settings)
     if scheme == "file":
+        path = local_path(request.model)
+        if is_gguf(path):
+            source.pin(request.model, request.revision)
+            check_gguf(path)
+            return None
         # Chooses the files of the model, and copies nothing.
         return source.locate(request.model, request.revision, settings.work_dir).folder
     if scheme != "hf" and request.revision is not None:
