@@ -99,10 +99,15 @@ def choose_files(names: list[str], place: str) -> tuple[str, ...]:
         )
     if "config.json" not in candidates:
         has_modules = MODULES_FILE in candidates
+        gguf_name = next((name for name in candidates if name.endswith(".gguf")), None)
         raise SourceError(
             f"{place} does not hold a model: config.json is missing"
             + (f", although there is {MODULES_FILE} of sentence-transformers." if has_modules else "."),
-            hint=_NO_TRANSFORMER if has_modules else _NO_MODEL,
+            hint=_NO_TRANSFORMER
+            if has_modules
+            else f"Give the GGUF file itself, with its path: {gguf_name}."
+            if gguf_name
+            else _NO_MODEL,
         )
     weights = {*_choose_weights(candidates, place), *_module_weights(candidates, names)}
     return tuple(

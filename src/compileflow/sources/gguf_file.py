@@ -38,7 +38,7 @@ def check_gguf(path: Path) -> None:
 
     Raises:
         MissingPackageError: gguf or accelerate is not installed.
-        SourceError: The file is truncated or not GGUF, or some of its weights have a format that cannot be converted.
+        SourceError: The file is truncated or not GGUF, or some of its weights cannot be converted.
     """
     missing = [name for name in _PACKAGES if name not in installed_versions(_PACKAGES)]
     if missing:
@@ -62,7 +62,7 @@ def check_gguf(path: Path) -> None:
             dequantize(tensor.data.reshape(-1, tensor.data.shape[-1])[:1], kind)
         except NotImplementedError as error:
             raise SourceError(
-                f"{path.name} holds weights of the quantization {kind.name}, which the package gguf cannot convert.",
+                f"{path.name} holds weights of the quantization {kind.name}, which gguf cannot convert.",
                 hint="Get the model with another quantization, such as Q8_0 or Q4_K, or its original checkpoint.",
             ) from error
 

@@ -121,13 +121,15 @@ def default_name(source_uri: str) -> str:
     'all-MiniLM-L6-v2'
     >>> default_name("file:///srv/my%20model")
     'my-model'
+    >>> default_name("file:///srv/SmolLM2.Q4_1.gguf")
+    'SmolLM2.Q4_1'
     >>> default_name("mlflow:http://host:5000#ner@3")
     'ner'
     """
     tracking_uri, hash_sign, reference = source_uri.rpartition("#")
     if hash_sign and tracking_uri.startswith("mlflow:"):
         source_uri = reference.partition("@")[0]
-    path = str(path_of_uri(source_uri)) if source_uri.startswith("file:") else source_uri
+    path = str(path_of_uri(source_uri)).removesuffix(".gguf") if source_uri.startswith("file:") else source_uri
     last_part = path.rstrip("/").rpartition("/")[2]
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", last_part).lstrip("._-")
     return name[:128] or "model"
