@@ -44,7 +44,7 @@ def write_tokenizer(source_dir: Path, out_dir: Path, *, trust_remote_code: bool)
     tokenizer = tokenizer_or_none(source_dir, trust_remote_code=trust_remote_code)
     try:
         converted = _converted(tokenizer)
-    except Exception as error:  # noqa: BLE001 - the converter is optional and raises whatever it likes
+    except Exception as error:
         logger.info("the tokenizer was not converted", exc_info=error)
         report_progress(f"openvino_genai cannot open this artifact: {first_line(error)}")
         return ()
