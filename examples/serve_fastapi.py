@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
@@ -44,8 +44,8 @@ Parameter = Literal[
 ]
 
 
-class ServeSettings(BaseSettings):
-    """Settings from the environment: ARTIFACT, and SERVE_PORT, SERVE_THREADS and so on."""
+class ServiceSettings(BaseSettings):
+    """Settings of any service from the environment: ARTIFACT, and SERVE_PORT, SERVE_THREADS and so on."""
 
     model_config = SettingsConfigDict(env_prefix="SERVE_", env_ignore_empty=True, frozen=True)
 
@@ -53,12 +53,17 @@ class ServeSettings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 for any free port.")
     threads: int | None = Field(None, ge=1, description="Threads of one call of the model.")
+    shutdown_s: int = Field(30, ge=1, description="Seconds after SIGTERM in which accepted requests are answered.")
+
+
+class ServeSettings(ServiceSettings):
+    """Settings of this service."""
+
     max_batch: int = Field(16, ge=1, description="Largest number of texts in one call of the model.")
     max_wait_ms: float = Field(2.0, ge=0, description="How long a request waits for others to share its call.")
     queue_limit: int = Field(
         256, ge=1, description="Largest number of waiting texts; further requests are refused."
     )
-    shutdown_s: int = Field(30, ge=1, description="Seconds after SIGTERM in which accepted requests are answered.")
 
 
 class Prediction(BaseModel):
@@ -278,36 +283,50 @@ def make_app(batcher: Batcher) -> FastAPI:
     return app
 
 
+class Service(Protocol):
+    """What answers requests."""
+
+    failure: Exception | None
+
+    def drain(self) -> None:
+        """Refuse new requests; called after a signal."""
+
+
 class Server(uvicorn.Server):
     """Exits with 0 after a signal; uvicorn's server would end by that signal."""
 
-    batcher: Batcher
+    service: Service
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """Refuse new requests; the process answers the accepted ones before it ends."""
         self.should_exit = True
-        # A signal may interrupt the batcher anywhere; the event loop calls `drain` between two of its steps.
-        asyncio.get_running_loop().call_soon_threadsafe(self.batcher.drain)
+        # A signal may interrupt the service anywhere; the event loop calls `drain` between two of its steps.
+        asyncio.get_running_loop().call_soon_threadsafe(self.service.drain)
 
 
-def main() -> str | None:
+def serve(app: FastAPI, service: Service, settings: ServiceSettings) -> str | None:
     """Serve until a signal arrives; return the error that ended the service, if any."""
-    try:
-        settings = ServeSettings()
-    except ValidationError as error:
-        return f"{first_problem(error)}."
-    batcher = Batcher(settings)
     config = uvicorn.Config(
-        make_app(batcher),
+        app,
         host=settings.host,
         port=settings.port,
         timeout_graceful_shutdown=settings.shutdown_s,
         access_log=False,
     )
     server = Server(config)
-    server.batcher = batcher
+    server.service = service
     server.run()
-    return str(batcher.failure) if batcher.failure else None
+    return str(service.failure) if service.failure else None
+
+
+def main() -> str | None:
+    """Serve the artifact that the environment names; return the error that ended the service, if any."""
+    try:
+        settings = ServeSettings()
+    except ValidationError as error:
+        return f"{first_problem(error)}."
+    batcher = Batcher(settings)
+    return serve(make_app(batcher), batcher, settings)
 
 
 if __name__ == "__main__":

@@ -75,6 +75,7 @@ def build_decoder(
     model_type: str = "llama",
     seed: int = 0,
     template: str | None = CHAT_TEMPLATE,
+    max_tokens: int = MAX_TOKENS,
     **settings: Any,
 ) -> Path:
     """Write a random decoder with its tokenizer, and return the folder.
@@ -86,6 +87,7 @@ def build_decoder(
         model_type: Family of the decoder, as transformers names it.
         seed: Seed of the weights.
         template: Template of chats; None for a tokenizer without one.
+        max_tokens: Number of positions.
         **settings: Fields of the configuration.
     """
     import torch
@@ -101,7 +103,7 @@ def build_decoder(
         **ids,
         **(size | {"num_key_value_heads": 2, "initializer_range": 0.4} | settings),
         vocab_size=len(tokenizer),
-        max_position_embeddings=MAX_TOKENS,
+        max_position_embeddings=max_tokens,
     )
     transformers.AutoModelForCausalLM.from_config(config).eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)

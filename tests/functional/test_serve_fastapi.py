@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -27,40 +23,23 @@ from compileflow.spec import HfTask
 from tests.conftest import ModelFactory
 from tests.in_process import InProcess
 from tests.models import sentences
+from tests.services.example_process import WAIT_S, ExampleProcess
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "serve_fastapi.py"
 TEXTS = sentences()
 SCORE_ATOL = 1e-4
-WAIT_S = 120
 # Longer than any test: a request waits until the call is full or the service stops.
 FOREVER_MS = 1000 * WAIT_S
 
 Body = dict[str, Any]
 
 
-@dataclass
-class Service:
+class Service(ExampleProcess):
     """A running service and its log."""
-
-    process: subprocess.Popen[bytes]
-    log: Path
-
-    def poll(self, look: Callable[[], Any]) -> Any:
-        """Call `look` until it returns something; fail when the process has ended or time is up."""
-        end = time.monotonic() + WAIT_S
-        while True:
-            result = look()
-            if result:
-                return result
-            assert self.process.poll() is None, self.log.read_text("utf-8")
-            assert time.monotonic() < end, self.log.read_text("utf-8")
-            time.sleep(0.02)
 
     def client(self) -> httpx.Client:
         """Return a client that uses no proxy and has a connection for each caller."""
-        url = self.poll(lambda: re.search(r"running on (http://[\d.:]+)", self.log.read_text("utf-8")))[1]
         limits = httpx.Limits(max_connections=None)
-        return httpx.Client(base_url=url, trust_env=False, timeout=WAIT_S, limits=limits)
+        return httpx.Client(base_url=self.url(), trust_env=False, timeout=WAIT_S, limits=limits)
 
     @contextmanager
     def ready(self) -> Iterator[httpx.Client]:
@@ -109,25 +88,11 @@ def serve(model: Path, in_process: InProcess, tmp_path_factory: pytest.TempPathF
 
     @contextmanager
     def start(**settings: Any) -> Iterator[Service]:
-        folder = tmp_path_factory.mktemp("service")
-        variables = {"ARTIFACT": str(artifact), "SERVE_PORT": "0", "COMPILEFLOW_HOME": str(folder / "home")}
-        variables |= {
+        variables = {"ARTIFACT": str(artifact)} | {
             name if name == "ARTIFACT" else f"SERVE_{name}": str(value) for name, value in settings.items()
         }
-        log = folder / "service.log"
-        with log.open("wb") as out:
-            process = subprocess.Popen(
-                [sys.executable, str(SCRIPT)],
-                cwd=folder,
-                env=os.environ | variables,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-            )
-            try:
-                yield Service(process, log)
-            finally:
-                process.kill()
-                process.wait(WAIT_S)
+        with Service.started("serve_fastapi.py", tmp_path_factory.mktemp("service"), variables) as service:
+            yield service
 
     return start
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +21,9 @@ from compileflow.artifact.manifest import read_manifest
 from compileflow.catalog import get_target
 from compileflow.contracts import ACCEPTED_OUTCOMES
 from compileflow.errors import TargetUnavailableError
+from compileflow.spec import HfTask
 from compileflow.steps.compile import check_available
-from compileflow.targets import _openvino_decoder
+from compileflow.targets import _openvino_decoder, _openvino_tokenizer
 from compileflow.testing.shared import make_once, shared_folder
 from tests.decoders import CHAT, GREEDY, TASK, TEXTS
 from tests.in_process import InProcess
@@ -192,6 +194,63 @@ class TestArtifact:
         difference = torch.linalg.norm(model(**inputs).logits - expected) / torch.linalg.norm(expected)
         assert 1e-5 < float(difference) < FARTHEST[target, precision]
         assert model.generate(**inputs, **GREEDY).shape[1] == inputs["input_ids"].shape[1] + 16
+
+
+class TestOpenVinoGenai:
+    """openvino_genai opens the folder of a component that openvino compiled."""
+
+    @pytest.mark.parametrize("backend", ["SDPA", "PA"])
+    def test_it_writes_the_same_texts(
+        self, compiled: Compiled, model_of: Any, eager: Any, tokens: Any, backend: str
+    ) -> None:
+        import openvino
+        import openvino_genai
+
+        component = compiled("openvino") / "components" / "default"
+        hints = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "ATTENTION_BACKEND": backend}
+        pipeline = openvino_genai.LLMPipeline(component, "CPU", **hints)
+        settings = pipeline.get_generation_config()
+        settings.max_new_tokens, settings.apply_chat_template = 24, False
+        tokenizer = CompiledTokenizer.from_pretrained(compiled("openvino"))
+        for text in TEXTS:
+            prompt = tokens([text])
+            expected = eager.generate(**prompt, max_new_tokens=24, do_sample=False)
+            assert model_of("openvino").generate(**prompt, max_new_tokens=24).tolist() == expected.tolist()
+            written = expected[0, prompt["input_ids"].shape[1] :].tolist()
+            answer = pipeline.generate(openvino.Tensor(prompt["input_ids"].numpy()), settings)
+            assert list(answer.tokens[0]) == written
+            assert pipeline.generate(text, settings) == tokenizer.decode(written, skip_special_tokens=True)
+        template = pipeline.get_tokenizer().apply_chat_template(CHAT, add_generation_prompt=True)
+        assert template == tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, tokenize=False)
+
+    def test_graph_has_four_inputs(self, compiled: Compiled) -> None:
+        """A load adds the places of the logits to the graph in memory, not to the file."""
+        import openvino
+
+        graph = openvino.Core().read_model(compiled("openvino") / "components" / "default" / "openvino_model.xml")
+        names = {port.get_any_name() for port in graph.inputs}
+        assert names == {"input_ids", "attention_mask", "position_ids", "beam_idx"}
+
+    @pytest.mark.parametrize("fault", ["missing", "other tokens"])
+    def test_without_a_converted_tokenizer_the_compile_says_so(
+        self,
+        tiny_model: Callable[..., Path],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        fault: str,
+    ) -> None:
+        import openvino_tokenizers
+
+        if fault == "missing":
+            monkeypatch.setitem(sys.modules, "openvino_tokenizers", None)
+        else:
+            other_tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model(HfTask.FILL_MASK))
+            converted = openvino_tokenizers.convert_tokenizer(other_tokenizer, with_detokenizer=True)
+            monkeypatch.setattr(openvino_tokenizers, "convert_tokenizer", lambda *args, **kwargs: converted)
+        lines: list[str] = []
+        monkeypatch.setattr(_openvino_tokenizer, "report_progress", lines.append)
+        assert _openvino_tokenizer.write_tokenizer(tiny_model(TASK), tmp_path, trust_remote_code=False) == ()
+        assert [line.partition(":")[0] for line in lines] == ["openvino_genai cannot open this artifact"]
 
 
 class TestPlantedFaults:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from compileflow.artifact.open import OpenArtifact
 from compileflow.contracts import Continuation
 from compileflow.errors import InputError
 from compileflow.serving.component import LoadedComponent, graph_errors
@@ -66,7 +67,7 @@ class GeneratingModel(CompiledModel):
 
     def __init__(self, graph: LoadedComponent, config: Any):
         super().__init__(graph, config)
-        self.generation_config = load_generation_config(graph, config)
+        self.generation_config = load_generation_config(graph.artifact, config)
 
     def __call__(  # type: ignore[override]
         self,
@@ -200,12 +201,12 @@ class GeneratingModel(CompiledModel):
 _LONGER_ROWS = "Shorten the prompt, or compile the model with a larger maximum length."
 
 
-def load_generation_config(graph: LoadedComponent, config: Any) -> Any:
+def load_generation_config(artifact: OpenArtifact, config: Any) -> Any:
     """Return the settings of `generate` that an artifact holds, or those that follow from its configuration."""
     from transformers import GenerationConfig
 
-    if (graph.artifact.folder / "generation_config.json").is_file():
-        return load_part(graph.artifact, "GenerationConfig")
+    if (artifact.folder / "generation_config.json").is_file():
+        return load_part(artifact, "GenerationConfig")
     return GenerationConfig.from_model_config(config)
 
 

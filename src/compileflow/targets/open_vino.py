@@ -59,6 +59,8 @@ from compileflow.targets._openvino_decoder import (
     whole_row_inputs,
 )
 from compileflow.targets._openvino_graph import divide_as_torch, keep_rounded_quotients, resize_as_torch
+from compileflow.targets._openvino_tokenizer import CONVERTER, write_tokenizer
+from compileflow.targets._openvino_tokenizer import FILES as TOKENIZER_FILES
 
 _FILE = "model.xml"
 _FILES = (_FILE, "model.bin")
@@ -180,10 +182,10 @@ class OpenVinoTarget:
     """Convert to OpenVINO IR for any batch size and length, and run with the CPU plugin."""
 
     name: ClassVar[str] = "openvino"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     summary: ClassVar[str] = "OpenVINO IR with dynamic axes, int8 and int4 by NNCF; CPU fleets"
     Options: ClassVar[type[TargetOptions]] = OpenVinoOptions
-    component_files: ClassVar[Sequence[str]] = (*_FILES, *_DECODER_FILES)
+    component_files: ClassVar[Sequence[str]] = (*_FILES, *_DECODER_FILES, *TOKENIZER_FILES)
     fallback_options: ClassVar[Mapping[str, JsonValue]] = {"exporter": "trace"}
     refused_model_types: ClassVar[Mapping[str, str]] = {
         "deformable_detr": "its exported graph answers differently",
@@ -211,8 +213,8 @@ class OpenVinoTarget:
         )
 
     def toolchain(self) -> dict[str, str]:
-        """Return the versions of the exporter, the quantizer and the runtime."""
-        return installed_versions(_COMPILE_NEEDS)
+        """Return the versions of the exporter, the quantizer, the runtime and the converter of tokenizers."""
+        return installed_versions((*_COMPILE_NEEDS, CONVERTER))
 
     def cpu_features(self) -> tuple[str, ...]:
         """Return (): OpenVINO chooses its kernels at load."""
@@ -228,7 +230,7 @@ class OpenVinoTarget:
             trust_remote_code=component.trust_remote_code,
         )
         if component.hf_task.generates:
-            return _compile_decoder(source_model, component, options, out_dir)
+            return _compile_decoder(source_model, source_dir, component, options, out_dir)
         example = source_model.export_tensors(component.max_sequence_length)
         calibration = calibration_tensors(source_model.inputs, component.calibration)
         with torch_threads(component.threads), environment(**_NO_TELEMETRY):
@@ -301,9 +303,13 @@ class OpenVinoTarget:
 
 
 def _compile_decoder(
-    source_model: SourceModel, component: ComponentPlan, options: OpenVinoOptions, out_dir: Path
+    source_model: SourceModel,
+    source_dir: Path,
+    component: ComponentPlan,
+    options: OpenVinoOptions,
+    out_dir: Path,
 ) -> CompiledComponent:
-    """Export the stateful graph of a decoder, and compress its weights at int8 and int4."""
+    """Export the stateful graph of a decoder, compress its weights at int8 and int4, and convert its tokenizer."""
     import openvino
 
     precision = component.precision
@@ -316,8 +322,9 @@ def _compile_decoder(
             graph = compress_weights(graph, precision, group_size=group_size, symmetric=options.symmetric)
         report_progress("writing the IR")
         openvino.save_model(graph, str(out_dir / _DECODER_FILE), compress_to_fp16=precision is Precision.FP16)
+        tokenizer_files = write_tokenizer(source_dir, out_dir, trust_remote_code=component.trust_remote_code)
     return source_model.compiled_to(
-        _DECODER_FILES,
+        (*_DECODER_FILES, *tokenizer_files),
         {
             "performance_hint": options.performance_hint,
             "dynamic_quantization_group_size": _GROUP_SIZE[options.quantization] if precision in _QUANTIZED else 0,

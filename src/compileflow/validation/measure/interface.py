@@ -29,6 +29,7 @@ from compileflow.validation.measure.measurements import Measurements
 _TOLERANCE = (1e-6, 1e-5)
 _TEXTS_PER_CALL = 1000
 _LONGEST_DETAIL, _LONGEST_NAME = 240, 60
+_SETTINGS = "generation_config.json"
 # Entries of config.json that transformers writes and no class reads.
 _BOOKKEEPING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
@@ -219,6 +220,10 @@ def _changed_files(source_dir: Path, artifact: OpenArtifact) -> list[str]:
             contents = [_json(folder / name) for folder in (source_dir, artifact.folder)]
             place = _changed_place(*contents)
             changes.append(f"{name} differs" + (f" at {place}" if place else ""))
+    # openvino_genai reads this copy beside the graph.
+    for name in sorted(listed_names & {f"{folder}{_SETTINGS}" for folder in folders}):
+        if _json(artifact.folder / name) != _json(source_dir / _SETTINGS):
+            changes.append(f"{name} differs")
     return changes
 
 
@@ -240,7 +245,7 @@ def _changed_weights(source_dir: Path, folder: Path) -> list[str]:
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
-    except ValueError:
+    except (FileNotFoundError, ValueError):
         return None
 
 

@@ -1,0 +1,325 @@
+"""examples/serve_chat.py in its own process, asked by OpenAI's own client."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
+from pathlib import Path
+from threading import Barrier
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+import torch
+import transformers
+
+from compileflow.spec import ComponentSpec, HfTask
+from compileflow.testing.shared import make_once, shared_folder
+from tests.in_process import InProcess
+from tests.models import build_decoder
+from tests.services.example_process import WAIT_S, ExampleProcess
+
+TASK = HfTask.TEXT_GENERATION
+MAX_TOKENS = 8192
+# The first one ends by itself after 144 tokens, and the others write on.
+PROMPTS = [
+    "i like it",
+    "please",
+    "where is my order today because it is late",
+    "it arrived",
+    "the train was late and",
+]
+ENGINES = ["continuous-batching", pytest.param("threads", marks=pytest.mark.slow)]
+Start = Callable[..., AbstractContextManager["ChatProcess"]]
+
+
+class ChatProcess(ExampleProcess):
+    """A running service."""
+
+    engine = "auto"
+
+    @cached_property
+    def client(self) -> openai.OpenAI:
+        """OpenAI's client, when the model is loaded."""
+        http = httpx2.Client(trust_env=False, timeout=WAIT_S)
+        self.poll(lambda: http.get(f"{self.url()}/health").status_code == 200)
+        return openai.OpenAI(base_url=f"{self.url()}/v1", api_key="none", http_client=http, max_retries=0)
+
+    def post(self, content: bytes | str, path: str = "/v1/chat/completions") -> httpx2.Response:
+        """Send a body that OpenAI's client would not."""
+        return httpx2.post(f"{self.url()}{path}", content=content, trust_env=False, timeout=WAIT_S)
+
+    def requests(self) -> int:
+        """Return how many requests run or wait."""
+        return int(httpx2.get(f"{self.url()}/health", trust_env=False).json()["requests"])
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small decoder whose texts can be long."""
+    return make_once(
+        shared_folder(tmp_path_factory) / "long-decoder", lambda path: build_decoder(path, max_tokens=MAX_TOKENS)
+    )
+
+
+@pytest.fixture(scope="module")
+def artifact(source: Path, in_process: InProcess, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That decoder, compiled for openvino."""
+    components = [ComponentSpec(max_sequence_length=MAX_TOKENS)]
+    return (
+        make_once(
+            shared_folder(tmp_path_factory) / "long-decoder-openvino",
+            lambda path: in_process.compile(
+                source, path / "chat", target="openvino", hf_task=TASK, components=components
+            ),
+        )
+        / "chat"
+    )
+
+
+@pytest.fixture(scope="module")
+def start(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Start:
+    """Start services with settings by name."""
+
+    @contextmanager
+    def started(**settings: Any) -> Iterator[ChatProcess]:
+        variables = {"ARTIFACT": str(settings.pop("artifact", artifact)), "SERVE_THREADS": "1"}
+        variables |= {f"SERVE_{name.upper()}": str(value) for name, value in settings.items()}
+        with ChatProcess.started("serve_chat.py", tmp_path_factory.mktemp("chat"), variables) as process:
+            yield process
+            if "client" in vars(process):
+                process.client.close()
+
+    return started
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def service(request: pytest.FixtureRequest, start: Start) -> Iterator[ChatProcess]:
+    """A service that tests share."""
+    with start(
+        engine=request.param, max_output_tokens=8000, max_prompt_tokens=64, max_body_bytes=20_000
+    ) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def expected(source: Path) -> Callable[..., str]:
+    """Write on from a prompt with transformers itself."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source).eval()
+
+    def write(prompt: str, tokens: int, *, chat: bool) -> str:
+        ids = tokenizer(prompt)["input_ids"]
+        if chat:
+            ids = tokenizer.apply_chat_template(as_chat(prompt), add_generation_prompt=True)["input_ids"]
+        output = model.generate(torch.tensor([ids]), max_new_tokens=tokens, do_sample=False)
+        return str(tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))
+
+    return write
+
+
+def as_chat(text: str) -> list[Any]:
+    return [{"role": "user", "content": text}]
+
+
+def written(stream: Any) -> tuple[str, Any, Any]:
+    """Read a stream of a chat: the text, why it ended, and the usage."""
+    chunks = list(stream)
+    choices = [chunk.choices[0] for chunk in chunks if chunk.choices]
+    assert choices[0].delta.role == "assistant"
+    assert [choice.finish_reason for choice in choices[:-1]] == [None] * (len(choices) - 1)
+    text = "".join(choice.delta.content or "" for choice in choices)
+    return text, choices[-1].finish_reason, chunks[-1].usage
+
+
+def test_chat_is_answered_as_transformers_does(service: ChatProcess, expected: Any) -> None:
+    client = service.client
+    request: Any = {"model": "chat", "messages": as_chat(PROMPTS[1]), "max_completion_tokens": 40}
+    answer = client.chat.completions.create(**request)
+    text = expected(PROMPTS[1], 40, chat=True)
+    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (text, "length")
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (6, 40, 46)
+    stream = client.chat.completions.create(**request, stream=True, stream_options={"include_usage": True})
+    assert written(stream) == (text, "length", answer.usage)
+    assert written(client.chat.completions.create(**request, stream=True))[:2] == (text, "length")
+
+
+def test_text_is_completed_until_it_ends(service: ChatProcess, expected: Any) -> None:
+    client = service.client
+    request: Any = {"model": "chat", "prompt": PROMPTS[0], "max_tokens": 300, "temperature": 0}
+    answer = client.completions.create(**request)
+    text = expected(PROMPTS[0], 300, chat=False)
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == (text, "stop")
+    assert answer.usage.completion_tokens < 300
+    chunks = list(client.completions.create(**request, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == text
+    assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_stop_text_ends_an_answer_before_it(service: ChatProcess, expected: Any) -> None:
+    text = expected(PROMPTS[2], 60, chat=True)
+    stop = text[50:58]
+    request: Any = {"model": "chat", "messages": as_chat(PROMPTS[2]), "max_tokens": 2000, "stop": ["\n", stop]}
+    answer = service.client.chat.completions.create(**request)
+    before = text[: text.index(stop)]
+    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (before, "stop")
+    assert answer.usage.completion_tokens < 60
+    stream = service.client.chat.completions.create(**request, stream=True)
+    assert written(stream)[:2] == (before, "stop")
+    service.poll(lambda: service.requests() == 0)
+
+
+def test_eight_at_once_get_the_answers_that_each_gets_alone(service: ChatProcess, expected: Any) -> None:
+    prompts = [f"{prompt} {word}" for prompt in PROMPTS[1:] for word in ("today", "it")]
+    client, barrier = service.client, Barrier(len(prompts))
+
+    def ask(prompt: str) -> str:
+        barrier.wait(WAIT_S)
+        request: Any = {"model": "chat", "messages": as_chat(prompt), "max_tokens": 64, "temperature": 0}
+        if prompt.endswith("it"):
+            return written(client.chat.completions.create(**request, stream=True))[0]
+        return str(client.chat.completions.create(**request).choices[0].message.content)
+
+    with ThreadPoolExecutor(len(prompts)) as threads:
+        answers = list(threads.map(ask, prompts))
+    assert answers == [expected(prompt, 64, chat=True) for prompt in prompts]
+
+
+def test_samples_follow_their_seed(service: ChatProcess) -> None:
+    client = service.client
+
+    def sample(**settings: Any) -> str:
+        answer = client.completions.create(
+            model="chat", prompt="it arrived", max_tokens=24, temperature=1.5, **settings
+        )
+        return str(answer.choices[0].text)
+
+    assert sample() != sample()
+    if service.engine == "threads":
+        with pytest.raises(openai.BadRequestError, match="seed needs continuous batching"):
+            sample(seed=1)
+    else:
+        assert sample(seed=1) == sample(seed=1) != sample(seed=2)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_client_that_leaves_frees_its_place(service: ChatProcess, stream: bool) -> None:
+    client = service.client
+    request: Any = {"model": "chat", "messages": as_chat(PROMPTS[2]), "max_tokens": 8000}
+    begun = time.monotonic()
+    if stream:
+        answer = client.chat.completions.create(**request, stream=True)
+        assert [next(answer).choices[0].finish_reason for _ in range(3)] == [None] * 3
+        assert service.requests() == 1
+        answer.close()
+    else:
+        with pytest.raises(openai.APITimeoutError):
+            client.with_options(timeout=0.3).chat.completions.create(**request)
+    service.poll(lambda: service.requests() == 0)
+    left_s = time.monotonic() - begun
+    assert left_s < 2, "the whole answer takes longer"
+
+
+def test_full_queue_refuses_until_a_request_ends(start: Start) -> None:
+    with start(max_running=1, queue_limit=2, max_output_tokens=8000) as service:
+        client = service.client
+        request: Any = {"model": "chat", "prompt": PROMPTS[2], "max_tokens": 8000, "stream": True}
+        running, waiting = client.completions.create(**request), client.completions.create(**request)
+        next(running)
+        with pytest.raises(openai.InternalServerError, match="The queue is full: 2 requests run or wait") as error:
+            client.completions.create(**request)
+        assert (error.value.status_code, error.value.response.headers["retry-after"]) == (503, "1")
+        running.close()
+        assert next(waiting).choices[0].text
+        waiting.close()
+        patient = client.with_options(max_retries=8)
+        assert patient.completions.create(**(request | {"max_tokens": 2, "stream": False})).choices[0].text
+
+
+WRONG: list[tuple[dict[str, Any], int, str, str]] = [
+    ({"model": "other"}, 404, "model", "The model 'other' does not exist"),
+    ({"n": 2}, 400, "n", "n"),
+    ({"logprobs": True}, 400, "logprobs", "logprobs"),
+    ({"tools": []}, 400, "tools", "tools"),
+    ({"frequency_penalty": 0.5}, 400, "frequency_penalty", "frequency_penalty"),
+    ({"temperature": 3}, 400, "temperature", "temperature"),
+    ({"top_p": 0}, 400, "top_p", "top_p"),
+    ({"max_tokens": 0}, 400, "max_tokens", "max_tokens"),
+    ({"max_tokens": 8001}, 400, "max_tokens", "An answer has at most 8000 tokens"),
+    ({"messages": as_chat("it " * 80)}, 400, "messages", "at most 64 are allowed"),
+    ({"messages": []}, 400, "messages", "messages"),
+    ({"messages": [{"role": "tool", "content": "a"}]}, 400, "messages", "messages.0.role"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a"}}]}]},
+        400,
+        "messages",
+        "messages.0.content",
+    ),
+    ({"messages": as_chat("a" * 30_000)}, 413, "", "The body has more than 20000 bytes"),
+]
+
+
+@pytest.mark.parametrize(("change", "status", "param", "message"), WRONG, ids=lambda value: str(value)[:30])
+def test_wrong_request_gets_one_line(
+    service: ChatProcess, change: dict[str, Any], status: int, param: str, message: str
+) -> None:
+    with pytest.raises(openai.APIStatusError) as error:
+        service.client.post(
+            "/chat/completions", cast_to=object, body={"model": "chat", "messages": as_chat("it")} | change
+        )
+    assert (error.value.status_code, error.value.param or "") == (status, param)
+    assert error.value.type == "invalid_request_error"
+    text = error.value.body["message"]  # type: ignore[index]
+    assert message in text
+    assert "\n" not in text
+
+
+def test_other_wrong_requests(service: ChatProcess) -> None:
+    assert service.client
+    for body in ("{", "[]", b"\xff", ""):
+        response = service.post(body)
+        assert response.status_code == 400, response.text
+        assert response.json()["error"]["type"] == "invalid_request_error"
+    for content, param in (
+        ({"prompt": [9999]}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": "a", "echo": True}, "echo"),
+    ):
+        response = service.post(json.dumps({"model": "chat"} | content), "/v1/completions")
+        assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+    assert service.post("{}", "/v1/images").json()["error"]["message"] == "Not Found."
+
+
+def test_models_are_listed(service: ChatProcess) -> None:
+    assert [model.id for model in service.client.models.list()] == ["chat"]
+
+
+@pytest.mark.slow
+def test_chat_with_a_model_without_a_template_is_refused(
+    start: Start, in_process: InProcess, tmp_path: Path
+) -> None:
+    source = build_decoder(tmp_path / "source", template=None)
+    folder = in_process.compile(source, tmp_path / "plain", target="openvino", hf_task=TASK)
+    with start(artifact=folder) as service:
+        client = service.client
+        with pytest.raises(openai.BadRequestError, match="no chat template"):
+            client.chat.completions.create(model="plain", messages=as_chat("it"))
+        assert client.completions.create(model="plain", prompt="it", max_tokens=4).choices[0].text
+
+
+def test_altered_artifact_ends_the_service_with_one_line(start: Start, artifact: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = shutil.copytree(artifact, tmp_path / "chat")
+    with (folder / "components" / "default" / "openvino_detokenizer.xml").open("a") as file:
+        file.write("\n")
+    with start(artifact=folder) as service:
+        assert service.process.wait(WAIT_S) == 1
+        log = service.log.read_text("utf-8")
+    assert "openvino_detokenizer.xml was altered" in log.splitlines()[-1]
+    assert "Traceback" not in log
