@@ -321,5 +321,7 @@ def _check_head(source_dir: Path, component: ComponentPlan) -> None:
             raise SpecError(
                 f"hyperdex cannot compile {name} for {component.hf_task.value}: it compiles a model only for the "
                 "task that the model was saved for.",
-                hint=f"Request {saved_task}." if saved_task in HyperdexTarget.capabilities.hf_tasks else "Choose another target.",
+                hint=f"Request {saved_task}."
+                if saved_task in HyperdexTarget.capabilities.hf_tasks
+                else "Choose another target.",
             )

@@ -65,13 +65,23 @@ class ModelWriter:
             # transformers warns of settings in the model's file that choosing the likeliest token does not use.
             warnings.simplefilter("ignore")
             answer = self.model.generate(**tensors, generation_config=config)
-        ids = answer.sequences[:, tensors["input_ids"].shape[1] :].numpy()
+        length = tensors["input_ids"].shape[1]
+        ids = answer.sequences[:, length:].numpy()
         if is_beam_search:
             return Written(ids, scores=answer.sequences_scores.numpy())
+        if self._writes_by_itself():
+            # A runtime that writes whole texts does so only if nobody asks for logits. Its text must be the same.
+            config.return_dict_in_generate = config.output_logits = False
+            own_ids = self.model.generate(**tensors, generation_config=config)[:, length:].numpy()
+            if not np.array_equal(own_ids, ids):
+                return Written(own_ids)
         # The difference of two logits is that of the log probabilities.
         best = [logits.topk(2) for logits in answer.logits]
         values, ranked = (torch.stack(parts, dim=1).numpy() for parts in zip(*best, strict=True))
         return Written(ids, ranked, values[..., 0] - values[..., 1])
+
+    def _writes_by_itself(self) -> bool:
+        return isinstance(self.model, CompiledModel) and self.model.graph.writer is not None
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,9 @@ class _CompiledModel:
             answers = self._graph(*(torch.as_tensor(array) for array in padded))
         arrays = [answer.numpy() for answer in answers]
         cut = [value[:, :length] if value.ndim > 1 and value.shape[1] == longest else value for value in arrays]
-        return SimpleNamespace(**dict(zip(self._interface["outputs"], (value.copy() for value in cut), strict=True)))
+        return SimpleNamespace(
+            **dict(zip(self._interface["outputs"], (value.copy() for value in cut), strict=True))
+        )
 
 
 class AutoModelForCausalLM(_CompiledModel):
