@@ -18,8 +18,8 @@ def autocompile(
     max_length: Annotated[
         int | None,
         typer.Option(
-            help="Longest row in tokens, prompt included. Default: 1,024, or as many as the model has positions for, "
-            "if these are fewer."
+            help="Longest row in tokens, prompt included. Default: 1,024, or fewer if the model has fewer "
+            "positions."
         ),
     ] = None,
     low_memory_usage: Annotated[

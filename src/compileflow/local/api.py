@@ -284,7 +284,8 @@ def _compiled_model(
     )
     logger.info("%s for %s: %s", source.uri, request.target, compile_words(artifact))
     if validate and has_preprocessor:
-        prove(source, artifact, request, configuration)
+        hint = "Choose another target or precision; validate=False skips validation."
+        prove(source, artifact, request, configuration, hint=hint)
     opened = open_artifact(artifact.uri, settings=configuration, trust_remote_code=request.trust_remote_code)
     if validate and not has_preprocessor:
         # The validation step reads natural text, which takes a tokenizer.
@@ -299,6 +300,7 @@ def prove(
     request: CompileRequest,
     settings: Settings,
     *,
+    hint: str = "Choose another target or precision.",
     on_progress: Callable[[str], None] = logger.info,
 ) -> ValidatedArtifact:
     """Validate an artifact in the configured store, and return its verdict.
@@ -321,7 +323,7 @@ def prove(
     if validated.outcome in ("fail", "error"):
         raise VerdictError(
             f"{source.uri}, compiled for {request.target}, failed validation: {validated.reason}.",
-            hint=f"The report is {validated.report_uri}. Choose another target or precision.",
+            hint=f"The report is {validated.report_uri}. {hint}",
             report_uri=validated.report_uri,
         )
     return validated

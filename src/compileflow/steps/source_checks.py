@@ -102,7 +102,8 @@ def check_model_type(target: Target, hf_task: HfTask, config: Any) -> None:
     supported = getattr(target, "supported_model_types", {}).get(hf_task.graph_task)
     if supported is not None and model_type not in supported:
         raise SpecError(
-            f"{target.name} does not compile {model_type} for {hf_task.value}; it compiles {', '.join(supported)}.",
+            f"{target.name} does not compile {model_type} for {hf_task.value}; it compiles "
+            f"{', '.join(supported)}.",
             hint="Choose another target; `compileflow targets` lists them.",
         )
     # Optional attribute of a target: reasons by "model type" or "task/model type".

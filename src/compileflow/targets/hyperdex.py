@@ -47,8 +47,8 @@ from compileflow.targets._vendor.toolchain import VendorToolchain, vendor_call
 
 _FOLDER = "model"
 _DECODER_CLASS = AUTO_CLASSES[HfTask.TEXT_GENERATION]
-# Device of a load: the LPUs alone, or GPUs that read the prompt beside LPUs that write.
-_LPU, _HYBRID = "lpu", "lpu-gpu"
+# GPUs that read the prompt beside LPUs that write.
+_HYBRID: Device = "lpu-gpu"
 _MODULES = {"hyperdex": ("hyperdex-toolchain",)}
 _TOOLCHAIN = VendorToolchain(
     compiler=_MODULES,
@@ -82,8 +82,8 @@ class HyperdexTarget:
     name: ClassVar[str] = "hyperdex"
     version: ClassVar[int] = 2
     summary: ClassVar[str] = (
-        "HyperAccel's HyperDex for LPUs; rows of any length; decoders, and also encoders, which HyperAccel does not "
-        "document"
+        "HyperAccel's HyperDex for LPUs; rows of any length; compiles decoders, and encoders, although HyperAccel "
+        "documents only decoders"
     )
     Options: ClassVar[type[TargetOptions]] = HyperdexOptions
     # The LPU computes in FP16; HyperDex has no argument for it. The documentation requires a device to compile.
@@ -94,7 +94,7 @@ class HyperdexTarget:
             HfTask.TEXT_GENERATION,
         ),
         precisions=(Precision.FP16,),
-        devices=(_LPU, _HYBRID),
+        devices=("lpu", _HYBRID),
         dynamic_axes=True,
         compile_needs_device=True,
         # The documentation does not mention other versions.
@@ -180,7 +180,7 @@ class HyperdexTarget:
     def load(
         self, component_dir: Path, component: ComponentRecord, *, device: Device, threads: int | None
     ) -> Runner:
-        """Load the compiled folder onto the number of LPUs that it was compiled for, and GPUs if the device says so.
+        """Load the compiled folder onto as many LPUs as it was compiled for, and onto GPUs if the device has them.
 
         Raises:
             LoadError: GPUs are requested, but the checkpoint's weights, which they need, were removed.
@@ -194,9 +194,9 @@ class HyperdexTarget:
         if device == _HYBRID:
             if load_option("low_memory_usage"):
                 raise LoadError(
-                    "The model was compiled with low_memory_usage, which removed the weights that GPUs need, so it "
-                    "does not load on LPUs and GPUs together.",
-                    hint=f"Load it with device={_LPU!r}, or compile it without low_memory_usage.",
+                    "The model was compiled with low_memory_usage, which removed the weights that GPUs need, so "
+                    "it does not load on LPUs and GPUs together.",
+                    hint="Load it with device='lpu', or compile it without low_memory_usage.",
                 )
             device_map = {"gpu": load_option("num_gpu"), **device_map}
         try:

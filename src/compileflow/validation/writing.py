@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from compileflow.errors import MeasurementError
 from compileflow.serving.component import LoadedComponent
 from compileflow.serving.model import CompiledModel
 from compileflow.source_model.decoding import token_positions
@@ -22,6 +23,7 @@ from compileflow.validation.measure.generation import (
     Written,
     measure_generation,
     measure_pieces,
+    part,
 )
 
 # Prompts, and tokens that are written after each.
@@ -69,19 +71,20 @@ class ModelWriter:
         ids = answer.sequences[:, length:].numpy()
         if is_beam_search:
             return Written(ids, scores=answer.sequences_scores.numpy())
-        if self._writes_by_itself():
-            # A runtime that writes whole texts does so only if nobody asks for logits. Its text must be the same.
-            config.return_dict_in_generate = config.output_logits = False
-            own_ids = self.model.generate(**tensors, generation_config=config)[:, length:].numpy()
-            if not np.array_equal(own_ids, ids):
-                return Written(own_ids)
         # The difference of two logits is that of the log probabilities.
         best = [logits.topk(2) for logits in answer.logits]
         values, ranked = (torch.stack(parts, dim=1).numpy() for parts in zip(*best, strict=True))
-        return Written(ids, ranked, values[..., 0] - values[..., 1])
-
-    def _writes_by_itself(self) -> bool:
-        return isinstance(self.model, CompiledModel) and self.model.graph.writer is not None
+        written = Written(ids, ranked, values[..., 0] - values[..., 1])
+        if isinstance(self.model, CompiledModel) and self.model.graph.writer is not None:
+            # The runtime writes whole texts by itself only if nobody asks for logits.
+            config.return_dict_in_generate = config.output_logits = False
+            whole_text = self.model.generate(**tensors, generation_config=config)[:, length:].numpy()
+            if "real" in part(written, Written(whole_text, ranked[..., ::-1], written.gaps)):
+                raise MeasurementError(
+                    "The runtime's own generate writes another text than its logits do.",
+                    hint="Report the version of the runtime.",
+                )
+        return written
 
 
 @dataclass(frozen=True)
