@@ -21,7 +21,6 @@ from compileflow.cli import app
 from compileflow.contracts import ACCEPTED_OUTCOMES
 from compileflow.contracts.digests import list_files
 from compileflow.errors import CompileflowError, LoadError, SourceError, SpecError, StoreError, VerdictError
-from compileflow.local.auto_compiler import CompiledFolder
 from compileflow.settings import Settings, get_settings
 from compileflow.spec import HfTask
 from tests.decoders import GREEDY, TASK, TEXTS

@@ -76,7 +76,7 @@ class ModelWriter:
         values, ranked = (torch.stack(parts, dim=1).numpy() for parts in zip(*best, strict=True))
         written = Written(ids, ranked, values[..., 0] - values[..., 1])
         if isinstance(self.model, CompiledModel) and self.model.graph.writer is not None:
-            # The runtime writes whole texts by itself only if nobody asks for logits.
+            # A call that asks for logits does not let the runtime write whole texts.
             config.return_dict_in_generate = config.output_logits = False
             whole_text = self.model.generate(**tensors, generation_config=config)[:, length:].numpy()
             if "real" in part(written, Written(whole_text, ranked[..., ::-1], written.gaps)):
