@@ -197,10 +197,11 @@ class TestHyperdex:
 
         generate = runtime.AutoModelForCausalLM.generate
 
-        def penalized(self: Any, *args: Any, **settings: Any) -> Any:
-            return generate(self, *args, **settings | {"repetition_penalty": 1.2})
+        def write_another_token(self: Any, *args: Any, **settings: Any) -> list[int]:
+            *ids, last = generate(self, *args, **settings)
+            return [*ids, last ^ 1]
 
-        monkeypatch.setattr(runtime.AutoModelForCausalLM, "generate", penalized)
+        monkeypatch.setattr(runtime.AutoModelForCausalLM, "generate", write_another_token)
         source = build_decoder(tmp_path / "org" / "tiny")
         with pytest.raises(VerdictError, match="failed validation") as caught:
             AutoCompiler().compile(source, examples=few_examples)

@@ -6,7 +6,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -118,7 +118,7 @@ class AutoCompiler:
         if token is not None:
             settings = settings.model_copy(update={"hub_token": SecretStr(token)})
         cache = settings.home_dir if cache_dir is None else Path(cache_dir).expanduser().absolute()
-        with _logged_phases() if progress is None else _as_context(progress) as phases:
+        with _logged_phases() if progress is None else nullcontext(progress) as phases:
             with phases.step("0 check") as show:
                 model, folder = _places(model_id, cache)
                 show(f"reading config.json of {model}")
@@ -298,20 +298,15 @@ class _LoggedPhases:
 @contextmanager
 def _logged_phases() -> Iterator[Progress]:
     """Log the phases, on standard error if the program has not configured logging."""
-    if logger.hasHandlers():
+    package_logger = logging.getLogger(__package__)
+    if package_logger.hasHandlers():
         yield _LoggedPhases()
         return
-    handler = logging.StreamHandler(sys.stderr)
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    handler, level = logging.StreamHandler(sys.stderr), package_logger.level
+    package_logger.addHandler(handler)
+    package_logger.setLevel(logging.INFO)
     try:
         yield _LoggedPhases()
     finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-
-
-@contextmanager
-def _as_context(progress: Progress) -> Iterator[Progress]:
-    yield progress
+        package_logger.removeHandler(handler)
+        package_logger.setLevel(level)
