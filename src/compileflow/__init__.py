@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from compileflow.artifact.manifest import ArtifactManifest
     from compileflow.errors import CompileflowError
     from compileflow.local.api import optimize, pipeline
+    from compileflow.local.auto_compiler import AutoCompiler
     from compileflow.serving.model import CompiledModel
     from compileflow.serving.pipeline import CompiledPipeline
+    from compileflow.serving.streaming import TextStreamer
     from compileflow.serving.tokenizer import CompiledTokenizer
     from compileflow.spec import CompileSpec, ComponentSpec, HfTask, Precision, ShapeBucket
 
@@ -23,6 +25,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "ArtifactManifest": "compileflow.artifact.manifest",
+    "AutoCompiler": "compileflow.local.auto_compiler",
     "CompileSpec": "compileflow.spec",
     "CompiledModel": "compileflow.serving.model",
     "CompiledPipeline": "compileflow.serving.pipeline",
@@ -32,12 +35,14 @@ _MODULES = {
     "HfTask": "compileflow.spec",
     "Precision": "compileflow.spec",
     "ShapeBucket": "compileflow.spec",
+    "TextStreamer": "compileflow.serving.streaming",
     "optimize": "compileflow.local.api",
     "pipeline": "compileflow.local.api",
 }
 
 __all__ = [
     "ArtifactManifest",
+    "AutoCompiler",
     "CompileSpec",
     "CompiledModel",
     "CompiledPipeline",
@@ -47,6 +52,7 @@ __all__ = [
     "HfTask",
     "Precision",
     "ShapeBucket",
+    "TextStreamer",
     "optimize",
     "pipeline",
 ]

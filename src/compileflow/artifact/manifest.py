@@ -22,6 +22,8 @@ MANIFEST_NAME = "manifest.json"
 ATTESTATIONS_NAME = "attestations.intoto.jsonl"
 # The uncompiled pipeline, which CompiledPipeline.save_pretrained adds. The manifest's source digest covers it.
 ORIGINAL_FOLDER = "pipeline"
+# The artifact in a folder that AutoCompiler wrote.
+INSTRUCTIONS_FOLDER = "inst"
 SCHEMA_VERSION: Literal[3] = 3
 _READABLE = (1, 2, 3)
 # A manifest of 10,000 files has about 2 MB.

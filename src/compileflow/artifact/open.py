@@ -25,6 +25,7 @@ from compileflow.artifact.attestations.require_signature import (
 from compileflow.artifact.attestations.verify import Attestations
 from compileflow.artifact.integrity import check_digest, check_digest_format, check_folder
 from compileflow.artifact.manifest import (
+    INSTRUCTIONS_FOLDER,
     MANIFEST_NAME,
     ORIGINAL_FOLDER,
     ArtifactManifest,
@@ -240,8 +241,9 @@ def open_artifact(
     """Open an artifact by folder, URI or registered name. A remote artifact is fetched once into a local cache.
 
     Args:
-        location: Folder, STORE/manifests/sha256/DIGEST.json, or a registered version: registry:NAME@production,
-            registry:NAME@3, or REGISTRY_URI#NAME@3. Without @, the newest version.
+        location: Folder, also one that AutoCompiler wrote; STORE/manifests/sha256/DIGEST.json; or a registered
+            version: registry:NAME@production, registry:NAME@3, or REGISTRY_URI#NAME@3. Without @, the newest
+            version.
         digest: Expected digest, or at least its first 12 digits. None: the digest in the URI, if there is one.
         trust: Open an artifact whose files are altered or unlisted, with a warning in the log. Compiled files are
             native code, which then runs with the caller's rights.
@@ -279,6 +281,8 @@ def open_artifact(
         check_digest(str(folder), checked_folder.digest, uri_digest, hint=_DELETE_CACHED)
     else:
         folder = path.absolute()
+        if not (folder / MANIFEST_NAME).exists() and (folder / INSTRUCTIONS_FOLDER / MANIFEST_NAME).is_file():
+            folder /= INSTRUCTIONS_FOLDER
         # With a given digest, an altered folder is the wrong artifact, so trust=True does not help.
         checked_folder = check_folder(folder, trust=trust, hint=_TRUST if digest is None else _FETCH_AGAIN)
         if digest is not None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from compileflow.cli.autocompile import autocompile
 from compileflow.cli.command import Command
 from compileflow.cli.compile import compile_command, run_here
 from compileflow.cli.demo import demo_command
@@ -28,6 +29,7 @@ _COMMANDS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
     "Compile": {
         # Only Prefect has credentials blocks.
         "compile": compile_command(run_here, without=("aws_credentials_block",)),
+        "autocompile": autocompile,
         "demo": demo_command(run_here),
         "targets": targets,
     },

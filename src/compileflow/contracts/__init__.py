@@ -30,6 +30,7 @@ from compileflow.contracts.targets import (
     Runner,
     Target,
     TargetOptions,
+    WritingRunner,
 )
 from compileflow.contracts.verdicts import (
     ACCEPTED_OUTCOMES,
@@ -77,5 +78,6 @@ __all__ = [
     "TensorRecord",
     "VersionEntry",
     "VersionFiles",
+    "WritingRunner",
     "without_credentials",
 ]

@@ -18,7 +18,7 @@ from compileflow.contracts.records import Attention, ComponentRecord, Padding, T
 from compileflow.spec import CompileSpec, ComponentSpec, HfTask, Precision, ShapeBucket
 
 Arrays = dict[str, NDArray[Any]]
-Device = Literal["cpu", "cuda", "neuron", "lpu"]
+Device = Literal["cpu", "cuda", "neuron", "lpu", "lpu-gpu"]
 
 
 @dataclass(frozen=True)
@@ -234,6 +234,23 @@ class GeneratingRunner(Runner, Protocol):
 
     def start(self) -> Continuation:
         """Begin to read new rows, independent of those that other continuations have read."""
+
+
+@runtime_checkable
+class WritingRunner(GeneratingRunner, Protocol):
+    """A component of text generation whose runtime also writes whole texts by itself. Optional."""
+
+    def write(self, prompt: NDArray[Any], *, new_tokens: int, end_id: int | None) -> NDArray[Any]:
+        """Write on from one prompt, taking the likeliest token each time.
+
+        Args:
+            prompt: Token ids without padding, int64 of shape (tokens,).
+            new_tokens: Tokens to write at most.
+            end_id: Token that ends the text; None: no token does.
+
+        Returns:
+            The new token ids, with the token that ended the text, int64 of shape (new tokens,).
+        """
 
 
 class TargetOptions(BaseModel):

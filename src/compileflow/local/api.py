@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -27,7 +27,7 @@ from compileflow.steps.compile import compile_artifact, detect_task
 from compileflow.steps.request import CompileRequest
 from compileflow.steps.summary import compile_words
 from compileflow.steps.validate import validate_artifact
-from compileflow.steps.values import CompiledArtifact, FetchedSource
+from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
 from compileflow.validation.settings import ValidationSettings
 
 logger = logging.getLogger(__name__)
@@ -189,28 +189,42 @@ def optimize(
     return as_source_class(compiled_model, forms)
 
 
-def local_target(hf_task: HfTask, precision: Precision) -> str:
+def local_target(
+    hf_task: HfTask,
+    precision: Precision | None,
+    *,
+    names: Sequence[str] = LOCAL_TARGETS,
+    chooser: str = AUTO_LOCAL,
+) -> str:
     """Return the first target that compiles and runs this task at this precision on this machine.
+
+    Args:
+        hf_task: The task.
+        precision: The precision; None for any.
+        names: Targets in order of preference.
+        chooser: Who chooses, for the log.
 
     Raises:
         TargetUnavailableError: No target does; the message says what each of them lacks.
     """
     skip_reasons = []
-    for name in LOCAL_TARGETS:
+    work = hf_task.value if precision is None else f"{hf_task.value} at {precision.value}"
+    for name in names:
         target = get_target(name)
         availability, capabilities = target.probe(), target.capabilities
-        if hf_task not in capabilities.hf_tasks or precision not in capabilities.precisions_for(hf_task):
-            skip_reasons.append(f"{name} does not compile {hf_task.value} at {precision.value}")
+        precisions = capabilities.precisions_for(hf_task)
+        if hf_task not in capabilities.hf_tasks or (precision is not None and precision not in precisions):
+            skip_reasons.append(f"{name} does not compile {work}")
         elif not (availability.can_compile and availability.can_run):
             skip_reasons.append(f"{name}: {availability.reason}")
-        elif precision in availability.lacking:
+        elif precision is not None and precision in availability.lacking:
             skip_reasons.append(f"{name}: {availability.lacking[precision]}")
         else:
             reasons = f" (skipped: {'; '.join(skip_reasons)})" if skip_reasons else ""
-            logger.info("%s selects %s%s", AUTO_LOCAL, name, reasons)
+            logger.info("%s selects %s%s", chooser, name, reasons)
             return name
     raise TargetUnavailableError(
-        f"No local target compiles {hf_task.value} at {precision.value} here: {'; '.join(skip_reasons)}.",
+        f"No local target compiles {work} here: {'; '.join(skip_reasons)}.",
         hint="Install one: pip install 'compileflow[openvino]' or 'compileflow[onnx-runtime]'.",
     )
 
@@ -270,7 +284,8 @@ def _compiled_model(
     )
     logger.info("%s for %s: %s", source.uri, request.target, compile_words(artifact))
     if validate and has_preprocessor:
-        _prove(source, artifact, request, configuration)
+        hint = "Choose another target or precision; validate=False skips validation."
+        prove(source, artifact, request, configuration, hint=hint)
     opened = open_artifact(artifact.uri, settings=configuration, trust_remote_code=request.trust_remote_code)
     if validate and not has_preprocessor:
         # The validation step reads natural text, which takes a tokenizer.
@@ -279,7 +294,20 @@ def _compiled_model(
     return CompiledModel.from_artifact(opened), hf_task
 
 
-def _prove(source: FetchedSource, artifact: CompiledArtifact, request: CompileRequest, settings: Settings) -> None:
+def prove(
+    source: FetchedSource,
+    artifact: CompiledArtifact,
+    request: CompileRequest,
+    settings: Settings,
+    *,
+    hint: str = "Choose another target or precision.",
+    on_progress: Callable[[str], None] = logger.info,
+) -> ValidatedArtifact:
+    """Validate an artifact in the configured store, and return its verdict.
+
+    Raises:
+        VerdictError: The verdict is neither pass nor warn.
+    """
     validated = validate_artifact(
         source,
         artifact,
@@ -289,14 +317,16 @@ def _prove(source: FetchedSource, artifact: CompiledArtifact, request: CompileRe
         timeout_s=request.timeouts.validate_s,
         request=request,
         trust_remote_code=request.trust_remote_code,
+        on_progress=on_progress,
     )
     logger.info("%s for %s: %s", source.uri, request.target, validated.reason)
     if validated.outcome in ("fail", "error"):
         raise VerdictError(
             f"{source.uri}, compiled for {request.target}, failed validation: {validated.reason}.",
-            hint=f"The report is {validated.report_uri}. Choose another target or precision; validate=False "
-            "skips validation.",
+            hint=f"The report is {validated.report_uri}. {hint}",
+            report_uri=validated.report_uri,
         )
+    return validated
 
 
 def _checked(fields: dict[str, Any]) -> CompileRequest:

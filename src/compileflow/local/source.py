@@ -89,7 +89,7 @@ def fetch_local(
     """
     store_uri = settings.resolved_store_uri()
     if isinstance(model, str | Path):
-        source = fetch_source(_with_scheme(str(model)), revision, store_uri=store_uri, settings=settings)
+        source = fetch_source(with_scheme(str(model)), revision, store_uri=store_uri, settings=settings)
         # Many services pass the model's location as the tokenizer.
         if preprocessor is None or str(preprocessor) == str(model):
             return source
@@ -144,7 +144,7 @@ def preprocessor_of(model: Any, *, trust_remote_code: bool = False) -> Any:
     return preprocessor
 
 
-def _with_scheme(model: str) -> str:
+def with_scheme(model: str) -> str:
     """Return a Hub id without an owner, such as bert-base-uncased, as a URI: a folder of that name comes first."""
     is_hub_id = scheme_of(model) == "file" and "/" not in model and model not in ("", ".", "..", "~")
     return f"hf://{model}" if is_hub_id and not Path(model).exists() else model

@@ -16,7 +16,15 @@ from numpy.typing import NDArray
 
 from compileflow._process.failures import raise_if_out_of_memory
 from compileflow.artifact.open import OpenArtifact
-from compileflow.contracts import Arrays, ComponentRecord, Continuation, Device, GeneratingRunner, Runner
+from compileflow.contracts import (
+    Arrays,
+    ComponentRecord,
+    Continuation,
+    Device,
+    GeneratingRunner,
+    Runner,
+    WritingRunner,
+)
 from compileflow.contracts.toolkit import require_open
 from compileflow.errors import CompileflowError, InputError, LoadError, first_line
 from compileflow.serving.padding import complete_inputs, run_fitted
@@ -127,6 +135,11 @@ class LoadedComponent:
                 hint="Compile the model for text-generation with a target that keeps a cache.",
             )
         return cast("GeneratingRunner", self._runner).start()
+
+    @property
+    def writer(self) -> WritingRunner | None:
+        """The runner, if its runtime writes whole texts by itself."""
+        return self._runner if isinstance(self._runner, WritingRunner) else None
 
     def _check_shapes(self, outputs: Arrays) -> None:
         """Compare the outputs with the record, because the answers are cut and read by its axes."""

@@ -6,7 +6,7 @@ The class only reads tokens and keeps what was read. Sampling, beams, stopping a
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ from compileflow.errors import InputError
 from compileflow.serving.component import LoadedComponent, graph_errors
 from compileflow.serving.interface_files import load_part
 from compileflow.serving.model import FLAGS, CompiledModel
+from compileflow.serving.streaming import generate_in_thread
+from compileflow.serving.whole_texts import can_write, write_texts
 
 logger = logging.getLogger(__name__)
 # Arguments that reach decoders and change no answer of a compiled one.
@@ -160,6 +162,26 @@ class GeneratingModel(CompiledModel):
     def can_generate(self) -> bool:
         """Return True."""
         return True
+
+    def generate_yield(self, input_ids: Any, *, streamer: Any = None, **settings: Any) -> Iterator[Any]:
+        """Generate in a thread, and yield what it writes as soon as it is written.
+
+        Closing the iterator ends the generation at its next token.
+
+        Args:
+            input_ids: Token ids of one prompt.
+            streamer: A `TextStreamer`, whose pieces of text or events are yielded. None: token ids are yielded.
+            **settings: Further arguments of `generate`.
+        """
+        return generate_in_thread(self, input_ids, streamer, settings)
+
+    def _sample(self, input_ids: Any, logits_processor: Any, stopping_criteria: Any, **kwargs: Any) -> Any:
+        """Let the runtime write whole texts, where it can; otherwise choose each token as transformers does."""
+        writer = self.graph.writer
+        if writer is not None and can_write(logits_processor, stopping_criteria, **kwargs):
+            return write_texts(writer, input_ids, kwargs["attention_mask"], kwargs["generation_config"])
+        mixin: Any = super()
+        return mixin._sample(input_ids, logits_processor, stopping_criteria, **kwargs)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -32,12 +32,22 @@ class HubSource:
         """Download the model's files at one commit below `work_dir`."""
         return self._download(location, revision, work_dir)
 
-    def preview(self, location: str, revision: str | None, work_dir: Path) -> LocatedSource:
-        """Download the configurations alone, as a rule in a second; the other files of the model are empty."""
-        located = self._download(location, revision, work_dir, patterns=CONFIG)
-        for name in located.files:
-            (work_dir / name).parent.mkdir(parents=True, exist_ok=True)
-            (work_dir / name).touch()
+    def preview(
+        self, location: str, revision: str | None, work_dir: Path, *, patterns: Sequence[str] = CONFIG
+    ) -> LocatedSource:
+        """Download the configurations alone, as a rule in a second; the other files of the model are empty.
+
+        Args:
+            location: Hub id.
+            revision: Branch, tag or commit.
+            work_dir: Folder for the files.
+            patterns: Names of the files to download.
+        """
+        located = self._download(location, revision, work_dir, patterns=patterns)
+        for path in (work_dir / name for name in located.files):
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text("{}" if path.suffix == ".json" else "")
         return located
 
     def _download(

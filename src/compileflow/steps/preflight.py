@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from importlib.metadata import requires
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +16,7 @@ from compileflow.catalog import get_source, get_target, open_registry, open_stor
 from compileflow.errors import MissingPackageError, RegistryError, SourceError, SpecError
 from compileflow.registries.sqlite import SqliteRegistry
 from compileflow.settings import Settings
+from compileflow.sources.files import CONFIG
 from compileflow.sources.folder import local_path
 from compileflow.sources.gguf_file import check_gguf, is_gguf
 from compileflow.sources.hub import HubSource
@@ -74,8 +75,13 @@ def check_request(request: CompileRequest, settings: Settings, *, extras: Collec
             _check_source(folder, request)
 
 
-def check_hub_model(request: CompileRequest, settings: Settings) -> None:
+def check_hub_model(request: CompileRequest, settings: Settings, *, files: Sequence[str] = CONFIG) -> None:
     """Refuse a Hub model that its configuration rules out, before its weights are downloaded.
+
+    Args:
+        request: The request.
+        settings: Hub endpoint and token.
+        files: Patterns of the files to download for the check.
 
     Raises:
         SourceError: The Hub does not have the model, or transformers does not load it.
@@ -86,7 +92,9 @@ def check_hub_model(request: CompileRequest, settings: Settings) -> None:
         source.pin(request.model, request.revision)
         return
     with TemporaryDirectory() as folder:
-        _check_source(source.preview(request.model, request.revision, Path(folder)).folder, request)
+        _check_source(
+            source.preview(request.model, request.revision, Path(folder), patterns=files).folder, request
+        )
 
 
 def _check_home(home: Path) -> None:

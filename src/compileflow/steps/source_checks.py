@@ -86,7 +86,7 @@ def check_source(folder: Path, spec: CompileSpec, *, needs_tokenizer: bool = Tru
 
 
 def check_model_type(target: Target, hf_task: HfTask, config: Any) -> None:
-    """Refuse a model type that a target is known not to compile.
+    """Refuse a model type that a target is known not to compile, or that is not among those that it compiles.
 
     Args:
         target: Target to compile for.
@@ -94,9 +94,18 @@ def check_model_type(target: Target, hf_task: HfTask, config: Any) -> None:
         config: Configuration of the model, or its config.json with the fields as attributes.
 
     Raises:
-        SpecError: The target names the type among its `refused_model_types`.
+        SpecError: The target names the type among its `refused_model_types`, or others as its
+            `supported_model_types`.
     """
     model_type = getattr(config, "model_type", None)
+    # Optional attribute of a target: the only types of a task.
+    supported = getattr(target, "supported_model_types", {}).get(hf_task.graph_task)
+    if supported is not None and model_type not in supported:
+        raise SpecError(
+            f"{target.name} does not compile {model_type} for {hf_task.value}; it compiles "
+            f"{', '.join(supported)}.",
+            hint="Choose another target; `compileflow targets` lists them.",
+        )
     # Optional attribute of a target: reasons by "model type" or "task/model type".
     reasons = getattr(target, "refused_model_types", {})
     reason = reasons.get(model_type) or reasons.get(f"{hf_task.graph_task.value}/{model_type}")

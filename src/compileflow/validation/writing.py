@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from compileflow.errors import MeasurementError
 from compileflow.serving.component import LoadedComponent
 from compileflow.serving.model import CompiledModel
 from compileflow.source_model.decoding import token_positions
@@ -22,6 +23,7 @@ from compileflow.validation.measure.generation import (
     Written,
     measure_generation,
     measure_pieces,
+    part,
 )
 
 # Prompts, and tokens that are written after each.
@@ -65,13 +67,24 @@ class ModelWriter:
             # transformers warns of settings in the model's file that choosing the likeliest token does not use.
             warnings.simplefilter("ignore")
             answer = self.model.generate(**tensors, generation_config=config)
-        ids = answer.sequences[:, tensors["input_ids"].shape[1] :].numpy()
+        length = tensors["input_ids"].shape[1]
+        ids = answer.sequences[:, length:].numpy()
         if is_beam_search:
             return Written(ids, scores=answer.sequences_scores.numpy())
         # The difference of two logits is that of the log probabilities.
         best = [logits.topk(2) for logits in answer.logits]
         values, ranked = (torch.stack(parts, dim=1).numpy() for parts in zip(*best, strict=True))
-        return Written(ids, ranked, values[..., 0] - values[..., 1])
+        written = Written(ids, ranked, values[..., 0] - values[..., 1])
+        if isinstance(self.model, CompiledModel) and self.model.graph.writer is not None:
+            # A call that asks for logits does not let the runtime write whole texts.
+            config.return_dict_in_generate = config.output_logits = False
+            whole_text = self.model.generate(**tensors, generation_config=config)[:, length:].numpy()
+            if "real" in part(written, Written(whole_text, ranked[..., ::-1], written.gaps)):
+                raise MeasurementError(
+                    "The runtime's own generate writes another text than its logits do.",
+                    hint="Report the version of the runtime.",
+                )
+        return written
 
 
 @dataclass(frozen=True)
