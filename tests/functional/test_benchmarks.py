@@ -65,8 +65,8 @@ def test_generation_benchmark_compares_compiled_decoders_and_judges_goals(
     [results] = json.loads(done.stdout)["results"].values()
     contenders = results["contenders"]
     assert contenders["openvino fp32"]["equal_tokens"] == [8, 8]
-    # 64 features, 2 layers with 4 heads, 2 of them for keys and values, 128 inner features; the table of embeddings
-    # is not tied. Beside the weights, the IR holds the rotary frequencies and a few numbers.
+    # 64 features, 2 layers with 4 heads, 2 of them for keys and values, 128 inner features, and no tied table.
+    # Beside the weights, the IR holds the rotary frequencies and a few numbers.
     layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64
     words = AutoConfig.from_pretrained(model).vocab_size
     weights = 4 * (2 * layer + 64 + 64 * words)
