@@ -1,12 +1,14 @@
-"""Decoders for AOTInductor: one program that reads the next tokens of rows, with its cache as inputs and outputs."""
+"""Decoders on AOTInductor: one program that reads the next tokens of rows, whose cache goes in and comes out."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import JsonValue
 
 from compileflow.contracts import Arrays
 from compileflow.contracts.toolkit import require_open, torch_threads
@@ -23,13 +25,25 @@ LOGITS = "logits"
 INPUTS_OPTION, CACHE_OPTION = "decoder_inputs", "decoder_cache"
 
 
-def decoder_module(
-    source_model: SourceModel, precision: Precision
-) -> tuple[torch.nn.Module, tuple[Any, ...], tuple[Any, ...], dict[str, Any]]:
-    """Return one step of a decoder as a module that takes and returns tensors alone.
+@dataclass(frozen=True)
+class DecoderModule:
+    """One step of a decoder as a module that takes and returns tensors alone.
 
-    Returns:
-        The module, its example inputs with their free axes, and the load options of `AotDecoder`.
+    Attributes:
+        module: It takes the tokens and the cache by position, and returns the logits and the new cache.
+        inputs: Example inputs.
+        dynamic_shapes: Free axes of the inputs, as torch.export takes them.
+        load_options: What `AotDecoder` needs to know.
+    """
+
+    module: torch.nn.Module
+    inputs: tuple[torch.Tensor, ...]
+    dynamic_shapes: tuple[Mapping[int, Any], ...]
+    load_options: Mapping[str, JsonValue]
+
+
+def decoder_module(source_model: SourceModel, precision: Precision) -> DecoderModule:
+    """Return one step of a decoder for torch.export.
 
     Raises:
         RuntimeError: transformers cannot generate with the model.
@@ -60,11 +74,9 @@ def decoder_module(
 
     free = torch.export.Dim.DYNAMIC
     shapes = (*(step.dynamic_shapes[name] for name in names), *({0: free, 2: free} for _ in cache))
-    options = {
-        INPUTS_OPTION: names,
-        CACHE_OPTION: [[tensor.shape[1], tensor.shape[3]] for tensor in cache],
-    }
-    return Step().eval(), (*(step.inputs[name] for name in names), *cache), shapes, options
+    inputs = (*(step.inputs[name] for name in names), *cache)
+    sizes = [[tensor.shape[1], tensor.shape[3]] for tensor in cache]
+    return DecoderModule(Step().eval(), inputs, shapes, {INPUTS_OPTION: [*names], CACHE_OPTION: [*sizes]})
 
 
 class AotDecoder:
@@ -91,9 +103,7 @@ class AotDecoder:
 class AotContinuation:
     """Rows whose keys and values are tensors, given to the package call after call."""
 
-    def __init__(
-        self, package: Any, names: Sequence[str], shapes: Sequence[Sequence[int]], threads: int | None
-    ):
+    def __init__(self, package: Any, names: Sequence[str], shapes: Sequence[Sequence[int]], threads: int | None):
         self.length = 0
         self._package = package
         self._names = names

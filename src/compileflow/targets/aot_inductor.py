@@ -143,7 +143,7 @@ class AotInductorTarget:
             attention=component.attention,
             trust_remote_code=component.trust_remote_code,
         )
-        load_options: dict[str, JsonValue] = {}
+        load_options: Mapping[str, JsonValue] = {}
         with torch_threads(component.threads):
             report_progress("exporting the graph")
             if component.hf_task.generates:
@@ -269,12 +269,12 @@ def _export(source_model: SourceModel, component: ComponentPlan) -> Any:
         raise refusal("torch.export", error, reason=_violated(error)) from error
 
 
-def _export_decoder(source_model: SourceModel, component: ComponentPlan) -> tuple[Any, dict[str, JsonValue]]:
+def _export_decoder(source_model: SourceModel, component: ComponentPlan) -> tuple[Any, Mapping[str, JsonValue]]:
     """Export one step of a decoder; return the program and the load options."""
     import torch
 
     try:
-        module, tensors, shapes, load_options = decoder_module(source_model, component.precision)
+        decoder = decoder_module(source_model, component.precision)
         with (
             warnings.catch_warnings(),
             torch.no_grad(),
@@ -282,10 +282,13 @@ def _export_decoder(source_model: SourceModel, component: ComponentPlan) -> tupl
             whole_rows(source_model.model, component.max_sequence_length),
         ):
             warnings.simplefilter("ignore")
-            program = torch.export.export(module, tensors, dynamic_shapes=(shapes,), strict=False)
+            # Step.forward takes *tensors, so the shapes of all inputs are one entry, a tuple.
+            program = torch.export.export(
+                decoder.module, decoder.inputs, dynamic_shapes=(decoder.dynamic_shapes,), strict=False
+            )
     except Exception as error:
         raise refusal("torch.export", error, reason=_violated(error)) from error
-    return program, load_options
+    return program, decoder.load_options
 
 
 def _shortest_row(program: Any, source_model: SourceModel) -> int:
