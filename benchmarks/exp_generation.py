@@ -45,7 +45,13 @@ from compileflow.validation.report import environment
 
 ROOT = Path(__file__).parents[1]
 EAGER, COMPILED = "eager fp32", "torch.compile fp32"
-TARGETS = {"openvino": ("fp32", "bf16", "int8", "int4"), "onnx-runtime": ("fp32", "int8", "int4")}
+TARGETS = {
+    "openvino": ("fp32", "bf16", "int8", "int4"),
+    "onnx-runtime": ("fp32", "int8", "int4"),
+    "aot-inductor": ("fp32",),
+}
+# The module of each target's runtime.
+RUNTIMES = {"openvino": "openvino", "onnx-runtime": "onnxruntime", "aot-inductor": "torch"}
 # Precisions of onnxruntime-genai that the builder makes for CPUs and that are compared.
 BUILT = ("fp32", "int4")
 RANDOM_LLAMA = "llama-8x512"
@@ -188,7 +194,7 @@ def contenders(model: Path, *, settings: Settings, only: Sequence[str]) -> tuple
         Contender(EAGER, "transformers", str(model), eager_bytes, weights, {"compile": False}),
         Contender(COMPILED, "transformers", str(model), eager_bytes, weights, {"compile": True}),
     ]
-    left_out: dict[str, str] = {}
+    left_out: dict[str, str] = {} if has_openvino_genai() else {"openvino_genai": "it is not installed"}
     peers_dir = settings.home_dir / "generation" / source.digest[:12]
     for target, precisions in TARGETS.items():
         for precision in precisions:
@@ -233,33 +239,55 @@ def compiled_contenders(
         "weights_bytes": folder_bytes(model, "*.safetensors"),
         "verdict": verdict(source, artifact, request, settings),
     }
-    name, size_bytes = f"{target} {precision}", artifact.size_bytes
+    settings_of_peer: dict[str, Any] = {}
     with open_store(settings.resolved_store_uri(), settings).open_folder(artifact.digest) as folder:
         [component] = read_manifest(folder).components.values()
-        component_dir = folder / component.folder
-        if target == "onnx-runtime":
+        component_dir, options = folder / component.folder, component.load_options
+        if target == "openvino":
+            bits = 16 if precision == "bf16" else 32
+            read_bytes = openvino_bytes(component_dir / "openvino_model.xml", bits=bits)
+            peer = f"openvino_genai {precision}"
+            if has_openvino_genai():
+                ir_dir = ir_folder(model, component_dir, peers_dir / artifact.digest[:12])
+                settings_of_peer = {
+                    "INFERENCE_PRECISION_HINT": options["inference_precision"],
+                    "KV_CACHE_PRECISION": options["kv_cache_precision"],
+                    "DYNAMIC_QUANTIZATION_GROUP_SIZE": options["dynamic_quantization_group_size"],
+                }
+        elif target == "onnx-runtime":
             read_bytes = onnx_bytes(component_dir / "model.onnx")
             peer = f"onnxruntime-genai {precision}" if precision in BUILT else ""
-            runtime = {"runtime": "onnxruntime"}
-            return [Contender(name, "compileflow", artifact.uri, read_bytes, size_bytes, runtime, peer, cost)]
-        bits = 16 if precision in ("bf16", "fp16") else 32
-        read_bytes = openvino_bytes(component_dir / "openvino_model.xml", bits=bits)
-        runtime = {"runtime": "openvino"}
-        compiled = Contender(name, "compileflow", artifact.uri, read_bytes, size_bytes, runtime, cost=cost)
-        if not installed_versions(("openvino_genai", "openvino_tokenizers")):
-            print("left out: openvino_genai, which is not installed", file=sys.stderr)
-            return [compiled]
-        options = component.load_options
-        properties = {
-            "INFERENCE_PRECISION_HINT": options["inference_precision"],
-            "KV_CACHE_PRECISION": options["kv_cache_precision"],
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": options["dynamic_quantization_group_size"],
-        }
-        ir_dir = ir_folder(model, component_dir, peers_dir / artifact.digest[:12])
-    peer = Contender(
-        f"openvino_genai {precision}", "openvino_genai", str(ir_dir), read_bytes, size_bytes, properties
+        else:
+            read_bytes, peer = torch_bytes(model), ""
+    compiled = Contender(
+        f"{target} {precision}",
+        "compileflow",
+        artifact.uri,
+        read_bytes,
+        artifact.size_bytes,
+        {"runtime": RUNTIMES[target]},
+        peer,
+        cost,
     )
-    return [replace(compiled, peer=peer.name), peer]
+    if not settings_of_peer:
+        return [compiled]
+    return [
+        compiled,
+        replace(
+            compiled,
+            name=peer,
+            kind="openvino_genai",
+            path=str(ir_dir),
+            settings=settings_of_peer,
+            peer="",
+            cost={},
+        ),
+    ]
+
+
+def has_openvino_genai() -> bool:
+    """Return whether openvino_genai and its tokenizers are installed."""
+    return len(installed_versions(("openvino-genai", "openvino-tokenizers"))) == 2
 
 
 def ir_folder(model: Path, component_dir: Path, folder: Path) -> Path:
