@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
+from benchmarks.generation.weights import Operation, bytes_per_token
 from compileflow.settings import Settings
 from compileflow.spec import HfTask
 from tests.conftest import ModelFactory
@@ -24,6 +26,7 @@ SCRIPTS = {
     "exp_wrapper_overhead": ("--blocks", "2", "--calls", "4", "--target", "torchscript"),
 }
 S3_THROUGHPUT = "exp_s3_throughput"
+GENERATION = "exp_generation"
 
 
 @pytest.mark.slow
@@ -51,6 +54,43 @@ def test_s3_benchmark_compares_the_store_with_boto3_both_ways(settings: Settings
         assert f"| {result} |" in done.stderr
 
 
+@pytest.mark.slow
+def test_generation_benchmark_compares_compiled_decoders_and_judges_goals(
+    settings: Settings, tiny_model: ModelFactory, tmp_path: Path
+) -> None:
+    model = tiny_model(HfTask.TEXT_GENERATION)
+    page = tmp_path / "page.md"
+    sizes = ("--prompt", "8", "--tokens", "8", "--rounds", "2", "--no-random", "--only", "openvino fp32")
+    done = run_benchmark(GENERATION, "--model", str(model), *sizes, "--page", str(page), settings=settings)
+    [results] = json.loads(done.stdout)["results"].values()
+    contenders = results["contenders"]
+    assert contenders["openvino fp32"]["equal_tokens"] == [8, 8]
+    # 64 features, 2 layers with 4 heads, 2 of them for keys and values, 128 inner features, and no tied table.
+    # Beside the weights, the IR holds the rotary frequencies and a few numbers.
+    layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64
+    words = AutoConfig.from_pretrained(model).vocab_size
+    weights = 4 * (2 * layer + 64 + 64 * words)
+    assert contenders["eager fp32"]["bytes_per_token"] == weights
+    assert contenders["openvino fp32"]["bytes_per_token"] == pytest.approx(weights, rel=0.01)
+    assert "| openvino fp32 |" in done.stderr
+    assert "## Goals" in page.read_text("utf-8")
+    assert page.with_suffix(".svg").is_file()
+
+
+def test_tied_table_counts_as_read_and_a_table_of_rows_does_not() -> None:
+    constants = {"table": 100.0, "scale": 4.0, "layer": 30.0, "layer scale": 2.0}
+    operations = [
+        Operation("Convert", ["table"], ["numbers"]),
+        Operation("Multiply", ["numbers", "scale"], ["rows"]),
+        Operation("Gather", ["rows", "ids"], ["hidden"]),
+        Operation("Multiply", ["layer", "layer scale"], ["weights"]),
+        Operation("MatMul", ["hidden", "weights"], ["output"]),
+    ]
+    assert bytes_per_token(constants, operations) == 30 + 2
+    tied = [*operations, Operation("MatMul", ["output", "rows"], ["logits"])]
+    assert bytes_per_token(constants, tied) == 100 + 4 + 30 + 2
+
+
 def run_benchmark(name: str, *arguments: str, settings: Settings) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
@@ -66,4 +106,4 @@ def run_benchmark(name: str, *arguments: str, settings: Settings) -> subprocess.
 
 
 def test_every_benchmark_is_run_here() -> None:
-    assert {*SCRIPTS, S3_THROUGHPUT} == {path.stem for path in (ROOT / "benchmarks").glob("exp_*.py")}
+    assert {*SCRIPTS, S3_THROUGHPUT, GENERATION} == {path.stem for path in (ROOT / "benchmarks").glob("exp_*.py")}

@@ -30,7 +30,9 @@ from tests.in_process import InProcess
 from tests.models import MAX_TOKENS, build_decoder
 from tests.unit.proving import reseal, validate_here
 
-TARGETS = ("openvino", "onnx-runtime")
+TARGETS = ("openvino", "onnx-runtime", "aot-inductor")
+# Targets whose weights are in files of their own, in few bits as well.
+WEIGHT_FILES = ("openvino", "onnx-runtime")
 # Largest difference of the logits, as a share of their norm. openvino rounds weights to steps of 1/127 of the
 # largest one, and to 16 levels with a zero point. onnx-runtime has steps of 1/63, rounds activations for a whole
 # tensor, and has 15 levels without a zero point.
@@ -157,7 +159,7 @@ class TestArtifact:
 
     def test_weights_are_stored_once(self, compiled: Compiled, tiny_model: Callable[..., Path]) -> None:
         weights = (tiny_model(TASK) / "model.safetensors").stat().st_size
-        for target in TARGETS:
+        for target in WEIGHT_FILES:
             assert read_manifest(compiled(target)).size_bytes < 1.2 * weights + 300_000
 
     @pytest.mark.parametrize("target", TARGETS)
@@ -168,20 +170,21 @@ class TestArtifact:
         assert (proof.outcome, proof.gate("generations")["measured"]) == ("pass", 0.0), proof.reason
         assert "perplexity" in proof.gate("perplexity_change")["detail"]
 
+    @pytest.mark.parametrize("target", ["openvino", "aot-inductor"])
     def test_bf16_passes_validation(
-        self, compiled: Compiled, tiny_model: Callable[..., Path], tmp_path: Path
+        self, compiled: Compiled, tiny_model: Callable[..., Path], tmp_path: Path, target: str
     ) -> None:
         try:
-            check_available(get_target("openvino"), Precision.BF16)
+            check_available(get_target(target), Precision.BF16)
         except TargetUnavailableError as error:
             pytest.skip(str(error))
-        artifact_dir = compiled("openvino", Precision.BF16)
+        artifact_dir = compiled(target, Precision.BF16)
         proof = validate_here(tiny_model(TASK), artifact_dir, tmp_path / "report", max_examples=16)
         # How often both models write the same tokens only warns.
         assert proof.outcome in ACCEPTED_OUTCOMES, proof.reason
         assert proof.gate("cached_reading")["limit"] > 0.05, "rounding moves the limit"
 
-    @pytest.mark.parametrize("target", TARGETS)
+    @pytest.mark.parametrize("target", WEIGHT_FILES)
     @pytest.mark.parametrize("precision", [Precision.INT8, Precision.INT4])
     def test_weights_in_few_bits_are_smaller_and_close(
         self, compiled: Compiled, eager: Any, tokens: Any, target: str, precision: Precision

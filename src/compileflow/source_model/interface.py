@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -301,9 +302,6 @@ def as_tuple_module(source_model: SourceModel, precision: Precision = Precision.
     """
     import torch
 
-    formats = {Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
-    autocast_dtype = formats.get(precision)
-
     input_names = [record.name for record in source_model.inputs]
     output_names = [record.name for record in source_model.outputs]
 
@@ -314,11 +312,18 @@ def as_tuple_module(source_model: SourceModel, precision: Precision = Precision.
 
         def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
             named_tensors = dict(zip(input_names, tensors, strict=True))
-            if autocast_dtype is None:
+            with autocast_to(precision):
                 answer = self.model(**named_tensors)
-            else:
-                with torch.autocast("cpu", autocast_dtype, cache_enabled=False):
-                    answer = self.model(**named_tensors)
             return tuple(answer[name].float() for name in output_names)
 
     return TupleModule().eval()
+
+
+def autocast_to(precision: Precision) -> AbstractContextManager[object]:
+    """Compute matrix products in bf16 or fp16 inside the block; at other precisions, change nothing."""
+    import torch
+
+    formats = {Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
+    if precision not in formats:
+        return nullcontext()
+    return torch.autocast("cpu", formats[precision], cache_enabled=False)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, JsonValue
 
 from compileflow.contracts import (
     Arrays,
@@ -46,6 +46,7 @@ from compileflow.source_model import SourceModel, as_tuple_module, free_axes, lo
 from compileflow.source_model.lengths import call_sizes, frames_of, shortest_input
 from compileflow.source_model.whole_rows import whole_rows
 from compileflow.spec import HfTask, Precision
+from compileflow.targets._aot_decoder import CACHE_OPTION, AotDecoder, decoder_module
 
 _FILE = "model.pt2"
 _LARGEST_BATCH = 4096
@@ -99,7 +100,7 @@ class AotInductorTarget:
         **{f"text-classification/{model_type}": _BRANCHES_ON_TOKENS for model_type in _END_TOKEN_TYPES},
     }
     capabilities: ClassVar[Capabilities] = Capabilities(
-        hf_tasks=tuple(task for task in HfTask if not task.generates),
+        hf_tasks=tuple(HfTask),
         precisions=(Precision.FP32, Precision.BF16),
         devices=("cpu",),
         dynamic_axes=True,
@@ -142,15 +143,18 @@ class AotInductorTarget:
             attention=component.attention,
             trust_remote_code=component.trust_remote_code,
         )
+        load_options: Mapping[str, JsonValue] = {}
         with torch_threads(component.threads):
             report_progress("exporting the graph")
-            program = _export(source_model, component)
+            if component.hf_task.generates:
+                program, load_options = _export_decoder(source_model, component)
+            else:
+                program = _export(source_model, component)
+                if (shortest := _shortest_row(program, source_model)) > _SHORTEST:
+                    load_options = {"shortest": shortest}
             report_progress("generating and compiling native code")
             _package(program, out_dir / _FILE, options)
-        shortest = _shortest_row(program, source_model)
-        return source_model.compiled_to(
-            self.component_files, {"shortest": shortest} if shortest > _SHORTEST else {}
-        )
+        return source_model.compiled_to(self.component_files, load_options)
 
     def load(
         self, component_dir: Path, component: ComponentRecord, *, device: Device, threads: int | None
@@ -163,6 +167,8 @@ class AotInductorTarget:
                 package = _open(component_dir / _FILE)
             except Exception as error:
                 raise load_error(_FILE, f"torch {torch.__version__}", error) from error
+        if CACHE_OPTION in component.load_options:
+            return AotDecoder(package, component.load_options, threads)
         return _AotInductorRunner(package, component, threads)
 
 
@@ -261,6 +267,28 @@ def _export(source_model: SourceModel, component: ComponentPlan) -> Any:
             return export(torch.export.Dim.DYNAMIC, torch.export.Dim.DYNAMIC)
     except Exception as error:
         raise refusal("torch.export", error, reason=_violated(error)) from error
+
+
+def _export_decoder(source_model: SourceModel, component: ComponentPlan) -> tuple[Any, Mapping[str, JsonValue]]:
+    """Export one step of a decoder; return the program and the load options."""
+    import torch
+
+    try:
+        decoder = decoder_module(source_model, component.precision)
+        with (
+            warnings.catch_warnings(),
+            torch.no_grad(),
+            _exportable(source_model),
+            whole_rows(source_model.model, component.max_sequence_length),
+        ):
+            warnings.simplefilter("ignore")
+            # Step.forward takes *tensors, so the shapes of all inputs are one entry, a tuple.
+            program = torch.export.export(
+                decoder.module, decoder.inputs, dynamic_shapes=(decoder.dynamic_shapes,), strict=False
+            )
+    except Exception as error:
+        raise refusal("torch.export", error, reason=_violated(error)) from error
+    return program, decoder.load_options
 
 
 def _shortest_row(program: Any, source_model: SourceModel) -> int:

@@ -1,0 +1,1 @@
+"""Parts of the benchmark of text generation, benchmarks/exp_generation.py."""
