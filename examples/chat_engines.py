@@ -42,7 +42,7 @@ class Ticket:
     """A request that an engine works on. The engine calls its methods from other threads.
 
     Attributes:
-        is_cancelled: Whether nobody waits for the answer any more.
+        is_cancelled: The client has gone away, or has enough of the answer.
     """
 
     def __init__(self, open_tickets: set[Ticket], prompt: list[int], sampling: Sampling):
