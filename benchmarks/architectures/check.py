@@ -236,9 +236,7 @@ def _items(model_class: ModelClass) -> list[Any]:
     return pictures()
 
 
-def compile_model(
-    model_class: ModelClass, target: str, source_dir: Path, out_dir: Path, *, longest: int
-) -> None:
+def compile_model(model_class: ModelClass, target: str, source_dir: Path, out_dir: Path, *, longest: int) -> None:
     """Compile a small model.
 
     Args:

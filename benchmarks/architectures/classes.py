@@ -19,8 +19,9 @@ _MAIN_INPUTS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-# Decoders that generate have a table of their own.
+# The list of decoders follows from these.
 DECODER_TASKS = (HfTask.TEXT_GENERATION, HfTask.FILL_MASK)
+# Decoders that generate have a table of their own.
 _TASKS = tuple(task for task in AUTO_CLASSES if task in GRAPH_TASKS and not task.generates)
 
 
@@ -61,7 +62,11 @@ def _classes(tasks: Iterable[HfTask]) -> list[ModelClass]:
 
 
 def list_digest(tasks: Iterable[HfTask] = _TASKS) -> str:
-    """Return a digest of everything that the list of classes of some tasks follows from, which is cheap to compute."""
+    """Return a digest of everything that the list of classes follows from, which is cheap to compute.
+
+    Args:
+        tasks: Tasks whose classes are listed.
+    """
     import transformers
 
     names = {

@@ -1,4 +1,4 @@
-"""check_decoder: compile a small decoder for one target, and compare the tokens that it writes with transformers'."""
+"""check_decoder: compile a small decoder for one target, and compare what it writes with transformers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from compileflow.validation.writing import ModelWriter
 
 NEW_TOKENS = 24
 _SETTINGS = Settings(NEW_TOKENS)
-# Different tokens in each text: enough, and so few that equal texts show nothing. Models are tried until one has enough.
+# Different tokens in each text: enough, and so few that equal texts show nothing.
 _ENOUGH_TOKENS, _FEWEST_TOKENS, _SEEDS = 6, 2, 8
 _PROMPTS = TEXTS[:3]
 # Larger than every vocabulary.
@@ -31,8 +31,8 @@ _NO_TOKEN = 1_000_000
 def check_decoder(model_class: ModelClass, target: str, folder: Path) -> Result:
     """Build and compile one decoder, and let it and transformers write on from the same prompts.
 
-    The prompts are a batch that is padded on the left, and one of its rows alone. The compiled model reads the batch
-    twice.
+    The prompts are a batch that is padded on the left, and one of its rows alone. The compiled model reads the
+    batch twice.
 
     Args:
         model_class: The class.
@@ -86,7 +86,7 @@ class _Reference:
 
 
 def _write_lively_model(model_class: ModelClass, folder: Path) -> _Reference:
-    """Write a model whose texts have many different tokens, which is a matter of chance.
+    """Write a model whose texts have many different tokens, which depends on the seed.
 
     Raises:
         Exception: transformers cannot build or run the class.

@@ -10,13 +10,17 @@ from typing import Any
 
 from benchmarks.architectures.tiny_models import ModelClass
 from benchmarks.forked_checks import COMPILE_MODULES, run_checks, target_versions
+from compileflow.validation.report import environment
 
 # Targets that check every class, and those that check one class in three.
 ALL_CLASSES_TARGETS = ("onnx-runtime", "openvino")
 SAMPLE_TARGETS = ("torchscript", "aot-inductor")
+# Targets that check every decoder.
+DECODER_TARGETS = ("openvino", "onnx-runtime")
 _TIME_LIMIT_S = {"aot-inductor": 400}
 _DEFAULT_TIME_LIMIT_S = 180
-_DECODER_TIME_LIMIT_S = 60
+# For each target.
+DECODER_TIME_LIMIT_S = 60
 
 
 def jobs(classes: Iterable[ModelClass], targets: Iterable[str]) -> Iterator[tuple[ModelClass, str]]:
@@ -80,12 +84,13 @@ class _ClassCheck:
             "class": self.model_class.name,
             "target": self.target,
             "versions": target_versions(self.target),
+            "processor": environment(threads=1)["processor"],
         }
 
     @property
     def time_limit_s(self) -> int:
         if self.model_class.hf_task.generates:
-            return _DECODER_TIME_LIMIT_S
+            return DECODER_TIME_LIMIT_S
         return _TIME_LIMIT_S.get(self.target, _DEFAULT_TIME_LIMIT_S)
 
     def run(self, folder: Path) -> dict[str, Any]:

@@ -66,7 +66,9 @@ def write_model(model_class: ModelClass, folder: Path, *, seed: int = 0) -> None
     )
     tokenizer = None
     generates = model_class.hf_task.generates
-    values: dict[str, Any] = {} if generates else {"use_cache": False}
+    values: dict[str, Any] = (
+        dict(special_case(model_class.model_type, "decoder")) if generates else {"use_cache": False}
+    )
     if model_class.hf_task.modality != "audio" or model_class.hf_task is HfTask.SPEECH_RECOGNITION:
         tokenizer = _tokenizer(config_class, model_class)
         values |= _token_ids(tokenizer)
@@ -76,9 +78,8 @@ def write_model(model_class: ModelClass, folder: Path, *, seed: int = 0) -> None
             "label2id": {label: number for number, label in enumerate(_LABELS)},
             "num_labels": len(_LABELS),
         }
-    # Heads need one layer, because the family's base model is checked with two. A decoder's cache has one for each.
-    layers = special_case(model_class.model_type, "decoder_layers") if generates else 0
-    layers = layers or (2 if model_class.auto_class == "AutoModel" or generates else 1)
+    # Heads need one layer, because the family's base model is checked with two. A decoder has a cache for each.
+    layers = 2 if model_class.auto_class == "AutoModel" or generates else 1
     config = shrunken_config(config_class, values, layers=layers)
     if tokenizer is not None and getattr(config, "is_encoder_decoder", False):
         # Checkpoints have it in their config.json, although it is not a field of every class.
@@ -215,7 +216,9 @@ def _tokenizer(config_class: Any, model_class: ModelClass) -> Any:
         tokenizer_object=core,
         model_max_length=case.get("model_max_length", POSITIONS - 4),
         model_input_names=inputs,
-        padding_side="left" if generates else case.get("padding_side", getattr(family_class, "padding_side", "right")),
+        padding_side="left"
+        if generates
+        else case.get("padding_side", getattr(family_class, "padding_side", "right")),
         **special,
     )
 
