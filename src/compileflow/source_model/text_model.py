@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from compileflow._process.failures import raise_if_out_of_memory
 from compileflow.contracts import Arrays, Padding, TensorRecord
 from compileflow.errors import SourceError, first_line
-from compileflow.source_model.decoding import refuse_states
+from compileflow.source_model.decoding import refuse_decoder
 from compileflow.source_model.examples import example_inputs
 from compileflow.source_model.interface import SourceModel, is_close, probe_model
 from compileflow.source_model.positions import declared_longest, longest_row
@@ -58,7 +58,7 @@ def probe_text_model(
         # transformers gives a decoder with a cache of its own no other one.
         has_own_cache = not getattr(model, "_supports_default_dynamic_cache", lambda: True)()
         is_stateful = has_own_cache or getattr(model, "_is_stateful", False)
-        refuse_states(config, type(model).__name__, is_stateful=is_stateful)
+        refuse_decoder(config, type(model).__name__, is_stateful=is_stateful)
     refuse_short(config)
     inputs = (*text_inputs(model, config, tokenizer), *other_inputs)
     tokens = token_rows(tokenizer, config, embedding_rows(model), hf_task)
@@ -85,7 +85,10 @@ def probe_text_model(
     longest = declared_longest(text_config(config)) if other_inputs else measured_longest(model, inputs, tokens)
     if hf_task.generates:
         source_model = replace(
-            source_model, numbers_tokens="position_ids" in inspect.signature(model.forward).parameters
+            source_model,
+            # A step of generation answers nothing else.
+            outputs=tuple(record for record in source_model.outputs if record.name == "logits"),
+            numbers_tokens="position_ids" in inspect.signature(model.forward).parameters,
         )
     return replace(
         source_model,

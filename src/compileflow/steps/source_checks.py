@@ -13,7 +13,7 @@ from typing import Any
 
 from compileflow.contracts import Target
 from compileflow.errors import SourceError, SpecError, first_line
-from compileflow.source_model.decoding import refuse_states
+from compileflow.source_model.decoding import refuse_decoder
 from compileflow.source_model.interface import length_limit
 from compileflow.source_model.interface_limits import check_interface_files
 from compileflow.source_model.load import (
@@ -79,7 +79,7 @@ def check_source(folder: Path, spec: CompileSpec, *, needs_tokenizer: bool = Tru
         if spec.hf_task.generates:
             types = model_types()
             is_stateful = types is not None and isinstance(model_type, str) and types.is_stateful(model_type)
-            refuse_states(config, class_name, is_stateful=is_stateful)
+            refuse_decoder(config, class_name, is_stateful=is_stateful)
         refuse_short(config)
         _check_tokenizer_settings(folder / _TOKENIZER_SETTINGS)
     if model_type in _WITHOUT_FILES:

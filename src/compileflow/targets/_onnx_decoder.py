@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from compileflow.contracts import Arrays
 from compileflow.contracts.toolkit import require_open
-from compileflow.errors import CompileError
-from compileflow.source_model.decoding import CACHE, LOGITS_PLACES, OTHER_DECODER, token_positions
+from compileflow.source_model.decoding import CACHE, LOGITS_PLACES, lost_cache, token_positions
 
 LOGITS = "logits"
 # The exporter marks a tensor that is an input and an output.
@@ -48,10 +47,7 @@ def check_cache(model: Any, class_name: str) -> None:
     inputs = {value.name for value in model.graph.inputs if value.name.startswith(_INPUT) and value.shape}
     missing = {name.replace(_INPUT, _OUTPUT) for name in inputs} - {value.name for value in model.graph.outputs}
     if missing or not inputs:
-        raise CompileError(
-            f"The exported graph of {class_name} does not return its cache, so the model cannot go on from it.",
-            hint=OTHER_DECODER,
-        )
+        raise lost_cache(class_name)
 
 
 def transpose_batches(model: Any) -> None:

@@ -17,7 +17,7 @@ from compileflow.contracts import Arrays
 from compileflow.contracts.toolkit import refusal, require_open, violated_size
 from compileflow.errors import CompileError, first_line
 from compileflow.source_model import SourceModel
-from compileflow.source_model.decoding import OTHER_DECODER, decoding_step, token_positions
+from compileflow.source_model.decoding import OTHER_DECODER, decoding_step, lost_cache, token_positions
 from compileflow.source_model.free_batch import free_batch, free_repeats
 from compileflow.spec import Precision
 
@@ -57,11 +57,13 @@ def export_decoder(source_model: SourceModel) -> Any:
             reason=violated_size(error) or first_line(error),
             hint=OTHER_DECODER,
         ) from error
+    if not graph.get_sinks():
+        raise lost_cache(class_name)
     names = {name for port in graph.inputs for name in port.get_names()}
-    if not graph.get_sinks() or not {"input_ids", "attention_mask", "beam_idx"} <= names <= set(INPUTS):
+    if not {"input_ids", "attention_mask", "beam_idx"} <= names <= set(INPUTS):
         raise CompileError(
-            f"Expected a graph of {class_name} with the inputs {', '.join(INPUTS)} and a cache as its state, got "
-            f"the inputs {', '.join(sorted(names))} and {len(graph.get_sinks())} states.",
+            f"Expected the inputs {', '.join(INPUTS)} of the graph of {class_name}, "
+            f"got {', '.join(sorted(names))}.",
             hint=OTHER_DECODER,
         )
     return graph
