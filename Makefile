@@ -32,6 +32,8 @@ docs: $(DEV)/installed ## Build the documentation into site/
 	@NO_MKDOCS_2_WARNING=1 $(DEV)/bin/mkdocs build --quiet --strict
 
 architectures: $(DEV)/installed ## Compile a small model of every class that transformers has; takes hours
+	@$(DEV)/bin/python -m benchmarks.architectures --decoders --children 2
+	@$(DEV)/bin/python -m benchmarks.architectures --decoders --page
 	@$(DEV)/bin/python -m benchmarks.architectures --children 2
 	@$(DEV)/bin/python -m benchmarks.architectures --page
 

@@ -69,7 +69,7 @@ def check(model_class: ModelClass, target: str, folder: Path) -> Result:
     stage = "compile"
     try:
         longest = max(row["input_ids"].shape[-1] if "input_ids" in row else 0 for row in reference.rows)
-        _compile(model_class, target, source_dir, out_dir, longest=longest)
+        compile_model(model_class, target, source_dir, out_dir, longest=longest)
         stage = "load"
         model = CompiledModel.from_pretrained(out_dir, threads=1)
         worst = 0.0
@@ -236,7 +236,19 @@ def _items(model_class: ModelClass) -> list[Any]:
     return pictures()
 
 
-def _compile(model_class: ModelClass, target: str, source_dir: Path, out_dir: Path, *, longest: int) -> None:
+def compile_model(model_class: ModelClass, target: str, source_dir: Path, out_dir: Path, *, longest: int) -> None:
+    """Compile a small model.
+
+    Args:
+        model_class: Its class.
+        target: Name of the target.
+        source_dir: Folder of the model.
+        out_dir: New folder for the artifact.
+        longest: Longest row, in tokens, that a target with fixed shapes must take.
+
+    Raises:
+        CompileflowError: The library refused the model.
+    """
     buckets = ((1, 32), (4, longest)) if model_class.hf_task.modality == "text" else ()
     if get_target(target).capabilities.dynamic_axes:
         buckets = ()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from benchmarks.architectures.tiny_models import ModelClass
 from compileflow.contracts.digests import json_digest
 from compileflow.source_model.tasks import AUTO_CLASSES
-from compileflow.spec import GRAPH_TASKS
+from compileflow.spec import GRAPH_TASKS, HfTask
 
 # Main inputs of each modality. Other classes of an auto class's mapping belong to another task.
 _MAIN_INPUTS: Mapping[str, tuple[str, ...]] = {
@@ -19,16 +19,37 @@ _MAIN_INPUTS: Mapping[str, tuple[str, ...]] = {
 }
 
 
+# The list of decoders follows from these.
+DECODER_TASKS = (HfTask.TEXT_GENERATION, HfTask.FILL_MASK)
 # Decoders that generate have a table of their own.
 _TASKS = tuple(task for task in AUTO_CLASSES if task in GRAPH_TASKS and not task.generates)
 
 
 def all_classes() -> list[ModelClass]:
-    """Return one entry for each graph task and model type, in the order of transformers' mappings."""
+    """Return one entry for each graph task and model type, in the order of transformers' mappings.
+
+    Decoders that generate stand in `decoder_classes`.
+    """
+    return _classes(task for task in _TASKS if task.modality in _MAIN_INPUTS)
+
+
+def decoder_classes() -> list[ModelClass]:
+    """Return one entry for each model type that has a causal head and no head that fills masks.
+
+    The others are encoders, whose causal head serves as the decoder of a model of two parts.
+    """
+    import transformers
+
+    encoders = transformers.AutoModelForMaskedLM._model_mapping._model_mapping
+    classes = _classes([HfTask.TEXT_GENERATION])
+    return [model_class for model_class in classes if model_class.model_type not in encoders]
+
+
+def _classes(tasks: Iterable[HfTask]) -> list[ModelClass]:
     import transformers
 
     classes = []
-    for hf_task in (task for task in _TASKS if task.modality in _MAIN_INPUTS):
+    for hf_task in tasks:
         mapping = getattr(transformers, AUTO_CLASSES[hf_task])._model_mapping
         main_inputs = _MAIN_INPUTS[hf_task.modality]
         if AUTO_CLASSES[hf_task] == "AutoModel":
@@ -40,13 +61,17 @@ def all_classes() -> list[ModelClass]:
     return classes
 
 
-def list_digest() -> str:
-    """Return a digest of everything that the list of classes follows from, which is cheap to compute."""
+def list_digest(tasks: Iterable[HfTask] = _TASKS) -> str:
+    """Return a digest of everything that the list of classes follows from, which is cheap to compute.
+
+    Args:
+        tasks: Tasks whose classes are listed.
+    """
     import transformers
 
     names = {
         task.value: sorted(getattr(transformers, AUTO_CLASSES[task])._model_mapping._model_mapping.items())
-        for task in _TASKS
+        for task in tasks
     }
     return json_digest(names)[:16]
 

@@ -36,11 +36,10 @@ def page(classes: Sequence[ModelClass], results: Results) -> str:
     }
     missing = sum(line is None for line in lines.values())
     progress = f"{missing} of {len(lines)} combinations of class and target have not been run yet.\n"
-    versions = sorted({str(line["versions"]) for line in lines.values() if line})
     parts = [
         _INTRODUCTION.format(tolerance=TOLERANCE, roundings=ROUNDINGS, largest=LARGEST_TOLERANCE),
         f"<!-- classes: {list_digest()} -->\n",
-        "Versions: " + ", ".join(sorted({name for version in versions for name in _names(version)})) + ".\n",
+        f"Versions: {named_versions(line for line in lines.values() if line)}.\n",
         "## Summary\n",
         "Each cell counts the classes that work, out of the classes that the sweep has tried and that "
         "transformers can build and call. `none` means that none has been tried.\n",
@@ -81,12 +80,15 @@ it stopped; it takes hours on two cores.
 """
 
 
-def _names(versions: str) -> list[str]:
-    words = versions.split()
-    return [f"{name} {version}" for name, version in zip(words[::2], words[1::2], strict=True)]
+def named_versions(lines: Iterable[Mapping[str, Any]]) -> str:
+    """Return the versions that some results name, as words of a sentence."""
+    words = [line["versions"].split() for line in lines]
+    pairs = {f"{name} {version}" for line in words for name, version in zip(line[::2], line[1::2], strict=True)}
+    return ", ".join(sorted(pairs))
 
 
-def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Return a table as Markdown."""
     names = list(header)
     lines = [names, ["---"] * len(names), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -109,7 +111,7 @@ def _summary(classes: Sequence[ModelClass], lines: Mapping[tuple[ModelClass, str
             )
             cells.append(_share(outcomes) or "none")
         rows.append((f"`{task.value}`" if task else "**all**", *cells))
-    return _table(("task", *(f"`{target}`" for target in TARGETS)), rows)
+    return table(("task", *(f"`{target}`" for target in TARGETS)), rows)
 
 
 def _peers(classes: Sequence[ModelClass], lines: Mapping[tuple[ModelClass, str], Any]) -> str:
@@ -137,7 +139,7 @@ def _peers(classes: Sequence[ModelClass], lines: Mapping[tuple[ModelClass, str],
         shares = "; ".join(_progress(target, outcomes[target]) for target in ALL_CLASSES_TARGETS)
         text += f"**{peer}**, `{entry['file']}` at `{entry['commit'][:12]}`: {shares}.\n\n"
         if problems:
-            text += _table(("task", "architecture", "target", "outcome", "reason"), problems) + "\n"
+            text += table(("task", "architecture", "target", "outcome", "reason"), problems) + "\n"
     return text
 
 
@@ -158,7 +160,7 @@ def _every_class(classes: Sequence[ModelClass], lines: Mapping[tuple[ModelClass,
                     skipped = (model_class, target) not in lines
                     cells.append("-" if skipped else _MARKS[line["outcome"] if line else None])
                 rows.append((f"`{model_class.model_type}`", model_class.name, *cells))
-        text += f"### {task.value}\n\n" + _table(("model type", "class", *TARGETS), rows) + "\n"
+        text += f"### {task.value}\n\n" + table(("model type", "class", *TARGETS), rows) + "\n"
     return text
 
 
@@ -183,4 +185,4 @@ def _problems(
         cells = (", ".join(names), target_names, reason)
         rows.append(cells if outcomes == ("transformers",) else (outcome, *cells))
     header = ("classes", "targets", "reason")
-    return _table(header if outcomes == ("transformers",) else ("outcome", *header), rows)
+    return table(header if outcomes == ("transformers",) else ("outcome", *header), rows)

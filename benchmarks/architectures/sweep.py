@@ -10,12 +10,17 @@ from typing import Any
 
 from benchmarks.architectures.tiny_models import ModelClass
 from benchmarks.forked_checks import COMPILE_MODULES, run_checks, target_versions
+from compileflow.validation.report import environment
 
 # Targets that check every class, and those that check one class in three.
 ALL_CLASSES_TARGETS = ("onnx-runtime", "openvino")
 SAMPLE_TARGETS = ("torchscript", "aot-inductor")
+# Targets that check every decoder.
+DECODER_TARGETS = ("openvino", "onnx-runtime")
 _TIME_LIMIT_S = {"aot-inductor": 400}
 _DEFAULT_TIME_LIMIT_S = 180
+# For each target.
+DECODER_TIME_LIMIT_S = 60
 
 
 def jobs(classes: Iterable[ModelClass], targets: Iterable[str]) -> Iterator[tuple[ModelClass, str]]:
@@ -53,7 +58,7 @@ def sweep(
     return run_checks(
         (_ClassCheck(model_class, target) for model_class, target in pairs),
         path,
-        modules=("benchmarks.architectures.check", *COMPILE_MODULES),
+        modules=("benchmarks.architectures.check", "benchmarks.architectures.decoders", *COMPILE_MODULES),
         children=children,
         stop_after_s=stop_after_s,
         again=again,
@@ -79,16 +84,21 @@ class _ClassCheck:
             "class": self.model_class.name,
             "target": self.target,
             "versions": target_versions(self.target),
+            "processor": environment(threads=1)["processor"],
         }
 
     @property
     def time_limit_s(self) -> int:
+        if self.model_class.hf_task.generates:
+            return DECODER_TIME_LIMIT_S
         return _TIME_LIMIT_S.get(self.target, _DEFAULT_TIME_LIMIT_S)
 
     def run(self, folder: Path) -> dict[str, Any]:
         from benchmarks.architectures.check import check
+        from benchmarks.architectures.decoders import check_decoder
 
-        return asdict(check(self.model_class, self.target, folder))
+        make_check = check_decoder if self.model_class.hf_task.generates else check
+        return asdict(make_check(self.model_class, self.target, folder))
 
     def ended(self, folder: Path, reason: str) -> dict[str, Any]:
         is_compiling = (folder / "artifact").exists()

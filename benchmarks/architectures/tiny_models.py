@@ -25,6 +25,7 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _BERT = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 _ROBERTA = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>", "mask": "<mask>"}
 _LABELS = ("red", "green", "blue")
+_WITHOUT_LABELS = ("Model", "MaskedLM", "CausalLM", "CTC", "QuestionAnswering", "MultipleChoice")
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,13 @@ class ModelClass:
     name: str
 
 
-def write_model(model_class: ModelClass, folder: Path) -> None:
+def write_model(model_class: ModelClass, folder: Path, *, seed: int = 0) -> None:
     """Write a model with fixed random weights and its tokenizer or processor, as save_pretrained does.
+
+    Args:
+        model_class: The class.
+        folder: Folder to write.
+        seed: Seed of a decoder's weights.
 
     Raises:
         Exception: transformers cannot build the class from a small configuration.
@@ -59,26 +65,34 @@ def write_model(model_class: ModelClass, folder: Path) -> None:
         model_class.model_type, mapping._config_mapping[model_class.model_type]
     )
     tokenizer = None
-    values: dict[str, Any] = {"use_cache": False}
+    generates = model_class.hf_task.generates
+    values: dict[str, Any] = (
+        dict(special_case(model_class.model_type, "decoder")) if generates else {"use_cache": False}
+    )
     if model_class.hf_task.modality != "audio" or model_class.hf_task is HfTask.SPEECH_RECOGNITION:
         tokenizer = _tokenizer(config_class, model_class)
         values |= _token_ids(tokenizer)
-    if not model_class.auto_class.endswith(("Model", "MaskedLM", "CTC", "QuestionAnswering", "MultipleChoice")):
+    if not model_class.auto_class.endswith(_WITHOUT_LABELS):
         values |= {
             "id2label": dict(enumerate(_LABELS)),
             "label2id": {label: number for number, label in enumerate(_LABELS)},
             "num_labels": len(_LABELS),
         }
-    # Heads need one layer, because the family's base model is checked with two.
-    layers = 2 if model_class.auto_class == "AutoModel" else 1
+    # Heads need one layer, because the family's base model is checked with two. A decoder has a cache for each.
+    layers = 2 if model_class.auto_class == "AutoModel" or generates else 1
     config = shrunken_config(config_class, values, layers=layers)
     if tokenizer is not None and getattr(config, "is_encoder_decoder", False):
         # Checkpoints have it in their config.json, although it is not a field of every class.
         config.decoder_start_token_id = tokenizer.eos_token_id
     # First, because an error that names a missing library says more than one of a default configuration.
     processor = None if model_class.hf_task.modality == "text" else _processor(model_class, config)
-    model = built_class(config, model_class)(config)
-    spread_weights(model)
+    if generates:
+        # A configuration of several parts is that of a decoder with an encoder of images or sound.
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        _spread_decoder(model, seed)
+    else:
+        model = built_class(config, model_class)(config)
+        spread_weights(model)
     if model_class.hf_task.takes_text:
         tokenizer.save_pretrained(folder)
     if processor is not None:
@@ -100,8 +114,14 @@ def built_class(config: Any, model_class: ModelClass) -> Any:
     return encoder_or_auto
 
 
-def spread_weights(model: Any, *, seed: int = 0) -> None:
-    """Widen weights, so that masks, positions, token types and labels change the answers visibly."""
+def spread_weights(model: Any, *, seed: int = 0, width: float = 1.5) -> None:
+    """Widen weights, so that masks, positions, token types and labels change the answers visibly.
+
+    Args:
+        model: The model.
+        seed: Seed of the weights.
+        width: How far a matrix stretches its inputs, roughly.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -111,10 +131,19 @@ def spread_weights(model: Any, *, seed: int = 0) -> None:
                 continue
             if parameter.ndim >= 2:
                 fan_in = parameter[0].numel()
-                scale = 0.5 if "embed" in name and parameter.ndim == 2 else 1.5 / fan_in**0.5
+                scale = 0.5 if "embed" in name and parameter.ndim == 2 else width / fan_in**0.5
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
             elif name.endswith("bias") and parameter.numel() > 1:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+
+
+def _spread_decoder(model: Any, seed: int) -> None:
+    """Widen weights, and let the layers outweigh the embeddings: otherwise, tied weights repeat the last token."""
+    import torch
+
+    spread_weights(model, seed=seed, width=2.5)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(0.1)
 
 
 def _settle_batch_norms(model: Any, processor: Any) -> None:
@@ -165,9 +194,11 @@ def _tokenizer(config_class: Any, model_class: ModelClass) -> Any:
     core = Tokenizer(models.WordPiece(vocabulary, unk_token=names["unk"]))
     core.normalizer = normalizers.BertNormalizer()
     core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    # The tokenizer of a decoder adds no token after a prompt, and pads on the left.
+    generates = model_class.hf_task.generates
     first, last = names.get("bos", names.get("cls")), names.get("eos", names.get("sep"))
     core.post_processor = processors.TemplateProcessing(
-        single=case.get("single", f"{first} $A {last}"),
+        single=case.get("single", "$A" if generates else f"{first} $A {last}"),
         pair=case.get("pair", f"{first} $A {last} $B:1 {last}:1"),
         special_tokens=[(token, vocabulary[token]) for token in names.values()],
     )
@@ -185,7 +216,9 @@ def _tokenizer(config_class: Any, model_class: ModelClass) -> Any:
         tokenizer_object=core,
         model_max_length=case.get("model_max_length", POSITIONS - 4),
         model_input_names=inputs,
-        padding_side=case.get("padding_side", getattr(family_class, "padding_side", "right")),
+        padding_side="left"
+        if generates
+        else case.get("padding_side", getattr(family_class, "padding_side", "right")),
         **special,
     )
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.architectures.classes import list_digest
+from benchmarks.architectures.classes import DECODER_TASKS, decoder_classes, list_digest
+from benchmarks.architectures.decoder_page import decoder_page
+from benchmarks.architectures.sweep import key_of
 from benchmarks.forked_checks import read_results
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +46,45 @@ REFUSED = ("feature-extraction/rwkv", "text-classification/funnel")
 def test_page_is_as_new_as_the_list_of_classes() -> None:
     page = (ROOT / "docs" / "reference" / "architectures.md").read_text("utf-8")
     assert f"<!-- classes: {list_digest()} -->" in page, "the list of classes has changed: run make architectures"
+
+
+def test_page_of_decoders_is_as_new_as_the_list_of_classes() -> None:
+    page = (ROOT / "docs" / "reference" / "decoders.md").read_text("utf-8")
+    assert f"<!-- classes: {list_digest(DECODER_TASKS)} -->" in page, (
+        "the list has changed: run make architectures"
+    )
+
+
+def test_page_of_decoders_says_what_happened_to_each() -> None:
+    exact, refused, wrong, crashed, unknown = decoder_classes()[:5]
+    outcomes = {
+        (exact, "openvino"): ("works", "done", ""),
+        (exact, "onnx-runtime"): ("works", "done", ""),
+        (refused, "openvino"): ("refused", "compile", "It loops."),
+        (refused, "onnx-runtime"): ("refused", "compile", "It loops."),
+        (wrong, "openvino"): ("fails", "batch", "2 of 3 texts differ"),
+        (crashed, "openvino"): ("fails", "compile", "SIGSEGV"),
+        (unknown, "openvino"): ("transformers", "reference", "It takes images."),
+    }
+    results = {
+        key_of(model_class, target): {
+            "outcome": outcome, "stage": stage, "reason": reason, "versions": "torch 1.0", "processor": "a chip",
+        }
+        for (model_class, target), (outcome, stage, reason) in outcomes.items()
+    }  # fmt: skip
+    page = decoder_page(decoder_classes(), results)
+    assert "1 of 169 model types are token-exact on both targets." in page
+    assert "Processor: a chip. Versions: torch 1.0." in page
+    for words in (
+        f"| `{exact.model_type}` | {exact.name} | yes | yes |",
+        f"| `{refused.model_type}` | {refused.name} | refused | refused |",
+        f"| `{refused.model_type}` | openvino, onnx-runtime | It loops. |",
+        f"| `{wrong.model_type}` | {wrong.name} | wrong | not run |",
+        f"| `{wrong.model_type}` | openvino | 2 of 3 texts differ |",
+        f"| `{crashed.model_type}` | {crashed.name} | fails | not run |",
+        f"| `{unknown.model_type}` | {unknown.name} | not built | not run |",
+    ):
+        assert words in page
 
 
 @pytest.mark.slow

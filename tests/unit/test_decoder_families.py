@@ -2,54 +2,69 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import transformers
 
-from compileflow import CompiledModel
-from tests.decoders import GREEDY, TASK, TEXTS
-from tests.in_process import InProcess
-from tests.models import build_decoder
+from benchmarks.architectures.classes import decoder_classes
+from benchmarks.architectures.tiny_models import write_model
+from benchmarks.forked_checks import read_results
 
-# Each family, with the fields of its configuration that a small model needs.
-FAMILIES: dict[str, dict[str, Any]] = {
-    "cohere": {},
-    "falcon": {"multi_query": True, "new_decoder_architecture": False, "alibi": False},
-    "gemma": {"head_dim": 16},
-    "gemma3_text": {
-        "head_dim": 16,
-        "sliding_window": 16,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
-    "gpt2": {},
-    "gpt_bigcode": {},
-    "gpt_neox": {},
-    "gptj": {"rotary_dim": 8},
-    "mistral": {"sliding_window": 16},
-    "olmo": {},
-    "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
-    "phi": {"partial_rotary_factor": 0.5},
-    "phi3": {},
-    "qwen2": {},
-    "qwen3": {"head_dim": 16},
-    "stablelm": {"partial_rotary_factor": 0.5},
-    "starcoder2": {},
-}
+ROOT = Path(__file__).parents[2]
+FAMILIES = (
+    "cohere",
+    "falcon",
+    "gemma",
+    "gemma3_text",
+    "gpt2",
+    "gpt_bigcode",
+    "gpt_neox",
+    "gptj",
+    "llama",
+    "mistral",
+    "olmo",
+    "opt",
+    "phi",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "stablelm",
+    "starcoder2",
+)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["openvino", "onnx-runtime"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_rows_of_a_padded_batch_go_on_as_in_transformers(
-    in_process: InProcess, tmp_path: Path, family: str, target: str
-) -> None:
-    source_dir = build_decoder(tmp_path / "source", model_type=family, **FAMILIES[family])
-    artifact_dir = in_process.compile(source_dir, tmp_path / "artifact", target=target, hf_task=TASK)
-    model = CompiledModel.from_pretrained(artifact_dir, threads=1)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source_dir, padding_side="left")
-    inputs = tokenizer(TEXTS, return_tensors="pt", padding=True)
-    eager = transformers.AutoModelForCausalLM.from_pretrained(source_dir).eval()
-    settings = GREEDY | {"max_new_tokens": 24}
-    assert model.generate(**inputs, **settings).tolist() == eager.generate(**inputs, **settings).tolist()
+def test_families_write_what_transformers_writes(tmp_path: Path, target: str) -> None:
+    results = tmp_path / "results.jsonl"
+    families = [argument for family in FAMILIES for argument in ("--model-type", family)]
+    command = [sys.executable, "-m", "benchmarks.architectures", "--decoders", "--results", str(results)]
+    subprocess.run([*command, "--target", target, *families], cwd=ROOT, check=True, timeout=900)
+    outcomes = {line["model_type"]: (line["outcome"], line["reason"]) for line in read_results(results).values()}
+    assert outcomes == dict.fromkeys(FAMILIES, ("works", ""))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["openvino", "onnx-runtime"])
+def test_decoder_that_the_exporter_refuses_leaves_one_line_and_no_artifact(tmp_path: Path, target: str) -> None:
+    (model_class,) = (entry for entry in decoder_classes() if entry.model_type == "deepseek_v32")
+    write_model(model_class, tmp_path / "model")
+    command = [sys.executable, "-m", "compileflow", "compile", str(tmp_path / "model"), "--target", target]
+    completed = subprocess.run(
+        [*command, "--task", "text-generation", "--name", "writer"],
+        env=os.environ | {"COMPILEFLOW_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert completed.returncode == 1
+    (line,) = (line for line in completed.stderr.splitlines() if not line.startswith(("fetch", "compile")))
+    assert f"exporter refused {model_class.name}: " in line
+    assert "docs/reference/decoders.md" in line
+    home = tmp_path / "home"
+    assert not list((home / "work").iterdir())
+    # The store holds the source model and nothing else.
+    assert len(list((home / "store" / "manifests").rglob("*.json"))) == 1

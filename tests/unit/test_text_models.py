@@ -127,6 +127,14 @@ def test_model_that_loops_over_chosen_experts_is_refused(tmp_path: Path, model_t
         load_source_model(tiny_folder(tmp_path, model_type, FEATURES), FEATURES)
 
 
+# The configuration of zaya does not tell; transformers gives xlnet a cache of its own.
+@pytest.mark.parametrize("model_type", ["mamba2", "zaya", "xlnet"])
+def test_decoder_that_carries_a_state_is_refused(tmp_path: Path, model_type: str) -> None:
+    task = HfTask.TEXT_GENERATION
+    with pytest.raises(SourceError, match="carries a state from token to token"):
+        load_source_model(tiny_folder(tmp_path, model_type, task), task)
+
+
 def test_model_that_returns_tuples_only_is_refused(tmp_path: Path) -> None:
     task = HfTask.IMAGE_FEATURE_EXTRACTION
     with pytest.raises(SourceError, match="its outputs are feature_maps"):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compileflow.errors import InputError, SpecError
+from compileflow.errors import InputError, SourceError, SpecError
 from compileflow.source_model.decoding import token_positions
 from compileflow.spec import CompileSpec, HfTask, Precision
 from compileflow.steps.compile import checked_target, flat_spec
@@ -117,6 +117,39 @@ def test_model_of_another_kind_is_refused_by_its_configuration(
     folder = config_folder(tmp_path / "model", **config)
     with pytest.raises(SpecError, match=says):
         check_source(folder, CompileSpec(target="openvino", hf_task=task), needs_tokenizer=False)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "mamba"},
+        {"model_type": "rwkv"},
+        {"model_type": "qwen3_5_text"},
+        {"model_type": "lfm2", "layer_types": ["conv", "full_attention"]},
+        {"model_type": "minimax", "layer_types": ["full_attention", "linear_attention"]},
+    ],
+    ids=lambda config: config["model_type"],
+)
+def test_decoder_that_carries_a_state_is_refused_by_its_configuration(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    folder = config_folder(tmp_path / "model", **config)
+    with pytest.raises(SourceError, match="carries a state from token to token") as caught:
+        check_source(folder, CompileSpec(target="openvino", hf_task=TASK), needs_tokenizer=False)
+    assert "docs/reference/decoders.md" in caught.value.hint
+    check_source(folder, CompileSpec(target="openvino", hf_task=HfTask.FEATURE_EXTRACTION), needs_tokenizer=False)
+
+
+def test_decoder_that_expects_an_image_is_refused_by_its_configuration(tmp_path: Path) -> None:
+    folder = config_folder(tmp_path / "model", model_type="git")
+    with pytest.raises(SourceError, match="as if an image stood before them"):
+        check_source(folder, CompileSpec(target="openvino", hf_task=TASK), needs_tokenizer=False)
+
+
+def test_decoder_with_sliding_windows_is_not_refused_by_its_configuration(tmp_path: Path) -> None:
+    layers = ["sliding_attention", "full_attention"]
+    folder = config_folder(tmp_path / "model", model_type="gemma3_text", layer_types=layers)
+    check_source(folder, CompileSpec(target="openvino", hf_task=TASK), needs_tokenizer=False)
 
 
 def test_positions_count_the_tokens_after_the_padding() -> None:

@@ -64,12 +64,15 @@ def probe_installed(
     )
 
 
-def refusal(compiler: str, error: BaseException, *, reason: str = "", hint: str = "") -> CompileflowError:
+def refusal(
+    compiler: str, error: BaseException, *, model: str = "the model", reason: str = "", hint: str = ""
+) -> CompileflowError:
     """Return the error for a model that a compiler refused, or ran out of memory on.
 
     Args:
         compiler: The compiler, as the subject of a sentence.
         error: What it raised.
+        model: The model, as the object of a sentence.
         reason: The part of the error's text that explains it; empty for the first line.
         hint: What to do about a failure without a class; empty for "try another target".
     """
@@ -79,9 +82,18 @@ def refusal(compiler: str, error: BaseException, *, reason: str = "", hint: str 
         # Some toolchains list every step that failed for lack of the operator, and the operator last.
         detail = problem if failure.operator.rpartition(".")[2] in problem else type(error).__name__
         problem = f"it does not have the operator {failure.operator} ({detail})"
-    verb = "ran out of memory" if failure is not None and failure.kind == "memory" else "refused the model"
+    verb = "ran out of memory" if failure is not None and failure.kind == "memory" else f"refused {model}"
     hint = hint or "Try another target; `compileflow targets` lists them."
     return compile_error(f"{compiler} {verb}: {problem}.", error, hint=hint)
+
+
+def violated_size(error: BaseException) -> str:
+    """Return the first size of torch.export's list that cannot vary; "" without such a list."""
+    items = [line.strip() for line in str(error).splitlines() if line.strip().startswith("- ")]
+    if not items or "Constraints violated" not in str(error):
+        return ""
+    # Advice on dynamic_shapes follows.
+    return items[0].removeprefix("- ").partition(". If ")[0][:300].rstrip(".")
 
 
 def load_error(name: str, runtime: str, error: BaseException, *, reason: str = "") -> LoadError:

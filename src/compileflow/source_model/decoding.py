@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from compileflow.errors import CompileError, SourceError
 from compileflow.source_model.examples import example_inputs
+from compileflow.source_model.token_rows import text_config
 
 if TYPE_CHECKING:
     from compileflow.source_model.interface import SourceModel
@@ -19,6 +21,13 @@ if TYPE_CHECKING:
 CACHE = "past_key_values"
 # Name in transformers of the tokens whose logits a decoder computes.
 LOGITS_PLACES = "logits_to_keep"
+OTHER_DECODER = "Choose a decoder of another family; docs/reference/decoders.md lists those that compile."
+# Kinds of layers, as transformers names them, whose cache is a state of fixed size.
+_STATE_LAYERS = ("conv", "hybrid", "hybrid_sliding", "linear_attention")
+# Model types that mask the tokens after a prompt as if an image stood before them, whether there is one or not.
+_EXPECTS_IMAGE = ("git",)
+# Inputs of a decoder that reads text alone; transformers adds use_cache and the like, which are no tensors.
+_TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
 # Rows and tokens of the example: torch.export takes a size of 1 for a constant.
 _ROWS, _TOKENS = 3, 6
 
@@ -49,6 +58,40 @@ def token_positions(attention_mask: NDArray[Any]) -> NDArray[np.int64]:
     return np.maximum(np.cumsum(attention_mask, axis=-1, dtype=np.int64) - 1, 0)
 
 
+def refuse_decoder(config: Any, class_name: str, *, is_stateful: bool) -> None:
+    """Refuse a decoder that needs an image, or has a cache of another kind than keys and values of each token.
+
+    Args:
+        config: Configuration of the model, or its config.json with the fields as attributes.
+        class_name: Class of the model.
+        is_stateful: Whether transformers says so of the class, whatever its layers are.
+
+    Raises:
+        SourceError: The decoder carries a state from token to token, or does not read text alone.
+    """
+    if getattr(config, "model_type", None) in _EXPECTS_IMAGE:
+        raise SourceError(
+            f"{class_name} masks the tokens after a prompt as if an image stood before them, and text-generation "
+            "gives it text alone.",
+            hint=OTHER_DECODER,
+        )
+    layer_types = getattr(text_config(config), "layer_types", None) or ()
+    if is_stateful or set(_STATE_LAYERS) & set(layer_types):
+        raise SourceError(
+            f"{class_name} carries a state from token to token, and text-generation compiles decoders that keep "
+            "the keys and values of each token.",
+            hint=OTHER_DECODER,
+        )
+
+
+def lost_cache(class_name: str) -> CompileError:
+    """Return the error for an exported graph that reads a cache, and does not return it with the next tokens."""
+    return CompileError(
+        f"The exported graph of {class_name} does not return its cache, so the model cannot go on from it.",
+        hint=OTHER_DECODER,
+    )
+
+
 def decoding_step(source_model: SourceModel, *, chooses_logits: bool = False) -> DecodingStep:
     """Return one step of a decoder with an example of its inputs, taken from transformers' own `generate`.
 
@@ -58,6 +101,7 @@ def decoding_step(source_model: SourceModel, *, chooses_logits: bool = False) ->
 
     Raises:
         RuntimeError: transformers cannot generate with the model.
+        CompileError: The decoder has no cache, or does not read text alone.
     """
     import torch
     from transformers import GenerationConfig
@@ -75,6 +119,22 @@ def decoding_step(source_model: SourceModel, *, chooses_logits: bool = False) ->
             multi_token_decode=True,
         )
     model, inputs = stages["decode"]
+    class_name = type(source_model.model).__name__
+    if CACHE not in inputs:
+        raise CompileError(
+            f"{class_name} generates without a cache in transformers, and text-generation "
+            "compiles decoders that keep the keys and values of each token.",
+            hint=OTHER_DECODER,
+        )
+    further_inputs = [
+        name for name, value in inputs.items() if isinstance(value, torch.Tensor) and name not in _TOKEN_INPUTS
+    ]
+    if further_inputs:
+        raise CompileError(
+            f"{class_name} generates from further inputs in transformers, {', '.join(further_inputs)}, and "
+            "text-generation compiles decoders of text alone.",
+            hint=OTHER_DECODER,
+        )
     if chooses_logits and LOGITS_PLACES in inspect.signature(source_model.model.forward).parameters:
         inputs = {**inputs, LOGITS_PLACES: torch.arange(inputs["input_ids"].shape[1])}
     free = torch.export.Dim.DYNAMIC

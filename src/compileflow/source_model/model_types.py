@@ -66,6 +66,11 @@ class ModelTypes:
         signals = [signal for signal in SIGNALS if f"get_{signal}_features" in methods]
         return (name, signals[0]) if signals and "get_text_features" in methods else None
 
+    def is_stateful(self, model_type: str) -> bool:
+        """Return whether transformers says that the models of a type carry a state from token to token."""
+        name, classes = self._model_class(model_type)
+        return _constant(classes, name, "_is_stateful", inherited=False) is True
+
     def has_class(self, model_type: str, name: str) -> bool:
         """Return whether the module of a model type has a class."""
         return name in self._model_class(model_type)[1]
@@ -73,7 +78,7 @@ class ModelTypes:
     def _modality(self, model_type: str) -> Modality | None:
         """Return what the model of a type takes without a head; None if its source does not tell."""
         name, classes = self._model_class(model_type)
-        return MODALITIES.get(_main_input(classes, name) or "")
+        return MODALITIES.get(_constant(classes, name, "main_input_name", inherited="input_ids") or "")
 
     def _model_class(self, model_type: str) -> tuple[str, Mapping[str, ast.ClassDef]]:
         """Return the name of the class without a head, and the classes of its module; "" if it is not there."""
@@ -125,19 +130,26 @@ def model_types() -> ModelTypes | None:
     return ModelTypes(configs, heads, modules, other_types, folder, version("transformers"))
 
 
-def _main_input(classes: Mapping[str, ast.ClassDef], name: str) -> str | None:
-    """Return the main input of a model class, which it inherits unless it says otherwise; None if unknown."""
+def _constant(classes: Mapping[str, ast.ClassDef], name: str, attribute: str, *, inherited: Any) -> Any:
+    """Return the constant that a model class has as an attribute; None if it is unknown.
+
+    Args:
+        classes: Classes of the module.
+        name: Name of the class.
+        attribute: Name of the attribute.
+        inherited: The constant of PreTrainedModel.
+    """
     if name == "PreTrainedModel":
-        return "input_ids"
+        return inherited
     if name not in classes:
         return None
     for part in classes[name].body:
         targets = part.targets if isinstance(part, ast.Assign) else [getattr(part, "target", None)]
-        if any(isinstance(target, ast.Name) and target.id == "main_input_name" for target in targets):
+        if any(isinstance(target, ast.Name) and target.id == attribute for target in targets):
             value = getattr(part, "value", None)
-            return value.value if isinstance(value, ast.Constant) and isinstance(value.value, str) else None
-    inherited = (_main_input(classes, ast.unparse(base)) for base in classes[name].bases)
-    return next((main_input for main_input in inherited if main_input), None)
+            return value.value if isinstance(value, ast.Constant) else None
+    bases = (_constant(classes, ast.unparse(base), attribute, inherited=inherited) for base in classes[name].bases)
+    return next((constant for constant in bases if constant), None)
 
 
 def _add_table(tables: dict[str, Mapping[str, Any]], node: ast.Assign) -> None:

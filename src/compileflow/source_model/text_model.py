@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from compileflow._process.failures import raise_if_out_of_memory
 from compileflow.contracts import Arrays, Padding, TensorRecord
 from compileflow.errors import SourceError, first_line
+from compileflow.source_model.decoding import refuse_decoder
 from compileflow.source_model.examples import example_inputs
 from compileflow.source_model.interface import SourceModel, is_close, probe_model
 from compileflow.source_model.positions import declared_longest, longest_row
@@ -52,18 +53,12 @@ def probe_text_model(
     Raises:
         SourceError: The model does not take token ids, fails on each example, or does not repeat its answers.
     """
-    if "lsh" in (getattr(config, "attn_layers", None) or ()):
-        raise SourceError(
-            f"{type(model).__name__} hashes its tokens with random numbers, which it draws in each call, so no "
-            "compiled model can repeat its answers.",
-            hint="Choose a model without LSH attention layers (lsh in attn_layers of config.json).",
-        )
-    if text_config(config).model_type in _CHOOSE_EXPERTS:
-        raise SourceError(
-            f"{type(model).__name__} loops over the experts that the tokens of a call choose, and a compiled "
-            "model has a fixed number of steps.",
-            hint="Choose a model of another family.",
-        )
+    refuse_family(config, type(model).__name__)
+    if hf_task.generates:
+        # transformers gives a decoder with a cache of its own no other one.
+        has_own_cache = not getattr(model, "_supports_default_dynamic_cache", lambda: True)()
+        is_stateful = has_own_cache or getattr(model, "_is_stateful", False)
+        refuse_decoder(config, type(model).__name__, is_stateful=is_stateful)
     refuse_short(config)
     inputs = (*text_inputs(model, config, tokenizer), *other_inputs)
     tokens = token_rows(tokenizer, config, embedding_rows(model), hf_task)
@@ -90,7 +85,10 @@ def probe_text_model(
     longest = declared_longest(text_config(config)) if other_inputs else measured_longest(model, inputs, tokens)
     if hf_task.generates:
         source_model = replace(
-            source_model, numbers_tokens="position_ids" in inspect.signature(model.forward).parameters
+            source_model,
+            # A step of generation answers nothing else.
+            outputs=tuple(record for record in source_model.outputs if record.name == "logits"),
+            numbers_tokens="position_ids" in inspect.signature(model.forward).parameters,
         )
     return replace(
         source_model,
@@ -114,7 +112,7 @@ def refuse_family(config: Any, class_name: str) -> None:
         raise SourceError(
             f"{class_name} hashes its tokens with random numbers, which it draws in each call, so no compiled "
             "model can repeat its answers.",
-            hint="Choose a model without the attention layers lsh.",
+            hint="Choose a model without LSH attention layers (lsh in attn_layers of config.json).",
         )
     if getattr(text_config(config), "model_type", None) in _CHOOSE_EXPERTS:
         raise SourceError(

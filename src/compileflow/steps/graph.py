@@ -30,6 +30,7 @@ from compileflow.contracts import (
 from compileflow.contracts.digests import list_files
 from compileflow.errors import CompileError, CompileflowError, SpecError, first_line
 from compileflow.serving.padding import run_fitted
+from compileflow.source_model.decoding import OTHER_DECODER
 from compileflow.source_model.examples import example_length
 from compileflow.source_model.interface import SourceModel
 from compileflow.source_model.load import loaded_once
@@ -122,6 +123,8 @@ def _located(error: CompileError, target: Target, source_model: SourceModel, pla
         names = [name for name, able in _others(target, plan.hf_task).items() if not able.dynamic_axes]
         if failure.kind == "shape" and names and target.capabilities.dynamic_axes:
             hint = f"{hint.removesuffix('.')}: {', '.join(names)}."
+        elif failure.kind == "shape" and plan.hf_task.generates:
+            hint = OTHER_DECODER
     located = CompileError(
         f"{error.message} In the model: {place}." if place else error.message, hint=hint, log_path=error.log_path
     )

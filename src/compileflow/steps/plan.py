@@ -10,6 +10,7 @@ from typing import Any
 from compileflow.catalog import get_target, target_names
 from compileflow.contracts import ComponentPlan, Target
 from compileflow.errors import SpecError
+from compileflow.source_model.decoding import OTHER_DECODER
 from compileflow.source_model.interface import SourceModel, tokenizer_maximum
 from compileflow.source_model.positions import declared_longest
 from compileflow.source_model.processor import LONGEST_S, image_sizes, longest_signal
@@ -270,7 +271,9 @@ def _plan(
             raise SpecError(
                 f"{target.name} compiles one graph for all lengths, but this model cuts a row of {length} tokens "
                 "into pieces or reads it token by token, and a graph has a fixed number of steps.",
-                hint="Choose a target with fixed shapes, such as torchscript"
+                hint=OTHER_DECODER
+                if spec.hf_task.generates
+                else "Choose a target with fixed shapes, such as torchscript"
                 + (f", or a maximum of {limits.longest_piece} tokens." if limits.longest_piece else "."),
             )
         if limits.takes_one_size and len(limits.image_sizes) > 1:

@@ -13,6 +13,7 @@ from typing import Any
 
 from compileflow.contracts import Target
 from compileflow.errors import SourceError, SpecError, first_line
+from compileflow.source_model.decoding import refuse_decoder
 from compileflow.source_model.interface import length_limit
 from compileflow.source_model.interface_limits import check_interface_files
 from compileflow.source_model.load import (
@@ -73,7 +74,12 @@ def check_source(folder: Path, spec: CompileSpec, *, needs_tokenizer: bool = Tru
     if spec.hf_task.graph_task in LABELLED_TASKS:
         _check_label_numbers(getattr(config, "id2label", None))
     if spec.hf_task.takes_text:
-        refuse_family(config, (getattr(config, "architectures", None) or ["This model"])[0])
+        class_name = (getattr(config, "architectures", None) or ["This model"])[0]
+        refuse_family(config, class_name)
+        if spec.hf_task.generates:
+            types = model_types()
+            is_stateful = types is not None and isinstance(model_type, str) and types.is_stateful(model_type)
+            refuse_decoder(config, class_name, is_stateful=is_stateful)
         refuse_short(config)
         _check_tokenizer_settings(folder / _TOKENIZER_SETTINGS)
     if model_type in _WITHOUT_FILES:

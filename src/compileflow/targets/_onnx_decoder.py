@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from compileflow.contracts import Arrays
 from compileflow.contracts.toolkit import require_open
-from compileflow.source_model.decoding import CACHE, LOGITS_PLACES, token_positions
+from compileflow.source_model.decoding import CACHE, LOGITS_PLACES, lost_cache, token_positions
 
 LOGITS = "logits"
 # The exporter marks a tensor that is an input and an output.
@@ -32,6 +32,22 @@ def whole_row_inputs(session: Any, inputs: Mapping[str, NDArray[Any]]) -> Arrays
     places = np.arange(mask.shape[1])
     cache = _Cache(session).empty(len(mask))
     return {**inputs, "position_ids": token_positions(mask), LOGITS_PLACES: places, **cache}
+
+
+def check_cache(model: Any, class_name: str) -> None:
+    """Refuse a graph that reads a cache and does not return it with the next tokens.
+
+    Args:
+        model: The graph.
+        class_name: Class of the model.
+
+    Raises:
+        CompileError: The graph has no cache, or does not return all of it.
+    """
+    inputs = {value.name for value in model.graph.inputs if value.name.startswith(_INPUT) and value.shape}
+    missing = {name.replace(_INPUT, _OUTPUT) for name in inputs} - {value.name for value in model.graph.outputs}
+    if missing or not inputs:
+        raise lost_cache(class_name)
 
 
 def transpose_batches(model: Any) -> None:

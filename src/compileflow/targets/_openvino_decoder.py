@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compileflow.contracts import Arrays
-from compileflow.contracts.toolkit import refusal, require_open
+from compileflow.contracts.toolkit import refusal, require_open, violated_size
 from compileflow.errors import CompileError, first_line
 from compileflow.source_model import SourceModel
-from compileflow.source_model.decoding import decoding_step, token_positions
+from compileflow.source_model.decoding import OTHER_DECODER, decoding_step, lost_cache, token_positions
 from compileflow.source_model.free_batch import free_batch, free_repeats
 from compileflow.spec import Precision
 
@@ -39,6 +39,7 @@ def export_decoder(source_model: SourceModel) -> Any:
     import torch
     from transformers.exporters import OpenVINOConfig, OpenVINOExporter
 
+    class_name = type(source_model.model).__name__
     try:
         step = decoding_step(source_model)
         config = OpenVINOConfig(dynamic=True, dynamic_shapes=dict(step.dynamic_shapes))
@@ -46,14 +47,24 @@ def export_decoder(source_model: SourceModel) -> Any:
             # The exporter warns that it was tested with an older torch, and torch.export warns about itself.
             warnings.simplefilter("ignore")
             graph = OpenVINOExporter().export(step.model, dict(step.inputs), config).program
+    except CompileError:
+        raise
     except Exception as error:
-        raise refusal("The OpenVINO exporter", error, reason=first_line(error)) from error
+        raise refusal(
+            "The OpenVINO exporter",
+            error,
+            model=class_name,
+            reason=violated_size(error) or first_line(error),
+            hint=OTHER_DECODER,
+        ) from error
+    if not graph.get_sinks():
+        raise lost_cache(class_name)
     names = {name for port in graph.inputs for name in port.get_names()}
-    if not graph.get_sinks() or not {"input_ids", "attention_mask", "beam_idx"} <= names <= set(INPUTS):
+    if not {"input_ids", "attention_mask", "beam_idx"} <= names <= set(INPUTS):
         raise CompileError(
-            f"Expected a graph with the inputs {', '.join(INPUTS)} and a cache as its state, got the inputs "
-            f"{', '.join(sorted(names))} and {len(graph.get_sinks())} states.",
-            hint="Report this model's architecture; another target may compile it.",
+            f"Expected the inputs {', '.join(INPUTS)} of the graph of {class_name}, "
+            f"got {', '.join(sorted(names))}.",
+            hint=OTHER_DECODER,
         )
     return graph
 

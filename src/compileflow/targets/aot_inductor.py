@@ -40,6 +40,7 @@ from compileflow.contracts.toolkit import (
     require_open,
     torch_threads,
     undisturbed_process,
+    violated_size,
 )
 from compileflow.errors import CompileError, InputError
 from compileflow.source_model import SourceModel, as_tuple_module, free_axes, load_source_model
@@ -266,7 +267,7 @@ def _export(source_model: SourceModel, component: ComponentPlan) -> Any:
             # The code of the model does not work for all these sizes, so torch.export finds out for which it does.
             return export(torch.export.Dim.DYNAMIC, torch.export.Dim.DYNAMIC)
     except Exception as error:
-        raise refusal("torch.export", error, reason=_violated(error)) from error
+        raise refusal("torch.export", error, reason=violated_size(error)) from error
 
 
 def _export_decoder(source_model: SourceModel, component: ComponentPlan) -> tuple[Any, Mapping[str, JsonValue]]:
@@ -350,15 +351,6 @@ def _compiler_folder() -> str:
         f"The C++ compiler of aot-inductor needs a folder without spaces and quotes, got {folders[0]!r}.",
         hint="Set TMPDIR or COMPILEFLOW_HOME to such a folder, or choose another target.",
     )
-
-
-def _violated(error: Exception) -> str:
-    """Return the first size of torch.export's list that cannot vary; without one, "" stands for the first line."""
-    items = [line.strip() for line in str(error).splitlines() if line.strip().startswith("- ")]
-    if not items or "Constraints violated" not in str(error):
-        return ""
-    # Advice on dynamic_shapes follows.
-    return items[0].removeprefix("- ").partition(". If ")[0][:300].rstrip(".")
 
 
 def _compiler_error(error: Exception) -> str:

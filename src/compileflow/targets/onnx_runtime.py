@@ -35,6 +35,7 @@ from compileflow.contracts.toolkit import (
     report_progress,
     require_open,
     torch_threads,
+    violated_size,
 )
 from compileflow.errors import SpecError, TargetUnavailableError, one_line
 from compileflow.source_model import (
@@ -44,11 +45,17 @@ from compileflow.source_model import (
     free_axes,
     load_source_model,
 )
-from compileflow.source_model.decoding import decoding_step
+from compileflow.source_model.decoding import OTHER_DECODER, decoding_step
 from compileflow.source_model.free_batch import free_batch, free_repeats
 from compileflow.source_model.whole_rows import whole_rows
 from compileflow.spec import HfTask, Precision
-from compileflow.targets._onnx_decoder import OnnxDecoder, has_cache, transpose_batches, whole_row_inputs
+from compileflow.targets._onnx_decoder import (
+    OnnxDecoder,
+    check_cache,
+    has_cache,
+    transpose_batches,
+    whole_row_inputs,
+)
 
 _FILE = "model.onnx"
 # It moves zeros around a picture into a following MaxPool, which pads with minus infinity (BiT).
@@ -452,11 +459,15 @@ def _export(
 
 def _export_decoder(source_model: SourceModel, options: OnnxRuntimeOptions, quantizer: Any, longest: int) -> Any:
     """Export one step of a decoder, with its cache as inputs and outputs."""
+    class_name = type(source_model.model).__name__
     try:
         step = decoding_step(source_model, chooses_logits=True)
     except RuntimeError as error:
-        raise refusal("transformers", error) from error
+        raise refusal(
+            "transformers", error, model=type(source_model.model).__name__, hint=OTHER_DECODER
+        ) from error
     model = _exported(step.model, step.inputs, step.dynamic_shapes, options, quantizer, longest)
+    check_cache(model, class_name)
     transpose_batches(model)
     return model
 
@@ -497,5 +508,5 @@ def _exported(
         # The outer errors hold pages of advice; the innermost error names the operator.
         while isinstance(cause, torch.onnx.OnnxExporterError) and cause.__cause__ is not None:
             cause = cause.__cause__
-        reason = one_line(_ADVICE.split(str(cause))[0])[:300].rstrip(". ")
-        raise refusal("The ONNX exporter", cause, reason=reason) from error
+        reason = violated_size(cause) or one_line(_ADVICE.split(str(cause))[0])[:300].rstrip(". ")
+        raise refusal("The ONNX exporter", cause, model=type(model).__name__, reason=reason) from error
