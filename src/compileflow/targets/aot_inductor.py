@@ -288,7 +288,7 @@ def _export_decoder(source_model: SourceModel, component: ComponentPlan) -> tupl
                 decoder.module, decoder.inputs, dynamic_shapes=(decoder.dynamic_shapes,), strict=False
             )
     except Exception as error:
-        raise refusal("torch.export", error, reason=_violated(error)) from error
+        raise refusal("torch.export", error, reason=violated_size(error)) from error
     return program, decoder.load_options
 
 
