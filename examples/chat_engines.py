@@ -128,7 +128,7 @@ class ContinuousBatching:
         numbers = count()
         while True:
             # Without a running request there is nothing to do but wait for one.
-            while not self._pipeline.has_non_finished_requests() or not self._submitted.empty():
+            while not running or not self._submitted.empty():
                 ticket = self._submitted.get()
                 if ticket is None:
                     return

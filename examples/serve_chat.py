@@ -247,8 +247,7 @@ def load(settings: ChatSettings) -> Served:
         logger.info("each request runs in a thread: %s", missing or "SERVE_ENGINE=threads")
         engine: Engine = Threads(artifact, **shared)
     else:
-        # This checks what each load checks: the runtime, its version and the CPU.
-        artifact.load(record, device=None, threads=1).close()
+        artifact.checked_target(record, "cpu")
         engine = ContinuousBatching(artifact, end_ids=end_ids, **shared)
     tokenizer = CompiledTokenizer.from_artifact(artifact)
     return Served(tokenizer, engine, record.max_sequence_length, record.vocab_size, end_ids)

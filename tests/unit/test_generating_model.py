@@ -112,6 +112,30 @@ def test_same_tokens(model: Any, eager: Any, tokens: Any, settings: dict[str, An
     assert model.generate(**inputs, **(GREEDY | settings)).tolist() == expected.tolist()
 
 
+def test_torch_has_one_thread_while_the_model_writes(model: Any, tokens: Any) -> None:
+    """Threads of torch spin after each operation and slow the graph down."""
+    counts: list[int] = []
+
+    def count(ids: Any, scores: Any) -> Any:
+        counts.append(torch.get_num_threads())
+        return scores
+
+    def write(_: int) -> None:
+        model.generate(**tokens(TEXTS[:1]), **GREEDY, logits_processor=[count])
+
+    earlier_count = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(write, range(8)))
+        write(0)
+        assert set(counts) == {1}
+        with ThreadPoolExecutor(1) as pool:
+            assert (torch.get_num_threads(), pool.submit(torch.get_num_threads).result()) == (3, 3)
+    finally:
+        torch.set_num_threads(earlier_count)
+
+
 def test_same_samples(model: Any, eager: Any, tokens: Any) -> None:
     def sample(model: Any) -> Any:
         torch.manual_seed(7)

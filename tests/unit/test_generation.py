@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -233,6 +234,19 @@ class TestOpenVinoGenai:
         graph = openvino.Core().read_model(compiled("openvino") / "components" / "default" / "openvino_model.xml")
         names = {port.get_any_name() for port in graph.inputs}
         assert names == {"input_ids", "attention_mask", "position_ids", "beam_idx"}
+
+    def test_attention_runs_with_its_cache_as_one_operation(self, compiled: Compiled) -> None:
+        """Otherwise each token copies the cache of all earlier ones."""
+        runner = get_target("openvino").load(
+            compiled("openvino") / "components" / "default",
+            read_manifest(compiled("openvino")).components["default"],
+            device="cpu",
+            threads=1,
+        )
+        operations = runner._model.get_runtime_model().get_ops()
+        kinds = Counter(operation.get_rt_info()["layerType"].astype(str) for operation in operations)
+        assert kinds["ScaledDotProductAttention"] == 2
+        assert kinds["Softmax"] == 0
 
     @pytest.mark.parametrize("fault", ["missing", "other tokens"])
     def test_without_a_converted_tokenizer_the_compile_says_so(

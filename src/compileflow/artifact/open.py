@@ -131,6 +131,19 @@ class OpenArtifact:
             LoadError: The target is unknown or cannot run here. No compiled file was opened.
             ManifestError: The component takes any shape, but the target compiles fixed shapes only.
         """
+        target, device = self.checked_target(record, device)
+        with undisturbed_process():
+            hint = f"Compile the model again: {self._compile_command()}"
+            with library_errors(f"{target.name} cannot load {record.folder}", hint=hint):
+                return target.load(self.folder / record.folder, record, device=device, threads=threads)
+
+    def checked_target(self, record: ComponentRecord, device: Device | None) -> tuple[Target, Device]:
+        """Return what `target_for` returns, after checking that it can run the component here.
+
+        Raises:
+            LoadError: The target is unknown or cannot run here.
+            ManifestError: The component takes any shape, but the target compiles fixed shapes only.
+        """
         target, device = self.target_for(record, device)
         if record.dynamic_axes and not target.capabilities.dynamic_axes:
             raise ManifestError(
@@ -162,10 +175,7 @@ class OpenArtifact:
                 f"The artifact was compiled for a CPU with {', '.join(cpu_features)}, which this CPU lacks.",
                 hint=f"Compile it on a machine like this one: {self._compile_command()}",
             )
-        with undisturbed_process():
-            hint = f"Compile the model again: {self._compile_command()}"
-            with library_errors(f"{target.name} cannot load {record.folder}", hint=hint):
-                return target.load(self.folder / record.folder, record, device=device, threads=threads)
+        return target, device
 
     def target_for(self, record: ComponentRecord, device: Device | None) -> tuple[Target, Device]:
         """Return the target that compiled a component, and the device that it runs on if a load requests `device`.

@@ -6,7 +6,9 @@ The class only reads tokens and keeps what was read. Sampling, beams, stopping a
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -118,6 +120,17 @@ class GeneratingModel(CompiledModel):
 
     forward = __call__  # type: ignore[assignment]
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Write tokens after a prompt; arguments and answer are those of transformers' `generate`.
+
+        Meanwhile torch uses one thread, unless it runs the graph itself: its threads go on spinning after each
+        operation, and the graph would wait for the processor.
+        """
+        mixin: Any = super()
+        target, _ = self.artifact.target_for(self.graph.record, None)
+        with nullcontext() if "torch" in target.capabilities.runtime else _ONE_TORCH_THREAD:
+            return mixin.generate(*args, **kwargs)
+
     def _read(self, past: ReadRows, ids: Any, mask: Any, positions: Any, *, last: bool) -> Any:
         """Read the next tokens of rows, with the mask and the positions that transformers leaves out."""
         rows, length = ids.shape
@@ -220,6 +233,35 @@ class GeneratingModel(CompiledModel):
         return settings
 
 
+class _OneTorchThread:
+    """Limits torch to one thread in blocks that may run in several threads at once.
+
+    A new thread begins with the count that was set last, so no block may take another block's limit for the count
+    to restore.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._blocks = self._count = 0
+
+    def __enter__(self) -> None:
+        import torch
+
+        with self._lock:
+            if self._blocks == 0:
+                self._count = torch.get_num_threads()
+            self._blocks += 1
+        torch.set_num_threads(1)
+
+    def __exit__(self, *error: object) -> None:
+        import torch
+
+        with self._lock:
+            self._blocks -= 1
+            torch.set_num_threads(self._count)
+
+
+_ONE_TORCH_THREAD = _OneTorchThread()
 _LONGER_ROWS = "Shorten the prompt, or compile the model with a larger maximum length."
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,7 +66,42 @@ def export_decoder(source_model: SourceModel) -> Any:
             f"got {', '.join(sorted(names))}.",
             hint=OTHER_DECODER,
         )
+    _repeat_heads(graph)
     return graph
+
+
+def _repeat_heads(graph: Any) -> None:
+    """Repeat keys and values for several heads in the form that OpenVINO's attention with a cache recognizes.
+
+    Otherwise the runtime splits attention into products and a softmax, and copies the whole cache for each token.
+    """
+    from openvino import opset13 as opset
+
+    for attention in graph.get_ordered_ops():
+        if attention.get_type_name() != "ScaledDotProductAttention":
+            continue
+        heads = attention.input_value(0).get_partial_shape()[1]
+        for port in attention.input_values()[1:3]:
+            operations = _chain(port, ("Reshape", "Broadcast", "Unsqueeze"))
+            shape = operations[-1].get_output_partial_shape(0) if operations else ()
+            if len(shape) != 5 or shape[2] != 1 or shape[1].is_dynamic or heads.is_dynamic:
+                continue
+            counts = np.array([1, 1, heads.get_length() // shape[1].get_length(), 1, 1])
+            repeated = opset.broadcast(operations[-1], counts, broadcast_spec="BIDIRECTIONAL")
+            operations[0].input(0).replace_source_output(repeated.output(0))
+    graph.validate_nodes_and_infer_types()
+
+
+def _chain(port: Any, kinds: Sequence[str]) -> list[Any]:
+    """Return the operations of these kinds before a port, the last one first; [] if there are others."""
+    operations: list[Any] = []
+    for kind in kinds:
+        operation = port.get_node()
+        if operation.get_type_name() != kind:
+            return []
+        operations.append(operation)
+        port = operation.input_value(0)
+    return operations
 
 
 def compress_weights(graph: Any, precision: Precision, *, group_size: int, symmetric: bool) -> Any:
