@@ -222,7 +222,7 @@ def _draw(answer: Figures, path: Path) -> None:
             axes.invert_yaxis()
             axes.set_xlabel("tokens per second")
             axes.set_title(model)
-            axes.legend(loc="lower right", frameon=False)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
         figure.savefig(path, metadata={"Date": None})
 
 
