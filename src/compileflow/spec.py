@@ -290,8 +290,8 @@ class Objective(BaseModel):
     goal: Goal = Field(
         "latency",
         title="Goal",
-        description="latency: the lowest latency as a fraction of eager. throughput: the most rows per second. "
-        "size: the smallest artifact.",
+        description="latency: the lowest latency as a fraction of eager. throughput: the most rows, or written "
+        "tokens, per second. size: the smallest artifact.",
     )
     max_accuracy_loss: float | None = Field(
         None,

@@ -72,7 +72,16 @@ def test_latency_comes_from_a_report() -> None:
         "ratio_high": 0.55,
         "cpu_ratio": None,
         "busy": "",
+        "written_tokens": 0,
     }
+
+
+def test_throughput_of_a_decoder_counts_the_tokens_that_it_writes() -> None:
+    timed = Latency("8 x 128", 120.0, 64.0, 0.53, 0.5, 0.56, 30, written_tokens=16)
+    decoder = candidate("a", (0.5,)).model_copy(update={"latencies": (CandidateLatency.of(timed),)})
+    # 8 rows x 16 tokens in 64 ms.
+    assert decoder.throughput_per_s == pytest.approx(2000)
+    assert chosen(decoder, goal="throughput")[1].startswith("a fp32: 2000 tokens per second")
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

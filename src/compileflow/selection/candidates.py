@@ -33,6 +33,7 @@ class CandidateLatency(_Value):
     ratio_high: float
     cpu_ratio: float | None = Field(None, description="Processor time of one thread as a fraction of eager's.")
     busy: str = Field("", description="What other processes did to the timing; then it is not used.")
+    written_tokens: int = Field(0, ge=0, description="Tokens written after each row; 0 if a call writes none.")
 
     @classmethod
     def of(cls, latency: Latency) -> CandidateLatency:
@@ -47,6 +48,7 @@ class CandidateLatency(_Value):
             ratio_high=latency.ratio_high,
             cpu_ratio=latency.cpu_ratio,
             busy=latency.busy,
+            written_tokens=latency.written_tokens,
         )
 
 
@@ -96,12 +98,19 @@ class Candidate(_Value):
 
     @property
     def throughput_per_s(self) -> float | None:
-        """Rows per second at the shape with the highest throughput; None if it cannot be used."""
+        """Rows, or written tokens, per second at the shape with the most of them; None if it cannot be used."""
         if self.is_busy:
             return None
-        return max(
-            (latency.batch_size * 1000 / latency.latency_p50_ms for latency in self.latencies), default=None
+        rates = (
+            latency.batch_size * max(1, latency.written_tokens) * 1000 / latency.latency_p50_ms
+            for latency in self.latencies
         )
+        return max(rates, default=None)
+
+    @property
+    def throughput_unit(self) -> str:
+        """What the throughput counts: "tokens" if a call writes some, else "rows"."""
+        return "tokens" if any(latency.written_tokens for latency in self.latencies) else "rows"
 
 
 def accuracy_loss_of(figures: Mapping[str, float]) -> float:

@@ -174,7 +174,7 @@ def _reason(
 ) -> str:
     superlative, figure = {
         "latency": ("lowest", f"{fraction(_or_inf(winner.latency_ratio))} of eager's latency"),
-        "throughput": ("most", f"{winner.throughput_per_s or 0.0:.0f} rows per second"),
+        "throughput": ("most", f"{winner.throughput_per_s or 0.0:.0f} {winner.throughput_unit} per second"),
         "size": ("smallest", megabytes(winner.size_bytes or 0)),
     }[objective.goal]
     if is_busy and objective.goal != "size":

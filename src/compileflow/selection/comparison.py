@@ -48,6 +48,11 @@ class Comparison(BaseModel):
             dict.fromkeys(latency.shape for candidate in self.candidates for latency in candidate.latencies)
         )
 
+    @property
+    def throughput_unit(self) -> str:
+        """What the throughput of the candidates counts: "tokens" or "rows"."""
+        return "tokens" if self.hf_task.generates else "rows"
+
     def dropped(self) -> dict[int, str]:
         """Return the candidates that cannot be chosen: position and reason."""
         reasons = drops(self.candidates, self.objective, allow_warn=self.allow_warn)

@@ -62,7 +62,7 @@ from compileflow.validation.report import (
 )
 from compileflow.validation.settings import ValidationSettings
 from compileflow.validation.whole_artifact import WholeArtifact
-from compileflow.validation.writing import compare_writing
+from compileflow.validation.writing import compare_writing, timed_tokens, writers
 
 # Natural batches, and families of generated ones, on which the source model is run with rounded numbers.
 _GRID_CASES = 12
@@ -430,13 +430,13 @@ class _Proof:
         report_progress("timing both models in turn")
         measuring.measure_latency(
             measurements,
-            computed,
-            run,
+            *timed_models(source_model, component.compiled),
             lambda rows, length: evidence.timed(rows, length).inputs,
             shapes=component.shapes_to_time,
             pairs=self.validation.latency_pairs,
             threads=self.threads,
-            one_thread=_one_thread(computed, component.compiled),
+            one_thread=_one_thread(source_model, component.compiled),
+            written_tokens=written_tokens(component.compiled),
         )
         return measurements
 
@@ -521,7 +521,22 @@ def _pools(hf_task: HfTask, source_dir: Path, artifact_dir: Path) -> tuple[Pool,
         return before, before
 
 
-def _one_thread(reference: Model, component: LoadedComponent) -> OneThread | None:
+def timed_models(source_model: SourceModel, component: LoadedComponent) -> tuple[Model, Model]:
+    """Return both models as functions of inputs to time: decoders write, and all others answer."""
+    if not component.artifact.manifest.hf_task.generates:
+        return _reference(source_model), component.run
+    longest = component.record.max_sequence_length
+    before, after = (writer.timed(longest) for writer in writers(source_model, component))
+    return before, after
+
+
+def written_tokens(component: LoadedComponent) -> int:
+    """Return how many tokens a timed call writes after each row; 0 if the component is not a decoder."""
+    generates = component.artifact.manifest.hf_task.generates
+    return timed_tokens(component.record.max_sequence_length) if generates else 0
+
+
+def _one_thread(source_model: SourceModel, component: LoadedComponent) -> OneThread | None:
     """Return what gives both models with one thread; None if the compiled model runs on a device."""
     if get_target(component.artifact.manifest.spec.target).capabilities.devices[0] != "cpu":
         return None
@@ -531,7 +546,7 @@ def _one_thread(reference: Model, component: LoadedComponent) -> OneThread | Non
         alone = LoadedComponent.load(component.artifact, component=component.component, threads=1)
         try:
             with torch_threads(1):
-                yield reference, alone.run
+                yield timed_models(source_model, alone)
         finally:
             alone.close()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from compileflow.serving.component import LoadedComponent
 from compileflow.settings import Settings
 from compileflow.source_model.load import load_source_model
 from compileflow.steps.cache import CacheKey, find_or_make
-from compileflow.steps.prove import component_examples, component_shapes
+from compileflow.steps.prove import component_examples, component_shapes, timed_models, written_tokens
 from compileflow.steps.request import CompileRequest
 from compileflow.steps.validate import MEASUREMENT_VERSION
 from compileflow.steps.values import FetchedSource
@@ -115,14 +116,12 @@ def time_artifacts(request: Mapping[str, Any]) -> dict[str, Any]:
         LoadedComponent.load(artifact, component=artifact.manifest.spec.components[0].name, threads=threads)
         for artifact in artifacts
     ]
-    models = [
-        (component_examples(component.artifact, component.record, source_dir), component.run)
-        for component in components
-    ]
     source_model = load_source_model(
         source_dir, artifacts[0].manifest.spec.hf_task, trust_remote_code=trust_remote_code
     )
-    models.insert(0, (models[0][0], source_model.run))
+    examples = [component_examples(component.artifact, component.record, source_dir) for component in components]
+    pairs = [timed_models(source_model, component) for component in components]
+    models = [(examples[0], pairs[0][0]), *zip(examples, (candidate for _, candidate in pairs), strict=True)]
     shapes_by_artifact = [
         component_shapes(component.artifact, component.record, source_dir, validation) for component in components
     ]
@@ -136,7 +135,8 @@ def time_artifacts(request: Mapping[str, Any]) -> dict[str, Any]:
         if times is None or busy:
             return RaceResult(latencies=(), busy=busy).model_dump(mode="json")
         for position, rival in enumerate(latencies):
-            rival.append(times.latency(f"{rows} x {length}", position + 1))
+            latency = times.latency(f"{rows} x {length}", position + 1)
+            rival.append(replace(latency, written_tokens=written_tokens(components[position])))
     for component in components:
         component.close()
     return RaceResult(latencies=tuple(map(tuple, latencies)), busy="").model_dump(mode="json")

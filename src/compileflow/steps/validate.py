@@ -213,6 +213,8 @@ def _key_parts(
     parts |= {f"validation.{name}": str(value) for name, value in settings.items()}
     if validation.data_docs:
         parts["data docs"] = "written"
+    if hf_task.generates:
+        parts["timed"] = "written tokens"
     # Built-in examples also count: another version of compileflow may have others.
     path, limit = validation.examples_path, validation.max_examples
     if hf_task.modality == "text":

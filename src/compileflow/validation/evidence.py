@@ -44,6 +44,7 @@ from compileflow.validation.measure import (
 )
 from compileflow.validation.registered_tests import RegisteredTests
 from compileflow.validation.settings import ValidationSettings
+from compileflow.validation.writing import timed_tokens
 
 # Lengths at which the kernels of a dynamic model usually change; the grid of shapes has longer ones.
 _DYNAMIC_EDGES = (8, 16, 32, 64)
@@ -180,6 +181,9 @@ def timed_shapes(
         "audio": tuple((rows, seconds * second) for rows, seconds in _TIMED_SECONDS),
     }[hf_task.modality]
     longest = record.max_sequence_length
+    if hf_task.generates:
+        # Room for the tokens that a timed call writes.
+        longest -= timed_tokens(longest)
     return tuple(dict.fromkeys((rows, min(length, longest)) for rows, length in requested_shapes or default))
 
 

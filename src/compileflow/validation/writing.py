@@ -28,6 +28,8 @@ from compileflow.validation.measure.generation import (
 
 # Prompts, and tokens that are written after each.
 _PROMPTS, _NEW_TOKENS = 64, 64
+# Tokens that are written in a call that is timed.
+_TIMED_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -47,27 +49,16 @@ class ModelWriter:
     def write(self, prompts: Mapping[str, NDArray[Any]], settings: Settings) -> Written:
         """Write on from prompts, and choose the likeliest tokens whatever the model's own settings are."""
         import torch
-        from transformers import GenerationConfig
 
         is_beam_search = settings.beams > 1
-        config = GenerationConfig(
-            max_new_tokens=settings.new_tokens,
-            num_beams=settings.beams,
-            do_sample=False,
-            repetition_penalty=1.0,
-            pad_token_id=self.pad_token_id,
-            eos_token_id=self.no_token if settings.end_id is None else settings.end_id,
-            use_cache=True,
+        answer = self._generate(
+            prompts,
+            settings,
             return_dict_in_generate=True,
             output_logits=not is_beam_search,
             output_scores=is_beam_search,
         )
-        tensors = {name: torch.as_tensor(value) for name, value in prompts.items()}
-        with torch.inference_mode(), warnings.catch_warnings():
-            # transformers warns of settings in the model's file that choosing the likeliest token does not use.
-            warnings.simplefilter("ignore")
-            answer = self.model.generate(**tensors, generation_config=config)
-        length = tensors["input_ids"].shape[1]
+        length = prompts["input_ids"].shape[1]
         ids = answer.sequences[:, length:].numpy()
         if is_beam_search:
             return Written(ids, scores=answer.sequences_scores.numpy())
@@ -77,14 +68,49 @@ class ModelWriter:
         written = Written(ids, ranked, values[..., 0] - values[..., 1])
         if isinstance(self.model, CompiledModel) and self.model.graph.writer is not None:
             # A call that asks for logits does not let the runtime write whole texts.
-            config.return_dict_in_generate = config.output_logits = False
-            whole_text = self.model.generate(**tensors, generation_config=config)[:, length:].numpy()
+            whole_text = self._generate(prompts, settings)[:, length:].numpy()
             if "real" in part(written, Written(whole_text, ranked[..., ::-1], written.gaps)):
                 raise MeasurementError(
                     "The runtime's own generate writes another text than its logits do.",
                     hint="Report the version of the runtime.",
                 )
         return written
+
+    def timed(self, longest: int) -> Model:
+        """Return a function that writes `timed_tokens(longest)` tokens after each row of a call, and no more."""
+        settings = Settings(timed_tokens(longest))
+        return lambda inputs: {"ids": self._generate(inputs, settings).numpy()}
+
+    def _generate(self, prompts: Mapping[str, NDArray[Any]], settings: Settings, **outputs: Any) -> Any:
+        import torch
+        from transformers import GenerationConfig
+
+        config = GenerationConfig(
+            max_new_tokens=settings.new_tokens,
+            num_beams=settings.beams,
+            do_sample=False,
+            repetition_penalty=1.0,
+            pad_token_id=self.pad_token_id,
+            eos_token_id=self.no_token if settings.end_id is None else settings.end_id,
+            use_cache=True,
+            **outputs,
+        )
+        tensors = {name: torch.as_tensor(value) for name, value in prompts.items()}
+        with torch.inference_mode(), warnings.catch_warnings():
+            # transformers warns of settings in the model's file that choosing the likeliest token does not use.
+            warnings.simplefilter("ignore")
+            return self.model.generate(**tensors, generation_config=config)
+
+
+def timed_tokens(longest: int) -> int:
+    """Return how many tokens a timed call writes after each row, given the longest row of a component."""
+    return max(1, min(_TIMED_TOKENS, longest // 2))
+
+
+def writers(source_model: SourceModel, component: LoadedComponent) -> tuple[ModelWriter, ModelWriter]:
+    """Return both models as validation lets them write."""
+    ids = source_model.pad_token_id, source_model.vocab_size
+    return ModelWriter(source_model.model, *ids), ModelWriter(CompiledModel.from_component(component), *ids)
 
 
 @dataclass(frozen=True)
@@ -126,17 +152,9 @@ def compare_writing(
         natural: Cases of natural texts, from which the prompts are taken.
         progress: Is told what is compared.
     """
-    pad_token_id, vocab_size = source_model.pad_token_id, source_model.vocab_size
-    prompts = prompts_of(natural, pad_token_id, component.record.max_sequence_length)
+    prompts = prompts_of(natural, source_model.pad_token_id, component.record.max_sequence_length)
     measure_pieces(measurements, reference, ComponentReader(component), prompts)
-    compiled_model = CompiledModel.from_component(component)
-    measure_generation(
-        measurements,
-        ModelWriter(source_model.model, pad_token_id, vocab_size),
-        ModelWriter(compiled_model, pad_token_id, vocab_size),
-        prompts,
-        progress=progress,
-    )
+    measure_generation(measurements, *writers(source_model, component), prompts, progress=progress)
 
 
 def prompts_of(natural: Sequence[Case], pad_token_id: int, longest: int) -> Prompts:

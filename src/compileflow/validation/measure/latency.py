@@ -114,6 +114,7 @@ def measure_latency(
     pairs: int,
     threads: int,
     one_thread: OneThread | None,
+    written_tokens: int = 0,
 ) -> None:
     """Time both models at each shape, (batch size, length). A shape that the candidate refuses becomes a note.
 
@@ -130,6 +131,7 @@ def measure_latency(
         threads: Number of threads of both models.
         one_thread: Gives both models with one thread. None if the compiled model runs on a device: processor time
             then says nothing about it.
+        written_tokens: Tokens that each row of a call gets; 0 if a call writes none.
     """
     inputs_by_shape: dict[str, Arrays] = {}
     for batch_size, length in shapes:
@@ -158,6 +160,9 @@ def measure_latency(
         measurements.latencies += _with_one_thread(
             inputs_by_shape, timings, one_thread, threads=threads, pairs=pairs
         )
+    measurements.latencies = [
+        replace(latency, written_tokens=written_tokens) for latency in measurements.latencies
+    ]
     headline = measurements.latencies[0]
     if headline.busy:
         measurements.unusable["latency_ratio"] = f"{BUSY_MACHINE} ({headline.busy})"

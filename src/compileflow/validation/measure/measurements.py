@@ -31,6 +31,7 @@ class Latency:
             measured.
         busy: What other processes did to the timing, in words; such a latency is shown, and nothing uses it. Empty
             on a quiet machine.
+        written_tokens: Tokens that each row of a call gets after the tokens of the shape; 0 if a call writes none.
     """
 
     shape: str
@@ -42,6 +43,7 @@ class Latency:
     pairs: int
     cpu_ratio: float | None = None
     busy: str = ""
+    written_tokens: int = 0
 
 
 @dataclass
