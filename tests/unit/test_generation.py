@@ -200,6 +200,23 @@ class TestArtifact:
         assert model.generate(**inputs, **GREEDY).shape[1] == inputs["input_ids"].shape[1] + 16
 
 
+@pytest.mark.parametrize("precision", [Precision.INT8, Precision.INT4])
+def test_last_layer_that_shares_its_weights_runs_in_few_bits_on_onnx_runtime(
+    in_process: InProcess, tmp_path: Path, tokens: Any, precision: Precision
+) -> None:
+    source_dir = build_decoder(tmp_path / "source", tie_word_embeddings=True)
+    artifact_dir = in_process.compile(
+        source_dir, tmp_path / "artifact", target="onnx-runtime", hf_task=TASK, precision=precision
+    )
+    inputs = tokens(TEXTS)
+    with torch.no_grad():
+        expected = transformers.AutoModelForCausalLM.from_pretrained(source_dir).eval()(**inputs).logits
+    keep = inputs["attention_mask"].bool()
+    answer = CompiledModel.from_pretrained(artifact_dir, threads=1)(**inputs).logits
+    difference = torch.linalg.norm((answer - expected)[keep]) / torch.linalg.norm(expected[keep])
+    assert 1e-5 < float(difference) < FARTHEST["onnx-runtime", precision]
+
+
 class TestOpenVinoGenai:
     """openvino_genai opens the folder of a component that openvino compiled."""
 

@@ -71,6 +71,35 @@ def transpose_batches(model: Any) -> None:
                 node.replace_input_with(position, transpose.outputs[0])
 
 
+def plain_last_layer(model: Any) -> None:
+    """Give the last layer transposed weights of its own, if it shares those of the embeddings; quantizers need it.
+
+    They know MatMul with constant weights. At fp32 the weights stay shared.
+    """
+    import onnx_ir
+
+    for node in [node for node in model.graph if node.op_type == "FusedMatMul"]:
+        weights = node.inputs[1].const_value
+        flags = {name: attribute.value for name, attribute in node.attributes.items()}
+        if (
+            weights is None
+            or len(weights.shape) != 2
+            or flags.pop("alpha", 1.0) != 1.0
+            or not flags.pop("transB", 0)
+        ):
+            continue
+        if any(flags.values()):
+            continue
+        columns = onnx_ir.tensor(np.ascontiguousarray(weights.numpy().T), name=f"{node.inputs[1].name}.T")
+        value = onnx_ir.Value(name=columns.name, const_value=columns, shape=columns.shape)
+        value.dtype = columns.dtype
+        model.graph.register_initializer(value)
+        product = onnx_ir.node("MatMul", [node.inputs[0], value], outputs=None)
+        onnx_ir.convenience.replace_nodes_and_values(
+            model.graph, node, [node], [product], node.outputs, product.outputs
+        )
+
+
 class OnnxDecoder:
     """Runs a session whose cache goes in and comes out; each continuation holds a cache of its own."""
 

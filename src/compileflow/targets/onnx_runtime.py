@@ -53,6 +53,7 @@ from compileflow.targets._onnx_decoder import (
     OnnxDecoder,
     check_cache,
     has_cache,
+    plain_last_layer,
     transpose_batches,
     whole_row_inputs,
 )
@@ -466,6 +467,15 @@ def _export_decoder(source_model: SourceModel, options: OnnxRuntimeOptions, quan
         raise refusal(
             "transformers", error, model=type(source_model.model).__name__, hint=OTHER_DECODER
         ) from error
+    if quantizer is not None:
+        quantize = quantizer.quantize
+
+        def quantize_plain(model: Any, *arguments: Any, **settings: Any) -> Any:
+            transpose_batches(model)
+            plain_last_layer(model)
+            return quantize(model, *arguments, **settings)
+
+        quantizer.quantize = quantize_plain
     model = _exported(step.model, step.inputs, step.dynamic_shapes, options, quantizer, longest)
     check_cache(model, class_name)
     transpose_batches(model)
