@@ -44,7 +44,7 @@ class Ticket:
     """A request that an engine works on. The engine calls `put` and `end` from other threads.
 
     Attributes:
-        is_cancelled: Whether nobody waits for the answer any more.
+        is_cancelled: Whether the engine may drop the request, because its client went away.
     """
 
     def __init__(self, prompt: list[int], sampling: Sampling, counts: Counter[str]):

@@ -214,7 +214,7 @@ class Served:
     """A model that answers.
 
     Attributes:
-        tokenizer: Its tokenizer.
+        tokenizer: Tokenizer of the model.
         engine: What runs it.
         longest: Tokens that a row can have.
         vocab_size: Number of token ids; 0 if unknown.
