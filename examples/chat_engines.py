@@ -6,6 +6,8 @@ import asyncio
 import queue
 import secrets
 import threading
+from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -39,27 +41,34 @@ class Sampling:
 
 
 class Ticket:
-    """A request that an engine works on. The engine calls its methods from other threads.
+    """A request that an engine works on. The engine calls `put` and `end` from other threads.
 
     Attributes:
-        is_cancelled: The client has gone away, or has enough of the answer.
+        is_cancelled: Whether the engine may drop the request, because its client went away.
     """
 
-    def __init__(self, open_tickets: set[Ticket], prompt: list[int], sampling: Sampling):
+    def __init__(self, prompt: list[int], sampling: Sampling, counts: Counter[str]):
+        """Count the request.
+
+        Args:
+            prompt: Token ids of the prompt.
+            sampling: How the tokens of the answer are chosen.
+            counts: Counts of a service: requests that run or wait, and tokens that were written.
+        """
         self.prompt, self.sampling = prompt, sampling
         self.is_cancelled = False
-        self._open_tickets = open_tickets
+        self._counts = counts
         self._loop = asyncio.get_running_loop()
         self._items: asyncio.Queue[list[int] | Exception | None] = asyncio.Queue()
-        open_tickets.add(self)
+        counts["requests"] += 1
 
     def put(self, tokens: list[int]) -> None:
         """Take the next tokens of the answer."""
-        self._call(self._items.put_nowait, tokens)
+        self._call(self._take, tokens)
 
     def end(self, error: Exception | None = None) -> None:
         """Take the end of the answer, after which the engine has forgotten the request."""
-        self._call(self._ended, error)
+        self._call(self._take, error)
 
     async def next_tokens(self) -> list[int] | None:
         """Return the next tokens, or None at the end of the answer."""
@@ -72,14 +81,17 @@ class Ticket:
         """Let the engine forget the request after its current step."""
         self.is_cancelled = True
 
-    def _call(self, function: Any, argument: Any) -> None:
-        # The event loop is closed when requests are left at the end of the service.
+    def _call(self, function: Callable[[Any], None], argument: Any) -> None:
+        # The event loop is closed if requests are left at the end of the service.
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(function, argument)
 
-    def _ended(self, error: Exception | None) -> None:
-        self._open_tickets.discard(self)
-        self._items.put_nowait(error)
+    def _take(self, item: list[int] | Exception | None) -> None:
+        if isinstance(item, list):
+            self._counts["tokens"] += len(item)
+        else:
+            self._counts["requests"] -= 1
+        self._items.put_nowait(item)
 
 
 class Engine(Protocol):

@@ -15,6 +15,7 @@ import secrets
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -213,7 +214,7 @@ class Served:
     """A model that answers.
 
     Attributes:
-        tokenizer: Tokenizer of the artifact.
+        tokenizer: Tokenizer of the model.
         engine: What runs it.
         longest: Tokens that a row can have.
         vocab_size: Number of token ids; 0 if unknown.
@@ -261,7 +262,7 @@ class ChatService:
         self.name = settings.name or PurePath(settings.artifact.partition("@")[0].rpartition(":")[2]).name
         self.draining = False
         self.failure: Exception | None = None
-        self.tickets: set[Ticket] = set()
+        self.counts = Counter(requests=0, tokens=0)
         self._served: Served | None = None
         self._created = int(time.time())
 
@@ -331,9 +332,9 @@ class ChatService:
             message = f"The prompt has the token {max(prompt)}, but the model has {served.vocab_size} ids."
             raise ApiError(400, message, param=field)
         sampling = Sampling(self._room(served, prompt, field, order), order.temperature, order.top_p, order.seed)
-        if len(self.tickets) >= self.settings.queue_limit:
-            raise RefusedError(f"The queue is full: {len(self.tickets)} requests run or wait.")
-        ticket = Ticket(self.tickets, prompt, sampling)
+        if self.counts["requests"] >= self.settings.queue_limit:
+            raise RefusedError(f"The queue is full: {self.counts['requests']} requests run or wait.")
+        ticket = Ticket(prompt, sampling, self.counts)
         served.engine.submit(ticket)
         return Answer(ticket, served.tokenizer, served.end_ids, order.stops)
 
@@ -486,7 +487,7 @@ def make_app(service: ChatService) -> FastAPI:
     @app.get("/health")
     async def health() -> dict[str, int]:
         service.check_ready()
-        return {"requests": len(service.tickets)}
+        return dict(service.counts)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
