@@ -127,7 +127,7 @@ def test_model_that_loops_over_chosen_experts_is_refused(tmp_path: Path, model_t
         load_source_model(tiny_folder(tmp_path, model_type, FEATURES), FEATURES)
 
 
-# The configuration of zaya does not tell; transformers gives xlnet a cache of its own.
+# The configuration of zaya does not tell. transformers gives xlnet a cache of its own.
 @pytest.mark.parametrize("model_type", ["mamba2", "zaya", "xlnet"])
 def test_decoder_that_carries_a_state_is_refused(tmp_path: Path, model_type: str) -> None:
     task = HfTask.TEXT_GENERATION

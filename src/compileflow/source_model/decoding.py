@@ -26,7 +26,7 @@ OTHER_DECODER = "Choose a decoder of another family; docs/reference/decoders.md 
 _STATE_LAYERS = ("conv", "hybrid", "hybrid_sliding", "linear_attention")
 # Model types that mask the tokens after a prompt as if an image stood before them, whether there is one or not.
 _EXPECTS_IMAGE = ("git",)
-# Inputs of a decoder that reads text alone; transformers adds use_cache and the like, which are no tensors.
+# Inputs of a decoder that reads text alone.
 _TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
 # Rows and tokens of the example: torch.export takes a size of 1 for a constant.
 _ROWS, _TOKENS = 3, 6
@@ -120,6 +120,9 @@ def decoding_step(source_model: SourceModel, *, chooses_logits: bool = False) ->
         )
     model, inputs = stages["decode"]
     class_name = type(source_model.model).__name__
+    parameters = inspect.signature(source_model.model.forward).parameters
+    # Some classes leave settings of `generate` among the inputs, and the inputs that they do not get.
+    inputs = {name: value for name, value in inputs.items() if name in parameters and value is not None}
     if CACHE not in inputs:
         raise CompileError(
             f"{class_name} generates without a cache in transformers, and text-generation "
@@ -135,7 +138,7 @@ def decoding_step(source_model: SourceModel, *, chooses_logits: bool = False) ->
             "text-generation compiles decoders of text alone.",
             hint=OTHER_DECODER,
         )
-    if chooses_logits and LOGITS_PLACES in inspect.signature(source_model.model.forward).parameters:
+    if chooses_logits and LOGITS_PLACES in parameters:
         inputs = {**inputs, LOGITS_PLACES: torch.arange(inputs["input_ids"].shape[1])}
     free = torch.export.Dim.DYNAMIC
     shapes: dict[str, Any] = {}
