@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["openvino", "onnx-runtime"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "target"),
+    [
+        *product(FAMILIES, ("openvino", "onnx-runtime")),
+        # A window, no positions as an input, and keys and values of one head. Each compile takes half a minute.
+        *product(("gemma3_text", "opt", "gpt_bigcode"), ("aot-inductor",)),
+    ],
+)
 def test_rows_of_a_padded_batch_go_on_as_in_transformers(
     in_process: InProcess, tmp_path: Path, family: str, target: str
 ) -> None:
