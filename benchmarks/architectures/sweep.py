@@ -28,7 +28,7 @@ def jobs(classes: Iterable[ModelClass], targets: Iterable[str]) -> Iterator[tupl
     classes = list(classes)
     for target in targets:
         for model_class in classes:
-            if target in ALL_CLASSES_TARGETS or in_sample(model_class):
+            if target in ALL_CLASSES_TARGETS or model_class.hf_task.generates or in_sample(model_class):
                 yield model_class, target
 
 

@@ -42,8 +42,8 @@ FAMILIES = (
     [
         ("openvino", FAMILIES),
         ("onnx-runtime", FAMILIES),
-        # A window, no positions as an input, and keys and values of one head. Each compile takes half a minute.
-        ("aot-inductor", ("gemma3_text", "opt", "gpt_bigcode")),
+        # A window, and no positions as an input. Each compile takes half a minute.
+        ("aot-inductor", ("gemma3_text", "opt")),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
