@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from compileflow.errors import InputError, first_line
+from compileflow.errors import InputError, MeasurementError, first_line
 from compileflow.validation.measure import metrics
 from compileflow.validation.measure.measurements import Measurements, Model
 
@@ -252,7 +252,7 @@ def _attempt(candidate: Writer, inputs: Mapping[str, NDArray[Any]], settings: Se
     """Let the compiled model write; None if it fails, which counts as another answer."""
     try:
         return candidate.write(inputs, settings)
-    except MemoryError:
+    except (MemoryError, MeasurementError):
         raise
     except Exception as error:  # noqa: BLE001 - the runtimes' errors have no narrower common base
         logger.warning("the compiled model does not generate: %s", error)
