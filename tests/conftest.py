@@ -25,6 +25,7 @@ from tests.models import build_model
 from tests.services.moto_server import Moto, serve_moto, store_environment
 from tests.services.neptune import Neptune, serve_neptune
 from tests.services.neptune_writer import NeptuneWriter, neptune_writer
+from tests.smollm2 import SmolLM2
 from tests.steps import Pipeline
 
 skip_slow_grammar()
@@ -74,6 +75,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> ModelFactory:
 def in_process(tmp_path_factory: pytest.TempPathFactory) -> InProcess:
     """Compile and validate without child processes; all workers of the run share what they compile."""
     return InProcess(shared_folder(tmp_path_factory))
+
+
+@pytest.fixture(scope="session")
+def smollm2(in_process: InProcess, tmp_path_factory: pytest.TempPathFactory) -> SmolLM2:
+    """A real model that writes text, for slow tests."""
+    return SmolLM2(shared_folder(tmp_path_factory), in_process)
 
 
 @pytest.fixture(scope="module")

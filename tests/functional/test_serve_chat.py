@@ -22,6 +22,7 @@ from compileflow.testing.shared import make_once, shared_folder
 from tests.in_process import InProcess
 from tests.models import build_decoder
 from tests.services.example_process import WAIT_S, ExampleProcess
+from tests.smollm2 import SmolLM2
 
 TASK = HfTask.TEXT_GENERATION
 MAX_TOKENS = 8192
@@ -324,26 +325,15 @@ def test_altered_artifact_ends_the_service_with_one_line(start: Start, artifact:
 
 
 @pytest.mark.slow
-def test_smollm2_answers_eight_at_once_as_it_answers_each_alone(
-    request: pytest.FixtureRequest, start: Start, in_process: InProcess, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    try:
-        model = request.getfixturevalue("smollm2_folder")
-    except pytest.FixtureLookupError:
-        pytest.skip("this checkout has no fixture smollm2_folder")
-    folder = make_once(
-        shared_folder(tmp_path_factory) / "smollm2-openvino",
-        lambda path: in_process.compile(model, path / "artifact", target="openvino", hf_task=TASK),
-    )
+def test_smollm2_answers_eight_at_once_as_it_answers_each_alone(start: Start, smollm2: SmolLM2) -> None:
     countries = ["France", "Italy", "Spain", "Japan", "Egypt", "Peru", "Kenya", "India"]
-    with start(artifact=folder / "artifact") as service:
+    with start(artifact=smollm2.compiled("openvino")) as service:
 
         def ask(country: str) -> str:
             messages = as_chat(f"What is the capital of {country}?")
             chunks = service.client.chat.completions.create(model="artifact", messages=messages, stream=True)
             return written(chunks)[0]
 
-        assert service.client
         with ThreadPoolExecutor(len(countries)) as threads:
             together = list(threads.map(ask, countries))
         assert together == [ask(country) for country in countries]
