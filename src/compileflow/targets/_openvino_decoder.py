@@ -72,7 +72,7 @@ def _repeat_heads(graph: Any) -> None:
         heads = attention.input_value(0).get_partial_shape()[1]
         for port in attention.input_values()[1:3]:
             operations = _chain(port, ("Reshape", "Broadcast", "Unsqueeze"))
-            shape = operations[-1].get_output_partial_shape(0) if operations else ()
+            shape: Any = operations[-1].get_output_partial_shape(0) if operations else ()
             if len(shape) != 5 or shape[2] != 1 or shape[1].is_dynamic or heads.is_dynamic:
                 continue
             counts = np.array([1, 1, heads.get_length() // shape[1].get_length(), 1, 1])
