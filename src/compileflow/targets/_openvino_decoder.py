@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from compileflow.contracts import Arrays
 from compileflow.contracts.toolkit import refusal, require_open, violated_size
-from compileflow.errors import CompileError, first_line
+from compileflow.errors import CompileError, InputError, first_line
 from compileflow.source_model import SourceModel
 from compileflow.source_model.decoding import OTHER_DECODER, decoding_step, lost_cache, token_positions
 from compileflow.source_model.free_batch import free_batch, free_repeats
@@ -234,8 +234,15 @@ class OpenVinoContinuation:
         answers = require_open(self._request).infer(known_inputs, share_inputs=True)
         self._rows = None
         self.length += length
-        logits: NDArray[Any] = answers[LOGITS]
-        return logits[:, -1:] if last else logits
+        logits: NDArray[Any] = answers[LOGITS][:, -1:] if last else answers[LOGITS]
+        expected_shape = (rows, 1 if last else length)
+        if logits.shape[:2] != expected_shape:
+            # Attention with a cache of other rows does not fail by itself.
+            raise InputError(
+                f"Expected logits for {expected_shape} rows and tokens, got {logits.shape[:2]}.",
+                hint="Compile the model again.",
+            )
+        return logits
 
     def reorder(self, rows: NDArray[Any]) -> None:
         """Remember which row takes each place; the graph moves the cache when it reads the next tokens."""
