@@ -161,7 +161,7 @@ def odd_model(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
         pytest.param(
             "onnx-runtime",
             WITHOUT_LOWERING,
-            r"The ONNX exporter refused the model: it does not have the operator odd\.op .*" + PLACE,
+            r"The ONNX exporter refused OddModel: it does not have the operator odd\.op .*" + PLACE,
             OWN_OPERATORS,
             marks=pytest.mark.slow,
         ),
