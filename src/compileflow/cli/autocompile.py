@@ -32,7 +32,9 @@ def autocompile(
     ] = False,
     target: Annotated[
         str | None,
-        typer.Option(help="Target. Default: hyperdex where it works, else openvino, else onnx-runtime."),
+        typer.Option(
+            help="Target. Default: the first that works here of hyperdex, openvino, onnx-runtime, aot-inductor."
+        ),
     ] = None,
     precision: Annotated[
         str | None, typer.Option(help="Precision. Default: the first one of the target, fp32 on a CPU.")

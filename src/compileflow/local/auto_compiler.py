@@ -96,8 +96,8 @@ class AutoCompiler:
                 positions.
             low_memory_usage: Leave no weights in `ckpt`. An LPU-GPU system needs them.
             token: Token of the Hub. None: the setting HF_TOKEN.
-            target: Name of a target. None: hyperdex if its toolchain and an LPU are here, else openvino, else
-                onnx-runtime.
+            target: Name of a target. None: the first that works here of hyperdex, openvino, onnx-runtime and
+                aot-inductor.
             precision: Precision of the compiled model. None: the first one of the target, fp32 on a CPU.
             fast_compile: Compile faster; only hyperdex knows it.
             revision: Branch, tag or commit of a Hub model.

@@ -82,7 +82,7 @@ class HyperdexTarget:
     name: ClassVar[str] = "hyperdex"
     version: ClassVar[int] = 2
     summary: ClassVar[str] = (
-        "HyperAccel's HyperDex for LPUs; rows of any length; compiles decoders, and encoders, although HyperAccel "
+        "HyperAccel's HyperDex for LPUs; rows of any length; compiles decoders; encoders too, although HyperAccel "
         "documents only decoders"
     )
     Options: ClassVar[type[TargetOptions]] = HyperdexOptions
