@@ -140,9 +140,15 @@ def test_decoder_that_carries_a_state_is_refused_by_its_configuration(
     check_source(folder, CompileSpec(target="openvino", hf_task=HfTask.FEATURE_EXTRACTION), needs_tokenizer=False)
 
 
-def test_decoder_that_expects_an_image_is_refused_by_its_configuration(tmp_path: Path) -> None:
-    folder = config_folder(tmp_path / "model", model_type="git")
-    with pytest.raises(SourceError, match="as if an image stood before them"):
+@pytest.mark.parametrize(
+    ("model_type", "says"),
+    [("git", "as if an image stood before them"), ("moshi", "depend on the prompt's end")],
+)
+def test_decoder_of_a_family_that_no_graph_serves_is_refused_by_its_configuration(
+    tmp_path: Path, model_type: str, says: str
+) -> None:
+    folder = config_folder(tmp_path / "model", model_type=model_type)
+    with pytest.raises(SourceError, match=says):
         check_source(folder, CompileSpec(target="openvino", hf_task=TASK), needs_tokenizer=False)
 
 

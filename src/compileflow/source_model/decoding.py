@@ -24,8 +24,11 @@ LOGITS_PLACES = "logits_to_keep"
 OTHER_DECODER = "Choose a decoder of another family; docs/reference/decoders.md lists those that compile."
 # Kinds of layers, as transformers names them, whose cache is a state of fixed size.
 _STATE_LAYERS = ("conv", "hybrid", "hybrid_sliding", "linear_attention")
-# Model types that mask the tokens after a prompt as if an image stood before them, whether there is one or not.
-_EXPECTS_IMAGE = ("git",)
+# Model types whose answers in transformers no single graph gives, with the reason.
+_REFUSED: Mapping[str, str] = {
+    "git": "masks the tokens after a prompt as if an image stood before them, and text-generation gives no image",
+    "moshi": "reads a prompt whole, and later its sliding window alone, so its answers depend on the prompt's end",
+}
 # Inputs of a decoder that reads text alone.
 _TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
 # Rows and tokens of the example: torch.export takes a size of 1 for a constant.
@@ -59,7 +62,7 @@ def token_positions(attention_mask: NDArray[Any]) -> NDArray[np.int64]:
 
 
 def refuse_decoder(config: Any, class_name: str, *, is_stateful: bool) -> None:
-    """Refuse a decoder that needs an image, or has a cache of another kind than keys and values of each token.
+    """Refuse a decoder of a family that no graph serves, or whose cache is not keys and values of each token.
 
     Args:
         config: Configuration of the model, or its config.json with the fields as attributes.
@@ -67,14 +70,11 @@ def refuse_decoder(config: Any, class_name: str, *, is_stateful: bool) -> None:
         is_stateful: Whether transformers says so of the class, whatever its layers are.
 
     Raises:
-        SourceError: The decoder carries a state from token to token, or does not read text alone.
+        SourceError: The decoder carries a state from token to token, or its family is refused.
     """
-    if getattr(config, "model_type", None) in _EXPECTS_IMAGE:
-        raise SourceError(
-            f"{class_name} masks the tokens after a prompt as if an image stood before them, and text-generation "
-            "gives it text alone.",
-            hint=OTHER_DECODER,
-        )
+    reason = _REFUSED.get(getattr(config, "model_type", ""))
+    if reason:
+        raise SourceError(f"{class_name} {reason}.", hint=OTHER_DECODER)
     layer_types = getattr(text_config(config), "layer_types", None) or ()
     if is_stateful or set(_STATE_LAYERS) & set(layer_types):
         raise SourceError(
