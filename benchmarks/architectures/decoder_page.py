@@ -37,7 +37,7 @@ def decoder_page(classes: Sequence[ModelClass], results: Results) -> str:
         f"Processor: {', '.join(sorted({line['processor'] for line in complete}))}. "
         f"Versions: {named_versions(complete)}.\n",
         "## Summary\n",
-        f"{exact} of {len(classes)} model types are token-exact on both targets.\n",
+        f"{exact} of {len(classes)} model types write the same tokens on both `openvino` and `onnx-runtime`.\n",
         _summary(list(outcomes.values())),
         "## Every decoder\n",
         table(
@@ -67,7 +67,8 @@ This page is generated. It shows which of transformers' decoders compile for
 - **not built**: transformers itself cannot build a small model of the class here, or cannot run it on text alone.
 
 The list holds every model type that transformers maps to a causal head. It leaves out encoders with such a head,
-for example BERT: compileflow refuses them for text generation.
+for example BERT: compileflow refuses them for text generation. Of a model with an encoder and a decoder, such as
+Whisper, it holds the decoder alone. `aot-inductor` and `hyperdex` are not part of this sweep.
 
 Regenerate the page with `make architectures`. The sweep keeps its results in `.architectures/` and continues where
 it stopped.
