@@ -151,7 +151,9 @@ class TestHyperdex:
         with pytest.raises(LoadError, match="low_memory_usage, which removed the weights that GPUs need"):
             CompiledModel.from_pretrained(result.folder, device="lpu-gpu")
         write = CompiledPipeline.from_pretrained(result.folder)
+        calls("transformers").clear()
         text = write(TEXTS[0], **GREEDY, return_full_text=False)[0]["generated_text"]
+        assert [call["call"] for call in calls("transformers")] == ["generate"]
         tokenizer = CompiledTokenizer.from_pretrained(result.folder)
         expected = eager_texts(source)[0]
         assert tokenizer.decode(expected, skip_special_tokens=True).endswith(text)

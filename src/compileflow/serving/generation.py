@@ -192,7 +192,7 @@ class GeneratingModel(CompiledModel):
         """Let the runtime write whole texts, where it can; otherwise choose each token as transformers does."""
         writer = self.graph.writer
         if writer is not None and can_write(logits_processor, stopping_criteria, **kwargs):
-            return write_texts(writer, input_ids, kwargs["attention_mask"], kwargs["generation_config"])
+            return write_texts(writer, input_ids, kwargs.get("attention_mask"), kwargs["generation_config"])
         mixin: Any = super()
         return mixin._sample(input_ids, logits_processor, stopping_criteria, **kwargs)
 

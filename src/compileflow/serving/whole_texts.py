@@ -13,7 +13,6 @@ def can_write(
     *,
     generation_config: Any,
     streamer: Any = None,
-    attention_mask: Any = None,
     past_key_values: Any = None,
     **_: Any,
 ) -> bool:
@@ -24,7 +23,6 @@ def can_write(
         stopping_criteria: When transformers would stop.
         generation_config: Settings of the call.
         streamer: Gets each token; the runtime gives whole texts only.
-        attention_mask: 0 for padding.
         past_key_values: Rows that were read before.
         **_: Arguments of `forward`, which change no token.
     """
@@ -37,7 +35,6 @@ def can_write(
         and not logits_processor
         and all(type(rule) in (EosTokenCriteria, MaxLengthCriteria) for rule in stopping_criteria)
         and streamer is None
-        and attention_mask is not None
         and (past_key_values is None or past_key_values.get_seq_length() == 0)
         and (ends is None or ends.numel() == 1)
     )
@@ -49,7 +46,7 @@ def write_texts(writer: WritingRunner, input_ids: Any, attention_mask: Any, gene
     Args:
         writer: Component whose runtime writes.
         input_ids: Prompts of shape (rows, tokens), padded on the left.
-        attention_mask: 0 for padding, of the same shape.
+        attention_mask: 0 for padding, of the same shape; None: no padding.
         generation_config: Settings of the call, as `generate` prepared them.
 
     Returns:
@@ -60,6 +57,8 @@ def write_texts(writer: WritingRunner, input_ids: Any, attention_mask: Any, gene
     ends, pad = generation_config._eos_token_tensor, generation_config._pad_token_tensor
     end_id = None if ends is None else int(ends.flatten()[0])
     new_tokens = generation_config.max_length - input_ids.shape[1]
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
     texts = [
         torch.from_numpy(writer.write(ids[mask.bool()].numpy(), new_tokens=new_tokens, end_id=end_id))
         for ids, mask in zip(input_ids, attention_mask, strict=True)
