@@ -73,7 +73,7 @@ def test_page_of_decoders_says_what_happened_to_each() -> None:
         for (model_class, target), (outcome, stage, reason) in outcomes.items()
     }  # fmt: skip
     page = decoder_page(decoder_classes(), results)
-    assert "1 of 169 model types are token-exact on both targets." in page
+    assert "1 of 169 model types write the same tokens on both `openvino` and `onnx-runtime`." in page
     assert "Processor: a chip. Versions: torch 1.0." in page
     for words in (
         f"| `{exact.model_type}` | {exact.name} | yes | yes |",
