@@ -28,6 +28,8 @@ _PROPERTIES = {
     "dynamic_quantization_group_size": "DYNAMIC_QUANTIZATION_GROUP_SIZE",
 }
 _NO_LIMIT = 2**31
+# A temperature at which only the likeliest token is left; below it, logits divided by it overflow.
+_GREEDY = 1e-4
 
 
 @dataclass(frozen=True)
@@ -171,8 +173,8 @@ class ContinuousBatching:
         config.stop_token_ids, config.ignore_eos = self._end_ids, not self._end_ids
         config.rng_seed = secrets.randbits(31) if sampling.seed is None else sampling.seed
         if sampling.temperature is not None:
-            config.do_sample = sampling.temperature > 0
-            config.temperature = sampling.temperature or 1.0
+            config.do_sample = sampling.temperature > _GREEDY
+            config.temperature = max(sampling.temperature, _GREEDY)
         if sampling.top_p is not None:
             config.top_p = sampling.top_p
         prompt = openvino.Tensor(np.array([ticket.prompt], np.int64))
@@ -216,8 +218,8 @@ class Threads:
         sampling = ticket.sampling
         choice: dict[str, Any] = {"num_beams": 1, "max_new_tokens": sampling.max_tokens}
         if sampling.temperature is not None:
-            choice["do_sample"] = sampling.temperature > 0
-            if sampling.temperature > 0:
+            choice["do_sample"] = sampling.temperature > _GREEDY
+            if sampling.temperature > _GREEDY:
                 choice["temperature"] = sampling.temperature
         if sampling.top_p is not None:
             choice["top_p"] = sampling.top_p

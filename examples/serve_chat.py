@@ -305,7 +305,9 @@ class ChatService:
                 raise ApiError(413, f"The body has more than {limit} bytes.")
         try:
             content = json.loads(body)
-        except ValueError as error:
+            # A surrogate alone is JSON, but not text.
+            json.dumps(content, ensure_ascii=False).encode()
+        except (ValueError, RecursionError) as error:
             raise ApiError(400, f"The body is not JSON: {first_line(error)}.") from error
         order = kind.model_validate(content)
         if order.model != self.name:

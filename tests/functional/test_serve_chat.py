@@ -280,7 +280,7 @@ def test_wrong_request_gets_one_line(
 
 def test_other_wrong_requests(service: ChatProcess) -> None:
     assert service.client
-    for body in ("{", "[]", b"\xff", ""):
+    for body in ("{", "[]", b"\xff", "", "[" * 15_000, r'{"model": "chat", "prompt": "\ud800"}'):
         response = service.post(body)
         assert response.status_code == 400, response.text
         assert response.json()["error"]["type"] == "invalid_request_error"

@@ -173,6 +173,15 @@ def test_rows_go_on_from_an_earlier_answer(model: Any, eager: Any, tokens: Any) 
     assert turn(model) == turn(eager)
 
 
+def test_other_number_of_rows_does_not_go_on_from_an_earlier_answer(model: Any, tokens: Any) -> None:
+    answer = model.generate(**tokens(TEXTS[:2]), **GREEDY, return_dict_in_generate=True)
+    prompt = torch.cat([answer.sequences[:1], torch.tensor([[30, 40]])], dim=1)
+    with pytest.raises(InputError, match="Expected 2 rows, as many as past_key_values holds, got 1"):
+        model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), past_key_values=answer.past_key_values, **GREEDY
+        )
+
+
 def test_threads_keep_their_own_rows(model: Any, eager: Any, tokens: Any) -> None:
     inputs = [tokens([text]) for text in (*TEXTS, "on time")]
     expected = [eager.generate(**row, **GREEDY).tolist() for row in inputs]

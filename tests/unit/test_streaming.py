@@ -89,6 +89,14 @@ def test_closing_ends_the_generation(
     assert not [thread for thread in threading.enumerate() if thread.name == "generate_yield"]
 
 
+def test_streamer_forgets_a_text_that_ended_early(model: Any, tokenizer: Any, new_ids: list[int]) -> None:
+    ids, streamer = tokenizer.encode(TEXTS[0]), TextStreamer(tokenizer, use_print=False)
+    pieces = model.generate_yield(ids, streamer=streamer, **GREEDY)
+    next(pieces)
+    pieces.close()
+    assert "".join(model.generate_yield(ids, streamer=streamer, **GREEDY)) == tokenizer.decode(new_ids)
+
+
 def test_error_of_the_generation_is_raised_where_the_pieces_are_read(model: Any, tokenizer: Any) -> None:
     with pytest.raises(InputError, match="prompt has 64 tokens"):
         list(model.generate_yield(torch.full((1, 64), 20), max_new_tokens=1))

@@ -25,6 +25,7 @@ from compileflow.local.api import LOCAL_TARGETS, local_target, prove
 from compileflow.local.source import with_scheme
 from compileflow.settings import Settings, get_settings
 from compileflow.sources.files import kind_of
+from compileflow.sources.gguf_file import is_gguf
 from compileflow.spec import HfTask, Precision
 from compileflow.steps.compile import compile_artifact
 from compileflow.steps.fetch import fetch_source, scheme_of
@@ -117,9 +118,17 @@ class AutoCompiler:
         settings = get_settings()
         if token is not None:
             settings = settings.model_copy(update={"hub_token": SecretStr(token)})
-        cache = settings.home_dir if cache_dir is None else Path(cache_dir).expanduser().absolute()
         with _logged_phases() if progress is None else nullcontext(progress) as phases:
             with phases.step("0 check") as show:
+                _check_types(
+                    model_id=(model_id, str | Path),
+                    num_device=(num_device, int),
+                    low_memory_usage=(low_memory_usage, bool),
+                    fast_compile=(fast_compile, bool),
+                    target=(target, str | None),
+                    cache_dir=(cache_dir, str | Path | None),
+                )
+                cache = settings.home_dir if cache_dir is None else Path(cache_dir).expanduser().absolute()
                 model, folder = _places(model_id, cache)
                 show(f"reading config.json of {model}")
                 chosen_target = get_target(target or self.best_target(precision))
@@ -186,12 +195,28 @@ def _run(
     return CompiledFolder(folder, request.target, source, artifact, validated)
 
 
+def _check_types(**arguments: tuple[Any, Any]) -> None:
+    """Check the types of arguments, given as pairs of a value and its type; a text must not be empty.
+
+    Raises:
+        SpecError: A value has another type, or is empty.
+    """
+    for name, (value, kind) in arguments.items():
+        is_number = kind is int and not isinstance(value, bool) and isinstance(value, int) and value >= 1
+        if value == "" or not (is_number if kind is int else isinstance(value, kind)):
+            words = {int: "a whole number of at least 1", bool: "True or False"}.get(kind, "a text or a path")
+            raise SpecError(f"Expected {name} as {words}, got {value!r}.", hint="Correct that argument.")
+
+
 def _places(model_id: str | Path, cache: Path) -> tuple[str, Path]:
     """Return the location of a model, and the folder of its result.
 
     Raises:
         SpecError: The id is neither a Hub id nor a folder.
     """
+    file = Path(model_id).expanduser().absolute()
+    if is_gguf(file):
+        return str(file), cache / "hub" / file.parent.name / file.stem
     model = with_scheme(str(model_id))
     scheme = scheme_of(model)
     if scheme == "hf":
@@ -200,7 +225,7 @@ def _places(model_id: str | Path, cache: Path) -> tuple[str, Path]:
     if scheme != "file" or "://" in model or len(path.parts) < 3:
         raise SpecError(f"Expected a Hub id or a folder, got {str(model_id)!r}.", hint="Give owner/name.")
     name = "/".join(path.parts[-2:])
-    if path.is_file() or (path.is_dir() and {entry.name for entry in path.iterdir()} - _PARTS):
+    if path.is_dir() and {entry.name for entry in path.iterdir()} - _PARTS:
         return str(path), cache / "hub" / name
     logger.info("%s holds no model: taking %s from the Hub, and writing there", path, name)
     return f"hf://{name}", path

@@ -34,12 +34,14 @@ class ReadRows:
 
     Attributes:
         is_compileable: False: transformers must not compile the code around it.
+        rows: Number of rows; None until the first ones are read.
     """
 
     is_compileable = False
 
     def __init__(self, continuation: Continuation):
         self.continuation = continuation
+        self.rows: int | None = None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return how many tokens of each row were read, with padding."""
@@ -52,6 +54,7 @@ class ReadRows:
             beam_idx: Number of the row that takes each place, a tensor of shape (rows,).
         """
         self.continuation.reorder(beam_idx.numpy())
+        self.rows = len(beam_idx)
 
     def __del__(self) -> None:
         self.continuation.close()
@@ -134,6 +137,11 @@ class GeneratingModel(CompiledModel):
     def _read(self, past: ReadRows, ids: Any, mask: Any, positions: Any, *, last: bool) -> Any:
         """Read the next tokens of rows, with the mask and the positions that transformers leaves out."""
         rows, length = ids.shape
+        if past.rows not in (None, rows):
+            raise InputError(
+                f"Expected {past.rows} rows, as many as past_key_values holds, got {rows}.",
+                hint="Go on with all rows of the earlier answer, or leave past_key_values out.",
+            )
         total = past.get_seq_length() + length
         if mask is None:
             mask = np.ones((rows, total), np.int64)
@@ -146,7 +154,9 @@ class GeneratingModel(CompiledModel):
             positions = np.maximum(np.cumsum(mask, axis=-1) - 1, 0)[:, -length:]
         positions = np.array(np.broadcast_to(positions, ids.shape))
         with graph_errors({"input_ids": ids, "attention_mask": mask, "position_ids": positions}):
-            return past.continuation.read(ids, mask, positions, last=last)
+            logits = past.continuation.read(ids, mask, positions, last=last)
+        past.rows = rows
+        return logits
 
     def _checked_ids(self, input_ids: Any, past: ReadRows | None) -> Any:
         ids = _as_array(input_ids)

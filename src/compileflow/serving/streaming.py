@@ -19,6 +19,10 @@ class _Stream:
     """Pieces that one thread puts and another one iterates over. The prompt comes first, and is left out."""
 
     def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget an earlier text, which may have ended early."""
         self._pieces: SimpleQueue[Any] = SimpleQueue()
         self._is_prompt = True
 
@@ -59,13 +63,19 @@ class TextStreamer(_Stream):
     def __init__(
         self, tokenizer: Any, use_print: bool = True, use_sse: bool = False, skip_special_tokens: bool = False
     ):
-        import transformers
-
-        super().__init__()
+        self._tokenizer = tokenizer
         self._use_print = use_print
         self._use_sse = use_sse
+        self._skip_special_tokens = skip_special_tokens
+        super().__init__()
+
+    def begin(self) -> None:
+        """Forget an earlier text, which may have ended early."""
+        import transformers
+
+        super().begin()
         self._words: Any = transformers.TextStreamer(
-            tokenizer, skip_prompt=True, skip_special_tokens=skip_special_tokens
+            self._tokenizer, skip_prompt=True, skip_special_tokens=self._skip_special_tokens
         )
         self._print = self._words.on_finalized_text
         self._words.on_finalized_text = self._take
@@ -106,6 +116,7 @@ def generate_in_thread(model: Any, input_ids: Any, streamer: Any, settings: Mapp
     ids = torch.as_tensor(np.atleast_2d(np.asarray(input_ids)))
     if len(ids) != 1:
         raise InputError(f"generate_yield takes one prompt, got {len(ids)}.", hint="Call it once for each prompt.")
+    stream.begin()
     is_stopped = Event()
 
     def stop(tokens: Any, scores: Any, **_: Any) -> Any:

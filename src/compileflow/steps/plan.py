@@ -164,6 +164,11 @@ def requested_length(spec: CompileSpec, component: ComponentSpec, limits: Source
         SpecError: The length is more than the model takes.
     """
     length = component.max_sequence_length or component.longest_bucket
+    if spec.hf_task.generates and length == 1:
+        raise SpecError(
+            "Cannot compile text generation for a length of 1 token: a prompt would leave no room for an answer.",
+            hint="Request 2 or more, for example 1024.",
+        )
     if length is None or limits.longest is None or length <= limits.longest:
         return length
     if not spec.hf_task.takes_text:
