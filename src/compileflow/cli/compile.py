@@ -51,7 +51,9 @@ _TARGET_HELP = (
     "Target to compile for, or auto, which tries all targets. Repeatable. Default: onnx-runtime. "
     "List: compileflow targets."
 )
-_MODEL_HELP = "A model folder, a Hub id (owner/name), or a registered version, for example registry:NAME@STAGE."
+_MODEL_HELP = (
+    "A model folder, a GGUF file, a Hub id (owner/name), or a registered version, for example registry:NAME@STAGE."
+)
 
 
 class Runner(Protocol):
