@@ -44,5 +44,5 @@ def test_answers_are_those_of_transformers(smollm2: SmolLM2, eager: Any, target:
 
 def test_verdict_at_fp32_is_pass(smollm2: SmolLM2, tmp_path: Path) -> None:
     proof = validate_here(smollm2.folder, smollm2.compiled("openvino"), tmp_path / "report", max_examples=8)
-    assert (proof.outcome, proof.reason) == ("pass", "all 23 gates hold")
+    assert (proof.outcome, proof.reason) == ("pass", "pass: all 23 gates hold")
     assert proof.gate("generations")["measured"] == 0
