@@ -42,7 +42,7 @@ def compile_once(request: Mapping[str, Any], parent: Path) -> Path:
     source = {"uri": source_dir.as_uri(), "revision": "0" * 64, "digest": content}
 
     def make(folder: Path) -> None:
-        # Its import changes the environment and the filters of warnings, whoever imports it first.
+        # The first import of this module in a process changes the environment and the filters of warnings.
         import_module("torch._dynamo")
         # The first compile of a run checks this for all tests. A separate test would cost another compile.
         with unchanged_process():
