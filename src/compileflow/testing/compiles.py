@@ -42,8 +42,9 @@ def compile_once(request: Mapping[str, Any], parent: Path) -> Path:
     source = {"uri": source_dir.as_uri(), "revision": "0" * 64, "digest": content}
 
     def make(folder: Path) -> None:
-        # The first import of this module in a process changes the environment and the filters of warnings.
-        import_module("torch._dynamo")
+        # The first import of these in a process changes the environment and the filters of warnings.
+        for module in ("torch._dynamo", "transformers.modeling_utils"):
+            import_module(module)
         # The first compile of a run checks this for all tests. A separate test would cost another compile.
         with unchanged_process():
             build_artifact({**arguments, "source_dir": str(source_dir), "source": source, "out_dir": str(folder)})
