@@ -9,6 +9,7 @@ import logging
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from compileflow.serving.component import LoadedComponent, graph_errors
 from compileflow.serving.interface_files import load_part
 from compileflow.serving.model import FLAGS, CompiledModel
 from compileflow.serving.streaming import generate_in_thread
+from compileflow.serving.greedy import write_greedily
 from compileflow.serving.whole_texts import can_write, write_texts
 
 logger = logging.getLogger(__name__)
@@ -198,13 +200,44 @@ class GeneratingModel(CompiledModel):
         """
         return generate_in_thread(self, input_ids, streamer, settings)
 
-    def _sample(self, input_ids: Any, logits_processor: Any, stopping_criteria: Any, **kwargs: Any) -> Any:
-        """Let the runtime write whole texts, where it can; otherwise choose each token as transformers does."""
-        writer = self.graph.writer
-        if writer is not None and can_write(logits_processor, stopping_criteria, **kwargs):
-            return write_texts(writer, input_ids, kwargs.get("attention_mask"), kwargs["generation_config"])
+    def _sample(
+        self,
+        input_ids: Any,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        streamer: Any = None,
+        **inputs: Any,
+    ) -> Any:
+        """Write the likeliest tokens here, or let the runtime do so; transformers' loop does all else."""
         mixin: Any = super()
-        return mixin._sample(input_ids, logits_processor, stopping_criteria, **kwargs)
+        settings = {"generation_config": generation_config, "streamer": streamer, **inputs}
+        writer, past = self.graph.writer, inputs.get("past_key_values")
+        if writer is not None and can_write(logits_processor, stopping_criteria, **settings):
+            return write_texts(writer, input_ids, inputs.get("attention_mask"), generation_config)
+        if (
+            past is None
+            or logits_processor
+            or generation_config.do_sample
+            or generation_config.return_dict_in_generate
+        ):
+            return mixin._sample(input_ids, logits_processor, stopping_criteria, **settings)
+        inputs.pop("synced_gpus", None)
+        answer = self._prefill(input_ids, generation_config, inputs)
+        mask = inputs.get("attention_mask")
+        mask = np.ones((past.rows, past.get_seq_length()), np.int64) if mask is None else mask.numpy()
+        positions = inputs.get("position_ids")
+        pad_id = generation_config._pad_token_tensor
+        return write_greedily(
+            partial(self._read, past, last=True),
+            answer.logits[:, -1].numpy(),
+            input_ids,
+            stopping_criteria,
+            attention_mask=mask,
+            position_ids=mask.sum(axis=-1, keepdims=True) - 1 if positions is None else positions[:, -1:].numpy(),
+            pad_id=0 if pad_id is None else int(pad_id),
+            streamer=streamer,
+        )
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

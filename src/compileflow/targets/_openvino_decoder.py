@@ -222,6 +222,8 @@ class OpenVinoContinuation:
         last: bool = False,
     ) -> NDArray[Any]:
         """Read the next tokens of each row, after putting the rows into the order that was asked for."""
+        import openvino
+
         rows, length = input_ids.shape
         inputs = {
             "input_ids": input_ids,
@@ -230,11 +232,17 @@ class OpenVinoContinuation:
             "beam_idx": np.arange(rows, dtype=np.int32) if self._rows is None else self._rows,
             _PLACES: np.arange(length - 1 if last else 0, length),
         }
-        known_inputs = {name: value for name, value in inputs.items() if name in self._names}
-        answers = require_open(self._request).infer(known_inputs, share_inputs=True)
+        request = require_open(self._request)
+        for name in self._names:
+            request.set_tensor(name, openvino.Tensor(np.ascontiguousarray(inputs[name]), shared_memory=True))
+        # infer() would compute in this thread, and each token would take a millisecond longer.
+        request.start_async()
+        request.wait()
+        answer = request.get_tensor(LOGITS).data
         self._rows = None
         self.length += length
-        logits: NDArray[Any] = answers[LOGITS][:, -1:] if last else answers[LOGITS]
+        # A copy, because the request writes its next answer into the same memory.
+        logits: NDArray[Any] = (answer[:, -1:] if last else answer).copy()
         expected_shape = (rows, 1 if last else length)
         if logits.shape[:2] != expected_shape:
             # Attention with a cache of other rows does not fail by itself.
