@@ -18,10 +18,10 @@ from compileflow.artifact.open import OpenArtifact
 from compileflow.contracts import Continuation
 from compileflow.errors import InputError
 from compileflow.serving.component import LoadedComponent, graph_errors
+from compileflow.serving.greedy import write_greedily
 from compileflow.serving.interface_files import load_part
 from compileflow.serving.model import FLAGS, CompiledModel
 from compileflow.serving.streaming import generate_in_thread
-from compileflow.serving.greedy import write_greedily
 from compileflow.serving.whole_texts import can_write, write_texts
 
 logger = logging.getLogger(__name__)

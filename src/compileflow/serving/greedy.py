@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# Reads one token for each row, with the mask of all tokens and the positions, and returns the logits of the next one.
+# Reads one token for each row, with the mask of all tokens and the positions, and returns the logits that follow.
 Read = Callable[[NDArray[Any], NDArray[Any], NDArray[Any]], NDArray[Any]]
 
 

@@ -50,6 +50,7 @@ from compileflow.source_model.free_batch import free_batch, free_repeats
 from compileflow.source_model.whole_rows import whole_rows
 from compileflow.spec import HfTask, Precision
 from compileflow.targets._onnx_decoder import (
+    LOGITS,
     OnnxDecoder,
     check_cache,
     has_cache,
@@ -57,15 +58,16 @@ from compileflow.targets._onnx_decoder import (
     transpose_batches,
     whole_row_inputs,
 )
+from compileflow.targets._onnx_weights import compress_weights
 
 _FILE = "model.onnx"
 # It moves zeros around a picture into a following MaxPool, which pads with minus infinity (BiT).
 _WRONG_OPTIMIZERS = ["Pad_Fusion"]
 # The newest one that the tracing exporter writes by default.
 _TRACED_OPSET = 18
-# Weights that share one scale at int4. Every common hidden size is a multiple.
-_WEIGHTS_PER_SCALE = 64
 _COMPILE_NEEDS = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
+# Weights that share one scale at int4, as in onnxruntime-genai.
+_WEIGHTS_PER_SCALE = 32
 # Where an error of torch stops to say what happened.
 _ADVICE = re.compile(r"consider using|Caused by:|For more information|The following call raised")
 _FLOAT_TYPES = ("tensor(float)", "tensor(float16)", "tensor(double)")
@@ -96,12 +98,10 @@ class OnnxRuntimeOptions(TargetOptions):
         description="At int8: store weights in 7 bits. 8 bits overflow on CPUs without VNNI; set it to false only "
         "if every machine has VNNI.",
     )
-    group_size: int | None = Field(
-        None,
-        ge=-1,
-        le=4096,
-        description=f"At int4: weights that share one scale; -1 for a whole channel. null: {_WEIGHTS_PER_SCALE}.",
+    group_size: Literal[16, 32, 64, 128, 256, None] = Field(
+        None, description=f"At int4: weights that share one scale. null: {_WEIGHTS_PER_SCALE}."
     )
+    symmetric: bool = Field(False, description="At int4: store the weights without zero points.")
 
     def needs_calibration(self, precision: Precision) -> bool:
         """Return True for static int8, which measures ranges on natural examples."""
@@ -109,8 +109,9 @@ class OnnxRuntimeOptions(TargetOptions):
 
     def check_task(self, hf_task: HfTask, precision: Precision) -> None:
         """Refuse a trace and static ranges for text generation, and options of int4 elsewhere."""
-        if self.group_size is not None and precision is not Precision.INT4:
-            raise SpecError("onnx-runtime option group_size is only for int4.", hint="Leave group_size out.")
+        if precision is not Precision.INT4 and (self.group_size is not None or self.symmetric):
+            name = "symmetric" if self.symmetric else "group_size"
+            raise SpecError(f"onnx-runtime option {name} is only for int4.", hint=f"Leave {name} out.")
         if hf_task.generates and self.exporter == "trace":
             raise SpecError("onnx-runtime cannot trace a model for text-generation.", hint="Leave exporter out.")
         if hf_task.generates and self.quantization == "static" and precision is Precision.INT8:
@@ -131,9 +132,9 @@ class OnnxRuntimeTarget:
     """Export to ONNX for any batch size and length, and run with ONNX Runtime."""
 
     name: ClassVar[str] = "onnx-runtime"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     summary: ClassVar[str] = (
-        "ONNX with dynamic axes and fused operators, int8 by ONNX Runtime (static: by NNCF); CPU fleets"
+        "ONNX with dynamic axes and fused operators, int8 (static: by NNCF) and int4 by ONNX Runtime; CPU fleets"
     )
     Options: ClassVar[type[TargetOptions]] = OnnxRuntimeOptions
     component_files: ClassVar[Sequence[str]] = (_FILE, f"{_FILE}.data")
@@ -325,7 +326,7 @@ def exact_zeros() -> Iterator[None]:
 
 
 def _quantizer(options: OnnxRuntimeOptions, component: ComponentPlan, source_model: SourceModel) -> Any:
-    """Quantize products with weights, with one scale for each column.
+    """Quantize products with weights, at int8 with one scale for each column.
 
     Products of two activations stay in fp32, because they lose the most accuracy.
     """
@@ -348,37 +349,26 @@ def _quantizer(options: OnnxRuntimeOptions, component: ComponentPlan, source_mod
 
 
 def _int4_quantizer(options: OnnxRuntimeOptions) -> Any:
-    """Return NNCF's quantizer of weights: 4 bits, and 8 for embeddings and the last layer."""
-    nncf = _nncf("int4")
-    from transformers.exporters import NNCFWeightCompressionConfig
+    """Return a quantizer that stores the weights of products in 4 bits, and embeddings and the last layer in 8."""
+    from onnxruntime.quantization import QuantType
+    from transformers.exporters import OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
 
-    config = NNCFWeightCompressionConfig(
-        # ONNX Runtime 1.31 refuses the shape of NNCF's zero points.
-        mode=nncf.CompressWeightsMode.INT4_SYM,
-        group_size=_WEIGHTS_PER_SCALE if options.group_size is None else options.group_size,
-        ratio=1.0,
-        advanced_parameters=nncf.AdvancedCompressionParameters(
-            group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST
-        ),
+    class Quantizer(OnnxRuntimeQuantizer):  # type: ignore[misc]
+        """Quantizes the products, and leaves the embeddings to ONNX Runtime's quantizer for 8 bits."""
+
+        def quantize(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+            compress_weights(
+                model,
+                LOGITS,
+                group_size=options.group_size or _WEIGHTS_PER_SCALE,
+                symmetric=options.symmetric,
+            )
+            return super().quantize(model, *args, **kwargs)
+
+    config = OnnxRuntimeDynamicConfig(
+        op_types_to_quantize=["Gather"], per_channel=True, weight_type=QuantType.QInt8
     )
-    return _nncf_quantizer(config)
-
-
-def _nncf(precision: str) -> Any:
-    """Import nncf.
-
-    Raises:
-        TargetUnavailableError: nncf is not installed.
-    """
-    try:
-        import nncf
-    except ImportError as error:
-        raise TargetUnavailableError(
-            f"onnx-runtime needs nncf for {precision}, but nncf is not installed.",
-            hint="Run: pip install 'compileflow[int8]'",
-        ) from error
-    logging.getLogger("nncf").setLevel(logging.ERROR)
-    return nncf
+    return Quantizer(config)
 
 
 def _static_quantizer(options: OnnxRuntimeOptions, samples: list[dict[str, Any]]) -> Any:
@@ -387,7 +377,14 @@ def _static_quantizer(options: OnnxRuntimeOptions, samples: list[dict[str, Any]]
     Raises:
         TargetUnavailableError: nncf is not installed.
     """
-    nncf = _nncf("static int8")
+    try:
+        import nncf
+    except ImportError as error:
+        raise TargetUnavailableError(
+            "onnx-runtime needs nncf for static int8, but nncf is not installed.",
+            hint="Run: pip install 'compileflow[int8]'",
+        ) from error
+    logging.getLogger("nncf").setLevel(logging.ERROR)
     from transformers.exporters import NNCFQuantizationConfig
 
     overflow_fix = nncf.OverflowFix.ENABLE if options.reduce_range else nncf.OverflowFix.DISABLE
