@@ -33,7 +33,7 @@ def write_greedily(
         attention_mask: 0 for padding, of shape (rows, all tokens read so far).
         position_ids: Position of each row's last token, of shape (rows, 1).
         pad_id: Token of a row that has ended.
-        streamer: Gets the new tokens of each step; None: nobody does.
+        streamer: Gets the new tokens of each step; None: there is none.
 
     Returns:
         The rows with their new tokens, of shape (rows, all tokens).
