@@ -33,12 +33,13 @@ from compileflow.contracts.digests import folder_digest, list_files
 from compileflow.settings import Settings
 from compileflow.spec import CompileSpec, HfTask
 
-SOURCE, REPORT = "5" * 64, "7" * 64
+SOURCE, REPORT, REQUEST = "5" * 64, "7" * 64, "4" * 64
 RUN = CompileRun(
     invocation_id="run-1",
     started=datetime(2026, 3, 5, 12, 0, 0, tzinfo=UTC),
     finished=datetime(2026, 3, 5, 12, 1, 30, tzinfo=UTC),
     threads=2,
+    request_digest=REQUEST,
 )
 Envelope = dict[str, Any]
 
@@ -127,7 +128,8 @@ def digest_of(folder: Path) -> str:
 
 def judged(outcome: Outcome = "pass", *, source: str = SOURCE, report: str = REPORT) -> ValidationRun:
     gates: dict[str, Outcome] = {"finite_outputs": "pass", "rel_l2": outcome}
-    return ValidationRun(outcome, gates, "6" * 64, source, report, f"file:///store/manifests/sha256/{report}.json")
+    uri = f"file:///store/manifests/sha256/{report}.json"
+    return ValidationRun(outcome, gates, "6" * 64, source, report, uri, REQUEST, RUN.finished)
 
 
 def envelopes_for(

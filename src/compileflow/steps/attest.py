@@ -23,7 +23,8 @@ from compileflow.artifact.attestations.statements import (
     report_digest,
     verdict_statement,
 )
-from compileflow.artifact.attestations.verify import Attestations, verify_attestations
+from compileflow.artifact.attestations.statements import request_digest as asked_request
+from compileflow.artifact.attestations.verify import Attestation, Attestations, verify_attestations
 from compileflow.artifact.manifest import read_manifest
 from compileflow.contracts import ArtifactStore, StoredFolder
 from compileflow.errors import SignatureError
@@ -62,12 +63,27 @@ class Attester:
         key_files = configured_keys(settings) if signer is not None else ()
         return cls(store, signer, load_public_keys(key_files) if key_files else (), settings.threads)
 
-    def compiled(self, folder: Path, digest: str, *, started: datetime) -> None:
-        """Record how the artifact in `folder` was compiled. The artifact must be in the store already."""
-        run = CompileRun(str(uuid.uuid4()), started, datetime.now(UTC), self.threads)
+    def compiled(self, folder: Path, digest: str, *, started: datetime, request_digest: str) -> None:
+        """Record how the artifact in `folder` was compiled. The artifact must be in the store already.
+
+        Args:
+            folder: Folder of the artifact.
+            digest: Its digest.
+            started: Start of the compile.
+            request_digest: Key of the compile in the cache.
+        """
+        run = CompileRun(str(uuid.uuid4()), started, datetime.now(UTC), self.threads, request_digest)
         put_statement(self.store, digest, provenance_statement(read_manifest(folder), digest, run), self.signer)
 
-    def validated(self, digest: str, report_dir: Path, *, stored_folder: StoredFolder, source_digest: str) -> None:
+    def validated(
+        self,
+        digest: str,
+        report_dir: Path,
+        *,
+        stored_folder: StoredFolder,
+        source_digest: str,
+        request_digest: str,
+    ) -> None:
         """Record the verdict of a validation.
 
         Args:
@@ -75,6 +91,7 @@ class Attester:
             report_dir: Folder with report.json.
             stored_folder: The same folder in the store.
             source_digest: Digest of the source model that the artifact was compared with.
+            request_digest: Key of the validation in the cache.
         """
         report = Report.model_validate_json((report_dir / REPORT_JSON).read_bytes())
         run = ValidationRun(
@@ -85,28 +102,36 @@ class Attester:
             source_digest=source_digest,
             report_digest=stored_folder.digest,
             report_uri=stored_folder.uri,
+            request_digest=request_digest,
+            finished=datetime.now(UTC),
         )
         put_statement(self.store, digest, verdict_statement(digest, run), self.signer)
 
-    def lacks_provenance(self, digest: str) -> str:
-        """Return why a cached artifact must be compiled again; '' if its provenance is sufficient."""
-        return self._lack(digest, PROVENANCE_TYPE)[0]
+    def lacks_provenance(self, digest: str, request_digest: str) -> str:
+        """Return why a cached artifact must be compiled again; '' if its provenance is sufficient.
 
-    def lacks_verdict(self, digest: str, report: str) -> str:
+        Args:
+            digest: Digest of the artifact.
+            request_digest: Key of the compile that is asked for. Whoever writes records can name any artifact.
+        """
+        reason, attestations = self._lack(digest, PROVENANCE_TYPE)
+        if reason or attestations is None or attestations.provenance is None:
+            return reason
+        return _other_request(attestations.provenance, request_digest)
+
+    def lacks_verdict(self, digest: str, report: str, request_digest: str) -> str:
         """Return why a cached validation must be repeated; '' if its verdict is sufficient.
 
         Args:
             digest: Digest of the artifact.
             report: Digest of the cached report. A later validation may have replaced its verdict.
+            request_digest: Key of the validation that is asked for.
         """
         reason, attestations = self._lack(digest, VERDICT_TYPE)
-        if (
-            reason
-            or attestations is None
-            or attestations.verdict is None
-            or report_digest(attestations.verdict.statement) == report
-        ):
+        if reason or attestations is None or attestations.verdict is None:
             return reason
+        if report_digest(attestations.verdict.statement) == report:
+            return _other_request(attestations.verdict, request_digest)
         signatures = _record(self.store, digest, VERDICT_TYPE).get("signatures")
         # A run without a key cannot replace a signed verdict, so repeating the validation would change nothing.
         can_replace = not signatures or self.signer is not None
@@ -129,6 +154,14 @@ class Attester:
         if signer_key and not attestations.signed_by:
             return f"neither this run's key nor a trusted key signed its {name} statement", None
         return "", attestations
+
+
+def _other_request(attestation: Attestation, request_digest: str) -> str:
+    """Return that a statement answers another request than the one asked, or ''."""
+    found = asked_request(attestation.statement)
+    if found == request_digest:
+        return ""
+    return f"its statement answers {f'another request, {found[:12]}' if found else 'an unnamed request'}"
 
 
 def _record(store: ArtifactStore, digest: str, kind: str) -> Mapping[str, object]:

@@ -53,9 +53,12 @@ def find(store: ArtifactStore, key: CacheKey, kind: type[Value], *, folders: Map
     record = store.get_record(key.step, key.digest)
     if record is None:
         return None
+    if fault := _fault(record, key):
+        logger.warning("%s: ignoring the cache record %s: %s", key.step, key.digest[:12], fault)
+        return None
     try:
         value = kind.model_validate(record["value"])
-    except (KeyError, ValidationError):
+    except ValidationError:
         logger.warning("%s: ignoring the cache record %s, which cannot be read", key.step, key.digest[:12])
         return None
     uris = {}
@@ -71,6 +74,24 @@ def find(store: ArtifactStore, key: CacheKey, kind: type[Value], *, folders: Map
         if uri_field:
             uris[uri_field] = store.folder_uri(digest)
     return value.model_copy(update=uris)
+
+
+def record_of(key: CacheKey, value: BaseModel) -> dict[str, JsonValue]:
+    """Return the record of a result: what was asked, the answer, and a checksum over both."""
+    record: dict[str, JsonValue] = {"parts": dict(key.parts), "value": value.model_dump(mode="json")}
+    return record | {"checksum": json_digest([key.step, record])}
+
+
+def _fault(record: Mapping[str, JsonValue], key: CacheKey) -> str:
+    """Return why a record does not answer a key: it answers another one, or it was changed; '' if it does."""
+    parts, value, checksum = (record.get(name) for name in ("parts", "value", "checksum"))
+    if not isinstance(parts, dict) or value is None:
+        return "it cannot be read"
+    if changes := changed_parts(parts, key.parts):
+        return f"it answers another request: {', '.join(changes)}"
+    if checksum is None:
+        return "an older version of compileflow wrote it, without a checksum"
+    return "" if checksum == json_digest([key.step, {"parts": parts, "value": value}]) else "it was changed"
 
 
 def find_or_make(
@@ -114,7 +135,7 @@ def find_or_make(
         value = compute(reason)
         if not is_cacheable(value):
             return value, False
-        store.put_record(key.step, key.digest, {"value": value.model_dump(mode="json"), "parts": dict(key.parts)})
+        store.put_record(key.step, key.digest, record_of(key, value))
         store.put_record(f"{key.step}-latest", _subject_key(key), {"key": key.digest, "parts": dict(key.parts)})
     return value, False
 

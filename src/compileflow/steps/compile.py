@@ -165,7 +165,7 @@ def compile_artifact(
             folders=_FOLDERS,
             compute=compute,
             report_line=on_progress,
-            reason_to_redo=lambda artifact: attester.lacks_provenance(artifact.digest),
+            reason_to_redo=lambda artifact: attester.lacks_provenance(artifact.digest, key.digest),
         )
     if cached:
         return value.model_copy(update={"cached": True, "why": "every part of its key is unchanged"})
@@ -480,7 +480,7 @@ def _compile(
             logger.warning("%s", warning)
         on_progress("storing the artifact")
         stored_folder = attester.store.put_folder(out_dir)
-        attester.compiled(out_dir, stored_folder.digest, started=started)
+        attester.compiled(out_dir, stored_folder.digest, started=started, request_digest=key.digest)
         keep_log(attester.store, stored_folder.digest, child.log)
     return CompiledArtifact(
         uri=stored_folder.uri,

@@ -11,7 +11,7 @@ from compileflow._process.folders import os_errors, work_folder
 from compileflow.catalog import get_source, open_store
 from compileflow.contracts import ArtifactStore, LocatedSource, Source
 from compileflow.contracts.digests import folder_digest, list_files
-from compileflow.errors import StepOffError
+from compileflow.errors import SourceError, StepOffError
 from compileflow.settings import Settings
 from compileflow.sources.files import check_files
 from compileflow.steps.cache import CacheKey, find, find_or_make, latest
@@ -46,7 +46,7 @@ def fetch_source(
         on_progress: Called with one line for each stage.
 
     Raises:
-        SourceError: The model does not exist, or is incomplete.
+        SourceError: The model does not exist, is incomplete, or changes while it is read.
         StepOffError: The step is off, and the store has no source model from `model`.
     """
     store = open_store(store_uri, settings)
@@ -73,7 +73,14 @@ def fetch_source(
             model_files = located_source or source.locate(model, pinned_revision, work / "download")
             if located_source is None:
                 check_files(model_files.folder, model_files.files)
-            return _store_source(store, model_files, uri, model_files.revision or pinned_revision, work / "model")
+            copy = work / "model"
+            _copy_files(model_files, copy)
+            if located_source is not None and folder_digest(list_files(copy)) != pinned_revision:
+                raise SourceError(
+                    f"{uri} changed while it was being read.",
+                    hint="Wait until nothing writes to it, and run this again.",
+                )
+            return _store_source(store, model_files, uri, model_files.revision or pinned_revision, copy)
 
         value, cached = find_or_make(
             store, key, FetchedSource, folders=_FOLDERS, compute=compute, report_line=on_progress
@@ -92,14 +99,18 @@ def scheme_of(model: str) -> str:
     return "file" if is_local else "hf"
 
 
-def _store_source(
-    store: ArtifactStore, located_source: LocatedSource, uri: str, revision: str, copy: Path
-) -> FetchedSource:
-    """Store the files of the model only, so that the digest does not depend on other files of the folder."""
+def _copy_files(located_source: LocatedSource, copy: Path) -> None:
+    """Copy the files of the model only, so that the digest does not depend on other files of the folder."""
     with os_errors(copy, "write to"):
         for name in located_source.files:
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(located_source.folder / name, copy / name)
+
+
+def _store_source(
+    store: ArtifactStore, located_source: LocatedSource, uri: str, revision: str, copy: Path
+) -> FetchedSource:
+    """Store the copied files, and the test files of a registered version."""
     stored_folder = store.put_folder(copy)
     return FetchedSource(
         uri=uri,

@@ -36,7 +36,8 @@ def register_version(
     Registering the same artifact under the same name again returns the same version.
 
     Raises:
-        VerdictError: The report is about another artifact, or its verdict does not allow registration.
+        VerdictError: The report is about another artifact, its verdict does not allow registration, or the
+            artifact was compiled from another source model.
         RegistryError: The registry refused.
     """
     if validated.artifact_digest != artifact.digest:
@@ -56,6 +57,12 @@ def register_version(
         if (files.report / TEST_FILES_FOLDER).is_dir():
             files = replace(files, test_files=files.report / TEST_FILES_FOLDER)
         manifest = read_manifest(files.artifact)
+        if manifest.source.digest != source.digest:
+            raise VerdictError(
+                f"The artifact was compiled from the source model {manifest.source.digest[:12]}..., "
+                f"and not from {source.digest[:12]}...",
+                hint="Compile this source model.",
+            )
         entry = VersionEntry(
             name=registered_name,
             target=manifest.target.name,

@@ -128,7 +128,11 @@ def validate_artifact(
                 write_logs(work / "report" / BUNDLE_FOLDER, store, artifact.digest, {STEP: child.log})
                 stored_folder = store.put_folder(work / "report")
                 attester.validated(
-                    artifact.digest, work / "report", stored_folder=stored_folder, source_digest=source.digest
+                    artifact.digest,
+                    work / "report",
+                    stored_folder=stored_folder,
+                    source_digest=source.digest,
+                    request_digest=key.digest,
                 )
             value = ValidatedArtifact(
                 artifact_digest=artifact.digest,
@@ -153,7 +157,9 @@ def validate_artifact(
                 # The gate that the user set was not judged, so the next run measures again.
                 and not (judges_latency and LATENCY_ON_BUSY_MACHINE in validated.figures)
             ),
-            reason_to_redo=lambda validated: attester.lacks_verdict(artifact.digest, validated.report_digest),
+            reason_to_redo=lambda validated: attester.lacks_verdict(
+                artifact.digest, validated.report_digest, key.digest
+            ),
         )
     if cached:
         return value.model_copy(update={"cached": True, "why": "every part of its key is unchanged"})

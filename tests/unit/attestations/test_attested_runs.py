@@ -33,6 +33,7 @@ from tests.services.secrets import SIGNING_PASSWORD
 from tests.steps import Pipeline
 from tests.unit.attested_artifacts import (
     REPORT,
+    REQUEST,
     RUN,
     Keys,
     digest_of,
@@ -185,27 +186,27 @@ class TestCached:
     ) -> None:
         old, new = make_keys(tmp_path, "old"), make_keys(tmp_path, "new")
         digest = digest_of(artifact)
-        self.attester(store, old).compiled(artifact, digest, started=RUN.started)
-        assert self.attester(store, old).lacks_provenance(digest) == ""
-        assert self.attester(store, new, old).lacks_provenance(digest) == ""
+        self.attester(store, old).compiled(artifact, digest, started=RUN.started, request_digest=REQUEST)
+        assert self.attester(store, old).lacks_provenance(digest, REQUEST) == ""
+        assert self.attester(store, new, old).lacks_provenance(digest, REQUEST) == ""
         assert "neither this run's key nor a trusted key signed" in self.attester(store, new).lacks_provenance(
-            digest
+            digest, REQUEST
         )
 
     def test_unsigned_answer_is_made_again_by_a_run_with_a_key(
         self, store: LocalStore, artifact: Path, tmp_path: Path
     ) -> None:
         digest = digest_of(artifact)
-        self.attester(store, None).compiled(artifact, digest, started=RUN.started)
-        assert self.attester(store, None).lacks_provenance(digest) == ""
+        self.attester(store, None).compiled(artifact, digest, started=RUN.started, request_digest=REQUEST)
+        assert self.attester(store, None).lacks_provenance(digest, REQUEST) == ""
         assert "neither this run's key nor a trusted key signed" in self.attester(
             store, make_keys(tmp_path)
-        ).lacks_provenance(digest)
+        ).lacks_provenance(digest, REQUEST)
 
     def test_answer_without_a_statement_is_made_again(self, store: LocalStore, artifact: Path) -> None:
         attester, digest = self.attester(store, None), digest_of(artifact)
-        assert "no provenance statement" in attester.lacks_provenance(digest)
-        assert "no verdict statement" in attester.lacks_verdict(digest, REPORT)
+        assert "no provenance statement" in attester.lacks_provenance(digest, REQUEST)
+        assert "no verdict statement" in attester.lacks_verdict(digest, REPORT, REQUEST)
 
     def test_statement_about_another_artifact_is_made_again(
         self, store: LocalStore, artifact: Path, tmp_path: Path
@@ -213,7 +214,22 @@ class TestCached:
         other = small_artifact(tmp_path / "other", graph=b"another")
         digest = digest_of(artifact)
         store.put_record("provenance", digest, envelopes_for(other, None)[0])
-        assert "is about another artifact" in self.attester(store, None).lacks_provenance(digest)
+        assert "is about another artifact" in self.attester(store, None).lacks_provenance(digest, REQUEST)
+
+    def test_signed_statement_on_another_request_is_no_answer(
+        self, store: LocalStore, artifact: Path, tmp_path: Path
+    ) -> None:
+        """Whoever writes to the store can put a record there that answers with any artifact that was signed."""
+        keys, digest = make_keys(tmp_path), digest_of(artifact)
+        for envelope, kind in zip(envelopes_for(artifact, keys), ("provenance", "verdict"), strict=True):
+            store.put_record(kind, digest, envelope)
+        attester = self.attester(store, keys)
+        assert attester.lacks_provenance(digest, REQUEST) == attester.lacks_verdict(digest, REPORT, REQUEST) == ""
+        for reason in (
+            attester.lacks_provenance(digest, "e" * 64),
+            attester.lacks_verdict(digest, REPORT, "e" * 64),
+        ):
+            assert "answers another request" in reason
 
     def test_verdict_of_another_report_is_given_again(
         self, store: LocalStore, artifact: Path, tmp_path: Path
@@ -221,12 +237,12 @@ class TestCached:
         keys, digest = make_keys(tmp_path), digest_of(artifact)
         put_statement(store, digest, verdict_statement(digest, judged("fail", report="8" * 64)), None)
         assert "a later validation replaced the verdict" in self.attester(store, None).lacks_verdict(
-            digest, REPORT
+            digest, REPORT, REQUEST
         )
         put_statement(store, digest, verdict_statement(digest, judged()), keys.signer)
-        assert self.attester(store, keys).lacks_verdict(digest, REPORT) == ""
+        assert self.attester(store, keys).lacks_verdict(digest, REPORT, REQUEST) == ""
         # A run without a key could not replace the signed verdict.
-        assert self.attester(store, None).lacks_verdict(digest, "8" * 64) == ""
+        assert self.attester(store, None).lacks_verdict(digest, "8" * 64, REQUEST) == ""
 
     def test_answer_that_was_there_and_lacks_something_is_made_again_and_says_why(
         self, store: LocalStore, artifact: Path
@@ -246,22 +262,22 @@ class TestCached:
                 folders={"digest": ""},
                 compute=make,
                 report_line=lines.append,
-                reason_to_redo=lambda answer: attester.lacks_provenance(answer.digest),
+                reason_to_redo=lambda answer: attester.lacks_provenance(answer.digest, REQUEST),
             )
 
         assert not ask()[1]
         assert ask() == (Answer(digest=stored.digest, why="the store has no provenance statement on it"), False)
         assert "no provenance statement" in lines[-1]
-        attester.compiled(artifact, stored.digest, started=RUN.started)
+        attester.compiled(artifact, stored.digest, started=RUN.started, request_digest=REQUEST)
         assert ask()[1]
 
     def test_unsigned_statement_never_takes_the_place_of_a_signed_one(
         self, store: LocalStore, artifact: Path, tmp_path: Path
     ) -> None:
         keys, digest = make_keys(tmp_path), digest_of(artifact)
-        self.attester(store, keys).compiled(artifact, digest, started=RUN.started)
+        self.attester(store, keys).compiled(artifact, digest, started=RUN.started, request_digest=REQUEST)
         signed = store.get_record("provenance", digest)
-        self.attester(store, None).compiled(artifact, digest, started=RUN.started)
+        self.attester(store, None).compiled(artifact, digest, started=RUN.started, request_digest=REQUEST)
         assert store.get_record("provenance", digest) == signed
-        self.attester(store, keys).compiled(artifact, digest, started=RUN.finished)
+        self.attester(store, keys).compiled(artifact, digest, started=RUN.finished, request_digest=REQUEST)
         assert store.get_record("provenance", digest) != signed

@@ -12,6 +12,7 @@ from compileflow.artifact.attestations.statements import Outcome, provenance_sta
 from compileflow.artifact.manifest import CalibrationRecord, read_manifest
 from tests.unit.attested_artifacts import (
     REPORT,
+    REQUEST,
     RUN,
     SOURCE,
     judged,
@@ -31,6 +32,7 @@ def test_provenance_is_an_in_toto_statement_with_slsas_predicate(artifact: Path)
                 "buildType": "urn:compileflow:compile:v1",
                 "externalParameters": {"source": "hf://a/b", "spec": manifest.spec.model_dump(mode="json")},
                 "internalParameters": {
+                    "requestDigest": REQUEST,
                     "targetVersion": 3,
                     "threads": 2,
                     "cpuFeatures": ["avx2"],
@@ -92,6 +94,11 @@ def test_verdict_is_an_in_toto_test_result() -> None:
                 {"name": "suite", "digest": {"sha256": "6" * 64}},
                 {"name": "source-model", "digest": {"sha256": SOURCE}},
                 {"name": "report", "uri": uri, "digest": {"sha256": REPORT}},
+                {
+                    "name": "request",
+                    "digest": {"sha256": REQUEST},
+                    "annotations": {"finishedOn": "2026-03-05T12:01:30Z"},
+                },
             ],
             "url": uri,
             "passedTests": ["finite_outputs"],

@@ -26,6 +26,8 @@ BUILDER_ID = "pkg:pypi/compileflow"
 # Names of the resource descriptors in a statement.
 SOURCE_MODEL, CALIBRATION, SUITE, REPORT = "source-model", "calibration", "suite", "report"
 USER_SUITE = "user-suite"
+# What was asked, as the cache names it; the annotation is the end of the run that answered.
+REQUEST, FINISHED = "request", "finishedOn"
 
 Statement = Mapping[str, Any]
 _RESULTS: Mapping[Outcome, str] = {"pass": "PASSED", "warn": "WARNED", "fail": "FAILED", "error": "FAILED"}
@@ -40,12 +42,14 @@ class CompileRun:
         started: Start of the compile, with a time zone.
         finished: End of the compile, with a time zone.
         threads: Number of threads that the compile used.
+        request_digest: Key of the compile in the cache, of all that decides it.
     """
 
     invocation_id: str
     started: datetime
     finished: datetime
     threads: int
+    request_digest: str
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ class ValidationRun:
         source_digest: Digest of the source model's folder.
         report_digest: Digest of the report's folder.
         report_uri: URI of the report's folder.
+        request_digest: Key of the validation in the cache: artifact, source model, suite, settings and toolchain.
+        finished: End of the validation, with a time zone.
     """
 
     outcome: Outcome
@@ -68,6 +74,8 @@ class ValidationRun:
     source_digest: str
     report_digest: str
     report_uri: str
+    request_digest: str
+    finished: datetime
     user_suite_digest: str = ""
 
 
@@ -98,6 +106,7 @@ def provenance_statement(manifest: ArtifactManifest, artifact_digest: str, run: 
                 "buildType": BUILD_TYPE,
                 "externalParameters": {"source": source.uri, "spec": manifest.spec.model_dump(mode="json")},
                 "internalParameters": {
+                    "requestDigest": run.request_digest,
                     "targetVersion": target.version,
                     "threads": run.threads,
                     "cpuFeatures": list(target.cpu_features),
@@ -135,6 +144,11 @@ def verdict_statement(artifact_digest: str, run: ValidationRun) -> dict[str, Any
                 *(users_suite if run.user_suite_digest else ()),
                 {"name": SOURCE_MODEL, "digest": {"sha256": run.source_digest}},
                 {"name": REPORT, "uri": run.report_uri, "digest": {"sha256": run.report_digest}},
+                {
+                    "name": REQUEST,
+                    "digest": {"sha256": run.request_digest},
+                    "annotations": {FINISHED: _timestamp(run.finished)},
+                },
             ],
             "url": run.report_uri,
             "passedTests": gates("pass"),
@@ -159,6 +173,25 @@ def source_digest(statement: Statement) -> str | None:
 def report_digest(verdict: Statement) -> str | None:
     """Return the digest of the report's folder that a verdict names."""
     return _named(_dict(verdict.get("predicate")).get("configuration"), REPORT)
+
+
+def request_digest(statement: Statement) -> str | None:
+    """Return the cache key of the request that a statement answers; statements of older versions have none."""
+    predicate = _dict(statement.get("predicate"))
+    asked = _dict(_dict(predicate.get("buildDefinition")).get("internalParameters")).get("requestDigest")
+    return asked if isinstance(asked, str) else _named(predicate.get("configuration"), REQUEST)
+
+
+def finished_on(verdict: Statement) -> datetime | None:
+    """Return when a validation ended; None in statements of older versions."""
+    for item in _list(_dict(verdict.get("predicate")).get("configuration")):
+        if _dict(item).get("name") == REQUEST:
+            text = _dict(_dict(item).get("annotations")).get(FINISHED)
+            try:
+                return datetime.fromisoformat(text) if isinstance(text, str) else None
+            except ValueError:
+                return None
+    return None
 
 
 def result(verdict: Statement) -> str:

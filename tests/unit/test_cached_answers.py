@@ -1,0 +1,132 @@
+"""A record of the cache answers only what was asked, and a model that changes while it is read is no source."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from compileflow.contracts.digests import folder_digest, list_files
+from compileflow.errors import SourceError, VerdictError
+from compileflow.settings import Settings
+from compileflow.steps.fetch import fetch_source
+from compileflow.steps.register import register_version
+from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
+from compileflow.stores.local import LocalStore
+from tests.unit.attested_artifacts import small_artifact
+
+Fetch = Callable[..., FetchedSource]
+
+
+def write_model(folder: Path, weight: int) -> Path:
+    """Write a model whose one weight is a number, or overwrite it."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text('{"architectures": ["BertModel"]}')
+    save_file({"weight": np.full(64, weight, np.float32)}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def fetch(settings: Settings) -> Fetch:
+    """Fetch a folder; further arguments go to `fetch_source`."""
+
+    def run(folder: Path, **arguments: object) -> FetchedSource:
+        return fetch_source(
+            str(folder), None, store_uri=settings.resolved_store_uri(), settings=settings, **arguments
+        )
+
+    return run
+
+
+@pytest.fixture
+def records(settings: Settings) -> Path:
+    """Folder of the fetch step's records."""
+    return LocalStore(settings.resolved_store_uri(), settings).root / "records" / "fetch"
+
+
+def overwrite(path: Path, text: str) -> None:
+    path.unlink()
+    path.write_text(text)
+
+
+def test_swapped_records_answer_nothing(
+    fetch: Fetch, records: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    models = [write_model(tmp_path / name, weight) for weight, name in enumerate("ab")]
+    digests = [fetch(model).digest for model in models]
+    one, two = records.iterdir()
+    texts = one.read_text(), two.read_text()
+    overwrite(one, texts[1])
+    overwrite(two, texts[0])
+    sources = [fetch(model) for model in models]
+    assert [source.digest for source in sources] == digests
+    assert not any(source.cached for source in sources)
+    assert "answers another request: model.safetensors, uri" in caplog.text
+    assert all(fetch(model).cached for model in models)
+
+
+@pytest.mark.parametrize("field", ["digest", "size_bytes", "checksum", "parts"])
+def test_changed_record_answers_nothing(
+    fetch: Fetch, records: Path, tmp_path: Path, field: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    other, model = write_model(tmp_path / "other", 1), write_model(tmp_path / "model", 2)
+    other_source, source = fetch(other), fetch(model)
+    [path] = [path for path in records.iterdir() if source.digest in path.read_text()]
+    record = json.loads(path.read_text())
+    if field == "checksum":
+        del record["checksum"]
+    elif field == "parts":
+        record["parts"] = None
+    else:
+        record["value"][field] = getattr(other_source, field) if field == "digest" else 1
+    overwrite(path, json.dumps(record))
+    again = fetch(model)
+    assert (again.digest, again.cached) == (source.digest, False)
+    assert "ignoring the cache record" in caplog.text
+
+
+def test_model_that_changes_while_it_is_read_is_refused_and_leaves_nothing(
+    fetch: Fetch, settings: Settings, tmp_path: Path
+) -> None:
+    model = write_model(tmp_path / "model", 1)
+    digest = folder_digest(list_files(model))
+
+    def go_on_training(line: str) -> None:
+        if line.startswith("fetching"):
+            write_model(model, 2)
+
+    with pytest.raises(SourceError, match="changed while it was being read"):
+        fetch(model, on_progress=go_on_training)
+    root = LocalStore(settings.resolved_store_uri(), settings).root
+    assert not [path for path in root.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    write_model(model, 1)
+    source = fetch(model)
+    assert (source.digest, source.revision, source.cached) == (digest, digest, False)
+
+
+def test_artifact_of_another_source_model_is_not_registered(settings: Settings, tmp_path: Path) -> None:
+    store = LocalStore(settings.resolved_store_uri(), settings)
+    artifact = store.put_folder(small_artifact(tmp_path / "artifact", source="5" * 64))
+    report = store.put_folder(small_artifact(tmp_path / "report", graph=b"report"))
+    with pytest.raises(
+        VerdictError, match=r"compiled from the source model 555555555555\.\.\., and not from 6666"
+    ):
+        register_version(
+            FetchedSource(
+                uri="hf://a/b", revision="main", stored_uri="", digest="6" * 64, size_bytes=1, cached=True
+            ),
+            CompiledArtifact(
+                uri=artifact.uri, digest=artifact.digest, cache_key="6" * 64, size_bytes=1, compile_duration_s=1.0,
+                peak_rss_bytes=1, cached=True, why="",
+            ),
+            ValidatedArtifact(
+                artifact_digest=artifact.digest, report_uri=report.uri, report_digest=report.digest,
+                outcome="pass", reason="", figures={}, cached=True, why="",
+            ),
+            name="other", allow_warn=False, store_uri=store.uri, registry_uri=settings.resolved_registry_uri(),
+            settings=settings,
+        )  # fmt: skip
