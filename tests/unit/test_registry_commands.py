@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -58,7 +59,14 @@ def one_line(result: Result, *parts: str, exit_code: int = 1) -> None:
 def stored(settings: Settings, name: str = "old") -> VersionEntry:
     """Store an artifact and return the entry of it."""
     folder = open_store(settings.resolved_store_uri()).put_folder(OLD_ARTIFACT)
-    artifact = {"artifact_uri": folder.uri, "artifact_digest": folder.digest}
+    manifest = read_manifest(OLD_ARTIFACT)
+    artifact = {
+        "artifact_uri": folder.uri,
+        "artifact_digest": folder.digest,
+        "source_digest": manifest.source.digest,
+        "target": manifest.target.name,
+        "spec": manifest.spec.model_dump(mode="json"),
+    }
     return version_entry(name, 1).model_copy(update=artifact)
 
 
@@ -213,6 +221,26 @@ def test_version_whose_uri_was_bent_to_another_artifact_is_refused(
 ) -> None:
     registry.register(stored(settings).model_copy(update={"artifact_digest": "f" * 64}))
     one_line(call(command, "registry:old"), "expected ffffffffffff", "it was changed")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("source_digest", "f" * 64, "names the source model ffffffffffff"),
+        ("target", "hyperdex", "names the target hyperdex"),
+        ("spec", {"precision": "int8"}, "names another request"),
+    ],
+)
+def test_version_that_contradicts_its_artifact_is_refused(
+    settings: Settings, registry: ModelRegistry, field: str, value: Any, says: str
+) -> None:
+    """Who can write to the registry, and not to the signed statements, can say that an artifact is another's."""
+    entry = stored(settings)
+    bent = entry.spec | value if field == "spec" else value
+    registry.register(entry.model_copy(update={field: bent}))
+    result = call("verify", "registry:old")
+    assert result.exit_code == 1
+    assert says in result.stderr
 
 
 def test_verify_names_the_version_that_was_asked_for(

@@ -5,19 +5,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+
+from pydantic import ValidationError
 
 from compileflow.artifact.attestations.envelopes import Envelope, read_bundle, stored_envelopes
 from compileflow.artifact.attestations.keys import configured_keys, load_public_keys
-from compileflow.artifact.attestations.statements import report_digest
+from compileflow.artifact.attestations.statements import finished_on, report_digest
 from compileflow.artifact.attestations.verify import Attestations, verify_attestations
 from compileflow.artifact.manifest import ArtifactManifest, artifact_files, read_manifest, verify_folder
 from compileflow.artifact.open import cached_folder, path_of
 from compileflow.catalog import open_store
-from compileflow.contracts import without_credentials
+from compileflow.contracts import ModelVersion, without_credentials
 from compileflow.contracts.digests import folder_digest
 from compileflow.errors import IntegrityError, ManifestError, SignatureError, StoreError, StoreUnavailableError
 from compileflow.settings import Settings, get_settings
+from compileflow.spec import CompileSpec
 from compileflow.stores.layout import split_uri
 
 logger = logging.getLogger(__name__)
@@ -35,6 +39,7 @@ class Verification:
         signed_by: Ids of the trusted keys that signed at least one of the two statements.
         verdict: Attestations verdict: PASSED, WARNED or FAILED; None without one.
         report_intact: Whether the report is the one that the verdict names; None if it was not checked.
+        validated_on: When the validation ended, in UTC; None if no statement says it.
         problems: One line for everything that is altered, or missing and required; () if there are none.
     """
 
@@ -45,6 +50,7 @@ class Verification:
     signed_by: tuple[str, ...]
     verdict: str | None
     report_intact: bool | None
+    validated_on: str | None
     problems: tuple[str, ...]
 
 
@@ -99,6 +105,8 @@ def verify_artifact(
     settings: Settings,
     keys: Sequence[str | Path] = (),
     require_signature: bool | None = None,
+    version: ModelVersion | None = None,
+    max_age: timedelta | None = None,
 ) -> Verification:
     """Verify files, statements, signatures and, for an artifact in a store, the report. Opens no compiled file.
 
@@ -107,6 +115,8 @@ def verify_artifact(
         settings: Settings that name the cache and the trusted keys.
         keys: PEM files of public keys to trust instead of the configured ones.
         require_signature: Whether a missing statement or signature is a problem. None follows the settings.
+        version: Registered version whose source model and spec the artifact must have; None compares nothing.
+        max_age: Longest time since the validation; None takes any verdict.
 
     Raises:
         ManifestError: The location does not hold an artifact.
@@ -134,6 +144,12 @@ def verify_artifact(
             )
     except SignatureError as error:
         problems.append(str(error))
+    if version is not None and manifest is not None:
+        problems += _contradictions(version, digest, manifest)
+    validated_on = finished_on(attestations.verdict.statement) if attestations.verdict is not None else None
+    if max_age is not None and (validated_on is None or datetime.now(UTC) - validated_on > max_age):
+        when = f"was validated on {validated_on:%Y-%m-%d %H:%M} UTC" if validated_on else "has no dated verdict"
+        problems.append(f"The artifact {when}, and a verdict may be {max_age} old. Validate it again.")
     return Verification(
         digest=digest,
         files=len(manifest.files) + 1 if manifest else 0,
@@ -142,8 +158,35 @@ def verify_artifact(
         signed_by=attestations.signed_by,
         verdict=attestations.result,
         report_intact=_check_report(str(location), attestations, settings, problems),
+        validated_on=validated_on.isoformat() if validated_on else None,
         problems=tuple(problems),
     )
+
+
+def _contradictions(version: ModelVersion, digest: str, manifest: ArtifactManifest) -> list[str]:
+    """Return what a registry says about an artifact and its manifest denies, one line each."""
+    claims = {
+        "artifact": (version.artifact_digest, digest),
+        "source model": (version.source_digest, manifest.source.digest),
+        "target": (version.target, manifest.target.name),
+    }
+    lines = [
+        f"{version.name} version {version.version} names the {part} {claimed[:12]}, and the artifact is of "
+        f"{found[:12]}. Do not serve it; find out who changed the registry or the store."
+        for part, (claimed, found) in claims.items()
+        if claimed != found
+    ]
+    try:
+        # Fields that a version of an older compileflow lacks have their defaults.
+        is_same = CompileSpec.model_validate(version.spec) == manifest.spec
+    except ValidationError:
+        is_same = False
+    if not is_same:
+        lines.append(
+            f"{version.name} version {version.version} names another request than the one that the artifact was "
+            "compiled for. Do not serve it; find out who changed the registry or the store."
+        )
+    return lines
 
 
 def _check_files(location: str, settings: Settings, problems: list[str]) -> tuple[str, ArtifactManifest | None]:

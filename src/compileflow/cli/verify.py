@@ -35,6 +35,10 @@ def verify(
         list[str] | None,
         typer.Option(help="Public key (PEM file) to trust instead of the configured keys. Repeatable."),
     ] = None,
+    max_age: Annotated[
+        float | None,
+        typer.Option(min=0, metavar="DAYS", help="Refuse an artifact that was validated longer ago."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check every byte of an artifact and its attestations, and look for a registered version or a passing report.
@@ -42,6 +46,7 @@ def verify(
     The exit code is 0 only if all checks succeed.
     """
     from dataclasses import asdict
+    from datetime import timedelta
 
     from compileflow.artifact.verify import last_result, verify_artifact
     from compileflow.catalog import open_registry, open_store
@@ -54,7 +59,12 @@ def verify(
     version = registered_version(artifact)
     location = artifact_location(artifact) if version is None else version.artifact_uri
     verification = verify_artifact(
-        location, settings=settings, keys=key or (), require_signature=require_signature
+        location,
+        settings=settings,
+        keys=key or (),
+        require_signature=require_signature,
+        version=version,
+        max_age=None if max_age is None else timedelta(days=max_age),
     )
     if version is None and verification.intact:
         version = next(iter(open_registry(settings.resolved_registry_uri()).find(verification.digest)), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from compileflow.errors import IntegrityError, ManifestError, StoreUnavailableEr
 from compileflow.settings import Settings
 from compileflow.stores.local import LocalStore
 from tests.unit.attested_artifacts import (
+    RUN,
     Keys,
     altered,
     attest,
@@ -168,6 +170,15 @@ class TestVerifyArtifact:
         assert verification.attested
         assert verification.report_intact
         assert (verification.signed_by, verification.verdict, verification.problems) == ((keys.id,), "PASSED", ())
+
+    def test_old_verdict_is_a_problem_where_its_age_counts(
+        self, stored: str, settings: Settings, keys: Keys
+    ) -> None:
+        age = datetime.now(UTC) - RUN.finished
+        assert self.verify(stored, settings, keys, max_age=age + timedelta(hours=1)).problems == ()
+        [problem] = self.verify(stored, settings, keys, max_age=age - timedelta(hours=1)).problems
+        assert "was validated on 2026-03-05 12:01 UTC" in problem
+        assert self.verify(stored, settings, keys).validated_on == "2026-03-05T12:01:30+00:00"
 
     def test_report_of_a_folder_is_not_looked_at(
         self, artifact: Path, settings: Settings, keys: Keys, report: Path
