@@ -68,7 +68,7 @@ class Attester:
 
         Args:
             folder: Folder of the artifact.
-            digest: Its digest.
+            digest: Digest of the artifact.
             started: Start of the compile.
             request_digest: Key of the compile in the cache.
         """
@@ -112,7 +112,7 @@ class Attester:
 
         Args:
             digest: Digest of the artifact.
-            request_digest: Key of the compile that is asked for. Whoever writes records can name any artifact.
+            request_digest: Key of the compile that is asked for. A changed record can point at any artifact.
         """
         reason, attestations = self._lack(digest, PROVENANCE_TYPE)
         if reason or attestations is None or attestations.provenance is None:

@@ -77,7 +77,7 @@ def find(store: ArtifactStore, key: CacheKey, kind: type[Value], *, folders: Map
 
 
 def record_of(key: CacheKey, value: BaseModel) -> dict[str, JsonValue]:
-    """Return the record of a result: what was asked, the answer, and a checksum over both."""
+    """Return the record of a result: the parts of its key, the result, and a checksum over both."""
     record: dict[str, JsonValue] = {"parts": dict(key.parts), "value": value.model_dump(mode="json")}
     return record | {"checksum": json_digest([key.step, record])}
 

@@ -26,7 +26,7 @@ BUILDER_ID = "pkg:pypi/compileflow"
 # Names of the resource descriptors in a statement.
 SOURCE_MODEL, CALIBRATION, SUITE, REPORT = "source-model", "calibration", "suite", "report"
 USER_SUITE = "user-suite"
-# What was asked, as the cache names it; the annotation is the end of the run that answered.
+# The request as the cache names it, and the end of the run that answered it.
 REQUEST, FINISHED = "request", "finishedOn"
 
 Statement = Mapping[str, Any]
