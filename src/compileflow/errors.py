@@ -187,6 +187,12 @@ def printable(text: str) -> str:
     )
 
 
+def in_words(value: Any) -> str:
+    """Return a short value as Python writes it, cut to 60 characters, and the type of any other one."""
+    is_short = value is None or isinstance(value, str | int | float | list | tuple | dict)
+    return repr(value)[:60] if is_short else f"a value of the type {type(value).__name__}"
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text that is not empty, cut to 300 characters, without a full stop.
 
