@@ -207,8 +207,8 @@ class GeneratingModel(CompiledModel):
             **settings: Further arguments of `generate`.
 
         Raises:
-            InputError: There are no token ids of one prompt, or the streamer is not a `TextStreamer`. While it
-                yields: the streamer takes another text, or `generate` refuses the call.
+            InputError: The token ids are not those of one prompt, or the streamer is not a `TextStreamer`. At the
+                first piece: the streamer takes another text, or `generate` refuses the call.
         """
         check_iterable(streamer)
         ids = self._checked_ids(_as_rows(input_ids), None)

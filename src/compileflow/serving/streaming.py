@@ -26,7 +26,7 @@ class _Stream:
         self.begin()
 
     def clear(self) -> None:
-        """Forget the pieces of an earlier text that nobody read."""
+        """Forget the pieces of an earlier text that are still here."""
         self._pieces: SimpleQueue[Any] = SimpleQueue()
 
     def begin(self) -> None:
@@ -184,7 +184,7 @@ def streamer_of_one_text(streamer: Any) -> Iterator[Any]:
     """Yield the streamer for a call of `generate`; a `TextStreamer` takes one text at a time.
 
     Raises:
-        InputError: The streamer is in use, or is none.
+        InputError: The streamer takes another text, or is not a streamer.
     """
     if isinstance(streamer, _Stream):
         with streamer.one_text() as taker:
