@@ -144,6 +144,8 @@ class TestHyperdex:
         assert "AutoCompiler selects hyperdex" in caplog.text
         starts = [text.removesuffix(" ...") for text in caplog.messages if text.endswith(" ...")]
         assert starts == PHASES
+        # Each verdict is told once.
+        assert caplog.text.count(result.validated.reason) == 1
         assert weights_below(result.folder) == []
         calls("transformers").clear()
         model: Any = CompiledModel.from_pretrained(result.folder)

@@ -196,7 +196,6 @@ def _run(
         with os_errors(folder, "write to"):
             _write(folder, source, artifact, settings, keeps_weights=keeps_weights)
         show(f"the model is compiled: {folder}")
-    logger.info("compiled %s for %s: %s", request.model, request.target, validated.reason)
     return CompiledFolder(folder, request.target, source, artifact, validated)
 
 
