@@ -31,7 +31,15 @@ from starlette.exceptions import HTTPException
 
 from compileflow import CompiledTokenizer
 from compileflow.artifact.open import open_artifact
-from compileflow.errors import CompileflowError, InputError, LoadError, first_line, first_problem
+from compileflow.errors import (
+    CompileflowError,
+    InputError,
+    LoadError,
+    field_problem,
+    first_line,
+    first_problem,
+    in_words,
+)
 from compileflow.serving.generation import check_prompts, load_generation_config
 from compileflow.serving.interface_files import load_part
 
@@ -71,13 +79,12 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     role: Literal["system", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(min_length=1)]
 
     def plain(self) -> dict[str, str]:
         """Return the message as templates take it."""
-        parts = self.content if isinstance(self.content, list) else []
-        text = "".join(part.text for part in parts) if parts else self.content
-        return {"role": self.role, "content": str(text)}
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": self.role, "content": text}
 
 
 class StreamOptions(BaseModel):
@@ -89,22 +96,32 @@ class StreamOptions(BaseModel):
 
 
 class Order(BaseModel):
-    """The fields that both kinds of requests have. A field with one value is accepted with that value only."""
+    """The fields that both kinds of requests have. A field with one value is accepted with that value only.
+
+    The description of a field says what is allowed; errors quote it.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
-    model: str
-    max_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    seed: int | None = Field(None, ge=0, lt=2**32)
-    stop: str | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4)] | None = None
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    user: str | None = None
-    n: Literal[1] | None = None
-    frequency_penalty: Literal[0] | None = None
-    presence_penalty: Literal[0] | None = None
+    model: str = Field(description="a model that GET /v1/models lists")
+    max_tokens: int | None = Field(None, ge=1, description="a whole number of at least 1")
+    temperature: float | None = Field(None, ge=0, le=2, description="a number from 0 to 2")
+    top_p: float | None = Field(None, gt=0, le=1, description="a number above 0, at most 1")
+    seed: int | None = Field(None, ge=0, lt=2**32, description="a whole number from 0 to 4294967295")
+    stop: str | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4)] | None = Field(
+        None, description="a text, or a list of at most four texts that are not empty"
+    )
+    stream: bool = Field(False, description="true or false")
+    stream_options: StreamOptions | None = Field(None, description="an object with include_usage, true or false")
+    user: str | None = Field(None, description="a text")
+    n: Literal[1] | None = Field(None, description="1, because a request gets one answer")
+    frequency_penalty: Literal[0] | None = Field(None, description="0, because penalties are not computed")
+    presence_penalty: Literal[0] | None = Field(None, description="0, because penalties are not computed")
+
+    @property
+    def limit_name(self) -> str:
+        """The field that limits the answer."""
+        return "max_tokens"
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -115,9 +132,18 @@ class Order(BaseModel):
 class ChatOrder(Order):
     """Body of POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    logprobs: Literal[False] | None = None
+    messages: list[Message] = Field(
+        min_length=1,
+        description="a list of messages, each with role (system, user or assistant) and content, a text or a list "
+        'of {"type": "text", "text": ...}',
+    )
+    max_completion_tokens: int | None = Field(None, ge=1, description="a whole number of at least 1")
+    logprobs: Literal[False] | None = Field(None, description="false, because answers have no probabilities")
+
+    @property
+    def limit_name(self) -> str:
+        """The field that limits the answer."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     @model_validator(mode="after")
     def _one_limit(self) -> ChatOrder:
@@ -129,9 +155,11 @@ class ChatOrder(Order):
 class CompletionOrder(Order):
     """Body of POST /v1/completions: a prompt as text or as token ids."""
 
-    prompt: str | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-    echo: Literal[False] | None = None
-    best_of: Literal[1] | None = None
+    prompt: str | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(
+        description="one prompt, a text or a list of token ids"
+    )
+    echo: Literal[False] | None = Field(None, description="false, because answers do not repeat the prompt")
+    best_of: Literal[1] | None = Field(None, description="1, because a request gets one answer")
 
 
 class ApiError(Exception):
@@ -151,17 +179,29 @@ def as_api_error(error: BaseException) -> ApiError:
     """Return any error of a request in OpenAI's form."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, ValidationError):
-        # A choice of types reports one problem for each type; the name of the field is the first part.
-        return ApiError(
-            400, f"{first_problem(error)}.", param=str(next(iter(error.errors()[0]["loc"]), "")) or None
-        )
     if isinstance(error, HTTPException):
-        return ApiError(error.status_code, f"{error.detail}.")
+        calls = "POST /v1/chat/completions, POST /v1/completions, GET /v1/models, GET /health"
+        return ApiError(error.status_code, f"{error.detail}. This service answers {calls}.")
     if isinstance(error, CompileflowError):
         return ApiError(503 if error.retryable else 400, " ".join(filter(None, (error.message, error.hint))))
     logger.error("request failed", exc_info=error)
     return ApiError(500, "The model failed on this request.")
+
+
+def read_order(kind: type[Any], content: Any) -> Any:
+    """Return a request of a kind.
+
+    Raises:
+        ApiError: A field is wrong; the message says what it takes.
+    """
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        path, problem = field_problem(error.errors(), content)
+        param = path.partition(".")[0]
+        field = kind.model_fields.get(param)
+        allowed = f"Allowed: {field.description}." if field else f"Known names: {', '.join(kind.model_fields)}."
+        raise ApiError(400, f"{path or 'The body'}: {problem}. {allowed}", param=param or None) from error
 
 
 class Answer:
@@ -309,11 +349,15 @@ class ChatService:
             json.dumps(content, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
             raise ApiError(400, f"The body is not JSON: {first_line(error)}.") from error
-        order = kind.model_validate(content)
-        if order.model != self.name:
-            message = f"The model {order.model!r} does not exist; this service has {self.name!r}."
-            raise ApiError(404, message, param="model", code="model_not_found")
+        order = read_order(kind, content)
+        self.check_name(order.model)
         return order
+
+    def check_name(self, name: str) -> None:
+        """Refuse another name than that of the model."""
+        if name != self.name:
+            message = f"The model {in_words(name)} does not exist; this service has {self.name!r}."
+            raise ApiError(404, message, param="model", code="model_not_found")
 
     def begin(self, order: ChatOrder | CompletionOrder) -> Answer:
         """Give a request to the engine, after checking it."""
@@ -331,7 +375,7 @@ class ChatService:
         if not prompt:
             raise ApiError(400, "The prompt is empty.", param=field)
         if served.vocab_size and not max(prompt) < served.vocab_size:
-            message = f"The prompt has the token {max(prompt)}, but the model has {served.vocab_size} ids."
+            message = f"Expected token ids from 0 to {served.vocab_size - 1}, got {max(prompt)}."
             raise ApiError(400, message, param=field)
         sampling = Sampling(self._room(served, prompt, field, order), order.temperature, order.top_p, order.seed)
         if self.counts["requests"] >= self.settings.queue_limit:
@@ -360,13 +404,14 @@ class ChatService:
         if order.max_tokens is None:
             return min(limit, longest - len(prompt))
         if order.max_tokens > limit:
-            message = f"An answer has at most {limit} tokens, but max_tokens is {order.max_tokens}."
-            raise ApiError(400, message, param="max_tokens")
+            message = f"An answer has at most {limit} tokens, but {order.limit_name} is {order.max_tokens}."
+            raise ApiError(400, message, param=order.limit_name)
         if len(prompt) + order.max_tokens > longest:
             message = (
-                f"{len(prompt)} tokens of the prompt and max_tokens {order.max_tokens} exceed {longest} tokens."
+                f"{len(prompt)} tokens of the prompt and {order.limit_name} {order.max_tokens} exceed {longest} "
+                f"tokens, the longest row of the model."
             )
-            raise ApiError(400, message, param="max_tokens", code=code)
+            raise ApiError(400, message, param=order.limit_name, code=code)
         return order.max_tokens
 
     async def answer(self, request: Request, order: ChatOrder | CompletionOrder) -> Response:
@@ -483,7 +528,7 @@ def make_app(service: ChatService) -> FastAPI:
         loading.cancel()
         service.close()
 
-    errors = (ApiError, InputError, RefusedError, ValidationError, HTTPException, Exception)
+    errors = (ApiError, InputError, RefusedError, HTTPException, Exception)
     app = FastAPI(title="compileflow", lifespan=lifespan, exception_handlers=dict.fromkeys(errors, refusal))
 
     @app.get("/health")
@@ -494,6 +539,12 @@ def make_app(service: ChatService) -> FastAPI:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         return service.models()
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        service.check_name(name)
+        entry: dict[str, Any] = service.models()["data"][0]
+        return entry
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:

@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from compileflow import CompiledPipeline
-from compileflow.errors import CompileflowError, InputError, LoadError, first_line, first_problem
+from compileflow.errors import CompileflowError, InputError, LoadError, field_problem, first_line, first_problem
 
 logger = logging.getLogger("uvicorn.error")
 # The pipelines of these tasks return the result of a single item without a list.
@@ -235,9 +235,8 @@ def response(outputs: Any, batch_size: int) -> Response:
 def refusal(_: Request, error: Exception) -> JSONResponse:
     """Return the error of a request and a hint, one line each."""
     if isinstance(error, RequestValidationError):
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        return JSONResponse({"error": f"{where}: {first['msg']}.", "hint": "/docs has the format."}, 422)
+        path, problem = field_problem(error.errors(), error.body)
+        return JSONResponse({"error": f"{path or 'The body'}: {problem}.", "hint": "/docs has the format."}, 422)
     message, hint = f"{type(error).__name__}: {first_line(error)}.", ""
     if isinstance(error, CompileflowError):
         message, hint = error.message, error.hint

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
 
 # A message may quote a file that a stranger wrote.
 _LONGEST_TEXT = 2000
+_LONGEST_VALUE = 60
 # What a field expects, by the first word of the type of pydantic's error.
 _EXPECTED = {
     "bool": "true or false", "dict": "an object", "float": "a number", "int": "a whole number", "list": "a list",
@@ -21,6 +23,17 @@ _BOUNDS = {
     "greater_than_equal": ("at least", "ge"),
     "less_than": ("less than", "lt"),
     "less_than_equal": ("at most", "le"),
+}
+_LENGTHS = {
+    "string_too_short": ("at least", "min_length", "characters"),
+    "string_too_long": ("at most", "max_length", "characters"),
+    "too_short": ("at least", "min_length", "items"),
+    "too_long": ("at most", "max_length", "items"),
+}
+_FIXED_WORDS = {
+    "extra_forbidden": "this name is not known",
+    "finite_number": "expected a finite number",
+    "missing": "a value is required",
 }
 
 
@@ -187,6 +200,12 @@ def printable(text: str) -> str:
     )
 
 
+def in_words(value: Any) -> str:
+    """Return a short value as Python writes it, cut to 60 characters, and the type of any other one."""
+    is_plain = value is None or isinstance(value, str | int | float | list | tuple | dict)
+    return _cut(repr(value)) if is_plain else f"a value of the type {type(value).__name__}"
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text that is not empty, cut to 300 characters, without a full stop.
 
@@ -216,6 +235,46 @@ def first_problem(error: ValidationError, *, show_input: bool = False) -> str:
     return f"{path}: {message}{found_value}" if path else message
 
 
+def field_problem(problems: Sequence[Mapping[str, Any]], content: Any) -> tuple[str, str]:
+    """Return the first wrong field of a JSON value, and what is wrong: "stop", "expected text or a list, got 5".
+
+    Of a field with several types, pydantic reports a problem for each one, with the name of the type in the path.
+
+    Args:
+        problems: What `ValidationError.errors` lists.
+        content: The JSON value that was checked; it tells the names of fields from those of types.
+
+    Returns:
+        The path of the field, "" for the content itself; and the problem without a full stop.
+    """
+    paths = [_path_in(content, problem) for problem in problems]
+    path = paths[0]
+    # The type that the value has, if any, reports what is wrong inside it.
+    while inner_paths := [inner for inner in paths if len(inner) > len(path) and inner[: len(path)] == path]:
+        path = inner_paths[0]
+    reports = [problem for problem, its_path in zip(problems, paths, strict=True) if its_path == path]
+    reports = [report for report in reports if not report["type"].endswith("_type")] or reports
+    *most, last = dict.fromkeys(map(expectation, reports))
+    words = f"{', '.join(most)} or {last}".replace(", expected ", ", ").replace(" or expected ", " or ")
+    words = words if most else last
+    if reports[0]["type"] not in ("missing", "extra_forbidden", "json_invalid"):
+        # Python's constants are not JSON.
+        words = words.replace("expected False", "expected false").replace("expected True", "expected true")
+        words = f"{words}, got {_cut(printable(json.dumps(reports[0]['input'], ensure_ascii=False)))}"
+    return ".".join(path), words
+
+
+def _path_in(content: Any, problem: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the path of a problem, without the names of types."""
+    path = []
+    for part in problem["loc"]:
+        is_field = part in content if isinstance(content, Mapping) else isinstance(part, int)
+        if is_field and isinstance(content, Mapping | list | tuple):
+            content = content[part]
+            path.append(str(part))
+    return (*path, str(problem["loc"][-1])) if problem["type"] == "missing" else tuple(path)
+
+
 def expectation(problem: Mapping[str, Any]) -> str:
     """Return what was expected, without a full stop: pydantic's words suit the author of a model, not its user.
 
@@ -223,18 +282,23 @@ def expectation(problem: Mapping[str, Any]) -> str:
         problem: One of the problems that `ValidationError.errors` lists.
     """
     kind, context = problem["type"], problem.get("ctx", {})
-    if kind == "extra_forbidden":
-        return "this name is not known"
+    if kind in _FIXED_WORDS:
+        return _FIXED_WORDS[kind]
     if kind in _BOUNDS:
         words, key = _BOUNDS[kind]
         return f"expected {words} {context[key]:.12g}"
-    if kind == "string_too_long":
-        return f"expected at most {context['max_length']} characters"
+    if kind in _LENGTHS:
+        words, key, items = _LENGTHS[kind]
+        return f"expected {words} {context[key]} {items if context[key] > 1 else items.removesuffix('s')}"
     expected = context.get("expected")
     if kind.endswith(("_type", "_parsing", "_from_float")):
         expected = _EXPECTED.get(kind.partition("_")[0])
     message = str(problem["msg"]).removeprefix("Value error, ").rstrip(".")
     return f"expected {expected}" if expected else message
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
 
 
 def _shortened(text: str) -> str:

@@ -78,7 +78,7 @@ def test_refused_compile_fails_the_run_with_its_reason_and_is_not_registered(
         validation={"latency_pairs": 5, "max_latency_ratio": 1e-6},
     )  # fmt: skip
     assert state.is_failed()
-    assert state.message.startswith("fail: latency_ratio measured")
+    assert state.message.startswith("The verdict is fail: latency_ratio measured")
     assert "\n" not in state.message
     assert isinstance(state.result(raise_on_failure=False), VerdictError)
     assert not open_registry(pipeline.registry_uri).versions()

@@ -29,7 +29,7 @@ def test_static_int8_calibrated_on_two_words_is_refused_with_the_examples_that_f
     )
     state = compile_model(request, return_state=True)
     assert state.is_failed()
-    assert state.message.startswith("fail: ")
+    assert state.message.startswith("The verdict is fail: ")
     error = state.result(raise_on_failure=False)
     assert isinstance(error, VerdictError)
     assert list(open_registry(pipeline.registry_uri).versions()) == []

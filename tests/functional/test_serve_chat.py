@@ -240,24 +240,57 @@ def test_full_queue_refuses_until_a_request_ends(start: Start) -> None:
         assert patient.completions.create(**(request | {"max_tokens": 2, "stream": False})).choices[0].text
 
 
+CHAT_NAMES = "Known names: model, max_tokens, temperature"
+CONTENT = 'content, a text or a list of {"type": "text", "text": ...}.'
+# A change of a good request, status, field and message. The message names the field once.
 WRONG: list[tuple[dict[str, Any], int, str, str]] = [
-    ({"model": "other"}, 404, "model", "The model 'other' does not exist"),
-    ({"n": 2}, 400, "n", "n"),
-    ({"logprobs": True}, 400, "logprobs", "logprobs"),
-    ({"tools": []}, 400, "tools", "tools"),
-    ({"frequency_penalty": 0.5}, 400, "frequency_penalty", "frequency_penalty"),
-    ({"temperature": 3}, 400, "temperature", "temperature"),
-    ({"top_p": 0}, 400, "top_p", "top_p"),
-    ({"max_tokens": 0}, 400, "max_tokens", "max_tokens"),
-    ({"max_tokens": 8001}, 400, "max_tokens", "An answer has at most 8000 tokens"),
+    ({"model": "other"}, 404, "model", "The model 'other' does not exist; this service has 'chat'."),
+    ({"n": 2}, 400, "n", "n: expected 1, got 2. Allowed: 1, because a request gets one answer."),
+    ({"logprobs": True}, 400, "logprobs", "logprobs: expected false, got true. Allowed: false, because"),
+    ({"tools": []}, 400, "tools", f"tools: this name is not known. {CHAT_NAMES}"),
+    ({"frequency_penalty": 0.5}, 400, "frequency_penalty", "frequency_penalty: expected 0, got 0.5."),
+    (
+        {"temperature": 3},
+        400,
+        "temperature",
+        "temperature: expected at most 2, got 3. Allowed: a number from 0 to 2.",
+    ),
+    ({"temperature": "hot"}, 400, "temperature", 'temperature: expected a number, got "hot".'),
+    ({"top_p": 0}, 400, "top_p", "top_p: expected more than 0, got 0."),
+    ({"stop": 5}, 400, "stop", "stop: expected text or a list, got 5. Allowed: a text, or a list of at most four"),
+    ({"stop": ["a", 5]}, 400, "stop", "stop.1: expected text, got 5."),
+    ({"stop": list("abcde")}, 400, "stop", 'stop: expected at most 4 items, got ["a", "b", "c", "d", "e"].'),
+    ({"stream_options": {"usage": 1}}, 400, "stream_options", "stream_options.usage: this name is not known."),
+    ({"max_tokens": 0}, 400, "max_tokens", "max_tokens: expected at least 1, got 0."),
+    ({"max_tokens": 8001}, 400, "max_tokens", "An answer has at most 8000 tokens, but max_tokens is 8001."),
+    (
+        {"max_completion_tokens": 8001},
+        400,
+        "max_completion_tokens",
+        "An answer has at most 8000 tokens, but max_completion_tokens is 8001.",
+    ),
     ({"messages": as_chat("it " * 80)}, 400, "messages", "at most 64 are allowed"),
-    ({"messages": []}, 400, "messages", "messages"),
-    ({"messages": [{"role": "tool", "content": "a"}]}, 400, "messages", "messages.0.role"),
+    ({"messages": []}, 400, "messages", "messages: expected at least 1 item, got []."),
+    ({"messages": "it"}, 400, "messages", 'messages: expected a list, got "it".'),
+    ({"messages": [{"role": "user"}]}, 400, "messages", "messages.0.content: a value is required."),
+    (
+        {"messages": [{"role": "user", "content": 5}]},
+        400,
+        "messages",
+        "messages.0.content: expected text or a list,",
+    ),
+    ({"messages": [{"role": "user", "content": []}]}, 400, "messages", CONTENT),
+    (
+        {"messages": [{"role": "tool", "content": "a"}]},
+        400,
+        "messages",
+        "messages.0.role: expected 'system', 'user' or 'assistant', got \"tool\".",
+    ),
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a"}}]}]},
         400,
         "messages",
-        "messages.0.content",
+        "messages.0.content.0.type: expected 'text', got \"image_url\".",
     ),
     ({"messages": as_chat("a" * 30_000)}, 413, "", "The body has more than 20000 bytes"),
 ]
@@ -284,18 +317,31 @@ def test_other_wrong_requests(service: ChatProcess) -> None:
         response = service.post(body)
         assert response.status_code == 400, response.text
         assert response.json()["error"]["type"] == "invalid_request_error"
-    for content, param in (
-        ({"prompt": [9999]}, "prompt"),
-        ({"prompt": ""}, "prompt"),
-        ({"prompt": "a", "echo": True}, "echo"),
+    for content, param, says in (
+        ({"prompt": [9999]}, "prompt", "Expected token ids from 0 to 599, got 9999."),
+        ({"prompt": ""}, "prompt", "The prompt is empty."),
+        (
+            {"prompt": None},
+            "prompt",
+            "prompt: expected text or a list, got null. Allowed: one prompt, a text or a",
+        ),
+        ({"prompt": ["a"]}, "prompt", 'prompt.0: expected a whole number, got "a".'),
+        ({"prompt": "a", "echo": True}, "echo", "echo: expected false, got true."),
+        ({}, "prompt", "prompt: a value is required."),
     ):
         response = service.post(json.dumps({"model": "chat"} | content), "/v1/completions")
-        assert (response.status_code, response.json()["error"]["param"]) == (400, param)
-    assert service.post("{}", "/v1/images").json()["error"]["message"] == "Not Found."
+        error = response.json()["error"]
+        assert (response.status_code, error["param"]) == (400, param)
+        assert error["message"].startswith(says)
+    assert service.post("[]").json()["error"]["message"].startswith("The body: expected an object, got [].")
+    assert "POST /v1/completions" in service.post("{}", "/v1/images").json()["error"]["message"]
 
 
 def test_models_are_listed(service: ChatProcess) -> None:
     assert [model.id for model in service.client.models.list()] == ["chat"]
+    assert service.client.models.retrieve("chat").id == "chat"
+    with pytest.raises(openai.NotFoundError, match="The model 'owner/other' does not exist"):
+        service.client.models.retrieve("owner/other")
 
 
 @pytest.mark.slow

@@ -155,23 +155,28 @@ def test_requests_with_other_parameters_and_lists_keep_their_own_answers(started
 def test_wrong_requests_get_one_line_and_take_no_other_with_them(
     serve: Callable[..., Any], reference: Any
 ) -> None:
-    malformed: list[Body] = [
-        {},
-        {"inputs": 5},
-        {"inputs": []},
-        {"inputs": "a", "parameters": {"num_workers": 4}},
-        {"inputs": "a", "more": 1},
-        {"inputs": {"path": "a"}},
+    malformed: list[tuple[Body, str]] = [
+        ({}, "inputs: a value is required."),
+        ({"inputs": 5}, "inputs: expected text, an object or a list, got 5."),
+        ({"inputs": []}, "inputs: expected at least 1 item, got []."),
+        ({"inputs": ["a", 5]}, "inputs.1: expected text or an object, got 5."),
+        (
+            {"inputs": "a", "parameters": {"num_workers": 4}},
+            "parameters.num_workers: expected 'aggregation_strategy',",
+        ),
+        ({"inputs": "a", "more": 1}, "more: this name is not known."),
+        ({"inputs": {"path": "a"}}, "inputs.path: expected 'text', 'text_pair', 'question' or 'context', got"),
+        ({"inputs": [{"path": "a"}]}, "inputs.0.path: expected 'text', 'text_pair', 'question' or 'context', got"),
     ]
     good_texts = TEXTS[:7]
     # These requests fill exactly one call, and the last one makes it fail.
     bodies: list[Body] = [{"inputs": text} for text in good_texts] + [{"inputs": {"question": "no text"}}]
     with serve(MAX_BATCH=len(bodies), MAX_WAIT_MS=FOREVER_MS, QUEUE_LIMIT=64) as service:
         with service.ready() as client:
-            for body in malformed:
+            for body, says in malformed:
                 response = client.post("/predict", json=body)
                 assert response.status_code == 422, body
-                assert response.json()["error"].startswith("body"), body
+                assert response.json()["error"].startswith(says), body
                 assert "\n" not in response.json()["error"]
             too_many = client.post("/predict", json={"inputs": ["a"] * 65})
             assert too_many.status_code == 400
@@ -209,7 +214,7 @@ def test_artifact_that_cannot_be_loaded_ends_the_service_with_one_line(
         assert "Traceback" not in service.log.read_text("utf-8")
     with serve(ARTIFACT="") as service:
         assert service.process.wait(WAIT_S) == 1
-        assert service.log.read_text("utf-8") == "ARTIFACT: Field required.\n"
+        assert service.log.read_text("utf-8") == "ARTIFACT: a value is required.\n"
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from compileflow.cli import app
 from compileflow.contracts import ACCEPTED_OUTCOMES
 from compileflow.contracts.digests import list_files
 from compileflow.errors import CompileflowError, LoadError, MeasurementError, SourceError, SpecError, StoreError
+from compileflow.local import auto_compiler
 from compileflow.settings import Settings, get_settings
 from compileflow.spec import HfTask
 from tests.decoders import GREEDY, TASK, TEXTS
@@ -85,6 +87,10 @@ def weights_below(folder: Path) -> list[str]:
     return [path.name for path in folder.rglob("*") if path.suffix in (".safetensors", ".bin")]
 
 
+def names_below(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
 def hub_files(folder: Path) -> dict[str, bytes]:
     return {record.path: (folder / record.path).read_bytes() for record in list_files(folder)}
 
@@ -138,6 +144,8 @@ class TestHyperdex:
         assert "AutoCompiler selects hyperdex" in caplog.text
         starts = [text.removesuffix(" ...") for text in caplog.messages if text.endswith(" ...")]
         assert starts == PHASES
+        # Each verdict is told once.
+        assert caplog.text.count(result.validated.reason) == 1
         assert weights_below(result.folder) == []
         calls("transformers").clear()
         model: Any = CompiledModel.from_pretrained(result.folder)
@@ -321,16 +329,82 @@ def test_check_reads_config_json_alone(
 
 
 @pytest.mark.usefixtures("settings")
+@pytest.mark.parametrize(
+    ("target", "fast_compile", "lines"), [("openvino", True, 1), ("aot-inductor", False, 1), ("openvino", None, 0)]
+)
+def test_target_without_fast_compile_says_so(
+    tiny_model: TinyModel, target: str, fast_compile: bool | None, lines: int
+) -> None:
+    recorder = Recorder()
+    arguments: Any = {"target": target, "fast_compile": fast_compile, "max_length": MAX_TOKENS + 1}
+    with pytest.raises(SpecError, match=f"positions for {MAX_TOKENS} tokens"):
+        AutoCompiler().compile(tiny_model(TASK), progress=recorder, **arguments)
+    assert recorder.lines["0 check"].count(f"{target} ignores fast_compile: only hyperdex has it") == lines
+
+
+@pytest.mark.usefixtures("settings")
 def test_folder_of_the_user_is_not_written_to(tiny_model: TinyModel, tmp_path: Path) -> None:
     place = tmp_path / "hub" / tiny_model(TASK).parent.name / tiny_model(TASK).name
     place.mkdir(parents=True)
     (place / "notes.txt").write_text("mine")
-    with pytest.raises(StoreError, match=r"holds other files than a compiled model: notes\.txt"):
+    with pytest.raises(StoreError, match=r"holds a file that AutoCompiler did not write: notes\.txt"):
         AutoCompiler().compile(tiny_model(TASK), cache_dir=tmp_path)
     # A folder with other files is taken for a model, and is none.
     with pytest.raises(SourceError, match="does not hold a model"):
         AutoCompiler().compile(place)
     assert [path.name for path in place.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("lpu")
+def test_file_of_the_user_in_an_earlier_result_is_kept(
+    tmp_path: Path, few_examples: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = build_decoder(tmp_path / "org" / "tiny")
+
+    def compile_again() -> Path:
+        return AutoCompiler().compile(source, low_memory_usage=True, examples=few_examples).folder
+
+    folder = compile_again()
+    before = names_below(folder)
+    assert compile_again() == folder
+    assert names_below(folder) == before
+    notes = ["inst/notes.txt", "inst/components/default/notes.txt", "param/notes.txt", "ckpt/model.safetensors"]
+    for name in notes:
+        (folder / name).write_text("mine")
+        with pytest.raises(
+            StoreError, match=re.escape(f"holds a file that AutoCompiler did not write: {name}.")
+        ) as caught:
+            compile_again()
+        assert "\n" not in str(caught.value)
+        assert (folder / name).read_text() == "mine"
+        (folder / name).unlink()
+    # The file comes while the model is compiled.
+    prove = auto_compiler.prove
+
+    def prove_and_take_notes(*args: Any, **settings: Any) -> Any:
+        (folder / notes[0]).write_text("mine")
+        return prove(*args, **settings)
+
+    monkeypatch.setattr(auto_compiler, "prove", prove_and_take_notes)
+    with pytest.raises(StoreError, match=re.escape(notes[0])):
+        compile_again()
+    (folder / notes[0]).unlink()
+    assert names_below(folder) == before
+
+
+@pytest.mark.usefixtures("settings")
+def test_folders_that_autocompiler_did_not_write_are_kept(tiny_model: TinyModel, tmp_path: Path) -> None:
+    source = tiny_model(TASK)
+    place = tmp_path / "hub" / source.parent.name / source.name
+    (place / "inst").mkdir(parents=True)
+    (place / "inst" / "notes.txt").write_text("mine")
+    with pytest.raises(StoreError, match=r"did not write: inst/notes\.txt"):
+        AutoCompiler().compile(source, cache_dir=tmp_path)
+    (place / "inst" / "notes.txt").unlink()
+    (place / "ckpt").symlink_to(source)
+    with pytest.raises(StoreError, match="did not write: ckpt"):
+        AutoCompiler().compile(source, cache_dir=tmp_path)
 
 
 @pytest.mark.parametrize("model_id", ["registry:name@3", "s3://bucket/model", "/"])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import pickle
+from typing import Annotated, Any, Literal
 
 import pytest
+from pydantic import BaseModel, Field, ValidationError
 
 from compileflow import errors
-from compileflow.errors import CompileflowError, first_line
+from compileflow.errors import CompileflowError, field_problem, first_line, in_words
 
 TREE = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, CompileflowError)]
 
@@ -90,3 +92,54 @@ def test_first_line_is_short_and_has_no_full_stop(text: str, line: str) -> None:
 def test_first_line_of_a_systems_error_has_neither_number_nor_path() -> None:
     assert first_line(FileNotFoundError(2, "No such file or directory", "/m")) == "No such file or directory"
     assert first_line(OSError("Can't load the model")) == "Can't load the model"
+
+
+class Part(BaseModel, extra="forbid"):
+    """A part of a message."""
+
+    text: Annotated[str, Field(max_length=3)]
+
+
+class Letter(BaseModel, extra="forbid"):
+    """Fields with a choice of types."""
+
+    words: str | Annotated[list[str | Part], Field(min_length=1)]
+    copies: Literal[1] = 1
+    is_urgent: Literal[False] | None = None
+
+
+@pytest.mark.parametrize(
+    ("content", "path", "problem"),
+    [
+        ({}, "words", "a value is required"),
+        ({"words": 5}, "words", "expected text or a list, got 5"),
+        ({"words": None}, "words", "expected text or a list, got null"),
+        ({"words": []}, "words", "expected at least 1 item, got []"),
+        ({"words": ["a", 5]}, "words.1", "expected text or an object, got 5"),
+        ({"words": [{}]}, "words.0.text", "a value is required"),
+        ({"words": [{"text": "abcd"}]}, "words.0.text", 'expected at most 3 characters, got "abcd"'),
+        ({"words": "a", "copies": 2}, "copies", "expected 1, got 2"),
+        ({"words": "a", "is_urgent": True}, "is_urgent", "expected false, got true"),
+        ({"words": "a", "list": 1}, "list", "this name is not known"),
+        ({"words": {"b" * 80: "\n"}}, "words", f'expected text or a list, got {{"{"b" * 58}...'),
+        ([], "", "expected an object, got []"),
+    ],
+)
+def test_problem_of_a_field_with_several_types_names_the_field_once(content: Any, path: str, problem: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Letter.model_validate(content)
+    assert field_problem(caught.value.errors(), content) == (path, problem)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (None, "None"),
+        ("abc", "'abc'"),
+        (["a"], "['a']"),
+        (print, "a value of the type builtin_function_or_method"),
+    ],
+)
+def test_value_in_words(value: Any, words: str) -> None:
+    assert in_words(value) == words
+    assert in_words("x" * 100) == f"'{'x' * 59}..."

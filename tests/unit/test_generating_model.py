@@ -227,6 +227,24 @@ def test_wrong_call_is_refused(model: Any, arguments: dict[str, Any], says: str)
         model(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"inputs": "abc"}, "input_ids as a tensor of shape .*, got 'abc'.*return_tensors"),
+        ({"input_ids": [[1, 2]]}, r"input_ids as a tensor of shape .*, got \[\[1, 2\]\]"),
+        ({"input_ids": torch.tensor([[1, 2]]), "attention_mask": [[1, 1]]}, "attention_mask as a tensor"),
+        (
+            {"input_ids": torch.tensor([[1, 2]]), "attention_mask": torch.tensor([[1]])},
+            r"attention_mask has shape \(1, 1\), but input_ids has shape \(1, 2\)",
+        ),
+        ({"input_ids": torch.tensor([[1, 2]]), "streamer": "words"}, "Expected a streamer, got 'words'"),
+    ],
+)
+def test_generate_refuses_other_prompts(model: Any, arguments: dict[str, Any], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        model.generate(**arguments, max_new_tokens=1)
+
+
 def test_other_cache_is_refused(model: Any, tokens: Any) -> None:
     with pytest.raises(InputError, match="keeps its own cache"):
         model.generate(**tokens(TEXTS), max_new_tokens=2, cache_implementation="static")
@@ -252,6 +270,38 @@ def test_pipeline_answers_like_transformers(
     expected = transformers.pipeline("text-generation", model=eager, tokenizer=tokenizer, device="cpu")
     pipeline = CompiledPipeline.from_model(model, tokenizer=tokenizer)
     assert pipeline(prompt, **GREEDY, **settings) == expected(prompt, **GREEDY, **settings)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "says"),
+    [
+        ([], r"a text, a chat, or a list of texts or of chats, got \[\]"),
+        (None, "a list of texts or of chats, got None"),
+        (5, "got 5"),
+        (b"it", "got a value of the type bytes"),
+        ({"role": "user", "content": "it"}, r"got \{'role': 'user'"),
+        (("it",), r"got \('it',\)"),
+        (torch.tensor([[1, 2]]), "got a value of the type Tensor"),
+        (["it", None], "Expected prompt 1 as a text, got None"),
+        ([[]], r"Expected prompt 0 as a chat, got \[\]"),
+        ([CHAT, "it"], "Expected prompt 1 as a chat, got 'it'"),
+        ([{"role": "user"}], 'message 0 of a chat with "role" and "content", got'),
+        ([*CHAT, "it"], "message 1 of a chat .*, got 'it'"),
+    ],
+    ids=str,
+)
+def test_pipeline_refuses_what_is_no_prompt(model: Any, tiny_model: TinyModel, prompt: Any, says: str) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model(TASK))
+    with pytest.raises(InputError, match=says) as caught:
+        CompiledPipeline.from_model(model, tokenizer=tokenizer)(prompt)
+    assert "\n" not in str(caught.value)
+
+
+def test_prompts_of_a_generator_are_answered_one_by_one(model: Any, tiny_model: TinyModel) -> None:
+    pipeline = CompiledPipeline.from_model(
+        model, tokenizer=transformers.AutoTokenizer.from_pretrained(tiny_model(TASK))
+    )
+    assert list(pipeline((text for text in TEXTS), **GREEDY)) == pipeline(TEXTS, **GREEDY)
 
 
 def test_chat_without_a_template_is_refused(model: Any, tiny_model: TinyModel) -> None:

@@ -561,11 +561,12 @@ class TestSavedFolder:
         assert everything_below(folder) == once
         assert_same_result(loaded(TEXTS[:3]), pipeline(TEXTS[:3]))
 
+    @pytest.mark.parametrize("place", ["components", "pipeline"])
     def test_other_files_are_never_deleted(
-        self, compiled_pipeline: Callable[..., CompiledPipeline], tmp_path: Path
+        self, compiled_pipeline: Callable[..., CompiledPipeline], tmp_path: Path, place: str
     ) -> None:
         folder = compiled_pipeline("bert", 4).save_pretrained(tmp_path / "saved")
-        (folder / "components" / "notes.txt").write_text("x")
+        (folder / place / "notes.txt").write_text("x")
         before = everything_below(folder)
 
         with pytest.raises(StoreError, match="is not empty"):

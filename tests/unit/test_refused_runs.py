@@ -196,7 +196,7 @@ def test_refused_run_names_the_page_of_its_report(
         outcome = invoke(compileflow_app, *words)
     assert outcome.exit_code == 1
     error_line, report_line, bundle_line = outcome.stderr.splitlines()
-    assert error_line.startswith("error: fail: latency_ratio")
+    assert error_line.startswith("error: The verdict is fail: latency_ratio")
     page = Path(report_line.removeprefix("report: "))
     assert page.parent == settings.home_dir / "reports"
     assert "latency_ratio" in page.read_text("utf-8")

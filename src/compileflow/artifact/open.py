@@ -42,6 +42,7 @@ from compileflow.catalog import (
     target_names,
 )
 from compileflow.contracts import ArtifactStore, ComponentRecord, Device, Runner, Target
+from compileflow.contracts.digests import folder_digest, list_files
 from compileflow.contracts.toolkit import library_errors
 from compileflow.errors import (
     CompileflowError,
@@ -390,12 +391,16 @@ def copy_artifact(
 
 def _is_artifact_only(folder: Path) -> bool:
     """Return whether a folder holds an artifact, and no file that does not belong to it."""
+    original = folder / ORIGINAL_FOLDER
     try:
-        listed_files = {record.path for record in read_manifest(folder).files}
+        manifest = read_manifest(folder)
         files = {record.path for record in artifact_files(folder)}
+        # The manifest does not list the files of the original pipeline, but has their digest.
+        if original.is_dir() and folder_digest(list_files(original)) != manifest.source.digest:
+            return False
     except (ManifestError, IntegrityError):
         return False
-    return files <= {*listed_files, MANIFEST_NAME}
+    return files <= {*(record.path for record in manifest.files), MANIFEST_NAME}
 
 
 def cached_folder(digest: str, settings: Settings) -> Path:

@@ -40,8 +40,11 @@ def autocompile(
         str | None, typer.Option(help="Precision. Default: the first one of the target, fp32 on a CPU.")
     ] = None,
     fast_compile: Annotated[
-        bool, typer.Option(help="Compile faster; only hyperdex knows it.", show_default=False)
-    ] = True,
+        bool | None,
+        typer.Option(
+            help="Compile faster, the default of hyperdex. Other targets ignore it and say so.", show_default=False
+        ),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
     trust_remote_code: Annotated[
         bool,

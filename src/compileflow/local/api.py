@@ -285,7 +285,8 @@ def _compiled_model(
     logger.info("%s for %s: %s", source.uri, request.target, compile_words(artifact))
     if validate and has_preprocessor:
         hint = "Choose another target or precision; validate=False skips validation."
-        prove(source, artifact, request, configuration, hint=hint)
+        validated = prove(source, artifact, request, configuration, hint=hint)
+        logger.info("%s for %s: %s", source.uri, request.target, validated.reason)
     opened = open_artifact(artifact.uri, settings=configuration, trust_remote_code=request.trust_remote_code)
     if validate and not has_preprocessor:
         # The validation step reads natural text, which takes a tokenizer.
@@ -319,7 +320,6 @@ def prove(
         trust_remote_code=request.trust_remote_code,
         on_progress=on_progress,
     )
-    logger.info("%s for %s: %s", source.uri, request.target, validated.reason)
     if validated.outcome in ("fail", "error"):
         raise VerdictError(
             f"{source.uri}, compiled for {request.target}, failed validation: {validated.reason}.",

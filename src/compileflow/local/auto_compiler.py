@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,6 +43,8 @@ _TARGETS = ("hyperdex", *LOCAL_TARGETS)
 # Parts of the output: the source model, the compiled components, and the artifact.
 _CHECKPOINT, _PARAMETERS = "ckpt", "param"
 _PARTS = {_CHECKPOINT, _PARAMETERS, INSTRUCTIONS_FOLDER}
+# Lists what AutoCompiler wrote, so that a later compile removes nothing else.
+_LISTING = f"{_PARAMETERS}/files.json"
 _TASK = HfTask.TEXT_GENERATION
 
 
@@ -75,7 +79,7 @@ class AutoCompiler:
         token: str | None = None,
         target: str | None = None,
         precision: Precision | str | None = None,
-        fast_compile: bool = True,
+        fast_compile: bool | None = None,
         *,
         revision: str | None = None,
         trust_remote_code: bool = False,
@@ -100,7 +104,7 @@ class AutoCompiler:
             target: Name of a target. None: the first that works here of hyperdex, openvino, onnx-runtime and
                 aot-inductor.
             precision: Precision of the compiled model. None: the first one of the target, fp32 on a CPU.
-            fast_compile: Compile faster; only hyperdex knows it.
+            fast_compile: Compile faster, which is the default of hyperdex. Other targets ignore it and say so.
             revision: Branch, tag or commit of a Hub model.
             trust_remote_code: Run Python files that come with the model, with your rights.
             target_options: Further options of the target.
@@ -113,7 +117,7 @@ class AutoCompiler:
             TargetUnavailableError: The target cannot compile here, or no target can.
             CompileError: The toolchain refused the model.
             VerdictError: The compiled model does not answer like the source model. Nothing was written.
-            StoreError: The folder holds other files, or cannot be written.
+            StoreError: The folder holds a file that AutoCompiler did not write, or cannot be written.
         """
         settings = get_settings()
         if token is not None:
@@ -124,7 +128,7 @@ class AutoCompiler:
                     model_id=(model_id, str | Path),
                     num_device=(num_device, int),
                     low_memory_usage=(low_memory_usage, bool),
-                    fast_compile=(fast_compile, bool),
+                    fast_compile=(True if fast_compile is None else fast_compile, bool),
                     target=(target, str | None),
                     cache_dir=(cache_dir, str | Path | None),
                 )
@@ -132,6 +136,11 @@ class AutoCompiler:
                 model, folder = _places(model_id, cache)
                 show(f"reading config.json of {model}")
                 chosen_target = get_target(target or self.best_target(precision))
+                device = {"num_device": num_device, "low_memory_usage": low_memory_usage}
+                if fast_compile is not None:
+                    device["fast_compile"] = fast_compile
+                    if "fast_compile" not in chosen_target.Options.model_fields:
+                        show(f"{chosen_target.name} ignores fast_compile: only hyperdex has it")
                 request = _request(
                     chosen_target,
                     {
@@ -143,11 +152,7 @@ class AutoCompiler:
                         "target_options": target_options or {},
                         "validation": {"examples_path": None if examples is None else str(examples)},
                     },
-                    {
-                        "num_device": num_device,
-                        "low_memory_usage": low_memory_usage,
-                        "fast_compile": fast_compile,
-                    },
+                    device,
                 )
                 _check_folder(folder)
                 check_request(request, settings)
@@ -191,7 +196,6 @@ def _run(
         with os_errors(folder, "write to"):
             _write(folder, source, artifact, settings, keeps_weights=keeps_weights)
         show(f"the model is compiled: {folder}")
-    logger.info("compiled %s for %s: %s", request.model, request.target, validated.reason)
     return CompiledFolder(folder, request.target, source, artifact, validated)
 
 
@@ -269,19 +273,36 @@ def _precision(name: Precision | str) -> Precision:
 
 
 def _check_folder(folder: Path) -> None:
-    """Check that a folder can hold the result: it is absent, or holds an earlier one.
+    """Check that a folder can hold the result: it is absent or empty, or holds an earlier one and nothing else.
 
     Raises:
-        StoreError: It holds other files, or cannot be written.
+        StoreError: It holds a file that AutoCompiler did not write, or cannot be written.
     """
     with os_errors(folder, "write to"):
-        other_names = {path.name for path in folder.iterdir()} - _PARTS if folder.is_dir() else set()
-        if other_names or folder.is_file():
+        if folder.exists() and not folder.is_dir():
+            raise StoreError(f"{folder} is not a folder.", hint="Move it, or give another cache_dir.")
+        other_files = set(_files_below(folder)) - _listed_files(folder)
+        if other_files:
             raise StoreError(
-                f"{folder} holds other files than a compiled model: {min(other_names, default='it is a file')}.",
-                hint="Move them, or give another cache_dir.",
+                f"{folder} holds a file that AutoCompiler did not write: {min(other_files)}.",
+                hint="Move it, or give another cache_dir; the result would replace the folder.",
             )
         check_writable(folder.parent)
+
+
+def _files_below(folder: Path) -> Iterator[str]:
+    """Yield the relative paths of the files and links below a folder."""
+    for parent, folders, files in os.walk(folder):
+        links = [name for name in folders if Path(parent, name).is_symlink()]
+        for name in (*files, *links):
+            yield Path(parent, name).relative_to(folder).as_posix()
+
+
+def _listed_files(folder: Path) -> set[str]:
+    """Return what an earlier result lists; nothing if there is none, or if its listing cannot be read."""
+    with suppress(OSError, ValueError, TypeError):
+        return {*json.loads((folder / _LISTING).read_text("utf-8")), _LISTING}
+    return set()
 
 
 def _write(
@@ -305,6 +326,9 @@ def _write(
             # Relative links, so that the weights are stored once and the result can be moved.
             link = Path("..", INSTRUCTIONS_FOLDER, component.folder)
             (result / _PARAMETERS / name).symlink_to(link, target_is_directory=True)
+        (result / _LISTING).write_text(json.dumps(sorted(_files_below(result)), indent=1) + "\n", "utf-8")
+        # The compile took minutes, in which a file may have been added.
+        _check_folder(folder)
         if folder.exists():
             folder.rename(Path(work) / "old")
         result.rename(folder)

@@ -16,12 +16,12 @@ import numpy as np
 
 from compileflow.artifact.open import OpenArtifact
 from compileflow.contracts import Continuation
-from compileflow.errors import InputError
+from compileflow.errors import InputError, in_words
 from compileflow.serving.component import LoadedComponent, graph_errors
 from compileflow.serving.greedy import write_greedily
 from compileflow.serving.interface_files import load_part
 from compileflow.serving.model import FLAGS, CompiledModel
-from compileflow.serving.streaming import generate_in_thread
+from compileflow.serving.streaming import check_iterable, generate_in_thread, streamer_of_one_text
 from compileflow.serving.whole_texts import can_write, write_texts
 
 logger = logging.getLogger(__name__)
@@ -125,16 +125,22 @@ class GeneratingModel(CompiledModel):
 
     forward = __call__  # type: ignore[assignment]
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, inputs: Any = None, *args: Any, streamer: Any = None, **kwargs: Any) -> Any:
         """Write tokens after a prompt; arguments and answer are those of transformers' `generate`.
 
         Meanwhile torch uses one thread, unless it runs the graph itself: its threads go on spinning after each
         operation, and the graph would wait for the processor.
+
+        Raises:
+            InputError: The prompt is not a tensor, does not suit the component, or leaves no room for a token; or
+                the streamer takes another text.
         """
+        _check_prompt(inputs, *map(kwargs.get, ("input_ids", "attention_mask", "past_key_values")))
         mixin: Any = super()
         target, _ = self.artifact.target_for(self.graph.record, None)
-        with nullcontext() if "torch" in target.capabilities.runtime else _ONE_TORCH_THREAD:
-            return mixin.generate(*args, **kwargs)
+        threads = nullcontext() if "torch" in target.capabilities.runtime else _ONE_TORCH_THREAD
+        with streamer_of_one_text(streamer) as taker, threads:
+            return mixin.generate(inputs, *args, streamer=taker, **kwargs)
 
     def _read(self, past: ReadRows, ids: Any, mask: Any, positions: Any, *, last: bool) -> Any:
         """Read the next tokens of rows, with the mask and the positions that transformers leaves out."""
@@ -164,6 +170,8 @@ class GeneratingModel(CompiledModel):
         ids = _as_array(input_ids)
         if ids is None or ids.ndim != 2 or ids.dtype.kind not in "iu" or ids.size == 0:
             found = "nothing" if ids is None else f"{ids.dtype} of shape {ids.shape}"
+            if ids is not None and ids.dtype.kind not in "iufb":
+                found = in_words(input_ids)
             raise InputError(
                 f"Expected input_ids as integers of shape (rows, tokens), got {found}.",
                 hint="Tokenize the prompt; a compiled decoder takes neither embeddings nor an empty prompt.",
@@ -177,7 +185,7 @@ class GeneratingModel(CompiledModel):
         total = ids.shape[1] + (past.get_seq_length() if past is not None else 0)
         if total > self.longest:
             raise InputError(f"The model was compiled for {self.longest} tokens, got {total}.", hint=_LONGER_ROWS)
-        return ids
+        return np.ascontiguousarray(ids, np.int64)
 
     @property
     def longest(self) -> int:
@@ -197,8 +205,23 @@ class GeneratingModel(CompiledModel):
             input_ids: Token ids of one prompt.
             streamer: A `TextStreamer`, whose pieces of text or events are yielded. None: token ids are yielded.
             **settings: Further arguments of `generate`.
+
+        Raises:
+            InputError: The token ids are not those of one prompt, or the streamer is not a `TextStreamer`. At the
+                first piece: the streamer takes another text, or `generate` refuses the call.
         """
-        return generate_in_thread(self, input_ids, streamer, settings)
+        check_iterable(streamer)
+        ids = self._checked_ids(_as_rows(input_ids), None)
+        if len(ids) != 1:
+            raise InputError(
+                f"generate_yield takes one prompt, got {len(ids)}.", hint="Call it once for each prompt."
+            )
+        if settings.get("attention_mask") is not None:
+            import torch
+
+            mask = _as_rows(settings["attention_mask"])
+            settings["attention_mask"] = torch.from_numpy(mask) if isinstance(mask, np.ndarray) else mask
+        return generate_in_thread(self, ids, streamer, settings)
 
     def _sample(
         self,
@@ -318,19 +341,37 @@ def load_generation_config(artifact: OpenArtifact, config: Any) -> Any:
 
 
 def check_prompts(tokenizer: Any, prompts: Any) -> None:
-    """Refuse a chat if the tokenizer has no template for chats.
+    """Check what a pipeline is called with: a text, a chat, or a list of texts or of chats.
+
+    A chat is a list of messages with "role" and "content". Generators and data sets are not read.
 
     Args:
         tokenizer: Tokenizer of the pipeline.
         prompts: What the pipeline is called with.
 
     Raises:
-        InputError: A prompt is a chat, a list of messages with "role" and "content".
+        InputError: It is something else, or the tokenizer has no template for chats.
     """
-    # As in transformers: a chat is a list of messages, and several chats are a list of such lists.
-    first = prompts[0] if isinstance(prompts, list) and prompts else prompts
-    message = first[0] if isinstance(first, list) and first else first
-    if isinstance(message, Mapping) and getattr(tokenizer, "chat_template", None) is None:
+    if not isinstance(prompts, list | tuple):
+        is_series = hasattr(prompts, "__getitem__") or hasattr(prompts, "__next__")
+        if not is_series or hasattr(prompts, "dtype") or isinstance(prompts, bytes | Mapping):
+            raise _other_prompt("a text, a chat, or a list of texts or of chats", prompts)
+        return
+    first = prompts[0] if prompts else None
+    # As in transformers: the first entry decides, and a tuple is not a list of texts.
+    chats = [prompts] if isinstance(first, Mapping) else prompts if isinstance(first, list | tuple) else []
+    if not prompts or (isinstance(prompts, tuple) and not chats):
+        raise _other_prompt("a text, a chat, or a list of texts or of chats", prompts)
+    for number, chat in enumerate(chats):
+        if not isinstance(chat, list | tuple) or not chat:
+            raise _other_prompt(f"prompt {number} as a chat", chat)
+        for position, message in enumerate(chat):
+            if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+                raise _other_prompt(f'message {position} of a chat with "role" and "content"', message)
+    for number, prompt in enumerate(() if chats else prompts):
+        if not isinstance(prompt, str):
+            raise _other_prompt(f"prompt {number} as a text", prompt)
+    if chats and getattr(tokenizer, "chat_template", None) is None:
         raise InputError(
             "The prompt is a chat, but the model's tokenizer has no chat template.",
             hint="Write the prompt as one text, or set tokenizer.chat_template to the template that the model was "
@@ -357,6 +398,41 @@ def _other_cache() -> InputError:
     )
 
 
+def _other_prompt(expected: str, value: Any) -> InputError:
+    return InputError(
+        f"Expected {expected}, got {in_words(value)}.",
+        hint='Give a text such as "It is", or a chat such as [{"role": "user", "content": "Hello"}].',
+    )
+
+
+def _check_prompt(inputs: Any, input_ids: Any, attention_mask: Any, past_key_values: Any) -> None:
+    """Check the prompts of `generate`: tensors, as transformers needs them, of the same shape.
+
+    Raises:
+        InputError: A value is not a tensor, or the shapes differ.
+    """
+    import torch
+
+    ids = input_ids if inputs is None else inputs
+    for name, value in (("input_ids", ids), ("attention_mask", attention_mask)):
+        if not isinstance(value, torch.Tensor | None):
+            raise InputError(
+                f"generate takes {name} as a tensor of shape (rows, tokens), got {in_words(value)}.",
+                hint='Tokenize the prompt: model.generate(**tokenizer(text, return_tensors="pt")).',
+            )
+    # With rows that were read before, the mask covers them as well.
+    if (
+        ids is not None
+        and attention_mask is not None
+        and past_key_values is None
+        and ids.shape != attention_mask.shape
+    ):
+        raise InputError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, but input_ids has shape {tuple(ids.shape)}.",
+            hint="Make the shapes equal.",
+        )
+
+
 def _refuse(arguments: Mapping[str, Any]) -> None:
     """Refuse arguments that a compiled decoder does not have.
 
@@ -377,8 +453,25 @@ def _refuse(arguments: Mapping[str, Any]) -> None:
 
 
 def _as_array(value: Any) -> Any:
-    """Return a tensor or a list as an array; integers get 64 bits, and floats are refused later."""
+    """Return a tensor or a list as an array; integers get 64 bits, and other types are refused later.
+
+    Raises:
+        InputError: The rows of a list differ in length.
+    """
     if value is None:
         return None
-    array = np.asarray(value)
-    return np.ascontiguousarray(array, np.int64) if array.dtype.kind in "biu" else array
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise InputError(
+            f"Expected rows of the same length, got {in_words(value)}.",
+            hint='Let the tokenizer pad the prompts: tokenizer(texts, return_tensors="pt", padding=True).',
+        ) from error
+    is_integer = array.dtype.kind in "biu" and np.can_cast(array.dtype, np.int64)
+    return np.ascontiguousarray(array, np.int64) if is_integer else array
+
+
+def _as_rows(value: Any) -> Any:
+    """Return integers of one row, or of several, as an array of shape (rows, tokens); anything else unchanged."""
+    array = _as_array(value)
+    return value if array is None or array.dtype.kind not in "iu" else np.atleast_2d(array)

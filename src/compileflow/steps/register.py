@@ -95,18 +95,18 @@ def check_verdict(validated: ValidatedArtifact, *, allow_warn: bool) -> None:
     """Check that a verdict allows registration: pass, or warn with `allow_warn`.
 
     Raises:
-        VerdictError: The verdict does not allow it. The message is the reason of the verdict.
+        VerdictError: The verdict does not allow it.
     """
     if validated.outcome == "warn" and not allow_warn:
         raise VerdictError(
-            f"{validated.reason}.",
+            f"The verdict is {validated.reason}.",
             hint="The artifact is not registered. To register it anyway, set allow_warn. "
             f"Report: {validated.report_uri}",
             report_uri=validated.report_uri,
         )
     if validated.outcome not in ACCEPTED_OUTCOMES:
         raise VerdictError(
-            f"{validated.reason}.",
+            f"The verdict is {validated.reason}.",
             hint=f"The artifact is not registered. Report: {validated.report_uri}",
             report_uri=validated.report_uri,
         )
