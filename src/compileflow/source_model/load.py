@@ -6,6 +6,7 @@ inside the functions.
 
 from __future__ import annotations
 
+import gc
 import inspect
 import pickle
 import re
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from compileflow._process.failures import raise_if_out_of_memory
+from compileflow._process.memory import trim_heap
 from compileflow.contracts import Attention, TensorRecord
 from compileflow.errors import SourceError, SpecError, first_line
 from compileflow.source_model.choices import with_one_choice
@@ -69,7 +71,7 @@ def load_source_model(
     """
     key = (folder, hf_task, attention, trust_remote_code)
     loaded = _loaded.get()
-    if loaded is not None and loaded[0] == key:
+    if loaded is not None and loaded[0] == key and not _is_released(loaded[1].model):
         return loaded[1]
     config = load_config(folder, trust_remote_code=trust_remote_code)
     model, has_pooler = _load_model(folder, config, hf_task, attention, trust_remote_code)
@@ -119,6 +121,20 @@ def loaded_once(
         yield source_model
     finally:
         _loaded.reset(token)
+
+
+def release_weights(source_model: SourceModel) -> None:
+    """Free the weights of a source model, which then answers nothing.
+
+    Whoever still refers to the model holds no weights either. `load_source_model` reads them again.
+    """
+    source_model.model.to("meta")
+    gc.collect()
+    trim_heap()
+
+
+def _is_released(model: Any) -> bool:
+    return any(parameter.is_meta for parameter in model.parameters())
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:

@@ -32,6 +32,7 @@ from compileflow.contracts.toolkit import (
     load_error,
     probe_installed,
     refusal,
+    released_pages,
     report_progress,
     require_open,
     torch_threads,
@@ -202,7 +203,8 @@ class OnnxRuntimeTarget:
         self, component_dir: Path, component: ComponentRecord, *, device: Device, threads: int | None
     ) -> Runner:
         """Open an inference session; ONNX Runtime optimizes the graph for this CPU."""
-        session = _session(str(component_dir / _FILE), component_dir, threads)
+        with released_pages(component_dir):
+            session = _session(str(component_dir / _FILE), component_dir, threads)
         return OnnxDecoder(session) if has_cache(session) else _OnnxRuntimeRunner(session, component)
 
     def observe(
