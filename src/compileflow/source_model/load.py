@@ -46,6 +46,8 @@ from compileflow.spec import HfTask
 # Tasks that read hidden states. The pooler of their models may be untrained.
 _BARE_MODELS = (HfTask.FEATURE_EXTRACTION, HfTask.IMAGE_FEATURE_EXTRACTION)
 _SAVE_TOKENIZER = "Save the tokenizer into the model's folder with save_pretrained."
+# Bytes of weights that are worth a second.
+_LARGE = 100_000_000
 # The model that `loaded_once` holds, with the arguments that it was loaded for.
 _loaded: ContextVar[tuple[tuple[Any, ...], SourceModel] | None] = ContextVar("loaded", default=None)
 
@@ -124,11 +126,15 @@ def loaded_once(
 
 
 def release_weights(source_model: SourceModel) -> None:
-    """Free the weights of a source model, which then answers nothing.
+    """Free the weights of a large source model, which then answers nothing. `load_source_model` reads them again.
 
-    Whoever still refers to the model holds no weights either. `load_source_model` reads them again.
+    What still refers to the model, or is part of a cycle with it, holds no weights either.
     """
-    source_model.model.to("meta")
+    model = source_model.model
+    if sum(parameter.nbytes for parameter in model.parameters()) < _LARGE:
+        return
+    model.to("meta")
+    # Exported graphs, which share the weights, are cycles.
     gc.collect()
     trim_heap()
 

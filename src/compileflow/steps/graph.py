@@ -115,6 +115,13 @@ def compile_graph(
     raise errors[0]
 
 
+def _source_model(source_dir: Path, plan: ComponentPlan) -> SourceModel:
+    """Return the source model of a plan with its weights."""
+    return load_source_model(
+        source_dir, plan.hf_task, attention=plan.attention, trust_remote_code=plan.trust_remote_code
+    )
+
+
 def _suit(target: Target, options: Mapping[str, JsonValue], plan: ComponentPlan) -> bool:
     """Return whether options suit the precision and the task of a plan."""
     try:
@@ -139,11 +146,8 @@ def _located(
         return error
     hint, place = failure.hint, ""
     if failure.kind == "operator":
-        # The model may have been released before the graph was loaded.
-        source_model = load_source_model(
-            source_dir, plan.hf_task, attention=plan.attention, trust_remote_code=plan.trust_remote_code
-        )
-        place = place_of_operator(source_model, failure.operator, plan.max_sequence_length)
+        # The weights may have been released before the graph was loaded.
+        place = place_of_operator(_source_model(source_dir, plan), failure.operator, plan.max_sequence_length)
         names = [name for name, able in _others(target, plan.hf_task).items() if able.torch_operators]
         if _is_custom(failure.operator):
             hint = "Write the model with torch's own operators: targets know no others."
@@ -229,12 +233,12 @@ def _checked(
             hint="Fix the target: its CompiledComponent must name every file that it writes, and no other.",
         )
     record = component_record(target, plan, compiled_component, plan.name)
-    _check_first_answers(target, source_model, folder, record, plan)
+    _check_first_answers(target, source_dir, folder, record, plan)
     return compiled_component
 
 
 def _check_first_answers(
-    target: Target, source_model: SourceModel, component_dir: Path, record: ComponentRecord, plan: ComponentPlan
+    target: Target, source_dir: Path, component_dir: Path, record: ComponentRecord, plan: ComponentPlan
 ) -> None:
     """Load a component that was just compiled, and compare it with its source model, whose weights are released.
 
@@ -246,6 +250,8 @@ def _check_first_answers(
     if not target.probe().can_run:
         return
     report_progress("comparing a few answers with the source model")
+    # A target may have released the weights when it needed them no more.
+    source_model = _source_model(source_dir, plan)
     name = type(source_model.model).__name__
     try:
         examples = _answered_examples(source_model, record, generates=plan.hf_task.generates)
