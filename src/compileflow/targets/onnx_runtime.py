@@ -32,7 +32,6 @@ from compileflow.contracts.toolkit import (
     load_error,
     probe_installed,
     refusal,
-    released_pages,
     report_progress,
     require_open,
     torch_threads,
@@ -204,8 +203,7 @@ class OnnxRuntimeTarget:
         self, component_dir: Path, component: ComponentRecord, *, device: Device, threads: int | None
     ) -> Runner:
         """Open an inference session; ONNX Runtime optimizes the graph for this CPU."""
-        with released_pages(component_dir):
-            session = _session(str(component_dir / _FILE), component_dir, threads)
+        session = _session(str(component_dir / _FILE), component_dir, threads)
         return OnnxDecoder(session) if has_cache(session) else _OnnxRuntimeRunner(session, component)
 
     def observe(
@@ -326,6 +324,30 @@ def exact_zeros() -> Iterator[None]:
         yield
     finally:
         matcher._match_constant = match_constant
+
+
+@contextmanager
+def forgotten_graphs() -> Iterator[None]:
+    """Let onnxscript's rules, inside the block, forget the graph that they looked at.
+
+    The rules live as long as the process, and would keep the weights of the last graph in memory.
+    """
+    from onnxscript.rewriter import _matcher
+
+    matcher: Any = _matcher.SimplePatternMatcher
+    match = matcher.match
+
+    def match_and_forget(self: Any, *arguments: Any, **settings: Any) -> Any:
+        try:
+            return match(self, *arguments, **settings)
+        finally:
+            self._graph = self._match = self._current_node = None
+
+    matcher.match = match_and_forget
+    try:
+        yield
+    finally:
+        matcher.match = match
 
 
 def _quantizer(options: OnnxRuntimeOptions, component: ComponentPlan, source_model: SourceModel) -> Any:
@@ -517,6 +539,7 @@ def _exported(
             torch.no_grad(),
             free_batch(),
             exact_zeros(),
+            forgotten_graphs(),
             whole_rows(model, longest),
         ):
             warnings.simplefilter("ignore")
