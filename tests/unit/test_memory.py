@@ -60,8 +60,9 @@ def test_pages_that_a_process_may_write_to_and_other_folders_stay(weights: Path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["openvino", "onnx-runtime"])
-def test_compile_needs_at_most_one_and_a_half_times_the_weights(target: str, tmp_path: Path) -> None:
+# The exporter to ONNX transposes the weights of all products, beside those of the source model.
+@pytest.mark.parametrize(("target", "times"), [("openvino", 1.5), ("onnx-runtime", 2.0)])
+def test_compile_needs_few_times_the_weights(target: str, times: float, tmp_path: Path) -> None:
     """What a compile needs for libraries and graphs is measured with a model of the same layers, but narrow."""
     peaks, sizes = [], []
     for width in (64, 1280):
@@ -84,4 +85,4 @@ def test_compile_needs_at_most_one_and_a_half_times_the_weights(target: str, tmp
         )
         peaks.append(child.peak_rss_bytes)
     assert sizes[1] > 150_000_000
-    assert peaks[1] - peaks[0] <= 1.5 * (sizes[1] - sizes[0])
+    assert peaks[1] - peaks[0] <= times * (sizes[1] - sizes[0])
