@@ -32,6 +32,7 @@ from compileflow.contracts.toolkit import (
     load_error,
     probe_installed,
     refusal,
+    released_pages,
     report_progress,
     require_open,
     torch_threads,
@@ -507,7 +508,8 @@ def _export_decoder(source_model: SourceModel, options: OnnxRuntimeOptions, quan
         saved_model = onnx_ir.load(path)
         plain_last_layer(saved_model)
         try:
-            return quantizer.quantize(saved_model, dict(step.inputs), ExportFormat.ONNX)
+            with released_pages(Path(folder)):
+                return quantizer.quantize(saved_model, dict(step.inputs), ExportFormat.ONNX)
         except Exception as error:
             raise refusal("The quantizer", error, model=class_name) from error
 
