@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,11 +22,15 @@ from compileflow.contracts import (
     Target,
 )
 from compileflow.errors import CompileError
-from compileflow.source_model.load import loaded_once
+from compileflow.source_model import load
+from compileflow.source_model.load import load_source_model, loaded_once
 from compileflow.spec import CompileSpec, ComponentSpec, HfTask, ShapeBucket
+from compileflow.steps import graph
 from compileflow.steps.graph import compile_graph
+from compileflow.targets.open_vino import OpenVinoTarget
 from compileflow.targets.torchscript import TorchScriptTarget
 from tests.conftest import ModelFactory
+from tests.decoders import EagerContinuation, EagerRunner
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:.*torch\.jit\..*deprecated")
 TASK = HfTask.TEXT_CLASSIFICATION
@@ -139,3 +145,79 @@ def test_exception_of_a_target_names_target_and_architecture(tiny_model: ModelFa
 
     with pytest.raises(CompileError, match="torchscript failed on BertForSequenceClassification: KeyError"):
         compiled(Raising(), tiny_model(TASK), tmp_path / "out")
+
+
+def test_weights_leave_the_memory_before_the_graph_is_loaded(
+    tiny_model: ModelFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Watching(PickyTarget):
+        def compile(self, source_dir: Path, component: ComponentPlan, out_dir: Path) -> CompiledComponent:
+            model = load_source_model(source_dir, component.hf_task).model
+            self.weights = weakref.ref(model.classifier.weight.untyped_storage())
+            return super().compile(source_dir, component, out_dir)
+
+        def load(
+            self, component_dir: Path, component: ComponentRecord, *, device: Device, threads: int | None
+        ) -> Runner:
+            assert self.weights() is None
+            return super().load(component_dir, component, device=device, threads=threads)
+
+    monkeypatch.setattr(load, "_LARGE", 0)
+    target = Watching()
+
+    assert compiled(target, tiny_model(TASK), tmp_path / "out").attention == "sdpa"
+
+
+def test_source_model_without_weights_is_loaded_again_for_the_next_way(
+    tiny_model: ModelFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class PlainAnswersRightly(PickyTarget):
+        fallback_options: ClassVar[Mapping[str, JsonValue]] = {"way": "plain"}
+
+        def load(
+            self, component_dir: Path, component: ComponentRecord, *, device: Device, threads: int | None
+        ) -> Runner:
+            runner = super().load(component_dir, component, device=device, threads=threads)
+            return runner if self.attempts[-1][1] else ShiftedRunner(runner, 0.5)
+
+    monkeypatch.setattr(load, "_LARGE", 0)
+    target = PlainAnswersRightly()
+
+    compiled(target, tiny_model(TASK), tmp_path / "out")
+    assert target.attempts == [("sdpa", {}), ("eager", {}), ("eager", {"way": "plain"})]
+
+
+class LastTokenShifted(EagerContinuation):
+    """Adds a number to some logits of the last token."""
+
+    def read(self, input_ids: Any, attention_mask: Any, position_ids: Any, *, last: bool = False) -> Any:
+        logits = super().read(input_ids, attention_mask, position_ids, last=last)
+        logits[:, -1, ::2] += 9
+        return logits
+
+
+@pytest.mark.parametrize("kind", [EagerContinuation, LastTokenShifted])
+def test_last_logits_of_a_decoder_stand_for_those_of_a_large_answer(
+    tiny_model: ModelFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[EagerContinuation]
+) -> None:
+    class Eager(OpenVinoTarget):
+        def compile(self, source_dir: Path, component: ComponentPlan, out_dir: Path) -> CompiledComponent:
+            return load_source_model(source_dir, component.hf_task).compiled_to(())
+
+        def load(
+            self, component_dir: Path, component: ComponentRecord, *, device: Device, threads: int | None
+        ) -> Runner:
+            return EagerRunner(source, kind)
+
+    source_dir, hf_task = tiny_model(HfTask.TEXT_GENERATION), HfTask.TEXT_GENERATION
+    source = load_source_model(source_dir, hf_task)
+    component = ComponentSpec(max_sequence_length=16)
+    plan = ComponentPlan(
+        spec=CompileSpec(target="openvino", hf_task=hf_task, components=(component,)), component=component
+    )
+    monkeypatch.setattr(graph, "_MOST_COMPARED", 0)
+    outcome = (
+        pytest.raises(CompileError, match="answers a batch of 2") if kind is LastTokenShifted else nullcontext()
+    )
+    with outcome:
+        compile_graph(Eager(), source_dir, source, plan, tmp_path / "out")

@@ -9,6 +9,7 @@ from typing import TypeVar
 from compileflow._process.child_process import report_progress
 from compileflow._process.cpu import cpu_features, lacking_precisions
 from compileflow._process.failures import compile_error, failure_of
+from compileflow._process.memory import released_pages
 from compileflow._process.packages import installed_versions
 from compileflow._process.state import environment, torch_threads, undisturbed_process
 from compileflow.contracts.targets import Availability
@@ -25,6 +26,7 @@ __all__ = [
     "load_error",
     "probe_installed",
     "refusal",
+    "released_pages",
     "report_progress",
     "require_open",
     "torch_threads",

@@ -10,7 +10,7 @@ from compileflow.source_model.interface import (
     length_limit,
     tokenizer_maximum,
 )
-from compileflow.source_model.load import load_config, load_source_model
+from compileflow.source_model.load import load_config, load_source_model, release_weights
 from compileflow.source_model.tasks import AUTO_CLASSES, HEADS, UNMASKED_TASKS, task_of_architecture, tasks_of
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "length_limit",
     "load_config",
     "load_source_model",
+    "release_weights",
     "task_of_architecture",
     "tasks_of",
     "tokenizer_maximum",

@@ -6,6 +6,7 @@ inside the functions.
 
 from __future__ import annotations
 
+import gc
 import inspect
 import pickle
 import re
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from compileflow._process.failures import raise_if_out_of_memory
+from compileflow._process.memory import trim_heap
 from compileflow.contracts import Attention, TensorRecord
 from compileflow.errors import SourceError, SpecError, first_line
 from compileflow.source_model.choices import with_one_choice
@@ -44,6 +46,8 @@ from compileflow.spec import HfTask
 # Tasks that read hidden states. The pooler of their models may be untrained.
 _BARE_MODELS = (HfTask.FEATURE_EXTRACTION, HfTask.IMAGE_FEATURE_EXTRACTION)
 _SAVE_TOKENIZER = "Save the tokenizer into the model's folder with save_pretrained."
+# Bytes of weights that are worth a second.
+_LARGE = 100_000_000
 # The model that `loaded_once` holds, with the arguments that it was loaded for.
 _loaded: ContextVar[tuple[tuple[Any, ...], SourceModel] | None] = ContextVar("loaded", default=None)
 
@@ -69,7 +73,7 @@ def load_source_model(
     """
     key = (folder, hf_task, attention, trust_remote_code)
     loaded = _loaded.get()
-    if loaded is not None and loaded[0] == key:
+    if loaded is not None and loaded[0] == key and not _is_released(loaded[1].model):
         return loaded[1]
     config = load_config(folder, trust_remote_code=trust_remote_code)
     model, has_pooler = _load_model(folder, config, hf_task, attention, trust_remote_code)
@@ -119,6 +123,24 @@ def loaded_once(
         yield source_model
     finally:
         _loaded.reset(token)
+
+
+def release_weights(source_model: SourceModel) -> None:
+    """Free the weights of a large source model, which then answers nothing. `load_source_model` reads them again.
+
+    What still refers to the model, or is part of a cycle with it, holds no weights either.
+    """
+    model = source_model.model
+    if sum(parameter.nbytes for parameter in model.parameters()) < _LARGE:
+        return
+    model.to("meta")
+    # Exported graphs, which share the weights, are cycles.
+    gc.collect()
+    trim_heap()
+
+
+def _is_released(model: Any) -> bool:
+    return any(parameter.is_meta for parameter in model.parameters())
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,17 @@ from compileflow.contracts import (
     CompiledComponent,
     ComponentPlan,
     ComponentRecord,
+    Continuation,
+    Runner,
     Target,
 )
 from compileflow.contracts.digests import list_files
 from compileflow.errors import CompileError, CompileflowError, SpecError, first_line
 from compileflow.serving.padding import run_fitted
-from compileflow.source_model.decoding import OTHER_DECODER
+from compileflow.source_model.decoding import OTHER_DECODER, token_positions
 from compileflow.source_model.examples import example_length
 from compileflow.source_model.interface import SourceModel
-from compileflow.source_model.load import loaded_once
+from compileflow.source_model.load import load_source_model, loaded_once, release_weights
 from compileflow.source_model.places import place_of_error, place_of_operator
 from compileflow.spec import HfTask, Precision
 from compileflow.validation.cases.shapes import values_per_token
@@ -45,9 +47,32 @@ _LIMITS: Mapping[Precision, float] = {Precision.FP32: 1e-3, Precision.BF16: 0.3,
 _LONG = 2048
 # Elements of an answer of these examples, 80 MB.
 _MOST_VALUES = 20_000_000
+# Elements of a decoder's answer that is compared whole. Of a larger one, only the last logits are compared.
+_MOST_COMPARED = 10_000_000
+# Elements that are compared at once.
+_PART = 1_000_000
 # Namespaces of operators that torch, torchvision and ONNX have.
 _NAMESPACES = ("aten", "prim", "prims", "quantized", "torchvision", "ai", "com")
 _OTHER_TARGET = "Another target may compile it; `compileflow targets` lists them."
+
+
+@dataclass(frozen=True)
+class _Example:
+    """Inputs of one shape, with the source model's answer.
+
+    Attributes:
+        rows: Rows of the inputs.
+        length: Length of each row.
+        inputs: The inputs.
+        expected: The source model's answer.
+        is_cut: Whether `expected` holds the answer to the last token alone.
+    """
+
+    rows: int
+    length: int
+    inputs: Arrays
+    expected: Arrays
+    is_cut: bool
 
 
 def compile_graph(
@@ -86,8 +111,15 @@ def compile_graph(
                 return _checked(target, source_dir, model, attempt, folder)
             except CompileError as error:
                 logger.info("attempt failed: %s", error)
-                errors.append(error if errors else _located(error, target, model, attempt))
+                errors.append(error if errors else _located(error, target, source_dir, model, attempt))
     raise errors[0]
+
+
+def _source_model(source_dir: Path, plan: ComponentPlan) -> SourceModel:
+    """Return the source model of a plan with its weights."""
+    return load_source_model(
+        source_dir, plan.hf_task, attention=plan.attention, trust_remote_code=plan.trust_remote_code
+    )
 
 
 def _suit(target: Target, options: Mapping[str, JsonValue], plan: ComponentPlan) -> bool:
@@ -104,7 +136,9 @@ def _suit(target: Target, options: Mapping[str, JsonValue], plan: ComponentPlan)
     return True
 
 
-def _located(error: CompileError, target: Target, source_model: SourceModel, plan: ComponentPlan) -> CompileError:
+def _located(
+    error: CompileError, target: Target, source_dir: Path, source_model: SourceModel, plan: ComponentPlan
+) -> CompileError:
     """Return an error of a target with the place in the model that it is about, and the targets that may help."""
     failure = failure_of(error)
     if failure is None or error.hint != failure.hint:
@@ -112,7 +146,8 @@ def _located(error: CompileError, target: Target, source_model: SourceModel, pla
         return error
     hint, place = failure.hint, ""
     if failure.kind == "operator":
-        place = place_of_operator(source_model, failure.operator, plan.max_sequence_length)
+        # The weights may have been released before the graph was loaded.
+        place = place_of_operator(_source_model(source_dir, plan), failure.operator, plan.max_sequence_length)
         names = [name for name, able in _others(target, plan.hf_task).items() if able.torch_operators]
         if _is_custom(failure.operator):
             hint = "Write the model with torch's own operators: targets know no others."
@@ -198,14 +233,14 @@ def _checked(
             hint="Fix the target: its CompiledComponent must name every file that it writes, and no other.",
         )
     record = component_record(target, plan, compiled_component, plan.name)
-    _check_first_answers(target, source_model, folder, record, threads=plan.threads)
+    _check_first_answers(target, source_dir, folder, record, plan)
     return compiled_component
 
 
 def _check_first_answers(
-    target: Target, source_model: SourceModel, component_dir: Path, record: ComponentRecord, *, threads: int
+    target: Target, source_dir: Path, component_dir: Path, record: ComponentRecord, plan: ComponentPlan
 ) -> None:
-    """Load a component that was just compiled, and compare it with its source model.
+    """Load a component that was just compiled, and compare it with its source model, whose weights are released.
 
     Where the target cannot run, nothing is compared.
 
@@ -215,23 +250,22 @@ def _check_first_answers(
     if not target.probe().can_run:
         return
     report_progress("comparing a few answers with the source model")
+    # A target may have released the weights when it needed them no more.
+    source_model = _source_model(source_dir, plan)
     name = type(source_model.model).__name__
     try:
-        runner = target.load(component_dir, record, device=target.capabilities.devices[0], threads=threads)
+        examples = _answered_examples(source_model, record, generates=plan.hf_task.generates)
+        # The weights of the source model and those of the runtime would be in memory together.
+        release_weights(source_model)
+        runner = target.load(component_dir, record, device=target.capabilities.devices[0], threads=plan.threads)
         try:
-            for rows, length in _shapes(source_model, record):
-                # Other values than those of the export, which may have become constants of the graph.
-                inputs = source_model.example_arrays(rows, length, variant=1)
-                expected = _source_answer(source_model, inputs)
-                if expected is None:
-                    continue
-                actual = run_fitted(runner, record, inputs)
-                difference = max(_difference(source_model, inputs, expected, actual), 0.0)
+            for example in examples:
+                difference = max(_difference(source_model, example, _answer(runner, record, example)), 0.0)
                 limit = _LIMITS.get(record.precision)
                 if limit is not None and not difference <= limit:
-                    size = f" with rows of length {length}" if "sequence" in record.inputs[0].axes else ""
+                    size = f" with rows of length {example.length}" if "sequence" in record.inputs[0].axes else ""
                     raise CompileError(
-                        f"{target.name} compiled {name} to a model that answers a batch of {rows}{size} "
+                        f"{target.name} compiled {name} to a model that answers a batch of {example.rows}{size} "
                         f"differently: by {difference:.2g} of the answer's norm.",
                         hint=_OTHER_TARGET,
                     )
@@ -246,6 +280,38 @@ def _check_first_answers(
             error,
             hint=_OTHER_TARGET,
         ) from error
+
+
+def _answered_examples(source_model: SourceModel, record: ComponentRecord, *, generates: bool) -> list[_Example]:
+    """Return the examples that the source model takes, with its answers."""
+    examples = []
+    for rows, length in _shapes(source_model, record):
+        # Other values than those of the export, which may have become constants of the graph.
+        inputs = source_model.example_arrays(rows, length, variant=1)
+        expected = _source_answer(source_model, inputs)
+        if expected is None:
+            continue
+        is_cut = generates and any(value.size > _MOST_COMPARED for value in expected.values())
+        if is_cut:
+            # A copy, because a view would keep all logits in memory.
+            expected = {name: value[:, -1:].copy() for name, value in expected.items()}
+        examples.append(_Example(rows, length, inputs, expected, is_cut))
+    return examples
+
+
+def _answer(runner: Runner, record: ComponentRecord, example: _Example) -> Arrays:
+    """Return what a loaded component answers to an example."""
+    if not example.is_cut:
+        return run_fitted(runner, record, example.inputs)
+    if not hasattr(runner, "start"):
+        return {name: value[:, -1:] for name, value in run_fitted(runner, record, example.inputs).items()}
+    continuation: Continuation = runner.start()
+    try:
+        mask = example.inputs["attention_mask"]
+        ids = example.inputs["input_ids"]
+        return {record.outputs[0].name: continuation.read(ids, mask, token_positions(mask), last=True)}
+    finally:
+        continuation.close()
 
 
 def _source_answer(source_model: SourceModel, inputs: Arrays) -> Arrays | None:
@@ -275,23 +341,41 @@ def _shapes(source_model: SourceModel, record: ComponentRecord) -> list[tuple[in
     return list(zip((2, 1, 1), dict.fromkeys(lengths), strict=False))
 
 
-def _difference(source_model: SourceModel, inputs: Arrays, expected: Arrays, actual: Arrays) -> float:
+def _difference(source_model: SourceModel, example: _Example, actual: Arrays) -> float:
     """Return the largest difference of an output as a share of its norm, where the mask counts tokens."""
     differences = [0.0]
     for record in source_model.outputs:
-        reference, answer = expected[record.name], actual[record.name]
+        reference, answer = example.expected[record.name], actual[record.name]
         if reference.shape != answer.shape:
             return float("inf")
-        if record.axes[:2] == ("batch", "sequence") and "attention_mask" in inputs:
-            counts = inputs["attention_mask"].astype(bool)
-            reference, answer = reference[counts], answer[counts]
-        norm, distance = _norm(reference), _norm(reference - answer)
-        differences.append(distance / norm if norm else distance)
+        mask = example.inputs.get("attention_mask") if record.axes[:2] == ("batch", "sequence") else None
+        counts = None if mask is None else mask[:, -reference.shape[1] :].astype(bool)
+        squares = np.zeros(2)
+        for expected_part, actual_part in zip(_parts(reference, counts), _parts(answer, counts), strict=True):
+            squares += _square(expected_part), _square(expected_part - actual_part)
+        norm, distance = np.sqrt(squares)
+        differences.append(float(distance / norm if norm else distance))
     # numpy's maximum, unlike max(), never drops a NaN.
     return float(np.max(differences))
 
 
-def _norm(values: NDArray[Any]) -> float:
-    """Return the norm of an array, summed in float64 without a copy of that size."""
+def _parts(values: NDArray[Any], counts: NDArray[np.bool_] | None) -> Iterator[NDArray[Any]]:
+    """Yield the values of the tokens that count, in parts: a copy of all logits is as large as some layers.
+
+    Args:
+        values: Values, of shape (rows, tokens, ...) if there are counts.
+        counts: Whether each token counts, of shape (rows, tokens); None for all values.
+    """
+    if counts is None:
+        flat = values.reshape(-1)
+        yield from (flat[start : start + _PART] for start in range(0, flat.size, _PART))
+        return
+    tokens, places = values.reshape(counts.size, -1), np.flatnonzero(counts)
+    step = max(1, _PART // max(1, tokens.shape[1]))
+    yield from (tokens[places[start : start + step]] for start in range(0, places.size, step))
+
+
+def _square(values: NDArray[Any]) -> float:
+    """Return the sum of the squares of an array, in float64 without a copy of that size."""
     flat = values.ravel()
-    return float(np.sqrt(np.einsum("i,i->", flat, flat, dtype=np.float64)))
+    return float(np.einsum("i,i->", flat, flat, dtype=np.float64))

@@ -32,6 +32,7 @@ from compileflow.contracts.toolkit import (
     load_error,
     probe_installed,
     refusal,
+    released_pages,
     report_progress,
     require_open,
     torch_threads,
@@ -44,6 +45,7 @@ from compileflow.source_model import (
     calibration_tensors,
     free_axes,
     load_source_model,
+    release_weights,
 )
 from compileflow.source_model.decoding import OTHER_DECODER, decoding_step
 from compileflow.source_model.free_batch import free_batch, free_repeats
@@ -325,6 +327,30 @@ def exact_zeros() -> Iterator[None]:
         matcher._match_constant = match_constant
 
 
+@contextmanager
+def forgotten_graphs() -> Iterator[None]:
+    """Let onnxscript's rules, inside the block, forget the graph that they looked at.
+
+    The rules live as long as the process, and would keep the weights of the last graph in memory.
+    """
+    from onnxscript.rewriter import _matcher
+
+    matcher: Any = _matcher.SimplePatternMatcher
+    match = matcher.match
+
+    def match_and_forget(self: Any, *arguments: Any, **settings: Any) -> Any:
+        try:
+            return match(self, *arguments, **settings)
+        finally:
+            self._graph = self._match = self._current_node = None
+
+    matcher.match = match_and_forget
+    try:
+        yield
+    finally:
+        matcher.match = match
+
+
 def _quantizer(options: OnnxRuntimeOptions, component: ComponentPlan, source_model: SourceModel) -> Any:
     """Quantize products with weights, at int8 with one scale for each column.
 
@@ -464,19 +490,28 @@ def _export_decoder(source_model: SourceModel, options: OnnxRuntimeOptions, quan
         raise refusal(
             "transformers", error, model=type(source_model.model).__name__, hint=OTHER_DECODER
         ) from error
-    if quantizer is not None:
-        quantize = quantizer.quantize
-
-        def quantize_plain(model: Any, *arguments: Any, **settings: Any) -> Any:
-            transpose_batches(model)
-            plain_last_layer(model)
-            return quantize(model, *arguments, **settings)
-
-        quantizer.quantize = quantize_plain
-    model = _exported(step.model, step.inputs, step.dynamic_shapes, options, quantizer, longest)
+    model = _exported(step.model, step.inputs, step.dynamic_shapes, options, None, longest)
     check_cache(model, class_name)
     transpose_batches(model)
-    return model
+    if quantizer is None:
+        return model
+    import onnx_ir
+    from transformers.exporters.configs import ExportFormat
+
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        path = f"{folder}/{_FILE}"
+        onnx_ir.save(model, path, external_data=f"{_FILE}.data")
+        # The quantizers copy all weights. The exported graph shares its weights with the source model.
+        del model
+        release_weights(source_model)
+        saved_model = onnx_ir.load(path)
+        plain_last_layer(saved_model)
+        try:
+            with released_pages(Path(folder)):
+                return quantizer.quantize(saved_model, dict(step.inputs), ExportFormat.ONNX)
+        except Exception as error:
+            raise refusal("The quantizer", error, model=class_name) from error
 
 
 def _exported(
@@ -506,6 +541,7 @@ def _exported(
             torch.no_grad(),
             free_batch(),
             exact_zeros(),
+            forgotten_graphs(),
             whole_rows(model, longest),
         ):
             warnings.simplefilter("ignore")

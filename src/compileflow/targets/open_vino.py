@@ -34,6 +34,7 @@ from compileflow.contracts.toolkit import (
     load_error,
     probe_installed,
     refusal,
+    released_pages,
     report_progress,
     require_open,
     torch_threads,
@@ -267,7 +268,8 @@ class OpenVinoTarget:
 
         is_decoder = _CACHE_OPTION in component.load_options
         path = str(component_dir / _file_of(component))
-        compiled = _compiled(openvino.Core(), path, component, threads)
+        with released_pages(component_dir):
+            compiled = _compiled(openvino.Core(), path, component, threads)
         return OpenVinoDecoder(compiled) if is_decoder else _OpenVinoRunner(compiled, component)
 
     def observe(
