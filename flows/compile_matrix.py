@@ -54,7 +54,8 @@ def run_cells(
     requests: list[CompileRequest], deployment: str | None, at_once: int
 ) -> list[CompileResult | CompileflowError]:
     """Run the cells, at most `at_once` at the same time, and return their outcomes in order."""
-    with ThreadPoolTaskRunner(max_workers=at_once) as runner:
+    pool: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=at_once)
+    with pool as runner:
         futures: list[PrefectFuture[Any]] = [
             runner.submit(
                 run_cell.with_options(task_run_name=f"{request.model} {request.target} {request.precision.value}"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from prefect.deployments import run_deployment
-from prefect.states import State
+from typing import Any
 
-from compileflow.errors import CompileflowError, ProcessError
+from prefect.client.schemas.objects import State
+from prefect.deployments import run_deployment
+
+from compileflow.errors import CompileflowError, ProcessError, RunLostError
 from compileflow.steps.outcomes import get_outcome
 from compileflow.steps.request import CompileRequest
 from compileflow.steps.run import CompileResult
@@ -25,7 +27,7 @@ def run_one(request: CompileRequest, deployment: str | None) -> CompileResult | 
     """
     if deployment is not None:
         return _run_deployed(request, deployment)
-    state: State[CompileResult] = compile_model(request, return_state=True)
+    state: State[Any] = compile_model(request, return_state=True)
     outcome = state.result(raise_on_failure=False)
     return outcome if isinstance(outcome, CompileResult) else as_error(outcome)
 
@@ -33,7 +35,7 @@ def run_one(request: CompileRequest, deployment: str | None) -> CompileResult | 
 def _run_deployed(request: CompileRequest, deployment: str) -> CompileResult | CompileflowError:
     parameters = {"request": request.model_dump(mode="json")}
     try:
-        run = run_deployment(deployment, parameters=parameters, poll_interval=_POLL_S)
+        run: Any = run_deployment(deployment, parameters=parameters, poll_interval=_POLL_S)
     except Exception as error:  # noqa: BLE001 - Prefect raises what its client and its database raise
         return ProcessError(
             f"Prefect cannot run the deployment {deployment}: {error}.",
@@ -43,7 +45,7 @@ def _run_deployed(request: CompileRequest, deployment: str) -> CompileResult | C
     if outcome is not None:
         return outcome
     state = run.state
-    return ProcessError(
+    return RunLostError(
         f"The run {run.name} of {deployment} ended as {state.name if state else 'unknown'}: "
         f"{(state.message if state else None) or 'without a message'}",
         hint="Open that run in the Prefect UI.",

@@ -14,7 +14,7 @@ from compileflow.contracts.registries import (
     VersionFiles,
     without_credentials,
 )
-from compileflow.contracts.sources import LocatedSource, Source
+from compileflow.contracts.sources import ListingSource, LocatedSource, Source, SourceVersion
 from compileflow.contracts.stores import ArtifactStore, Collected, StoredFolder
 from compileflow.contracts.targets import (
     Arrays,
@@ -62,6 +62,7 @@ __all__ = [
     "Device",
     "FileRecord",
     "GeneratingRunner",
+    "ListingSource",
     "LocatedSource",
     "ModelRegistry",
     "ModelVersion",
@@ -71,6 +72,7 @@ __all__ = [
     "Promotion",
     "Runner",
     "Source",
+    "SourceVersion",
     "Stage",
     "StoredFolder",
     "Target",

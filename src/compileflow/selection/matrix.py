@@ -1,4 +1,4 @@
-"""A matrix of compiles: models x targets x precisions, the outcome of each cell, and the page that compares them."""
+"""A matrix of compiles: models x targets x precisions, what became of each cell, and the page of all cells."""
 
 from __future__ import annotations
 
@@ -6,69 +6,42 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from compileflow._process.folders import work_folder
 from compileflow.catalog import get_target, open_store
 from compileflow.contracts import StoredFolder
-from compileflow.errors import CompileflowError, SpecError, TargetUnavailableError, first_problem
+from compileflow.errors import CompileflowError, SpecError, TargetUnavailableError
 from compileflow.selection.auto import failed_candidate, measured_candidate
 from compileflow.selection.candidates import Candidate, CandidateLatency, accuracy_loss_of
 from compileflow.selection.choice import pareto_front
 from compileflow.selection.comparison import Comparison, compile_words
 from compileflow.selection.scatter import letter, scatter
 from compileflow.settings import Settings
-from compileflow.spec import HfTask, Objective, Precision, TargetName
+from compileflow.spec import HfTask, Objective
+from compileflow.steps.cells import Cells
 from compileflow.steps.report_file import export_page, read_report, read_values
-from compileflow.steps.request import AUTO, CompileRequest
+from compileflow.steps.request import CompileRequest
 from compileflow.steps.run import CompileResult
 from compileflow.steps.summary import version_line
 from compileflow.validation.report import environment, fraction, megabytes, percent, write_page
 
 MATRIX_JSON, MATRIX_HTML = "matrix.json", "matrix.html"
-_OWN_FIELDS = ("model", "target", "precision", "auto")
 
 
-class MatrixRequest(BaseModel):
+class MatrixRequest(Cells):
     """Models, targets and precisions; each combination is one compile."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra={"additionalProperties": False})
-
     models: tuple[str, ...] = Field(
-        min_length=1, title="Models", description="Model folders, Hub ids or registered versions."
+        min_length=1,
+        title="Models",
+        description="Model folders, Hub ids or registered versions.",
+        json_schema_extra={"position": 0},
     )
-    targets: tuple[TargetName, ...] = Field(min_length=1, title="Targets", description="Targets to compile for.")
-    precisions: tuple[Precision, ...] = Field(
-        (Precision.FP32,), min_length=1, title="Precisions", description="Number formats to compile to."
-    )
-    shared: dict[str, JsonValue] = Field(
-        default_factory=dict,
-        title="Shared fields",
-        description='Further fields of every compile request, for example {"allow_warn": true}.',
-    )
-
-    @model_validator(mode="after")
-    def _cells_are_requests(self) -> MatrixRequest:
-        if AUTO in self.targets:
-            raise ValueError(f"a matrix names its targets, and {AUTO} stands for all of them")
-        if own_fields := sorted(set(self.shared).intersection(_OWN_FIELDS)):
-            raise ValueError(f"shared cannot hold {own_fields[0]!r}, which the cells of the matrix decide")
-        try:
-            self.requests()
-        except ValidationError as error:
-            raise ValueError(f"shared.{first_problem(error)}") from error
-        return self
 
     def requests(self) -> list[CompileRequest]:
         """Return one request per cell: all targets and precisions of the first model, then of the next one."""
-        return [
-            CompileRequest.model_validate(
-                {**self.shared, "model": model, "target": target, "precision": precision}
-            )
-            for model in dict.fromkeys(self.models)
-            for target in dict.fromkeys(self.targets)
-            for precision in dict.fromkeys(self.precisions)
-        ]
+        return [request for model in dict.fromkeys(self.models) for request in self.requests_for(model)]
 
 
 class MatrixCell(BaseModel):
