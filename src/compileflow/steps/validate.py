@@ -52,6 +52,7 @@ def validate_artifact(
     timeout_s: float,
     request: CompileRequest | None = None,
     enabled: bool = True,
+    repeat: bool = False,
     trust_remote_code: bool = False,
     on_progress: Callable[[str], None] = logger.info,
 ) -> ValidatedArtifact:
@@ -59,7 +60,8 @@ def validate_artifact(
 
     The artifact must be what `request` asks for; without one, only the source model says what it must be.
     Only the verdicts pass and warn are cached. A refused artifact is measured again, because the machine may have
-    been at fault. Python files of the source model and of the artifact run only with `trust_remote_code`.
+    been at fault; with `repeat`, so is any other. Python files of the source model and of the artifact run only
+    with `trust_remote_code`.
 
     Raises:
         MeasurementError: The models could not be compared.
@@ -157,8 +159,10 @@ def validate_artifact(
                 # The gate that the user set was not judged, so the next run measures again.
                 and not (judges_latency and LATENCY_ON_BUSY_MACHINE in validated.figures)
             ),
-            reason_to_redo=lambda validated: attester.lacks_verdict(
-                artifact.digest, validated.report_digest, key.digest
+            reason_to_redo=lambda validated: (
+                "a new validation was requested"
+                if repeat
+                else attester.lacks_verdict(artifact.digest, validated.report_digest, key.digest)
             ),
         )
     if cached:

@@ -130,8 +130,20 @@ class MlflowRegistry:
                     _move(client, chosen_record, stage)
         return chosen.model_copy(update={"stage": stage})
 
+    def note(self, name: str, version: int, *, who: str, reason: str) -> Promotion:
+        """Record a note on a version, which stays in its stage.
+
+        Raises:
+            RegistryError: The name or number does not exist.
+        """
+        chosen = self.get(name, version)
+        key, value = promotion_tag(chosen.stage, who, reason)
+        with self._calls(f"write a note on {name} {version}") as client:
+            client.set_model_version_tag(name, str(version), key, value)
+        return Promotion.model_validate_json(value)
+
     def promotions(self, name: str, version: int) -> Sequence[Promotion]:
-        """Return every change of a version's stage, oldest first.
+        """Return every change of a version's stage and every note on it, oldest first.
 
         Raises:
             RegistryError: The name or number does not exist.
