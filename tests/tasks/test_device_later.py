@@ -1,14 +1,19 @@
-"""A target that compiles without its device: compile on one machine, validate on the one that has it."""
+"""A target that compiles without its device: compile on one machine, settle the verdict on the one that has it."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
-from compileflow.catalog import open_registry
-from compileflow.errors import LoadError
+from compileflow.admin.promote import promote_version
+from compileflow.catalog import open_registry, open_store
+from compileflow.errors import RegistryError, SpecError, TargetUnavailableError, VerdictError
 from compileflow.spec import HfTask
+from compileflow.steps.register import check_verdict, register_version
+from compileflow.steps.report_file import read_report
+from compileflow.steps.settle import Settled, settle_artifact
 from tests.conftest import ModelFactory
 from tests.doubles.fixtures import vendor_doubles
 from tests.steps import Pipeline
@@ -16,18 +21,53 @@ from tests.steps import Pipeline
 __all__ = ["vendor_doubles"]
 
 
+def settle(pipeline: Pipeline, artifact_uri: str) -> Settled:
+    return settle_artifact(artifact_uri, settings=pipeline.settings, timeout_s=600)
+
+
 @pytest.mark.parametrize("target", ["neuron", pytest.param("neuronx", marks=pytest.mark.slow)])
 def test_artifact_is_validated_and_registered_where_the_device_is(
-    pipeline: Pipeline, tiny_model: ModelFactory, vendor_doubles: Path, target: str
+    pipeline: Pipeline, tiny_model: ModelFactory, vendor_doubles: Path, tmp_path: Path, target: str
 ) -> None:
-    request = pipeline.request(tiny_model(HfTask.TEXT_CLASSIFICATION), target=target)
+    model = tmp_path / "reviews"
+    shutil.copytree(tiny_model(HfTask.TEXT_CLASSIFICATION), model)
+    request = pipeline.request(model, target=target, name="reviews")
     (vendor_doubles / "neuron0").unlink()
     artifact = pipeline.compile(request)
-    with pytest.raises(LoadError, match=f"{target} cannot run here: this machine has no device"):
-        pipeline.validate(request, artifact)
-    assert list(open_registry(pipeline.registry_uri).versions()) == []
+    pending = pipeline.validate(request, artifact)
+    assert pending.outcome == "pending-device"
+    assert pending.reason.startswith(f"pending-device: {target} cannot run here: this machine has no device")
+    assert read_report(pending.report_uri, pipeline.settings).verdict.outcome == "pending-device"
+
+    # Neither registered nor promoted, and recorded once.
+    with pytest.raises(VerdictError, match="pending-device"):
+        check_verdict(pending, allow_warn=True)
+    with pytest.raises(VerdictError, match="pending-device"):
+        pipeline.run(request)
+    with pytest.raises(RegistryError):
+        promote_version(
+            "reviews", 1, "staging", registry_uris=[pipeline.registry_uri], settings=pipeline.settings, who="ann"
+        )
+    with pytest.raises(TargetUnavailableError, match="has no device"):
+        settle(pipeline, artifact.uri)
+    assert pipeline.counts == {"compile": 1, "validate": 1}
+
+    # The machine with the device has the store, but not the source model.
     (vendor_doubles / "neuron0").touch()
-    version = pipeline.run(request)
-    assert (version.target, version.verdict) == (target, "pass")
-    assert version.artifact_digest == artifact.digest
-    assert pipeline.counts["compile"] == 1
+    shutil.rmtree(model)
+    store = open_store(pipeline.store_uri)
+    with store.open_folder(pending.report_digest) as bundle:
+        assert not list(bundle.rglob("source/*.safetensors"))
+    settled = settle(pipeline, artifact.uri)
+    assert settled.validated.outcome == "pass", settled.validated.reason
+    assert settled.validated.figures["label_agreement"] == 1.0
+    source, request_source = settled.pending.source, settled.pending.request
+    assert request_source is not None
+    version = register_version(
+        source, settled.pending.artifact, settled.validated, name=request_source.name, allow_warn=False,
+        store_uri=pipeline.store_uri, registry_uri=pipeline.registry_uri, settings=pipeline.settings,
+    )  # fmt: skip
+    assert (version.name, version.target, version.verdict) == ("reviews", target, "pass")
+    with pytest.raises(SpecError, match="has the verdict pass"):
+        settle(pipeline, artifact.uri)
+    assert open_registry(pipeline.registry_uri).get("reviews", 1).artifact_digest == artifact.digest

@@ -36,6 +36,7 @@ from compileflow.contracts.verdicts import (
     ACCEPTED_OUTCOMES,
     LATENCY_ON_BUSY_MACHINE,
     OUTCOMES,
+    PENDING,
     AcceptedOutcome,
     Outcome,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "ACCEPTED_OUTCOMES",
     "LATENCY_ON_BUSY_MACHINE",
     "OUTCOMES",
+    "PENDING",
     "SHA256",
     "STAGES",
     "AcceptedOutcome",

@@ -14,7 +14,7 @@ from compileflow._process.packages import installed_versions
 from compileflow._process.run_in_child import run_in_child
 from compileflow.artifact.manifest import ArtifactManifest, read_manifest
 from compileflow.catalog import get_target, open_store
-from compileflow.contracts import ACCEPTED_OUTCOMES, LATENCY_ON_BUSY_MACHINE, ArtifactStore
+from compileflow.contracts import ACCEPTED_OUTCOMES, LATENCY_ON_BUSY_MACHINE, PENDING, ArtifactStore
 from compileflow.contracts.digests import json_digest
 from compileflow.errors import MeasurementError, ProcessError, StepOffError
 from compileflow.settings import Settings
@@ -22,6 +22,7 @@ from compileflow.spec import CompileSpec, HfTask
 from compileflow.steps.attest import Attester
 from compileflow.steps.cache import CacheKey, find_or_make
 from compileflow.steps.compile import spec_of
+from compileflow.steps.pending import PendingValidation
 from compileflow.steps.plan import check_timed_shapes
 from compileflow.steps.request import CompileRequest
 from compileflow.steps.toolchain_logs import write_logs
@@ -30,15 +31,16 @@ from compileflow.validation.bundle import BUNDLE_FOLDER
 from compileflow.validation.cases import CLASS_FOLDERS, sample_examples, signals_digest
 from compileflow.validation.judge import load_user_suite
 from compileflow.validation.judge.suite import suite_digest
+from compileflow.validation.recorded_reference import REFERENCE_FOLDER
 from compileflow.validation.settings import ValidationSettings
 
 logger = logging.getLogger(__name__)
 STEP = "validate"
 # Part of the cache key. Raise it when a measurement changes.
 MEASUREMENT_VERSION = 9
-_CHILD = "compileflow.steps.prove:prove_artifact"
+CHILD = "compileflow.steps.prove:prove_artifact"
 # Great Expectations alone takes seconds. What a compiled model needs stays out: its memory is measured.
-IMPORTS = ("torch", _CHILD.partition(":")[0], "compileflow.validation.judge.expectations", "matplotlib.pyplot")
+IMPORTS = ("torch", CHILD.partition(":")[0], "compileflow.validation.judge.expectations", "matplotlib.pyplot")
 _LIBRARIES = ("torch", "transformers", "numpy", "scipy", "great_expectations")
 
 
@@ -62,6 +64,9 @@ def validate_artifact(
     Only the verdicts pass and warn are cached. A refused artifact is measured again, because the machine may have
     been at fault; with `repeat`, so is any other. Python files of the source model and of the artifact run only
     with `trust_remote_code`.
+
+    Where the target's device is missing, the verdict is pending-device, and the report holds the answers of the
+    source model. `settle.py` compares them with the artifact's on a machine that has the device.
 
     Raises:
         MeasurementError: The models could not be compared.
@@ -95,6 +100,9 @@ def validate_artifact(
         if suite is not None:
             parts["user suite"] = suite.digest
         key = CacheKey(STEP, f"{source.uri} for {manifest.target.name}", parts)
+        missing_device = lacking_device(manifest)
+        if missing_device and (settled := report_on(store, artifact.digest)) and settled.outcome != PENDING:
+            return settled.model_copy(update={"cached": True, "why": "a machine with the device proved it"})
 
         judges_latency = validation.max_latency_ratio or (suite is not None and suite.judges_latency())
 
@@ -103,7 +111,7 @@ def validate_artifact(
                 (work / "report").mkdir()
                 try:
                     child = run_in_child(
-                        _CHILD,
+                        CHILD,
                         {
                             "source_dir": str(source_dir),
                             "source_digest": source.digest,
@@ -117,6 +125,7 @@ def validate_artifact(
                             "suite": {"text": suite.text, "origin": suite.origin} if suite is not None else None,
                             "threads": settings.threads,
                             "trust_remote_code": trust_remote_code,
+                            "record": missing_device,
                         },
                         work_dir=work,
                         log_path=settings.log_path(f"{STEP}-{key.digest[:12]}"),
@@ -128,14 +137,26 @@ def validate_artifact(
                 except ProcessError as error:
                     raise _died(error, manifest, threads=settings.threads, timeout_s=timeout_s) from error
                 write_logs(work / "report" / BUNDLE_FOLDER, store, artifact.digest, {STEP: child.log})
+                if missing_device:
+                    pending = PendingValidation(
+                        source=source,
+                        artifact=artifact,
+                        spec=spec,
+                        validation=validation,
+                        suite={"text": suite.text, "origin": suite.origin} if suite is not None else None,
+                        request=request,
+                        request_digest=key.digest,
+                    )
+                    pending.write(work / "report" / REFERENCE_FOLDER, tests_dir=tests_dir)
                 stored_folder = store.put_folder(work / "report")
-                attester.validated(
-                    artifact.digest,
-                    work / "report",
-                    stored_folder=stored_folder,
-                    source_digest=source.digest,
-                    request_digest=key.digest,
-                )
+                if not missing_device:
+                    attester.validated(
+                        artifact.digest,
+                        work / "report",
+                        stored_folder=stored_folder,
+                        source_digest=source.digest,
+                        request_digest=key.digest,
+                    )
             value = ValidatedArtifact(
                 artifact_digest=artifact.digest,
                 report_uri=stored_folder.uri,
@@ -147,6 +168,13 @@ def validate_artifact(
             store.put_record("report-of", artifact.digest, value.model_dump(mode="json"))
             return value
 
+        def reason_to_redo(validated: ValidatedArtifact) -> str:
+            if repeat:
+                return "a new validation was requested"
+            if validated.outcome == PENDING:
+                return "" if missing_device else "this machine has the device"
+            return attester.lacks_verdict(artifact.digest, validated.report_digest, key.digest)
+
         value, cached = find_or_make(
             store,
             key,
@@ -155,19 +183,28 @@ def validate_artifact(
             compute=compute,
             report_line=on_progress,
             is_cacheable=lambda validated: (
-                validated.outcome in ACCEPTED_OUTCOMES
+                validated.outcome in (*ACCEPTED_OUTCOMES, PENDING)
                 # The gate that the user set was not judged, so the next run measures again.
                 and not (judges_latency and LATENCY_ON_BUSY_MACHINE in validated.figures)
             ),
-            reason_to_redo=lambda validated: (
-                "a new validation was requested"
-                if repeat
-                else attester.lacks_verdict(artifact.digest, validated.report_digest, key.digest)
-            ),
+            reason_to_redo=reason_to_redo,
         )
     if cached:
         return value.model_copy(update={"cached": True, "why": "every part of its key is unchanged"})
     return value
+
+
+def lacking_device(manifest: ArtifactManifest) -> str:
+    """Return why an artifact for a device cannot run here, if a record of its source model can replace it for now.
+
+    "" for an artifact that runs here, for a target of the CPU, and for other models than those that read text.
+    """
+    target, task = get_target(manifest.target.name), manifest.hf_task
+    availability = target.probe()
+    if availability.can_run or target.capabilities.devices[0] == "cpu":
+        return ""
+    is_recordable = task.modality == "text" and not task.generates
+    return f"{target.name} cannot run here: {availability.reason}" if is_recordable else ""
 
 
 def check_libraries() -> dict[str, str]:
