@@ -9,6 +9,7 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import deployment, flow_run
 from prefect.states import Failed
 
+from compileflow.contracts import PENDING
 from compileflow.errors import CompileflowError, VerdictError
 from compileflow.selection.run import Attempt, FailedCandidate, ProvenCandidate, winning_candidate
 from compileflow.steps.register import check_verdict, default_name
@@ -18,7 +19,7 @@ from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedA
 from flows.registration import as_error, find_everywhere, register_everywhere
 from tasks.auto import compare, plan
 from tasks.compile import compile_source
-from tasks.events import announce
+from tasks.events import announce, announce_pending
 from tasks.fetch import fetch
 from tasks.outcome import keep_outcome
 from tasks.publish import publish
@@ -101,6 +102,8 @@ def finish(
 ) -> CompileResult:
     """Show the outcome in the Prefect UI, and register the artifact if its verdict allows."""
     publish(source, artifact, validated, request)
+    if validated.outcome == PENDING:
+        announce_pending(artifact, request.target)
     check_verdict(validated, allow_warn=request.allow_warn or not request.steps.register)
     if request.steps.register:
         versions = register_everywhere(source, artifact, validated, request)

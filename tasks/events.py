@@ -1,4 +1,4 @@
-"""Events about model versions, which automations react to: created, validated, promoted, regressed."""
+"""Events that automations react to: about model versions, and about artifacts that wait for their device."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Literal
 from prefect.events import emit_event
 
 from compileflow.contracts import ModelVersion
+from compileflow.steps.values import CompiledArtifact
 
 PREFIX = "compileflow.model-version"
 Kind = Literal["validated", "promoted", "regressed"]
@@ -34,4 +35,16 @@ def announce(kind: Kind, version: ModelVersion, registry_uri: str, **more: str) 
             "compileflow.target": version.target,
         },
         payload={**payload, "registry_uri": registry_uri, **more},
+    )
+
+
+def announce_pending(artifact: CompiledArtifact, target: str) -> None:
+    """Send an event about an artifact that a worker with the device has to validate."""
+    emit_event(
+        "compileflow.artifact.pending-device",
+        resource={
+            "prefect.resource.id": f"compileflow.artifact.{artifact.digest}",
+            "compileflow.target": target,
+        },
+        payload={"artifact_uri": artifact.uri, "target": target},
     )

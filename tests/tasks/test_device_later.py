@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from compileflow.admin.promote import promote_version
+from compileflow.artifact.verify import last_result
 from compileflow.catalog import open_registry, open_store
+from compileflow.contracts import Arrays
 from compileflow.errors import RegistryError, SpecError, TargetUnavailableError, VerdictError
+from compileflow.serving.component import LoadedComponent
 from compileflow.spec import HfTask
-from compileflow.steps.register import check_verdict, register_version
+from compileflow.steps.register import check_verdict
 from compileflow.steps.report_file import read_report
-from compileflow.steps.settle import Settled, settle_artifact
+from compileflow.steps.settle import Settled, register_settled, settle_artifact
 from tests.conftest import ModelFactory
 from tests.doubles.fixtures import vendor_doubles
 from tests.steps import Pipeline
@@ -61,13 +67,30 @@ def test_artifact_is_validated_and_registered_where_the_device_is(
     settled = settle(pipeline, artifact.uri)
     assert settled.validated.outcome == "pass", settled.validated.reason
     assert settled.validated.figures["label_agreement"] == 1.0
-    source, request_source = settled.pending.source, settled.pending.request
-    assert request_source is not None
-    version = register_version(
-        source, settled.pending.artifact, settled.validated, name=request_source.name, allow_warn=False,
-        store_uri=pipeline.store_uri, registry_uri=pipeline.registry_uri, settings=pipeline.settings,
-    )  # fmt: skip
+    (version,) = register_settled(settled, pipeline.settings).values()
     assert (version.name, version.target, version.verdict) == ("reviews", target, "pass")
     with pytest.raises(SpecError, match="has the verdict pass"):
         settle(pipeline, artifact.uri)
     assert open_registry(pipeline.registry_uri).get("reviews", 1).artifact_digest == artifact.digest
+
+
+@pytest.mark.slow
+def test_wrong_answers_of_the_device_fail_when_they_are_settled(
+    pipeline: Pipeline, tiny_model: ModelFactory, vendor_doubles: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = pipeline.request(tiny_model(HfTask.TEXT_CLASSIFICATION), target="neuron")
+    (vendor_doubles / "neuron0").unlink()
+    artifact = pipeline.compile(request)
+    assert pipeline.validate(request, artifact).outcome == "pending-device"
+    (vendor_doubles / "neuron0").touch()
+    right = LoadedComponent.run
+
+    def wrong(component: LoadedComponent, inputs: Mapping[str, Any]) -> Arrays:
+        return {name: np.flip(answer, axis=-1).copy() for name, answer in right(component, inputs).items()}
+
+    monkeypatch.setattr(LoadedComponent, "run", wrong)
+    settled = settle(pipeline, artifact.uri)
+    assert settled.validated.outcome == "fail"
+    with pytest.raises(VerdictError, match="fail: "):
+        register_settled(settled, pipeline.settings)
+    assert last_result(artifact.uri, pipeline.settings) == "FAILED"

@@ -10,11 +10,14 @@ from compileflow._process.folders import work_folder
 from compileflow._process.run_in_child import run_in_child
 from compileflow.artifact.manifest import read_manifest
 from compileflow.catalog import open_store
-from compileflow.contracts import PENDING, ArtifactStore
-from compileflow.errors import SpecError, TargetUnavailableError
+from compileflow.contracts import PENDING, ArtifactStore, ModelVersion
+from compileflow.errors import CompileflowError, SpecError, TargetUnavailableError
 from compileflow.settings import Settings
 from compileflow.steps.attest import Attester
 from compileflow.steps.pending import PendingValidation, recorded_tests
+from compileflow.steps.register import check_verdict, register_version
+from compileflow.steps.request import CompileRequest
+from compileflow.steps.run import Versions, register_in_each
 from compileflow.steps.toolchain_logs import write_logs
 from compileflow.steps.validate import CHILD, IMPORTS, STEP, lacking_device, report_on
 from compileflow.steps.values import ValidatedArtifact
@@ -31,6 +34,11 @@ class Settled:
 
     pending: PendingValidation
     validated: ValidatedArtifact
+
+    @property
+    def request(self) -> CompileRequest:
+        """Request of the compile, or one with the defaults if it is unknown."""
+        return self.pending.request or CompileRequest(model=self.pending.source.uri)
 
 
 def settle_artifact(
@@ -116,7 +124,39 @@ def settle_artifact(
             **child.value,
         )
         store.put_record("report-of", digest, validated.model_dump(mode="json"))
-    return Settled(pending, validated)
+    # The machine that compiled may know the store by another URI.
+    artifact = pending.artifact.model_copy(update={"uri": artifact_uri})
+    return Settled(pending.model_copy(update={"artifact": artifact}), validated)
+
+
+def register_settled(settled: Settled, settings: Settings) -> Versions:
+    """Register a settled artifact as its compile request asks.
+
+    Raises:
+        VerdictError: The verdict does not allow registration.
+        RegistryError: Some registries failed; `compileflow compile` with the same request completes them.
+    """
+    pending, request = settled.pending, settled.request
+    check_verdict(settled.validated, allow_warn=request.allow_warn or not request.steps.register)
+    if not request.steps.register:
+        return {}
+
+    def register_one(registry_uri: str) -> ModelVersion | CompileflowError:
+        try:
+            return register_version(
+                pending.source,
+                pending.artifact,
+                settled.validated,
+                name=request.name,
+                allow_warn=request.allow_warn,
+                store_uri=split_uri(pending.artifact.uri)[0],
+                registry_uri=registry_uri,
+                settings=settings,
+            )
+        except CompileflowError as error:
+            return error
+
+    return register_in_each(settings.resolved_registry_uris(request.registry_uris), register_one)
 
 
 def _waiting(store: ArtifactStore, digest: str) -> ValidatedArtifact:
