@@ -111,7 +111,7 @@ def ask(name: str, version: int, stage: ServingStage, uris: Sequence[str], wait:
 def schedule_expiry(
     name: str, version: int, stage: ServingStage, uris: Sequence[str], wait: timedelta
 ) -> tuple[datetime, UUID]:
-    """Schedule the run that ends this one if nobody answers; a second call returns the same run.
+    """Schedule the run that ends this one without an answer; a second call returns the same run.
 
     Returns:
         The deadline, and the id of the scheduled run.
@@ -144,6 +144,6 @@ def expire(run_id: UUID, name: str, version: int, stage: ServingStage, uris: Seq
         waiting = client.read_flow_run(run_id)
         if waiting.state is None or not waiting.state.is_paused():
             return Completed(message="The question was answered before.")
-        client.set_flow_run_state(run_id, Cancelled(name="Expired", message="Nobody answered in time."))
-    note(name, version, uris, who=WHO, reason=f"approval for {stage} expired; nobody answered")
+        client.set_flow_run_state(run_id, Cancelled(name="Expired", message="No answer arrived in time."))
+    note(name, version, uris, who=WHO, reason=f"approval for {stage} expired without an answer")
     return Completed(message=f"The question of {waiting.name} expired.")

@@ -152,11 +152,11 @@ def test_rejection_leaves_who_and_why(own: OwnServer, registry: ModelRegistry) -
     assert history(registry, name) == [("none", "Bob", "rejected for staging: two answers changed")]
 
 
-def test_question_that_nobody_answers_expires(own: OwnServer, registry: ModelRegistry) -> None:
+def test_question_without_an_answer_expires(own: OwnServer, registry: ModelRegistry) -> None:
     name, run_id = ask(own, registry, wait_hours=0.002)
     assert wait_for(own, run_id, "Expired")["type"] == "CANCELLED"
     deadline = time.monotonic() + 30
     while not (entries := history(registry, name)):
         assert time.monotonic() < deadline
         time.sleep(0.5)
-    assert entries == [("none", "promote-model", "approval for production expired; nobody answered")]
+    assert entries == [("none", "promote-model", "approval for production expired without an answer")]
