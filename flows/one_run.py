@@ -7,6 +7,7 @@ from typing import Any
 from prefect.client.schemas.objects import State
 from prefect.deployments import run_deployment
 
+from compileflow.contracts import without_credentials
 from compileflow.errors import CompileflowError, ProcessError, RunLostError
 from compileflow.steps.outcomes import get_outcome
 from compileflow.steps.request import CompileRequest
@@ -45,6 +46,12 @@ def _run_deployed(request: CompileRequest, deployment: str) -> CompileResult | C
     if outcome is not None:
         return outcome
     state = run.state
+    if state is not None and state.is_completed():
+        store_uri = without_credentials(settings_for(request).resolved_store_uri(request.store_uri))
+        return ProcessError(
+            f"The run {run.name} of {deployment} completed, but left no outcome in {store_uri}.",
+            hint="Give its workers the same store and the same version of compileflow.",
+        )
     return RunLostError(
         f"The run {run.name} of {deployment} ended as {state.name if state else 'unknown'}: "
         f"{(state.message if state else None) or 'without a message'}",

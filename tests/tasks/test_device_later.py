@@ -15,6 +15,7 @@ from compileflow.artifact.verify import last_result
 from compileflow.catalog import open_registry, open_store
 from compileflow.contracts import Arrays
 from compileflow.errors import RegistryError, SpecError, TargetUnavailableError, VerdictError
+from compileflow.selection.matrix import measured_cell
 from compileflow.serving.component import LoadedComponent
 from compileflow.spec import HfTask
 from compileflow.steps.register import check_verdict
@@ -46,8 +47,11 @@ def test_artifact_is_validated_and_registered_where_the_device_is(
     assert read_report(pending.report_uri, pipeline.settings).verdict.outcome == "pending-device"
 
     # Neither registered nor promoted, and recorded once.
-    with pytest.raises(VerdictError, match="pending-device"):
+    with pytest.raises(VerdictError, match="pending-device") as refusal:
         check_verdict(pending, allow_warn=True)
+    assert f"compileflow settle {artifact.digest}" in refusal.value.hint
+    cell, _ = measured_cell(request, refusal.value, pipeline.settings)
+    assert (cell.candidate.outcome, cell.error) == ("pending-device", "")
     with pytest.raises(VerdictError, match="pending-device"):
         pipeline.run(request)
     with pytest.raises(RegistryError):

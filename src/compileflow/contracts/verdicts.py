@@ -8,7 +8,7 @@ from typing import Literal, get_args
 Outcome = Literal["pass", "warn", "fail", "error", "pending-device"]
 PENDING: Outcome = "pending-device"
 AcceptedOutcome = Literal["pass", "warn"]
-# From the best to the worst.
+# From the best to the worst; pending-device is a verdict on no component.
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 ACCEPTED_OUTCOMES: tuple[Outcome, ...] = get_args(AcceptedOutcome)
 

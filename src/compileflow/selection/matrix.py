@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from compileflow._process.folders import work_folder
 from compileflow.catalog import get_target, open_store
-from compileflow.contracts import StoredFolder
+from compileflow.contracts import PENDING, StoredFolder
 from compileflow.errors import CompileflowError, SpecError, TargetUnavailableError
 from compileflow.selection.auto import failed_candidate, measured_candidate
 from compileflow.selection.candidates import Candidate, CandidateLatency, accuracy_loss_of
@@ -51,7 +51,8 @@ class MatrixCell(BaseModel):
         model: Model of the request.
         candidate: Target, precision, verdict and numbers.
         versions: One line for each registered version.
-        error: Why the run failed; "" if it succeeded, or if the target does not have the precision.
+        error: Why the run failed; "" if it succeeded, if the artifact waits for its device, or if the target does
+            not have the precision.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -91,11 +92,13 @@ class Matrix(BaseModel):
         """The outcome in one line: how many cells failed, and how many no target can compile."""
         impossible = sum(cell.candidate.outcome == "unavailable" and not cell.error for cell in self.cells)
         possible = len(self.cells) - impossible
+        pending = sum(cell.candidate.outcome == PENDING for cell in self.cells)
         verb = "combination does" if impossible == 1 else "combinations do"
-        left_out = f"; {impossible} {verb} not exist" if impossible else ""
+        left_out = f"; {pending} wait for a device" if pending else ""
+        left_out += f"; {impossible} {verb} not exist" if impossible else ""
         if self.failed:
             return f"{len(self.failed)} of {possible} cells failed{left_out}"
-        return f"{possible} of {possible} cells passed{left_out}"
+        return f"{possible - pending} of {possible} cells passed{left_out}"
 
     def rows(self) -> list[tuple[str, list[MatrixCell]]]:
         """Return the cells of each model."""
@@ -151,6 +154,7 @@ def measured_cell(
         versions = tuple(version_line(version, uri) for uri, version in outcome.versions.items())
         cell = _cell(request, candidate, versions=versions)
     else:
+        is_pending = report.verdict.outcome == PENDING
         memory = report.figures.get("serving_memory_bytes")
         candidate = Candidate(
             target=request.target,
@@ -159,13 +163,13 @@ def measured_cell(
             outcome=report.verdict.outcome,
             reason=report.verdict.reason,
             latencies=tuple(CandidateLatency.of(latency) for latency in report.latencies),
-            accuracy_loss=accuracy_loss_of(report.figures),
+            accuracy_loss=None if is_pending else accuracy_loss_of(report.figures),
             rel_l2=report.figures.get("rel_l2"),
             serving_memory_bytes=None if memory is None else int(memory),
             artifact_uri=report.subject.artifact_uri,
             report_uri=report_uri,
         )
-        cell = _cell(request, candidate, error=str(outcome))
+        cell = _cell(request, candidate, error="" if is_pending else str(outcome))
     comparison = Comparison(
         source_uri=report.subject.source_uri,
         source_revision=report.subject.source_revision,

@@ -109,6 +109,7 @@ def check_verdict(validated: ValidatedArtifact, *, allow_warn: bool) -> None:
             f"{validated.reason}.",
             hint="The artifact is stored, but not registered. On a machine with the device, run: "
             f"compileflow settle {validated.artifact_digest}",
+            report_uri=validated.report_uri,
         )
     if validated.outcome not in ACCEPTED_OUTCOMES:
         raise VerdictError(
