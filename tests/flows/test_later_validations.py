@@ -25,16 +25,16 @@ __all__ = ["vendor_doubles"]
 pytestmark = pytest.mark.slow
 
 
-def payload_of(server: PrefectServer, name: str, **expected: Any) -> dict[str, Any]:
+def payload_of(server: PrefectServer, event_name: str, **expected: Any) -> dict[str, Any]:
     """Wait for an event whose payload holds these values, and return the payload."""
-    body = {"filter": {"event": {"name": [f"compileflow.{name}"]}}, "limit": 50}
+    body = {"filter": {"event": {"name": [f"compileflow.{event_name}"]}}, "limit": 50}
     deadline = time.monotonic() + 30
     while True:
         for event in server.call("POST", "/events/filter", body)[1]["events"]:
             payload: dict[str, Any] = event["payload"]
             if expected.items() <= payload.items():
                 return payload
-        assert time.monotonic() < deadline, (name, expected)
+        assert time.monotonic() < deadline, (event_name, expected)
         time.sleep(0.5)
 
 
