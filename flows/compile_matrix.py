@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
@@ -10,6 +10,7 @@ from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
 from prefect.states import Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
+from pydantic import Field
 
 from compileflow.errors import CompileError, CompileflowError
 from compileflow.selection.matrix import MatrixRequest, impossible_cell
@@ -30,7 +31,9 @@ def run_cell(request: CompileRequest, deployment: str | None) -> CompileResult |
     name="compile-matrix",
     description="Compile models for targets at precisions; a cell that fails leaves the others alone.",
 )
-def compile_matrix(matrix: MatrixRequest, deployment: str | None = None, at_once: int = 1) -> State[Any]:
+def compile_matrix(
+    matrix: MatrixRequest, deployment: str | None = None, at_once: Annotated[int, Field(ge=1)] = 1
+) -> State[Any]:
     """Run all cells, compare them on one page, and say how many failed.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
 from prefect import flow
@@ -58,7 +58,7 @@ def promote_model(
     version: int,
     stage: ServingStage = "production",
     registry_uris: tuple[str, ...] = (),
-    wait_hours: float = 72,
+    wait_hours: Annotated[float, Field(gt=0)] = 72,
     expires: UUID | None = None,
 ) -> State[Any]:
     """Show the version, wait for an answer, and promote it or record why not.
