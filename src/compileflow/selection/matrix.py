@@ -248,7 +248,8 @@ def write_matrix(matrix: Matrix, folder: Path) -> None:
             drops=dropped,
             description=f"Latency, accuracy and size of the cells of {entry.model}. The table has every number.",
         )
-        sections.append((entry.model, comparison, comparison.marks(), dropped, picture))
+        # Nothing is chosen, so that the table gives the reasons of the verdicts.
+        sections.append((entry.model, comparison, comparison.marks(), {}, picture))
     values = {
         "matrix": matrix,
         "sections": sections,
@@ -274,7 +275,7 @@ def matrix_markdown(matrix: Matrix, matrix_uri: str) -> str:
     lines = [f"# {matrix.headline}", "", f"| model | {' | '.join(columns)} |", f"|{'---|' * (len(columns) + 1)}"]
     for model, cells in matrix.rows():
         lines.append(f"| `{model}` | {' | '.join(_cell_words(cell) for cell in cells)} |")
-    lines += ["", "A number is the latency of one short text as a fraction of eager PyTorch's."]
+    lines += ["", "A number is the latency as a fraction of eager PyTorch's."]
     if matrix.failed:
         lines += ["", "## Failed cells", ""]
         lines += [f"- `{cell.model}`, {cell.candidate.label}: {cell.error}" for cell in matrix.failed]
