@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from compileflow.admin.collect import collect_garbage
 from compileflow.admin.promote import promote_version
 from compileflow.artifact.verify import last_result
 from compileflow.catalog import open_registry, open_store
@@ -75,6 +76,16 @@ def test_artifact_is_validated_and_registered_where_the_device_is(
     assert (version.name, version.target, version.verdict) == ("reviews", target, "pass")
     with pytest.raises(SpecError, match="has the verdict pass"):
         settle(pipeline, artifact.uri)
+
+    # The first machine gets the verdict for the same request, and records again for another one.
+    shutil.copytree(tiny_model(HfTask.TEXT_CLASSIFICATION), model)
+    (vendor_doubles / "neuron0").unlink()
+    assert pipeline.validate(request, artifact).outcome == "pass"
+    other = pipeline.request(model, target=target, name="reviews", validation={"strict": True})
+    assert pipeline.validate(other, artifact).outcome == "pending-device"
+    collect_garbage(pipeline.store_uri, [pipeline.registry_uri], settings=pipeline.settings, min_age_s=0)
+    (vendor_doubles / "neuron0").touch()
+    assert settle(pipeline, artifact.uri).validated.outcome in ("pass", "warn")
     assert open_registry(pipeline.registry_uri).get("reviews", 1).artifact_digest == artifact.digest
 
 

@@ -72,11 +72,10 @@ class PendingValidation(BaseModel):
 
     def local_validation(self, folder: Path) -> ValidationSettings:
         """Return the settings of the validation, with the examples in the folder of the recorded reference."""
-        if self.validation.examples_path is None:
-            return self.validation
-        examples = folder / _EXAMPLES / Path(self.validation.examples_path).name
+        path = self.validation.examples_path
+        examples = None if path is None else str(folder / _EXAMPLES / Path(path).name)
         # The suite's text is in pending.json.
-        return self.validation.model_copy(update={"examples_path": str(examples), "suite_path": None})
+        return self.validation.model_copy(update={"examples_path": examples, "suite_path": None})
 
 
 def recorded_tests(folder: Path) -> Path | None:

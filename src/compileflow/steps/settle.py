@@ -19,7 +19,7 @@ from compileflow.steps.register import check_verdict, register_version
 from compileflow.steps.request import CompileRequest
 from compileflow.steps.run import Versions, register_in_each
 from compileflow.steps.toolchain_logs import write_logs
-from compileflow.steps.validate import CHILD, IMPORTS, STEP, lacking_device, report_on
+from compileflow.steps.validate import CHILD, IMPORTS, STEP, WAITING, lacking_device, report_on
 from compileflow.steps.values import ValidatedArtifact
 from compileflow.stores.layout import split_uri
 from compileflow.validation.bundle import BUNDLE_FOLDER
@@ -124,6 +124,7 @@ def settle_artifact(
             **child.value,
         )
         store.put_record("report-of", digest, validated.model_dump(mode="json"))
+        store.put_record(WAITING, digest, {})
     # The machine that compiled may know the store by another URI.
     artifact = pending.artifact.model_copy(update={"uri": artifact_uri})
     return Settled(pending.model_copy(update={"artifact": artifact}), validated)
@@ -160,9 +161,10 @@ def register_settled(settled: Settled, settings: Settings) -> Versions:
 
 
 def _waiting(store: ArtifactStore, digest: str) -> ValidatedArtifact:
-    waiting = report_on(store, digest)
-    if waiting is None or waiting.outcome != PENDING:
-        found = "no verdict" if waiting is None else f"the verdict {waiting.outcome}"
+    waiting = report_on(store, digest, kind=WAITING)
+    if waiting is None:
+        last = report_on(store, digest)
+        found = "no verdict" if last is None else f"the verdict {last.outcome}"
         raise SpecError(
             f"Expected an artifact with the verdict {PENDING}, but {digest[:12]} has {found}.",
             hint="Give the URI of an artifact that was compiled without its device.",

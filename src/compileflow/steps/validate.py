@@ -36,6 +36,8 @@ from compileflow.validation.settings import ValidationSettings
 
 logger = logging.getLogger(__name__)
 STEP = "validate"
+# Records of the last verdict on an artifact, and of the recorded reference of one that waits for its device.
+_REPORT, WAITING = "report-of", "waiting-for-device"
 # Part of the cache key. Raise it when a measurement changes.
 MEASUREMENT_VERSION = 9
 CHILD = "compileflow.steps.prove:prove_artifact"
@@ -101,7 +103,8 @@ def validate_artifact(
             parts["user suite"] = suite.digest
         key = CacheKey(STEP, f"{source.uri} for {manifest.target.name}", parts)
         missing_device = lacking_device(manifest)
-        if missing_device and (settled := report_on(store, artifact.digest)) and settled.outcome != PENDING:
+        settled = report_on(store, artifact.digest) if missing_device else None
+        if settled and not attester.lacks_verdict(artifact.digest, settled.report_digest, key.digest):
             return settled.model_copy(update={"cached": True, "why": "a machine with the device proved it"})
 
         judges_latency = validation.max_latency_ratio or (suite is not None and suite.judges_latency())
@@ -165,14 +168,17 @@ def validate_artifact(
                 why=reason,
                 **child.value,
             )
-            store.put_record("report-of", artifact.digest, value.model_dump(mode="json"))
+            kind = WAITING if missing_device else _REPORT
+            store.put_record(kind, artifact.digest, value.model_dump(mode="json"))
             return value
 
         def reason_to_redo(validated: ValidatedArtifact) -> str:
             if repeat:
                 return "a new validation was requested"
             if validated.outcome == PENDING:
-                return "" if missing_device else "this machine has the device"
+                waiting = report_on(store, artifact.digest, kind=WAITING) if missing_device else None
+                still_waits = waiting is not None and waiting.report_digest == validated.report_digest
+                return "" if still_waits else "it does not wait for its device any more"
             return attester.lacks_verdict(artifact.digest, validated.report_digest, key.digest)
 
         value, cached = find_or_make(
@@ -223,10 +229,17 @@ def check_libraries() -> dict[str, str]:
     return versions
 
 
-def report_on(store: ArtifactStore, artifact_digest: str) -> ValidatedArtifact | None:
-    """Return the last verdict on an artifact; None without a report in the store."""
-    record = store.get_record("report-of", artifact_digest)
-    if record is None:
+def report_on(store: ArtifactStore, artifact_digest: str, *, kind: str = _REPORT) -> ValidatedArtifact | None:
+    """Return the last verdict on an artifact; None without a report in the store.
+
+    Args:
+        store: Store of the artifact.
+        artifact_digest: Digest of the artifact.
+        kind: `WAITING` for the verdict pending-device, which does not replace an earlier one.
+    """
+    record = store.get_record(kind, artifact_digest)
+    # An artifact that was settled waits no longer.
+    if not record:
         return None
     try:
         value = ValidatedArtifact.model_validate(record)
@@ -287,7 +300,7 @@ def _died(error: ProcessError, manifest: ArtifactManifest, *, threads: int, time
 
 
 def _reuse(store: ArtifactStore, artifact: CompiledArtifact) -> ValidatedArtifact:
-    value = report_on(store, artifact.digest)
+    value = report_on(store, artifact.digest) or report_on(store, artifact.digest, kind=WAITING)
     if value is None:
         raise StepOffError(
             f"The validate step is off, and the store {store.uri} has no report on {artifact.digest[:12]}...",
