@@ -40,7 +40,6 @@ def test_two_watchers_compile_each_source_version_once(
     compiled = [version.name for version in reversed(versions) if version.target == "torchscript"]
     assert sorted(compiled) == ["people", "reviews"]
     assert watch_registry(watch, return_state=True).message == "nothing missing"
-    announced = [
-        event["name"] for event in created_events(prefect_server) if event["model"].startswith("registry:")
-    ]
+    uris = {version.source_uri for version in versions}
+    announced = [event["name"] for event in created_events(prefect_server) if event["source_uri"] in uris]
     assert sorted(announced) == ["people", "reviews"]

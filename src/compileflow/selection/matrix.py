@@ -236,7 +236,7 @@ def export_matrix(matrix_uri: str, settings: Settings) -> Path:
 
 def write_matrix(matrix: Matrix, folder: Path) -> None:
     """Write matrix.json and matrix.html into an existing folder."""
-    sections: list[tuple[str, Comparison, list[str], dict[int, str], str]] = []
+    sections: list[tuple[Any, ...]] = []
     for entry in matrix.comparisons:
         comparison = entry.comparison
         dropped = comparison.dropped()
