@@ -6,9 +6,10 @@ from typing import Any
 
 from prefect import flow
 from prefect.client.schemas.objects import State
-from prefect.runtime import flow_run
+from prefect.runtime import deployment, flow_run
 from prefect.states import Failed
 
+from compileflow.contracts import PENDING
 from compileflow.errors import CompileflowError, VerdictError
 from compileflow.selection.run import Attempt, FailedCandidate, ProvenCandidate, winning_candidate
 from compileflow.steps.register import check_verdict, default_name
@@ -18,7 +19,9 @@ from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedA
 from flows.registration import as_error, find_everywhere, register_everywhere
 from tasks.auto import compare, plan
 from tasks.compile import compile_source
+from tasks.events import announce, announce_pending
 from tasks.fetch import fetch
+from tasks.outcome import keep_outcome
 from tasks.publish import publish
 from tasks.settings import settings_for
 from tasks.validate import validate
@@ -37,17 +40,39 @@ def _run_name() -> str:
 def compile_model(request: CompileRequest) -> CompileResult | State[Any]:
     """Run the four steps. A refused artifact, like any error, ends the run as Failed with the reason."""
     try:
-        source = fetch.with_options(timeout_seconds=request.timeouts.fetch_s)(request).result()
-        if request.target == AUTO:
-            return compile_best(source, request)
-        artifact = compile_source(source, request).result()
-        if not request.steps.need_verdict:
-            return CompileResult.of(request, source, artifact, None, find_everywhere(source, artifact, request))
-        validated = validate(source, artifact, request).result()
-        return finish(source, artifact, validated, request)
+        result = run_steps(request)
     except CompileflowError as error:
+        hand_back(request, error)
         # The message of a verdict is complete; the hint of any other error says what to do.
         return Failed(message=error.message if isinstance(error, VerdictError) else str(error), data=error)
+    hand_back(request, result)
+    announce_validated(result)
+    return result
+
+
+def run_steps(request: CompileRequest) -> CompileResult:
+    """Fetch, compile, validate and register."""
+    source = fetch.with_options(timeout_seconds=request.timeouts.fetch_s)(request).result()
+    if request.target == AUTO:
+        return compile_best(source, request)
+    artifact = compile_source(source, request).result()
+    if not request.steps.need_verdict:
+        return CompileResult.of(request, source, artifact, None, find_everywhere(source, artifact, request))
+    validated = validate(source, artifact, request).result()
+    return finish(source, artifact, validated, request)
+
+
+def hand_back(request: CompileRequest, outcome: CompileResult | CompileflowError) -> None:
+    """Keep the outcome for the flow that started this run through a deployment, perhaps on another machine."""
+    if deployment.id and flow_run.parent_flow_run_id:
+        keep_outcome(request, outcome, flow_run.id)
+
+
+def announce_validated(result: CompileResult) -> None:
+    """Send an event for each version that this run registered with the verdict pass."""
+    for registry_uri, version in result.versions.items():
+        if version.flow_run_id == flow_run.id and version.verdict == "pass":
+            announce("validated", version, registry_uri)
 
 
 def compile_best(source: FetchedSource, request: CompileRequest) -> CompileResult:
@@ -77,6 +102,8 @@ def finish(
 ) -> CompileResult:
     """Show the outcome in the Prefect UI, and register the artifact if its verdict allows."""
     publish(source, artifact, validated, request)
+    if validated.outcome == PENDING:
+        announce_pending(artifact, request.target)
     check_verdict(validated, allow_warn=request.allow_warn or not request.steps.register)
     if request.steps.register:
         versions = register_everywhere(source, artifact, validated, request)

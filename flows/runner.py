@@ -1,14 +1,18 @@
-"""Run compile_model for several requests, one after the other, and collect results and errors."""
+"""Run flows for the commands, and collect their results and errors."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
+from prefect.client.schemas.objects import State
 from prefect.exceptions import TerminationSignal
 from prefect.settings import PREFECT_API_URL
 
 from compileflow._process.interrupts import Stopped
 from compileflow.errors import CompileflowError, ProcessError, first_line
+from compileflow.selection.matrix import MatrixRequest
 from compileflow.steps.request import CompileRequest
 from compileflow.steps.run import CompileResult
 from flows.compile_model import compile_model
@@ -20,19 +24,49 @@ def run_requests(requests: Sequence[CompileRequest]) -> list[CompileResult | Com
     Raises:
         Stopped: SIGTERM arrived; Prefect handles that signal within a flow.
     """
+    with _server():
+        return [_run(request) for request in requests]
+
+
+def run_matrix(request: MatrixRequest, *, deployment: str | None, at_once: int) -> str:
+    """Run compile_matrix and return the URI of the stored matrix, whether or not cells failed.
+
+    Raises:
+        Stopped: SIGTERM arrived.
+        CompileflowError: The flow itself failed.
+    """
+    from flows.compile_matrix import compile_matrix
+
+    with _server():
+        outcome = _outcome(lambda: compile_matrix(request, deployment, at_once, return_state=True))
+    if isinstance(outcome, str):
+        return outcome
+    if isinstance(outcome, CompileflowError) and not outcome.report_uri:
+        raise outcome
+    return str(outcome.report_uri)
+
+
+@contextmanager
+def _server() -> Iterator[None]:
     if not PREFECT_API_URL.value():
         from flows.embedded_server import EmbeddedServer
 
         EmbeddedServer()
     try:
-        return [_run(request) for request in requests]
+        yield
     except TerminationSignal as error:
         raise Stopped(error.signal) from error
 
 
 def _run(request: CompileRequest) -> CompileResult | CompileflowError:
+    outcome: CompileResult | CompileflowError = _outcome(lambda: compile_model(request, return_state=True))
+    return outcome
+
+
+def _outcome(run: Callable[[], State[Any]]) -> Any:
+    """Return the result of a flow, or its error as one of compileflow's tree."""
     try:
-        state = compile_model(request, return_state=True)
+        state = run()
     except CompileflowError as error:
         return error
     except Exception as error:  # noqa: BLE001 - Prefect raises what its client and its database raise
@@ -41,6 +75,6 @@ def _run(request: CompileRequest) -> CompileResult | CompileflowError:
             hint="Check the Prefect server of PREFECT_API_URL; without one, unset the variable.",
         )
     outcome = state.result(raise_on_failure=False)
-    if isinstance(outcome, CompileResult | CompileflowError):
+    if isinstance(outcome, CompileResult | CompileflowError | str):
         return outcome
     return ProcessError(f"The run ended as {state.name}: {state.message}")

@@ -8,6 +8,7 @@ from prefect import get_run_logger, task
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
+from compileflow.contracts import PENDING
 from compileflow.steps.request import CompileRequest
 from compileflow.steps.summary import verdict_line
 from compileflow.steps.validate import validate_artifact
@@ -34,6 +35,8 @@ def validate(source: FetchedSource, artifact: CompiledArtifact, request: Compile
         on_progress=logger.info,
     )
     logger.info(verdict_line(validated))
+    if validated.outcome == PENDING:
+        return Completed(name="Pending", message=validated.reason, data=validated)
     if validated.outcome in ("fail", "error"):
         return Completed(name="Refused", message=validated.reason, data=validated)
     return completed(validated)

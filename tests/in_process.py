@@ -23,6 +23,7 @@ from compileflow.spec import CompileSpec, ComponentSpec, HfTask, Precision, Shap
 from compileflow.steps import compile as compile_step
 from compileflow.steps import import_older as import_step
 from compileflow.steps import race as race_step
+from compileflow.steps import settle as settle_step
 from compileflow.steps import validate as validate_step
 from compileflow.steps.build import build_artifact
 from compileflow.testing.compiles import compile_once
@@ -139,6 +140,7 @@ class InProcess:
                 (validate_step, "validate"),
                 (in_memory, "compile"),
                 (import_step, "compile"),
+                (settle_step, "validate"),
             ):
                 patch.setattr(module, "run_in_child", count(step))
             patch.setattr(

@@ -125,6 +125,12 @@ class ProcessTimeoutError(ProcessError):
     """A child process ran past its time limit and was killed."""
 
 
+class RunLostError(ProcessError):
+    """A run ended without an outcome, for example because its worker was killed."""
+
+    retryable = True
+
+
 class OutOfMemoryError(ProcessError):
     """A child process needed more memory than the machine has."""
 

@@ -1,14 +1,27 @@
-"""A target that compiles without its device: compile on one machine, validate on the one that has it."""
+"""A target that compiles without its device: compile on one machine, settle the verdict on the one that has it."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
-from compileflow.catalog import open_registry
-from compileflow.errors import LoadError
+from compileflow.admin.collect import collect_garbage
+from compileflow.admin.promote import promote_version
+from compileflow.artifact.verify import last_result
+from compileflow.catalog import open_registry, open_store
+from compileflow.contracts import Arrays
+from compileflow.errors import RegistryError, SpecError, TargetUnavailableError, VerdictError
+from compileflow.selection.matrix import measured_cell
+from compileflow.serving.component import LoadedComponent
 from compileflow.spec import HfTask
+from compileflow.steps.register import check_verdict
+from compileflow.steps.report_file import read_report
+from compileflow.steps.settle import Settled, register_settled, settle_artifact
 from tests.conftest import ModelFactory
 from tests.doubles.fixtures import vendor_doubles
 from tests.steps import Pipeline
@@ -16,18 +29,83 @@ from tests.steps import Pipeline
 __all__ = ["vendor_doubles"]
 
 
+def settle(pipeline: Pipeline, artifact_uri: str) -> Settled:
+    return settle_artifact(artifact_uri, settings=pipeline.settings, timeout_s=600)
+
+
 @pytest.mark.parametrize("target", ["neuron", pytest.param("neuronx", marks=pytest.mark.slow)])
 def test_artifact_is_validated_and_registered_where_the_device_is(
-    pipeline: Pipeline, tiny_model: ModelFactory, vendor_doubles: Path, target: str
+    pipeline: Pipeline, tiny_model: ModelFactory, vendor_doubles: Path, tmp_path: Path, target: str
 ) -> None:
-    request = pipeline.request(tiny_model(HfTask.TEXT_CLASSIFICATION), target=target)
+    model = tmp_path / "reviews"
+    shutil.copytree(tiny_model(HfTask.TEXT_CLASSIFICATION), model)
+    request = pipeline.request(model, target=target, name="reviews")
     (vendor_doubles / "neuron0").unlink()
     artifact = pipeline.compile(request)
-    with pytest.raises(LoadError, match=f"{target} cannot run here: this machine has no device"):
-        pipeline.validate(request, artifact)
-    assert list(open_registry(pipeline.registry_uri).versions()) == []
+    pending = pipeline.validate(request, artifact)
+    assert pending.outcome == "pending-device"
+    assert pending.reason.startswith(f"pending-device: {target} cannot run here: this machine has no device")
+    assert read_report(pending.report_uri, pipeline.settings).verdict.outcome == "pending-device"
+
+    # Neither registered nor promoted, and recorded once.
+    with pytest.raises(VerdictError, match="pending-device") as refusal:
+        check_verdict(pending, allow_warn=True)
+    assert f"compileflow settle {artifact.digest}" in refusal.value.hint
+    cell, _ = measured_cell(request, refusal.value, pipeline.settings)
+    assert (cell.candidate.outcome, cell.error) == ("pending-device", "")
+    with pytest.raises(VerdictError, match="pending-device"):
+        pipeline.run(request)
+    with pytest.raises(RegistryError):
+        promote_version(
+            "reviews", 1, "staging", registry_uris=[pipeline.registry_uri], settings=pipeline.settings, who="ann"
+        )
+    with pytest.raises(TargetUnavailableError, match="has no device"):
+        settle(pipeline, artifact.uri)
+    assert pipeline.counts == {"compile": 1, "validate": 1}
+
+    # The machine with the device has the store, but not the source model.
     (vendor_doubles / "neuron0").touch()
-    version = pipeline.run(request)
-    assert (version.target, version.verdict) == (target, "pass")
-    assert version.artifact_digest == artifact.digest
-    assert pipeline.counts["compile"] == 1
+    shutil.rmtree(model)
+    store = open_store(pipeline.store_uri)
+    with store.open_folder(pending.report_digest) as bundle:
+        assert not list(bundle.rglob("source/*.safetensors"))
+    settled = settle(pipeline, artifact.uri)
+    assert settled.validated.outcome == "pass", settled.validated.reason
+    assert settled.validated.figures["label_agreement"] == 1.0
+    (version,) = register_settled(settled, pipeline.settings).values()
+    assert (version.name, version.target, version.verdict) == ("reviews", target, "pass")
+    with pytest.raises(SpecError, match="has the verdict pass"):
+        settle(pipeline, artifact.uri)
+
+    # The first machine gets the verdict for the same request, and records again for another one.
+    shutil.copytree(tiny_model(HfTask.TEXT_CLASSIFICATION), model)
+    (vendor_doubles / "neuron0").unlink()
+    assert pipeline.validate(request, artifact).outcome == "pass"
+    other = pipeline.request(model, target=target, name="reviews", validation={"strict": True})
+    assert pipeline.validate(other, artifact).outcome == "pending-device"
+    collect_garbage(pipeline.store_uri, [pipeline.registry_uri], settings=pipeline.settings, min_age_s=0)
+    (vendor_doubles / "neuron0").touch()
+    assert settle(pipeline, artifact.uri).validated.outcome in ("pass", "warn")
+    assert open_registry(pipeline.registry_uri).get("reviews", 1).artifact_digest == artifact.digest
+
+
+@pytest.mark.slow
+def test_wrong_answers_of_the_device_fail_when_they_are_settled(
+    pipeline: Pipeline, tiny_model: ModelFactory, vendor_doubles: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = pipeline.request(tiny_model(HfTask.TEXT_CLASSIFICATION), target="neuron")
+    (vendor_doubles / "neuron0").unlink()
+    artifact = pipeline.compile(request)
+    assert pipeline.validate(request, artifact).outcome == "pending-device"
+    (vendor_doubles / "neuron0").touch()
+    right = LoadedComponent.run
+
+    def wrong(component: LoadedComponent, inputs: Mapping[str, Any]) -> Arrays:
+        return {name: np.flip(answer, axis=-1).copy() for name, answer in right(component, inputs).items()}
+
+    monkeypatch.setattr(LoadedComponent, "run", wrong)
+    settled = settle(pipeline, artifact.uri)
+    assert settled.validated.outcome == "fail"
+    with pytest.raises(VerdictError, match="fail: "):
+        register_settled(settled, pipeline.settings)
+    assert last_result(artifact.uri, pipeline.settings) == "FAILED"

@@ -32,11 +32,12 @@ def test_error_survives_json(kind: type[CompileflowError]) -> None:
     assert (error.message, error.hint, error.log_path) == ("found", "do", "/logs/1.log")
 
 
-def test_only_places_that_did_not_answer_are_worth_a_retry() -> None:
+def test_only_places_that_did_not_answer_and_lost_runs_are_worth_a_retry() -> None:
     assert {kind.__name__ for kind in TREE if kind.retryable} == {
         "SourceUnavailableError",
         "StoreUnavailableError",
         "RegistryUnavailableError",
+        "RunLostError",
     }
 
 

@@ -14,12 +14,14 @@ import pytest
 from pydantic import SecretStr
 from safetensors.numpy import save_file
 
+from compileflow.catalog import open_registry
 from compileflow.contracts.digests import file_digest
 from compileflow.contracts.json_files import read_json
 from compileflow.errors import SourceError, SourceUnavailableError
 from compileflow.settings import Settings, get_settings
 from compileflow.sources.neptune_version import NeptuneSource
 from compileflow.spec import HfTask
+from compileflow.testing.registries import version_entry
 from deployments.neptune_server.tokens import make_api_token
 from tests.services.fault_proxy import Answer, CutResponse, FaultProxy
 from tests.services.moto_server import Moto
@@ -287,6 +289,19 @@ def test_pin_gives_the_whole_id_and_no_revision(team: Team, source: NeptuneSourc
     assert source.pin(f"neptune://{team.project}/{key}", None) == (uri, None)
     with pytest.raises(SourceError, match="no revision 'main'"):
         source.pin(uri, "main")
+
+
+def test_versions_of_a_project_are_listed_without_those_that_compileflow_registered(
+    team: Team, source: NeptuneSource, settings: Settings
+) -> None:
+    uris = [team.version(card=team.card()) for _ in range(2)]
+    open_registry(f"neptune://{team.project}", Settings(home=settings.home)).register(version_entry("ner", 1))
+    versions = sorted(source.versions(f"neptune://{team.project}"), key=lambda version: version.created_at)
+    assert [version.uri for version in versions] == uris
+    # The model's id is the version's without its number.
+    assert {version.name for version in versions} == {uris[0].rpartition("/")[2].rpartition("-")[0]}
+    with pytest.raises(SourceError, match="neptune://"):
+        source.versions("neptune://no-project")
 
 
 def test_unknown_id_lists_similar_ones(team: Team, source: NeptuneSource) -> None:

@@ -13,6 +13,7 @@ from compileflow.catalog import open_registry, open_store
 from compileflow.contracts import ArtifactStore, Collected, without_credentials
 from compileflow.errors import EmptyRegistryError, RegistryError, SignatureError, SpecError
 from compileflow.settings import Settings
+from compileflow.steps.validate import WAITING, report_on
 
 _DAY_S = 86400.0
 _FILE_SCHEMES = ("sqlite:///", "mlflow:sqlite:///")
@@ -29,7 +30,7 @@ def collect_garbage(
     """Delete the folders that no version names as its artifact, report or source, and their blobs.
 
     The last report on a registered artifact is also kept, because the verdict, which may be signed, is based on
-    it.
+    it. So is an artifact that waits for its device, with the recorded answers of its source model.
 
     Args:
         store_uri: URI of the store.
@@ -66,8 +67,19 @@ def collect_garbage(
             hint="Check the registry's URI. To delete a whole store, delete its folder or prefix.",
         )
     store = open_store(store_uri, settings)
-    digests_in_use |= reports_on(store, digests_in_use)
+    digests_in_use |= reports_on(store, digests_in_use) | _waiting(store)
     return store.gc(digests_in_use, min_age_s=min_age_s, dry_run=dry_run)
+
+
+def _waiting(store: ArtifactStore) -> set[str]:
+    """Return the digests of the artifacts that wait for their device, and of their recorded references."""
+    waiting = {digest: report_on(store, digest, kind=WAITING) for digest in store.list_records(WAITING)}
+    return {
+        needed
+        for digest, pending in waiting.items()
+        if pending is not None
+        for needed in (digest, pending.report_digest)
+    }
 
 
 def check_registry_exists(registry_uri: str, settings: Settings) -> None:
@@ -96,8 +108,9 @@ def _needed(registry_uri: str, settings: Settings) -> set[str]:
 def reports_on(store: ArtifactStore, digests: Collection[str]) -> set[str]:
     """Return the digests of the reports on artifacts, from the store's records. Some are newer than a version."""
     reports: set[object] = set()
-    for digest in {key for kind in ("report-of", "verdict") for key in store.list_records(kind)} & set(digests):
-        reports.add((store.get_record("report-of", digest) or {}).get("report_digest"))
+    kinds = ("report-of", WAITING, "verdict")
+    for digest in {key for kind in kinds for key in store.list_records(kind)} & set(digests):
+        reports |= {(store.get_record(kind, digest) or {}).get("report_digest") for kind in kinds[:2]}
         for envelope in stored_envelopes(store, digest):
             # An invalid statement names no report. `compileflow verify` reports it.
             with suppress(SignatureError):

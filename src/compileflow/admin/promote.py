@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from compileflow.artifact.verify import last_result
 from compileflow.catalog import open_registry
@@ -51,17 +51,9 @@ def promote_version(
         raise SpecError(f"Unknown stage {stage!r}.", hint=f"Choose one of: {', '.join(STAGES)}.")
     if force and not reason.strip():
         raise SpecError("Force was given without a reason.", hint='Give the reason, with --reason "...".')
-    first_uri, *other_uris = registry_uris
-    version_record = open_registry(first_uri, settings).get(name, version)
-    versions = {first_uri: version_record}
-    for uri in other_uris:
-        candidates = open_registry(uri, settings).find(version_record.artifact_digest)
-        same_name = [candidate for candidate in candidates if candidate.name == name]
-        if same_name:
-            versions[uri] = same_name[0]
-    if stage in _SERVING_STAGES and not force:
-        for candidate in versions.values():
-            _check_passed(candidate, stage, settings)
+    versions = same_versions(name, version, registry_uris=registry_uris, settings=settings)
+    if not force:
+        check_promotable(versions.values(), stage, settings)
     promotions: dict[str, ModelVersion] = {}
     errors: dict[str, CompileflowError] = {}
     for uri, candidate in versions.items():
@@ -73,6 +65,49 @@ def promote_version(
             errors[without_credentials(uri)] = error
     check_all_succeeded("Promoted", promotions, errors, hint="Run the same command again.")
     return promotions
+
+
+def same_versions(
+    name: str, version: int | Stage, *, registry_uris: Sequence[str], settings: Settings
+) -> dict[str, ModelVersion]:
+    """Return a version of the first registry, and the versions of the same artifact and name in the others.
+
+    Returns:
+        The version in each registry that has the artifact, by URI.
+
+    Raises:
+        RegistryError: The version does not exist in the first registry.
+    """
+    first_uri, *other_uris = registry_uris
+    version_record = open_registry(first_uri, settings).get(name, version)
+    versions = {first_uri: version_record}
+    for uri in other_uris:
+        candidates = open_registry(uri, settings).find(version_record.artifact_digest)
+        same_name = [candidate for candidate in candidates if candidate.name == name]
+        if same_name:
+            versions[uri] = same_name[0]
+    return versions
+
+
+def check_promotable(versions: Iterable[ModelVersion], stage: str, settings: Settings) -> None:
+    """Refuse versions that must not enter a stage.
+
+    Raises:
+        SignatureError: The store's verdict statement is about another artifact or was altered.
+        VerdictError: The stage serves, and a verdict is not pass, or the last validation did not pass.
+    """
+    if stage in _SERVING_STAGES:
+        for version in versions:
+            _check_passed(version, stage, settings)
+
+
+def note_in_each(
+    name: str, version: int, *, registry_uris: Sequence[str], settings: Settings, who: str, reason: str
+) -> None:
+    """Record a note on a version in every registry that has it. Raises as `same_versions` does."""
+    versions = same_versions(name, version, registry_uris=registry_uris, settings=settings)
+    for uri, candidate in versions.items():
+        open_registry(uri, settings).note(name, candidate.version, who=who, reason=reason)
 
 
 def _check_passed(version: ModelVersion, stage: str, settings: Settings) -> None:

@@ -20,6 +20,7 @@ from compileflow.cli.lineage import lineage
 from compileflow.cli.mirror import mirror
 from compileflow.cli.promote import promote
 from compileflow.cli.pull import pull
+from compileflow.cli.settle import settle
 from compileflow.cli.targets import targets
 from compileflow.cli.verify import verify
 from compileflow.cli.versions import versions
@@ -39,6 +40,7 @@ _COMMANDS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
         "verify": verify,
         "versions": versions,
         "lineage": lineage,
+        "settle": settle,
         "promote": promote,
         "pull": pull,
         "import-older": import_older,

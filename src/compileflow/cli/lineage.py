@@ -55,9 +55,12 @@ def _tree(history: Lineage) -> Tree:
     mark = ", latency measured on a busy machine" if LATENCY_ON_BUSY_MACHINE in version.figures else ""
     report = branch.add(escape(f"report {version.report_uri}, verdict {version.verdict}{mark}"))
     report.add(f"digest {version.report_digest}")
+    last_stage: str = "none"
     for promotion in history.promotions:
         reason = f": {promotion.reason}" if promotion.reason else ""
-        branch.add(escape(f"{promotion.at} {promotion.who} made it {promotion.stage}{reason}"))
+        action = "noted" if promotion.stage == last_stage else f"made it {promotion.stage}"
+        branch.add(escape(f"{promotion.at} {promotion.who} {action}{reason}"))
+        last_stage = promotion.stage
     for sibling in history.siblings:
         line = f"{sibling.name} version {sibling.version} for {sibling.target}, digest {sibling.artifact_digest}"
         tree.add(escape(line))

@@ -14,7 +14,7 @@ from compileflow.contracts.registries import (
     VersionFiles,
     without_credentials,
 )
-from compileflow.contracts.sources import LocatedSource, Source
+from compileflow.contracts.sources import ListingSource, LocatedSource, Source, SourceVersion
 from compileflow.contracts.stores import ArtifactStore, Collected, StoredFolder
 from compileflow.contracts.targets import (
     Arrays,
@@ -36,6 +36,7 @@ from compileflow.contracts.verdicts import (
     ACCEPTED_OUTCOMES,
     LATENCY_ON_BUSY_MACHINE,
     OUTCOMES,
+    PENDING,
     AcceptedOutcome,
     Outcome,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "ACCEPTED_OUTCOMES",
     "LATENCY_ON_BUSY_MACHINE",
     "OUTCOMES",
+    "PENDING",
     "SHA256",
     "STAGES",
     "AcceptedOutcome",
@@ -62,6 +64,7 @@ __all__ = [
     "Device",
     "FileRecord",
     "GeneratingRunner",
+    "ListingSource",
     "LocatedSource",
     "ModelRegistry",
     "ModelVersion",
@@ -71,6 +74,7 @@ __all__ = [
     "Promotion",
     "Runner",
     "Source",
+    "SourceVersion",
     "Stage",
     "StoredFolder",
     "Target",

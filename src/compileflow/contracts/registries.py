@@ -50,7 +50,7 @@ class ModelVersion(VersionEntry):
 
 
 class Promotion(BaseModel):
-    """One change of a version's stage."""
+    """One change of a version's stage, or a note on it, which leaves the stage as it is."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -115,5 +115,12 @@ class ModelRegistry(Protocol):
     def set_stage(self, name: str, version: int, stage: Stage, *, who: str, reason: str = "") -> ModelVersion:
         """Move a version to a stage, and archive the version that it replaces in staging or production."""
 
+    def note(self, name: str, version: int, *, who: str, reason: str) -> Promotion:
+        """Record a note on a version among its promotions. The version stays in its stage.
+
+        Raises:
+            RegistryError: The name or number does not exist.
+        """
+
     def promotions(self, name: str, version: int) -> Sequence[Promotion]:
-        """Return every change of a version's stage, oldest first."""
+        """Return every change of a version's stage and every note on it, oldest first."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from compileflow.spec import HfTask
 
@@ -34,6 +35,25 @@ class LocatedSource:
     test_files: Path | None = None
 
 
+@dataclass(frozen=True)
+class SourceVersion:
+    """A registered version of an uncompiled model.
+
+    Attributes:
+        model: Location that a compile request gives.
+        uri: URI that a compiled version records as its source.
+        name: Name of the model in its registry.
+        created_at: Time of its registration, UTC, ISO 8601.
+        digest: Digest of its files; "" if it is unknown before a download.
+    """
+
+    model: str
+    uri: str
+    name: str
+    created_at: str
+    digest: str = ""
+
+
 class Source(Protocol):
     """A place that provides uncompiled models."""
 
@@ -42,3 +62,15 @@ class Source(Protocol):
 
     def locate(self, location: str, revision: str | None, work_dir: Path) -> LocatedSource:
         """Bring the model's files to this machine; downloads go to `work_dir`."""
+
+
+@runtime_checkable
+class ListingSource(Source, Protocol):
+    """A source that lists the registered versions of uncompiled models. Optional."""
+
+    def versions(self, place: str) -> Sequence[SourceVersion]:
+        """Return the versions in a registry that are not compiled models, in any order.
+
+        Args:
+            place: URI of the registry.
+        """

@@ -168,8 +168,20 @@ class SqliteRegistry:
                 _move(db, chosen, stage, who, reason)
         return chosen.model_copy(update={"stage": stage})
 
+    def note(self, name: str, version: int, *, who: str, reason: str) -> Promotion:
+        """Record a note on a version, which stays in its stage.
+
+        Raises:
+            RegistryError: The name or number does not exist.
+        """
+        self.get(name, version)
+        with _write_transaction(self._path) as db:
+            row = db.execute(_SELECT + "WHERE m.name = ? AND v.number = ?", (name, version)).fetchone()
+            chosen = _version(row)
+            return _record(db, chosen, chosen.stage, who, reason)
+
     def promotions(self, name: str, version: int) -> Sequence[Promotion]:
-        """Return every change of a version's stage, oldest first.
+        """Return every change of a version's stage and every note on it, oldest first.
 
         Raises:
             RegistryError: The name or number does not exist.
@@ -197,14 +209,21 @@ class SqliteRegistry:
 
 
 def _move(db: sqlite3.Connection, version: ModelVersion, stage: Stage, who: str, reason: str) -> None:
-    (model_id,) = db.execute("SELECT id FROM model WHERE name = ?", (version.name,)).fetchone()
     db.execute(
-        "UPDATE version SET stage = ? WHERE model_id = ? AND number = ?", (stage, model_id, version.version)
+        "UPDATE version SET stage = ? WHERE model_id = (SELECT id FROM model WHERE name = ?) AND number = ?",
+        (stage, version.name, version.version),
     )
+    _record(db, version, stage, who, reason)
+
+
+def _record(db: sqlite3.Connection, version: ModelVersion, stage: Stage, who: str, reason: str) -> Promotion:
+    promotion = Promotion(at=_now(), stage=stage, who=who, reason=reason)
     db.execute(
-        "INSERT INTO promotion(model_id, number, at, stage, who, reason) VALUES (?, ?, ?, ?, ?, ?)",
-        (model_id, version.version, _now(), stage, who, reason),
+        "INSERT INTO promotion(model_id, number, at, stage, who, reason)"
+        " SELECT id, ?, ?, ?, ?, ? FROM model WHERE name = ?",
+        (version.version, promotion.at, stage, who, reason, version.name),
     )
+    return promotion
 
 
 def _now() -> str:

@@ -9,15 +9,17 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from compileflow._process.folders import os_errors
-from compileflow.contracts import LocatedSource
+from compileflow.contracts import LocatedSource, SourceVersion
 from compileflow.contracts.digests import safe_relative_path
 from compileflow.contracts.sources import TEST_FILES
 from compileflow.errors import SourceError, SourceUnavailableError, SpecError, first_line
-from compileflow.registries.mlflow.client import SCHEME, MlflowPlace, error_code, parse_place
+from compileflow.registries.mlflow.client import SCHEME, MlflowPlace, error_code, pages, parse_place
+from compileflow.registries.mlflow.tags import SCHEMA
 from compileflow.settings import Settings
 from compileflow.sources.files import card_task, choose_files_below, model_folder, read_json
 
@@ -40,6 +42,29 @@ class MlflowSource:
         place, name, ref = _parse(location, revision)
         with _calls(place, f"find {name}") as client:
             return _uri(place, name, _find(client, place, name, ref)), None
+
+    def versions(self, place: str) -> list[SourceVersion]:
+        """Return the versions of all models that compileflow did not register.
+
+        Raises:
+            SourceError: The URI is wrong, or MLflow refused.
+            SourceUnavailableError: MLflow did not answer.
+        """
+        try:
+            parsed_place = parse_place(place)
+        except SpecError as error:
+            raise SourceError(error.message, hint=error.hint) from error
+        with _calls(parsed_place, "list versions") as client:
+            return [
+                SourceVersion(
+                    model=_uri(parsed_place, item.name, item),
+                    uri=_uri(parsed_place, item.name, item),
+                    name=item.name,
+                    created_at=datetime.fromtimestamp(item.creation_timestamp / 1000, UTC).isoformat(),
+                )
+                for item in pages(client.search_model_versions, "")
+                if SCHEMA not in item.tags
+            ]
 
     def locate(self, location: str, revision: str | None, work_dir: Path) -> LocatedSource:
         """Download the version's files to `work_dir`, and collect the parts of the model in one folder.

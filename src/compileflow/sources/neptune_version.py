@@ -12,17 +12,19 @@ import shutil
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 from zipfile import BadZipFile, ZipFile
 
 from compileflow._process.folders import os_errors
-from compileflow.contracts import LocatedSource
+from compileflow.contracts import LocatedSource, SourceVersion
 from compileflow.contracts.digests import safe_relative_path
 from compileflow.contracts.sources import TEST_FILES
 from compileflow.errors import SourceError, SourceUnavailableError, SpecError, first_line
-from compileflow.registries.neptune.address import parse_version
+from compileflow.registries.neptune.address import parse_project, parse_version
 from compileflow.registries.neptune.calls import NeptuneClient
+from compileflow.registries.neptune.fields import DIGEST
 from compileflow.settings import Settings
 from compileflow.sources.files import card_task, choose_files_below, folder_names, model_folder, read_json
 from compileflow.sources.tracked_files import SCHEME, TrackedFile, download_tracked, objects_at
@@ -51,6 +53,30 @@ class NeptuneSource:
         """
         client, identity, model_name = self._open(location, revision)
         return _uri(client, identity, model_name), None
+
+    def versions(self, place: str) -> list[SourceVersion]:
+        """Return the versions of a project that compileflow did not register, named by their model's id.
+
+        Raises:
+            SourceError: The URI is wrong, or the server refused.
+            SourceUnavailableError: The server did not answer.
+        """
+        try:
+            project = parse_project(place)
+        except SpecError as error:
+            raise SourceError(error.message, hint=error.hint) from error
+        client = NeptuneClient(project, self._settings, refused=SourceError, unavailable=SourceUnavailableError)
+        rows = client.find("version", "", ["sys/creation_time", "sys/model_id", DIGEST])
+        return [
+            SourceVersion(
+                model=_uri(client, str(row["sys/id"]), ""),
+                uri=_uri(client, str(row["sys/id"]), ""),
+                name=str(row["sys/model_id"]),
+                created_at=datetime.fromisoformat(str(row["sys/creation_time"])).astimezone(UTC).isoformat(),
+            )
+            for row in rows
+            if row[DIGEST] is None
+        ]
 
     def locate(self, location: str, revision: str | None, work_dir: Path) -> LocatedSource:
         """Download the model's files and the test files to `work_dir`.

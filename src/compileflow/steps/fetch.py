@@ -134,18 +134,30 @@ def _card_parts(located_source: LocatedSource) -> dict[str, str]:
     return parts
 
 
+def recorded_source(store: ArtifactStore, uri: str, digest: str) -> FetchedSource | None:
+    """Return the last source model that was fetched from a URI, if it has this digest; None without it."""
+    value = _last(store, uri)
+    return value if value is not None and value.digest == digest else None
+
+
 def _reuse(store: ArtifactStore, source: Source, model: str, revision: str | None) -> FetchedSource:
     # The step is off: reuse the last commit without asking the Hub.
     is_on_hub = scheme_of(model) == "hf"
     uri = f"hf://{model.removeprefix('hf://')}" if is_on_hub else source.pin(model, revision)[0]
-    latest_record = latest(store, STEP, uri)
-    parts = latest_record.get("parts") if latest_record else None
-    if isinstance(parts, dict):
-        key = CacheKey(STEP, uri, {name: str(value) for name, value in parts.items()})
-        value = find(store, key, FetchedSource, folders=_FOLDERS)
-        if value is not None:
-            return value.model_copy(update={"cached": True})
+    value = _last(store, uri)
+    if value is not None:
+        return value
     raise StepOffError(
         f"The fetch step is off, and the store {store.uri} has no source model from {uri}.",
         hint="Switch the fetch step on.",
     )
+
+
+def _last(store: ArtifactStore, uri: str) -> FetchedSource | None:
+    latest_record = latest(store, STEP, uri)
+    parts = latest_record.get("parts") if latest_record else None
+    if not isinstance(parts, dict):
+        return None
+    key = CacheKey(STEP, uri, {name: str(value) for name, value in parts.items()})
+    value = find(store, key, FetchedSource, folders=_FOLDERS)
+    return None if value is None else value.model_copy(update={"cached": True})

@@ -18,7 +18,7 @@ from compileflow._process.child_process import report_progress
 from compileflow._process.state import resident_bytes, torch_threads
 from compileflow.artifact.open import OpenArtifact, open_artifact
 from compileflow.catalog import get_target
-from compileflow.contracts import OUTCOMES, Arrays, ComponentRecord
+from compileflow.contracts import OUTCOMES, PENDING, Arrays, ComponentRecord
 from compileflow.contracts.digests import folder_digest, list_files
 from compileflow.errors import LoadError, MeasurementError, first_line
 from compileflow.serving.component import LoadedComponent
@@ -42,6 +42,12 @@ from compileflow.validation.judge.suite import suite_digest
 from compileflow.validation.measure import Call, Measurements, Model, OneThread
 from compileflow.validation.measure.decisions import Decisions, Pool, mean_of_tokens
 from compileflow.validation.measure.interface import Claims
+from compileflow.validation.recorded_reference import (
+    REFERENCE_FOLDER,
+    RecordedAnswers,
+    load_recorded,
+    record_interface,
+)
 from compileflow.validation.reference_answers import ReferenceAnswers, reference_key
 from compileflow.validation.registered_tests import (
     AnsweredTests,
@@ -76,6 +82,8 @@ def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
         request: What `steps.validate` sends. With a "tests_dir", the compiled pipeline answers the tests that are
             registered with the source version. The report keeps its answers, compared with the registered ones.
             With a "reference_dir" and the "source_digest", the source model's answers are kept in that folder.
+        With "record", the artifact is not run: the source model's part is recorded beside the report, and the
+        verdict is pending-device. With a "recorded_dir", that record takes the place of the source model.
             The gates of the user's "suite" are judged in addition to compileflow's.
 
     Returns:
@@ -95,20 +103,36 @@ def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
     spec = artifact.manifest.spec
     # Components load before the source model, so that the growth in memory is due to them alone.
     source_dir = Path(request["source_dir"])
-    loaded_components = [
-        _load(artifact, component.name, source_dir, validation, threads) for component in spec.components
-    ]
-    source_model = load_source_model(source_dir, spec.hf_task, trust_remote_code=trust_remote_code)
-    answers = ReferenceAnswers(
-        Path(request["reference_dir"]) if request.get("reference_dir") else None,
-        reference_key(
-            source_model,
-            source_digest=request.get("source_digest", ""),
-            hf_task=spec.hf_task.value,
-            threads=threads,
-        ),
-        report=report_progress,
-    )
+    record_dir = Path(request["report_dir"]) / REFERENCE_FOLDER if request.get("record") else None
+    loaded_components = []
+    if record_dir is None:
+        loaded_components = [
+            _load(artifact, component.name, source_dir, validation, threads) for component in spec.components
+        ]
+    source_model: SourceModel
+    answers: ReferenceAnswers
+    if recorded_dir := request.get("recorded_dir"):
+        answers = RecordedAnswers(Path(recorded_dir), recording=False)
+        source_model = load_recorded(Path(recorded_dir), answers, trust_remote_code=trust_remote_code)
+    else:
+        source_model = load_source_model(source_dir, spec.hf_task, trust_remote_code=trust_remote_code)
+        answers = ReferenceAnswers(
+            Path(request["reference_dir"]) if request.get("reference_dir") else None,
+            reference_key(
+                source_model,
+                source_digest=request.get("source_digest", ""),
+                hf_task=spec.hf_task.value,
+                threads=threads,
+            ),
+            report=report_progress,
+        )
+    if record_dir is not None:
+        answers = RecordedAnswers(record_dir, recording=True)
+        record_interface(record_dir, source_model, source_dir, threads=threads)
+        loaded_components = [
+            _stand_in(artifact, component.name, source_dir, validation, source_model)
+            for component in spec.components
+        ]
     report_progress("comparing files, tokens and processor outputs with the source model's")
     requested = CompileSpec.model_validate(request["spec"]) if request.get("spec") else None
     claims = expected_claims(
@@ -123,7 +147,7 @@ def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
     shared = Measurements()
     whole_artifact.measure_shared(shared, max_length=max(map(claimed_length, claims.values())))
     tests = read_registered_tests(Path(request["tests_dir"])) if request.get("tests_dir") else None
-    if tests is not None:
+    if tests is not None and record_dir is None:
         report_progress("answering the test inputs that are registered with the source version")
         try:
             answered = _answered(tests, artifact, threads)
@@ -147,7 +171,12 @@ def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
         shared=shared,
         threads=threads,
         bundle_dir=Path(request["report_dir"]) / BUNDLE_FOLDER,
+        has_both=record_dir is None and not recorded_dir,
     )
+    if record_dir is not None:
+        for compiled_component, _, first_call in loaded_components:
+            proof.record(compiled_component, first_call, claims[compiled_component.component])
+        return _pending(proof, loaded_components[0][0].component, Path(request["report_dir"]), request["record"])
     reports = []
     judged: list[tuple[str, Any]] = []
     for compiled_component, serving_memory_bytes, first_call in loaded_components:
@@ -168,6 +197,27 @@ def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
         "reason": report.verdict.reason,
         "figures": report.figures,
     }
+
+
+def _pending(proof: _Proof, component: str, report_dir: Path, reason: str) -> dict[str, Any]:
+    """Write the report of an artifact that was not run."""
+    verdict = Verdict(outcome=PENDING, reason=f"{PENDING}: {reason}", gates=())
+    report = Report(
+        subject=proof.subject(component),
+        verdict=verdict,
+        figures={},
+        noise={},
+        latencies=(),
+        worst=(),
+        families={},
+        examples_origin="",
+        examples_count=0,
+        measurement_version=MEASUREMENT_VERSION,
+        suite_digest=suite_digest(),
+        environment=environment(proof.threads),
+    )
+    write_report(report, report_dir)
+    return {"outcome": PENDING, "reason": verdict.reason, "figures": {}}
 
 
 def _keep(judged: list[tuple[str, Any]], component: str, title: str, result: Any) -> None:
@@ -204,6 +254,28 @@ def _load(
         # The gates judge a call that raises.
         calls.append((inputs, measuring.candidate_answer(compiled_component.run, inputs)[0]))
     return compiled_component, max(0, resident_bytes() - bytes_before), calls[0]
+
+
+def _stand_in(
+    artifact: OpenArtifact, component: str, source_dir: Path, validation: ValidationSettings, source: SourceModel
+) -> tuple[LoadedComponent, int, Call]:
+    """Return a component whose graph is the source model, which takes the place of one that cannot run here."""
+    record = artifact.component(component)
+    example = component_examples(artifact, record, source_dir)
+    stand_in = LoadedComponent(artifact, component, record, _SourceRunner(source))
+    inputs = example(*component_shapes(artifact, record, source_dir, validation)[0])
+    return stand_in, 0, (inputs, measuring.candidate_answer(stand_in.run, inputs)[0])
+
+
+@dataclass(frozen=True)
+class _SourceRunner:
+    source: SourceModel
+
+    def run(self, inputs: Mapping[str, Any]) -> Arrays:
+        return self.source.run(inputs)
+
+    def close(self) -> None:
+        """Do nothing: the source model stays."""
 
 
 def component_examples(
@@ -275,6 +347,7 @@ class _Proof:
         shared: Measurements that hold for each component.
         threads: Threads that both models use.
         bundle_dir: Folder for the bundle of the first component that fails.
+        has_both: Both models run here, so that their latencies can be compared.
     """
 
     source_model: SourceModel
@@ -288,6 +361,7 @@ class _Proof:
     shared: Measurements
     threads: int
     bundle_dir: Path
+    has_both: bool = True
 
     @property
     def artifact(self) -> OpenArtifact:
@@ -296,6 +370,16 @@ class _Proof:
     @property
     def spec(self) -> CompileSpec:
         return self.artifact.manifest.spec
+
+    def record(self, compiled: LoadedComponent, first_call: Call, claims: Claims) -> None:
+        """Record every answer that a measurement of the component asks of the source model.
+
+        Args:
+            compiled: Component that answers as the source model does.
+            first_call: First call of the component in this process.
+            claims: Claims of the manifest about the component, with the right values.
+        """
+        self._measure(self._component(compiled, first_call), claims)
 
     def report(
         self,
@@ -427,6 +511,9 @@ class _Proof:
         measuring.measure_noise(
             measurements, _noise_variants(source_model, self.threads, answers), reference, noise_cases
         )
+        if not self.has_both:
+            measurements.notes.append("Latency was not compared, because the source model is not on this machine.")
+            return measurements
         report_progress("timing both models in turn")
         measuring.measure_latency(
             measurements,
@@ -439,6 +526,23 @@ class _Proof:
             written_tokens=written_tokens(component.compiled),
         )
         return measurements
+
+    def subject(self, component: str) -> ReportSubject:
+        """Return what a report says about both models."""
+        manifest, spec = self.artifact.manifest, self.spec
+        return ReportSubject(
+            source_uri=manifest.source.uri,
+            source_revision=manifest.source.revision,
+            source_digest=manifest.source.digest,
+            architecture=manifest.source.architecture,
+            artifact_uri=self.artifact_uri,
+            artifact_digest=self.artifact.digest,
+            target=spec.target,
+            hf_task=spec.hf_task.value,
+            precision=spec.precision.value,
+            component=component,
+            toolchain=manifest.target.toolchain,
+        )
 
     def _judge(self, measurements: Measurements, on_result: Callable[[str, Any], None] | None) -> Verdict:
         spec = self.spec
@@ -460,21 +564,9 @@ class _Proof:
     def _report(
         self, component: _Component, measurements: Measurements, verdict: Verdict, failed: Failed | None
     ) -> Report:
-        manifest, spec, evidence = self.artifact.manifest, self.spec, component.evidence
+        evidence = component.evidence
         return Report(
-            subject=ReportSubject(
-                source_uri=manifest.source.uri,
-                source_revision=manifest.source.revision,
-                source_digest=manifest.source.digest,
-                architecture=manifest.source.architecture,
-                artifact_uri=self.artifact_uri,
-                artifact_digest=self.artifact.digest,
-                target=spec.target,
-                hf_task=spec.hf_task.value,
-                precision=spec.precision.value,
-                component=component.compiled.component,
-                toolchain=manifest.target.toolchain,
-            ),
+            subject=self.subject(component.compiled.component),
             verdict=failed.named(verdict) if failed else verdict,
             figures=measurements.figures(),
             noise=measurements.noise,

@@ -10,7 +10,7 @@ from dataclasses import replace
 from compileflow._process.folders import path_of_uri
 from compileflow.artifact.manifest import read_manifest
 from compileflow.catalog import open_registry, open_store
-from compileflow.contracts import ACCEPTED_OUTCOMES, ModelVersion, VersionEntry, VersionFiles
+from compileflow.contracts import ACCEPTED_OUTCOMES, PENDING, ModelVersion, VersionEntry, VersionFiles
 from compileflow.errors import VerdictError
 from compileflow.settings import Settings
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact, all_figures
@@ -102,6 +102,13 @@ def check_verdict(validated: ValidatedArtifact, *, allow_warn: bool) -> None:
             f"The verdict is {validated.reason}.",
             hint="The artifact is not registered. To register it anyway, set allow_warn. "
             f"Report: {validated.report_uri}",
+            report_uri=validated.report_uri,
+        )
+    if validated.outcome == PENDING:
+        raise VerdictError(
+            f"{validated.reason}.",
+            hint="The artifact is stored, but not registered. On a machine with the device, run: "
+            f"compileflow settle {validated.artifact_digest}",
             report_uri=validated.report_uri,
         )
     if validated.outcome not in ACCEPTED_OUTCOMES:

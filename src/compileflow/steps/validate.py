@@ -14,7 +14,7 @@ from compileflow._process.packages import installed_versions
 from compileflow._process.run_in_child import run_in_child
 from compileflow.artifact.manifest import ArtifactManifest, read_manifest
 from compileflow.catalog import get_target, open_store
-from compileflow.contracts import ACCEPTED_OUTCOMES, LATENCY_ON_BUSY_MACHINE, ArtifactStore
+from compileflow.contracts import ACCEPTED_OUTCOMES, LATENCY_ON_BUSY_MACHINE, PENDING, ArtifactStore
 from compileflow.contracts.digests import json_digest
 from compileflow.errors import MeasurementError, ProcessError, StepOffError
 from compileflow.settings import Settings
@@ -22,6 +22,7 @@ from compileflow.spec import CompileSpec, HfTask
 from compileflow.steps.attest import Attester
 from compileflow.steps.cache import CacheKey, find_or_make
 from compileflow.steps.compile import spec_of
+from compileflow.steps.pending import PendingValidation
 from compileflow.steps.plan import check_timed_shapes
 from compileflow.steps.request import CompileRequest
 from compileflow.steps.toolchain_logs import write_logs
@@ -30,15 +31,18 @@ from compileflow.validation.bundle import BUNDLE_FOLDER
 from compileflow.validation.cases import CLASS_FOLDERS, sample_examples, signals_digest
 from compileflow.validation.judge import load_user_suite
 from compileflow.validation.judge.suite import suite_digest
+from compileflow.validation.recorded_reference import REFERENCE_FOLDER
 from compileflow.validation.settings import ValidationSettings
 
 logger = logging.getLogger(__name__)
 STEP = "validate"
+# Records of the last verdict on an artifact, and of the recorded reference of one that waits for its device.
+_REPORT, WAITING = "report-of", "waiting-for-device"
 # Part of the cache key. Raise it when a measurement changes.
 MEASUREMENT_VERSION = 9
-_CHILD = "compileflow.steps.prove:prove_artifact"
+CHILD = "compileflow.steps.prove:prove_artifact"
 # Great Expectations alone takes seconds. What a compiled model needs stays out: its memory is measured.
-IMPORTS = ("torch", _CHILD.partition(":")[0], "compileflow.validation.judge.expectations", "matplotlib.pyplot")
+IMPORTS = ("torch", CHILD.partition(":")[0], "compileflow.validation.judge.expectations", "matplotlib.pyplot")
 _LIBRARIES = ("torch", "transformers", "numpy", "scipy", "great_expectations")
 
 
@@ -52,6 +56,7 @@ def validate_artifact(
     timeout_s: float,
     request: CompileRequest | None = None,
     enabled: bool = True,
+    repeat: bool = False,
     trust_remote_code: bool = False,
     on_progress: Callable[[str], None] = logger.info,
 ) -> ValidatedArtifact:
@@ -59,7 +64,11 @@ def validate_artifact(
 
     The artifact must be what `request` asks for; without one, only the source model says what it must be.
     Only the verdicts pass and warn are cached. A refused artifact is measured again, because the machine may have
-    been at fault. Python files of the source model and of the artifact run only with `trust_remote_code`.
+    been at fault; with `repeat`, so is any other. Python files of the source model and of the artifact run only
+    with `trust_remote_code`.
+
+    Where the target's device is missing, the verdict is pending-device, and the report holds the answers of the
+    source model. `settle.py` compares them with the artifact's on a machine that has the device.
 
     Raises:
         MeasurementError: The models could not be compared.
@@ -93,6 +102,10 @@ def validate_artifact(
         if suite is not None:
             parts["user suite"] = suite.digest
         key = CacheKey(STEP, f"{source.uri} for {manifest.target.name}", parts)
+        missing_device = lacking_device(manifest)
+        settled = report_on(store, artifact.digest) if missing_device else None
+        if settled and not attester.lacks_verdict(artifact.digest, settled.report_digest, key.digest):
+            return settled.model_copy(update={"cached": True, "why": "a machine with the device proved it"})
 
         judges_latency = validation.max_latency_ratio or (suite is not None and suite.judges_latency())
 
@@ -101,7 +114,7 @@ def validate_artifact(
                 (work / "report").mkdir()
                 try:
                     child = run_in_child(
-                        _CHILD,
+                        CHILD,
                         {
                             "source_dir": str(source_dir),
                             "source_digest": source.digest,
@@ -115,6 +128,7 @@ def validate_artifact(
                             "suite": {"text": suite.text, "origin": suite.origin} if suite is not None else None,
                             "threads": settings.threads,
                             "trust_remote_code": trust_remote_code,
+                            "record": missing_device,
                         },
                         work_dir=work,
                         log_path=settings.log_path(f"{STEP}-{key.digest[:12]}"),
@@ -126,14 +140,26 @@ def validate_artifact(
                 except ProcessError as error:
                     raise _died(error, manifest, threads=settings.threads, timeout_s=timeout_s) from error
                 write_logs(work / "report" / BUNDLE_FOLDER, store, artifact.digest, {STEP: child.log})
+                if missing_device:
+                    pending = PendingValidation(
+                        source=source,
+                        artifact=artifact,
+                        spec=spec,
+                        validation=validation,
+                        suite={"text": suite.text, "origin": suite.origin} if suite is not None else None,
+                        request=request,
+                        request_digest=key.digest,
+                    )
+                    pending.write(work / "report" / REFERENCE_FOLDER, tests_dir=tests_dir)
                 stored_folder = store.put_folder(work / "report")
-                attester.validated(
-                    artifact.digest,
-                    work / "report",
-                    stored_folder=stored_folder,
-                    source_digest=source.digest,
-                    request_digest=key.digest,
-                )
+                if not missing_device:
+                    attester.validated(
+                        artifact.digest,
+                        work / "report",
+                        stored_folder=stored_folder,
+                        source_digest=source.digest,
+                        request_digest=key.digest,
+                    )
             value = ValidatedArtifact(
                 artifact_digest=artifact.digest,
                 report_uri=stored_folder.uri,
@@ -142,8 +168,18 @@ def validate_artifact(
                 why=reason,
                 **child.value,
             )
-            store.put_record("report-of", artifact.digest, value.model_dump(mode="json"))
+            kind = WAITING if missing_device else _REPORT
+            store.put_record(kind, artifact.digest, value.model_dump(mode="json"))
             return value
+
+        def reason_to_redo(validated: ValidatedArtifact) -> str:
+            if repeat:
+                return "a new validation was requested"
+            if validated.outcome == PENDING:
+                waiting = report_on(store, artifact.digest, kind=WAITING) if missing_device else None
+                still_waits = waiting is not None and waiting.report_digest == validated.report_digest
+                return "" if still_waits else "it does not wait for its device any more"
+            return attester.lacks_verdict(artifact.digest, validated.report_digest, key.digest)
 
         value, cached = find_or_make(
             store,
@@ -153,17 +189,28 @@ def validate_artifact(
             compute=compute,
             report_line=on_progress,
             is_cacheable=lambda validated: (
-                validated.outcome in ACCEPTED_OUTCOMES
+                validated.outcome in (*ACCEPTED_OUTCOMES, PENDING)
                 # The gate that the user set was not judged, so the next run measures again.
                 and not (judges_latency and LATENCY_ON_BUSY_MACHINE in validated.figures)
             ),
-            reason_to_redo=lambda validated: attester.lacks_verdict(
-                artifact.digest, validated.report_digest, key.digest
-            ),
+            reason_to_redo=reason_to_redo,
         )
     if cached:
         return value.model_copy(update={"cached": True, "why": "every part of its key is unchanged"})
     return value
+
+
+def lacking_device(manifest: ArtifactManifest) -> str:
+    """Return why an artifact for a device cannot run here, if a record of its source model can replace it for now.
+
+    "" for an artifact that runs here, for a target of the CPU, and for other models than those that read text.
+    """
+    target, task = get_target(manifest.target.name), manifest.hf_task
+    availability = target.probe()
+    if availability.can_run or target.capabilities.devices[0] == "cpu":
+        return ""
+    is_recordable = task.modality == "text" and not task.generates
+    return f"{target.name} cannot run here: {availability.reason}" if is_recordable else ""
 
 
 def check_libraries() -> dict[str, str]:
@@ -182,10 +229,17 @@ def check_libraries() -> dict[str, str]:
     return versions
 
 
-def report_on(store: ArtifactStore, artifact_digest: str) -> ValidatedArtifact | None:
-    """Return the last verdict on an artifact; None without a report in the store."""
-    record = store.get_record("report-of", artifact_digest)
-    if record is None:
+def report_on(store: ArtifactStore, artifact_digest: str, *, kind: str = _REPORT) -> ValidatedArtifact | None:
+    """Return the last verdict on an artifact; None without a report in the store.
+
+    Args:
+        store: Store of the artifact.
+        artifact_digest: Digest of the artifact.
+        kind: `WAITING` for the verdict pending-device, which does not replace an earlier one.
+    """
+    record = store.get_record(kind, artifact_digest)
+    # An artifact that was settled waits no longer.
+    if not record:
         return None
     try:
         value = ValidatedArtifact.model_validate(record)
@@ -246,7 +300,7 @@ def _died(error: ProcessError, manifest: ArtifactManifest, *, threads: int, time
 
 
 def _reuse(store: ArtifactStore, artifact: CompiledArtifact) -> ValidatedArtifact:
-    value = report_on(store, artifact.digest)
+    value = report_on(store, artifact.digest) or report_on(store, artifact.digest, kind=WAITING)
     if value is None:
         raise StepOffError(
             f"The validate step is off, and the store {store.uri} has no report on {artifact.digest[:12]}...",

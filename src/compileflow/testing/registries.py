@@ -191,6 +191,20 @@ class RegistryConformance:
         assert [(promotion.stage, promotion.who, promotion.reason) for promotion in promotions] == changes
         assert [promotion.at for promotion in promotions] == sorted(promotion.at for promotion in promotions)
 
+    def test_note_stands_among_the_promotions_and_moves_nothing(self, registry: ModelRegistry) -> None:
+        registry.register(version_entry("ner", 1))
+        stages: tuple[Stage, ...] = ("none", "production")
+        for stage in stages:
+            registry.set_stage("ner", 1, stage, who="ann")
+            note = registry.note("ner", 1, who="bob", reason='no longer passes: "0.7" < 0.98')
+            assert (note.stage, note.who) == (stage, "bob")
+            assert registry.get("ner", 1).stage == stage
+        promotions = [(promotion.stage, promotion.who) for promotion in registry.promotions("ner", 1)]
+        assert promotions == [("none", "bob"), ("production", "ann"), ("production", "bob")]
+        assert registry.promotions("ner", 1)[-1] == note
+        with pytest.raises(RegistryError, match="no version 2"):
+            registry.note("ner", 2, who="bob", reason="")
+
     def test_same_stage_twice_is_one_promotion(self, registry: ModelRegistry) -> None:
         registry.register(version_entry("ner", 1))
         version = registry.set_stage("ner", 1, "production", who="ann")

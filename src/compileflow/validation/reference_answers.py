@@ -51,7 +51,7 @@ class ReferenceAnswers:
 
     def leave_out(self, drawn: Collection[Arrays]) -> None:
         """Never keep the answers to these inputs, because no other artifact is called with them."""
-        self._drawn |= {_digest(inputs) for inputs in drawn}
+        self._drawn |= {arrays_digest(inputs) for inputs in drawn}
 
     def remembered(self, run: Model, way: str = "as compared") -> Model:
         """Return the source model as a function that computes no answer twice.
@@ -66,7 +66,7 @@ class ReferenceAnswers:
         """Return the answer to a call; `compute` is called if none is kept. The arrays must not be changed."""
         if self._folder is None:
             return compute()
-        digest = _digest(inputs)
+        digest = arrays_digest(inputs)
         if digest in self._drawn:
             return compute()
         key = canonical_json(self._key | {"way": way, "inputs": digest}).decode()
@@ -89,7 +89,7 @@ class ReferenceAnswers:
         except (OSError, ValueError, SafetensorError) as error:
             self._report(f"ignoring a damaged answer of the source model ({first_line(error)}): {path}")
             return None
-        if record.get("key") == key and record.get("sha256") == _digest(answer):
+        if record.get("key") == key and record.get("sha256") == arrays_digest(answer):
             return answer
         self._report(f"ignoring a damaged answer of the source model (its checksum differs): {path}")
         return None
@@ -100,7 +100,7 @@ class ReferenceAnswers:
         size = sum(value.nbytes for value in answer.values())
         if size > self._room:
             return
-        record = {"key": key, "sha256": _digest(answer), "names": "\n".join(answer)}
+        record = {"key": key, "sha256": arrays_digest(answer), "names": "\n".join(answer)}
         try:
             with file_written_whole(path) as partial:
                 save_file({name: np.ascontiguousarray(value) for name, value in answer.items()}, partial, record)
@@ -135,7 +135,7 @@ def reference_key(source_model: SourceModel, *, source_digest: str, hf_task: str
     } | installed_versions(_LIBRARIES)
 
 
-def _digest(arrays: Mapping[str, Any]) -> str:
+def arrays_digest(arrays: Mapping[str, Any]) -> str:
     """Return the SHA-256 of named arrays: names, types, shapes and values."""
     digest = hashlib.sha256()
     for name, value in sorted(arrays.items()):

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from compileflow.artifact.manifest import ArtifactManifest
-from compileflow.contracts import Outcome
+from compileflow.contracts import PENDING, Outcome
 
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PROVENANCE_TYPE = "https://slsa.dev/provenance/v1"
@@ -30,7 +30,13 @@ USER_SUITE = "user-suite"
 REQUEST, FINISHED = "request", "finishedOn"
 
 Statement = Mapping[str, Any]
-_RESULTS: Mapping[Outcome, str] = {"pass": "PASSED", "warn": "WARNED", "fail": "FAILED", "error": "FAILED"}
+_RESULTS: Mapping[Outcome, str] = {
+    "pass": "PASSED",
+    "warn": "WARNED",
+    "fail": "FAILED",
+    "error": "FAILED",
+    PENDING: "FAILED",
+}
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ _QUIET = {
 }
 _LOGGERS = ("mlflow", "alembic", "urllib3.connectionpool")
 _ONE_AT_A_TIME = threading.RLock()
+_PAGE = 500
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,17 @@ def parse_place(uri: str) -> MlflowPlace:
     if tracking_uri.startswith("sqlite:////") and len(tracking_uri) > len("sqlite:////"):
         return MlflowPlace(tracking_uri)
     raise _not_a_place()
+
+
+def pages(search: Any, query: str) -> Iterator[Any]:
+    """Yield everything that a search of the client finds, page by page."""
+    token = None
+    while True:
+        page = search(query, max_results=_PAGE, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 def error_code(error: BaseException | None) -> str:

@@ -18,7 +18,7 @@ from compileflow._process.folders import file_lock, os_errors
 from compileflow.contracts import ModelVersion, Promotion, Stage, VersionEntry, VersionFiles
 from compileflow.errors import RegistryError, RegistryUnavailableError
 from compileflow.registries.lookup import check_stage, choose_version, is_exclusive, replaced_by, unknown_name
-from compileflow.registries.mlflow.client import error_code, parse_place
+from compileflow.registries.mlflow.client import error_code, pages, parse_place
 from compileflow.registries.mlflow.files import run_with_files
 from compileflow.registries.mlflow.tags import (
     ALIASES,
@@ -36,8 +36,6 @@ from compileflow.registries.mlflow.tags import (
 from compileflow.settings import Settings
 
 logger = logging.getLogger(__name__)
-
-_PAGE = 500
 
 
 @dataclass(frozen=True)
@@ -132,8 +130,20 @@ class MlflowRegistry:
                     _move(client, chosen_record, stage)
         return chosen.model_copy(update={"stage": stage})
 
+    def note(self, name: str, version: int, *, who: str, reason: str) -> Promotion:
+        """Record a note on a version, which stays in its stage.
+
+        Raises:
+            RegistryError: The name or number does not exist.
+        """
+        chosen = self.get(name, version)
+        key, value = promotion_tag(chosen.stage, who, reason)
+        with self._calls(f"write a note on {name} {version}") as client:
+            client.set_model_version_tag(name, str(version), key, value)
+        return Promotion.model_validate_json(value)
+
     def promotions(self, name: str, version: int) -> Sequence[Promotion]:
-        """Return every change of a version's stage, oldest first.
+        """Return every change of a version's stage and every note on it, oldest first.
 
         Raises:
             RegistryError: The name or number does not exist.
@@ -162,7 +172,7 @@ class MlflowRegistry:
         if self._place.file is not None and not self._place.file.exists():
             return []
         with self._calls("list versions") as client:
-            rows = list(_pages(client.search_model_versions, query))
+            rows = list(pages(client.search_model_versions, query))
             aliases = _aliases(client, {row.name for row in rows})
         records = []
         for row in rows:
@@ -202,16 +212,6 @@ class MlflowRegistry:
             yield
 
 
-def _pages(search: Any, query: str) -> Iterator[Any]:
-    token = None
-    while True:
-        page = search(query, max_results=_PAGE, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return
-
-
 def _aliases(client: Any, names: set[str]) -> dict[tuple[str, int], frozenset[str]]:
     """Return the aliases of each version of these names; MLflow's list of versions omits them."""
     if not names:
@@ -219,7 +219,7 @@ def _aliases(client: Any, names: set[str]) -> dict[tuple[str, int], frozenset[st
     models = (
         [client.get_registered_model(next(iter(names)))]
         if len(names) == 1
-        else _pages(client.search_registered_models, "")
+        else pages(client.search_registered_models, "")
     )
     aliases: dict[tuple[str, int], frozenset[str]] = {}
     for model in models:

@@ -133,8 +133,24 @@ class NeptuneRegistry:
             self._client.release()
             return self.get(name, version)
 
+    def note(self, name: str, version: int, *, who: str, reason: str) -> Promotion:
+        """Record a note on a version, which stays in its stage.
+
+        Raises:
+            RegistryError: The name or number does not exist, or the reason is too long for Neptune.
+        """
+        with self._alone(name, "stage"):
+            rows = self._listing.named(name)
+            chosen = choose_version(name, [row.version for row in reversed(rows)], version)
+            row = next(row for row in rows if row.version is chosen)
+            stages = {candidate.version: candidate.stage for candidate in settle(rows)}
+            # The time of the last promotion decides between two versions in one stage, and a note is none.
+            promotion = self._record(row, stages[version], who, reason, promoted=not row.promoted_at)
+            self._client.release()
+            return promotion
+
     def promotions(self, name: str, version: int) -> Sequence[Promotion]:
-        """Return every change of a version's stage, oldest first."""
+        """Return every change of a version's stage and every note on it, oldest first."""
         rows = self._listing.named(name)
         chosen = choose_version(name, [row.version for row in reversed(rows)], version)
         row = next(row for row in rows if row.version is chosen)
@@ -233,16 +249,22 @@ class NeptuneRegistry:
         )
 
     def _move(self, row: Row, stage: Stage, who: str, reason: str) -> None:
+        self._record(row, stage, who, reason, promoted=True)
+        self._client.change_stage(row.identity, stage)
+
+    def _record(self, row: Row, stage: Stage, who: str, reason: str, *, promoted: bool) -> Promotion:
         now_ns = time.time_ns()
         at = datetime.fromtimestamp(now_ns / 1e9, UTC).isoformat(timespec="microseconds")
-        text = Promotion(at=at, stage=stage, who=who, reason=reason).model_dump_json()
+        promotion = Promotion(at=at, stage=stage, who=who, reason=reason)
+        text = promotion.model_dump_json()
         if len(text) > layout.LONGEST_STRING:
             raise RegistryError(
                 f"The reason has {len(reason)} characters; Neptune stores {layout.LONGEST_STRING} per promotion.",
                 hint="Give a shorter reason.",
             )
-        self._client.write(row.identity, {f"{layout.PROMOTIONS}/{now_ns:020d}": text, layout.PROMOTED_AT: at})
-        self._client.change_stage(row.identity, stage)
+        fields = {f"{layout.PROMOTIONS}/{now_ns:020d}": text} | ({layout.PROMOTED_AT: at} if promoted else {})
+        self._client.write(row.identity, fields)
+        return promotion
 
     def _alone(self, *key: str) -> AbstractContextManager[None]:
         name = json_digest([self._project, *key])[:32]

@@ -38,9 +38,13 @@ def write_page(
     (folder / json_name).write_text(
         json.dumps(value.model_dump(mode="json"), indent=1, sort_keys=True, allow_nan=False) + "\n", "utf-8"
     )
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True).from_string(
-        (files(package) / f"{html_name}.j2").read_text("utf-8")
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        loader=jinja2.FunctionLoader(lambda name: (files(package) / name).read_text("utf-8")),
     )
+    template = environment.get_template(f"{html_name}.j2")
     # The style is this package's own file, and escaping would break its quotes.
     style = Markup((files(_PACKAGE) / "page.css").read_text("utf-8"))  # noqa: S704
     (folder / html_name).write_text(template.render(style=style, **values), "utf-8")

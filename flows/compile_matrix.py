@@ -1,0 +1,73 @@
+"""compile_matrix: compile models x targets x precisions, and compare all cells on one page."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.futures import PrefectFuture
+from prefect.states import Completed, Failed
+from prefect.task_runners import ThreadPoolTaskRunner
+from pydantic import Field
+
+from compileflow.errors import CompileError, CompileflowError
+from compileflow.selection.matrix import MatrixRequest, impossible_cell
+from compileflow.steps.request import CompileRequest
+from compileflow.steps.run import CompileResult
+from flows.one_run import run_one
+from flows.registration import as_error
+from tasks.matrix import compare_cells
+
+
+@task(name="cell", description="Compile one model for one target at one precision.", cache_policy=NO_CACHE)
+def run_cell(request: CompileRequest, deployment: str | None) -> CompileResult | CompileflowError:
+    """Return the result of the cell's run, or its error."""
+    return run_one(request, deployment)
+
+
+@flow(
+    name="compile-matrix",
+    description="Compile models for targets at precisions; a cell that fails leaves the others alone.",
+)
+def compile_matrix(
+    matrix: MatrixRequest, deployment: str | None = None, at_once: Annotated[int, Field(ge=1)] = 1
+) -> State[Any]:
+    """Run all cells, compare them on one page, and say how many failed.
+
+    Args:
+        matrix: Models, targets, precisions, and what all cells share.
+        deployment: Deployment of compile_model whose workers run the cells, as FLOW/DEPLOYMENT. Empty: the cells
+            run in this process.
+        at_once: Number of cells that run at the same time.
+    """
+    requests = matrix.requests()
+    outcomes = run_cells(
+        [request for request in requests if impossible_cell(request) is None], deployment, at_once
+    )
+    compared, headline, failures = compare_cells(requests, outcomes)
+    if failures:
+        error = CompileError(f"{headline}.", hint=f"Page: {compared}", report_uri=compared)
+        return Failed(message=error.message, data=error)
+    return Completed(message=headline, data=compared)
+
+
+def run_cells(
+    requests: list[CompileRequest], deployment: str | None, at_once: int
+) -> list[CompileResult | CompileflowError]:
+    """Run the cells, at most `at_once` at the same time, and return their outcomes in order."""
+    pool: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=at_once)
+    with pool as runner:
+        futures: list[PrefectFuture[Any]] = [
+            runner.submit(
+                run_cell.with_options(task_run_name=f"{request.model} {request.target} {request.precision.value}"),
+                {"request": request, "deployment": deployment},
+            )
+            for request in requests
+        ]
+        outcomes = [future.result(raise_on_failure=False) for future in futures]
+    return [
+        outcome if isinstance(outcome, CompileResult | CompileflowError) else as_error(outcome)
+        for outcome in outcomes
+    ]

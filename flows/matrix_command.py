@@ -1,0 +1,86 @@
+"""matrix: the command that compiles models x targets x precisions as one flow run."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from compileflow.cli.common import one_line_errors
+from compileflow.cli.request_fields import in_options
+from compileflow.errors import SpecError, first_problem
+from compileflow.settings import get_settings
+from flows.environment import set_embedded_defaults
+
+_COLUMNS = ("model", "target", "precision", "verdict", "latency / eager", "size", "compile", "registered as")
+
+
+@one_line_errors
+def matrix(
+    model: Annotated[list[str], typer.Option(help="Model folder, Hub id or registered version. Repeatable.")],
+    target: Annotated[list[str], typer.Option(help="Target to compile for. Repeatable.")],
+    precision: Annotated[list[str] | None, typer.Option(help="Repeatable. Default: fp32.")] = None,
+    field: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="Field of every compile request, for example allow_warn=true. VALUE is read as JSON; anything "
+            "else is taken as text. Repeatable.",
+        ),
+    ] = None,
+    deployment: Annotated[
+        str | None,
+        typer.Option(help="Deployment whose workers compile, as FLOW/DEPLOYMENT. Default: this process compiles."),
+    ] = None,
+    at_once: Annotated[int, typer.Option(min=1, help="Cells that run at the same time.")] = 1,
+    progress: Annotated[bool, typer.Option(help="Show the progress of each cell.", show_default=False)] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the matrix as JSON.")] = False,
+) -> None:
+    """Compile each model for each target at each precision, and compare all cells on one page.
+
+    A cell that fails leaves the others alone; the exit code is then 1. Unchanged cells come from the cache.
+    """
+    from pydantic import ValidationError
+
+    from compileflow.cli.tables import output_console, print_lines, print_table
+    from compileflow.selection.matrix import MatrixRequest, export_matrix, matrix_table, read_matrix
+
+    fields = {"models": model, "targets": target, "shared": _shared(field or ())}
+    try:
+        request = MatrixRequest.model_validate(fields | ({"precisions": precision} if precision else {}))
+    except ValidationError as error:
+        raise SpecError(f"{in_options(first_problem(error, show_input=True))}.") from error
+    settings = get_settings()
+    set_embedded_defaults(settings, progress=progress)
+    # Prefect reads its settings when it is imported.
+    from flows.runner import run_matrix
+
+    outcome = run_matrix(request, deployment=deployment, at_once=at_once)
+    compared = read_matrix(outcome, settings)
+    if as_json:
+        typer.echo(json.dumps(compared.model_dump(mode="json"), indent=1))
+    else:
+        print_table(_COLUMNS, matrix_table(compared), title="matrix", optional=("compile", "size"))
+        page = export_matrix(outcome, settings)
+        print_lines(output_console(), compared.headline, f"page: {page}")
+    for cell in compared.failed:
+        typer.echo(f"error: {cell.model}, {cell.candidate.label}: {in_options(cell.error)}", err=True)
+    if compared.failed:
+        raise typer.Exit(1)
+
+
+def _shared(texts: list[str] | tuple[()]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or name in fields:
+            raise SpecError(
+                f"--field {text}: expected NAME=VALUE, each name once.",
+                hint="For example: --field allow_warn=true",
+            )
+        try:
+            fields[name] = json.loads(value)
+        except ValueError:
+            fields[name] = value
+    return fields

@@ -1,0 +1,59 @@
+"""watch_registry: compile every registered source version that has no compiled version for a target."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from prefect import flow, get_run_logger
+from prefect.client.schemas.objects import State
+from prefect.states import Completed, Failed
+
+from compileflow.admin.watch import MissingCompile, WatchRequest, claimed, record_failure
+from compileflow.errors import CompileError, CompileflowError
+from flows.one_run import run_one
+from tasks.settings import settings_for
+from tasks.watch import announce_created, find_missing
+
+Outcome = Literal["compiled", "failed", "announced", "left to another watcher"]
+
+
+@flow(
+    name="watch-registry",
+    description="Compile each registered source version that lacks a compiled version, the oldest first.",
+)
+def watch_registry(
+    watch: WatchRequest, action: Literal["compile", "announce"] = "compile", deployment: str | None = None
+) -> State[Any]:
+    """Go through what is missing once. Each compile is done by one watcher, however many run.
+
+    Args:
+        watch: Registries, targets and precisions.
+        action: compile runs compile_model for each missing version; announce only sends an event, for an
+            automation that compiles.
+        deployment: Deployment of compile_model whose workers compile, as FLOW/DEPLOYMENT. Empty: this process.
+    """
+    outcomes = [handle(missing, watch, action, deployment) for missing in find_missing(watch)]
+    headline = ", ".join(f"{outcomes.count(kind)} {kind}" for kind in dict.fromkeys(outcomes)) or "nothing missing"
+    if "failed" in outcomes:
+        error = CompileError(f"{headline}.", hint="The log of this run and the failed runs say why.")
+        return Failed(message=headline, data=error)
+    return Completed(message=headline, data=headline)
+
+
+def handle(
+    missing: MissingCompile, watch: WatchRequest, action: Literal["compile", "announce"], deployment: str | None
+) -> Outcome:
+    """Compile or announce what is missing, unless another watcher does."""
+    settings = settings_for(missing.request)
+    with claimed(missing, watch, settings) as is_ours:
+        if not is_ours:
+            return "left to another watcher"
+        announce_created(missing)
+        if action == "announce":
+            return "announced"
+        outcome = run_one(missing.request, deployment)
+        if not isinstance(outcome, CompileflowError):
+            return "compiled"
+        record_failure(missing, outcome, settings)
+        get_run_logger().error("%s for %s: %s", missing.source.uri, missing.request.target, outcome)
+        return "failed"

@@ -1,0 +1,63 @@
+"""approval: what a person reads before a version is promoted."""
+
+from __future__ import annotations
+
+from compileflow.contracts import ModelVersion
+from compileflow.errors import CompileflowError
+from compileflow.settings import Settings
+from compileflow.steps.report_file import read_report
+from compileflow.validation.report import Report, fraction, percent
+
+_MOST_FLIPS = 5
+
+
+def approval_markdown(version: ModelVersion, stage: str, settings: Settings) -> str:
+    """Describe a version as Markdown: verdict, changed answers, latency, and where the report is.
+
+    A report that cannot be read is named as such; the registry's own record stays.
+    """
+    lines = [
+        f"# Promote {version.name} version {version.version} to {stage}?",
+        "",
+        f"- verdict: **{version.verdict}**",
+        f"- target: {version.target}, {version.spec.get('precision', 'unknown precision')}",
+        f"- source model: `{version.source_uri}` at `{version.source_revision[:12]}`",
+        f"- in the stage {version.stage}, registered {version.created_at}",
+        f"- artifact: `{version.artifact_uri}`",
+        f"- report: `{version.report_uri}`; to open it: `compileflow inspect {version.report_uri}`",
+    ]
+    try:
+        report = read_report(version.report_uri, settings)
+    except CompileflowError as error:
+        return "\n".join([*lines, "", f"The report cannot be read: {error.message}"])
+    return "\n".join([*lines, "", report.verdict.reason, "", *_flips(report), "", *_latencies(report)])
+
+
+def _flips(report: Report) -> list[str]:
+    count = report.flips_count
+    lines = ["## Changed answers", "", f"{count} of the answers to {report.examples_count} examples changed."]
+    if report.flips:
+        lines += ["", "| example | before | after | margin |", "|---|---|---|---|"]
+        for flip in report.flips[:_MOST_FLIPS]:
+            margin = "-" if flip.margin is None else percent(flip.margin)
+            lines.append(f"| {_cell(flip.text)} | {_cell(flip.before)} | {_cell(flip.after)} | {margin} |")
+    return lines
+
+
+def _latencies(report: Report) -> list[str]:
+    lines = ["## Latency", ""]
+    if not report.latencies:
+        return [*lines, "Not measured."]
+    lines += ["| batch x tokens | source model, ms | compiled, ms | ratio |", "|---|---|---|---|"]
+    for latency in report.latencies:
+        busy = " (busy machine)" if latency.busy else ""
+        lines.append(
+            f"| {latency.shape} | {latency.reference_p50_ms:.2f} | {latency.candidate_p50_ms:.2f} "
+            f"| {fraction(latency.ratio)}{busy} |"
+        )
+    return lines
+
+
+def _cell(text: str) -> str:
+    """Return a text that cannot end a cell of a table."""
+    return " ".join(text.replace("|", "\\|").split())

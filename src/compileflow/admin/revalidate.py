@@ -1,0 +1,169 @@
+"""revalidate: prove registered artifacts again with the runtimes that are installed today."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import ValidationError
+
+from compileflow.catalog import get_target, open_registry, open_store
+from compileflow.contracts import ACCEPTED_OUTCOMES, ModelVersion, Stage
+from compileflow.errors import CompileflowError, LoadError, ProcessKilledError
+from compileflow.settings import Settings
+from compileflow.spec import CompileSpec
+from compileflow.steps.fetch import recorded_source
+from compileflow.steps.validate import validate_artifact
+from compileflow.steps.values import CompiledArtifact, FetchedSource
+from compileflow.stores.layout import split_uri
+from compileflow.validation.settings import ValidationSettings
+
+logger = logging.getLogger(__name__)
+WHO = "revalidate"
+REGRESSED, RECOVERED = "no longer passes: ", "passes again: "
+
+
+@dataclass(frozen=True)
+class Revalidation:
+    """The outcome of a new validation.
+
+    Attributes:
+        version: The version.
+        outcome: passes, regressed, or not checked.
+        reason: Reason of the verdict, or why there is none.
+        is_news: Whether the outcome differs from the last one that the registry holds.
+    """
+
+    version: ModelVersion
+    outcome: Literal["passes", "regressed", "not checked"]
+    reason: str
+    is_news: bool = False
+
+
+def versions_in_stages(
+    registry_uri: str, settings: Settings, *, stages: Collection[Stage], names: Collection[str] = ()
+) -> list[ModelVersion]:
+    """Return the versions in these stages, of the given names or of all.
+
+    Raises:
+        RegistryError: The registry failed.
+    """
+    versions = open_registry(registry_uri, settings).versions()
+    return [version for version in versions if version.stage in stages and (not names or version.name in names)]
+
+
+def revalidate_version(
+    version: ModelVersion,
+    registry_uri: str,
+    *,
+    validation: ValidationSettings,
+    timeout_s: float,
+    settings: Settings,
+    trust_remote_code: bool = False,
+    on_progress: Callable[[str], None] = logger.info,
+) -> Revalidation:
+    """Validate a version from its stored artifact and source model, and note a changed outcome in the registry.
+
+    A version that does not load any more, or kills its process, regressed. Other errors say nothing about it.
+
+    Args:
+        version: The version.
+        registry_uri: URI of its registry.
+        validation: How to validate.
+        timeout_s: Time limit.
+        settings: Credentials, work folder and threads.
+        trust_remote_code: Run Python files of the models. Without it, a version that needs them is not checked.
+        on_progress: Called with one line for each stage.
+
+    Raises:
+        CompileflowError: The store or the registry did not answer; the same call may succeed later.
+    """
+    if reason := _obstacle(version, trust_remote_code=trust_remote_code):
+        return Revalidation(version, "not checked", reason)
+    store_uri, _ = split_uri(version.artifact_uri)
+    try:
+        validated = validate_artifact(
+            _source(version, store_uri, settings),
+            _artifact(version),
+            validation,
+            store_uri=store_uri,
+            settings=settings,
+            timeout_s=timeout_s,
+            repeat=True,
+            trust_remote_code=trust_remote_code,
+            on_progress=on_progress,
+        )
+    except (LoadError, ProcessKilledError) as error:
+        return _noted(version, registry_uri, settings, passes=False, reason=str(error))
+    except CompileflowError as error:
+        if error.retryable:
+            raise
+        return Revalidation(version, "not checked", str(error))
+    passes = validated.outcome in ACCEPTED_OUTCOMES
+    reason = validated.reason if passes else f"{validated.reason}. Report: {validated.report_uri}"
+    return _noted(version, registry_uri, settings, passes=passes, reason=reason)
+
+
+def _obstacle(version: ModelVersion, *, trust_remote_code: bool) -> str:
+    """Return why this machine cannot prove a version; "" if it can."""
+    try:
+        target = get_target(version.target)
+    except CompileflowError as error:
+        return str(error)
+    availability = target.probe()
+    if not availability.can_run:
+        return f"{target.name} cannot run here: {availability.reason}"
+    try:
+        spec = CompileSpec.model_validate(version.spec)
+    except ValidationError:
+        return "its spec is of another version of compileflow"
+    if spec.trust_remote_code and not trust_remote_code:
+        return "it runs Python files of the model, and trust_remote_code is not set"
+    return ""
+
+
+def _source(version: ModelVersion, store_uri: str, settings: Settings) -> FetchedSource:
+    store = open_store(store_uri, settings)
+    recorded = recorded_source(store, version.source_uri, version.source_digest)
+    return recorded or FetchedSource(
+        uri=version.source_uri,
+        revision=version.source_revision,
+        stored_uri=store.folder_uri(version.source_digest),
+        digest=version.source_digest,
+        size_bytes=0,
+        cached=True,
+    )
+
+
+def _artifact(version: ModelVersion) -> CompiledArtifact:
+    return CompiledArtifact(
+        uri=version.artifact_uri,
+        digest=version.artifact_digest,
+        # The registry does not keep the key, and a validation does not need it.
+        cache_key=version.artifact_digest,
+        size_bytes=int(version.figures.get("size_bytes", 0)),
+        compile_duration_s=version.figures.get("compile_duration_s", 0.0),
+        peak_rss_bytes=int(version.figures.get("peak_rss_bytes", 0)),
+        cached=True,
+        why="registered before",
+    )
+
+
+def _noted(
+    version: ModelVersion, registry_uri: str, settings: Settings, *, passes: bool, reason: str
+) -> Revalidation:
+    """Write a note if the outcome differs from that of the last note; without one, the version passed."""
+    registry = open_registry(registry_uri, settings)
+    notes = [
+        promotion.reason
+        for promotion in registry.promotions(version.name, version.version)
+        if promotion.who == WHO
+    ]
+    passed_before = not notes or not notes[-1].startswith(REGRESSED)
+    is_news = passes != passed_before
+    if is_news:
+        prefix = RECOVERED if passes else REGRESSED
+        registry.note(version.name, version.version, who=WHO, reason=f"{prefix}{reason}")
+    return Revalidation(version, "passes" if passes else "regressed", reason, is_news)

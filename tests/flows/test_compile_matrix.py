@@ -1,0 +1,51 @@
+"""compile_matrix: a failing cell leaves the others alone, and the next run does only what is missing."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.client.orchestration import get_client
+
+from compileflow.catalog import open_registry
+from compileflow.errors import CompileError
+from compileflow.selection.matrix import MatrixRequest, read_matrix
+from compileflow.spec import HfTask
+from flows.compile_matrix import compile_matrix
+from tests.conftest import ModelFactory
+from tests.steps import BUCKETS, Pipeline
+
+
+@pytest.mark.slow
+def test_next_run_compiles_only_the_cells_that_failed(
+    pipeline: Pipeline, tiny_model: ModelFactory, tmp_path: Path
+) -> None:
+    models = [tiny_model(HfTask.TEXT_CLASSIFICATION), tmp_path / "late"]
+    shared: dict[str, Any] = {"shape_buckets": list(BUCKETS), "validation": {"latency_pairs": 5}}
+    matrix = MatrixRequest(
+        models=tuple(map(str, models)), targets=("torchscript",), precisions=("fp32", "int4"), shared=shared
+    )
+    state = compile_matrix(matrix, at_once=2, return_state=True)
+    assert state.is_failed()
+    error = state.result(raise_on_failure=False)
+    assert isinstance(error, CompileError)
+    assert error.message == "1 of 2 cells failed; 2 combinations do not exist."
+    cells = read_matrix(error.report_uri, pipeline.settings).cells
+    assert [cell.candidate.outcome for cell in cells] == ["pass", "unavailable", "error", "unavailable"]
+    assert "is not a folder" in cells[2].error
+    assert pipeline.counts == {"compile": 1, "validate": 1}
+
+    shutil.copytree(tiny_model(HfTask.TOKEN_CLASSIFICATION), tmp_path / "late")
+    state = compile_matrix(matrix, at_once=2, return_state=True)
+    assert state.is_completed()
+    assert state.message == "2 of 2 cells passed; 2 combinations do not exist"
+    assert pipeline.counts == {"compile": 2, "validate": 2}
+    versions = open_registry(pipeline.registry_uri).versions()
+    assert [(version.name, version.version) for version in versions] == [("late", 1), (models[0].name, 1)]
+
+    run_id = state.state_details.flow_run_id
+    with get_client(sync_client=True) as client:
+        (artifact,) = [entry for entry in client.read_artifacts() if entry.flow_run_id == run_id]
+    assert str(artifact.data).startswith("# 2 of 2 cells passed")

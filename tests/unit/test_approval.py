@@ -1,0 +1,53 @@
+"""What a person reads before a promotion, and the notes that the registries keep."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from compileflow.admin.approval import approval_markdown
+from compileflow.admin.promote import check_promotable, note_in_each
+from compileflow.catalog import open_registry
+from compileflow.errors import VerdictError
+from compileflow.settings import Settings
+from compileflow.spec import HfTask
+from compileflow.testing.registries import version_entry
+from tests.conftest import ModelFactory
+from tests.steps import Pipeline
+
+
+def test_form_shows_verdict_changed_answers_latency_and_report(
+    pipeline: Pipeline, tiny_model: ModelFactory
+) -> None:
+    version = pipeline.run(pipeline.request(tiny_model(HfTask.TEXT_CLASSIFICATION), name="reviews"))
+    text = approval_markdown(version, "production", pipeline.settings)
+    lines = text.splitlines()
+    assert lines[0] == "# Promote reviews version 1 to production?"
+    assert "- verdict: **pass**" in lines
+    assert any(line.startswith("0 of the answers to ") for line in lines)
+    assert "| batch x tokens | source model, ms | compiled, ms | ratio |" in lines
+    assert f"compileflow inspect {version.report_uri}" in text
+
+
+def test_version_whose_report_is_lost_is_shown_with_that_fact(settings: Settings) -> None:
+    version = open_registry(settings.resolved_registry_uri()).register(version_entry("ner", 1))
+    assert "The report cannot be read" in approval_markdown(version, "staging", settings)
+
+
+def test_warned_version_may_be_archived_but_not_served(settings: Settings) -> None:
+    entry = version_entry("ner", 1).model_copy(update={"verdict": "warn"})
+    version = open_registry(settings.resolved_registry_uri()).register(entry)
+    check_promotable([version], "archived", settings)
+    with pytest.raises(VerdictError, match="verdict warn"):
+        check_promotable([version], "production", settings)
+
+
+def test_note_is_kept_in_every_registry_that_has_the_artifact(settings: Settings, tmp_path: Path) -> None:
+    uris = [f"sqlite:///{tmp_path / name}.db" for name in ("first", "second", "third")]
+    for uri in uris[:2]:
+        open_registry(uri).register(version_entry("ner", 1))
+    note_in_each("ner", 1, registry_uris=uris, settings=settings, who="ann", reason="rejected: slow")
+    for uri in uris[:2]:
+        (note,) = open_registry(uri).promotions("ner", 1)
+        assert (note.who, note.reason, note.stage) == ("ann", "rejected: slow", "none")

@@ -1,0 +1,105 @@
+"""A promoted version is proven again with today's runtimes, and flagged once when it does not pass any more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from compileflow.admin.promote import promote_version
+from compileflow.admin.revalidate import Revalidation, revalidate_version, versions_in_stages
+from compileflow.catalog import open_registry
+from compileflow.contracts import Availability, ModelVersion
+from compileflow.errors import LoadError, VerdictError
+from compileflow.spec import HfTask
+from compileflow.steps import validate as validate_step
+from compileflow.targets.torchscript import TorchScriptTarget
+from compileflow.validation.settings import ValidationSettings
+from tests.conftest import ModelFactory
+from tests.steps import Pipeline
+
+VALIDATION = ValidationSettings(latency_pairs=5, max_examples=340)
+
+
+@pytest.fixture
+def version(pipeline: Pipeline, tiny_model: ModelFactory) -> ModelVersion:
+    registered = pipeline.run(pipeline.request(tiny_model(HfTask.TEXT_CLASSIFICATION), name="reviews"))
+    return open_registry(pipeline.registry_uri).set_stage("reviews", registered.version, "staging", who="ann")
+
+
+def again(pipeline: Pipeline, version: ModelVersion) -> Revalidation:
+    return revalidate_version(
+        version, pipeline.registry_uri, validation=VALIDATION, timeout_s=600, settings=pipeline.settings
+    )
+
+
+def notes(pipeline: Pipeline) -> list[str]:
+    promotions = open_registry(pipeline.registry_uri).promotions("reviews", 1)
+    return [promotion.reason for promotion in promotions if promotion.who == "revalidate"]
+
+
+@pytest.mark.slow
+def test_version_that_does_not_load_any_more_is_flagged_once_until_it_passes_again(
+    pipeline: Pipeline, version: ModelVersion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [
+        found.version for found in versions_in_stages(pipeline.registry_uri, pipeline.settings, stages=["staging"])
+    ] == [1]
+    outcome = again(pipeline, version)
+    assert (outcome.outcome, outcome.is_news) == ("passes", False)
+    # Without the cache: the registered version was validated once before.
+    assert pipeline.counts["validate"] == 2
+
+    def refuse(*_: object, **__: object) -> None:
+        raise LoadError("torch 9.9 cannot load this artifact.", hint="Compile it again.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(validate_step, "run_in_child", refuse)
+        outcomes = [again(pipeline, version) for _ in range(2)]
+    assert [(outcome.outcome, outcome.is_news) for outcome in outcomes] == [
+        ("regressed", True),
+        ("regressed", False),
+    ]
+    assert notes(pipeline) == ["no longer passes: torch 9.9 cannot load this artifact. Compile it again."]
+    assert open_registry(pipeline.registry_uri).get("reviews", "staging").version == 1
+
+    assert again(pipeline, version).is_news
+    assert [note.partition(":")[0] for note in notes(pipeline)] == ["no longer passes", "passes again"]
+
+
+@pytest.mark.slow
+def test_verdict_that_became_fail_keeps_the_version_from_being_promoted(
+    pipeline: Pipeline, version: ModelVersion, tmp_path: Path
+) -> None:
+    suite = tmp_path / "strict.yaml"
+    suite.write_text(
+        "schema_version: 1\nname: strict\ngates:\n"
+        "  - gate: no_difference\n    says: largest difference\n    table: comparisons\n"
+        "    type: expect_column_maximum_to_be_at_most\n    column: max_abs_diff\n    limit: -1.0\n",
+        "utf-8",
+    )
+    validation = VALIDATION.model_copy(update={"suite_path": str(suite)})
+    outcome = revalidate_version(
+        version, pipeline.registry_uri, validation=validation, timeout_s=600, settings=pipeline.settings
+    )
+    assert outcome.outcome == "regressed"
+    assert notes(pipeline)[0].startswith("no longer passes: fail: no_difference")
+    with pytest.raises(VerdictError, match="FAILED"):
+        promote_version(
+            "reviews",
+            1,
+            "production",
+            registry_uris=[pipeline.registry_uri],
+            settings=pipeline.settings,
+            who="ann",
+        )
+
+
+def test_machine_without_the_device_says_nothing_about_a_version(
+    pipeline: Pipeline, version: ModelVersion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unavailable = Availability(can_compile=True, can_run=False, reason="this machine has no device")
+    monkeypatch.setattr(TorchScriptTarget, "probe", lambda _: unavailable)
+    outcome = again(pipeline, version)
+    assert (outcome.outcome, notes(pipeline)) == ("not checked", [])
+    assert "no device" in outcome.reason
