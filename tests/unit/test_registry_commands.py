@@ -215,6 +215,17 @@ def test_promote_that_fails_in_the_only_registry_says_what_to_do(
     one_line(call("promote", "ner", "1", "--stage", "staging"), "error: It is busy. Wait for the other writer.")
 
 
+def test_versions_lists_the_newest_ones_and_says_that_there_are_more(registry: ModelRegistry) -> None:
+    for number in range(4):
+        registry.register(version_entry("ner", number))
+    result = call("versions", "ner", "--limit", "2", "--json")
+    assert [version["version"] for version in json.loads(result.stdout)] == [4, 3]
+    assert result.stderr == "Listing the 2 newest versions; --limit 0 lists all.\n"
+    for limit in ("0", "4"):
+        result = call("versions", "--limit", limit, "--json")
+        assert (len(json.loads(result.stdout)), result.stderr) == (4, "")
+
+
 @pytest.mark.parametrize("command", ["verify", "inspect"])
 def test_version_whose_uri_was_bent_to_another_artifact_is_refused(
     settings: Settings, registry: ModelRegistry, command: str

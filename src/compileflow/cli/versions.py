@@ -17,6 +17,7 @@ _HEADER = ("name", "target", "version", "stage", "verdict", "latency ratio", "si
 def versions(
     name: Annotated[str | None, typer.Argument(help="Name of a registered model. Default: all models.")] = None,
     registry: RegistryUri = None,
+    limit: Annotated[int, typer.Option(min=0, help="Number of versions to list; 0 lists all.")] = 50,
     as_json: AsJson = False,
 ) -> None:
     """List registered versions, newest first."""
@@ -29,7 +30,11 @@ def versions(
     settings = get_settings()
     registry_uri = settings.resolved_registry_uri(registry)
     check_registry_exists(registry_uri, settings)
-    rows = open_registry(registry_uri).versions(name)
+    # One more tells whether there are more.
+    found = open_registry(registry_uri).versions(name, limit=limit + 1 if limit else None)
+    rows = found[:limit] if limit else found
+    if len(found) > len(rows):
+        typer.echo(f"Listing the {limit} newest versions; --limit 0 lists all.", err=True)
     if as_json:
         typer.echo(json.dumps([version.model_dump(mode="json") for version in rows], indent=1))
         return

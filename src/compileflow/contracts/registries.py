@@ -106,8 +106,8 @@ class ModelRegistry(Protocol):
             RegistryError: The name, number or stage does not exist; the hint lists those that do.
         """
 
-    def versions(self, name: str | None = None) -> Sequence[ModelVersion]:
-        """Return all versions of one name, or of all names, newest first."""
+    def versions(self, name: str | None = None, *, limit: int | None = None) -> Sequence[ModelVersion]:
+        """Return all versions of one name, or of all names, newest first, or the newest ones only."""
 
     def compiled_from(self, source_uri: str) -> Sequence[ModelVersion]:
         """Return every version that was compiled from that source model, newest first."""

@@ -25,7 +25,7 @@ from compileflow.registries.lookup import (
 )
 from compileflow.settings import Settings
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 # Migrations from each schema to the next. A new file runs all of them: one path to the newest.
 _MIGRATIONS = (
     """
@@ -57,11 +57,12 @@ CREATE TABLE promotion(
 );
 CREATE INDEX promotion_by_version ON promotion(model_id, number)
 """,
+    """
+CREATE INDEX version_by_time ON version(created_at)
+""",
 )
 _FROM = " FROM version v JOIN model m ON m.id = v.model_id "
 _SELECT = "SELECT v.number, v.created_at, v.entry, v.stage" + _FROM
-# Schema 1 had no stages; such a file may be read-only, so that it cannot be migrated.
-_SELECT_SCHEMA_1 = "SELECT v.number, v.created_at, v.entry, 'none'" + _FROM
 _WAIT_S = 30.0
 _CANNOT_WRITE = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
 
@@ -129,24 +130,28 @@ class SqliteRegistry:
         Raises:
             RegistryError: The name, number or stage does not exist; the hint lists those that do.
         """
-        return choose_version(name, self.versions(name), version)
+        column = "v.number" if isinstance(version, int) else "v.stage"
+        found = self._read(f"WHERE m.name = ? AND {column} = ?", name, version, limit=1)
+        return found[0] if found else choose_version(name, self.versions(name), version)
 
-    def versions(self, name: str | None = None) -> Sequence[ModelVersion]:
-        """Return all versions of one name, or of all names, newest first.
+    def versions(self, name: str | None = None, *, limit: int | None = None) -> Sequence[ModelVersion]:
+        """Return all versions of one name, or of all names, newest first, or the newest ones only.
 
         Raises:
             RegistryError: The name does not exist; the hint lists similar names.
         """
         if name is None:
-            return self._read("")
-        versions = self._read("WHERE m.name = ?", name)
+            return self._read("", limit=limit)
+        versions = self._read("WHERE m.name = ?", name, limit=limit, order="v.number DESC")
         if not versions:
-            raise unknown_name(self.uri, name, (version.name for version in self._read("")))
-        return sorted(versions, key=lambda version: version.version, reverse=True)
+            raise unknown_name(self.uri, name, self._names())
+        return versions
 
     def compiled_from(self, source_uri: str) -> Sequence[ModelVersion]:
         """Return every version that was compiled from that source model, newest first."""
-        return [version for version in self._read("") if version.source_uri == source_uri]
+        # SQLite's JSON functions refuse entries with figures that are not finite.
+        candidates = self._read("WHERE instr(v.entry, ?)", json.dumps(source_uri))
+        return [version for version in candidates if version.source_uri == source_uri]
 
     def set_stage(self, name: str, version: int, stage: Stage, *, who: str, reason: str = "") -> ModelVersion:
         """Move a version to a stage, and archive the version that it replaces in staging or production.
@@ -158,13 +163,13 @@ class SqliteRegistry:
         self.get(name, version)
         with _write_transaction(self._path) as db:
             # Read again, because only now no other process can move a version.
-            rows = db.execute(_SELECT + "WHERE m.name = ? ORDER BY v.number DESC", (name,)).fetchall()
-            versions = [_version(row) for row in rows]
-            chosen = choose_version(name, versions, version)
+            chosen = _version(
+                db.execute(_SELECT + "WHERE m.name = ? AND v.number = ?", (name, version)).fetchone()
+            )
             if chosen.stage != stage:
-                for candidate in versions:
-                    if candidate.stage == stage and is_exclusive(stage):
-                        _move(db, candidate, "archived", who, replaced_by(version, stage))
+                if is_exclusive(stage):
+                    for row in db.execute(_SELECT + "WHERE m.name = ? AND v.stage = ?", (name, stage)).fetchall():
+                        _move(db, _version(row), "archived", who, replaced_by(version, stage))
                 _move(db, chosen, stage, who, reason)
         return chosen.model_copy(update={"stage": stage})
 
@@ -197,14 +202,27 @@ class SqliteRegistry:
             )
             return [Promotion(at=at, stage=stage, who=who, reason=reason) for at, stage, who, reason in rows]
 
-    def _read(self, condition: str, *values: str) -> list[ModelVersion]:
+    def _names(self) -> list[str]:
+        with _reading(self._path) as (db, schema):
+            return [name for (name,) in db.execute("SELECT name FROM model")] if schema else []
+
+    def _read(
+        self,
+        condition: str,
+        *values: str | int,
+        limit: int | None = None,
+        order: str = "v.created_at DESC, m.name, v.number DESC",
+    ) -> list[ModelVersion]:
         if not self._path.exists():
             return []
         with _reading(self._path) as (db, schema):
             if schema == 0:
                 return []
-            query = (_SELECT if schema >= 2 else _SELECT_SCHEMA_1) + condition
-            rows = db.execute(query + " ORDER BY v.created_at DESC, m.name, v.number DESC", values)
+            query = f"{_SELECT}{condition} ORDER BY {order} LIMIT ?"
+            if schema < 2:
+                # Such a file has no stages, and may be read-only, so that it cannot be migrated.
+                query = query.replace("v.stage", "'none'")
+            rows = db.execute(query, (*values, -1 if limit is None else limit))
             return [_version(row) for row in rows]
 
 

@@ -93,15 +93,15 @@ class MlflowRegistry:
         """
         return choose_version(name, self.versions(name), version)
 
-    def versions(self, name: str | None = None) -> Sequence[ModelVersion]:
-        """Return all versions of one name, or of all names, newest first.
+    def versions(self, name: str | None = None, *, limit: int | None = None) -> Sequence[ModelVersion]:
+        """Return all versions of one name, or of all names, newest first, or the newest ones only.
 
         Raises:
             RegistryError: The name does not exist; the hint lists similar names.
         """
         if name is None:
-            return self._versions(_tag_is(SCHEMA, SCHEMA_VERSION))
-        return [record.version for record in self._records_of(name)]
+            return self._versions(_tag_is(SCHEMA, SCHEMA_VERSION))[:limit]
+        return [record.version for record in self._records_of(name)][:limit]
 
     def compiled_from(self, source_uri: str) -> Sequence[ModelVersion]:
         """Return every version that was compiled from that source model, newest first."""

@@ -101,15 +101,16 @@ class NeptuneRegistry:
         """
         return choose_version(name, self.versions(name), version)
 
-    def versions(self, name: str | None = None) -> Sequence[ModelVersion]:
-        """Return all versions of one name, or of all names, newest first.
+    def versions(self, name: str | None = None, *, limit: int | None = None) -> Sequence[ModelVersion]:
+        """Return all versions of one name, or of all names, newest first, or the newest ones only.
 
         Raises:
             RegistryError: The name does not exist; the hint lists similar names.
         """
         if name is None:
-            return settle(self._listing.rows(""))
-        return sorted(settle(self._listing.named(name)), key=lambda version: version.version, reverse=True)
+            return settle(self._listing.rows(""))[:limit]
+        versions = settle(self._listing.named(name))
+        return sorted(versions, key=lambda version: version.version, reverse=True)[:limit]
 
     def set_stage(self, name: str, version: int, stage: Stage, *, who: str, reason: str = "") -> ModelVersion:
         """Move a version to a stage, and archive the version that it replaces in staging or production.
