@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from httpx import HTTPError
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
 from prefect.events.schemas.automations import AutomationCore
 from prefect.exceptions import ObjectNotFound
 from pydantic import ValidationError
@@ -54,7 +54,7 @@ def apply(prefect_file: Path, automations_file: Path, *, report: Callable[[str],
             for name in dict.fromkeys(entry["work_pool"]["name"] for entry in deployments):
                 _ensure_pool(client, name, report)
             _deploy(prefect_file)
-            _remove_schedules(client, deployments, report)
+            _finish_deployments(client, deployments, report)
             _apply_automations(client, automations, report)
     except HTTPError as error:
         raise ProcessError(
@@ -103,20 +103,32 @@ def _deploy(prefect_file: Path) -> None:
         raise ProcessError("prefect deploy failed.", hint="Correct what it prints above.")
 
 
-def _remove_schedules(
+def _finish_deployments(
     client: SyncPrefectClient, deployments: list[dict[str, Any]], report: Callable[[str], None]
 ) -> None:
-    """Delete the schedules of deployments that have none in the file: `prefect deploy` leaves those alone."""
+    """Do what `prefect deploy` leaves out: refuse unknown parameters, and delete schedules that left the file."""
     entries = {(entry["entrypoint"], entry["name"]): entry for entry in deployments}
     for deployment in client.read_deployments():
         entry = entries.get((deployment.entrypoint or "", deployment.name))
         if entry is not None:
+            schema = _form_schema(deployment.parameter_openapi_schema or {})
+            client.update_deployment(deployment.id, DeploymentUpdate(parameter_openapi_schema=schema))
             report(f"applied the deployment {client.read_flow(deployment.flow_id).name}/{deployment.name}")
-        if (entry and entry.get("schedules")) or (entry is None and TAG not in deployment.tags):
+        elif TAG not in deployment.tags:
             continue
-        for schedule in client.read_deployment_schedules(deployment.id):
-            client.delete_deployment_schedule(deployment.id, schedule.id)
-            report(f"removed the schedule {schedule.slug or schedule.id} of {deployment.name}")
+        if entry is None or not entry.get("schedules"):
+            for schedule in client.read_deployment_schedules(deployment.id):
+                client.delete_deployment_schedule(deployment.id, schedule.id)
+                report(f"removed the schedule {schedule.slug or schedule.id} of {deployment.name}")
+
+
+def _form_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return a flow's schema for the form: unknown parameters are refused, and a field may be "Empty", not "None"."""
+    definitions = schema.get("definitions", {}).values()
+    fields = [field for part in (schema, *definitions) for field in part.get("properties", {}).values()]
+    for choice in (choice for field in fields for choice in field.get("anyOf", ())):
+        choice.setdefault("title", "Empty" if choice.get("type") == "null" else "Value")
+    return {**schema, "additionalProperties": False}
 
 
 def _apply_automations(

@@ -115,7 +115,8 @@ def _serve(home: Path, options: argparse.Namespace) -> None:
     _print("Starting the Prefect server. The first start takes a minute.")
     with contextlib.ExitStack() as stack:
         services = _start(home, access, options, stack)
-        _print(f"Prefect: {access.url}, loopback only. Database: {services[0].name}. Logs: {home / 'logs'}")
+        database = "Postgres" if len(services) == 3 else "SQLite"
+        _print(f"Prefect: {access.url}, on loopback only, with {database}. Logs: {home / 'logs'}")
         if access.is_new:
             _print(f"Log in with  {_USER}:{access.password}  (printed only this once)")
         _print(f"The password is in {home / 'client.env'}. For commands in another terminal: . {home / 'client.env'}")

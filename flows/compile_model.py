@@ -16,6 +16,7 @@ from compileflow.steps.register import check_verdict, default_name
 from compileflow.steps.request import AUTO, CompileRequest
 from compileflow.steps.run import CompileResult
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
+from flows.lateness import MaxLateness, skipped_if_late
 from flows.registration import as_error, find_everywhere, register_everywhere
 from tasks.auto import compare, plan
 from tasks.compile import compile_source
@@ -37,8 +38,18 @@ def _run_name() -> str:
     description="Compile a transformers model for a target, prove the result, store it and register it.",
     flow_run_name=_run_name,
 )
-def compile_model(request: CompileRequest) -> CompileResult | State[Any]:
-    """Run the four steps. A refused artifact, like any error, ends the run as Failed with the reason."""
+def compile_model(
+    request: CompileRequest, max_lateness_s: MaxLateness = None
+) -> CompileResult | State[Any]:
+    """Run the four steps. A refused artifact, like any error, ends the run as Failed with the reason.
+
+    Args:
+        request: What to compile, how to prove it and where to register it. Only the model is required.
+        max_lateness_s: For schedules: a run that starts more seconds than this after its time ends at once, as Skipped.
+    """
+    skipped = skipped_if_late(max_lateness_s)
+    if skipped is not None:
+        return skipped
     try:
         result = run_steps(request)
     except CompileflowError as error:
