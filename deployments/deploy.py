@@ -1,4 +1,4 @@
-"""Command line: python -m deployments.deploy: bring work pools, deployments, schedules and automations to a server."""
+"""Command line: python -m deployments.deploy: make a server agree with the files of deployments."""
 
 from __future__ import annotations
 
@@ -67,9 +67,7 @@ def _read(path: Path, key: str) -> list[dict[str, Any]]:
     try:
         entries: list[dict[str, Any]] = yaml.safe_load(path.read_text("utf-8"))[key]
     except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise SpecError(
-            f"{path} has no list of {key}: {first_line(error)}.", hint="Correct the file."
-        ) from error
+        raise SpecError(f"{path} has no list of {key}: {first_line(error)}.", hint="Correct the file.") from error
     return entries
 
 
@@ -123,7 +121,7 @@ def _finish_deployments(
 
 
 def _form_schema(schema: dict[str, Any]) -> dict[str, Any]:
-    """Return a flow's schema for the form: unknown parameters are refused, and a field may be "Empty", not "None"."""
+    """Return a flow's schema for the form: unknown parameters are refused, and None is called Empty."""
     definitions = schema.get("definitions", {}).values()
     fields = [field for part in (schema, *definitions) for field in part.get("properties", {}).values()]
     for choice in (choice for field in fields for choice in field.get("anyOf", ())):

@@ -59,9 +59,7 @@ def start_postgres(programs: Path, root: Path, *, password: str, log_path: Path)
     }
     words = [str(programs / "postgres"), "-D", str(root), "-p", str(port)]
     words += [word for name, value in options.items() for word in ("-c", f"{name}={value}")]
-    service = Service(
-        "database", words, environment=os.environ, log_path=log_path, stop_signal=signal.SIGINT
-    )
+    service = Service("database", words, environment=os.environ, log_path=log_path, stop_signal=signal.SIGINT)
     ready = [str(programs / "pg_isready"), "--quiet", "--host=127.0.0.1", f"--port={port}"]
     try:
         service.wait_until(lambda: subprocess.run(ready).returncode == 0, timeout_s=_START_S)

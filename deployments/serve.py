@@ -1,4 +1,4 @@
-"""Command line: python -m deployments.serve [--port 4200]: server, database, deployments and worker on loopback."""
+"""Command line: python -m deployments.serve [--port 4200]: server, deployments and worker on loopback."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,9 @@ def _serve(home: Path, options: argparse.Namespace) -> None:
         _print(f"Prefect: {access.url}, on loopback only, with {database}. Logs: {home / 'logs'}")
         if access.is_new:
             _print(f"Log in with  {_USER}:{access.password}  (printed only this once)")
-        _print(f"The password is in {home / 'client.env'}. For commands in another terminal: . {home / 'client.env'}")
+        _print(
+            f"The password is in {home / 'client.env'}. For commands in another terminal: . {home / 'client.env'}"
+        )
         _print("Ready. Ctrl-C stops everything.")
         while True:
             for service in services:
@@ -127,9 +129,7 @@ def _serve(home: Path, options: argparse.Namespace) -> None:
             time.sleep(1)
 
 
-def _start(
-    home: Path, access: Access, options: argparse.Namespace, stack: contextlib.ExitStack
-) -> list[Service]:
+def _start(home: Path, access: Access, options: argparse.Namespace, stack: contextlib.ExitStack) -> list[Service]:
     """Start database, server, deployments and worker, in this order. The stack stops them in the reverse order."""
     environment = {**_SETTINGS, **os.environ, **access.client_environment, "PREFECT_HOME": str(home / "prefect")}
     server_environment = environment | {

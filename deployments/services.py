@@ -90,7 +90,7 @@ class Service:
             descendants = process.children(recursive=True)
             self._popen.send_signal(self._stop_signal)
             for child in process.children():
-                # A flow run leads a session of its own. It reports itself as crashed, and its worker waits for that.
+                # A flow run leads a session of its own. It reports its crash, and its worker waits for that.
                 with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
                     if os.getsid(child.pid) == child.pid:
                         child.terminate()

@@ -17,9 +17,9 @@ from compileflow.spec import TARGET_ALIASES, TASK_ALIASES
 AUTO = "auto"
 # A form asks for model and target first; its sections come last.
 _FORM_ORDER = (
-    "model", "target", "precision", "name", "hf_task", "revision", "max_sequence_length", "shape_buckets", "components",
-    "target_options", "trust_remote_code", "allow_warn", "auto", "validation", "calibration", "steps", "timeouts",
-    "store_uri", "registry_uris", "aws_credentials_block",
+    "model", "target", "precision", "name", "hf_task", "revision", "max_sequence_length", "shape_buckets",
+    "components", "target_options", "trust_remote_code", "allow_warn", "auto", "validation", "calibration",
+    "steps", "timeouts", "store_uri", "registry_uris", "aws_credentials_block",
 )  # fmt: skip
 # Only the Hub has revisions.
 _NOT_ON_THE_HUB = r"^(/|~|\.|file:|registry:|mlflow:|neptune:)"
