@@ -132,16 +132,20 @@ def _form_schema(schema: dict[str, Any]) -> dict[str, Any]:
 def _apply_automations(
     client: SyncPrefectClient, automations: list[AutomationCore], report: Callable[[str], None]
 ) -> None:
-    """Create or update the automations by name, and delete tagged ones that left the file."""
-    old_ids = {old.name: old.id for old in client.read_automations() if TAG in old.tags}
+    """Create or update the automations by name, and delete tagged ones that left the file.
+
+    An update makes the server forget the runs that an automation waits for, so an equal one is left alone.
+    """
+    old_automations = {old.name: old for old in client.read_automations() if TAG in old.tags}
     for automation in automations:
-        if automation.name in old_ids:
-            client.update_automation(old_ids.pop(automation.name), automation)
-        else:
+        old = old_automations.pop(automation.name, None)
+        if old is None:
             client.create_automation(automation)
+        elif AutomationCore.model_validate(old.model_dump()) != automation:
+            client.update_automation(old.id, automation)
         report(f"applied the automation {automation.name!r}")
-    for name, automation_id in old_ids.items():
-        client.delete_automation(automation_id)
+    for name, old in old_automations.items():
+        client.delete_automation(old.id)
         report(f"removed the automation {name!r}")
 
 

@@ -20,7 +20,7 @@ _ENTRY = (
     "import os, sys; from compileflow._process.child_process import end_with_parent; end_with_parent(); "
     "os.execvp(sys.argv[1], sys.argv[1:])"
 )
-_STOP_S = 20.0
+_STOP_S = 15.0
 _POLL_S = 0.2
 _LAST_LINES = 15
 
@@ -88,12 +88,13 @@ class Service:
         with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(self._popen.pid)
             descendants = process.children(recursive=True)
+            # A flow run leads a session of its own. It reports its crash while its worker and the server run.
+            flow_runs = [child for child in process.children() if _leads_session(child)]
+            for flow_run in flow_runs:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    flow_run.terminate()
+            psutil.wait_procs(flow_runs, timeout=_STOP_S)
             self._popen.send_signal(self._stop_signal)
-            for child in process.children():
-                # A flow run leads a session of its own. It reports its crash, and its worker waits for that.
-                with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
-                    if os.getsid(child.pid) == child.pid:
-                        child.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._popen.wait(timeout=_STOP_S)
             # psutil leaves a process alone that has got the number of one that ended.
@@ -104,3 +105,10 @@ class Service:
         self._popen.wait()
         if self._popen.stdin is not None:
             self._popen.stdin.close()
+
+
+def _leads_session(process: psutil.Process) -> bool:
+    try:
+        return os.getsid(process.pid) == process.pid
+    except ProcessLookupError:
+        return False

@@ -56,8 +56,12 @@ class PrefectServer:
 
     def prefect(self, *words: str) -> str:
         """Run the prefect command in the repository's root and return what it printed."""
+        return self.python("prefect", *words)
+
+    def python(self, module: str, *words: str) -> str:
+        """Run a module as a program in the repository's root and return what it printed."""
         done = subprocess.run(
-            [sys.executable, "-m", "prefect", *words],
+            [sys.executable, "-m", module, *words],
             cwd=ROOT,
             env=self.environment,
             capture_output=True,
