@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,10 +72,10 @@ class PrefectServer:
         return done.stdout
 
     @contextmanager
-    def worker(self, pool: str) -> Iterator[None]:
+    def worker(self, pool: str) -> Iterator[subprocess.Popen[bytes]]:
         """Run a worker of a work pool."""
-        with self._process("worker", "worker", "start", "--pool", pool, "--name", "test-worker"):
-            yield
+        with self._process("worker", "worker", "start", "--pool", pool, "--name", "test-worker") as process:
+            yield process
 
     @contextmanager
     def _process(self, name: str, *words: str) -> Iterator[subprocess.Popen[bytes]]:
@@ -91,7 +91,9 @@ class PrefectServer:
             try:
                 yield process
             finally:
-                os.killpg(process.pid, signal.SIGTERM)
+                # A test may have killed it.
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGTERM)
                 try:
                     process.wait(timeout=30)
                 except subprocess.TimeoutExpired:
