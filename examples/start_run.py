@@ -89,11 +89,16 @@ def main() -> int:
     parser.add_argument("model", help="Hub id, registered version, or absolute path of a folder on the worker")
     parser.add_argument("--target", default="onnx-runtime")
     parser.add_argument("--name", help="name in the registry")
+    parser.add_argument(
+        "--max-sequence-length", type=int, help="longest row in tokens; default: the model's maximum"
+    )
     parser.add_argument("--key", default=str(uuid4()), help="runs with the same key are one run")
     options = parser.parse_args()
     request: Request = {"model": options.model, "target": options.target}
     if options.name:
         request["name"] = options.name
+    if options.max_sequence_length:
+        request["max_sequence_length"] = options.max_sequence_length
     with connect() as client:
         run_id = start(client, request, key=options.key)
         sys.stdout.write(f"started the run {run_id}\n")

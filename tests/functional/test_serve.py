@@ -198,7 +198,7 @@ def test_form_schedule_api_and_event_each_lead_to_a_registered_version(served: S
     assert served.call("POST", "/events", [event])[0] == 204
 
     example = subprocess.run(
-        [sys.executable, "examples/start_run.py", model, "--name", "by-api"],
+        [sys.executable, "examples/start_run.py", model, "--name", "by-api", "--max-sequence-length", "16"],
         cwd=ROOT,
         env=environment(served.home) | served.client_environment,
         capture_output=True,
