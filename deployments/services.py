@@ -84,7 +84,7 @@ class Service:
             time.sleep(_POLL_S)
 
     def stop(self) -> None:
-        """End the program, and kill what is left of it and of all processes that it started."""
+        """End the program, and kill all that it has started."""
         with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(self._popen.pid)
             descendants = process.children(recursive=True)
@@ -109,6 +109,6 @@ class Service:
 
 def _leads_session(process: psutil.Process) -> bool:
     try:
-        return os.getsid(process.pid) == process.pid
+        return os.getsid(process.pid) == int(process.pid)
     except ProcessLookupError:
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import cast
 from uuid import UUID
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
@@ -16,7 +17,8 @@ class RunProgress:
     """
 
     def __init__(self, key: str, activity: str) -> None:
-        self._artifact_id: UUID = create_progress_artifact(0.0, key=key, description=activity)
+        # Prefect's types do not know that the call is synchronous here.
+        self._artifact_id = cast(UUID, create_progress_artifact(0.0, key=key, description=activity))
         self._percent = 0.0
 
     def advance(self, percent: float, activity: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -40,7 +41,7 @@ def server(prefect_server: PrefectServer, tmp_path_factory: pytest.TempPathFacto
     return running
 
 
-@pytest.fixture
+@contextmanager
 def impatient_automation(server: PrefectServer) -> Iterator[str]:
     """The automation of deployments/automations.yaml that ends pending runs, with 10 seconds in place of 120."""
     entries = yaml.safe_load((ROOT / "deployments" / "automations.yaml").read_text("utf-8"))["automations"]
@@ -48,8 +49,10 @@ def impatient_automation(server: PrefectServer) -> Iterator[str]:
     entry["trigger"]["within"] = 10
     status, automation = server.call("POST", "/automations/", entry | {"name": "impatient"})
     assert status == 201, automation
-    yield entry["actions"][0]["message"]
-    server.call("DELETE", f"/automations/{automation['id']}")
+    try:
+        yield entry["actions"][0]["message"]
+    finally:
+        server.call("DELETE", f"/automations/{automation['id']}")
 
 
 def start(server: PrefectServer, *, late_s: float = 0) -> str:
@@ -93,11 +96,9 @@ def test_outage_of_a_minute_schedule_leads_to_one_run(server: PrefectServer) -> 
     assert next_state["type"] == WORKED
 
 
-def test_worker_that_dies_with_a_pending_run_does_not_block_the_next_one(
-    server: PrefectServer, impatient_automation: str
-) -> None:
+def test_worker_that_dies_with_a_pending_run_does_not_block_the_next_one(server: PrefectServer) -> None:
     run_id = start(server)
-    with server.worker(POOL) as worker:
+    with server.worker(POOL) as worker, impatient_automation(server) as message:
         until(lambda: state_of(server, run_id)["type"] == "PENDING", "no worker took the run")
         process = psutil.Process(worker.pid)
         for victim in (*process.children(recursive=True), process):
@@ -107,6 +108,6 @@ def test_worker_that_dies_with_a_pending_run_does_not_block_the_next_one(
         state = until(
             lambda: (state := state_of(server, run_id))["type"] == "CRASHED" and state, "the run stays pending"
         )
-        assert state["message"] == impatient_automation
+        assert state["message"] == message
     with server.worker(POOL):
         assert final_state(server, start(server))["type"] == WORKED
