@@ -97,7 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         home = get_settings().home_dir / "serve"
         with os_errors(home, "write to"):
-            (home / "logs").mkdir(parents=True, exist_ok=True)
+            for name in ("logs", "tmp"):
+                (home / name).mkdir(parents=True, exist_ok=True)
         with file_lock(home / "lock", on_wait=lambda: _refuse_second_start(home)):
             _serve(home, options)
     except KeyboardInterrupt:
@@ -131,7 +132,12 @@ def _serve(home: Path, options: argparse.Namespace) -> None:
 
 def _start(home: Path, access: Access, options: argparse.Namespace, stack: contextlib.ExitStack) -> list[Service]:
     """Start database, server, deployments and worker, in this order. The stack stops them in the reverse order."""
-    environment = {**_SETTINGS, **os.environ, **access.client_environment, "PREFECT_HOME": str(home / "prefect")}
+    folders = {
+        "PREFECT_HOME": str(home / "prefect"),
+        # Workers of all users of a machine share one folder in the usual one, which belongs to the first of them.
+        "TMPDIR": str(home / "tmp"),
+    }
+    environment = {**_SETTINGS, **os.environ, **access.client_environment, **folders}
     server_environment = environment | {
         "PREFECT_SERVER_API_AUTH_STRING": access.client_environment["PREFECT_API_AUTH_STRING"]
     }
@@ -173,6 +179,7 @@ def _start(home: Path, access: Access, options: argparse.Namespace, stack: conte
             [*prefect, "worker", "start", "--pool", POOL, "--name", WORKER],
             environment=environment,
             log_path=home / "logs" / "worker.log",
+            runs_flows=True,
         )
     )
     worker.wait_until(lambda: _has_worker(access), timeout_s=_WORKER_START_S)

@@ -34,6 +34,7 @@ class Service:
         environment: The program's whole environment.
         log_path: File for everything that the program prints.
         stop_signal: Signal that asks the program to end.
+        runs_flows: Whether the program is a worker, whose children are flow runs.
     """
 
     def __init__(
@@ -44,10 +45,12 @@ class Service:
         environment: Mapping[str, str],
         log_path: Path,
         stop_signal: signal.Signals = signal.SIGTERM,
+        runs_flows: bool = False,
     ) -> None:
         self.name = name
         self.log_path = log_path
         self._stop_signal = stop_signal
+        self._runs_flows = runs_flows
         with log_path.open("wb") as log:
             self._popen = subprocess.Popen(
                 [sys.executable, "-P", "-c", _ENTRY, *words],
@@ -88,8 +91,8 @@ class Service:
         with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(self._popen.pid)
             descendants = process.children(recursive=True)
-            # A flow run leads a session of its own. It reports its crash while its worker and the server run.
-            flow_runs = [child for child in process.children() if _leads_session(child)]
+            # A flow run reports its crash while worker and server run. Unlike the watcher, it leads a session.
+            flow_runs = [child for child in process.children() if self._runs_flows and _leads_session(child)]
             for flow_run in flow_runs:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     flow_run.terminate()
