@@ -15,7 +15,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,12 @@ from flows.environment import SERVER_SETTINGS
 POOL = "compileflow"
 WORKER = "serve"
 _ROOT = Path(__file__).parents[1]
+_PREFECT = (sys.executable, "-m", "prefect")
 _USER = "admin"
 _SERVER_START_S = 180.0
 _WORKER_START_S = 60.0
+# A worker that ends sooner would end again.
+_SHORTEST_LIFE_S = 15.0
 _SETTINGS = SERVER_SETTINGS | {
     "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
     # The newer UI asks a host for analytics from the browser.
@@ -113,77 +116,77 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _serve(home: Path, options: argparse.Namespace) -> None:
     _check_port(options.port)
     access = _access(home, options.port)
-    _print("Starting the Prefect server. The first start takes a minute.")
-    with contextlib.ExitStack() as stack:
-        services = _start(home, access, options, stack)
-        database = "Postgres" if len(services) == 3 else "SQLite"
-        _print(f"Prefect: {access.url}, on loopback only, with {database}. Logs: {home / 'logs'}")
-        if access.is_new:
-            _print(f"Log in with  {_USER}:{access.password}  (printed only this once)")
-        _print(
-            f"The password is in {home / 'client.env'}. For commands in another terminal: . {home / 'client.env'}"
-        )
-        _print("Ready. Ctrl-C stops everything.")
-        while True:
-            for service in services:
-                service.check_running()
-            time.sleep(1)
-
-
-def _start(home: Path, access: Access, options: argparse.Namespace, stack: contextlib.ExitStack) -> list[Service]:
-    """Start database, server, deployments and worker, in this order. The stack stops them in the reverse order."""
     folders = {
         "PREFECT_HOME": str(home / "prefect"),
         # Workers of all users of a machine share one folder in the usual one, which belongs to the first of them.
         "TMPDIR": str(home / "tmp"),
     }
     environment = {**_SETTINGS, **os.environ, **access.client_environment, **folders}
-    server_environment = environment | {
-        "PREFECT_SERVER_API_AUTH_STRING": access.client_environment["PREFECT_API_AUTH_STRING"]
-    }
+    _print("Starting the Prefect server. The first start takes a minute.")
+    with contextlib.ExitStack() as stack:
+        services = _start_server(home, access, options, environment, stack)
+        deploy = subprocess.run([sys.executable, "-m", "deployments.deploy"], cwd=_ROOT, env=environment)
+        if deploy.returncode:
+            raise ProcessError("The deployments cannot be applied.", hint="Correct what is printed above.")
+        worker = _start_worker(home, access, environment, stack)
+        database = "Postgres" if len(services) == 2 else "SQLite"
+        _print(f"Prefect: {access.url}, on loopback only, with {database}. Logs: {home / 'logs'}")
+        if access.is_new:
+            _print(f"Log in with  {_USER}:{access.password}  (printed only this once)")
+        path = home / "client.env"
+        _print(f"The password is in {path}. For commands in another terminal: . {path}")
+        _print("Ready. Ctrl-C stops everything.")
+        while True:
+            time.sleep(1)
+            for service in services:
+                service.check_running()
+            if worker.has_ended():
+                if worker.age_s < _SHORTEST_LIFE_S:
+                    worker.check_running()
+                _print("The worker ended. Another one starts.")
+                worker = _start_worker(home, access, environment, stack)
+
+
+def _start_server(
+    home: Path,
+    access: Access,
+    options: argparse.Namespace,
+    environment: Mapping[str, str],
+    stack: contextlib.ExitStack,
+) -> list[Service]:
+    """Start the database, unless it is SQLite, and the server. The stack stops them in the reverse order."""
+    environment = {**environment, "PREFECT_SERVER_API_AUTH_STRING": environment["PREFECT_API_AUTH_STRING"]}
     services = []
-
-    def added(service: Service) -> Service:
-        services.append(service)
-        stack.callback(service.stop)
-        return service
-
     programs = postgres_programs() if options.database != "sqlite" else None
     if programs is not None:
         database, url = start_postgres(
             programs, home / "postgres", password=access.password, log_path=home / "logs" / "postgres.log"
         )
-        added(database)
-        server_environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = url
+        stack.callback(database.stop)
+        services.append(database)
+        environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = url
     elif options.database == "postgres":
         raise ProcessError(
             "Postgres was requested, but this user cannot run it: its programs are missing, or the user is root.",
             hint="Install the package postgresql and use another user than root, or choose --database sqlite.",
         )
-    prefect = [sys.executable, "-m", "prefect"]
-    server = added(
-        Service(
-            "server",
-            [*prefect, "server", "start", "--host", "127.0.0.1", "--port", str(options.port)],
-            environment=server_environment,
-            log_path=home / "logs" / "server.log",
-        )
-    )
+    words = [*_PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(options.port)]
+    server = Service("server", words, environment=environment, log_path=home / "logs" / "server.log")
+    stack.callback(server.stop)
     server.wait_until(lambda: access.call("GET", "/admin/version") is not None, timeout_s=_SERVER_START_S)
-    deploy = subprocess.run([sys.executable, "-m", "deployments.deploy"], cwd=_ROOT, env=environment)
-    if deploy.returncode:
-        raise ProcessError("The deployments cannot be applied.", hint="Correct what is printed above.")
-    worker = added(
-        Service(
-            "worker",
-            [*prefect, "worker", "start", "--pool", POOL, "--name", WORKER],
-            environment=environment,
-            log_path=home / "logs" / "worker.log",
-            runs_flows=True,
-        )
+    return [*services, server]
+
+
+def _start_worker(
+    home: Path, access: Access, environment: Mapping[str, str], stack: contextlib.ExitStack
+) -> Service:
+    words = [*_PREFECT, "worker", "start", "--pool", POOL, "--name", WORKER]
+    worker = Service(
+        "worker", words, environment=environment, log_path=home / "logs" / "worker.log", runs_flows=True
     )
+    stack.callback(worker.stop)
     worker.wait_until(lambda: _has_worker(access), timeout_s=_WORKER_START_S)
-    return services
+    return worker
 
 
 def _has_worker(access: Access) -> bool:

@@ -51,7 +51,8 @@ class Service:
         self.log_path = log_path
         self._stop_signal = stop_signal
         self._runs_flows = runs_flows
-        with log_path.open("wb") as log:
+        self._started_at = time.monotonic()
+        with log_path.open("ab") as log:
             self._popen = subprocess.Popen(
                 [sys.executable, "-P", "-c", _ENTRY, *words],
                 stdin=subprocess.PIPE,
@@ -60,6 +61,15 @@ class Service:
                 env=dict(environment),
                 start_new_session=True,
             )
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._started_at
+
+    def has_ended(self) -> bool:
+        """Return whether the program has ended."""
+        return self._popen.poll() is not None
 
     def check_running(self) -> None:
         """Raise ProcessError, with the end of the log, if the program has ended."""
