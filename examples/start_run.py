@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 from uuid import uuid4
 
 import httpx
@@ -21,7 +21,7 @@ FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
 
 class Request(TypedDict):
-    """The fields of the form that this program sets; `schema` prints all of them."""
+    """The fields of the form that this program sets."""
 
     model: str
     target: NotRequired[str]
@@ -45,12 +45,6 @@ def connect() -> httpx.Client:
     return httpx.Client(base_url=os.environ["PREFECT_API_URL"], auth=auth, timeout=60, trust_env=False)
 
 
-def schema(client: httpx.Client) -> dict[str, object]:
-    """Return the JSON schema of the parameters, which the server checks."""
-    schema: dict[str, object] = _json(client.get(f"/deployments/name/{DEPLOYMENT}"))["parameter_openapi_schema"]
-    return schema
-
-
 def start(client: httpx.Client, request: Request, *, key: str) -> str:
     """Start a run and return its id.
 
@@ -62,25 +56,32 @@ def start(client: httpx.Client, request: Request, *, key: str) -> str:
     Raises:
         SystemExit: The server refuses a field; its message names the field.
     """
-    deployment_id = _json(client.get(f"/deployments/name/{DEPLOYMENT}"))["id"]
+    deployment_id = _call(client, "GET", f"/deployments/name/{DEPLOYMENT}")["id"]
     body = {"parameters": {"request": request}, "idempotency_key": key}
-    run_id: str = _json(client.post(f"/deployments/{deployment_id}/create_flow_run", json=body))["id"]
+    run_id: str = _call(client, "POST", f"/deployments/{deployment_id}/create_flow_run", body)["id"]
     return run_id
 
 
 def wait(client: httpx.Client, run_id: str) -> State:
     """Wait until a run has ended, and return its state."""
     while True:
-        state: State = _json(client.get(f"/flow_runs/{run_id}"))["state"]
+        state: State = _call(client, "GET", f"/flow_runs/{run_id}")["state"]
         if state["type"] in FINAL:
             return state
         time.sleep(2)
 
 
-def _json(response: httpx.Response) -> dict[str, object]:
+def _call(client: httpx.Client, method: str, path: str, body: object = None) -> dict[str, Any]:
+    """Send a request, again while the server is busy (503), and return the decoded answer."""
+    for pause_s in (2, 2, 4, 8, 0):
+        response = client.request(method, path, json=body)
+        if response.status_code != 503:
+            break
+        time.sleep(pause_s)
     if response.is_error:
-        raise SystemExit(f"{response.status_code}: {response.json().get('detail', response.text)}")
-    return response.json()
+        raise SystemExit(f"{response.status_code}: {response.text}")
+    answer: dict[str, Any] = response.json()
+    return answer
 
 
 def main() -> int:

@@ -17,6 +17,7 @@ from compileflow.steps.report_file import export_report, read_report
 from compileflow.steps.request import CompileRequest
 from compileflow.steps.summary import figures_table, summary_markdown
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
+from compileflow.validation.report import Report
 from compileflow.validation.report.outcome_picture import outcome_picture
 from tasks.policies import prefect_key
 from tasks.settings import settings_for
@@ -31,11 +32,8 @@ def publish(
     settings = settings_for(request)
     page = export_report(validated.report_uri, settings).as_uri()
     report = read_report(validated.report_uri, settings)
-    picture_url = f"data:image/png;base64,{base64.b64encode(outcome_picture(report)).decode()}"
     text = summary_markdown(source, artifact, validated, report=report, page=page)
-    create_markdown_artifact(
-        f"{text}\n\n![picture]({picture_url})", key=f"{key}-report", description=validated.reason
-    )
+    create_markdown_artifact(text + _picture(report), key=f"{key}-report", description=validated.reason)
     create_table_artifact(
         figures_table(artifact, validated),
         key=f"{key}-figures",
@@ -55,3 +53,12 @@ def link_version(version: ModelVersion, registry_uri: str, *, key: str) -> None:
         key=key,
         description=f"{name}, verdict {version.verdict}",
     )
+
+
+def _picture(report: Report) -> str:
+    """Return the picture of a report as Markdown; "" on a worker without the extra validation."""
+    try:
+        picture = outcome_picture(report)
+    except ImportError:
+        return ""
+    return f"\n\n![picture](data:image/png;base64,{base64.b64encode(picture).decode()})"
