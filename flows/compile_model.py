@@ -66,14 +66,19 @@ def run_steps(request: CompileRequest) -> CompileResult:
     progress = RunProgress(prefect_key(request.name, request.model, request.target, "progress"), "fetching")
     source = fetch.with_options(timeout_seconds=request.timeouts.fetch_s)(request).result()
     if request.target == AUTO:
-        return compile_best(source, request, progress)
+        result = compile_best(source, request, progress)
+        progress.advance(100, "done")
+        return result
     progress.advance(10, "compiling")
     artifact = compile_source(source, request).result()
     if not request.steps.need_verdict:
         return CompileResult.of(request, source, artifact, None, find_everywhere(source, artifact, request))
     progress.advance(50, "validating")
     validated = validate(source, artifact, request).result()
-    return finish(source, artifact, validated, request, progress)
+    progress.advance(90, f"verdict {validated.outcome}")
+    result = finish(source, artifact, validated, request)
+    progress.advance(100, f"verdict {validated.outcome}: {len(result.versions)} registered")
+    return result
 
 
 def hand_back(request: CompileRequest, outcome: CompileResult | CompileflowError) -> None:
@@ -100,7 +105,7 @@ def compile_best(source: FetchedSource, request: CompileRequest, progress: RunPr
     candidates = [outcome.candidate(settings_for(request)) for outcome in attempts]
     comparison = compare(source, request, candidate_plan, candidates)
     winner = winning_candidate(attempts, comparison)
-    result = finish(source, winner.artifact, winner.validated, winner.request, progress)
+    result = finish(source, winner.artifact, winner.validated, winner.request)
     return result.model_copy(update={"comparison_uri": comparison.comparison_uri})
 
 
@@ -116,14 +121,9 @@ def attempt(source: FetchedSource, request: CompileRequest) -> Attempt:
 
 
 def finish(
-    source: FetchedSource,
-    artifact: CompiledArtifact,
-    validated: ValidatedArtifact,
-    request: CompileRequest,
-    progress: RunProgress,
+    source: FetchedSource, artifact: CompiledArtifact, validated: ValidatedArtifact, request: CompileRequest
 ) -> CompileResult:
     """Show the outcome in the Prefect UI, and register the artifact if its verdict allows."""
-    progress.advance(90, f"verdict {validated.outcome}")
     publish(source, artifact, validated, request)
     if validated.outcome == PENDING:
         announce_pending(artifact, request.target)
@@ -132,5 +132,4 @@ def finish(
         versions = register_everywhere(source, artifact, validated, request)
     else:
         versions = find_everywhere(source, artifact, request)
-    progress.advance(100, f"verdict {validated.outcome}: {len(versions)} registered")
     return CompileResult.of(request, source, artifact, validated, versions)
