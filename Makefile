@@ -9,13 +9,19 @@ PIP := -m pip install --quiet --disable-pip-version-check --constraint constrain
 PYTEST := $(DEV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo neptune check docs architectures mutation test test-slow format clean
+.PHONY: help demo serve deploy neptune check docs architectures mutation test test-slow format clean
 
 help: ## Print the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
 
 demo: $(DEMO)/installed ## Compile a real model for two targets, validate it and register it; needs no account
 	@COMPILEFLOW_HOME=.demo $(DEMO)/bin/python -m flows demo
+
+serve: $(DEV)/installed ## Start a Prefect server with a password, all deployments and a worker, on loopback; PORT=4200
+	@$(DEV)/bin/python -m deployments.serve --port $(or $(PORT),4200)
+
+deploy: $(DEV)/installed ## Bring deployments, schedules and automations to the server of PREFECT_API_URL
+	@$(DEV)/bin/python -m deployments.deploy
 
 neptune: $(DEV)/installed ## Start the Neptune-compatible registry server on port 8765, with its data in .neptune
 	@$(DEV)/bin/python -m deployments.neptune_server --root .neptune --project compileflow/models

@@ -16,12 +16,15 @@ from compileflow.steps.register import check_verdict, default_name
 from compileflow.steps.request import AUTO, CompileRequest
 from compileflow.steps.run import CompileResult
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
+from flows.lateness import MaxLateness, skipped_if_late
 from flows.registration import as_error, find_everywhere, register_everywhere
 from tasks.auto import compare, plan
 from tasks.compile import compile_source
 from tasks.events import announce, announce_pending
 from tasks.fetch import fetch
 from tasks.outcome import keep_outcome
+from tasks.policies import prefect_key
+from tasks.progress import RunProgress
 from tasks.publish import publish
 from tasks.settings import settings_for
 from tasks.validate import validate
@@ -37,8 +40,16 @@ def _run_name() -> str:
     description="Compile a transformers model for a target, prove the result, store it and register it.",
     flow_run_name=_run_name,
 )
-def compile_model(request: CompileRequest) -> CompileResult | State[Any]:
-    """Run the four steps. A refused artifact, like any error, ends the run as Failed with the reason."""
+def compile_model(request: CompileRequest, max_lateness_s: MaxLateness = None) -> CompileResult | State[Any]:
+    """Run the four steps. A refused artifact, like any error, ends the run as Failed with the reason.
+
+    Args:
+        request: What to compile, how to prove it and where to register it. Only the model is required.
+        max_lateness_s: For schedules: a run that starts more seconds than this after its time ends as Skipped.
+    """
+    skipped = skipped_if_late(max_lateness_s)
+    if skipped is not None:
+        return skipped
     try:
         result = run_steps(request)
     except CompileflowError as error:
@@ -52,14 +63,22 @@ def compile_model(request: CompileRequest) -> CompileResult | State[Any]:
 
 def run_steps(request: CompileRequest) -> CompileResult:
     """Fetch, compile, validate and register."""
+    progress = RunProgress(prefect_key(request.name, request.model, request.target, "progress"), "fetching")
     source = fetch.with_options(timeout_seconds=request.timeouts.fetch_s)(request).result()
     if request.target == AUTO:
-        return compile_best(source, request)
+        result = compile_best(source, request, progress)
+        progress.advance(100, "done")
+        return result
+    progress.advance(10, "compiling")
     artifact = compile_source(source, request).result()
     if not request.steps.need_verdict:
         return CompileResult.of(request, source, artifact, None, find_everywhere(source, artifact, request))
+    progress.advance(50, "validating")
     validated = validate(source, artifact, request).result()
-    return finish(source, artifact, validated, request)
+    progress.advance(90, f"verdict {validated.outcome}")
+    result = finish(source, artifact, validated, request)
+    progress.advance(100, f"verdict {validated.outcome}: {len(result.versions)} registered")
+    return result
 
 
 def hand_back(request: CompileRequest, outcome: CompileResult | CompileflowError) -> None:
@@ -75,10 +94,14 @@ def announce_validated(result: CompileResult) -> None:
             announce("validated", version, registry_uri)
 
 
-def compile_best(source: FetchedSource, request: CompileRequest) -> CompileResult:
+def compile_best(source: FetchedSource, request: CompileRequest, progress: RunProgress) -> CompileResult:
     """Compile and validate every candidate, compare them, and finish the run with the winner."""
     candidate_plan = plan(source, request)
-    attempts = [attempt(source, candidate) for candidate in candidate_plan.requests]
+    attempts = []
+    for number, candidate in enumerate(candidate_plan.requests):
+        percent = 10 + 80 * number / len(candidate_plan.requests)
+        progress.advance(percent, f"trying {candidate.target} {candidate.precision.value}")
+        attempts.append(attempt(source, candidate))
     candidates = [outcome.candidate(settings_for(request)) for outcome in attempts]
     comparison = compare(source, request, candidate_plan, candidates)
     winner = winning_candidate(attempts, comparison)

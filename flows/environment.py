@@ -8,20 +8,22 @@ from compileflow._process.child_process import skip_slow_grammar
 from compileflow._process.folders import os_errors
 from compileflow.settings import Settings
 
-_DEFAULTS = {
+SERVER_SETTINGS = {
     # Nothing leaves the machine.
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
-    # Prefect's default of 20 seconds is too short for a first start on a small machine.
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
-    # An embedded server that stops while it writes prints a traceback after the run's last line.
-    "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
     # SQLite stalls when every task run is its own write.
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "100",
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
     "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_BATCH_SIZE": "500",
     "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_READ_BATCH_SIZE": "100",
+}
+_DEFAULTS = SERVER_SETTINGS | {
+    # Prefect's default of 20 seconds is too short for a first start on a small machine.
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    # An embedded server that stops while it writes prints a traceback after the run's last line.
+    "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
 }
 
 

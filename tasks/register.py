@@ -10,7 +10,8 @@ from compileflow.steps.register import find_version, register_version
 from compileflow.steps.request import CompileRequest
 from compileflow.steps.summary import version_line
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
-from tasks.policies import RETRIES
+from tasks.policies import RETRIES, prefect_key
+from tasks.publish import link_version
 from tasks.settings import settings_for
 
 
@@ -36,6 +37,7 @@ def register(
         flow_run_id=flow_run.id,
     )
     get_run_logger().info("registered: %s", version_line(version, registry_uri))
+    link_version(version, registry_uri, key=prefect_key(request.name, source.uri, request.target, "version"))
     return version
 
 

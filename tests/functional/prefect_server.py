@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,8 +56,12 @@ class PrefectServer:
 
     def prefect(self, *words: str) -> str:
         """Run the prefect command in the repository's root and return what it printed."""
+        return self.python("prefect", *words)
+
+    def python(self, module: str, *words: str) -> str:
+        """Run a module as a program in the repository's root and return what it printed."""
         done = subprocess.run(
-            [sys.executable, "-m", "prefect", *words],
+            [sys.executable, "-m", module, *words],
             cwd=ROOT,
             env=self.environment,
             capture_output=True,
@@ -68,10 +72,10 @@ class PrefectServer:
         return done.stdout
 
     @contextmanager
-    def worker(self, pool: str) -> Iterator[None]:
+    def worker(self, pool: str) -> Iterator[subprocess.Popen[bytes]]:
         """Run a worker of a work pool."""
-        with self._process("worker", "worker", "start", "--pool", pool, "--name", "test-worker"):
-            yield
+        with self._process("worker", "worker", "start", "--pool", pool, "--name", "test-worker") as process:
+            yield process
 
     @contextmanager
     def _process(self, name: str, *words: str) -> Iterator[subprocess.Popen[bytes]]:
@@ -87,7 +91,9 @@ class PrefectServer:
             try:
                 yield process
             finally:
-                os.killpg(process.pid, signal.SIGTERM)
+                # A test may have killed it.
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGTERM)
                 try:
                     process.wait(timeout=30)
                 except subprocess.TimeoutExpired:

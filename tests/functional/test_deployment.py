@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect.utilities.schema_tools import validate
 
 from compileflow.catalog import open_registry
 from compileflow.serving.pipeline import CompiledPipeline
 from compileflow.settings import Settings
 from compileflow.spec import HfTask
+from compileflow.steps.request import CompileRequest
 from tests.functional.prefect_server import PrefectServer
 from tests.models import build_model
 
@@ -32,8 +34,7 @@ def server(
 ) -> Iterator[PrefectServer]:
     environment = prefect_server.environment | {"COMPILEFLOW_HOME": str(home)}
     running = replace(prefect_server, environment=environment, logs=tmp_path_factory.mktemp("worker"))
-    running.prefect("work-pool", "create", POOL, "--type", "process")
-    running.prefect("--no-prompt", "deploy", "--all", "--prefect-file", "deployments/prefect.yaml")
+    running.python("deployments.deploy")
     with running.worker(POOL):
         yield running
 
@@ -87,9 +88,18 @@ def test_run_over_the_api_registers_a_version_that_loads(
     assert answer[0]["label"] in ("negative", "neutral", "positive")
 
     artifacts = server.call("POST", "/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run["id"]]}}})[1]
-    kinds = {artifact["key"].removeprefix("reviews-torchscript-"): artifact["type"] for artifact in artifacts}
+    by_name = {artifact["key"].removeprefix("reviews-torchscript-"): artifact for artifact in artifacts}
     # Prefect keeps a link as Markdown.
-    assert kinds == {"report": "markdown", "figures": "table", "artifact": "markdown"}
+    assert {name: artifact["type"] for name, artifact in by_name.items()} == {
+        "progress": "progress", "report": "markdown", "figures": "table", "artifact": "markdown",
+        "report-page": "markdown", "version": "markdown",
+    }  # fmt: skip
+    assert by_name["progress"]["data"] == 100
+    assert by_name["report"]["data"].startswith("# pass: all ")
+    assert "![picture](data:image/png;base64,iVBOR" in by_name["report"]["data"]
+    page = by_name["report-page"]["data"].rpartition("(file://")[2].removesuffix(")")
+    assert "<html" in Path(page).read_text("utf-8")
+    assert by_name["version"]["data"].startswith("[reviews version 1](sqlite:///")
     steps = {"fetch", "compile", "validate", "register"}
     # The server records task runs from events, up to seconds after the flow run has ended.
     deadline = time.monotonic() + 60
@@ -110,24 +120,95 @@ def test_failing_run_says_why_in_one_line(
     )
 
 
+BUCKETS = [{"batch_size": 1, "sequence_length": 16}]
+
+
 @pytest.mark.parametrize(
     ("field", "request_"),
     [
-        ("target", {"model": "m", "target": "toaster"}),
-        ("precision", {"model": "m", "precision": "fp12"}),
-        ("max_sequence_length", {"model": "m", "max_sequence_length": 0}),
-        ("sequence_length", {"model": "m", "shape_buckets": [{"batch_size": 1, "sequence_length": "long"}]}),
-        ("model", {"target": "torchscript"}),
-        ("modle", {"model": "m", "modle": "m"}),
-        ("fetsch", {"model": "m", "steps": {"fetsch": False}}),
+        # Kinds of values.
+        ("target", {"target": "toaster"}),
+        ("precision", {"precision": "fp12"}),
+        ("hf_task", {"hf_task": "cooking"}),
+        ("max_sequence_length", {"max_sequence_length": 0}),
+        ("max_sequence_length", {"max_sequence_length": "long"}),
+        (
+            "request.shape_buckets[0].sequence_length",
+            {"shape_buckets": [{"batch_size": 1, "sequence_length": "x"}]},
+        ),
+        ("batch_size", {"shape_buckets": [{"sequence_length": 16}]}),
+        ("request.shape_buckets", {"shape_buckets": "1x16"}),
+        ("request.components[0].name", {"components": [{"name": "Word!"}]}),
+        ("request.name", {"name": "two words"}),
+        ("request.model", {"model": ""}),
+        ("request.model", {"model": None}),
+        ("request.trust_remote_code", {"trust_remote_code": "yes"}),
+        ("request.target_options", {"target_options": [1]}),
+        ("request.registry_uris", {"registry_uris": "sqlite:///r.db"}),
+        ("request.validation.max_examples", {"validation": {"max_examples": 0}}),
+        ("request.calibration.max_examples", {"calibration": {"max_examples": 0}}),
+        ("request.auto.objective.goal", {"auto": {"objective": {"goal": "beauty"}}}),
+        ("request.timeouts.compile_s", {"timeouts": {"compile_s": 0}}),
+        # Unknown fields.
+        ("modle", {"modle": "m"}),
+        ("fetsch", {"steps": {"fetsch": False}}),
+        # Fields that contradict one another.
+        ("request.precision", {"target": "torchscript", "precision": "int8"}),
+        ("request.precision", {"precision": "fp16"}),
+        ("request.hf_task", {"target": "blade", "hf_task": "automatic-speech-recognition"}),
+        ("request.max_sequence_length", {"components": [{"name": "word"}], "max_sequence_length": 16}),
+        ("request.shape_buckets", {"components": [{"name": "word"}], "shape_buckets": BUCKETS}),
+        ("request.revision", {"model": "/srv/model", "revision": "main"}),
+        ("request.target_options", {"target": "auto", "target_options": {"quantization": "static"}}),
+        ("request.steps.validate", {"target": "auto", "steps": {"validate": False}}),
     ],
 )
 def test_bad_parameter_is_refused_by_the_api_with_its_name(
     server: PrefectServer, deployment: dict[str, Any], field: str, request_: dict[str, Any]
 ) -> None:
-    status, answer = trigger(server, deployment, **request_)
-    assert 400 <= status < 500
-    assert field in str(answer)
+    status, answer = trigger(server, deployment, **{"model": "m"} | request_)
+    assert status == 409
+    assert field in answer["detail"]
+
+
+@pytest.mark.parametrize(
+    ("field", "parameters"),
+    [
+        ("request", {}),
+        ("model", {"request": {"target": "torchscript"}}),
+        ("reqest", {"request": {"model": "m"}, "reqest": {}}),
+        ("max_lateness_s", {"request": {"model": "m"}, "max_lateness_s": 0}),
+    ],
+)
+def test_bad_parameter_of_the_flow_is_refused_by_the_api_with_its_name(
+    server: PrefectServer, deployment: dict[str, Any], field: str, parameters: dict[str, Any]
+) -> None:
+    path = f"/deployments/{deployment['id']}/create_flow_run"
+    status, answer = server.call("POST", path, {"parameters": parameters})
+    assert status == 409
+    assert field in answer["detail"]
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"revision": "main"},
+        {"target": "generic", "precision": "bf16", "hf_task": "ner"},
+        {"components": [{"name": "word"}], "max_sequence_length": None, "shape_buckets": []},
+        {"target": "auto", "precision": "int8", "hf_task": None},
+        CompileRequest(model="m").model_dump(mode="json"),
+    ],
+    ids=["revision", "alias", "components", "auto", "all defaults"],
+)
+def test_good_parameters_suit_the_schema(deployment: dict[str, Any], request_: dict[str, Any]) -> None:
+    """Prefect's own check, without a run."""
+    validate({"request": {"model": "m"} | request_}, deployment["parameter_openapi_schema"], raise_on_error=True)
+
+
+def test_form_begins_with_model_and_target(deployment: dict[str, Any]) -> None:
+    fields = deployment["parameter_openapi_schema"]["definitions"]["CompileRequest"]["properties"]
+    assert sorted(fields, key=lambda name: fields[name]["position"])[:3] == ["model", "target", "precision"]
+    assert [choice["title"] for choice in fields["name"]["anyOf"]] == ["Value", "Empty"]
 
 
 def test_form_explains_every_parameter(deployment: dict[str, Any]) -> None:

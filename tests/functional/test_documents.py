@@ -26,10 +26,6 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 # Another test runs these commands, or they change an environment.
 NOT_RUN = (
     "pip install",
-    "prefect server",
-    "prefect work-pool",
-    "prefect --no-prompt deploy",
-    "prefect worker",
     "ARTIFACT=",
     "compileflow import-older",
 )
@@ -140,16 +136,6 @@ def words_of(line: str) -> list[str]:
         # Two candidates are enough to see that the command is right.
         words += ["--among", "torchscript", "--among", "onnx-runtime", "--precision", "fp32"]
     return words
-
-
-def test_prefect_commands_of_the_readme_are_those_that_the_deployment_test_runs() -> None:
-    shown = "\n".join(blocks(ROOT / "README.md", "console"))
-    for line in (
-        "--no-prompt deploy --all --prefect-file deployments/prefect.yaml",
-        "create compileflow --type process",
-    ):
-        assert line in shown
-        assert line in (ROOT / "deployments" / "prefect.yaml").read_text("utf-8")
 
 
 def test_tables_from_code_are_fresh() -> None:

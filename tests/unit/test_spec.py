@@ -93,6 +93,9 @@ def test_request_and_spec_declare_their_common_fields_once() -> None:
     request, spec, component = (
         kind.model_json_schema()["properties"] for kind in (CompileRequest, CompileSpec, ComponentSpec)
     )
+    # Only the request has a form.
+    in_form = {name: field.pop("position") for name, field in request.items()}
+    assert sorted(in_form, key=in_form.__getitem__)[:2] == ["model", "target"]
     for name in ("precision", "target_options", "trust_remote_code"):
         assert request[name] == spec[name]
     for name in ("max_sequence_length", "shape_buckets"):

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
-from compileflow.catalog import target_names
 from compileflow.errors import SpecError, first_problem
 from compileflow.spec import (
-    TARGET_ALIASES,
     CompileSpec,
     ComponentSpec,
     GraphPrecision,
@@ -25,16 +21,12 @@ from compileflow.spec import (
     TrustRemoteCode,
 )
 from compileflow.steps.calibration import CalibrationSettings
+from compileflow.steps.request_schema import AUTO as AUTO
+from compileflow.steps.request_schema import complete_schema, list_targets
 from compileflow.validation.settings import ValidationSettings
 
-AUTO = "auto"
 # Start of a progress line that stays on the terminal.
 NOTE = "note: "
-
-
-def _list_targets(schema: dict[str, Any]) -> None:
-    """Put the known targets, including those of third parties, into the JSON schema as an enum."""
-    schema["enum"] = [AUTO, *target_names(), *TARGET_ALIASES]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -93,7 +85,7 @@ class CompileRequest(BaseModel):
         frozen=True,
         extra="forbid",
         title="Compile request",
-        json_schema_extra={"additionalProperties": False},
+        json_schema_extra=complete_schema,
     )
 
     model: str = Field(
@@ -109,7 +101,7 @@ class CompileRequest(BaseModel):
         "onnx-runtime",
         title="Target",
         description="Target that the model is compiled for; auto tries every target and chooses one.",
-        json_schema_extra=_list_targets,
+        json_schema_extra=list_targets,
     )
     hf_task: HfTask | None = Field(
         None,

@@ -4,30 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from compileflow.contracts import LATENCY_ON_BUSY_MACHINE, ModelVersion, without_credentials
+from compileflow.contracts import ModelVersion, without_credentials
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact, all_figures
-from compileflow.validation.report import megabytes
+from compileflow.validation.report import Report, fraction, megabytes
 
 
-def summary_markdown(source: FetchedSource, artifact: CompiledArtifact, validated: ValidatedArtifact) -> str:
-    """Return the outcome as Markdown."""
-    ratio = validated.figures.get("latency_ratio")
-    speed = f"{1 / ratio:.2f} times as fast as eager" if ratio else "not timed"
-    if LATENCY_ON_BUSY_MACHINE in validated.figures:
-        speed = "not used, because it was measured on a busy machine"
+def summary_markdown(
+    source: FetchedSource, artifact: CompiledArtifact, validated: ValidatedArtifact, *, report: Report, page: str
+) -> str:
+    """Return the outcome as Markdown, the verdict first.
+
+    Args:
+        source: Source model.
+        artifact: Compiled model.
+        validated: Verdict and figures.
+        report: Report of the validation.
+        page: URL of the report's page.
+    """
     return "\n".join(
         (
-            f"# {validated.outcome}: {source.uri}",
+            f"# {validated.reason}",
             "",
-            f"**{validated.reason}**",
-            "",
-            f"- source model: `{source.uri}` at `{source.revision}`",
-            f"- artifact: `{artifact.uri}` ({megabytes(artifact.size_bytes)}; {compile_words(artifact)})",
+            f"- source model: `{source.uri}` at `{source.revision[:12]}`",
+            f"- artifact: `{artifact.digest[:12]}` ({megabytes(artifact.size_bytes)}; {compile_words(artifact)})",
+            f"- changed answers: {report.flips_count} of {report.examples_count} examples",
             *(f"- labels: {score}" for score in label_scores(validated.figures)),
-            f"- latency of one short text: {speed}",
-            f"- report: `{validated.report_uri}`",
+            f"- report: `{page}` on the worker",
+            "",
+            *_latency_lines(report),
         )
     )
+
+
+def _latency_lines(report: Report) -> list[str]:
+    """Return a table of the latencies, and what a busy machine means for them."""
+    if not report.latencies:
+        return ["The latency was not measured."]
+    lines = ["| shape | eager, ms | compiled, ms | fraction of eager |", "|---|---|---|---|"]
+    for latency in report.latencies:
+        times = f"{latency.reference_p50_ms:.3g} | {latency.candidate_p50_ms:.3g}"
+        lines.append(f"| {latency.shape} | {times} | {fraction(latency.ratio)} |")
+    if any(latency.busy for latency in report.latencies):
+        lines += ["", "The latency is not used, because it was measured on a busy machine."]
+    return lines
 
 
 def label_scores(figures: Mapping[str, float]) -> list[str]:

@@ -1,0 +1,263 @@
+"""Command line: python -m deployments.serve [--port 4200]: server, deployments and worker on loopback."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compileflow._process.folders import file_lock, os_errors
+from compileflow.errors import CompileflowError, ProcessError
+from compileflow.settings import get_settings
+from deployments.postgres import postgres_programs, start_postgres
+from deployments.services import Service
+from flows.environment import SERVER_SETTINGS
+
+POOL = "compileflow"
+WORKER = "serve"
+_ROOT = Path(__file__).parents[1]
+_PREFECT = (sys.executable, "-m", "prefect")
+_USER = "admin"
+_SERVER_START_S = 180.0
+_WORKER_START_S = 60.0
+# A worker that ends sooner would end again.
+_SHORTEST_LIFE_S = 15.0
+_SETTINGS = SERVER_SETTINGS | {
+    "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+    # The newer UI asks a host for analytics from the browser.
+    "PREFECT_SERVER_UI_V2_ENABLED": "false",
+    # In memory, a slot of a deployment's limit would stay taken after a restart of the server.
+    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+    "PREFECT_WORKER_QUERY_SECONDS": "2",
+    # The automation in deployments/automations.yaml waits for three heartbeats.
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+    "PREFECT_LOGGING_EXTRA_LOGGERS": "compileflow",
+    "PREFECT_CLI_PROMPT": "false",
+}
+
+
+@dataclass(frozen=True)
+class Access:
+    """Address of the server, and the password that its basic authentication asks for.
+
+    Attributes:
+        url: Address of the UI.
+        password: Password of the user admin.
+        is_new: Whether this start generated the password.
+    """
+
+    url: str
+    password: str
+    is_new: bool
+
+    @property
+    def client_environment(self) -> dict[str, str]:
+        """Variables that a client of the server needs."""
+        return {
+            "PREFECT_API_URL": f"{self.url}/api",
+            "PREFECT_API_AUTH_STRING": f"{_USER}:{self.password}",
+        }
+
+    def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        """Send a request to the API; return the decoded answer, or None without a good one."""
+        login = base64.b64encode(f"{_USER}:{self.password}".encode()).decode()
+        request = urllib.request.Request(  # noqa: S310 - the server of this process
+            f"{self.url}/api{path}",
+            None if body is None else json.dumps(body).encode(),
+            {"Content-Type": "application/json", "Authorization": f"Basic {login}"},
+            method=method,
+        )
+        # A proxy of the environment does not reach this machine's loopback.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(request, timeout=10) as answer:
+                return json.loads(answer.read())
+        except (OSError, ValueError):
+            return None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve until Ctrl-C or SIGTERM; return the exit status: 0, or 2 if a part cannot start or ends."""
+    options = _parser().parse_args(arguments)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    # Only this user may read the database, the logs and the password.
+    os.umask(0o077)
+    try:
+        home = get_settings().home_dir / "serve"
+        with os_errors(home, "write to"):
+            for name in ("logs", "tmp"):
+                (home / name).mkdir(parents=True, exist_ok=True)
+        with file_lock(home / "lock", on_wait=lambda: _refuse_second_start(home)):
+            _serve(home, options)
+    except KeyboardInterrupt:
+        _print("Stopped.")
+        return 0
+    except CompileflowError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    raise AssertionError("unreachable")
+
+
+def _serve(home: Path, options: argparse.Namespace) -> None:
+    _check_port(options.port)
+    access = _access(home, options.port)
+    folders = {
+        "PREFECT_HOME": str(home / "prefect"),
+        # Workers of all users of a machine share one folder in the usual one, which belongs to the first of them.
+        "TMPDIR": str(home / "tmp"),
+    }
+    environment = {**_SETTINGS, **os.environ, **access.client_environment, **folders}
+    _print("Starting the Prefect server. The first start takes a minute.")
+    with contextlib.ExitStack() as stack:
+        services = _start_server(home, access, options, environment, stack)
+        deploy = subprocess.run([sys.executable, "-m", "deployments.deploy"], cwd=_ROOT, env=environment)
+        if deploy.returncode:
+            raise ProcessError("The deployments cannot be applied.", hint="Correct what is printed above.")
+        worker = _start_worker(home, access, environment, stack)
+        database = "Postgres" if len(services) == 2 else "SQLite"
+        _print(f"Prefect: {access.url}, on loopback only, with {database}. Logs: {home / 'logs'}")
+        if access.is_new:
+            _print(f"Log in with  {_USER}:{access.password}  (printed only this once)")
+        path = home / "client.env"
+        _print(f"The password is in {path}. For commands in another terminal: . {path}")
+        _print("Ready. Ctrl-C stops everything.")
+        while True:
+            time.sleep(1)
+            for service in services:
+                service.check_running()
+            if worker.has_ended():
+                if worker.age_s < _SHORTEST_LIFE_S:
+                    worker.check_running()
+                _print("The worker ended. Another one starts.")
+                worker = _start_worker(home, access, environment, stack)
+
+
+def _start_server(
+    home: Path,
+    access: Access,
+    options: argparse.Namespace,
+    environment: Mapping[str, str],
+    stack: contextlib.ExitStack,
+) -> list[Service]:
+    """Start the database, unless it is SQLite, and the server. The stack stops them in the reverse order."""
+    environment = {**environment, "PREFECT_SERVER_API_AUTH_STRING": environment["PREFECT_API_AUTH_STRING"]}
+    services = []
+    programs = postgres_programs() if options.database != "sqlite" else None
+    if programs is not None:
+        database, url = start_postgres(
+            programs, home / "postgres", password=access.password, log_path=home / "logs" / "postgres.log"
+        )
+        stack.callback(database.stop)
+        services.append(database)
+        environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = url
+    elif options.database == "postgres":
+        raise ProcessError(
+            "Postgres was requested, but this user cannot run it: its programs are missing, or the user is root.",
+            hint="Install the package postgresql and use another user than root, or choose --database sqlite.",
+        )
+    words = [*_PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(options.port)]
+    server = Service("server", words, environment=environment, log_path=home / "logs" / "server.log")
+    stack.callback(server.stop)
+    server.wait_until(lambda: access.call("GET", "/admin/version") is not None, timeout_s=_SERVER_START_S)
+    return [*services, server]
+
+
+def _start_worker(
+    home: Path, access: Access, environment: Mapping[str, str], stack: contextlib.ExitStack
+) -> Service:
+    words = [*_PREFECT, "worker", "start", "--pool", POOL, "--name", WORKER]
+    worker = Service(
+        "worker", words, environment=environment, log_path=home / "logs" / "worker.log", runs_flows=True
+    )
+    stack.callback(worker.stop)
+    worker.wait_until(lambda: _has_worker(access), timeout_s=_WORKER_START_S)
+    return worker
+
+
+def _has_worker(access: Access) -> bool:
+    workers = access.call("POST", f"/work_pools/{POOL}/workers/filter", {}) or []
+    return any(worker["name"] == WORKER and worker["status"] == "ONLINE" for worker in workers)
+
+
+def _access(home: Path, port: int) -> Access:
+    """Return the address, with the password of an earlier start or a new one, and write both for clients."""
+    path = home / "client.env"
+    url = f"http://127.0.0.1:{port}"
+    password = ""
+    if path.exists():
+        password = path.read_text("utf-8").rpartition(f"{_USER}:")[2].strip()
+    access = Access(url, password or secrets.token_urlsafe(12), is_new=not password)
+    lines = [f"export {name}={value}\n" for name, value in access.client_environment.items()]
+    with os_errors(path, "write"):
+        path.touch(mode=0o600)
+        path.chmod(0o600)
+        path.write_text("".join(lines), "utf-8")
+    return access
+
+
+def _check_port(port: int) -> None:
+    with socket.socket() as probe:
+        # As the server does: a port that was left a moment ago is free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ProcessError(
+                f"Port {port} of 127.0.0.1 cannot be used: {error.strerror}.",
+                hint=f"Choose another one: make serve PORT={port + 100}",
+            ) from error
+
+
+def _refuse_second_start(home: Path) -> None:
+    raise ProcessError(
+        f"Another process serves {home} already.",
+        hint="Use its server, stop it with Ctrl-C, or set COMPILEFLOW_HOME to another folder.",
+    )
+
+
+def _interrupt(number: int, _: object) -> None:
+    # The next ones would disturb the end of the services, which takes some seconds.
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_IGN)
+    with contextlib.suppress(OSError):
+        _print("Stopping. A run that is under way ends as Crashed.")
+    raise KeyboardInterrupt
+
+
+def _print(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m deployments.serve",
+        description="Start a Prefect server with a password, the deployments and a worker, on loopback only.",
+    )
+    parser.add_argument("--port", type=int, default=4200, help="port of the server (default: %(default)s)")
+    parser.add_argument(
+        "--database",
+        choices=("auto", "sqlite", "postgres"),
+        default="auto",
+        help="auto: Postgres if its programs are installed and the user is not root, else SQLite",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""Start a compile over Prefect's API and wait for its end: python examples/start_run.py MODEL.
+
+The server is named by PREFECT_API_URL, and by PREFECT_API_AUTH_STRING if it asks for a password. `make serve`
+keeps both in a file. This program needs httpx and nothing of Prefect.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from typing import Any, NotRequired, TypedDict
+from uuid import uuid4
+
+import httpx
+
+DEPLOYMENT = "compile-model/compile-model"
+FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+
+
+class Request(TypedDict):
+    """The fields of the form that this program sets."""
+
+    model: str
+    target: NotRequired[str]
+    name: NotRequired[str]
+    max_sequence_length: NotRequired[int]
+
+
+class State(TypedDict):
+    """Part of the state of a run."""
+
+    type: str
+    name: str
+    message: str | None
+
+
+def connect() -> httpx.Client:
+    """Return a client of the server that the environment names."""
+    user, _, password = os.environ.get("PREFECT_API_AUTH_STRING", "").partition(":")
+    auth = httpx.BasicAuth(user, password) if user else None
+    # A proxy of the environment does not reach a server on this machine.
+    return httpx.Client(base_url=os.environ["PREFECT_API_URL"], auth=auth, timeout=60, trust_env=False)
+
+
+def start(client: httpx.Client, request: Request, *, key: str) -> str:
+    """Start a run and return its id.
+
+    Args:
+        client: Client of the server.
+        request: Fields of the form.
+        key: The same key starts one run, however often it is sent.
+
+    Raises:
+        SystemExit: The server refuses a field; its message names the field.
+    """
+    deployment_id = _call(client, "GET", f"/deployments/name/{DEPLOYMENT}")["id"]
+    body = {"parameters": {"request": request}, "idempotency_key": key}
+    run_id: str = _call(client, "POST", f"/deployments/{deployment_id}/create_flow_run", body)["id"]
+    return run_id
+
+
+def wait(client: httpx.Client, run_id: str) -> State:
+    """Wait until a run has ended, and return its state."""
+    while True:
+        state: State = _call(client, "GET", f"/flow_runs/{run_id}")["state"]
+        if state["type"] in FINAL:
+            return state
+        time.sleep(2)
+
+
+def _call(client: httpx.Client, method: str, path: str, body: object = None) -> dict[str, Any]:
+    """Send a request, again while the server is busy (503), and return the decoded answer."""
+    for pause_s in (2, 2, 4, 8, 0):
+        response = client.request(method, path, json=body)
+        if response.status_code != 503:
+            break
+        time.sleep(pause_s)
+    if response.is_error:
+        raise SystemExit(f"{response.status_code}: {response.text}")
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def main() -> int:
+    """Start a run for the arguments; return 0 if it completes."""
+    parser = argparse.ArgumentParser(description="Start a compile over Prefect's API.")
+    parser.add_argument("model", help="Hub id, registered version, or absolute path of a folder on the worker")
+    parser.add_argument("--target", default="onnx-runtime")
+    parser.add_argument("--name", help="name in the registry")
+    parser.add_argument(
+        "--max-sequence-length", type=int, help="longest row in tokens; default: the model's maximum"
+    )
+    parser.add_argument("--key", default=str(uuid4()), help="runs with the same key are one run")
+    options = parser.parse_args()
+    request: Request = {"model": options.model, "target": options.target}
+    if options.name:
+        request["name"] = options.name
+    if options.max_sequence_length:
+        request["max_sequence_length"] = options.max_sequence_length
+    with connect() as client:
+        run_id = start(client, request, key=options.key)
+        sys.stdout.write(f"started the run {run_id}\n")
+        state = wait(client, run_id)
+    sys.stdout.write(f"{json.dumps(state['name'])}: {state['message'] or 'no message'}\n")
+    return 0 if state["type"] == "COMPLETED" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,8 @@
+#!/bin/sh
+# Start a compile over Prefect's API with curl: sh examples/start_run.sh MODEL NAME
+# PREFECT_API_URL and PREFECT_API_AUTH_STRING name the server; `make serve` keeps both in a file.
+set -eu
+call() { curl -sS --fail-with-body --retry 5 --noproxy '*' --user "${PREFECT_API_AUTH_STRING:-}" "$@"; }
+id=$(call "$PREFECT_API_URL/deployments/name/compile-model/compile-model" | sed -E 's/^\{"id":"([^"]+)".*/\1/')
+call --header 'Content-Type: application/json' "$PREFECT_API_URL/deployments/$id/create_flow_run" \
+  --data "{\"parameters\": {\"request\": {\"model\": \"$1\", \"name\": \"$2\"}}}"

@@ -1,0 +1,293 @@
+"""`make serve`: one process that starts everything, four ways to start a run, and an end that leaves nothing."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import psutil
+import pytest
+import yaml
+
+from compileflow.catalog import open_registry
+from compileflow.errors import RegistryError
+from compileflow.settings import Settings
+from compileflow.spec import HfTask
+from tests.models import build_model
+
+pytestmark = [pytest.mark.functional, pytest.mark.slow]
+ROOT = Path(__file__).parents[2]
+RUN_S = 240
+WORKER_START = ["prefect", "worker", "start"]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+def environment(home: Path) -> dict[str, str]:
+    return os.environ | {"COMPILEFLOW_HOME": str(home), "PREFECT_WORKER_QUERY_SECONDS": "1"}
+
+
+@dataclass
+class Served:
+    """A running `python -m deployments.serve`."""
+
+    home: Path
+    port: int
+    process: subprocess.Popen[str]
+    output: str = ""
+
+    @property
+    def client_environment(self) -> dict[str, str]:
+        """What the file for clients exports."""
+        text = (self.home / "serve" / "client.env").read_text("utf-8")
+        return dict(line.removeprefix("export ").split("=", 1) for line in text.splitlines())
+
+    def wait_ready(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.output += line
+            if line.startswith("Ready."):
+                return
+        raise AssertionError(self.output)
+
+    def call(self, method: str, path: str, body: Any = None, *, login: bool = True) -> tuple[int, Any]:
+        """Send a request, again while the server's SQLite file is locked, and return the status and the answer."""
+        for _ in range(5):
+            status, answer = self._call_once(method, path, body, login)
+            if status != 503:
+                break
+            time.sleep(2)
+        return status, answer
+
+    def _call_once(self, method: str, path: str, body: Any, login: bool) -> tuple[int, Any]:
+        variables = self.client_environment
+        headers = {"Content-Type": "application/json"}
+        if login:
+            headers["Authorization"] = (
+                f"Basic {base64.b64encode(variables['PREFECT_API_AUTH_STRING'].encode()).decode()}"
+            )
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{variables['PREFECT_API_URL']}{path}", data, headers, method=method)  # noqa: S310
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310
+                return answer.status, json.loads(answer.read() or b"null")
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, json.loads(error.read() or b"null")
+
+    def deployment_id(self) -> str:
+        status, answer = self.call("GET", "/deployments/name/compile-model/compile-model")
+        assert status == 200, answer
+        return str(answer["id"])
+
+    def deploy(self, prefect_file: Path) -> str:
+        words = [sys.executable, "-m", "deployments.deploy", "--prefect-file", str(prefect_file)]
+        done = subprocess.run(
+            words, cwd=ROOT, env=environment(self.home) | self.client_environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def processes(self) -> list[str]:
+        """Command lines of all processes that have this home in their environment, except this one."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("COMPILEFLOW_HOME") == str(self.home):
+                    found.append(" ".join(process.cmdline()))
+            except psutil.Error:
+                continue
+        return found
+
+
+def serve(home: Path, port: int) -> subprocess.Popen[str]:
+    words = [sys.executable, "-m", "deployments.serve", "--port", str(port), "--database", "sqlite"]
+    return subprocess.Popen(
+        words, cwd=ROOT, env=environment(home), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    home, port = tmp_path_factory.mktemp("home"), free_port()
+    with serve(home, port) as process:
+        running = Served(home, port, process)
+        try:
+            running.wait_ready()
+            yield running
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=90)
+
+
+def eventually(condition: Callable[[], Any], what: str, timeout_s: float = RUN_S) -> Any:
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline, what
+        time.sleep(0.5)
+    return value
+
+
+def test_password_is_printed_once_and_guards_the_server(served: Served) -> None:
+    (password,) = re.findall(r"admin:(\S+)", served.output)
+    assert served.client_environment["PREFECT_API_AUTH_STRING"] == f"admin:{password}"
+    file_mode = (served.home / "serve" / "client.env").stat().st_mode
+    assert stat.S_IMODE(file_mode) == 0o600
+    assert served.call("POST", "/flows/filter", {}, login=False)[0] == 401
+    assert served.call("POST", "/flows/filter", {})[0] == 200
+    listening = [
+        entry.laddr.ip
+        for entry in psutil.net_connections("inet")
+        if entry.laddr and entry.laddr.port == served.port
+    ]
+    assert set(listening) == {"127.0.0.1"}
+
+
+def test_second_start_is_refused_in_one_line(served: Served, tmp_path: Path) -> None:
+    for home, port, words in (
+        (served.home, free_port(), f"Another process serves {served.home / 'serve'} already."),
+        (tmp_path, served.port, f"Port {served.port} of 127.0.0.1 cannot be used: Address already in use."),
+    ):
+        with serve(home, port) as process:
+            output, _ = process.communicate(timeout=60)
+        assert process.returncode == 2
+        assert output.startswith(f"error: {words}")
+        assert output.count("\n") == 1
+
+
+def test_form_schedule_api_and_event_each_lead_to_a_registered_version(served: Served, tmp_path: Path) -> None:
+    model = str(build_model(tmp_path / "model", HfTask.TEXT_CLASSIFICATION))
+    common = {"model": model, "max_sequence_length": 16}
+
+    # As both UIs send the form.
+    body = {
+        "state": {"type": "SCHEDULED", "message": "Run from the Prefect UI with defaults"},
+        "parameters": {"request": {**common, "name": "by-form"}},
+        "enforce_parameter_schema": True,
+    }
+    status, answer = served.call("POST", f"/deployments/{served.deployment_id()}/create_flow_run", body)
+    assert status == 201, answer
+
+    entries = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text("utf-8"))
+    schedule = {"cron": "* * * * *", "slug": "minutely"}
+    schedule["parameters"] = {"request": {**common, "name": "by-schedule"}, "max_lateness_s": 3600}
+    entries["deployments"][0]["schedules"] = [schedule]
+    prefect_file = tmp_path / "prefect.yaml"
+    prefect_file.write_text(yaml.safe_dump(entries), "utf-8")
+    served.deploy(prefect_file)
+
+    event = {
+        "id": str(uuid4()),
+        "occurred": datetime.now(UTC).isoformat(),
+        "event": "compileflow.model-version.created",
+        "resource": {"prefect.resource.id": "compileflow.model-version.reviews.3"},
+        "payload": {"request": {**common, "name": "by-event"}},
+    }
+    assert served.call("POST", "/events", [event])[0] == 204
+
+    example = subprocess.run(
+        [sys.executable, "examples/start_run.py", model, "--name", "by-api", "--max-sequence-length", "16"],
+        cwd=ROOT,
+        env=environment(served.home) | served.client_environment,
+        capture_output=True,
+        text=True,
+        timeout=RUN_S,
+    )
+    assert example.returncode == 0, example.stdout + example.stderr
+
+    registry = open_registry(Settings(home=served.home).resolved_registry_uri())
+
+    def verdict(name: str) -> str:
+        try:
+            return registry.get(name, 1).verdict
+        except RegistryError:
+            return ""
+
+    for name in ("by-form", "by-schedule", "by-api", "by-event"):
+        assert eventually(lambda name=name: verdict(name), f"{name} is not registered") == "pass"
+
+    # A schedule that has left the file leaves the server, with the runs that it has planned.
+    output = served.deploy(ROOT / "deployments" / "prefect.yaml")
+    assert "removed the schedule minutely of compile-model" in output
+    deployment_id = served.deployment_id()
+    assert served.call("GET", f"/deployments/{deployment_id}/schedules")[1] == []
+    planned = {
+        "flow_runs": {"deployment_id": {"any_": [deployment_id]}, "state": {"type": {"any_": ["SCHEDULED"]}}}
+    }
+    assert [run for run in served.call("POST", "/flow_runs/filter", planned)[1] if run["auto_scheduled"]] == []
+
+
+def test_curl_example_starts_a_run(served: Served, tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["sh", "examples/start_run.sh", str(tmp_path / "nothing"), "by-curl"],
+        cwd=ROOT,
+        env=environment(served.home) | served.client_environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout)["parameters"]["request"]["name"] == "by-curl"
+
+
+def test_worker_that_dies_is_replaced(served: Served) -> None:
+    (worker,) = [
+        child for child in psutil.Process(served.process.pid).children() if child.cmdline()[2:5] == WORKER_START
+    ]
+    worker.kill()
+    assert served.process.stdout is not None
+    assert served.process.stdout.readline() == "The worker ended. Another one starts.\n"
+
+
+def test_ctrl_c_ends_a_running_compile_as_crashed_and_leaves_no_process(served: Served, tmp_path: Path) -> None:
+    model = build_model(tmp_path / "model", HfTask.FILL_MASK)
+    body = {"parameters": {"request": {"model": str(model), "name": "interrupted"}}}
+    run_id = served.call("POST", f"/deployments/{served.deployment_id()}/create_flow_run", body)[1]["id"]
+    eventually(
+        lambda: served.call("GET", f"/flow_runs/{run_id}")[1]["state"]["type"] == "RUNNING",
+        "the run does not start",
+    )
+    served.process.send_signal(signal.SIGINT)
+    output, _ = served.process.communicate(timeout=60)
+    assert output == "Stopping. A run that is under way ends as Crashed.\nStopped.\n"
+    assert served.process.returncode == 0
+    assert served.processes() == []
+
+    # A second start has the same password, and does not print it.
+    before = served.client_environment
+    with serve(served.home, served.port) as process:
+        again = Served(served.home, served.port, process)
+        try:
+            again.wait_ready()
+            assert again.client_environment == before
+            assert before["PREFECT_API_AUTH_STRING"] not in again.output
+            state = again.call("GET", f"/flow_runs/{run_id}")[1]["state"]
+            assert (state["type"], state["message"]) == (
+                "CRASHED",
+                "Execution was aborted by a termination signal.",
+            )
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=60)
+    assert again.processes() == []
