@@ -91,7 +91,7 @@ def test_warning_is_registered_only_when_allowed(pipeline: Pipeline, tiny_model:
     few = {"latency_pairs": 5, "max_examples": 5}
     state = run(pipeline, model, validation=few)
     assert state.is_failed()
-    assert state.message.startswith("warn: neighbour_overlap")
+    assert state.message.startswith("The verdict is warn: neighbour_overlap")
     assert "more examples at this rate would decide" in state.message
     version = run(pipeline, model, validation=few, allow_warn=True).result().version
     assert version.verdict == "warn"
