@@ -9,13 +9,16 @@ PIP := -m pip install --quiet --disable-pip-version-check --constraint constrain
 PYTEST := $(DEV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo neptune check docs architectures mutation test test-slow format clean
+.PHONY: help demo run neptune check docs architectures mutation test test-slow format clean
 
 help: ## Print the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
 
 demo: $(DEMO)/installed ## Compile a real model for two targets, validate it and register it; needs no account
 	@COMPILEFLOW_HOME=.demo $(DEMO)/bin/python -m flows demo
+
+run: $(DEMO)/installed ## Run a project: make run PROJECT=keywords [TASK=download-model] [MODEL=folder]
+	@$(DEMO)/bin/python -m flows run $(PROJECT) $(if $(TASK),--task $(TASK)) $(if $(MODEL),--model '$(MODEL)')
 
 neptune: $(DEV)/installed ## Start the Neptune-compatible registry server on port 8765, with its data in .neptune
 	@$(DEV)/bin/python -m deployments.neptune_server --root .neptune --project compileflow/models

@@ -38,7 +38,10 @@ def _run_name() -> str:
     flow_run_name=_run_name,
 )
 def compile_model(request: CompileRequest) -> CompileResult | State[Any]:
-    """Run the four steps. A refused artifact, like any error, ends the run as Failed with the reason."""
+    """Run the steps, up to the last one that is on.
+
+    A refused artifact, like any error, ends the run as Failed with the reason.
+    """
     try:
         result = run_steps(request)
     except CompileflowError as error:
@@ -51,8 +54,10 @@ def compile_model(request: CompileRequest) -> CompileResult | State[Any]:
 
 
 def run_steps(request: CompileRequest) -> CompileResult:
-    """Fetch, compile, validate and register."""
+    """Fetch, compile, validate and register, up to the last step that is on."""
     source = fetch.with_options(timeout_seconds=request.timeouts.fetch_s)(request).result()
+    if request.steps.only_fetch:
+        return CompileResult.of(request, source)
     if request.target == AUTO:
         return compile_best(source, request)
     artifact = compile_source(source, request).result()

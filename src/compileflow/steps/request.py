@@ -41,6 +41,8 @@ def _list_targets(schema: dict[str, Any]) -> None:
 class StepSwitches:
     """Steps that do work. A step that is off reuses what the store and the registry hold.
 
+    The run ends after the last step that is on.
+
     A pydantic dataclass, because a BaseModel already has attributes named `validate` and `register`.
     """
 
@@ -52,6 +54,11 @@ class StepSwitches:
     register: bool = Field(
         default=True, title="Register", description="Register the artifact if its verdict allows."
     )
+
+    @property
+    def only_fetch(self) -> bool:
+        """Whether the run ends with the stored source model."""
+        return self.fetch and not (self.compile or self.validate or self.register)
 
     @property
     def need_verdict(self) -> bool:
