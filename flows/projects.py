@@ -18,7 +18,12 @@ from compileflow.steps.request import CompileRequest, StepSwitches
 PROJECTS = Path(__file__).parents[1] / "deployments" / "projects"
 _SUFFIX = ".yaml"
 # Fields that hold the path of a file or folder.
-_PATHS = (("validation", "examples_path"), ("validation", "suite_path"), ("calibration", "examples_path"))
+_PATHS = (
+    ("validation", "examples_path"),
+    ("validation", "suite_path"),
+    ("validation", "tests_path"),
+    ("calibration", "examples_path"),
+)
 
 
 class ProjectFile(CompileRequest):

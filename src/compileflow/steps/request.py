@@ -74,6 +74,7 @@ class StepTimeouts(BaseModel):
     fetch_s: int = Field(3600, ge=1, title="Fetch, seconds", description="Limit of download and storing.")
     compile_s: int = Field(7200, ge=1, title="Compile, seconds", description="Limit of all components together.")
     validate_s: int = Field(3600, ge=1, title="Validate, seconds", description="Limit of measuring and judging.")
+    tests_s: int = Field(600, ge=1, title="Tests, seconds", description="Limit of your own tests alone.")
     register_s: int = Field(300, ge=1, title="Register, seconds", description="Limit of one registry's answer.")
 
 
