@@ -45,8 +45,12 @@ def run_tests(tiny_model: ModelFactory, in_process: InProcess, tmp_path: Path) -
         timeout_s: float = 120,
     ) -> ProjectTests:
         model, work = tiny_model(task), tmp_path / "work"
-        artifact_dir = in_process.compile(
-            model, tmp_path / "artifact", target="openvino", hf_task=task, components=components
+        artifact_dir = (
+            in_process.compile(
+                model, tmp_path / "artifact", target="openvino", hf_task=task, components=components
+            )
+            if components
+            else in_process.compiled(model, "openvino", task)
         )
         work.mkdir()
         return run_project_tests(
@@ -136,6 +140,7 @@ def test_that_is_skipped():
 """
 
 
+@pytest.mark.slow
 def test_tests_get_both_pipelines_inputs_and_tolerances(run_tests: Runner, tmp_path: Path) -> None:
     folder = write(tmp_path / "tests", test_a=FIXTURES)
     before = sorted(path.name for path in folder.iterdir())
