@@ -86,6 +86,7 @@ def test_project_runs_whole_and_fills_every_folder(
         assert loaded("a good day")
 
 
+@pytest.mark.slow
 def test_single_steps_in_turn_do_what_the_whole_run_does(run: Run, pipeline: Pipeline, tmp_path: Path) -> None:
     filled: list[str] = []
     for task, step in zip(run_project.STEPS, STEPS, strict=True):

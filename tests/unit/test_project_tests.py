@@ -225,6 +225,7 @@ def test_inputs_that_are_registered_with_the_source_version_are_used(run_tests: 
     assert (tests.passed, tests.failed) == (1, ()), tests.output
 
 
+@pytest.mark.slow
 def test_failing_test_blocks_registration_and_its_output_is_in_the_report(
     pipeline: Pipeline, tiny_model: ModelFactory, tmp_path: Path
 ) -> None:
