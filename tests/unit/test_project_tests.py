@@ -8,12 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from compileflow.catalog import open_store
 from compileflow.errors import SpecError
+from compileflow.settings import Settings
 from compileflow.spec import ComponentSpec, HfTask, Precision
+from compileflow.steps.preflight import check_request
 from compileflow.steps.project_tests import run_project_tests
-from compileflow.steps.report_file import read_report
+from compileflow.steps.report_file import export_bundle, read_report
+from compileflow.steps.reproduce import SHOWN, reproduce
+from compileflow.steps.request import CompileRequest
 from compileflow.validation.judge import judge
-from compileflow.validation.project_tests import ProjectTests, check_tests, digest_of_tests
+from compileflow.validation.project_tests import ProjectTests, digest_of_tests
 from tests.conftest import ModelFactory
 from tests.in_process import InProcess
 from tests.steps import Pipeline
@@ -96,13 +101,18 @@ def test_only_some_failed_tests_are_named() -> None:
 
 
 def test_folder_without_tests_is_refused_before_the_compile(
-    pipeline: Pipeline, tiny_model: ModelFactory, tmp_path: Path
+    settings: Settings, tiny_model: ModelFactory, tmp_path: Path
 ) -> None:
-    with pytest.raises(SpecError, match="does not exist"):
-        check_tests(str(tmp_path / "nothing"))
-    with pytest.raises(SpecError, match="has no file of tests"):
-        check_tests(str(write(tmp_path / "tests", helpers="")))
-    check_tests(str(write(tmp_path / "tests", test_a="")))
+    def check(folder: Path) -> None:
+        model, validation = str(tiny_model(HfTask.TEXT_CLASSIFICATION)), {"tests_path": str(folder)}
+        request = CompileRequest.model_validate({"model": model, "target": "openvino", "validation": validation})
+        check_request(request, settings)
+
+    with pytest.raises(SpecError, match=r"folder of tests .*nothing does not exist"):
+        check(tmp_path / "nothing")
+    with pytest.raises(SpecError, match=r"has no file of tests\. Name one test_\*\.py or \*_test\.py"):
+        check(write(tmp_path / "tests", helpers=""))
+    check(write(tmp_path / "tests", test_a=""))
 
 
 def test_digest_changes_with_the_tests_and_not_with_what_python_leaves(tmp_path: Path) -> None:
@@ -241,6 +251,11 @@ def test_failing_test_blocks_registration_and_its_output_is_in_the_report(
     report = read_report(validated.report_uri, pipeline.settings)
     assert report.project_tests is not None
     assert "a wrong <answer>" in report.project_tests.output
+    bundle = export_bundle(validated.report_uri, pipeline.settings)
+    assert bundle is not None
+    open_store(pipeline.store_uri).get_folder(artifact.digest, tmp_path / "artifact")
+    arguments = [str(tmp_path / "artifact"), "--source", request.model]
+    assert reproduce((bundle / "failure.json").read_text(), "", folder=bundle, arguments=arguments) == SHOWN
     # A verdict that refuses is not cached, and one that passes is, until the tests change.
     write(folder, test_a="def test_a(compiled_pipeline):\n    assert compiled_pipeline('a good day')\n")
     assert pipeline.validate(request, artifact).outcome == "pass"
