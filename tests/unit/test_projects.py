@@ -67,7 +67,7 @@ def test_another_model_takes_the_place_of_the_projects_own(tmp_path: Path) -> No
         ("model: m\nhf_task: nerr\n", ("hf_task: expected 'feature-extraction',", "got 'nerr'")),
         ("model: m\nmax_sequence_length: 0\n", ("max_sequence_length: expected at least 1, got 0",)),
         ("model: m\nsteps: {fetch: false}\n", ("steps: the command that runs the project chooses",)),
-        ("target: openvino\n", ("model: Field required.",)),
+        ("target: openvino\n", ("model: a value is required.",)),
         ("- m\n", ("expected fields such as model",)),
         ("model: [\n", ("is not YAML: line 2",)),
         ("", ("expected fields such as model",)),
