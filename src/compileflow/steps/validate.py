@@ -16,7 +16,7 @@ from compileflow.artifact.manifest import ArtifactManifest, read_manifest
 from compileflow.catalog import get_target, open_store
 from compileflow.contracts import ACCEPTED_OUTCOMES, LATENCY_ON_BUSY_MACHINE, PENDING, ArtifactStore
 from compileflow.contracts.digests import json_digest
-from compileflow.errors import MeasurementError, ProcessError, StepOffError
+from compileflow.errors import MeasurementError, ProcessError, SpecError, StepOffError
 from compileflow.settings import Settings
 from compileflow.spec import CompileSpec, HfTask
 from compileflow.steps.attest import Attester
@@ -111,6 +111,12 @@ def validate_artifact(
         if settled and not attester.lacks_verdict(artifact.digest, settled.report_digest, key.digest):
             return settled.model_copy(update={"cached": True, "why": "a machine with the device proved it"})
 
+        if missing_device and validation.tests_path is not None:
+            # The machine with the device has neither the tests nor the source model, so it would pass without them.
+            raise SpecError(
+                f"The tests in {validation.tests_path} cannot run here: {missing_device}.",
+                hint="Validate on a machine with the device, or leave tests_path out.",
+            )
         judges_latency = validation.max_latency_ratio or (suite is not None and suite.judges_latency())
 
         def compute(reason: str) -> ValidatedArtifact:
