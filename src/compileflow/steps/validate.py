@@ -112,7 +112,7 @@ def validate_artifact(
             return settled.model_copy(update={"cached": True, "why": "a machine with the device proved it"})
 
         if missing_device and validation.tests_path is not None:
-            # The machine with the device has neither the tests nor the source model, so it would pass without them.
+            # The machine with the device has neither the tests nor the source model, so it would skip them.
             raise SpecError(
                 f"The tests in {validation.tests_path} cannot run here: {missing_device}.",
                 hint="Validate on a machine with the device, or leave tests_path out.",
