@@ -9,13 +9,16 @@ PIP := -m pip install --quiet --disable-pip-version-check --constraint constrain
 PYTEST := $(DEV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve deploy neptune check docs architectures mutation test test-slow format clean
+.PHONY: help demo run serve deploy neptune check docs architectures mutation test test-slow format clean
 
 help: ## Print the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
 
 demo: $(DEMO)/installed ## Compile a real model for two targets, validate it and register it; needs no account
 	@COMPILEFLOW_HOME=.demo $(DEMO)/bin/python -m flows demo
+
+run: $(DEMO)/installed ## Run a project: make run PROJECT=keywords [TASK=download-model] [MODEL=folder]
+	@$(DEMO)/bin/python -m flows run $(PROJECT) $(if $(TASK),--task $(TASK)) $(if $(MODEL),--model '$(MODEL)')
 
 serve: $(DEV)/installed ## Start a Prefect server with a password, all deployments and a worker, on loopback; PORT=4200
 	@$(DEV)/bin/python -m deployments.serve --port $(or $(PORT),4200)

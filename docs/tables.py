@@ -16,7 +16,7 @@ from compileflow.artifact.runtime import runtime_needs
 from compileflow.catalog import get_target, target_names
 from compileflow.cli import app
 from compileflow.errors import CompileflowError
-from compileflow.settings import Settings
+from compileflow.settings import Settings, variable_of
 from compileflow.spec import GRAPH_TASKS, HfTask, Precision
 from compileflow.validation.judge.suite import gates_for, load_suite
 
@@ -138,10 +138,9 @@ def settings() -> str:
     """Return every setting with the variable that sets it."""
     rows = []
     for name, field in Settings.model_fields.items():
-        variable = field.validation_alias or f"COMPILEFLOW_{name.upper()}"
         value = field.get_default(call_default_factory=True)
         default = "" if value is None else f"`{value}`"
-        rows.append((f"`{variable}`", default, field.description or ""))
+        rows.append((f"`{variable_of(name)}`", default, field.description or ""))
     return table(("variable", "default", "what it sets"), rows)
 
 

@@ -13,6 +13,7 @@ from compileflow.cli.demo import demo_command
 from compileflow.settings import get_settings
 from flows.environment import set_embedded_defaults
 from flows.matrix_command import matrix
+from flows.run_project import run
 
 if TYPE_CHECKING:
     from compileflow.errors import CompileflowError
@@ -39,5 +40,6 @@ def run_as_flows(requests: Sequence[CompileRequest], *, progress: bool) -> list[
 
 
 app.command("compile", cls=Command)(compile_command(run_as_flows, extras=_EXTRAS))
+app.command("run", cls=Command)(run)
 app.command("demo", cls=Command)(demo_command(run_as_flows, extras=_EXTRAS))
 app.command("matrix", cls=Command)(matrix)

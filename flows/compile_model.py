@@ -41,7 +41,9 @@ def _run_name() -> str:
     flow_run_name=_run_name,
 )
 def compile_model(request: CompileRequest, max_lateness_s: MaxLateness = None) -> CompileResult | State[Any]:
-    """Run the four steps. A refused artifact, like any error, ends the run as Failed with the reason.
+    """Run the steps, up to the last one that is on.
+
+    A refused artifact, like any error, ends the run as Failed with the reason.
 
     Args:
         request: What to compile, how to prove it and where to register it. Only the model is required.
@@ -62,9 +64,11 @@ def compile_model(request: CompileRequest, max_lateness_s: MaxLateness = None) -
 
 
 def run_steps(request: CompileRequest) -> CompileResult:
-    """Fetch, compile, validate and register."""
+    """Fetch, compile, validate and register, up to the last step that is on."""
     progress = RunProgress(prefect_key(request.name, request.model, request.target, "progress"), "fetching")
     source = fetch.with_options(timeout_seconds=request.timeouts.fetch_s)(request).result()
+    if request.steps.only_fetch:
+        return CompileResult.of(request, source)
     if request.target == AUTO:
         result = compile_best(source, request, progress)
         progress.advance(100, "done")

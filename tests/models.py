@@ -41,7 +41,9 @@ def sentences() -> list[str]:
     return text.splitlines()
 
 
-def build_model(folder: Path, hf_task: HfTask, *, architecture: str = "bert", seed: int = 0) -> Path:
+def build_model(
+    folder: Path, hf_task: HfTask, *, architecture: str = "bert", seed: int = 0, max_tokens: int = MAX_TOKENS
+) -> Path:
     """Write a random model with its tokenizer or processor, as save_pretrained does, and return the folder.
 
     Weights are larger than the default ones, so that masks, token types and labels matter. Image models are ViT,
@@ -59,7 +61,9 @@ def build_model(folder: Path, hf_task: HfTask, *, architecture: str = "bert", se
     torch.manual_seed(seed)
     tokenizer = _tokenizer(architecture)
     labels = LABELS.get(hf_task, ("LABEL_0", "LABEL_1"))
-    model = getattr(transformers, AUTO_CLASSES[hf_task]).from_config(_config(architecture, tokenizer, labels))
+    model = getattr(transformers, AUTO_CLASSES[hf_task]).from_config(
+        _config(architecture, tokenizer, labels, max_tokens)
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:
@@ -273,7 +277,7 @@ def _vocabulary(special: list[str]) -> dict[str, int]:
     return {token: index for index, token in enumerate(dict.fromkeys(tokens[:_VOCAB_SIZE]))}
 
 
-def _config(architecture: str, tokenizer: Any, labels: tuple[str, ...]) -> Any:
+def _config(architecture: str, tokenizer: Any, labels: tuple[str, ...], max_tokens: int) -> Any:
     import transformers
 
     common = {
@@ -284,17 +288,17 @@ def _config(architecture: str, tokenizer: Any, labels: tuple[str, ...]) -> Any:
     }
     size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     if architecture == "bert":
-        return transformers.BertConfig(**common, **size, max_position_embeddings=MAX_TOKENS)
+        return transformers.BertConfig(**common, **size, max_position_embeddings=max_tokens)
     if architecture == "roberta":
         return transformers.RobertaConfig(
             **common,
             **size,
             # Positions are numbered from pad_token_id + 1.
-            max_position_embeddings=MAX_TOKENS + tokenizer.pad_token_id + 1,
+            max_position_embeddings=max_tokens + tokenizer.pad_token_id + 1,
             type_vocab_size=1,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
     return transformers.DistilBertConfig(
-        **common, dim=32, n_layers=2, n_heads=2, hidden_dim=64, max_position_embeddings=MAX_TOKENS
+        **common, dim=32, n_layers=2, n_heads=2, hidden_dim=64, max_position_embeddings=max_tokens
     )

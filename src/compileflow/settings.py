@@ -1,4 +1,4 @@
-"""Configuration from the environment and a .env file: home folder, store, registries, credentials and keys."""
+"""Configuration from the environment and dotenv files: home folder, store, registries, credentials and keys."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from compileflow.errors import SpecError, first_problem
+
+_ENV, _SWITCHES = "COMPILEFLOW_ENV", "COMPILE_PIPELINE_EXECUTION_"
+_ENV_FOLDER = Path("deployments") / "env"
 
 
 class Settings(BaseSettings):
@@ -31,6 +34,11 @@ class Settings(BaseSettings):
         populate_by_name=True,
     )
 
+    env: Literal["dev", "prod"] = Field(
+        "dev",
+        description="File of deployments/env with settings that the environment lacks: dev.env or prod.env. Where "
+        "CI is set, the default is prod.",
+    )
     home: Path = Field(
         Path("~/.local/share/compileflow"),
         description="Folder of the embedded store, the embedded registry and work files.",
@@ -40,6 +48,34 @@ class Settings(BaseSettings):
         None,
         description="Model registries, separated by commas; the first is read, all are written. "
         "Empty: sqlite:///COMPILEFLOW_HOME/registry.db.",
+    )
+    outputs: Path = Field(
+        Path("outputs"),
+        description="Folder of the files that `python -m flows run` leaves for a person to look into.",
+    )
+    project_model: str | None = Field(
+        None,
+        description="Model of `python -m flows run` in the place of the project's own, for example a folder.",
+    )
+    execute_download: bool = Field(
+        False,
+        validation_alias="COMPILE_PIPELINE_EXECUTION_DOWNLOAD",
+        description="`python -m flows run PROJECT --from-environment` runs the step download-model.",
+    )
+    execute_compile: bool = Field(
+        False,
+        validation_alias="COMPILE_PIPELINE_EXECUTION_COMPILE",
+        description="The same for the step compile-model.",
+    )
+    execute_test: bool = Field(
+        False,
+        validation_alias="COMPILE_PIPELINE_EXECUTION_TEST",
+        description="The same for the step validate-model.",
+    )
+    execute_upload: bool = Field(
+        False,
+        validation_alias="COMPILE_PIPELINE_EXECUTION_UPLOAD",
+        description="The same for the step upload-model.",
     )
     threads: int = Field(2, ge=1, le=1024, description="Threads that a compile or a validation uses.")
     hub_endpoint: str = Field(
@@ -129,17 +165,28 @@ class Settings(BaseSettings):
         return self.resolved_registry_uris((override,) if override else ())[0]
 
 
+def dotenv_files() -> tuple[Path, ...]:
+    """Return the dotenv files that settings come from; a later one takes precedence."""
+    own = Path(".env")
+    name = {**dotenv_values(own), **os.environ}.get(_ENV) or ("prod" if os.environ.get("CI") else "dev")
+    return _ENV_FOLDER / f"{name}.env", own
+
+
 @lru_cache(maxsize=1)
 def get_settings() -> Settings:
     """Return the settings of this process, read once. Tests call `get_settings.cache_clear()`.
 
     Raises:
-        SpecError: A variable has a wrong value or is nearly a setting, or the .env file cannot be parsed.
+        SpecError: A variable has a wrong value or is nearly a setting, or a dotenv file cannot be parsed.
     """
-    hint = "Correct it in the environment or in .env; docs/reference/settings.md lists what each one takes."
+    files = dotenv_files()
+    hint = (
+        f"Correct it in the environment or in {' or '.join(map(str, files))}; docs/reference/settings.md lists "
+        "what each one takes."
+    )
     try:
-        _check_spelling()
-        return Settings()
+        _check_spelling(files)
+        return Settings(_env_file=files)
     except ValidationError as error:
         # The error does not repeat the value, which may be a secret under a wrong name.
         raise SpecError(f"The setting {first_problem(error)}.", hint=hint) from error
@@ -147,12 +194,23 @@ def get_settings() -> Settings:
         raise SpecError(f"The settings cannot be read: {error}.", hint=hint) from error
 
 
-def _check_spelling() -> None:
+def variable_of(name: str) -> str:
+    """Return the environment variable of a setting."""
+    alias = Settings.model_fields[name].validation_alias
+    return str(alias or f"{Settings.model_config['env_prefix']}{name.upper()}")
+
+
+def _check_spelling(files: Sequence[Path]) -> None:
     """Refuse variables that are nearly settings: they would be ignored, and `require_signature` with them."""
-    prefix = str(Settings.model_config["env_prefix"])
-    fields = [name for name, field in Settings.model_fields.items() if field.validation_alias is None]
-    for variable in (*os.environ, *dotenv_values(".env")):
-        name = variable.upper().removeprefix(prefix).lower()
-        near_names = get_close_matches(name, fields, n=1, cutoff=0.8)
-        if variable.upper().startswith(prefix) and near_names and name not in fields:
-            raise SpecError(f"{variable} is not a setting.", hint=f"Did you mean {prefix}{near_names[0].upper()}?")
+    variables = [*os.environ, *(name for file in files for name in dotenv_values(file))]
+    for prefix, likeness in ((str(Settings.model_config["env_prefix"]), 0.8), (_SWITCHES, 0.0)):
+        known_names = [
+            variable.removeprefix(prefix)
+            for variable in map(variable_of, Settings.model_fields)
+            if variable.startswith(prefix)
+        ]
+        for variable in variables:
+            name = variable.upper().removeprefix(prefix)
+            near_names = get_close_matches(name, known_names, n=1, cutoff=likeness)
+            if variable.upper().startswith(prefix) and near_names and name not in known_names:
+                raise SpecError(f"{variable} is not a setting.", hint=f"Did you mean {prefix}{near_names[0]}?")

@@ -1,20 +1,23 @@
-"""Settings come from the environment and from .env, and secrets are not printed."""
+"""Settings come from the environment and from dotenv files, and secrets are not printed."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+from dotenv import dotenv_values
 
 from compileflow.errors import SpecError
-from compileflow.settings import Settings, get_settings
+from compileflow.settings import Settings, dotenv_files, get_settings, variable_of
 
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("COMPILEFLOW_HOME", "COMPILEFLOW_THREADS", "HF_TOKEN", "HF_ENDPOINT"):
+    for name in ("COMPILEFLOW_HOME", "COMPILEFLOW_THREADS", "COMPILEFLOW_ENV", "CI", "HF_TOKEN", "HF_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)
+    get_settings.cache_clear()
 
 
 def test_home_decides_where_the_embedded_store_and_registry_are(tmp_path: Path) -> None:
@@ -75,6 +78,7 @@ def test_wrong_value_is_one_line_that_names_the_variable_and_not_its_value(
     [
         ("COMPILEFLOW_REQUIRE_SIGNATURES", "COMPILEFLOW_REQUIRE_SIGNATURE"),
         ("compileflow_store_url", "COMPILEFLOW_STORE_URI"),
+        ("COMPILE_PIPELINE_EXECUTION_UPLOADS", "COMPILE_PIPELINE_EXECUTION_UPLOAD"),
     ],
 )
 @pytest.mark.parametrize("is_in_file", [False, True])
@@ -97,3 +101,72 @@ def test_variables_of_other_programs_are_ignored(name: str, monkeypatch: pytest.
     monkeypatch.setenv(name, "x")
     get_settings.cache_clear()
     assert get_settings().home
+
+
+def write_environments() -> None:
+    folder = Path("deployments") / "env"
+    folder.mkdir(parents=True)
+    (folder / "dev.env").write_text("COMPILEFLOW_THREADS=3\nCOMPILEFLOW_STORE_URI=file:///dev\n")
+    (folder / "prod.env").write_text("COMPILEFLOW_THREADS=4\nCOMPILEFLOW_STORE_URI=file:///prod\n")
+
+
+@pytest.mark.parametrize(
+    ("environment", "store"),
+    [
+        ({}, "file:///dev"),
+        ({"COMPILEFLOW_ENV": "dev"}, "file:///dev"),
+        ({"COMPILEFLOW_ENV": "prod"}, "file:///prod"),
+        ({"CI": "true"}, "file:///prod"),
+        ({"CI": "true", "COMPILEFLOW_ENV": "dev"}, "file:///dev"),
+    ],
+)
+def test_environment_decides_which_file_of_the_repository_is_read(
+    environment: dict[str, str], store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_environments()
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert get_settings().store_uri == store
+
+
+def test_environment_wins_over_dotenv_and_dotenv_over_the_file_of_the_repository(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write_environments()
+    Path(".env").write_text("COMPILEFLOW_STORE_URI=file:///own\nCOMPILEFLOW_HOME=/own\n")
+    monkeypatch.setenv("COMPILEFLOW_HOME", "/environment")
+    settings = get_settings()
+    assert (settings.threads, settings.store_uri, str(settings.home)) == (3, "file:///own", "/environment")
+
+
+def test_unknown_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMPILEFLOW_ENV", "staging")
+    with pytest.raises(SpecError, match="env: expected 'dev' or 'prod'"):
+        get_settings()
+
+
+def test_steps_of_the_older_component_are_off_by_default_and_one_misspelled_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = get_settings()
+    switches = (
+        settings.execute_download,
+        settings.execute_compile,
+        settings.execute_test,
+        settings.execute_upload,
+    )
+    assert switches == (False, False, False, False)
+    monkeypatch.setenv("COMPILE_PIPELINE_EXECUTION_VALIDATE", "true")
+    get_settings.cache_clear()
+    with pytest.raises(SpecError, match="COMPILE_PIPELINE_EXECUTION_VALIDATE is not a setting"):
+        get_settings()
+
+
+@pytest.mark.parametrize("name", ["dev", "prod"])
+def test_files_of_the_repository_hold_settings_and_no_secrets(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    monkeypatch.setenv("COMPILEFLOW_ENV", name)
+    assert get_settings().home
+    variables = dotenv_values(dotenv_files()[0])
+    assert set(variables) <= {variable_of(field) for field in Settings.model_fields}
+    assert not [name for name in variables if re.search("TOKEN|SECRET|PASSW|_KEY", name)]

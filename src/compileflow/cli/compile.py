@@ -333,6 +333,13 @@ def _compile(
             rich_help_panel=_VALIDATION,
         ),
     ] = None,
+    tests: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder of your own pytest tests, which run with your rights. One that fails blocks the model.",
+            rich_help_panel=_VALIDATION,
+        ),
+    ] = None,
     data_docs: Annotated[
         bool,
         typer.Option(
@@ -407,6 +414,7 @@ def _compile(
             "--max-examples": max_examples,
             "--strict": strict or None,
             "--suite": suite,
+            "--tests": tests,
             "--data-docs": data_docs or None,
             "--max-latency-ratio": max_latency_ratio,
         },
@@ -436,6 +444,7 @@ def _compile(
         "validation": {
             "examples_path": examples,
             "suite_path": suite,
+            "tests_path": tests,
             "data_docs": data_docs,
             "strict": strict,
             "max_latency_ratio": max_latency_ratio,

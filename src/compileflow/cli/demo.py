@@ -38,8 +38,10 @@ def demo_command(runner: Runner, *, extras: Collection[str] = ()) -> Callable[[]
         except CompileflowError as error:
             fail(error, WRONG_REQUEST)
         results = run_and_print(runner, requests, extras=extras)
+        artifact = results[0].artifact
+        assert artifact is not None  # noqa: S101 - all steps are on
         typer.echo("\nload it in Python:\n")
-        typer.echo(loading_lines(results[0].artifact.uri))
+        typer.echo(loading_lines(artifact.uri))
 
     return one_line_errors(demo)
 

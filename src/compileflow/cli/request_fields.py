@@ -39,6 +39,7 @@ _OPTIONS: Mapping[tuple[str, ...], str] = {
     ("validation", "examples_path"): "--examples",
     ("validation", "max_examples"): "--max-examples",
     ("validation", "suite_path"): "--suite",
+    ("validation", "tests_path"): "--tests",
     ("validation", "latency_shapes"): "--shape",
     ("validation", "max_latency_ratio"): "--max-latency-ratio",
     ("allow_warn",): "--allow-warn",

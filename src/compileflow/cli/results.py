@@ -10,6 +10,7 @@ from compileflow.cli.tables import output_console, print_lines, print_table
 
 if TYPE_CHECKING:
     from compileflow.steps.run import CompileResult
+    from compileflow.steps.values import CompiledArtifact
 
 _LOG_LINES = 60
 _HEADER = ("target", "precision", "verdict", "latency / eager", "size", "compile", "registered as")
@@ -27,7 +28,9 @@ def print_results(results: Sequence[CompileResult]) -> None:
             _print_comparison(result.comparison_uri)
     print_table(_HEADER, [_row(result) for result in results], title="compileflow", optional=("compile", "size"))
     for result in results:
-        lines = [("artifact", result.artifact.uri)]
+        lines = [("source model", result.source.stored_uri)]
+        if result.artifact is not None:
+            lines = [("artifact", result.artifact.uri)]
         if result.validated is not None:
             lines += [("labels", score) for score in label_scores(result.validated.figures)]
             page = export_report(result.validated.report_uri, get_settings())
@@ -74,13 +77,17 @@ def _row(result: CompileResult) -> tuple[str, ...]:
     speed = f"{fraction(ratio)} ({interval})" if ratio else "not timed"
     if LATENCY_ON_BUSY_MACHINE in figures:
         speed = "busy machine"
-    version = result.version
+    version, artifact = result.version, result.artifact
     return (
         result.target,
         result.precision.value,
         result.validated.outcome if result.validated else "not validated",
         speed,
-        f"{result.artifact.size_bytes / 1e6:.1f} MB",
-        "cached" if result.artifact.cached else f"{result.artifact.compile_duration_s:.1f} s",
+        f"{artifact.size_bytes / 1e6:.1f} MB" if artifact else "",
+        _compile_time(artifact) if artifact else "not compiled",
         f"{version.name} version {version.version}" if version else "not registered",
     )
+
+
+def _compile_time(artifact: CompiledArtifact) -> str:
+    return "cached" if artifact.cached else f"{artifact.compile_duration_s:.1f} s"

@@ -149,7 +149,7 @@ def measured_cell(
     else:
         report_uri = outcome.validated.report_uri
     report = read_report(report_uri, settings)
-    if isinstance(outcome, CompileResult) and outcome.validated is not None:
+    if isinstance(outcome, CompileResult) and outcome.artifact is not None and outcome.validated is not None:
         candidate = measured_candidate(request, outcome.artifact, outcome.validated, settings)
         versions = tuple(version_line(version, uri) for uri, version in outcome.versions.items())
         cell = _cell(request, candidate, versions=versions)

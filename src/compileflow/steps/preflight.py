@@ -28,6 +28,7 @@ from compileflow.steps.source_checks import check_lengths, check_model_type, che
 from compileflow.steps.validate import check_libraries
 from compileflow.stores.local import LocalStore
 from compileflow.validation.judge import load_user_suite
+from compileflow.validation.project_tests import check_tests
 
 _EXTRA = re.compile(r"compileflow\[([a-z0-9,-]+)\]")
 # Extras by the scheme of a store or a registry.
@@ -50,8 +51,8 @@ def check_request(request: CompileRequest, settings: Settings, *, extras: Collec
         SourceError: The model's folder does not hold a model that transformers loads, or only a Hub model has a
             revision.
         SpecError: The model does not suit the task or the lengths, the target does
-            not have an option, a file of examples does not exist, the user's suite cannot be used, or the URI of
-            a store or registry is wrong.
+            not have an option, a file of examples does not exist, the user's suite or folder of tests cannot be
+            used, or the URI of a store or registry is wrong.
         MissingPackageError: Some extras are not installed.
         TargetUnavailableError: The target's toolchain is missing, or this machine lacks the precision.
         MeasurementError: A library that the validate step needs is missing.
@@ -69,6 +70,8 @@ def check_request(request: CompileRequest, settings: Settings, *, extras: Collec
         check_libraries()
         _check_exists(request.validation.examples_path, "examples", "--examples")
         _check_suite(request, request.hf_task)
+        if request.validation.tests_path is not None:
+            check_tests(request.validation.tests_path)
     if request.steps.compile:
         _check_exists(request.calibration.examples_path, "calibration examples", "--calibration")
         if folder is not None:
@@ -176,6 +179,8 @@ def _extras_of(request: CompileRequest, settings: Settings) -> Iterator[str]:
                 yield from names.split(",")
     if request.steps.validate:
         yield "validation"
+        if request.validation.tests_path is not None:
+            yield "project-tests"
     uris = [settings.resolved_store_uri(request.store_uri), request.model]
     if request.steps.register:
         uris += settings.resolved_registry_uris(request.registry_uris)

@@ -42,6 +42,7 @@ from compileflow.validation.judge.suite import suite_digest
 from compileflow.validation.measure import Call, Measurements, Model, OneThread
 from compileflow.validation.measure.decisions import Decisions, Pool, mean_of_tokens
 from compileflow.validation.measure.interface import Claims
+from compileflow.validation.project_tests import ProjectTests
 from compileflow.validation.recorded_reference import (
     REFERENCE_FOLDER,
     RecordedAnswers,
@@ -146,6 +147,10 @@ def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
     user_suite = parse_user_suite(**request["suite"]) if request.get("suite") else None
     shared = Measurements()
     whole_artifact.measure_shared(shared, max_length=max(map(claimed_length, claims.values())))
+    project_tests = None
+    if request.get("project_tests"):
+        project_tests = ProjectTests.model_validate(request["project_tests"])
+        project_tests.measure(shared)
     tests = read_registered_tests(Path(request["tests_dir"])) if request.get("tests_dir") else None
     if tests is not None and record_dir is None:
         report_progress("answering the test inputs that are registered with the source version")
@@ -168,6 +173,7 @@ def prove_artifact(request: Mapping[str, Any]) -> dict[str, Any]:
         user_suite=user_suite,
         answers=answers,
         tests=tests,
+        project_tests=project_tests,
         shared=shared,
         threads=threads,
         bundle_dir=Path(request["report_dir"]) / BUNDLE_FOLDER,
@@ -344,6 +350,7 @@ class _Proof:
         user_suite: Gates of the user; None without any.
         answers: Kept answers of the source model.
         tests: Tests that are registered with the source version; None without any.
+        project_tests: Outcome of the project's own tests; None without any.
         shared: Measurements that hold for each component.
         threads: Threads that both models use.
         bundle_dir: Folder for the bundle of the first component that fails.
@@ -358,6 +365,7 @@ class _Proof:
     user_suite: UserSuite | None
     answers: ReferenceAnswers
     tests: RegisteredTests | None
+    project_tests: ProjectTests | None
     shared: Measurements
     threads: int
     bundle_dir: Path
@@ -590,6 +598,7 @@ class _Proof:
             coverage=measurements.coverage,
             score=measurements.score,
             failure=failed.failure if failed else None,
+            project_tests=self.project_tests,
         )
 
 

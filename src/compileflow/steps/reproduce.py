@@ -27,6 +27,8 @@ from compileflow.validation.measure import metrics
 from compileflow.validation.measure.compare_outputs import compared_rows
 from compileflow.validation.measure.detections import in_same_order
 from compileflow.validation.measure.measurements import candidate_answer
+from compileflow.validation.project_tests import GATE as PROJECT_TESTS
+from compileflow.validation.project_tests import check_tests
 
 SHOWN, NOT_SHOWN, NOT_TRIED = 1, 0, 2
 # A number without a limit shows the failure if it is at least this share of the report's.
@@ -81,6 +83,8 @@ def _reproduced(content: Mapping[str, Any], arrays: str, folder: Path, options: 
             f"{gate} compares the artifact with its source model, which is not on this machine.",
             hint="Give its folder: python reproduce.py ARTIFACT --source FOLDER",
         )
+    if gate == PROJECT_TESTS:
+        return _test_again(artifact, content, source_dir)
     return _prove_again(artifact, content, gate, source_dir)
 
 
@@ -118,6 +122,32 @@ def _show(
         return SHOWN if reported is None or value >= _SHARE * reported else NOT_SHOWN
     is_beyond = value > limit if figure["comparison"] == "at most" else value < limit
     return SHOWN if is_beyond else NOT_SHOWN
+
+
+def _test_again(artifact: OpenArtifact, content: Mapping[str, Any], source_dir: Path) -> int:
+    """Run the project's own tests again, if they are on this machine."""
+    from compileflow.steps.project_tests import run_project_tests
+    from compileflow.steps.request import StepTimeouts
+
+    folder = content["validation"]["tests_path"]
+    check_tests(folder)
+    with tempfile.TemporaryDirectory() as work:
+        tests = run_project_tests(
+            folder,
+            artifact_dir=artifact.folder,
+            source_dir=source_dir,
+            registered_dir=None,
+            work_dir=Path(work),
+            log_path=Path(work) / "tests.log",
+            timeout_s=StepTimeouts().tests_s,
+            threads=content["subject"]["threads"],
+            trust_remote_code=artifact.trust_remote_code,
+            on_progress=lambda _: None,
+        )
+    sys.stdout.write(f"{tests.output}\n{PROJECT_TESTS}: {tests.summary}\n")
+    if tests.problem:
+        return NOT_TRIED
+    return SHOWN if tests.failed else NOT_SHOWN
 
 
 def _prove_again(artifact: OpenArtifact, content: Mapping[str, Any], gate: str, source_dir: Path) -> int:

@@ -33,6 +33,8 @@ NOTE = "note: "
 class StepSwitches:
     """Steps that do work. A step that is off reuses what the store and the registry hold.
 
+    The run ends after the last step that is on.
+
     A pydantic dataclass, because a BaseModel already has attributes named `validate` and `register`.
     """
 
@@ -44,6 +46,11 @@ class StepSwitches:
     register: bool = Field(
         default=True, title="Register", description="Register the artifact if its verdict allows."
     )
+
+    @property
+    def only_fetch(self) -> bool:
+        """Whether the run ends with the stored source model."""
+        return self.fetch and not (self.compile or self.validate or self.register)
 
     @property
     def need_verdict(self) -> bool:
@@ -59,6 +66,7 @@ class StepTimeouts(BaseModel):
     fetch_s: int = Field(3600, ge=1, title="Fetch, seconds", description="Limit of download and storing.")
     compile_s: int = Field(7200, ge=1, title="Compile, seconds", description="Limit of all components together.")
     validate_s: int = Field(3600, ge=1, title="Validate, seconds", description="Limit of measuring and judging.")
+    tests_s: int = Field(600, ge=1, title="Tests, seconds", description="Limit of your own tests alone.")
     register_s: int = Field(300, ge=1, title="Register, seconds", description="Limit of one registry's answer.")
 
 

@@ -36,6 +36,7 @@ class CompileResult(BaseModel):
     """Outcome of a run that succeeded.
 
     Attributes:
+        artifact: Artifact of the run; None if it only fetched the source model.
         validated: Verdict on the artifact; None if the run needed none.
         version: Version in the first registry that has one.
         versions: Version in each registry that has one, by the registry's URI.
@@ -47,7 +48,7 @@ class CompileResult(BaseModel):
     target: str
     precision: Precision
     source: FetchedSource
-    artifact: CompiledArtifact
+    artifact: CompiledArtifact | None = None
     validated: ValidatedArtifact | None = None
     version: ModelVersion | None = None
     versions: Versions = {}
@@ -58,9 +59,9 @@ class CompileResult(BaseModel):
         cls,
         request: CompileRequest,
         source: FetchedSource,
-        artifact: CompiledArtifact,
-        validated: ValidatedArtifact | None,
-        versions: Versions,
+        artifact: CompiledArtifact | None = None,
+        validated: ValidatedArtifact | None = None,
+        versions: Versions | None = None,
     ) -> CompileResult:
         """Combine the outcomes of the steps."""
         return cls(
@@ -69,8 +70,8 @@ class CompileResult(BaseModel):
             source=source,
             artifact=artifact,
             validated=validated,
-            version=next(iter(versions.values()), None),
-            versions=versions,
+            version=next(iter((versions or {}).values()), None),
+            versions=versions or {},
         )
 
 
@@ -234,6 +235,8 @@ def run_request(request: CompileRequest, settings: Settings, *, progress: Progre
     """
     steps = StepRunner(request, settings, progress=progress or LoggedProgress())
     source = steps.fetch()
+    if request.steps.only_fetch:
+        return CompileResult.of(request, source)
     artifact = steps.compile(source)
     if not request.steps.need_verdict:
         return CompileResult.of(request, source, artifact, None, steps.find(source, artifact))

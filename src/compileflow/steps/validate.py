@@ -16,7 +16,7 @@ from compileflow.artifact.manifest import ArtifactManifest, read_manifest
 from compileflow.catalog import get_target, open_store
 from compileflow.contracts import ACCEPTED_OUTCOMES, LATENCY_ON_BUSY_MACHINE, PENDING, ArtifactStore
 from compileflow.contracts.digests import json_digest
-from compileflow.errors import MeasurementError, ProcessError, StepOffError
+from compileflow.errors import MeasurementError, ProcessError, SpecError, StepOffError
 from compileflow.settings import Settings
 from compileflow.spec import CompileSpec, HfTask
 from compileflow.steps.attest import Attester
@@ -24,13 +24,15 @@ from compileflow.steps.cache import CacheKey, find_or_make
 from compileflow.steps.compile import spec_of
 from compileflow.steps.pending import PendingValidation
 from compileflow.steps.plan import check_timed_shapes
-from compileflow.steps.request import CompileRequest
+from compileflow.steps.project_tests import run_project_tests
+from compileflow.steps.request import CompileRequest, StepTimeouts
 from compileflow.steps.toolchain_logs import write_logs
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
 from compileflow.validation.bundle import BUNDLE_FOLDER
 from compileflow.validation.cases import CLASS_FOLDERS, sample_examples, signals_digest
 from compileflow.validation.judge import load_user_suite
 from compileflow.validation.judge.suite import suite_digest
+from compileflow.validation.project_tests import check_tests, digest_of_tests
 from compileflow.validation.recorded_reference import REFERENCE_FOLDER
 from compileflow.validation.settings import ValidationSettings
 
@@ -73,8 +75,8 @@ def validate_artifact(
     Raises:
         MeasurementError: The models could not be compared.
         ProcessError: The child process died.
-        SpecError: The signing key or the user's suite cannot be used, or a shape to time is longer than the
-            longest row.
+        SpecError: The signing key, the user's suite or the folder of tests cannot be used, or a shape to time is
+            longer than the longest row.
         SignatureError: A signing key is set, but securesystemslib is missing.
         StepOffError: The step is off, and the store has no report on this artifact.
     """
@@ -96,6 +98,8 @@ def validate_artifact(
         if suite is not None:
             component = next(iter(manifest.components.values()))
             suite.check(manifest.hf_task, manifest.spec.precision, [record.name for record in component.outputs])
+        if validation.tests_path is not None:
+            check_tests(validation.tests_path)
         parts = _key_parts(
             source, artifact, spec, validation, manifest.hf_task, get_target(manifest.target.name).toolchain()
         )
@@ -107,11 +111,31 @@ def validate_artifact(
         if settled and not attester.lacks_verdict(artifact.digest, settled.report_digest, key.digest):
             return settled.model_copy(update={"cached": True, "why": "a machine with the device proved it"})
 
+        if missing_device and validation.tests_path is not None:
+            # The machine with the device has neither the tests nor the source model, so it would skip them.
+            raise SpecError(
+                f"The tests in {validation.tests_path} cannot run here: {missing_device}.",
+                hint="Validate on a machine with the device, or leave tests_path out.",
+            )
         judges_latency = validation.max_latency_ratio or (suite is not None and suite.judges_latency())
 
         def compute(reason: str) -> ValidatedArtifact:
             with work_folder(settings.work_dir, label=STEP) as work:
                 (work / "report").mkdir()
+                project_tests = None
+                if validation.tests_path is not None:
+                    project_tests = run_project_tests(
+                        validation.tests_path,
+                        artifact_dir=artifact_dir,
+                        source_dir=source_dir,
+                        registered_dir=tests_dir,
+                        work_dir=work,
+                        log_path=settings.log_path(f"tests-{key.digest[:12]}"),
+                        timeout_s=(request.timeouts if request else StepTimeouts()).tests_s,
+                        threads=settings.threads,
+                        trust_remote_code=trust_remote_code,
+                        on_progress=on_progress,
+                    ).model_dump(mode="json")
                 try:
                     child = run_in_child(
                         CHILD,
@@ -126,6 +150,7 @@ def validate_artifact(
                             "spec": spec.model_dump(mode="json") if spec else None,
                             "validation": validation.model_dump(mode="json"),
                             "suite": {"text": suite.text, "origin": suite.origin} if suite is not None else None,
+                            "project_tests": project_tests,
                             "threads": settings.threads,
                             "trust_remote_code": trust_remote_code,
                             "record": missing_device,
@@ -268,9 +293,11 @@ def _key_parts(
         "test files": source.test_files_digest or "none",
         "measurement version": str(MEASUREMENT_VERSION),
     }
-    # A suite counts by its content.
-    settings = validation.model_dump(mode="json", exclude={"suite_path", "data_docs"})
+    # A suite and a folder of tests count by their content.
+    settings = validation.model_dump(mode="json", exclude={"suite_path", "tests_path", "data_docs"})
     parts |= {f"validation.{name}": str(value) for name, value in settings.items()}
+    if validation.tests_path is not None:
+        parts["project tests"] = digest_of_tests(validation.tests_path)
     if validation.data_docs:
         parts["data docs"] = "written"
     if hf_task.generates:

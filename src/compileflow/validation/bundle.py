@@ -27,6 +27,7 @@ from compileflow.validation.judge.verdict import GateResult, Verdict
 from compileflow.validation.measure.measurements import Measurements, candidate_answer
 from compileflow.validation.measure.metrics import scales_of
 from compileflow.validation.measure.tendencies import SPECIAL_TOKEN_ERROR
+from compileflow.validation.project_tests import GATE as PROJECT_TESTS
 from compileflow.validation.settings import ValidationSettings
 
 # Folder beside the report.
@@ -144,7 +145,7 @@ def examine_failure(
     small_case = failing_case(measurements.comparisons, shown, record.precision)
     if small_case is None and gate.gate == _LATENCY:
         divergence = Divergence(note="The gate compares time, and the answers agree.")
-    elif small_case is None and gate.suite:
+    elif small_case is None and (gate.suite or gate.gate == PROJECT_TESTS):
         divergence = Divergence(note="The outputs agree within compileflow's own limits.")
     else:
         divergence = first_divergence(artifact, component, record, source_model, small_case, threads=threads)

@@ -27,6 +27,13 @@ class ValidationSettings(BaseModel):
         description="YAML file with gates of your own, in the form of compileflow's suite file. They are judged "
         "in addition to compileflow's gates. Empty: none.",
     )
+    tests_path: str | None = Field(
+        None,
+        min_length=1,
+        title="Your tests",
+        description="Folder on the worker with pytest tests of your own. A test that fails blocks the model. They "
+        "run with the rights of the worker. Empty: none.",
+    )
     data_docs: bool = Field(
         False,
         title="Data Docs",

@@ -17,6 +17,7 @@ from compileflow.validation.measure.coverage import Covered
 from compileflow.validation.measure.flips import Flip
 from compileflow.validation.measure.measurements import Latency
 from compileflow.validation.measure.scores import LabelScore
+from compileflow.validation.project_tests import ProjectTests
 from compileflow.validation.report.page import fraction, write_page
 from compileflow.validation.report.picture import latency_picture
 
@@ -87,6 +88,7 @@ class Report(BaseModel):
     flips_count: int = Field(0, ge=0, description="Number of all flips, listed or not.")
     coverage: tuple[Covered, ...] = Field((), description="Shapes and token ids that were met.")
     score: LabelScore | None = Field(None, description="Score of both models on the labels of the examples.")
+    project_tests: ProjectTests | None = Field(None, description="Outcome of the project's own tests.")
     failure: Failure | None = Field(None, description="After the verdict fail: where the failure begins.")
 
     @property

@@ -1,0 +1,127 @@
+"""The outputs folder of a project: what each step of a run left, for a person to look into.
+
+The store and the registry hold the results; nothing reads this folder.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.tasks import Task
+from pydantic import BaseModel
+
+from compileflow._process.folders import os_errors
+from compileflow.catalog import open_store
+from compileflow.contracts import ModelVersion
+from compileflow.errors import CompileflowError
+from compileflow.settings import Settings
+from compileflow.steps.request import CompileRequest
+from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
+from compileflow.stores.layout import split_uri
+from tasks.compile import compile_source
+from tasks.fetch import fetch
+from tasks.register import register
+from tasks.validate import validate
+
+# Folder and task of each step.
+_STEPS: Mapping[str, tuple[str, Task[..., Any]]] = {
+    "fetch": ("download", fetch),
+    "compile": ("compile", compile_source),
+    "validate": ("validate", validate),
+    "register": ("upload", register),
+}
+ERROR_FILE = "error.txt"
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The outputs folders of one run of a project.
+
+    Attributes:
+        project: Name of the project.
+        request: Request that runs. Only the folders of steps that are on are written.
+        settings: The outputs folder, and the credentials of the store.
+        results: Values of the tasks that ended, by step; of a task that failed, its error.
+    """
+
+    project: str
+    request: CompileRequest
+    settings: Settings
+    results: dict[str, list[Any]] = field(default_factory=dict)
+
+    def folder(self, step: str) -> Path:
+        """Return the folder of a step."""
+        return self.settings.outputs.expanduser() / _STEPS[step][0] / self.project
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Collect the values of all tasks that end inside the block, in this process."""
+        hooks = {step: self._hook(step) for step in _STEPS}
+        for step, (_, task) in _STEPS.items():
+            task.on_completion_hooks.append(hooks[step])
+            task.on_failure_hooks.append(hooks[step])
+        try:
+            yield
+        finally:
+            for step, (_, task) in _STEPS.items():
+                task.on_completion_hooks.remove(hooks[step])
+                task.on_failure_hooks.remove(hooks[step])
+
+    def _hook(self, step: str) -> Any:
+        def record(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> None:
+            self.results.setdefault(step, []).append(state.result(raise_on_failure=False))
+
+        return record
+
+    def write(self, error: CompileflowError | None) -> list[Path]:
+        """Replace the folder of each step that was on, up to the step that failed.
+
+        Args:
+            error: Error of the run; None if it succeeded.
+
+        Returns:
+            The folders that hold something now.
+
+        Raises:
+            StoreError: The folder cannot be written, or the store does not answer.
+        """
+        steps = [step for step in _STEPS if getattr(self.request.steps, step)]
+        for step in steps:
+            with os_errors(self.folder(step), "write to"):
+                shutil.rmtree(self.folder(step), ignore_errors=True)
+        for step in steps:
+            values = [value for value in self.results.get(step, ()) if isinstance(value, BaseModel)]
+            for value in values:
+                self._write(self.folder(step), value)
+            if error is not None and (not values or len(values) < len(self.results[step])):
+                self._write(self.folder(step), error)
+                break
+        return [self.folder(step) for step in steps if self.folder(step).is_dir()]
+
+    def _write(self, folder: Path, value: BaseModel | CompileflowError) -> None:
+        """Write the value of a step, and what a person wants to see of it."""
+        name, text, stored_folder = ERROR_FILE, str(value), None
+        if isinstance(value, BaseModel):
+            text = json.dumps(value.model_dump(mode="json"), indent=1)
+        if isinstance(value, FetchedSource):
+            name = "source.json"
+        elif isinstance(value, CompiledArtifact):
+            name, stored_folder = "artifact.json", ("artifact", value.uri)
+        elif isinstance(value, ValidatedArtifact):
+            name, stored_folder = "verdict.json", ("report", value.report_uri)
+        elif isinstance(value, ModelVersion):
+            number = len(list(folder.glob("version*.json")))
+            name = f"version-{number + 1}.json" if number else "version.json"
+        with os_errors(folder, "write to"):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text + "\n", "utf-8")
+        if stored_folder is not None:
+            store_uri, digest = split_uri(stored_folder[1])
+            open_store(store_uri, self.settings).get_folder(digest, folder / stored_folder[0])
