@@ -52,8 +52,8 @@ def collect_garbage(
         EmptyRegistryError: The registries have no version at all, which suggests a wrong URI. Nothing was deleted.
         RegistryUnavailableError: A registry did not answer. Nothing was deleted.
         IntegrityError: A listing cannot be read. Nothing was deleted.
-        StoreError: The store refused. Or nothing was deleted, because the store does not list a folder of `keep` or
-            one that a version names by its URI in this store, or because more than `at_most` would be deleted.
+        StoreError: The store refused. Or nothing was deleted, because the store does not list a folder of `keep`
+            or one that a version names by its URI in this store, or because more than `at_most` would be deleted.
         StoreUnavailableError: The store did not answer.
     """
     if not registry_uris:

@@ -1,6 +1,4 @@
-"""Compare a blob on the server with the right bytes, by the checksums that the server keeps: a put replaces an
-altered blob.
-"""
+"""Compare a blob on the server with the right bytes, mostly by the checksums that the server keeps."""
 
 from __future__ import annotations
 
@@ -37,7 +35,7 @@ def holds_blob(
     checksum = objects.sha256_checksum(existing_object.key)
     if checksum is not None and checksum == _checksum("sha256", content, part_bytes if "-" in checksum else None):
         return True
-    if checksum is not None and "-" not in checksum:
+    if checksum is not None and not is_in_parts:
         return False
     try:
         return stored_digest(objects, record) == record.sha256

@@ -94,7 +94,8 @@ def _parse(body: bytes, root: str) -> dict[str, list[ElementTree.Element]]:
     """Return the elements below the root by their names."""
     # botocore parses the same bytes with the same parser.
     element = ElementTree.fromstring(body)  # noqa: S314
-    _demand(_local_name(element) == root)
+    # Some servers write "ListPartsResponse".
+    _demand(_local_name(element) in (root, root.replace("Result", "Response")))
     fields: dict[str, list[ElementTree.Element]] = {}
     for child in element:
         fields.setdefault(_local_name(child), []).append(child)
