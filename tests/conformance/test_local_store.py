@@ -10,11 +10,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from compileflow.admin.mirror import mirror_store
 from compileflow.artifact.manifest import read_manifest
 from compileflow.artifact.open import OpenArtifact, copy_artifact
 from compileflow.catalog import open_store
+from compileflow.cli import app
+from compileflow.contracts.digests import list_files
 from compileflow.errors import IntegrityError, ManifestError, SpecError, StoreError
+from compileflow.settings import Settings
 from compileflow.stores import local
 from compileflow.stores.layout import split_uri
 from tests.conformance.collection_races import CollectionRaces
@@ -109,6 +114,32 @@ def test_store_below_a_plain_file_holds_nothing(tmp_path: Path) -> None:
     assert not store.exists("0" * 64)
     assert store.get_record("cache", "key") is None
     assert list(store.list()) == []
+
+
+def test_store_on_a_read_only_file_system_can_be_read(
+    small_disk: Path, tmp_path: Path, settings: Settings
+) -> None:
+    artifact = small_artifact(tmp_path / "artifact")
+    store = open_store((small_disk / "store").as_uri())
+    stored_folder = store.put_folder(artifact)
+    store.put_record("cache", "key", {"n": 1})
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with store.open_folder(stored_folder.digest) as opened:
+        assert list_files(opened) == list_files(artifact)
+    assert list(settings.work_dir.iterdir()) == []
+    store.get_folder(stored_folder.digest, tmp_path / "out")
+    assert list_files(tmp_path / "out") == list_files(artifact)
+    assert store.exists(stored_folder.digest)
+    assert list(store.list()) == [stored_folder.digest]
+    assert store.get_record("cache", "key") == {"n": 1}
+    assert store.gc((), min_age_s=0, dry_run=True).folders == 1
+    assert mirror_store(store.uri, (tmp_path / "mirror").as_uri(), settings=settings) == 1
+    for command, line in (("inspect", "onnx-runtime"), ("verify", f"digest {stored_folder.digest}")):
+        outcome = CliRunner().invoke(app, [command, stored_folder.uri])
+        assert line in outcome.output
+        assert "EROFS" not in outcome.output
+    with pytest.raises(StoreError, match="EROFS"):
+        store.put_record("cache", "key", {"n": 2})
 
 
 def test_blobs_cannot_be_written_by_accident(tmp_path: Path) -> None:

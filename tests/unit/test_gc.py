@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from compileflow.artifact.attestations.envelopes import put_statement
 from compileflow.artifact.attestations.statements import verdict_statement
 from compileflow.catalog import open_registry, open_store
 from compileflow.contracts import ArtifactStore
-from compileflow.errors import RegistryError, SpecError
+from compileflow.errors import RegistryError, SpecError, StoreError
 from compileflow.settings import Settings
 from compileflow.steps.register import register_version
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
@@ -179,6 +180,43 @@ def test_work_folders_of_killed_processes_are_deleted(
 def test_no_registry_at_all_is_refused(store: ArtifactStore, settings: Settings) -> None:
     with pytest.raises(SpecError, match="No registry"):
         collect_garbage(store.uri, (), settings=settings)
+
+
+def test_collection_stops_when_the_store_does_not_list_a_folder_that_a_version_names(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """Its listing may be missing because the list is incomplete, and then others may be missing as well."""
+    store = LocalStore(settings.resolved_store_uri(), settings)
+    artifact, report, garbage = (stored(store, tmp_path, text) for text in ("artifact", "report", "garbage"))
+    uri = registered(
+        tmp_path,
+        settings,
+        "first",
+        artifact_digest=artifact,
+        artifact_uri=store.folder_uri(artifact),
+        report_digest=report,
+        report_uri=store.folder_uri(report),
+    )
+    (store.root / "manifests" / "sha256" / f"{report}.json").unlink()
+    for dry_run in (True, False):
+        with pytest.raises(StoreError, match=report):
+            collect_garbage(store.uri, (uri,), settings=settings, min_age_s=0, dry_run=dry_run)
+    assert store.exists(garbage)
+    assert collect_garbage(store.uri, (uri,), settings=settings, min_age_s=0, lost=(report,)).folders == 1
+    assert list(store.list()) == [artifact]
+
+
+def test_listings_are_read_at_once(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = LocalStore(settings.resolved_store_uri(), settings)
+    digests = [stored(store, tmp_path, str(number)) for number in range(4)]
+    reading, all_readers = store.read_listing, threading.Barrier(len(digests), timeout=30)
+
+    def read_with_the_others(digest: str) -> object:
+        all_readers.wait()
+        return reading(digest)
+
+    monkeypatch.setattr(store, "read_listing", read_with_the_others)
+    assert store.gc(digests, min_age_s=0).folders == 0
 
 
 def test_listing_that_is_written_while_others_are_deleted_keeps_its_blobs(

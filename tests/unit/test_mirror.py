@@ -117,6 +117,19 @@ def test_altered_folder_is_not_copied(
     assert not open_store(to_uri, settings).exists(digest)
 
 
+def test_checked_mirror_replaces_an_altered_blob(
+    source: ArtifactStore, to_uri: str, settings: Settings, tmp_path: Path
+) -> None:
+    digest = stored(source, tmp_path, "artifact")
+    mirror_store(source.uri, to_uri, settings=settings)
+    blob = next(path for path in (tmp_path / "to" / "blobs").rglob("*") if path.is_file())
+    blob.chmod(0o644)
+    blob.write_bytes(b"ARTIFACT")
+    assert mirror_store(source.uri, to_uri, settings=settings, check=True) == 1
+    open_store(to_uri).get_folder(digest, tmp_path / "out")
+    assert (tmp_path / "out" / "file").read_bytes() == b"artifact"
+
+
 def test_report_that_a_verdict_stands_on_comes_with_its_artifact(
     source: ArtifactStore, to_uri: str, settings: Settings, tmp_path: Path
 ) -> None:

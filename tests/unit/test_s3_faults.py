@@ -183,6 +183,20 @@ def test_download_that_was_spoilt_on_the_way_is_fetched_again(
     assert list_files_of(store, digest, tmp_path / "out") == list_files(folder)
 
 
+def test_listing_that_was_spoilt_on_the_way_is_read_again(
+    store: S3Store, proxy: FaultProxy, folder: Path, tmp_path: Path
+) -> None:
+    digest = store.put_folder(folder).digest
+    for act in (
+        lambda: store.exists(digest),
+        lambda: list_files_of(store, digest, tmp_path / "out") == list_files(folder),
+        lambda: store.put_folder(folder).digest == digest,
+    ):
+        proxy.inject(Corrupt(), method="GET", path=LISTINGS)
+        assert act()
+    assert not [request for request in proxy.seen[-3:] if request.method == "PUT"]
+
+
 @pytest.mark.parametrize("opened", [True, False])
 def test_wrong_bytes_are_never_served(
     store: S3Store, proxy: FaultProxy, folder: Path, tmp_path: Path, *, opened: bool
@@ -467,6 +481,121 @@ def test_stale_uploads_are_given_up_and_young_ones_are_not(store: S3Store, proxy
     assert [request for request in proxy.seen if request.method == "DELETE"] == []
     store.gc((), min_age_s=0)
     assert [upload["UploadId"] for upload in client.list_multipart_uploads(Bucket=bucket)["Uploads"]] == [other]
+
+
+LOGIN_PAGE = b"<html><body>Please log in</body></html>"
+OTHER_PAGE = b"<!DOCTYPE html><html><body>Please log in<br></body></html>"
+
+
+def listing(bucket: str, *elements: str) -> bytes:
+    return f"<ListBucketResult><Name>{bucket}</Name>{''.join(elements)}</ListBucketResult>".encode()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        LOGIN_PAGE,
+        OTHER_PAGE,
+        b"",
+        b"<ListBucketResult/>",
+        listing("another-bucket"),
+        listing("BUCKET", "<IsTruncated>true</IsTruncated>"),
+        listing("BUCKET", "<Contents><Key>p/blobs/x</Key><Size>1</Size><ETag>e</ETag></Contents>"),
+    ],
+    ids=["XHTML", "HTML", "empty", "nameless", "other bucket", "no next page", "no LastModified"],
+)
+def test_list_that_is_not_s3s_stops_a_collection(
+    store: S3Store, proxy: FaultProxy, folder: Path, tmp_path: Path, body: bytes
+) -> None:
+    digest = store.put_folder(folder).digest
+    body = body.replace(b"BUCKET", store._objects.bucket.encode())
+    for path in ("manifests", "blobs"):
+        proxy.inject(Answer(200, body), method="GET", path=f"{path}%2Fsha256%2F&", times=2)
+        with pytest.raises(StoreUnavailableError, match="does not answer like S3") as caught:
+            store.gc((), min_age_s=0)
+        assert proxy.url in caught.value.message
+        assert_says_no_secret(caught.value)
+    assert not [request for request in proxy.seen if request.method == "DELETE"]
+    assert_whole(store, folder, tmp_path / "out")
+    assert store.exists(digest)
+
+
+@pytest.mark.parametrize(
+    ("status", "page"), [(200, LOGIN_PAGE), (302, OTHER_PAGE), (403, LOGIN_PAGE), (404, OTHER_PAGE)]
+)
+def test_page_of_a_proxy_is_not_an_answer(
+    store: S3Store, proxy: FaultProxy, folder: Path, status: int, page: bytes
+) -> None:
+    digest = store.put_folder(folder).digest
+    for method, act in (
+        ("GET", lambda: store.exists(digest)),
+        ("GET", lambda: store.get_record("cache", "key")),
+        ("PUT", lambda: store.put_record("cache", "key", {})),
+        ("DELETE", lambda: store.delete_blob(list_files(folder)[0].sha256, min_age_s=0)),
+    ):
+        proxy.inject(Answer(status, page, {"Location": "/login"}), method=method, times=99)
+        with pytest.raises(StoreUnavailableError, match="does not answer like S3"):
+            act()
+        proxy.heal()
+    assert store.exists(digest)
+
+
+def test_head_of_another_server_is_not_an_answer(store: S3Store, proxy: FaultProxy, folder: Path) -> None:
+    proxy.inject(Answer(200), method="HEAD", times=99)
+    with pytest.raises(StoreUnavailableError, match="does not answer like S3"):
+        store.put_folder(folder)
+
+
+def test_busy_answer_to_a_head_is_not_a_missing_key(
+    store: S3Store, proxy: FaultProxy, folder: Path, tmp_path: Path
+) -> None:
+    proxy.inject(Answer(503), method="HEAD", times=99)
+    with pytest.raises(StoreUnavailableError, match="busy"):
+        store.put_folder(folder)
+    proxy.heal()
+    proxy.inject(Answer(503), method="HEAD")
+    store.put_folder(folder)
+    assert_whole(store, folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("status", [301, 307])
+@pytest.mark.parametrize("body", [b"<Error><Code>PermanentRedirect</Code></Error>", b""], ids=["XML", "empty"])
+def test_redirect_without_a_region_is_one_line(
+    store: S3Store, proxy: FaultProxy, folder: Path, status: int, body: bytes
+) -> None:
+    proxy.inject(Answer(status, body), times=99)
+    for act in (lambda: store.put_folder(folder), lambda: store.exists("0" * 64), lambda: list(store.list())):
+        with pytest.raises(StoreError, match="Redirect") as caught:
+            act()
+        assert "COMPILEFLOW_S3_REGION" in caught.value.hint
+        assert_says_no_secret(caught.value)
+
+
+def test_put_replaces_an_altered_blob_that_was_sent_in_parts(
+    store: S3Store, proxy: FaultProxy, folder: Path, tmp_path: Path, moto: Moto
+) -> None:
+    (folder / "weights").write_bytes(os.urandom(12 * MIB))
+    in_parts(store).put_folder(folder)
+    weights = next(record for record in list_files(folder) if record.path == "weights")
+    place = store._objects.place(f"blobs/sha256/{weights.sha256[:2]}/{weights.sha256}")
+    moto.client().put_object(Body=bytes(12 * MIB), **place)
+    store.put_folder(folder)
+    assert_whole(store, folder, tmp_path / "out")
+    request_count = len(proxy.seen)
+    store.put_folder(folder)
+    assert {request.method for request in proxy.seen[request_count:] if BLOBS in request.path} == {"HEAD"}
+
+
+def test_refused_replacement_of_an_altered_blob_is_not_success(
+    store: S3Store, proxy: FaultProxy, folder: Path, moto: Moto
+) -> None:
+    store.put_folder(folder)
+    weights = next(record for record in list_files(folder) if record.path == "weights")
+    place = store._objects.place(f"blobs/sha256/{weights.sha256[:2]}/{weights.sha256}")
+    moto.client().put_object(Body=bytes(MIB), **place)
+    proxy.inject(BROKEN, method="PUT", path=weights.sha256, times=99)
+    with pytest.raises(StoreUnavailableError):
+        store.put_folder(folder)
 
 
 def in_parts(store: S3Store) -> S3Store:

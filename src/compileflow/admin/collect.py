@@ -10,7 +10,7 @@ from compileflow._process.folders import sweep
 from compileflow.artifact.attestations.envelopes import statement_in, stored_envelopes
 from compileflow.artifact.attestations.statements import report_digest
 from compileflow.catalog import open_registry, open_store
-from compileflow.contracts import ArtifactStore, Collected, without_credentials
+from compileflow.contracts import ArtifactStore, Collected, ModelVersion, without_credentials
 from compileflow.errors import EmptyRegistryError, RegistryError, SignatureError, SpecError
 from compileflow.settings import Settings
 from compileflow.steps.validate import WAITING, report_on
@@ -26,6 +26,9 @@ def collect_garbage(
     settings: Settings,
     min_age_s: float = _DAY_S,
     dry_run: bool = False,
+    keep: Collection[str] = (),
+    lost: Collection[str] = (),
+    at_most: float = 1.0,
 ) -> Collected:
     """Delete the folders that no version names as its artifact, report or source, and their blobs.
 
@@ -39,6 +42,9 @@ def collect_garbage(
         min_age_s: Objects that were put less than this number of seconds ago are kept. Below a day, no other
             process may write to the store.
         dry_run: Count, but do not delete.
+        keep: Digests of further folders to keep.
+        lost: Digests of folders that are known to be missing.
+        at_most: Fraction of the store's bytes that may be deleted. A dry run ignores it.
 
     Raises:
         SpecError: No registry is given.
@@ -46,7 +52,8 @@ def collect_garbage(
         EmptyRegistryError: The registries have no version at all, which suggests a wrong URI. Nothing was deleted.
         RegistryUnavailableError: A registry did not answer. Nothing was deleted.
         IntegrityError: A listing cannot be read. Nothing was deleted.
-        StoreError: The store refused.
+        StoreError: The store refused. Or nothing was deleted, because the store does not list a folder of `keep`
+            or one that a version names by its URI in this store, or because more than `at_most` would be deleted.
         StoreUnavailableError: The store did not answer.
     """
     if not registry_uris:
@@ -57,18 +64,31 @@ def collect_garbage(
     if not dry_run:
         # Killed runs leave work folders.
         sweep(settings.work_dir)
-    digests_in_use: set[str] = set()
-    for uri in registry_uris:
-        digests_in_use |= _needed(uri, settings)
-    if not digests_in_use:
+    versions = [version for uri in registry_uris for version in _versions(uri, settings)]
+    if not versions:
         names = ", ".join(map(without_credentials, registry_uris))
         raise EmptyRegistryError(
             f"{names} has no version, so everything in {store_uri} would be garbage.",
             hint="Check the registry's URI. To delete a whole store, delete its folder or prefix.",
         )
     store = open_store(store_uri, settings)
+    digests_in_use = {
+        digest
+        for version in versions
+        for digest in (version.artifact_digest, version.report_digest, version.source_digest)
+    }
     digests_in_use |= reports_on(store, digests_in_use) | _waiting(store)
-    return store.gc(digests_in_use, min_age_s=min_age_s, dry_run=dry_run)
+    # A registry may also name folders of other stores.
+    uris_in_use = {uri for version in versions for uri in (version.artifact_uri, version.report_uri)}
+    required_digests = {digest for digest in digests_in_use if store.folder_uri(digest) in uris_in_use} | {*keep}
+    digests_to_keep = digests_in_use | required_digests
+    return store.gc(
+        digests_to_keep,
+        min_age_s=min_age_s,
+        dry_run=dry_run,
+        may_lack=(digests_to_keep - required_digests) | {*lost},
+        at_most=at_most,
+    )
 
 
 def _waiting(store: ArtifactStore) -> set[str]:
@@ -95,14 +115,10 @@ def check_registry_exists(registry_uri: str, settings: Settings) -> None:
             raise RegistryError(f"The registry {registry_uri} does not exist.", hint="Check its path.")
 
 
-def _needed(registry_uri: str, settings: Settings) -> set[str]:
+def _versions(registry_uri: str, settings: Settings) -> Sequence[ModelVersion]:
     # Without the check, the collection would delete everything.
     check_registry_exists(registry_uri, settings)
-    return {
-        digest
-        for version in open_registry(registry_uri, settings).versions()
-        for digest in (version.artifact_digest, version.report_digest, version.source_digest)
-    }
+    return open_registry(registry_uri, settings).versions()
 
 
 def reports_on(store: ArtifactStore, digests: Collection[str]) -> set[str]:

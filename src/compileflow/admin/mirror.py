@@ -23,6 +23,7 @@ def mirror_store(
     *,
     settings: Settings,
     digests: Collection[str] | None = None,
+    check: bool = False,
     on_progress: Callable[[str], None] = lambda line: None,
 ) -> int:
     """Copy folders and the records about them. Existing folders are not sent again.
@@ -34,6 +35,7 @@ def mirror_store(
         to_uri: URI of the store to copy to.
         settings: Settings with the credentials.
         digests: Digests of the folders to copy, with the reports on them. None: all folders.
+        check: Also read the folders that exist in the second store, and replace altered files.
         on_progress: Called with one line per folder.
 
     Returns:
@@ -52,7 +54,7 @@ def mirror_store(
     if not folders:
         raise SpecError(f"{from_uri} does not hold any folder to copy.", hint="Check the URI of that store.")
     for number, digest in enumerate(folders, start=1):
-        if mirror.exists(digest):
+        if not check and mirror.exists(digest):
             continue
         on_progress(f"folder {number} of {len(folders)}: {digest[:12]}")
         with source.open_folder(digest) as folder:

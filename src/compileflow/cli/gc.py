@@ -9,6 +9,8 @@ import typer
 from compileflow.cli.common import one_line_errors
 
 _SECONDS_PER_DAY = 86400
+# A collection of more than this fraction of a store needs --yes.
+_USUAL_SHARE = 0.5
 
 
 @one_line_errors
@@ -25,8 +27,18 @@ def gc(
     min_age_days: Annotated[
         float, typer.Option(min=0.0, help="Keep everything that was stored within this many days.")
     ] = 1.0,
+    keep: Annotated[list[str] | None, typer.Option(help="Digest of a further folder to keep. Repeatable.")] = None,
+    lost: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Digest of a folder that is known to be missing although a version names it. Repeatable."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Delete nothing; only report what would be deleted.")
+    ] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Delete even if that is more than half of the store.")
     ] = False,
 ) -> None:
     """Delete folders of a store that are old enough and that no registered version needs."""
@@ -42,6 +54,9 @@ def gc(
             settings=settings,
             min_age_s=min_age_days * _SECONDS_PER_DAY,
             dry_run=dry_run,
+            keep=keep or (),
+            lost=lost or (),
+            at_most=1.0 if yes else _USUAL_SHARE,
         )
     except EmptyRegistryError as error:
         typer.echo(f"Nothing was deleted: {error.message}")

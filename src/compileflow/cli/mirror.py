@@ -18,6 +18,10 @@ def mirror(
     digest: Annotated[
         list[str] | None, typer.Option(help="Digest of a folder to copy. Repeatable. Default: all folders.")
     ] = None,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Also compare the folders that TO_STORE has, and replace altered files."),
+    ] = False,
 ) -> None:
     """Copy every folder that TO_STORE does not have, and check every byte."""
     from compileflow.admin.mirror import mirror_store
@@ -28,6 +32,7 @@ def mirror(
         to_store,
         settings=get_settings(),
         digests=digest or None,
+        check=check,
         on_progress=lambda line: typer.echo(line, err=True),
     )
     typer.echo(f"{to_store} has {count} folders of {from_store}")

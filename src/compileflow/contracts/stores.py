@@ -129,7 +129,15 @@ class ArtifactStore(Protocol):
             on_wait: Called once if another user holds the lock.
         """
 
-    def gc(self, keep: Collection[str], *, min_age_s: float, dry_run: bool = False) -> Collected:
+    def gc(
+        self,
+        keep: Collection[str],
+        *,
+        min_age_s: float,
+        dry_run: bool = False,
+        may_lack: Collection[str] = (),
+        at_most: float = 1.0,
+    ) -> Collected:
         """Delete old folders that are not in `keep`, then old blobs that no remaining folder needs.
 
         Args:
@@ -137,7 +145,11 @@ class ArtifactStore(Protocol):
             min_age_s: Listings and blobs that were put less than this number of seconds ago are kept. Below a day,
                 no other process may write to the store.
             dry_run: Count, but do not delete.
+            may_lack: Those of `keep` that the store need not hold.
+            at_most: Fraction of the store's bytes that may be deleted. A dry run ignores it.
 
         Raises:
             IntegrityError: A listing cannot be read. Nothing was deleted.
+            StoreError: The store does not list a folder of `keep`, or more than `at_most` would be deleted.
+                Nothing was deleted.
         """

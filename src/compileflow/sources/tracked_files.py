@@ -62,7 +62,8 @@ def objects_at(location: str, settings: Settings) -> list[TrackedFile]:
     bucket, _, key = location.removeprefix(SCHEME).partition("/")
     prefix = key.rstrip("/")
     with _source_errors(), s3_errors(f"{SCHEME}{bucket}", f"list {prefix} in"):
-        pages = make_client(settings).get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        client = make_client(settings, bucket=bucket)
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
         objects = [entry for page in pages for entry in page.get("Contents", ())]
     files = [
         TrackedFile(

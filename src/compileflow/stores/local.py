@@ -18,6 +18,7 @@ from urllib.parse import urlparse
 from pydantic import JsonValue
 
 from compileflow._process.folders import (
+    check_writable,
     file_lock,
     file_written_whole,
     link_or_copy,
@@ -35,13 +36,15 @@ from compileflow.stores.collecting import REFRESH_AFTER_S, AgedObject, collect
 
 # Attempts of a put. A collection may delete what an attempt found in the store.
 _PUT_ATTEMPTS = 5
+# A store may be on a network file system, which answers several requests at once.
+_READS_AT_ONCE = 8
 
 
 class LocalStore:
     """Folders as content-addressed blobs below one folder of this machine."""
 
     def __init__(self, uri: str, settings: Settings):
-        """Keep the folder's path. Every store takes settings, but this one needs none of them."""
+        """Keep the folder's path, and that of the work folder for reading a store that cannot be written."""
         url = urlparse(uri)
         if url.scheme != "file" or url.netloc not in ("", "localhost") or not url.path:
             raise SpecError(
@@ -49,6 +52,7 @@ class LocalStore:
             )
         self.uri = uri.rstrip("/")
         self.root = path_of_uri(uri)
+        self._work_dir = settings.work_dir
 
     def put_folder(self, folder: Path) -> StoredFolder:
         """Copy the blobs that the store lacks, then write the listing.
@@ -84,8 +88,8 @@ class LocalStore:
 
     @contextmanager
     def open_folder(self, digest: str) -> Iterator[Path]:
-        """Give a verified copy that consists of hard links. Do not write to it."""
-        with work_folder(self.root / "tmp", label="read") as work:
+        """Give a verified copy, which consists of hard links where possible. Do not write to it."""
+        with work_folder(self._read_dir(), label="read") as work:
             self._write_out(digest, work / "folder", link=True)
             yield work / "folder"
 
@@ -129,12 +133,21 @@ class LocalStore:
         name = hashlib.sha256(key.encode()).hexdigest()[:32]
         return file_lock(self.root / "locks" / f"{name}.lock", on_wait=on_wait)
 
-    def gc(self, keep: Collection[str], *, min_age_s: float, dry_run: bool = False) -> Collected:
+    def gc(
+        self,
+        keep: Collection[str],
+        *,
+        min_age_s: float,
+        dry_run: bool = False,
+        may_lack: Collection[str] = (),
+        at_most: float = 1.0,
+    ) -> Collected:
         """Delete unneeded folders and blobs, as stores/collecting.py explains.
 
         Raises:
             IntegrityError: A listing cannot be read. Nothing was deleted.
-            StoreError: The store does not exist, or cannot be written.
+            StoreError: The store does not exist, cannot be written, or does not list a folder of `keep`. Or more
+                than `at_most` would be deleted.
         """
         with os_errors(self.root, "collect garbage in"):
             if not self.root.is_dir():
@@ -142,7 +155,15 @@ class LocalStore:
             if not dry_run:
                 # Killed processes leave work folders.
                 sweep(self.root / "tmp")
-            return collect(self, keep, min_age_s=min_age_s, dry_run=dry_run)
+            return collect(
+                self,
+                keep,
+                min_age_s=min_age_s,
+                dry_run=dry_run,
+                may_lack=may_lack,
+                at_most=at_most,
+                at_once=_READS_AT_ONCE,
+            )
 
     def aged_listings(self) -> Iterator[AgedObject]:
         """Yield all listings."""
@@ -181,9 +202,9 @@ class LocalStore:
                 return None
 
     def _put_blob(self, path: Path, record: FileRecord, partial: Path) -> bool:
-        """Copy a file into the store unless it is there. Return whether an old blob was found and refreshed."""
+        """Copy a file into the store unless it is there, unaltered. Return whether an old blob was refreshed."""
         blob = self._blob_path(record.sha256)
-        if self._has_blob(record) and (was_refreshed := _refresh_if_old(blob)) is not None:
+        if self._has_right_blob(record) and (was_refreshed := _refresh_if_old(blob)) is not None:
             return was_refreshed
         with _stored_file(blob, partial):
             shutil.copyfile(path, partial)
@@ -192,9 +213,9 @@ class LocalStore:
         return False
 
     def _put_listing(self, body: bytes, digest: str, partial: Path) -> bool:
-        """Write a listing unless it is there. Return whether an old listing was found and refreshed."""
+        """Write a listing unless it is there, unaltered. Return whether an old listing was refreshed."""
         path = self.root / layout.listing_key(digest)
-        if path.exists() and (was_refreshed := _refresh_if_old(path)) is not None:
+        if self._read(path) == body and (was_refreshed := _refresh_if_old(path)) is not None:
             return was_refreshed
         with _stored_file(path, partial):
             partial.write_bytes(body)
@@ -239,6 +260,22 @@ class LocalStore:
     def _has_blob(self, record: FileRecord) -> bool:
         stat = _stat(self._blob_path(record.sha256))
         return stat is not None and S_ISREG(stat.st_mode) and stat.st_size == record.size_bytes
+
+    def _has_right_blob(self, record: FileRecord) -> bool:
+        try:
+            return self._has_blob(record) and file_digest(self._blob_path(record.sha256)) == record.sha256
+        except FileNotFoundError:
+            # A collection has just deleted it.
+            return False
+
+    def _read_dir(self) -> Path:
+        """Return the parent of work folders for reading: in the store if this user can write to it."""
+        folder = self.root / "tmp"
+        try:
+            check_writable(folder)
+        except OSError:
+            return self._work_dir
+        return folder
 
     def _blob_path(self, sha256: str) -> Path:
         return self.root / layout.blob_key(sha256)

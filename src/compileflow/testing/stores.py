@@ -191,6 +191,31 @@ class StoreConformance:
         store.get_folder(digest, tmp_path / "out")
         assert _contents(tmp_path / "out") == FILES
 
+    def test_put_replaces_an_altered_blob(
+        self, store: ArtifactStore, store_uri: str, folder: Path, tmp_path: Path
+    ) -> None:
+        digest = store.put_folder(folder).digest
+        key = self._blob_key(folder, "default/model.bin")
+        self.write_object(store_uri, key, b"\xff" + self.read_object(store_uri, key)[1:])
+        with pytest.raises(IntegrityError, match=key):
+            store.get_folder(digest, tmp_path / "altered")
+        assert store.put_folder(folder).digest == digest
+        store.get_folder(digest, tmp_path / "out")
+        assert _contents(tmp_path / "out") == FILES
+
+    @pytest.mark.parametrize("same_size", [True, False])
+    def test_put_replaces_an_altered_listing(
+        self, store: ArtifactStore, store_uri: str, folder: Path, tmp_path: Path, *, same_size: bool
+    ) -> None:
+        digest = store.put_folder(folder).digest
+        key = f"manifests/sha256/{digest}.json"
+        body = self.read_object(store_uri, key)
+        self.write_object(store_uri, key, b"[" + body[1:] if same_size else body[:-20])
+        assert store.put_folder(folder).digest == digest
+        assert self.read_object(store_uri, key) == body
+        store.get_folder(digest, tmp_path / "out")
+        assert _contents(tmp_path / "out") == FILES
+
     def test_altered_listing_is_refused(
         self, store: ArtifactStore, store_uri: str, folder: Path, tmp_path: Path
     ) -> None:
@@ -340,6 +365,31 @@ class StoreConformance:
         with pytest.raises(IntegrityError, match=digest):
             store.gc({digest}, min_age_s=DAY_S)
         assert self.object_stamps(store_uri) == stamps
+
+    def test_collection_stops_when_a_folder_to_keep_is_not_listed(
+        self, store: ArtifactStore, store_uri: str, folder: Path
+    ) -> None:
+        store.put_folder(folder)
+        self._make_all_old(store_uri)
+        stamps = self.object_stamps(store_uri)
+        with pytest.raises(StoreError, match="does not list 1 of the folders that must be kept, for example fff"):
+            store.gc({"f" * 64}, min_age_s=DAY_S)
+        assert self.object_stamps(store_uri) == stamps
+        assert store.gc({"f" * 64}, min_age_s=DAY_S, may_lack={"f" * 64}).folders == 1
+
+    def test_collection_stops_before_it_deletes_more_than_it_may(
+        self, store: ArtifactStore, store_uri: str, folder: Path
+    ) -> None:
+        store.put_folder(folder)
+        (folder / "added").write_bytes(bytes(10**6))
+        large_digest = store.put_folder(folder).digest
+        self._make_all_old(store_uri)
+        stamps = self.object_stamps(store_uri)
+        with pytest.raises(StoreError, match=r"would delete 1\.1 of 1\.1 MB"):
+            store.gc((), min_age_s=DAY_S, at_most=0.5)
+        assert self.object_stamps(store_uri) == stamps
+        assert store.gc({large_digest}, min_age_s=DAY_S, at_most=0.5).folders == 1
+        assert list(store.list()) == [large_digest]
 
     def test_folder_put_while_garbage_is_collected_is_whole(
         self, store: ArtifactStore, store_uri: str, folder: Path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +43,17 @@ def fetch_blob(objects: S3Objects, record: FileRecord, dest: Path, on_bytes: Cal
                 if _download(objects, record, stream, on_bytes) == record.sha256:
                     return
         raise bad_blob(objects.uri, record)
+
+
+def stored_digest(objects: S3Objects, record: FileRecord) -> str:
+    """Download a blob, keep nothing of it, and return the SHA-256 of its bytes.
+
+    Raises:
+        IntegrityError: The blob is missing, or larger than the record says.
+        StoreUnavailableError: The server did not answer, or every reply broke off.
+    """
+    with open(os.devnull, "wb", buffering=0) as sink:
+        return _download(objects, record, sink, lambda size_bytes: None)
 
 
 def _download(objects: S3Objects, record: FileRecord, file: BinaryIO, on_bytes: Callable[[int], None]) -> str:

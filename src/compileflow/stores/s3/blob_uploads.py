@@ -17,6 +17,7 @@ from typing import Any
 
 from compileflow.contracts import FileRecord
 from compileflow.stores.layout import changed_while_stored
+from compileflow.stores.s3.blob_checks import holds_blob
 from compileflow.stores.s3.client import object_arguments
 from compileflow.stores.s3.errors import code_of
 from compileflow.stores.s3.lost_replies import write_blob_once
@@ -46,6 +47,10 @@ class BlobUploads:
             body = path.read_bytes()
             yield body, hashlib.sha256(body).hexdigest()
 
+    def holds(self, record: FileRecord, existing_object: S3Object, content: bytes | Path) -> bool:
+        """Say whether an object of a blob's size has its bytes, which are given, or those of the given file."""
+        return holds_blob(self._objects, record, existing_object, content, part_bytes=self._part_bytes_for(record))
+
     def put_file(
         self, path: Path, record: FileRecord, existing_object: S3Object | None, on_bytes: Callable[[int], None]
     ) -> None:
@@ -54,7 +59,7 @@ class BlobUploads:
         Args:
             path: Path of the file.
             record: Size and SHA-256 of the file.
-            existing_object: Object of another size at the blob's place, which is replaced; None if there is none.
+            existing_object: Object with other bytes at the blob's place, which is replaced; None if there is none.
             on_bytes: Called with the number of bytes that were sent or found on the server.
 
         Raises:
@@ -93,8 +98,7 @@ class BlobUploads:
 
         client = self._objects.client
         upload = place | {"UploadId": self._resumable_upload(place)}
-        part_bytes = max(self._part_bytes, -(-record.size_bytes // _MAX_PARTS))
-        parts, sha256 = self._send_parts(path, part_bytes, upload, on_bytes)
+        parts, sha256 = self._send_parts(path, self._part_bytes_for(record), upload, on_bytes)
         if sha256 != record.sha256:
             client.abort_multipart_upload(**upload)
             raise changed_while_stored(path)
@@ -150,6 +154,9 @@ class BlobUploads:
             for future in futures:
                 if future.cancelled():
                     self._memory.release(part_bytes)
+
+    def _part_bytes_for(self, record: FileRecord) -> int:
+        return max(self._part_bytes, -(-record.size_bytes // _MAX_PARTS))
 
     def _resumable_upload(self, place: dict[str, str]) -> str:
         """Return the id of the upload that an earlier put of the same blob left unfinished, or of a new one."""

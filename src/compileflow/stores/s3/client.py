@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
@@ -9,6 +10,7 @@ from pydantic import SecretStr
 
 from compileflow.errors import StoreError
 from compileflow.settings import Settings
+from compileflow.stores.s3.replies import replace_foreign_reply
 
 # Longer than a slow connection needs for a block, shorter than a person waits for a dead server.
 _CONNECT_TIMEOUT_S = 10
@@ -16,8 +18,12 @@ _READ_TIMEOUT_S = 60
 _ATTEMPTS = 4
 
 
-def make_client(settings: Settings) -> Any:
+def make_client(settings: Settings, *, bucket: str | None = None) -> Any:
     """Return a boto3 client, which several threads may share. Sends no request.
+
+    Args:
+        settings: Settings that name the server and the credentials.
+        bucket: Bucket that all requests name, and so must the replies. None: there are several.
 
     Raises:
         StoreError: boto3 is not installed, or it rejects the configuration.
@@ -56,12 +62,22 @@ def make_client(settings: Settings) -> Any:
         # With "Expect: 100-continue", boto3 spends a round trip on asking whether the server wants the body. The
         # store has already checked that.
         client.meta.events.unregister("before-call.s3", add_expect_header)
+        client.meta.events.register_first("needs-retry.s3.HeadBucket", _follow_no_redirect)
+        client.meta.events.register(
+            "before-parse.s3", partial(replace_foreign_reply, bucket=bucket, server=endpoint(settings))
+        )
         return client
     except (BotoCoreError, ValueError) as error:
         raise StoreError(
             f"boto3 rejects the configuration for {endpoint(settings)}: {type(error).__name__}.",
             hint="Check the COMPILEFLOW_S3_* settings and the AWS configuration files.",
         ) from error
+
+
+def _follow_no_redirect(request_dict: dict[str, Any], **_: Any) -> None:
+    # boto3 sends HeadBucket to find the region of a redirected bucket. If that is redirected as well, it would
+    # send HeadBucket again, without end.
+    request_dict["context"]["s3_redirect"]["redirected"] = True
 
 
 def _check_endpoint(url: str | None) -> None:

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from compileflow.errors import CompileflowError, StoreError, StoreUnavailableError
+from compileflow.stores.s3.replies import NOT_S3
 
-_BUSY_STATUSES = {429, 500, 502, 503, 504}
+BUSY_STATUSES = {429, 500, 502, 503, 504}
 _HINTS = {
     "NoSuchBucket": "Create the bucket, or correct the URI of the store.",
     "AccessDenied": "Allow this user s3:GetObject, PutObject, DeleteObject and ListBucket, and the KMS key.",
@@ -20,11 +21,19 @@ _HINTS = {
     "BadDigest": "The data changes on its way to the server. Check proxies and memory.",
     "AuthorizationHeaderMalformed": "Set COMPILEFLOW_S3_REGION to the bucket's region.",
     "PermanentRedirect": "Set COMPILEFLOW_S3_REGION to the bucket's region.",
+    "TemporaryRedirect": "Set COMPILEFLOW_S3_REGION to the bucket's region.",
     "InvalidStorageClass": "Correct COMPILEFLOW_S3_STORAGE_CLASS.",
     "NotImplemented": "This server lacks a feature that the store needs, for example conditional PUT.",
 }
-# The reply to a HEAD has no body, so its status is all that it says.
-_STATUS_CODES = {"301": "PermanentRedirect", "400": "BadRequest", "403": "AccessDenied"}
+# The status of a reply without a body, for example to a HEAD, is all that it says.
+_STATUS_CODES = {
+    "301": "PermanentRedirect",
+    "302": "TemporaryRedirect",
+    "307": "TemporaryRedirect",
+    "308": "PermanentRedirect",
+    "400": "BadRequest",
+    "403": "AccessDenied",
+}
 
 
 @contextmanager
@@ -86,6 +95,12 @@ def _refused(error: Any, store_uri: str, action: str) -> StoreError:
     code, status = code_of(error), status_of(error)
     # The server's message may quote the request, which contains secrets.
     text = f"Cannot {action} {store_uri}: {code or 'no code'} (HTTP {status}, {error.operation_name})."
-    if status in _BUSY_STATUSES or code in ("SlowDown", "RequestTimeout", "InternalError"):
+    if code == NOT_S3:
+        return StoreUnavailableError(
+            f"Cannot {action} {store_uri}: the server at {error.response['Error']['Message']} does not answer "
+            f"like S3 ({error.operation_name}).",
+            hint="Check COMPILEFLOW_S3_ENDPOINT_URL and the proxy between here and there, or try again later.",
+        )
+    if status in BUSY_STATUSES or code in ("SlowDown", "RequestTimeout", "InternalError"):
         return StoreUnavailableError(text, hint="The server is busy or failing. Try again later.")
     return StoreError(text, hint=_HINTS.get(code, "Check the store's URI and the COMPILEFLOW_S3_* settings."))

@@ -6,11 +6,9 @@ Small files are read once, hashed and sent from memory. Large files are hashed f
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, MutableSequence, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from compileflow.contracts import FileRecord
 from compileflow.contracts.digests import file_digest, list_files
@@ -19,12 +17,10 @@ from compileflow.stores.collecting import REFRESH_AFTER_S
 from compileflow.stores.s3.blob_uploads import BlobUploads
 from compileflow.stores.s3.objects import S3Object, S3Objects
 from compileflow.stores.s3.progress import TransferProgress
+from compileflow.stores.threads import run_for_all
 
 # From this number of blobs on, one listing of a small store costs less than one request per blob.
 _LIST_FROM = 8
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 class FolderUpload:
@@ -57,11 +53,12 @@ class FolderUpload:
                     return file_digest(path)
                 with self._uploads.read(path) as (body, sha256):
                     record = FileRecord(path=path.name, size_bytes=len(body), sha256=sha256)
-                    self._send(record, progress.add, partial(self._uploads.put_body, body))
+                    self._send(record, body, progress.add, partial(self._uploads.put_body, body))
                 return sha256
 
             def send_large(record: FileRecord) -> None:
-                self._send(record, progress.add, partial(self._uploads.put_file, self._folder / record.path))
+                path = self._folder / record.path
+                self._send(record, path, progress.add, partial(self._uploads.put_file, path))
 
             files = list_files(self._folder, at_once=self._at_once, digest_of=send_small)
             large_files = [record for record in files if record.size_bytes > self._uploads.single_bytes]
@@ -74,10 +71,11 @@ class FolderUpload:
     def _send(
         self,
         record: FileRecord,
+        content: bytes | Path,
         on_bytes: Callable[[int], None],
         send: Callable[[FileRecord, S3Object | None, Callable[[int], None]], None],
     ) -> None:
-        """Send a blob that the store lacks; refresh an old one, as stores/collecting.py explains."""
+        """Send a blob that the store lacks or holds altered; refresh an old one (stores/collecting.py)."""
         with self._lock:
             # Several files may hold the same bytes.
             if record.sha256 in self._claimed:
@@ -85,7 +83,11 @@ class FolderUpload:
             self._claimed.add(record.sha256)
         key = layout.blob_key(record.sha256)
         existing_object = self._listed.get(key) if self._listed is not None else self._objects.head(key)
-        if existing_object is not None and existing_object.size_bytes == record.size_bytes:
+        if (
+            existing_object is not None
+            and existing_object.size_bytes == record.size_bytes
+            and self._uploads.holds(record, existing_object, content)
+        ):
             if existing_object.age_s < REFRESH_AFTER_S:
                 on_bytes(record.size_bytes)
                 return
@@ -111,17 +113,6 @@ def find_blobs(objects: S3Objects, blobs: Sequence[FileRecord], *, at_once: int)
         return {record.sha256: objects_by_key.get(layout.blob_key(record.sha256)) for record in blobs}
     heads = run_for_all(lambda record: objects.head(layout.blob_key(record.sha256)), blobs, at_once=at_once)
     return dict(zip((record.sha256 for record in blobs), heads, strict=True))
-
-
-def run_for_all(
-    function: Callable[[Item], Result], items: Sequence[Item], *, at_once: int
-) -> MutableSequence[Result]:
-    """Call a function for all items, several at once. After an error, no further call starts."""
-    pool = ThreadPoolExecutor(at_once)
-    try:
-        return [*pool.map(function, items)]
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def largest_first(files: Sequence[FileRecord]) -> Sequence[FileRecord]:

@@ -5,7 +5,8 @@ only one of several writers succeeds. boto3 repeats a request whose reply was lo
 first one, it refuses the repetition, because the object is no longer as expected. So a refusal means that some
 process has written the object, perhaps this one, and the writer looks at the object before it gives up:
 
-- A blob is content-addressed. An object of the right size is the blob (`write_blob_once`).
+- A blob is content-addressed. An object of the right size is the blob, unless it is the altered one that the
+  write was to replace (`write_blob_once`).
 - A listing is content-addressed as well (`S3Store._put_listing`).
 - A lease contains the id of its holder (`write_if_unchanged_or_ours`).
 
@@ -38,7 +39,7 @@ def write_blob_once(
     Args:
         objects: Objects of the store.
         record: Size and SHA-256 of the blob.
-        existing_object: Object of another size at the blob's place, which is replaced; None if there is none.
+        existing_object: Object with other bytes at the blob's place, which is replaced; None if there is none.
         send: Sends the blob.
 
     Raises:
@@ -48,8 +49,8 @@ def write_blob_once(
     for _ in range(_ATTEMPTS):
         if _try_write(objects, record, existing_object, send):
             return
-        existing_object = objects.head(blob_key(record.sha256))
-        if existing_object is not None and existing_object.size_bytes == record.size_bytes:
+        replaced_object, existing_object = existing_object, objects.head(blob_key(record.sha256))
+        if _is_blob(existing_object, record, replaced_object):
             return
     raise StoreUnavailableError(
         f"{objects.uri}: {record.path} was refused {_ATTEMPTS} times, because other writers were faster.",
@@ -69,17 +70,25 @@ def _try_write(objects: S3Objects, record: FileRecord, existing_object: S3Object
         except ClientError as error:
             if is_conflict(error) or code_of(error) == "NoSuchUpload":
                 return False
-            if status_of(error) < 500 or not _appears(objects, record):
+            if status_of(error) < 500 or not _appears(objects, record, existing_object):
                 raise
     return True
 
 
-def _appears(objects: S3Objects, record: FileRecord) -> bool:
+def _is_blob(stored_object: S3Object | None, record: FileRecord, replaced_object: S3Object | None) -> bool:
+    """Say whether an object has the blob's size, and is not the altered one that was to be replaced."""
+    return (
+        stored_object is not None
+        and stored_object.size_bytes == record.size_bytes
+        and (replaced_object is None or stored_object.etag != replaced_object.etag)
+    )
+
+
+def _appears(objects: S3Objects, record: FileRecord, replaced_object: S3Object | None) -> bool:
     """Say whether a blob exists despite a 5xx error. Some servers fail while another request completes it."""
     for pause_s in _APPEARS_WITHIN_S:
         time.sleep(pause_s)
-        stored_object = objects.head(blob_key(record.sha256))
-        if stored_object is not None and stored_object.size_bytes == record.size_bytes:
+        if _is_blob(objects.head(blob_key(record.sha256)), record, replaced_object):
             return True
     return False
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
@@ -13,7 +13,7 @@ from typing import Any
 
 from compileflow.settings import Settings
 from compileflow.stores.s3.client import make_client, object_arguments
-from compileflow.stores.s3.errors import code_of, s3_errors, status_of
+from compileflow.stores.s3.errors import BUSY_STATUSES, code_of, s3_errors, status_of
 
 # S3 copies larger objects only in parts.
 _COPY_BYTES = 5 * 2**30
@@ -60,7 +60,7 @@ class S3Objects:
         """The boto3 client, which is created on first use."""
         with self._client_lock:
             if self._client is None:
-                self._client = make_client(self.settings)
+                self._client = make_client(self.settings, bucket=self.bucket)
             return self._client
 
     def place(self, key: str) -> dict[str, str]:
@@ -77,11 +77,37 @@ class S3Objects:
             except ClientError as error:
                 if status_of(error) == 404:
                     return None
-                # The reply to a HEAD does not say what is wrong: key id, secret or rights. The reply to a GET
-                # does.
-                self.client.get_object(**self.place(key))["Body"].close()
+                if status_of(error) not in BUSY_STATUSES:
+                    self._raise_reason(key)
                 raise
         return S3Object(key, reply["ContentLength"], _age(reply["LastModified"], reply), reply["ETag"])
+
+    def _raise_reason(self, key: str) -> None:
+        """Raise the reason that only a GET tells after a HEAD has failed: the key id, the secret or rights."""
+        from botocore.exceptions import ClientError
+
+        try:
+            self.client.get_object(**self.place(key))["Body"].close()
+        except ClientError as error:
+            if code_of(error) != "NoSuchKey":
+                raise
+
+    def sha256_checksum(self, key: str) -> str | None:
+        """Return the SHA-256 that the server keeps of an object, in base64; None without one.
+
+        The checksum of an object that was sent in parts ends with "-" and the number of its parts.
+        """
+        from botocore.exceptions import ClientError
+
+        with s3_errors(self.uri, "read"):
+            try:
+                reply = self.client.head_object(ChecksumMode="ENABLED", **self.place(key))
+            except ClientError as error:
+                if status_of(error) == 404:
+                    return None
+                raise
+        checksum: str | None = reply.get("ChecksumSHA256")
+        return checksum
 
     def list(self, prefix: str) -> Iterator[S3Object]:
         """Yield all objects whose key starts with `prefix`, sorted by key."""
@@ -129,6 +155,11 @@ class S3Objects:
                 else:
                     return body, S3Object(key, len(body), _age(reply["LastModified"], reply), reply["ETag"])
         raise AssertionError("the last attempt returns or raises")
+
+    def read_checked(self, key: str, is_right: Callable[[bytes], bool]) -> tuple[bytes, S3Object] | None:
+        """Return the content of a small object. Wrong bytes are read once more: the way may have damaged them."""
+        content = self.read(key)
+        return content if content is None or is_right(content[0]) else self.read(key)
 
     def write(self, key: str, body: bytes) -> None:
         """Put a small object, whether or not one exists."""

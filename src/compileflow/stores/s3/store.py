@@ -24,10 +24,11 @@ from compileflow.stores.collecting import REFRESH_AFTER_S, AgedObject, collect
 from compileflow.stores.s3.blob_cache import BlobCache
 from compileflow.stores.s3.blob_downloads import fetch_blob
 from compileflow.stores.s3.blob_uploads import BlobUploads
-from compileflow.stores.s3.folder_upload import FolderUpload, find_blobs, largest_first, run_for_all
+from compileflow.stores.s3.folder_upload import FolderUpload, find_blobs, largest_first
 from compileflow.stores.s3.lease import lease
 from compileflow.stores.s3.objects import S3Object, S3Objects
 from compileflow.stores.s3.progress import TransferProgress
+from compileflow.stores.threads import run_for_all
 
 _BUCKET = re.compile(r"[a-z0-9A-Z][a-zA-Z0-9._-]{1,62}")
 # Attempts of a put. A collection may delete what an attempt found in the store.
@@ -160,15 +161,32 @@ class S3Store:
         name = hashlib.sha256(key.encode()).hexdigest()[:32]
         return lease(self._objects, f"locks/{name}.json", lease_s=self._lease_s, on_wait=on_wait)
 
-    def gc(self, keep: Collection[str], *, min_age_s: float, dry_run: bool = False) -> Collected:
+    def gc(
+        self,
+        keep: Collection[str],
+        *,
+        min_age_s: float,
+        dry_run: bool = False,
+        may_lack: Collection[str] = (),
+        at_most: float = 1.0,
+    ) -> Collected:
         """Delete unneeded folders and blobs, as stores/collecting.py explains, and uploads abandoned a week ago.
 
         Raises:
             IntegrityError: A listing cannot be read. Nothing was deleted.
-            StoreError: The server refused.
+            StoreError: The server refused, or does not list a folder of `keep`. Or more than `at_most` would be
+                deleted.
             StoreUnavailableError: The server did not answer.
         """
-        result = collect(self, keep, min_age_s=min_age_s, dry_run=dry_run)
+        result = collect(
+            self,
+            keep,
+            min_age_s=min_age_s,
+            dry_run=dry_run,
+            may_lack=may_lack,
+            at_most=at_most,
+            at_once=self._at_once,
+        )
         if not dry_run:
             self._objects.abort_uploads(layout.BLOBS, min_age=_ABANDONED_UPLOAD)
         return result
@@ -182,9 +200,12 @@ class S3Store:
         return self._aged(layout.BLOBS)
 
     def read_listing(self, digest: str) -> tuple[FileRecord, ...] | None:
-        """Return the files of a folder; None if its listing does not exist."""
+        """Return the files of a folder; None if its listing does not exist.
+
+        A listing with the wrong bytes is read once more, because they may have been damaged on the way.
+        """
         key = layout.listing_key(digest)
-        content = self._objects.read(key)
+        content = self._objects.read_checked(key, lambda body: hashlib.sha256(body).hexdigest() == digest)
         return layout.parse_listing(content[0], digest, f"{self.uri}/{key}") if content is not None else None
 
     def delete_listing(self, digest: str, *, min_age_s: float) -> bool:
@@ -196,11 +217,12 @@ class S3Store:
         return self._delete_if_old(layout.blob_key(sha256), min_age_s)
 
     def _put_listing(self, body: bytes, digest: str) -> bool:
-        """Write a listing unless it is there. Return whether an old listing was found and refreshed."""
+        """Write a listing unless it is there, unaltered. Return whether an old listing was refreshed."""
         key = layout.listing_key(digest)
         for _ in range(_PUT_ATTEMPTS):
-            existing_object = self._objects.head(key)
-            if existing_object is not None and _has_size(existing_object, len(body)):
+            content = self._objects.read_checked(key, lambda existing_body: existing_body == body)
+            existing_body, existing_object = content or (b"", None)
+            if existing_object is not None and existing_body == body:
                 if existing_object.age_s < REFRESH_AFTER_S:
                     return False
                 if self._objects.refresh(existing_object, blob=False):
