@@ -16,6 +16,7 @@ from compileflow.errors import CompileError, CompileflowError
 from compileflow.selection.matrix import MatrixRequest, impossible_cell
 from compileflow.steps.request import CompileRequest
 from compileflow.steps.run import CompileResult
+from flows.lateness import MaxLateness, skipped_if_late
 from flows.one_run import run_one
 from flows.registration import as_error
 from tasks.matrix import compare_cells
@@ -32,7 +33,10 @@ def run_cell(request: CompileRequest, deployment: str | None) -> CompileResult |
     description="Compile models for targets at precisions; a cell that fails leaves the others alone.",
 )
 def compile_matrix(
-    matrix: MatrixRequest, deployment: str | None = None, at_once: Annotated[int, Field(ge=1)] = 1
+    matrix: MatrixRequest,
+    deployment: str | None = None,
+    at_once: Annotated[int, Field(ge=1)] = 1,
+    max_lateness_s: MaxLateness = None,
 ) -> State[Any]:
     """Run all cells, compare them on one page, and say how many failed.
 
@@ -41,7 +45,11 @@ def compile_matrix(
         deployment: Deployment of compile_model whose workers run the cells, as FLOW/DEPLOYMENT. Empty: the cells
             run in this process.
         at_once: Number of cells that run at the same time.
+        max_lateness_s: For schedules: a run that starts more seconds than this after its time ends as Skipped.
     """
+    skipped = skipped_if_late(max_lateness_s)
+    if skipped is not None:
+        return skipped
     requests = matrix.requests()
     outcomes = run_cells(
         [request for request in requests if impossible_cell(request) is None], deployment, at_once

@@ -14,6 +14,7 @@ from compileflow.contracts import Stage
 from compileflow.errors import VerdictError
 from compileflow.settings import get_settings
 from compileflow.validation.settings import ValidationSettings
+from flows.lateness import MaxLateness, skipped_if_late
 from flows.registration import as_error
 from tasks.revalidate import revalidate_one
 
@@ -29,6 +30,7 @@ def revalidate(
     validation: ValidationSettings = ValidationSettings(),  # noqa: B008 - it is frozen
     timeout_s: int = 3600,
     trust_remote_code: bool = False,
+    max_lateness_s: MaxLateness = None,
 ) -> State[Any]:
     """Validate each version without the cache. The run fails if one regressed; the registry then says which.
 
@@ -39,7 +41,11 @@ def revalidate(
         validation: How to validate.
         timeout_s: Limit of one validation, in seconds.
         trust_remote_code: Run Python files that come with the models.
+        max_lateness_s: For schedules: a run that starts more seconds than this after its time ends as Skipped.
     """
+    skipped = skipped_if_late(max_lateness_s)
+    if skipped is not None:
+        return skipped
     uri = get_settings().resolved_registry_uri(registry_uri)
     rows = []
     for version in versions_in_stages(uri, get_settings(), stages=stages, names=names):

@@ -10,6 +10,7 @@ from prefect.states import Completed, Failed
 
 from compileflow.admin.watch import MissingCompile, WatchRequest, claimed, record_failure
 from compileflow.errors import CompileError, CompileflowError
+from flows.lateness import MaxLateness, skipped_if_late
 from flows.one_run import run_one
 from tasks.settings import settings_for
 from tasks.watch import announce_created, find_missing
@@ -22,7 +23,10 @@ Outcome = Literal["compiled", "failed", "announced", "left to another watcher"]
     description="Compile each registered source version that lacks a compiled version, the oldest first.",
 )
 def watch_registry(
-    watch: WatchRequest, action: Literal["compile", "announce"] = "compile", deployment: str | None = None
+    watch: WatchRequest,
+    action: Literal["compile", "announce"] = "compile",
+    deployment: str | None = None,
+    max_lateness_s: MaxLateness = None,
 ) -> State[Any]:
     """Go through what is missing once. Each compile is done by one watcher, however many run.
 
@@ -31,7 +35,11 @@ def watch_registry(
         action: compile runs compile_model for each missing version; announce only sends an event, for an
             automation that compiles.
         deployment: Deployment of compile_model whose workers compile, as FLOW/DEPLOYMENT. Empty: this process.
+        max_lateness_s: For schedules: a run that starts more seconds than this after its time ends as Skipped.
     """
+    skipped = skipped_if_late(max_lateness_s)
+    if skipped is not None:
+        return skipped
     outcomes = [handle(missing, watch, action, deployment) for missing in find_missing(watch)]
     headline = ", ".join(f"{outcomes.count(kind)} {kind}" for kind in dict.fromkeys(outcomes)) or "nothing missing"
     if "failed" in outcomes:

@@ -46,6 +46,27 @@ def deployment(server: PrefectServer) -> dict[str, Any]:
     return answer
 
 
+@pytest.mark.parametrize(
+    ("name", "schedules", "limit"),
+    [
+        ("compile-matrix/nightly", {("nightly", False)}, "CANCEL_NEW"),
+        ("watch-registry/watch-registry", {("every-ten-minutes", True)}, "CANCEL_NEW"),
+        ("revalidate/revalidate", {("weekly", True)}, "CANCEL_NEW"),
+        ("promote-model/promote-model", set(), None),
+        ("settle-pending/settle-pending", set(), None),
+    ],
+)
+def test_every_flow_is_deployed_with_its_schedules(
+    server: PrefectServer, name: str, schedules: set[tuple[str, bool]], limit: str | None
+) -> None:
+    status, answer = server.call("GET", f"/deployments/name/{name}")
+    assert status == 200
+    assert {(schedule["slug"], schedule["active"]) for schedule in answer["schedules"]} == schedules
+    options = answer["concurrency_options"]
+    assert (options["collision_strategy"] if options else None) == limit
+    assert answer["enforce_parameter_schema"]
+
+
 def finished(server: PrefectServer, run_id: str, timeout_s: float = 240) -> dict[str, Any]:
     deadline = time.monotonic() + timeout_s
     while True:
