@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,14 +14,12 @@ from compileflow.settings import Settings
 if TYPE_CHECKING:
     from securesystemslib.signer import CryptoSigner, SSlibKey
 
-logger = logging.getLogger(__name__)
-
 
 def load_signer(settings: Settings) -> CryptoSigner | None:
     """Load the private key from the settings; None if no key is configured, so that statements stay unsigned.
 
     Raises:
-        SpecError: The file cannot be read or is not a private key, or the password is wrong.
+        SpecError: The file cannot be read, all can read it, it is not a private key, or the password is wrong.
         SignatureError: securesystemslib is not installed.
     """
     if settings.signing_key is None:
@@ -34,7 +31,9 @@ def load_signer(settings: Settings) -> CryptoSigner | None:
         from securesystemslib.signer import CryptoSigner
     pem = _read(path, "private")
     if path.stat().st_mode & stat.S_IROTH:
-        logger.warning("Every user of this machine can read the private key %s. Run: chmod 600 %s", path, path)
+        raise SpecError(
+            f"Every user of this machine can read the private key {path}.", hint=f"Run: chmod 600 {path}"
+        )
     secret = settings.signing_key_password
     password = secret.get_secret_value().encode() if secret is not None else None
     try:
