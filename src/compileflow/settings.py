@@ -184,7 +184,7 @@ class Settings(BaseSettings):
 def dotenv_files() -> tuple[Path, ...]:
     """Return the dotenv files that settings come from; a later one takes precedence."""
     own = Path(".env")
-    name = {**dotenv_values(own), **os.environ}.get(_ENV) or ("prod" if os.environ.get("CI") else "dev")
+    name = {**_values_in(own), **os.environ}.get(_ENV) or ("prod" if os.environ.get("CI") else "dev")
     return _ENV_FOLDER / f"{name}.env", own
 
 
@@ -216,10 +216,9 @@ def variable_of(name: str) -> str:
     return str(alias or f"{Settings.model_config['env_prefix']}{name.upper()}")
 
 
-def _names_in(file: Path) -> list[str]:
-    """Return the variables that a dotenv file sets."""
+def _values_in(file: Path) -> dict[str, str | None]:
     try:
-        return list(dotenv_values(file))
+        return dotenv_values(file)
     except (UnicodeDecodeError, OSError) as error:
         reason = first_line(error) if isinstance(error, OSError) else "it is not UTF-8"
         raise SpecError(
@@ -230,7 +229,7 @@ def _names_in(file: Path) -> list[str]:
 
 def _check_spelling(files: Sequence[Path]) -> None:
     """Refuse variables that are nearly settings: they would be ignored, and `require_signature` with them."""
-    variables = [*os.environ, *(name for file in files for name in _names_in(file))]
+    variables = [*os.environ, *(name for file in files for name in _values_in(file))]
     for prefix, likeness in ((str(Settings.model_config["env_prefix"]), 0.8), (_SWITCHES, 0.0)):
         known_names = [
             variable.removeprefix(prefix)

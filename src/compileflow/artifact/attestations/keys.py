@@ -30,14 +30,10 @@ def load_signer(settings: Settings) -> CryptoSigner | None:
         from cryptography.hazmat.primitives.serialization import load_pem_private_key
         from securesystemslib.signer import CryptoSigner
     pem = _read(path, "private")
-    if path.stat().st_mode & stat.S_IROTH:
-        raise SpecError(
-            f"Every user of this machine can read the private key {path}.", hint=f"Run: chmod 600 {path}"
-        )
     secret = settings.signing_key_password
     password = secret.get_secret_value().encode() if secret is not None else None
     try:
-        return CryptoSigner(load_pem_private_key(pem, password))
+        signer = CryptoSigner(load_pem_private_key(pem, password))
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         # PEM marks encryption in two ways: the PKCS #8 header, and the older Proc-Type header. Both have this
         # word.
@@ -45,6 +41,11 @@ def load_signer(settings: Settings) -> CryptoSigner | None:
         if b"ENCRYPTED" in pem or isinstance(error, TypeError):
             hint = "Set COMPILEFLOW_SIGNING_KEY_PASSWORD to the key's password; unset it if the key has none."
         raise SpecError(f"{path} cannot be used as a private key: {first_line(error)}.", hint=hint) from error
+    if path.stat().st_mode & stat.S_IROTH:
+        raise SpecError(
+            f"Every user of this machine can read the private key {path}.", hint=f"Run: chmod 600 {path}"
+        )
+    return signer
 
 
 def load_public_keys(paths: Iterable[str | Path]) -> tuple[SSlibKey, ...]:
