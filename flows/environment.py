@@ -41,7 +41,7 @@ def set_embedded_defaults(settings: Settings, *, progress: bool) -> None:
         progress: Whether Prefect prints a log line for each step.
 
     Raises:
-        StoreError: There is no room in the home folder or in the folder for temporary files.
+        StoreError: The home folder or the folder for temporary files cannot be written, or its disk is full.
     """
     skip_slow_grammar()
     level = "INFO" if progress else "CRITICAL"

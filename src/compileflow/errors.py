@@ -17,8 +17,8 @@ _LONGEST_VALUE = 60
 # Longest text that is searched for secrets; what follows is cut off.
 _LONGEST_SEARCHED = 10 * _LONGEST_TEXT
 _WORD = re.compile(r"[^\s'\"<>]+")
-# User and password in a URL. A password may hold a slash; a port does not stand before an @. In hf://NAME@REVISION
-# there is no user.
+# User and password in a URL. A password may hold a slash; a port does not stand before an @. What stands before
+# the @ of hf://NAME@REVISION is not a user.
 _USER = re.compile(r"(?<!hf)://(?:[^/?#]*@|[^/@:]*:(?!\d+/)[^@]*@)")
 # What a field expects, by the first word of the type of pydantic's error.
 _EXPECTED = {
