@@ -58,14 +58,17 @@ def set_embedded_defaults(settings: Settings, *, progress: bool) -> None:
     # The active profile may hold other settings than a server.
     os.environ.setdefault("PREFECT_PROFILES_PATH", str(prefect_settings.profiles_path))
     os.environ.setdefault("PREFECT_HOME", str(home))
-    for folder in (home, Path(os.environ.get("TMPDIR", tempfile.gettempdir()))):
-        _check_room(folder)
+    with os_errors(home, "make"):
+        home.mkdir(parents=True, exist_ok=True)
+    _check_room(home)
+    # Raises an OSError if no folder for temporary files can be written.
+    with os_errors(Path(os.environ.get("TMPDIR", "/tmp")), "write to"):  # noqa: S108 - the default of the system
+        temporary = Path(tempfile.gettempdir())
+    _check_room(temporary)
     refresh_global_settings_context()
 
 
 def _check_room(folder: Path) -> None:
     """Write a file that is deleted at once: a server on a full disk would be waited for."""
-    with os_errors(folder, "write to"):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(_ROOM_BYTES))
+    with os_errors(folder, "write to"), tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(_ROOM_BYTES))
