@@ -45,7 +45,7 @@ def set_embedded_defaults(settings: Settings, *, progress: bool) -> None:
     """
     skip_slow_grammar()
     level = "INFO" if progress else "CRITICAL"
-    for name, value in {**SERVER_SETTINGS, "PREFECT_LOGGING_LEVEL": level}.items():
+    for name, value in {**_DEFAULTS, "PREFECT_LOGGING_LEVEL": level}.items():
         os.environ.setdefault(name, value)
     # Prefect sends usage data when it is imported, unless the variables above forbid it.
     from prefect.context import refresh_global_settings_context
