@@ -22,11 +22,12 @@ from itertools import islice
 from typing import Annotated, Any, Literal, Protocol
 
 import uvicorn
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from compileflow import CompiledPipeline
 from compileflow.errors import CompileflowError, InputError, LoadError, field_problem, first_line, first_problem
@@ -64,6 +65,7 @@ class ServeSettings(ServiceSettings):
     queue_limit: int = Field(
         256, ge=1, description="Largest number of waiting texts; further requests are refused."
     )
+    max_body_bytes: int = Field(10_000_000, ge=1, description="Largest body of a request.")
 
 
 class Prediction(BaseModel):
@@ -79,6 +81,35 @@ class RefusedError(CompileflowError):
     """The service cannot take the request now; the same request may succeed later."""
 
     retryable = True
+
+
+class TooLargeError(HTTPException):
+    """The body of a request is too large."""
+
+    def __init__(self, limit: int):
+        super().__init__(413, f"The body has more than {limit} bytes.")
+
+
+class BodyLimit:
+    """Stops reading a body that is too large, so that it does not fill the memory."""
+
+    def __init__(self, app: ASGIApp, limit: int):
+        self.app = app
+        self.limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on; counts the bytes of its body."""
+        size = 0
+
+        async def receive_part() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self.limit:
+                raise TooLargeError(self.limit)
+            return message
+
+        await self.app(scope, receive_part, send)
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,6 +268,8 @@ def refusal(_: Request, error: Exception) -> JSONResponse:
     if isinstance(error, RequestValidationError):
         path, problem = field_problem(error.errors(), error.body)
         return JSONResponse({"error": f"{path or 'The body'}: {problem}.", "hint": "/docs has the format."}, 422)
+    if isinstance(error, TooLargeError):
+        return JSONResponse({"error": error.detail, "hint": "Send fewer texts at once."}, error.status_code)
     message, hint = f"{type(error).__name__}: {first_line(error)}.", ""
     if isinstance(error, CompileflowError):
         message, hint = error.message, error.hint
@@ -257,10 +290,15 @@ def make_app(batcher: Batcher) -> FastAPI:
         logger.info("stopped: %s", json.dumps(batcher.counts))
 
     # The last three are what the pipelines of transformers raise for parameters that they refuse.
-    refused_errors = (InputError, RefusedError, RequestValidationError, KeyError, TypeError, ValueError)
+    refused_errors = (
+        *(InputError, RefusedError, TooLargeError, RequestValidationError),
+        *(KeyError, TypeError, ValueError),
+    )
     app = FastAPI(
         title="compileflow", lifespan=lifespan, exception_handlers=dict.fromkeys(refused_errors, refusal)
     )
+
+    app.add_middleware(BodyLimit, limit=batcher.settings.max_body_bytes)
 
     @app.get("/live")
     async def live() -> dict[str, bool]:

@@ -62,7 +62,7 @@ class EmbeddedServer(SubprocessASGIServer):
         }
         words = [word for option in options.items() for word in option]
         return subprocess.Popen(
-            [sys.executable, "-c", _ENTRY, *words, "--factory", "prefect.server.api.server:create_app"],
+            [sys.executable, "-P", "-c", _ENTRY, *words, "--factory", "prefect.server.api.server:create_app"],
             stdin=subprocess.PIPE,
             env=environment,
             start_new_session=True,

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from pathlib import Path
 
 from compileflow._process.child_process import skip_slow_grammar
 from compileflow._process.folders import os_errors
 from compileflow.settings import Settings
 
+# Room that an embedded server needs to start.
+_ROOM_BYTES = 4 * 2**20
 SERVER_SETTINGS = {
     # Nothing leaves the machine.
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -30,20 +34,41 @@ _DEFAULTS = SERVER_SETTINGS | {
 def set_embedded_defaults(settings: Settings, *, progress: bool) -> None:
     """Set the variables that are unset. Call this before Prefect is imported.
 
+    A run uses the server of Prefect's active profile. The embedded server is for runs without one.
+
     Args:
         settings: An embedded server keeps its database below their home folder.
         progress: Whether Prefect prints a log line for each step.
 
     Raises:
-        StoreError: The home folder cannot be written.
+        StoreError: The home folder or the folder for temporary files cannot be written, or its disk is full.
     """
-    defaults = dict(_DEFAULTS)
-    if "PREFECT_API_URL" not in os.environ:
-        home = settings.home_dir / "prefect"
-        with os_errors(home, "make"):
-            home.mkdir(parents=True, exist_ok=True)
-        defaults["PREFECT_HOME"] = str(home)
-    defaults["PREFECT_LOGGING_LEVEL"] = "INFO" if progress else "CRITICAL"
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
     skip_slow_grammar()
+    level = "INFO" if progress else "CRITICAL"
+    for name, value in {**_DEFAULTS, "PREFECT_LOGGING_LEVEL": level}.items():
+        os.environ.setdefault(name, value)
+    # Prefect sends usage data when it is imported, unless the variables above forbid it.
+    from prefect.context import refresh_global_settings_context
+    from prefect.settings import get_current_settings
+
+    prefect_settings = get_current_settings()
+    if prefect_settings.api.url:
+        return
+    home = settings.home_dir / "prefect"
+    # The active profile may hold other settings than a server.
+    os.environ.setdefault("PREFECT_PROFILES_PATH", str(prefect_settings.profiles_path))
+    os.environ.setdefault("PREFECT_HOME", str(home))
+    with os_errors(home, "make"):
+        home.mkdir(parents=True, exist_ok=True)
+    _check_room(home)
+    # Raises an OSError if no folder for temporary files can be written.
+    with os_errors(Path(os.environ.get("TMPDIR", "/tmp")), "write to"):  # noqa: S108 - the default of the system
+        temporary = Path(tempfile.gettempdir())
+    _check_room(temporary)
+    refresh_global_settings_context()
+
+
+def _check_room(folder: Path) -> None:
+    """Write a file that is deleted at once: a server on a full disk would be waited for."""
+    with os_errors(folder, "write to"), tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(_ROOM_BYTES))

@@ -6,16 +6,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 from prefect.exceptions import TerminationSignal
-from prefect.settings import PREFECT_API_URL
+from prefect.logging import get_logger
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, PREFECT_HOME, temporary_settings
 
 from compileflow._process.interrupts import Stopped
-from compileflow.errors import CompileflowError, ProcessError, first_line
+from compileflow.errors import CompileflowError, ProcessError, first_line, without_secrets
 from compileflow.selection.matrix import MatrixRequest
 from compileflow.steps.request import CompileRequest
 from compileflow.steps.run import CompileResult
 from flows.compile_model import compile_model
+
+_ANSWER_S = 10.0
 
 
 def run_requests(requests: Sequence[CompileRequest]) -> list[CompileResult | CompileflowError]:
@@ -48,14 +52,42 @@ def run_matrix(request: MatrixRequest, *, deployment: str | None, at_once: int) 
 
 @contextmanager
 def _server() -> Iterator[None]:
-    if not PREFECT_API_URL.value():
-        from flows.embedded_server import EmbeddedServer
-
-        EmbeddedServer()
+    _open_server()
     try:
         yield
     except TerminationSignal as error:
         raise Stopped(error.signal) from error
+
+
+def _open_server() -> None:
+    """Check that the configured Prefect server answers, or prepare the embedded one; log which one it is.
+
+    Raises:
+        ProcessError: The server does not answer, or it refuses the client.
+    """
+    url = PREFECT_API_URL.value()
+    if url:
+        _check_answer(url)
+    else:
+        from flows.embedded_server import EmbeddedServer
+
+        EmbeddedServer()
+    server = without_secrets(url) if url else f"embedded, in {PREFECT_HOME.value()}"
+    get_logger("compileflow").info("Prefect server: %s", server)
+
+
+def _check_answer(url: str) -> None:
+    try:
+        with (
+            temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
+            get_client(httpx_settings={"timeout": _ANSWER_S}, sync_client=True) as client,
+        ):
+            client.read_flows(limit=1)
+    except Exception as error:
+        raise ProcessError(
+            f"The Prefect server at {url} does not answer: {first_line(error)}.",
+            hint="Start it, or set PREFECT_API_URL to another one, in the environment or in Prefect's profile.",
+        ) from error
 
 
 def _run(request: CompileRequest) -> CompileResult | CompileflowError:

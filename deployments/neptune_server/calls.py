@@ -13,6 +13,8 @@ from deployments.neptune_server.errors import bad_request
 from deployments.neptune_server.registry import Registry
 from deployments.neptune_server.tokens import Tokens
 
+# SQLite's whole numbers end after 18 digits and a bit.
+_MAX_DIGITS = 18
 # Fields come as JSON, files never do.
 _MAX_JSON_BYTES = 64 << 20
 
@@ -113,7 +115,7 @@ class Call:
             ApiError: 400, the request does not have the parameter, or it is not such a number.
         """
         text = self.text(name)
-        if not text.isdecimal():
+        if not (text.isdecimal() and len(text) <= _MAX_DIGITS):
             raise bad_request(f"Parameter {name!r}: expected a number, got {text!r}.")
         return int(text)
 
@@ -144,5 +146,5 @@ class Call:
             raise bad_request(f"Body: expected at most {_MAX_JSON_BYTES} bytes of JSON, got {self.body.size}.")
         try:
             return json.loads(self.body.read() or b"null")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise bad_request(f"Body: expected JSON: {error}.") from error

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from deployments.neptune_server.patterns import compiled
 
 _SCHEMA_VERSION = 1
 _LOCK_TIMEOUT_S = 30.0
@@ -124,4 +125,4 @@ class Database:
 
 
 def _regexp(pattern: str, value: object) -> bool:
-    return re.search(pattern, str(value)) is not None
+    return compiled(pattern).search(str(value)) is not None

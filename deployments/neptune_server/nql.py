@@ -9,8 +9,8 @@
 
 `=` and `!=` compare all types except stringSet. `<`, `<=`, `>` and `>=` compare numbers, times and strings.
 CONTAINS looks for a part of a string or a member of a stringSet. `=~` looks for a regular expression anywhere in a
-string. If an object does not have the field, or has it with another type, the comparison is false and NOT of it is
-true. A time is in ISO 8601, or it is a span before now such as "-2h" or "-7d".
+string, in the syntax of RE2. If an object does not have the field, or has it with another type, the comparison is
+false and NOT of it is true. A time is in ISO 8601, or it is a span before now such as "-2h" or "-7d".
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from datetime import UTC, datetime, timedelta
 
 from deployments.neptune_server.containers import iso_time
 from deployments.neptune_server.errors import ApiError
+from deployments.neptune_server.patterns import compiled
 
 _MAX_CHARACTERS = 1 << 16
 _MAX_DEPTH = 100
@@ -189,7 +190,7 @@ def _compare(name: str, kind: str, operator: str, text: str, aggregate: str | No
         raise _syntax_error(f"expected one of {aggregates} of a floatSeries, got {aggregate} of {kind}")
     try:
         value = _pattern(text) if operator == "=~" else field_type.convert(text)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise _syntax_error(f"{text!r} is not a {'pattern' if operator == '=~' else kind}") from error
     function = _AGGREGATES.get(aggregate or "last")
     operand = "a.value"
@@ -231,10 +232,7 @@ def _time(text: str) -> str:
 
 
 def _pattern(text: str) -> str:
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise ValueError(text) from error
+    compiled(text)
     return text
 
 

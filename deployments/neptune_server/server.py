@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
@@ -29,6 +30,14 @@ _SWAGGER = {
     "/api/leaderboard/swagger.json": LEADERBOARD,
     "/api/artifacts/swagger.json": ARTIFACTS,
 }
+# A refresh token has about 300 bytes.
+_MAX_FORM_BYTES = 16 << 10
+_MAX_DIGITS = 18
+# What a handler raises for a body whose parts have other types or sizes than the client sends.
+_MALFORMED = (
+    *(ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError),
+    *(sqlite3.InterfaceError, sqlite3.ProgrammingError, sqlite3.DataError),
+)
 _REFRESH = "/auth/realms/neptune/protocol/openid-connect/token"
 
 
@@ -122,6 +131,11 @@ class _Handler(BaseHTTPRequestHandler):
             api_error = error if isinstance(error, ApiError) else bad_request(str(error))
             status = api_error.status
             self._refuse(body, api_error)
+        except _MALFORMED as error:
+            status = 400
+            logger.info("%s %s was refused", self.command, path, exc_info=True)
+            detail = f"The request is malformed: {type(error).__name__}."
+            self._refuse(body, ApiError(400, "Bad request", detail=detail))
         except Exception:  # the client gets a response, and the log gets the traceback
             status = 500
             logger.exception("%s %s failed", self.command, path)
@@ -133,7 +147,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             raise ApiError(411, "Length required", detail="Send a Content-Length instead of a Transfer-Encoding.")
         length = self.headers.get("Content-Length") or "0"
-        if not length.isdecimal():
+        if not (length.isascii() and length.isdecimal() and len(length) <= _MAX_DIGITS):
             self.close_connection = True
             raise bad_request(f"Content-Length: expected a number, got {length!r}.")
         return Body(self.rfile, int(length))
@@ -142,6 +156,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "GET" and path in _SWAGGER:
             prefix = _SWAGGER[path]
             return swagger(operation for operation in OPERATIONS.values() if operation.path.startswith(prefix))
+        if (self.command, path) == ("GET", "/health"):
+            return {"status": "ok"}
         if (self.command, path) == ("POST", _REFRESH):
             return self._refresh(body)
         operation = OPERATIONS.get((self.command, path))
@@ -164,6 +180,9 @@ class _Handler(BaseHTTPRequestHandler):
         return self.server.tokens.check_access(self.headers.get("Authorization"))
 
     def _refresh(self, body: Body) -> dict[str, object]:
+        if body.size > _MAX_FORM_BYTES:
+            detail = f"Expected a form of at most {_MAX_FORM_BYTES} bytes, got {body.size}."
+            raise ApiError(413, "Content too large", detail=detail)
         form = parse_qs(body.read().decode("ascii", "replace"))
         url = self.server.tokens.check_refresh(form.get("refresh_token", [""])[0])
         access, refresh = self.server.tokens.session(url)

@@ -28,7 +28,7 @@ def read_api_token(token: str) -> dict[str, str]:
     """Return the fields of a token, or no fields if it is not such a token."""
     try:
         fields = json.loads(base64.b64decode(token.strip(), validate=True))
-    except (ValueError, binascii.Error):
+    except (ValueError, RecursionError, binascii.Error):
         return {}
     return {str(name): str(value) for name, value in fields.items()} if isinstance(fields, dict) else {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,6 +14,12 @@ if TYPE_CHECKING:
 # A message may quote a file that a stranger wrote.
 _LONGEST_TEXT = 2000
 _LONGEST_VALUE = 60
+# Longest text that is searched for secrets; what follows is cut off.
+_LONGEST_SEARCHED = 10 * _LONGEST_TEXT
+_WORD = re.compile(r"[^\s'\"<>]+")
+# User and password in a URL. A password may hold a slash; a port does not stand before an @. What stands before
+# the @ of hf://NAME@REVISION is not a user.
+_USER = re.compile(r"(?<!hf)://(?:[^/?#]*@|[^/@:]*:(?!\d+/)[^@]*@)")
 # What a field expects, by the first word of the type of pydantic's error.
 _EXPECTED = {
     "bool": "true or false", "dict": "an object", "float": "a number", "int": "a whole number", "list": "a list",
@@ -54,8 +61,8 @@ class CompileflowError(Exception):
     retryable: ClassVar[bool] = False
 
     def __init__(self, message: str, *, hint: str = "", log_path: str = "", report_uri: str = "") -> None:
-        self.message = _shortened(one_line(message))
-        self.hint = _shortened(one_line(hint))
+        self.message = _shortened(without_secrets(one_line(message)))
+        self.hint = _shortened(without_secrets(one_line(hint)))
         self.log_path = log_path
         self.report_uri = report_uri
         super().__init__(self.message, self.hint)
@@ -194,6 +201,17 @@ class RegistryUnavailableError(RegistryError):
 def one_line(text: str) -> str:
     """Collapse all white space and escape control characters, so that an error is one line of plain text."""
     return printable(" ".join(text.split()))
+
+
+def without_secrets(text: str) -> str:
+    """Replace user, password and query string of each URL in a text; a presigned URL has its signature there."""
+    return _WORD.sub(_without_secrets, text[:_LONGEST_SEARCHED])
+
+
+def _without_secrets(match: re.Match[str]) -> str:
+    head, _, query = match[0].partition("?")
+    word = f"{head}?***" if "=" in query else match[0]
+    return _USER.sub("://***@", word)
 
 
 def printable(text: str) -> str:

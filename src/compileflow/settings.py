@@ -13,7 +13,7 @@ from dotenv import dotenv_values
 from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
-from compileflow.errors import SpecError, first_problem
+from compileflow.errors import SpecError, first_line, first_problem
 
 _ENV, _SWITCHES = "COMPILEFLOW_ENV", "COMPILE_PIPELINE_EXECUTION_"
 _ENV_FOLDER = Path("deployments") / "env"
@@ -31,6 +31,7 @@ class Settings(BaseSettings):
         env_ignore_empty=True,
         extra="ignore",
         frozen=True,
+        hide_input_in_errors=True,
         populate_by_name=True,
     )
 
@@ -78,6 +79,11 @@ class Settings(BaseSettings):
         description="The same for the step upload-model.",
     )
     threads: int = Field(2, ge=1, le=1024, description="Threads that a compile or a validation uses.")
+    child_variables: str = Field(
+        "",
+        description="Further variables of the environment, separated by commas, that child processes get, for "
+        "example those of a toolchain's license.",
+    )
     hub_endpoint: str = Field(
         "https://huggingface.co",
         validation_alias="HF_ENDPOINT",
@@ -134,8 +140,18 @@ class Settings(BaseSettings):
 
     @property
     def home_dir(self) -> Path:
-        """`home`, absolute, with ~ expanded."""
-        return self.home.expanduser().absolute()
+        """`home`, absolute, with ~ expanded.
+
+        Raises:
+            SpecError: The user has no home folder.
+        """
+        try:
+            return self.home.expanduser().absolute()
+        except RuntimeError as error:
+            raise SpecError(
+                f"{self.home} cannot be expanded: HOME is not set, and this user has no home folder.",
+                hint="Set COMPILEFLOW_HOME to a folder.",
+            ) from error
 
     @property
     def work_dir(self) -> Path:
@@ -168,7 +184,7 @@ class Settings(BaseSettings):
 def dotenv_files() -> tuple[Path, ...]:
     """Return the dotenv files that settings come from; a later one takes precedence."""
     own = Path(".env")
-    name = {**dotenv_values(own), **os.environ}.get(_ENV) or ("prod" if os.environ.get("CI") else "dev")
+    name = {**_values_in(own), **os.environ}.get(_ENV) or ("prod" if os.environ.get("CI") else "dev")
     return _ENV_FOLDER / f"{name}.env", own
 
 
@@ -177,7 +193,7 @@ def get_settings() -> Settings:
     """Return the settings of this process, read once. Tests call `get_settings.cache_clear()`.
 
     Raises:
-        SpecError: A variable has a wrong value or is nearly a setting, or a dotenv file cannot be parsed.
+        SpecError: A variable has a wrong value or is nearly a setting, or a dotenv file cannot be read.
     """
     files = dotenv_files()
     hint = (
@@ -200,9 +216,20 @@ def variable_of(name: str) -> str:
     return str(alias or f"{Settings.model_config['env_prefix']}{name.upper()}")
 
 
+def _values_in(file: Path) -> dict[str, str | None]:
+    try:
+        return dotenv_values(file)
+    except (UnicodeDecodeError, OSError) as error:
+        reason = first_line(error) if isinstance(error, OSError) else "it is not UTF-8"
+        raise SpecError(
+            f"{file.absolute()} cannot be read: {reason}.",
+            hint="Save it as UTF-8, and give this user access to it.",
+        ) from error
+
+
 def _check_spelling(files: Sequence[Path]) -> None:
     """Refuse variables that are nearly settings: they would be ignored, and `require_signature` with them."""
-    variables = [*os.environ, *(name for file in files for name in dotenv_values(file))]
+    variables = [*os.environ, *(name for file in files for name in _values_in(file))]
     for prefix, likeness in ((str(Settings.model_config["env_prefix"]), 0.8), (_SWITCHES, 0.0)):
         known_names = [
             variable.removeprefix(prefix)

@@ -171,13 +171,17 @@ def test_wrong_requests_get_one_line_and_take_no_other_with_them(
     good_texts = TEXTS[:7]
     # These requests fill exactly one call, and the last one makes it fail.
     bodies: list[Body] = [{"inputs": text} for text in good_texts] + [{"inputs": {"question": "no text"}}]
-    with serve(MAX_BATCH=len(bodies), MAX_WAIT_MS=FOREVER_MS, QUEUE_LIMIT=64) as service:
+    limits = {"QUEUE_LIMIT": 64, "MAX_BODY_BYTES": 100_000}
+    with serve(MAX_BATCH=len(bodies), MAX_WAIT_MS=FOREVER_MS, **limits) as service:
         with service.ready() as client:
             for body, says in malformed:
                 response = client.post("/predict", json=body)
                 assert response.status_code == 422, body
                 assert response.json()["error"].startswith(says), body
                 assert "\n" not in response.json()["error"]
+            too_large = client.post("/predict", content=b"x" * 100_001)
+            assert too_large.status_code == 413
+            assert too_large.json()["error"] == "The body has more than 100000 bytes."
             too_many = client.post("/predict", json={"inputs": ["a"] * 65})
             assert too_many.status_code == 400
             assert too_many.json() == {"error": "The request has 65 texts.", "hint": "Send at most 64 at once."}

@@ -344,6 +344,30 @@ def test_refusal_deep_in_the_flow_is_one_line_and_leaves_nothing(
     assert not list((settings.home_dir / "work").iterdir())
 
 
+@pytest.mark.parametrize("is_in_profile", [True, False])
+def test_prefect_server_that_does_not_answer_is_one_line(
+    settings: Settings,
+    tiny_model: ModelFactory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_in_profile: bool,
+) -> None:
+    for name in [name for name in os.environ if name.startswith("PREFECT_")]:
+        monkeypatch.delenv(name)
+    url = "http://user:s3cr3t@127.0.0.1:9/api"
+    if is_in_profile:
+        (tmp_path / ".prefect").mkdir()
+        profile = f'active = "mine"\n[profiles.mine]\nPREFECT_API_URL = "{url}"\n'
+        (tmp_path / ".prefect" / "profiles.toml").write_text(profile)
+    else:
+        monkeypatch.setenv("PREFECT_API_URL", url)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    completed = call(settings, "flows", "compile", "--model", str(tiny_model(HfTask.TEXT_CLASSIFICATION)))
+    assert completed.returncode == 1
+    assert_one_line(completed, "The Prefect server at http://***@127.0.0.1:9/api does not answer", "refused")
+    assert not (settings.home_dir / "prefect").exists()
+
+
 def test_unwritable_home_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     completed = call(Settings(home=tmp_path / "file" / "home"), "flows", "compile", "--model", "m")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import pickle
+import time
 from typing import Annotated, Any, Literal
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import BaseModel, Field, ValidationError
 
 from compileflow import errors
-from compileflow.errors import CompileflowError, field_problem, first_line, in_words
+from compileflow.errors import CompileflowError, field_problem, first_line, in_words, without_secrets
 
 TREE = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, CompileflowError)]
 
@@ -144,3 +147,35 @@ def test_problem_of_a_field_with_several_types_names_the_field_once(content: Any
 def test_value_in_words(value: Any, words: str) -> None:
     assert in_words(value) == words
     assert in_words("x" * 100) == f"'{'x' * 59}..."
+
+
+SCHEMES = ["https", "s3", "file", "sqlite", "mlflow:http", "neptune", "postgresql+asyncpg"]
+# A quote or a space would end the URL.
+PASSWORDS = st.text(st.characters(codec="ascii", categories=["L", "N"], include_characters="/@:!$*+-_."))
+
+
+@given(st.sampled_from(SCHEMES), PASSWORDS, st.sampled_from(["{}", "'{}'.", "see {}, then", "a,{},b", "({})"]))
+def test_no_error_shows_the_user_or_the_query_of_a_url(scheme: str, password: str, sentence: str) -> None:
+    password = f"xCANARY{password}"
+    for url in (f"{scheme}://user:{password}@host/path", f"{scheme}://host/p?X-Amz-Signature={password}&x=1"):
+        error = CompileflowError(f"Cannot read {sentence.format(url)}", hint=sentence.format(url))
+        assert "CANARY" not in f"{error} {error!r} {error.to_dict()}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "s3://bucket/folder@2, sqlite:////home/me/registry.db and file:///a/b@c",
+        "http://127.0.0.1:4200/api@x does not answer. Is it there?",
+        "registry:reviews@3 and hf://gpt2@main",
+    ],
+)
+def test_text_without_secrets_stays(text: str) -> None:
+    assert without_secrets(text) == text
+
+
+def test_long_text_of_a_stranger_is_searched_in_little_time() -> None:
+    start = time.monotonic()
+    for text in ("://a:" * 100_000, "?" * 500_000, "@" * 500_000):
+        CompileflowError(text)
+    assert time.monotonic() - start < 5

@@ -14,7 +14,7 @@ from compileflow.settings import Settings
 from compileflow.sources.files import check_files
 from compileflow.sources.folder import FolderSource
 from compileflow.spec import HfTask
-from compileflow.steps.fetch import scheme_of
+from compileflow.steps.fetch import fetch_source, scheme_of
 from tests.conftest import ModelFactory
 
 
@@ -345,3 +345,15 @@ def test_what_is_not_the_model_is_left_out(source: FolderSource, model: Path, na
 def test_what_is_part_of_the_model_is_chosen(source: FolderSource, model: Path, name: str) -> None:
     write(model / name)
     assert name in chosen(source, model)
+
+
+def test_file_that_vanishes_or_cannot_be_read_is_named(model: Path, tmp_path: Path) -> None:
+    def vanish(line: str) -> None:
+        (model / "config.json").unlink(missing_ok=True)
+
+    settings = Settings(home=tmp_path / "home")
+    with pytest.raises(SourceError, match=rf"^{model}/config\.json cannot be read: No such file or directory\. "):
+        fetch_source(
+            str(model), None, store_uri=(tmp_path / "store").as_uri(), settings=settings, on_progress=vanish
+        )
+    assert not (tmp_path / "store" / "manifests").exists()

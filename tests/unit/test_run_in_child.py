@@ -23,6 +23,7 @@ from compileflow.errors import (
     ProcessTimeoutError,
     TargetUnavailableError,
 )
+from compileflow.settings import get_settings
 
 MIB = 2**20
 FUNCTIONS = "tests.unit.child_functions"
@@ -200,17 +201,32 @@ def test_error_in_the_callers_callback_ends_the_child(run: Run, tmp_path: Path) 
     assert_all_end(tmp_path / "pids")
 
 
-def test_child_gets_no_secrets(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_child_gets_only_variables_that_it_needs(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     secrets = (
         "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "NEPTUNE_API_TOKEN",
         "PREFECT_API_KEY", "PREFECT_API_AUTH_STRING", "PREFECT_SERVER_DATABASE_CONNECTION_URL", "PGPASSWORD",
+        "COMPILEFLOW_REGISTRY_URI", "COMPILEFLOW_S3_ENDPOINT_URL", "MLFLOW_TRACKING_URI", "HTTPS_PROXY",
+        "https_proxy", "HF_ENDPOINT", "PIP_INDEX_URL", "ANY_OTHER",
     )  # fmt: skip
     for name in secrets:
-        monkeypatch.setenv(name, "s3cr3t-value")
-    monkeypatch.setenv("HARMLESS", "kept")
+        monkeypatch.setenv(name, "http://user:s3cr3t-value@127.0.0.1:9")
+    monkeypatch.setenv("OMP_PROC_BIND", "close")
+    monkeypatch.setenv("TOOLCHAIN_LICENSE", "27000@host")
+    monkeypatch.setenv("COMPILEFLOW_CHILD_VARIABLES", "TOOLCHAIN_LICENSE, ABSENT")
+    get_settings.cache_clear()
     variables = run("environment").value
-    assert "s3cr3t-value" not in variables.values()
-    assert variables["HARMLESS"] == "kept"
+    assert "s3cr3t-value" not in str(variables)
+    assert variables["OMP_PROC_BIND"] == "close"
+    assert variables["TOOLCHAIN_LICENSE"] == "27000@host"
+
+
+def test_onnxruntime_does_not_call_home_from_a_child_unless_the_user_allows_it(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+    assert run("environment").value["ORT_DISABLE_TELEMETRY"] == "1"
+    monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "0")
+    assert run("environment").value["ORT_DISABLE_TELEMETRY"] == "0"
 
 
 def test_child_does_not_import_files_of_the_working_folder(

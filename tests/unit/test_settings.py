@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import traceback
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,7 @@ def test_wrong_value_is_one_line_that_names_the_variable_and_not_its_value(
     with pytest.raises(SpecError, match=part) as caught:
         get_settings()
     assert "docs/reference/settings.md" in caught.value.hint
-    assert "hf_secret" not in str(caught.value)
+    assert "hf_secret" not in "".join(traceback.format_exception(caught.value))
 
 
 @pytest.mark.parametrize(
@@ -94,6 +95,19 @@ def test_misspelled_setting_is_refused(
     with pytest.raises(SpecError) as caught:
         get_settings()
     assert str(caught.value) == f"{name} is not a setting. Did you mean {setting}?"
+
+
+@pytest.mark.parametrize("data", ["THREADS=1\n".encode("utf-16"), "TITLE=Überblick\n".encode("latin-1")])
+def test_env_file_that_is_not_utf8_is_one_line_that_names_it(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / ".env").write_bytes(data)
+    get_settings.cache_clear()
+    with pytest.raises(SpecError, match=rf"^{tmp_path}/\.env cannot be read: it is not UTF-8\. Save it as UTF-8"):
+        get_settings()
+
+
+def test_home_without_a_home_folder_is_one_line() -> None:
+    with pytest.raises(SpecError, match=r"HOME is not set.* Set COMPILEFLOW_HOME to a folder"):
+        _ = Settings(home=Path("~no-such-user/compileflow")).home_dir
 
 
 @pytest.mark.parametrize("name", ["COMPILEFLOW_COMPLETE", "COMPILEFLOW_NEPTUNE_API_KEY"])

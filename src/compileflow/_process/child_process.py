@@ -23,12 +23,27 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NoReturn, TextIO
 
+from compileflow.settings import get_settings
+
 logger = logging.getLogger(__name__)
 
 JsonObject = dict[str, Any]
 
-# A variable whose name contains one of these words stays out of every child's environment.
-_SECRET_WORDS = ("TOKEN", "SECRET", "PASSW", "_KEY", "CREDENTIAL", "AUTH", "DATABASE")
+# The variables that every child gets: of the system, of compilers and of numeric libraries. Any other
+# variable may hold a secret, and a child may run the code of a model.
+_NAMES = frozenset({
+    *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "TERM", "TZ", "TMPDIR", "LANG", "LANGUAGE"),
+    *("VIRTUAL_ENV", "CONDA_PREFIX", "LD_LIBRARY_PATH", "LD_PRELOAD", "DYLD_LIBRARY_PATH", "GLIBC_TUNABLES"),
+    *("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH"),
+    *("LIBRARY_PATH", "HF_HOME", "HF_HUB_CACHE", "HF_MODULES_CACHE", "HUGGINGFACE_HUB_CACHE"),
+    *("COMPILEFLOW_HOME", "COMPILEFLOW_ENV", "COMPILEFLOW_THREADS", "COMPILEFLOW_REQUIRE_SIGNATURE"),
+    "COMPILEFLOW_TRUSTED_KEYS",
+})  # fmt: skip
+_PREFIXES = (
+    *("LC_", "XDG_", "PYTHON", "MALLOC_", "COVERAGE_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "TBB_"),
+    *("DNNL_", "ONEDNN_", "ATEN_", "TORCH", "PYTORCH_", "TRITON_", "XLA_", "CUDA_", "NVIDIA_", "NEURON"),
+    *("ONNX", "ORT_", "OPENVINO_", "OV_", "NNCF_", "AOT_", "BLADE_", "HYPERDEX_", "TRANSFORMERS_", "TOKENIZERS_"),
+)
 # Polling interval for a silent child, in seconds.
 _LOOK_S = 0.05
 _BLOCK = 64 * 1024
@@ -161,13 +176,14 @@ class ChildProcess:
             self._on_log(line)
 
 
-def environment_without_secrets() -> dict[str, str]:
-    """Return this process's environment without the variables whose names suggest a secret."""
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if not any(word in name.upper() for word in _SECRET_WORDS)
-    }
+def child_environment(*more: str) -> dict[str, str]:
+    """Return the variables of this process that a child needs.
+
+    Args:
+        more: Names of further variables. The setting `child_variables` names more of them.
+    """
+    names = {*_NAMES, *more, *(name.strip() for name in get_settings().child_variables.split(","))}
+    return {name: value for name, value in os.environ.items() if name in names or name.startswith(_PREFIXES)}
 
 
 def connect_to_parent() -> None:

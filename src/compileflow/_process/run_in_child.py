@@ -24,10 +24,10 @@ from compileflow._process.child_process import (
     ChildProcess,
     JsonObject,
     Overdue,
+    child_environment,
     connect_to_parent,
     current_activity,
     end_child,
-    environment_without_secrets,
     peak_bytes,
     receive_from_parent,
     send_to_parent,
@@ -281,11 +281,11 @@ def _answer(request: JsonObject) -> None:
 
 def _environment(threads: int, work_dir: Path) -> dict[str, str]:
     count = str(threads)
-    return environment_without_secrets() | {
+    return child_environment() | {
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        "ORT_DISABLE_TELEMETRY": "1",
+        "ORT_DISABLE_TELEMETRY": os.environ.get("ORT_DISABLE_TELEMETRY", "1"),
         "GX_ANALYTICS_ENABLED": "false",
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",

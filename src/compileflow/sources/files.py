@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -175,10 +176,13 @@ def check_files(folder: Path, names: Sequence[str]) -> None:
     """Check that a model's files are complete, without reading its tensors.
 
     Raises:
-        SourceError: Weights are truncated or have another format, an index names a missing file, or a JSON file
-            is not the JSON that transformers expects.
+        SourceError: A file cannot be read, weights are truncated or have another format, an index names a missing
+            file, or a JSON file is not the JSON that transformers expects.
     """
     for name in names:
+        # safetensors reports a file without permission as missing.
+        with read_errors(), (folder / name).open("rb"):
+            pass
         if fnmatch(name, "*.index.json"):
             _check_index(folder / name, names)
         elif _matches(name, _READ_JSON):
@@ -187,6 +191,20 @@ def check_files(folder: Path, names: Sequence[str]) -> None:
             _check_safetensors(folder / name)
         elif name.endswith(".bin") and kind_of(name) == "weights":
             _check_pickled(folder / name)
+
+
+@contextmanager
+def read_errors() -> Iterator[None]:
+    """Turn an error of the operating system about a file of a model into one line that names the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise SourceError(
+            f"{error.filename} cannot be read: {first_line(error)}.",
+            hint="Give this user access to the model's files, and let no program change them meanwhile.",
+        ) from error
 
 
 def _check_index(index: Path, names: Sequence[str]) -> None:

@@ -13,12 +13,13 @@ from compileflow.contracts import ArtifactStore, LocatedSource, Source
 from compileflow.contracts.digests import folder_digest, list_files
 from compileflow.errors import SourceError, StepOffError
 from compileflow.settings import Settings
-from compileflow.sources.files import check_files
+from compileflow.sources.files import check_files, read_errors
 from compileflow.steps.cache import CacheKey, find, find_or_make, latest
 from compileflow.steps.values import FetchedSource
 
 logger = logging.getLogger(__name__)
 STEP = "fetch"
+_BLOCK_BYTES = 1 << 20
 _FOLDERS = {"digest": "stored_uri", "test_files_digest": ""}
 
 
@@ -59,7 +60,8 @@ def fetch_source(
         if commit is None:
             located_source = source.locate(model, revision, work / "download")
             check_files(located_source.folder, located_source.files)
-            files = list_files(located_source.folder, paths=located_source.files)
+            with read_errors():
+                files = list_files(located_source.folder, paths=located_source.files)
             parts = {"uri": uri} | {record.path: record.sha256 for record in files}
             key = CacheKey(STEP, uri, parts | _card_parts(located_source))
             pinned_revision = folder_digest(files)
@@ -104,7 +106,10 @@ def _copy_files(located_source: LocatedSource, copy: Path) -> None:
     with os_errors(copy, "write to"):
         for name in located_source.files:
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(located_source.folder / name, copy / name)
+            with read_errors():
+                stream = (located_source.folder / name).open("rb")
+            with stream, (copy / name).open("xb") as target:
+                shutil.copyfileobj(stream, target, _BLOCK_BYTES)
 
 
 def _store_source(

@@ -16,7 +16,7 @@ from compileflow.catalog import get_source, get_target, open_registry, open_stor
 from compileflow.errors import MissingPackageError, RegistryError, SourceError, SpecError
 from compileflow.registries.sqlite import SqliteRegistry
 from compileflow.settings import Settings
-from compileflow.sources.files import CONFIG
+from compileflow.sources.files import CONFIG, read_errors
 from compileflow.sources.folder import local_path
 from compileflow.sources.gguf_file import check_gguf, is_gguf
 from compileflow.sources.hub import HubSource
@@ -75,7 +75,8 @@ def check_request(request: CompileRequest, settings: Settings, *, extras: Collec
     if request.steps.compile:
         _check_exists(request.calibration.examples_path, "calibration examples", "--calibration")
         if folder is not None:
-            _check_source(folder, request)
+            with read_errors():
+                _check_source(folder, request)
 
 
 def check_hub_model(request: CompileRequest, settings: Settings, *, files: Sequence[str] = CONFIG) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from compileflow.contracts import ModelVersion, without_credentials
+from compileflow.errors import printable
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact, all_figures
 from compileflow.validation.report import Report, fraction, megabytes
 
@@ -22,7 +23,8 @@ def summary_markdown(
         page: URL of the report's page.
     """
     return "\n".join(
-        (
+        printable(line)
+        for line in (
             f"# {validated.reason}",
             "",
             f"- source model: `{source.uri}` at `{source.revision[:12]}`",

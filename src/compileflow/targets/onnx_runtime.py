@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import tempfile
 import warnings
@@ -246,7 +247,7 @@ def _session(model: str | bytes, component_dir: Path, threads: int | None) -> An
         LoadError: ONNX Runtime does not accept the model.
     """
     # Otherwise a thread sends usage data, and a process that is forked later waits for that thread at its end.
-    with environment(ORT_DISABLE_TELEMETRY="1"):
+    with environment(ORT_DISABLE_TELEMETRY=os.environ.get("ORT_DISABLE_TELEMETRY", "1")):
         import onnxruntime
 
     settings = onnxruntime.SessionOptions()

@@ -175,7 +175,7 @@ class TargetConformance:
 
     def test_listing_and_probing_import_nothing_heavy(self, target: Target) -> None:
         """`compileflow targets` answers at once."""
-        process = subprocess.run([sys.executable, "-c", _LOOK], capture_output=True, text=True, check=True)
+        process = subprocess.run([sys.executable, "-P", "-c", _LOOK], capture_output=True, text=True, check=True)
         toolchain = {name.replace("-", "_") for name in target.toolchain()}
         assert sorted(set(process.stdout.split()) & (toolchain | set(_HEAVY))) == []
 

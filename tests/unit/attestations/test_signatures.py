@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -257,17 +256,11 @@ class TestKeys:
         with pytest.raises(SpecError, match=r"public key .*absent\.pub cannot be read"):
             load_public_keys([tmp_path / "absent.pub"])
 
-    def test_private_key_that_all_can_read_gives_a_warning(
-        self, keys: Keys, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        with caplog.at_level(logging.WARNING, "compileflow"):
+    def test_private_key_that_all_can_read_is_refused(self, keys: Keys) -> None:
+        assert load_signer(keys.settings) is not None
+        keys.private.chmod(0o644)
+        with pytest.raises(SpecError, match=f"Every user .* can read .* Run: chmod 600 {keys.private}"):
             load_signer(keys.settings)
-            assert caplog.messages == []
-            keys.private.chmod(0o644)
-            load_signer(keys.settings)
-        (warning,) = caplog.messages
-        assert "Every user of this machine can read" in warning
-        assert f"chmod 600 {keys.private}" in warning
 
 
 class TestWithoutTheLibrary:

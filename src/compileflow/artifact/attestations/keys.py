@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,14 +14,12 @@ from compileflow.settings import Settings
 if TYPE_CHECKING:
     from securesystemslib.signer import CryptoSigner, SSlibKey
 
-logger = logging.getLogger(__name__)
-
 
 def load_signer(settings: Settings) -> CryptoSigner | None:
     """Load the private key from the settings; None if no key is configured, so that statements stay unsigned.
 
     Raises:
-        SpecError: The file cannot be read or is not a private key, or the password is wrong.
+        SpecError: The file cannot be read, all can read it, it is not a private key, or the password is wrong.
         SignatureError: securesystemslib is not installed.
     """
     if settings.signing_key is None:
@@ -33,12 +30,10 @@ def load_signer(settings: Settings) -> CryptoSigner | None:
         from cryptography.hazmat.primitives.serialization import load_pem_private_key
         from securesystemslib.signer import CryptoSigner
     pem = _read(path, "private")
-    if path.stat().st_mode & stat.S_IROTH:
-        logger.warning("Every user of this machine can read the private key %s. Run: chmod 600 %s", path, path)
     secret = settings.signing_key_password
     password = secret.get_secret_value().encode() if secret is not None else None
     try:
-        return CryptoSigner(load_pem_private_key(pem, password))
+        signer = CryptoSigner(load_pem_private_key(pem, password))
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         # PEM marks encryption in two ways: the PKCS #8 header, and the older Proc-Type header. Both have this
         # word.
@@ -46,6 +41,11 @@ def load_signer(settings: Settings) -> CryptoSigner | None:
         if b"ENCRYPTED" in pem or isinstance(error, TypeError):
             hint = "Set COMPILEFLOW_SIGNING_KEY_PASSWORD to the key's password; unset it if the key has none."
         raise SpecError(f"{path} cannot be used as a private key: {first_line(error)}.", hint=hint) from error
+    if path.stat().st_mode & stat.S_IROTH:
+        raise SpecError(
+            f"Every user of this machine can read the private key {path}.", hint=f"Run: chmod 600 {path}"
+        )
+    return signer
 
 
 def load_public_keys(paths: Iterable[str | Path]) -> tuple[SSlibKey, ...]:

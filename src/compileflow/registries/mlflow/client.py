@@ -13,7 +13,7 @@ import re
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,11 +132,11 @@ def parse_place(uri: str) -> MlflowPlace:
         SpecError: The URI has another form. The message omits the URI, which may hold a password.
     """
     tracking_uri = uri.removeprefix(SCHEME)
-    try:
+    parts, port = urlsplit(""), ""
+    # The text of the error may be a password: it is not the cause of ours.
+    with suppress(ValueError):
         parts = urlsplit(tracking_uri)
         port = f":{parts.port}" if parts.port else ""
-    except ValueError as error:
-        raise _not_a_place() from error
     if parts.scheme in ("http", "https") and parts.hostname:
         host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
         return MlflowPlace(

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
-from compileflow._process.child_process import ChildProcess, JsonObject, Overdue, environment_without_secrets
+from compileflow._process.child_process import ChildProcess, JsonObject, Overdue, child_environment
 from compileflow._process.folders import work_folder
 from compileflow.registries.neptune.address import INSECURE, Token
 from compileflow.settings import Settings
@@ -22,7 +22,12 @@ _ENTRY = "from compileflow.registries.neptune.client_child import main; main()"
 _START_S = 90.0
 _IDLE_S = 60.0
 _LOG_LINES, _LOG_LINE_LENGTH = 400, 500
-_PASSED_ON = ("NEPTUNE_ALLOW_SELF_SIGNED_CERTIFICATE",)
+# What a client of a server needs beside the variables of any child.
+_PASSED_ON = (
+    *("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "all_proxy", "no_proxy"),
+    *("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR"),
+    "NEPTUNE_ALLOW_SELF_SIGNED_CERTIFICATE",
+)
 
 
 class Ended(Exception):  # noqa: N818 - its only caller turns it into an error of the tree
@@ -129,11 +134,11 @@ class ClientProcess:
 
 
 def _environment(token: Token, folder: str, request_s: int) -> dict[str, str]:
-    """Return the child's environment: the token is its only secret, and other Neptune settings are set here."""
+    """Return the child's environment: the token and a proxy's password are its only secrets."""
     variables = {
         name: value
-        for name, value in environment_without_secrets().items()
-        if name in _PASSED_ON or not (name.startswith("NEPTUNE_") or name in ("PYTHONWARNINGS", INSECURE))
+        for name, value in child_environment(*_PASSED_ON).items()
+        if name not in ("PYTHONWARNINGS", INSECURE)
     } | {
         "NEPTUNE_API_TOKEN": token.value,
         "NEPTUNE_DATA_DIRECTORY": folder,

@@ -84,14 +84,21 @@ def _check_endpoint(url: str | None) -> None:
     # boto3 accepts some invalid URLs and fails later with an unclear message.
     try:
         parts = urlsplit(url or "https://aws")
-        is_valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        # boto3 sends neither user nor query string, and its errors show both.
+        is_valid = (
+            "@" not in parts.netloc
+            and not parts.query
+            and parts.scheme in ("http", "https")
+            and bool(parts.hostname)
+            and (parts.port or 1) > 0
+        )
     except ValueError:
         is_valid = False
     if not is_valid:
         # The message does not show the URL, which may contain a password.
         raise StoreError(
             "COMPILEFLOW_S3_ENDPOINT_URL is not the URL of a server.",
-            hint="Write it as https://host or http://host:port.",
+            hint="Write it as https://host or http://host:port, without user, password or query.",
         )
 
 
