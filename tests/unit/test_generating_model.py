@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -220,11 +221,33 @@ def test_prompt_without_room_is_refused(model: Any) -> None:
         ({}, "got nothing"),
         ({"input_ids": [[1, 2]], "past_key_values": "mine"}, "keeps its own cache"),
         ({"input_ids": [[1, 2]], "attention_mask": [[1]], "use_cache": True}, "attention_mask of shape"),
+        ({"input_ids": [[1, 2]], "attention_mask": [[0.0, -1.0]]}, "attention_mask of 0 for padding and 1"),
     ],
 )
 def test_wrong_call_is_refused(model: Any, arguments: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError, match=says):
         model(**arguments)
+
+
+def test_mask_of_floats_is_a_mask(model: Any, tokens: Any) -> None:
+    inputs = tokens(TEXTS)
+    masks = [inputs["attention_mask"].to(dtype) for dtype in (torch.int64, torch.float32, torch.bool)]
+    answers = [model.generate(inputs["input_ids"], attention_mask=mask, **GREEDY).tolist() for mask in masks]
+    assert answers[0] == answers[1] == answers[2]
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_rows_that_were_read_are_neither_copied_nor_shortened(model: Any, tokens: Any) -> None:
+    inputs = tokens(TEXTS[:1])
+    past = model(**inputs, use_cache=True).past_key_values
+    for change, says in (
+        (lambda: copy.copy(past), "cannot be copied"),
+        (lambda: copy.deepcopy(past), "cannot be copied"),
+        (lambda: past.crop(2), "cannot forget tokens"),
+        (lambda: model.generate(**inputs, past_key_values=past, **GREEDY), "the prompt has no more"),
+    ):
+        with pytest.raises(InputError, match=says):
+            change()
 
 
 @pytest.mark.parametrize(

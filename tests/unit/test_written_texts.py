@@ -56,6 +56,9 @@ def test_target_that_cannot_generate_names_those_that_can(target: str) -> None:
         ("openvino", "int8", {"symmetric": True}, "symmetric is only for int4"),
         ("openvino", "bf16", {"compute_precision": "fp32"}, "compute_precision is for int8 and int4"),
         ("openvino", "int4", {"kv_cache_precision": "int2"}, "kv_cache_precision"),
+        ("openvino", "int4", {"group_size": 0}, "group_size is 0"),
+        ("openvino", "int4", {"group_size": True}, "expected no truth value, got true"),
+        ("onnx-runtime", "int4", {"group_size": 48}, "group_size"),
     ],
 )
 def test_options_that_do_not_suit_are_refused(

@@ -149,7 +149,8 @@ def verify_artifact(
     validated_on = finished_on(attestations.verdict.statement) if attestations.verdict is not None else None
     if max_age is not None and (validated_on is None or datetime.now(UTC) - validated_on > max_age):
         when = f"was validated on {validated_on:%Y-%m-%d %H:%M} UTC" if validated_on else "has no dated verdict"
-        problems.append(f"The artifact {when}, and a verdict may be {max_age} old. Validate it again.")
+        days = max_age / timedelta(days=1)
+        problems.append(f"The artifact {when}, and a verdict may be {days:g} days old. Validate it again.")
     return Verification(
         digest=digest,
         files=len(manifest.files) + 1 if manifest else 0,

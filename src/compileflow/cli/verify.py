@@ -37,7 +37,7 @@ def verify(
     ] = None,
     max_age: Annotated[
         float | None,
-        typer.Option(min=0, metavar="DAYS", help="Refuse an artifact that was validated longer ago."),
+        typer.Option(min=0, max=36500, metavar="DAYS", help="Refuse an artifact that was validated longer ago."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -58,6 +58,24 @@ class ReadRows:
         self.continuation.reorder(beam_idx.numpy())
         self.rows = len(beam_idx)
 
+    def __deepcopy__(self, memo: Any) -> ReadRows:
+        raise InputError(
+            "The rows that a compiled decoder has read cannot be copied.",
+            hint="Go on from past_key_values once, and read the prompt again for another continuation.",
+        )
+
+    __copy__ = __deepcopy__
+
+    def crop(self, max_length: int) -> None:
+        """Refuse to forget tokens, which a compiled decoder cannot do.
+
+        Raises:
+            InputError: Always.
+        """
+        raise InputError(
+            "A compiled decoder cannot forget tokens that it has read.", hint="Read the shorter prompt again."
+        )
+
     def __del__(self) -> None:
         self.continuation.close()
 
@@ -111,7 +129,7 @@ class GeneratingModel(CompiledModel):
         past = past_key_values
         if past is None and use_cache:
             past = ReadRows(self.graph.start())
-        mask = _as_array(attention_mask)
+        mask = _as_mask(attention_mask)
         if past is None:
             logits = self.run({"input_ids": ids, **({} if mask is None else {"attention_mask": mask})})["logits"]
         else:
@@ -168,6 +186,11 @@ class GeneratingModel(CompiledModel):
 
     def _checked_ids(self, input_ids: Any, past: ReadRows | None) -> Any:
         ids = _as_array(input_ids)
+        if past is not None and past.rows is not None and ids is not None and ids.ndim == 2 and not ids.size:
+            raise InputError(
+                f"past_key_values holds {past.get_seq_length()} tokens of each row, and the prompt has no more.",
+                hint="Give a prompt that is longer than what was read, or leave past_key_values out.",
+            )
         if ids is None or ids.ndim != 2 or ids.dtype.kind not in "iu" or ids.size == 0:
             found = "nothing" if ids is None else f"{ids.dtype} of shape {ids.shape}"
             if ids is not None and ids.dtype.kind not in "iufb":
@@ -450,6 +473,23 @@ def _refuse(arguments: Mapping[str, Any]) -> None:
                 f"The compiled decoder has no input {name}.",
                 hint="It takes input_ids, attention_mask, position_ids and past_key_values.",
             )
+
+
+def _as_mask(value: Any) -> Any:
+    """Return a mask as integers.
+
+    Raises:
+        InputError: A number is neither 0 nor 1.
+    """
+    mask = _as_array(value)
+    if mask is None or mask.dtype.kind in "iu":
+        return mask
+    if mask.dtype.kind != "f" or not np.isin(mask, (0, 1)).all():
+        raise InputError(
+            f"Expected an attention_mask of 0 for padding and 1 for tokens, got {in_words(value)}.",
+            hint="Pass the mask that the tokenizer returns.",
+        )
+    return mask.astype(np.int64)
 
 
 def _as_array(value: Any) -> Any:

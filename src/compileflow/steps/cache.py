@@ -45,21 +45,25 @@ class CacheKey:
         return json_digest({"step": self.step, "parts": dict(self.parts)})
 
 
-def find(store: ArtifactStore, key: CacheKey, kind: type[Value], *, folders: Mapping[str, str]) -> Value | None:
+def find(
+    store: ArtifactStore, key: CacheKey, kind: type[Value], *, folders: Mapping[str, str], quietly: bool = False
+) -> Value | None:
     """Return the cached result for a key; None without one, or if the store lost a folder that it points at.
 
-    The URIs in the result are those of this store, wherever the store was when the record was written.
+    The URIs in the result are those of this store, wherever the store was when the record was written. Unless
+    `quietly`, the log says why a record is not used.
     """
+    level = logging.DEBUG if quietly else logging.WARNING
     record = store.get_record(key.step, key.digest)
     if record is None:
         return None
     if fault := _fault(record, key):
-        logger.warning("%s: ignoring the cache record %s: %s", key.step, key.digest[:12], fault)
+        logger.log(level, "%s: ignoring the cache record %s: %s", key.step, key.digest[:12], fault)
         return None
     try:
         value = kind.model_validate(record["value"])
     except ValidationError:
-        logger.warning("%s: ignoring the cache record %s, which cannot be read", key.step, key.digest[:12])
+        logger.log(level, "%s: ignoring the cache record %s, which cannot be read", key.step, key.digest[:12])
         return None
     uris = {}
     for digest_field, uri_field in folders.items():
@@ -67,8 +71,11 @@ def find(store: ArtifactStore, key: CacheKey, kind: type[Value], *, folders: Map
         if digest is None:
             continue
         if not store.exists(digest):
-            logger.warning(
-                "%s: ignoring a cache record, because the store has lost the folder %s", key.step, digest[:12]
+            logger.log(
+                level,
+                "%s: ignoring a cache record, because the store has lost the folder %s",
+                key.step,
+                digest[:12],
             )
             return None
         if uri_field:
@@ -118,7 +125,8 @@ def find_or_make(
         is_cacheable: Returns whether a result may be cached.
         reason_to_redo: Returns why a cached result must be made again; '' if it need not be.
     """
-    value = find(store, key, kind, folders=folders)
+    # On a miss, the lookup under the lock says why.
+    value = find(store, key, kind, folders=folders, quietly=True)
     if value is not None and not reason_to_redo(value):
         return value, True
 

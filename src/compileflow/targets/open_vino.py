@@ -158,6 +158,8 @@ class OpenVinoOptions(TargetOptions):
                 "openvino does not quantize statically for text-generation.",
                 hint="Choose quantization=dynamic or quantization=weights.",
             )
+        if self.group_size == 0:
+            raise SpecError("openvino option group_size is 0.", hint="Give -1 for a whole channel, or at least 1.")
         if precision is not Precision.INT4 and (self.group_size is not None or self.symmetric):
             name = "symmetric" if self.symmetric else "group_size"
             raise SpecError(f"openvino option {name} is only for int4.", hint=f"Leave {name} out.")

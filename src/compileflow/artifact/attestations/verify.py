@@ -108,9 +108,11 @@ def check_subject(name: str, statement: Statement, artifact_digest: str) -> None
     """
     subjects = subject_digests(statement)
     if artifact_digest not in subjects:
-        names = ", ".join(f"{digest[:12]}..." for digest in subjects) or "none"
+        # Digests that begin alike are shown whole.
+        length = 64 if any(digest[:12] == artifact_digest[:12] for digest in subjects) else 12
+        expected, *found = (f"{digest[:length]}..." for digest in (artifact_digest, *subjects))
         raise SignatureError(
-            f"The {name} is about another artifact: expected {artifact_digest[:12]}..., found {names}.",
+            f"The {name} is about another artifact: expected {expected}, found {', '.join(found) or 'none'}.",
             hint=_FORGED,
         )
 
