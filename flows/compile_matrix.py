@@ -30,7 +30,7 @@ def run_cell(request: CompileRequest, deployment: str | None) -> CompileResult |
 
 @flow(
     name="compile-matrix",
-    description="Compile models for targets at precisions; a cell that fails leaves the others alone.",
+    description="Compile models for targets at precisions. A cell that fails does not affect the others.",
 )
 def compile_matrix(
     matrix: MatrixRequest,
@@ -41,7 +41,7 @@ def compile_matrix(
     """Run all cells, compare them on one page, and say how many failed.
 
     Args:
-        matrix: Models, targets, precisions, and what all cells share.
+        matrix: Models, targets, precisions, and the fields that all requests share.
         deployment: Deployment of compile_model whose workers run the cells, as FLOW/DEPLOYMENT. Empty: the cells
             run in this process.
         at_once: Number of cells that run at the same time.

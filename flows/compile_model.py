@@ -37,7 +37,7 @@ def _run_name() -> str:
 
 @flow(
     name="compile-model",
-    description="Compile a transformers model for a target, prove the result, store it and register it.",
+    description="Compile a transformers model for a target, validate the result, store it and register it.",
     flow_run_name=_run_name,
 )
 def compile_model(request: CompileRequest, max_lateness_s: MaxLateness = None) -> CompileResult | State[Any]:
@@ -46,7 +46,7 @@ def compile_model(request: CompileRequest, max_lateness_s: MaxLateness = None) -
     A refused artifact, like any error, ends the run as Failed with the reason.
 
     Args:
-        request: What to compile, how to prove it and where to register it. Only the model is required.
+        request: What to compile, how to validate it and where to register it. Only the model is required.
         max_lateness_s: For schedules: a run that starts more seconds than this after its time ends as Skipped.
     """
     skipped = skipped_if_late(max_lateness_s)

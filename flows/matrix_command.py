@@ -18,9 +18,13 @@ _COLUMNS = ("model", "target", "precision", "verdict", "latency / eager", "size"
 
 @one_line_errors
 def matrix(
-    model: Annotated[list[str], typer.Option(help="Model folder, Hub id or registered version. Repeatable.")],
-    target: Annotated[list[str], typer.Option(help="Target to compile for. Repeatable.")],
-    precision: Annotated[list[str] | None, typer.Option(help="Repeatable. Default: fp32.")] = None,
+    model: Annotated[
+        list[str], typer.Option(help="Model folder, GGUF file, Hub id or registered version. Repeatable.")
+    ],
+    target: Annotated[list[str], typer.Option(help="Target to compile for; not auto. Repeatable.")],
+    precision: Annotated[
+        list[str] | None, typer.Option(help="Precision to compile at. Repeatable. Default: fp32.")
+    ] = None,
     field: Annotated[
         list[str] | None,
         typer.Option(
@@ -39,7 +43,7 @@ def matrix(
 ) -> None:
     """Compile each model for each target at each precision, and compare all cells on one page.
 
-    A cell that fails leaves the others alone; the exit code is then 1. Unchanged cells come from the cache.
+    A cell that fails does not affect the others; the exit code is then 1. Unchanged cells come from the cache.
     """
     from pydantic import ValidationError
 

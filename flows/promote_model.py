@@ -30,7 +30,7 @@ ServingStage = Literal["staging", "production"]
 
 
 class Approval(RunInput):
-    """The form that a waiting run shows. Prefect does not check who answers, so that it asks for a name."""
+    """The form that a waiting run shows. It asks for a name, because Prefect does not check who answers."""
 
     decision: Literal["approve", "reject"] = Field(title="Decision", json_schema_extra={"position": 0})
     who: str = Field(

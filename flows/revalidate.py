@@ -1,4 +1,4 @@
-"""revalidate: prove the promoted versions again, and flag those that do not pass any more."""
+"""revalidate: validate the promoted versions again, and flag those that no longer pass."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tasks.revalidate import revalidate_one
 
 @flow(
     name="revalidate",
-    description="Prove promoted versions again with today's runtimes, from the stored artifact and source model.",
+    description="Validate promoted versions again with the worker's runtimes, from the stored artifact and model.",
 )
 def revalidate(
     stages: tuple[Stage, ...] = ("staging", "production"),
@@ -35,10 +35,10 @@ def revalidate(
     """Validate each version without the cache. The run fails if one regressed; the registry then says which.
 
     Args:
-        stages: Stages whose versions are proven.
+        stages: Stages whose versions are validated.
         names: Names of the models. Empty: all.
         registry_uri: URI of the registry. Empty: the configured one.
-        validation: How to validate.
+        validation: How the versions are validated. Give the settings that they were compiled with.
         timeout_s: Limit of one validation, in seconds.
         trust_remote_code: Run Python files that come with the models.
         max_lateness_s: For schedules: a run that starts more seconds than this after its time ends as Skipped.

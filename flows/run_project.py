@@ -38,7 +38,8 @@ def run(
     task: Annotated[
         str | None,
         typer.Option(
-            help=f"The only step to run: {', '.join(STEPS)}. It starts from what earlier steps left. Default: all."
+            help=f"The only step to run: {', '.join(STEPS)}. It starts from the results of earlier "
+            "steps. Default: all."
         ),
     ] = None,
     from_environment: Annotated[
@@ -52,7 +53,7 @@ def run(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Model in the place of the project's own, for example a folder with a copy of it. Default: the "
+            help="Model to use instead of the project's own, for example a folder with a copy of it. Default: the "
             "setting COMPILEFLOW_PROJECT_MODEL, else the project's own."
         ),
     ] = None,

@@ -28,12 +28,12 @@ def watch_registry(
     deployment: str | None = None,
     max_lateness_s: MaxLateness = None,
 ) -> State[Any]:
-    """Go through what is missing once. Each compile is done by one watcher, however many run.
+    """Go through what is missing once. One watcher does each compile, however many watchers run.
 
     Args:
         watch: Registries, targets and precisions.
-        action: compile runs compile_model for each missing version; announce only sends an event, for an
-            automation that compiles.
+        action: compile sends an event and runs compile_model for each missing version; announce only sends the
+            event, for an automation that compiles.
         deployment: Deployment of compile_model whose workers compile, as FLOW/DEPLOYMENT. Empty: this process.
         max_lateness_s: For schedules: a run that starts more seconds than this after its time ends as Skipped.
     """

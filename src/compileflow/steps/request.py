@@ -99,7 +99,7 @@ class CompileRequest(BaseModel):
     model: str = Field(
         min_length=1,
         title="Model",
-        description="A folder on the worker, a Hub id (owner/name), or a registered version: "
+        description="A folder or a GGUF file on the worker, a Hub id (owner/name), or a registered version: "
         "neptune://workspace/project/ID, mlflow:TRACKING#NAME@VERSION, registry:NAME@VERSION.",
     )
     revision: str | None = Field(
@@ -126,8 +126,8 @@ class CompileRequest(BaseModel):
     components: tuple[ComponentSpec, ...] = Field(
         (),
         title="Components",
-        description="Several lengths of one model in one artifact, for example word and document, instead of the "
-        "two fields above.",
+        description="Several maximum lengths of one model in one artifact, for example word and document. They "
+        "replace the maximum length and the shape buckets above.",
     )
     target_options: OptionValues = Field(default_factory=dict)
     calibration: CalibrationSettings = Field(
