@@ -147,7 +147,11 @@ def test_refused_artifact_leaves_its_report_and_no_version(
         "validate": ["report", "verdict.json"],
         "upload": ["error.txt"],
     }
-    assert (tmp_path / "outputs" / "upload" / "slow" / "error.txt").read_text().startswith("fail: latency_ratio")
+    assert (
+        (tmp_path / "outputs" / "upload" / "slow" / "error.txt")
+        .read_text()
+        .startswith("The verdict is fail: latency_ratio")
+    )
 
 
 def test_project_that_is_refused_before_it_starts_changes_no_folder(

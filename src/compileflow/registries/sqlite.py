@@ -203,6 +203,8 @@ class SqliteRegistry:
             return [Promotion(at=at, stage=stage, who=who, reason=reason) for at, stage, who, reason in rows]
 
     def _names(self) -> list[str]:
+        if not self._path.exists():
+            return []
         with _reading(self._path) as (db, schema):
             return [name for (name,) in db.execute("SELECT name FROM model")] if schema else []
 
