@@ -42,7 +42,7 @@ def sentences() -> list[str]:
 
 
 def build_model(
-    folder: Path, hf_task: HfTask, *, architecture: str = "bert", seed: int = 0, max_tokens: int = MAX_TOKENS
+    folder: Path, hf_task: HfTask, *, architecture: str = "bert", seed: int = 0, max_tokens: int | None = None
 ) -> Path:
     """Write a random model with its tokenizer or processor, as save_pretrained does, and return the folder.
 
@@ -62,7 +62,7 @@ def build_model(
     tokenizer = _tokenizer(architecture)
     labels = LABELS.get(hf_task, ("LABEL_0", "LABEL_1"))
     model = getattr(transformers, AUTO_CLASSES[hf_task]).from_config(
-        _config(architecture, tokenizer, labels, max_tokens)
+        _config(architecture, tokenizer, labels, max_tokens or MAX_TOKENS)
     )
     with torch.no_grad():
         for name, parameter in model.named_parameters():

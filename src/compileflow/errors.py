@@ -18,8 +18,8 @@ _LONGEST_VALUE = 60
 _LONGEST_SEARCHED = 10 * _LONGEST_TEXT
 _WORD = re.compile(r"[^\s'\"<>]+")
 # User and password in a URL. A password may hold a slash; a port does not stand before an @. What stands before
-# the @ of hf://NAME@REVISION is not a user.
-_USER = re.compile(r"(?<!hf)://(?:[^/?#]*@|[^/@:]*:(?!\d+/)[^@]*@)")
+# the @ of hf://NAME@REVISION is not a user, nor is a model in http://host:port#NAME@NUMBER.
+_USER = re.compile(r"(?<!hf)://(?:[^/?#]*@|[^/@:]*:(?!(?:\d+|port)[/#])[^@]*@)")
 # What a field expects, by the first word of the type of pydantic's error.
 _EXPECTED = {
     "bool": "true or false", "dict": "an object", "float": "a number", "int": "a whole number", "list": "a list",

@@ -20,7 +20,15 @@ ROOT = Path(__file__).parents[2]
 def make(*words: str, outputs: Path) -> subprocess.CompletedProcess[str]:
     """Run the command of `make run` with this interpreter, in the place of that of make's own environment."""
     dry_run = subprocess.run(
-        ["make", "--dry-run", "run", *words], cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "--dry-run", "--no-print-directory", "run", *words],
+        cwd=ROOT,
+        # Where make runs the tests, its own flags are in the environment.
+        env={
+            name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+        },
+        capture_output=True,
+        text=True,
+        check=True,
     )
     _, *command = shlex.split(dry_run.stdout.splitlines()[-1])
     environment = os.environ | {

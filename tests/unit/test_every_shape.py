@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -82,10 +82,10 @@ def _evidence(source_dir: Path, source_model: SourceModel, record: ComponentReco
 
 
 @pytest.fixture(scope="module")
-def long_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def long_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(models, "MAX_TOKENS", 512)
-        yield models.build_model(tmp_path_factory.mktemp("source") / "long", CLASSIFY)
+        return models.build_model(tmp_path_factory.mktemp("source") / "long", CLASSIFY)
 
 
 @pytest.fixture(scope="module")

@@ -302,21 +302,6 @@ def test_model_refuses_what_the_graph_cannot_give(artifact: Path) -> None:
     assert model(ids, output_attentions=False, position_ids=None).logits.shape == (1, 3)
 
 
-@pytest.mark.parametrize(
-    ("inputs", "says"),
-    [
-        ((), "Expected an input or a list of inputs, got nothing"),
-        (([],), r"Expected an input or a list of inputs, got \[\]"),
-        ((None,), "Input 0 cannot be read: None"),
-        ((5,), "Input 0 cannot be read: 5"),
-        ((["a", None],), "Input 1 cannot be read: None"),
-    ],
-)
-def test_pipeline_refuses_what_is_no_input(artifact: Path, inputs: tuple[Any, ...], says: str) -> None:
-    with pytest.raises(InputError, match=says):
-        CompiledPipeline.from_pretrained(artifact)(*inputs)
-
-
 def test_lists_arrays_and_tensors_give_the_same_answer(artifact: Path) -> None:
     model = CompiledModel.from_pretrained(artifact)
     ids = [[5, 6, 7], [8, 9, 10]]

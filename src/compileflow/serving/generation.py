@@ -58,7 +58,7 @@ class ReadRows:
         self.continuation.reorder(beam_idx.numpy())
         self.rows = len(beam_idx)
 
-    def __deepcopy__(self, memo: Any) -> ReadRows:
+    def __deepcopy__(self, memo: Any = None) -> ReadRows:
         raise InputError(
             "The rows that a compiled decoder has read cannot be copied.",
             hint="Go on from past_key_values once, and read the prompt again for another continuation.",

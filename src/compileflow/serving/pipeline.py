@@ -14,7 +14,7 @@ from typing import Any
 from compileflow.artifact.attestations.require_signature import RequireSignature
 from compileflow.artifact.open import OpenArtifact, copy_artifact
 from compileflow.contracts import Device
-from compileflow.errors import InputError, LoadError, SpecError, in_words
+from compileflow.errors import LoadError, SpecError
 from compileflow.serving.from_memory import in_memory
 from compileflow.serving.generation import check_prompts
 from compileflow.serving.interface_files import load_part
@@ -256,9 +256,6 @@ class CompiledPipeline:
             # A list may be one chat, and the order of the prompts decides what sampling draws.
             check_prompts(self.pipeline.tokenizer, inputs[0] if inputs else kwargs.get("text_inputs"))
             return self.pipeline(*inputs, **kwargs)
-        if inputs or not kwargs:
-            # compileflow's own pipelines check each item, and answer an empty list.
-            _check_inputs(inputs, is_own=not hasattr(self.pipeline, "get_iterator"))
         # As in transformers, a tuple is a single input: a text pair.
         if inputs and isinstance(inputs[0], list) and len(inputs[0]) > 1:
             return call_list(self.pipeline, *inputs, **kwargs)
@@ -293,23 +290,6 @@ class CompiledPipeline:
 
     def __repr__(self) -> str:
         return f"CompiledPipeline(task={self.task!r}, model={self.model!r})"
-
-
-def _check_inputs(inputs: Sequence[Any], *, is_own: bool) -> None:
-    """Refuse what no pipeline reads: no input, an empty list, None and numbers.
-
-    Raises:
-        InputError: The inputs are, or hold, one of these.
-    """
-    items = inputs[0] if inputs and isinstance(inputs[0], list | tuple) else inputs[:1]
-    if not inputs or not (items or is_own):
-        found = in_words(inputs[0]) if inputs else "nothing"
-        raise InputError(f"Expected an input or a list of inputs, got {found}.", hint="Pass at least one input.")
-    for number, item in enumerate(() if is_own else items):
-        if item is None or isinstance(item, int | float):
-            raise InputError(
-                f"Input {number} cannot be read: {in_words(item)}.", hint="Leave it out, or correct it."
-            )
 
 
 def served_task(artifact: OpenArtifact, requested_task: HfTask | str | None) -> HfTask:

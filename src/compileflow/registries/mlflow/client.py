@@ -13,7 +13,7 @@ import re
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,11 +132,12 @@ def parse_place(uri: str) -> MlflowPlace:
         SpecError: The URI has another form. The message omits the URI, which may hold a password.
     """
     tracking_uri = uri.removeprefix(SCHEME)
-    parts, port = urlsplit(""), ""
-    # The text of the error may be a password: it is not the cause of ours.
-    with suppress(ValueError):
+    try:
         parts = urlsplit(tracking_uri)
         port = f":{parts.port}" if parts.port else ""
+    except ValueError:
+        # The text of this error may be a password: it is not the cause of ours, which is raised below.
+        parts, port = urlsplit(""), ""
     if parts.scheme in ("http", "https") and parts.hostname:
         host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
         return MlflowPlace(
