@@ -15,7 +15,7 @@ from compileflow.admin.promote import promote_version
 from compileflow.artifact.verify import last_result
 from compileflow.catalog import open_registry, open_store
 from compileflow.contracts import Arrays
-from compileflow.errors import RegistryError, SpecError, TargetUnavailableError, VerdictError
+from compileflow.errors import RegistryError, SignatureError, SpecError, TargetUnavailableError, VerdictError
 from compileflow.selection.matrix import measured_cell
 from compileflow.serving.component import LoadedComponent
 from compileflow.spec import HfTask
@@ -25,6 +25,7 @@ from compileflow.steps.settle import Settled, register_settled, settle_artifact
 from tests.conftest import ModelFactory
 from tests.doubles.fixtures import vendor_doubles
 from tests.steps import Pipeline
+from tests.unit.attested_artifacts import make_keys
 
 __all__ = ["vendor_doubles"]
 
@@ -69,6 +70,10 @@ def test_artifact_is_validated_and_registered_where_the_device_is(
     store = open_store(pipeline.store_uri)
     with store.open_folder(pending.report_digest) as bundle:
         assert not list(bundle.rglob("source/*.safetensors"))
+    # Nobody signed the recorded answers.
+    signing = pipeline.settings.model_copy(update={"signing_key": make_keys(tmp_path).private})
+    with pytest.raises(SignatureError, match="neither this run's key nor a trusted key signed"):
+        settle_artifact(artifact.uri, settings=signing, timeout_s=600)
     settled = settle(pipeline, artifact.uri)
     assert settled.validated.outcome == "pass", settled.validated.reason
     assert settled.validated.figures["label_agreement"] == 1.0

@@ -11,10 +11,11 @@ from compileflow.catalog import open_store
 from compileflow.contracts import ArtifactStore
 from compileflow.errors import IntegrityError, SpecError
 from compileflow.settings import Settings
+from compileflow.steps.attest import WAITING_VERDICT
 from compileflow.steps.validate import WAITING
 
 # Kinds of records about an artifact. Cache records are not copied, because they belong to the runs of one store.
-_KINDS = ("report-of", WAITING, "provenance", "verdict")
+_KINDS = ("report-of", WAITING, WAITING_VERDICT, "provenance", "verdict")
 
 
 def mirror_store(

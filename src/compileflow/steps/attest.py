@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compileflow.artifact.attestations.envelopes import RECORDS, put_statement
+from compileflow.artifact.attestations.envelopes import RECORDS, put_statement, seal
 from compileflow.artifact.attestations.keys import configured_keys, load_public_keys, load_signer
 from compileflow.artifact.attestations.statements import (
     PROVENANCE_TYPE,
@@ -33,6 +33,10 @@ from compileflow.validation.report import REPORT_JSON, Report
 
 if TYPE_CHECKING:
     from securesystemslib.signer import CryptoSigner, SSlibKey
+
+
+# The statement on an artifact whose verdict is pending-device.
+WAITING_VERDICT = "waiting-verdict"
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ class Attester:
         stored_folder: StoredFolder,
         source_digest: str,
         request_digest: str,
+        is_pending: bool = False,
     ) -> None:
         """Record the verdict of a validation.
 
@@ -92,6 +97,7 @@ class Attester:
             stored_folder: The same folder in the store.
             source_digest: Digest of the source model that the artifact was compared with.
             request_digest: Key of the validation in the cache.
+            is_pending: The verdict is pending-device; it replaces no other verdict.
         """
         report = Report.model_validate_json((report_dir / REPORT_JSON).read_bytes())
         run = ValidationRun(
@@ -105,7 +111,29 @@ class Attester:
             request_digest=request_digest,
             finished=datetime.now(UTC),
         )
-        put_statement(self.store, digest, verdict_statement(digest, run), self.signer)
+        statement = verdict_statement(digest, run)
+        if is_pending:
+            self.store.put_record(WAITING_VERDICT, digest, dict(seal(statement, self.signer)))
+        else:
+            put_statement(self.store, digest, statement, self.signer)
+
+    def lacks_pending(self, digest: str, report: str, request_digest: str) -> str:
+        """Return why a verdict that waits for a device cannot be settled; '' if its record is sufficient.
+
+        The recorded answers of the source model are in its report, so that a run with a key settles only what a
+        trusted key signed.
+
+        Args:
+            digest: Digest of the artifact.
+            report: Digest of the report with the recorded answers.
+            request_digest: Key of the validation.
+        """
+        reason, attestations = self._lack(digest, VERDICT_TYPE, record=WAITING_VERDICT)
+        if reason or attestations is None or attestations.verdict is None:
+            return reason if self.signer is not None else ""
+        if report_digest(attestations.verdict.statement) != report:
+            return "its statement names another report"
+        return _other_request(attestations.verdict, request_digest)
 
     def lacks_provenance(self, digest: str, request_digest: str) -> str:
         """Return why a cached artifact must be compiled again; '' if its provenance is sufficient.
@@ -137,13 +165,13 @@ class Attester:
         can_replace = not signatures or self.signer is not None
         return "a later validation replaced the verdict on this artifact" if can_replace else ""
 
-    def _lack(self, digest: str, kind: str) -> tuple[str, Attestations | None]:
+    def _lack(self, digest: str, kind: str, *, record: str = "") -> tuple[str, Attestations | None]:
         name = RECORDS[kind]
         signer_key = (self.signer.public_key,) if self.signer is not None else ()
         try:
             attestations = verify_attestations(
                 digest,
-                filter(None, [_record(self.store, digest, kind)]),
+                filter(None, [self.store.get_record(record or name, digest)]),
                 trusted_keys=(*signer_key, *self.trusted),
                 require_signature=False,
             )

@@ -11,7 +11,7 @@ from compileflow._process.run_in_child import run_in_child
 from compileflow.artifact.manifest import read_manifest
 from compileflow.catalog import open_store
 from compileflow.contracts import PENDING, ArtifactStore, ModelVersion
-from compileflow.errors import CompileflowError, SpecError, TargetUnavailableError
+from compileflow.errors import CompileflowError, SignatureError, SpecError, TargetUnavailableError
 from compileflow.settings import Settings
 from compileflow.steps.attest import Attester
 from compileflow.steps.pending import PendingValidation, recorded_tests
@@ -63,6 +63,7 @@ def settle_artifact(
     Raises:
         SpecError: The last verdict on the artifact is not pending-device.
         TargetUnavailableError: This machine lacks the device as well.
+        SignatureError: This run has a key, and no trusted key signed the record of what waits.
         MeasurementError: A call has no recorded answer.
         ProcessError: The child process died.
     """
@@ -80,6 +81,11 @@ def settle_artifact(
                 raise TargetUnavailableError(f"{reason}.", hint="Settle it on a machine with the device.")
             reference = report_dir / REFERENCE_FOLDER
             pending = PendingValidation.read(reference)
+            if reason := attester.lacks_pending(digest, waiting.report_digest, pending.request_digest):
+                raise SignatureError(
+                    f"The recorded answers for {digest[:12]} cannot be trusted: {reason}.",
+                    hint="Compile it again with a key that this machine trusts.",
+                )
             tests_dir = recorded_tests(reference)
             threads = recorded_threads(reference)
             (work / "report").mkdir()

@@ -177,14 +177,14 @@ def validate_artifact(
                     )
                     pending.write(work / "report" / REFERENCE_FOLDER, tests_dir=tests_dir)
                 stored_folder = store.put_folder(work / "report")
-                if not missing_device:
-                    attester.validated(
-                        artifact.digest,
-                        work / "report",
-                        stored_folder=stored_folder,
-                        source_digest=source.digest,
-                        request_digest=key.digest,
-                    )
+                attester.validated(
+                    artifact.digest,
+                    work / "report",
+                    stored_folder=stored_folder,
+                    source_digest=source.digest,
+                    request_digest=key.digest,
+                    is_pending=bool(missing_device),
+                )
             value = ValidatedArtifact(
                 artifact_digest=artifact.digest,
                 report_uri=stored_folder.uri,
