@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from typing import Any
@@ -41,5 +42,9 @@ def test_two_watchers_compile_each_source_version_once(
     assert sorted(compiled) == ["people", "reviews"]
     assert watch_registry(watch, return_state=True).message == "nothing missing"
     uris = {version.source_uri for version in versions}
-    announced = [event["name"] for event in created_events(prefect_server) if event["source_uri"] in uris]
+    # The server writes events down some time after it has taken them.
+    deadline, announced = time.monotonic() + 60, list[str]()
+    while len(announced) < 2 and time.monotonic() < deadline:
+        time.sleep(0.5)
+        announced = [event["name"] for event in created_events(prefect_server) if event["source_uri"] in uris]
     assert sorted(announced) == ["people", "reviews"]
