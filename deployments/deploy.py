@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import typer
 import yaml
 from httpx import HTTPError
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Apply the files to the server of the active profile; return the exit status."""
     options = _parser().parse_args(arguments)
     try:
-        apply(options.prefect_file, options.automations, report=_print)
+        apply(options.prefect_file, options.automations, report=typer.echo)
     except CompileflowError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
@@ -147,11 +148,6 @@ def _apply_automations(
     for name, old in old_automations.items():
         client.delete_automation(old.id)
         report(f"removed the automation {name!r}")
-
-
-def _print(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
 
 
 def _parser() -> argparse.ArgumentParser:

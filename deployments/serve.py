@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from compileflow._process.folders import file_lock, os_errors
 from compileflow.errors import CompileflowError, ProcessError
 from compileflow.settings import get_settings
@@ -105,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with file_lock(home / "lock", on_wait=lambda: _refuse_second_start(home)):
             _serve(home, options)
     except KeyboardInterrupt:
-        _print("Stopped.")
+        typer.echo("Stopped.")
         return 0
     except CompileflowError as error:
         sys.stderr.write(f"error: {error}\n")
@@ -122,7 +124,7 @@ def _serve(home: Path, options: argparse.Namespace) -> None:
         "TMPDIR": str(home / "tmp"),
     }
     environment = {**_SETTINGS, **os.environ, **access.client_environment, **folders}
-    _print("Starting the Prefect server. The first start takes a minute.")
+    typer.echo("Starting the Prefect server. The first start takes a minute.")
     with contextlib.ExitStack() as stack:
         services = _start_server(home, access, options, environment, stack)
         deploy = subprocess.run([sys.executable, "-m", "deployments.deploy"], cwd=_ROOT, env=environment)
@@ -130,12 +132,12 @@ def _serve(home: Path, options: argparse.Namespace) -> None:
             raise ProcessError("The deployments cannot be applied.", hint="Correct what is printed above.")
         worker = _start_worker(home, access, environment, stack)
         database = "Postgres" if len(services) == 2 else "SQLite"
-        _print(f"Prefect: {access.url}, on loopback only, with {database}. Logs: {home / 'logs'}")
+        typer.echo(f"Prefect: {access.url}, on loopback only, with {database}. Logs: {home / 'logs'}")
         if access.is_new:
-            _print(f"Log in with  {_USER}:{access.password}  (printed only this once)")
+            typer.echo(f"Log in with  {_USER}:{access.password}  (printed only this once)")
         path = home / "client.env"
-        _print(f"The password is in {path}. For commands in another terminal: . {path}")
-        _print("Ready. Ctrl-C stops everything.")
+        typer.echo(f"The password is in {path}. For commands in another terminal: . {path}")
+        typer.echo("Ready. Ctrl-C stops everything.")
         while True:
             time.sleep(1)
             for service in services:
@@ -143,7 +145,7 @@ def _serve(home: Path, options: argparse.Namespace) -> None:
             if worker.has_ended():
                 if worker.age_s < _SHORTEST_LIFE_S:
                     worker.check_running()
-                _print("The worker ended. Another one starts.")
+                typer.echo("The worker ended. Another one starts.")
                 worker = _start_worker(home, access, environment, stack)
 
 
@@ -235,13 +237,8 @@ def _interrupt(number: int, _: object) -> None:
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
     with contextlib.suppress(OSError):
-        _print("Stopping. A run that is under way ends as Crashed.")
+        typer.echo("Stopping. A run that is under way ends as Crashed.")
     raise KeyboardInterrupt
-
-
-def _print(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,8 +2,8 @@
 
 Every write names the object that it expects to find (If-Match) or that it expects none (If-None-Match), so that
 only one of several writers succeeds. boto3 repeats a request whose reply was lost. If the server carried out the
-first one, it refuses the repetition, because the object is no longer as expected. So a refusal means that some
-process has written the object, perhaps this one, and the writer looks at the object before it gives up:
+first one, it refuses the repetition, because the object has changed. A refusal therefore means that some process
+has written the object, perhaps this one, and the writer looks at the object before it gives up:
 
 - A blob is content-addressed. An object of the right size is the blob, unless it is the altered one that the
   write was to replace (`write_blob_once`).
