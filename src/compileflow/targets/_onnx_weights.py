@@ -1,8 +1,8 @@
-"""Weights in 4 bits on ONNX Runtime, in the operator and the form that its own quantizer makes."""
+"""Weights of decoders in 4 or 8 bits on ONNX Runtime, one scale for each group of a column."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,18 +12,22 @@ from numpy.typing import NDArray
 _PRODUCTS = ("MatMul", "Gemm")
 # Computes with activations in 8 bits. Level 0 keeps fp32 and took 13 times as long for a token.
 _ACCURACY_LEVEL = 4
+_ROWS_AT_A_TIME = 4096
 
 
-def compress_weights(model: Any, logits: str, *, group_size: int, symmetric: bool) -> None:
-    """Store the weights of a decoder's products in 4 bits, and those of its last layer in 8 bits.
+def compress_weights(
+    model: Any, logits: str, *, bits: int, group_size: int, symmetric: bool, steps: int = 127
+) -> None:
+    """Store the weights of a decoder's products in a few bits, its embeddings and its last layer in 8 bits.
 
     Args:
         model: A graph with weights in fp32, which is changed.
         logits: Name of the output that the last layer gives.
+        bits: 4 or 8.
         group_size: Weights that share one scale: 16, 32, 64, 128 or 256.
-        symmetric: Use no zero points.
+        symmetric: Use no zero points at 4 bits.
+        steps: Steps of 8 bits. With 127, no sum of two products overflows 16 bits on CPUs without VNNI.
     """
-    import onnx_ir
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     [output] = [value for value in model.graph.outputs if value.name == logits]
@@ -31,41 +35,60 @@ def compress_weights(model: Any, logits: str, *, group_size: int, symmetric: boo
     while last is not None and last.op_type not in _PRODUCTS:
         last = last.inputs[0].producer()
     for node, weights, bias in list(_products(model)):
-        bits = 8 if node is last else 4
-        packed, scales, zero_points = _quantized(weights, bits, group_size=group_size, symmetric=symmetric)
-        arrays = {"packed": packed, "scales": scales} | ({} if symmetric else {"zero_points": zero_points})
-        inputs = [node.inputs[0]]
-        for part, array in arrays.items():
-            tensor = onnx_ir.tensor(array, name=f"{node.inputs[1].name}.{part}")
-            value = onnx_ir.Value(
-                name=tensor.name,
-                const_value=tensor,
-                shape=tensor.shape,
-                type=onnx_ir.TensorType(tensor.dtype),
-            )
-            model.graph.register_initializer(value)
-            inputs.append(value)
+        node_bits = 8 if node is last else bits
+        if node_bits == 8:
+            arrays = _eight_bits(weights.T, group_size, steps)
+        else:
+            arrays = _four_bits(weights, group_size, symmetric=symmetric)
+        inputs = [node.inputs[0], *_constants(model, node.inputs[1].name, arrays)]
         if bias is not None:
             # The places of the zero points and of an order of the groups come first.
             inputs += [None] * (5 - len(inputs)) + [bias]
         rows, columns = weights.shape
-        product = onnx_ir.node(
-            "MatMulNBits",
-            inputs,
-            attributes={
-                "K": rows,
-                "N": columns,
-                "bits": bits,
-                "block_size": group_size,
-                "accuracy_level": _ACCURACY_LEVEL,
-            },
-            domain="com.microsoft",
-        )
-        onnx_ir.convenience.replace_nodes_and_values(
-            model.graph, node, [node], [product], node.outputs, product.outputs
-        )
+        attributes = {"K": rows, "N": columns, "bits": node_bits, "accuracy_level": _ACCURACY_LEVEL}
+        _replace(model, node, "MatMulNBits", inputs, attributes | {"block_size": group_size})
+    for node, table in list(_tables(model)):
+        packed, *scales = _eight_bits(table, group_size, steps)
+        arrays = [packed.reshape(len(table), -1)[:, : table.shape[1]], *scales]
+        data, *scales = _constants(model, node.inputs[0].name, arrays)
+        attributes = {"bits": 8, "block_size": group_size, "gather_axis": 0, "quantize_axis": 1}
+        _replace(model, node, "GatherBlockQuantized", [data, node.inputs[1], *scales], attributes)
     model.graph.opset_imports.setdefault("com.microsoft", 1)
     RemoveUnusedNodesPass()(model)
+
+
+def _constants(model: Any, name: str, arrays: Sequence[NDArray[Any]]) -> list[Any]:
+    """Add packed weights, their scales and their zero points to a graph."""
+    import onnx_ir
+
+    values = []
+    for part, array in zip(("packed", "scales", "zero_points"), arrays, strict=False):
+        tensor = onnx_ir.tensor(np.ascontiguousarray(array), name=f"{name}.{part}")
+        value = onnx_ir.Value(
+            name=tensor.name, const_value=tensor, shape=tensor.shape, type=onnx_ir.TensorType(tensor.dtype)
+        )
+        model.graph.register_initializer(value)
+        values.append(value)
+    return values
+
+
+def _replace(model: Any, node: Any, op_type: str, inputs: Sequence[Any], attributes: Mapping[str, int]) -> None:
+    """Replace a node with one of ONNX Runtime's own operators."""
+    import onnx_ir
+
+    new = onnx_ir.node(op_type, inputs, attributes=attributes, domain="com.microsoft")
+    onnx_ir.convenience.replace_nodes_and_values(model.graph, node, [node], [new], node.outputs, new.outputs)
+
+
+def _tables(model: Any) -> Iterator[tuple[Any, NDArray[Any]]]:
+    """Yield each node that chooses rows of a table of weights, and the table."""
+    for node in model.graph:
+        if node.op_type != "Gather" or node.inputs[0].const_value is None:
+            continue
+        axis = node.attributes.get("axis")
+        table = node.inputs[0].const_value.numpy()
+        if table.ndim == 2 and table.dtype == np.float32 and not (axis and axis.as_int()):
+            yield node, table
 
 
 def _products(model: Any) -> Iterator[tuple[Any, NDArray[Any], Any]]:
@@ -84,13 +107,38 @@ def _products(model: Any) -> Iterator[tuple[Any, NDArray[Any], Any]]:
         )
 
 
-def _quantized(weights: NDArray[Any], bits: int, *, group_size: int, symmetric: bool) -> Any:
-    """Return weights, scales and zero points as ONNX Runtime's MatMulNBits reads them."""
+def _four_bits(weights: NDArray[Any], group_size: int, *, symmetric: bool) -> list[NDArray[Any]]:
+    """Return weights, scales and zero points in the form and order that MatMulNBits reads."""
     from onnxruntime.quantization.matmul_nbits_quantizer import (
         DefaultWeightOnlyQuantConfig,
         DefaultWeightOnlyQuantizer,
     )
 
-    config = DefaultWeightOnlyQuantConfig(block_size=group_size, is_symmetric=symmetric, bits=bits)
+    config = DefaultWeightOnlyQuantConfig(block_size=group_size, is_symmetric=symmetric, bits=4)
     # It reads the memory of an array row by row, whatever its strides say.
-    return DefaultWeightOnlyQuantizer(config).qbits_block_quant(np.ascontiguousarray(weights, np.float32))
+    packed, scales, zero_points = DefaultWeightOnlyQuantizer(config).qbits_block_quant(
+        np.ascontiguousarray(weights, np.float32)
+    )
+    return [packed, scales] if symmetric else [packed, scales, zero_points]
+
+
+def _eight_bits(rows: NDArray[Any], group_size: int, steps: int) -> list[NDArray[Any]]:
+    """Return rows as groups of bytes, with a scale and a zero point for each group.
+
+    ONNX Runtime's own quantizer always uses 255 steps.
+    """
+    count, width = rows.shape
+    groups = -(-width // group_size)
+    packed = np.zeros((count, groups, group_size), np.uint8)
+    scales = np.zeros((count, groups), np.float32)
+    zero_points = np.zeros((count, groups), np.uint8)
+    for start in range(0, count, _ROWS_AT_A_TIME):
+        part = slice(start, start + _ROWS_AT_A_TIME)
+        values = np.pad(rows[part].astype(np.float32), ((0, 0), (0, groups * group_size - width)))
+        values = values.reshape(-1, groups, group_size)
+        low, high = np.minimum(values.min(axis=2), 0), np.maximum(values.max(axis=2), 0)
+        scale = (high - low) / np.float32(steps)
+        scale[scale == 0] = 1
+        scales[part], zero_points[part] = scale, np.rint(-low / scale)
+        packed[part] = np.clip(np.rint(values / scale[:, :, None]) + zero_points[part][:, :, None], 0, steps)
+    return [packed, scales, zero_points]

@@ -98,8 +98,8 @@ class OnnxRuntimeOptions(TargetOptions):
     )
     reduce_range: bool = Field(
         True,
-        description="At int8: store weights in 7 bits. 8 bits overflow on CPUs without VNNI; set it to false only "
-        "if every machine has VNNI.",
+        description="At int8, and for the 8-bit weights of int4: store weights in 7 bits. 8 bits overflow on CPUs "
+        "without VNNI; set it to false only if every machine has VNNI.",
     )
     group_size: Literal[16, 32, 64, 128, 256, None] = Field(
         None, description=f"At int4: weights that share one scale. null: {_WEIGHTS_PER_SCALE}."
@@ -135,7 +135,7 @@ class OnnxRuntimeTarget:
     """Export to ONNX for any batch size and length, and run with ONNX Runtime."""
 
     name: ClassVar[str] = "onnx-runtime"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     summary: ClassVar[str] = (
         "ONNX with dynamic axes and fused operators, int8 (static: by NNCF) and int4 by ONNX Runtime; CPU fleets"
     )
@@ -183,13 +183,13 @@ class OnnxRuntimeTarget:
             trust_remote_code=component.trust_remote_code,
         )
         quantizer = None
-        if component.precision is not Precision.FP32:
+        if component.precision is not Precision.FP32 and not component.hf_task.generates:
             quantizer = _quantizer(options, component, source_model)
         report_progress(f"exporting to ONNX ({component.precision.value})")
         with torch_threads(component.threads):
             example = source_model.export_tensors(component.max_sequence_length)
             if component.hf_task.generates:
-                model = _export_decoder(source_model, options, quantizer, component.max_sequence_length)
+                model = _export_decoder(source_model, options, component)
             elif options.exporter == "trace":
                 model = _trace(source_model, example, options)
             else:
@@ -357,8 +357,6 @@ def _quantizer(options: OnnxRuntimeOptions, component: ComponentPlan, source_mod
 
     Products of two activations stay in fp32, because they lose the most accuracy.
     """
-    if component.precision is Precision.INT4:
-        return _int4_quantizer(options)
     if options.quantization == "static":
         return _static_quantizer(options, calibration_tensors(source_model.inputs, component.calibration))
     from onnxruntime.quantization import QuantType
@@ -373,29 +371,6 @@ def _quantizer(options: OnnxRuntimeOptions, component: ComponentPlan, source_mod
             extra_options={"MatMulConstBOnly": True},
         )
     )
-
-
-def _int4_quantizer(options: OnnxRuntimeOptions) -> Any:
-    """Return a quantizer that stores the weights of products in 4 bits, and embeddings and the last layer in 8."""
-    from onnxruntime.quantization import QuantType
-    from transformers.exporters import OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
-
-    class Quantizer(OnnxRuntimeQuantizer):  # type: ignore[misc]
-        """Quantizes the products, and leaves the embeddings to ONNX Runtime's quantizer for 8 bits."""
-
-        def quantize(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-            compress_weights(
-                model,
-                LOGITS,
-                group_size=options.group_size or _WEIGHTS_PER_SCALE,
-                symmetric=options.symmetric,
-            )
-            return super().quantize(model, *args, **kwargs)
-
-    config = OnnxRuntimeDynamicConfig(
-        op_types_to_quantize=["Gather"], per_channel=True, weight_type=QuantType.QInt8
-    )
-    return Quantizer(config)
 
 
 def _static_quantizer(options: OnnxRuntimeOptions, samples: list[dict[str, Any]]) -> Any:
@@ -482,7 +457,7 @@ def _export(
     return _exported(source_model.model, example, shapes, options, quantizer, longest)
 
 
-def _export_decoder(source_model: SourceModel, options: OnnxRuntimeOptions, quantizer: Any, longest: int) -> Any:
+def _export_decoder(source_model: SourceModel, options: OnnxRuntimeOptions, component: ComponentPlan) -> Any:
     """Export one step of a decoder, with its cache as inputs and outputs."""
     class_name = type(source_model.model).__name__
     try:
@@ -491,28 +466,37 @@ def _export_decoder(source_model: SourceModel, options: OnnxRuntimeOptions, quan
         raise refusal(
             "transformers", error, model=type(source_model.model).__name__, hint=OTHER_DECODER
         ) from error
-    model = _exported(step.model, step.inputs, step.dynamic_shapes, options, None, longest)
+    model = _exported(step.model, step.inputs, step.dynamic_shapes, options, None, component.max_sequence_length)
     check_cache(model, class_name)
     transpose_batches(model)
-    if quantizer is None:
+    if component.precision is Precision.FP32:
         return model
     import onnx_ir
-    from transformers.exporters.configs import ExportFormat
 
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         path = f"{folder}/{_FILE}"
         onnx_ir.save(model, path, external_data=f"{_FILE}.data")
-        # The quantizers copy all weights. The exported graph shares its weights with the source model.
+        # The weights are read from the file one by one. Before, the graph shared them with the source model.
         del model
         release_weights(source_model)
         saved_model = onnx_ir.load(path)
         plain_last_layer(saved_model)
         try:
             with released_pages(Path(folder)):
-                return quantizer.quantize(saved_model, dict(step.inputs), ExportFormat.ONNX)
+                compress_weights(
+                    saved_model,
+                    LOGITS,
+                    bits=8 if component.precision is Precision.INT8 else 4,
+                    group_size=options.group_size or _WEIGHTS_PER_SCALE,
+                    symmetric=options.symmetric,
+                    steps=127 if options.reduce_range else 255,
+                )
         except Exception as error:
             raise refusal("The quantizer", error, model=class_name) from error
+        # What was not compressed is still in the file.
+        onnx_ir.external_data.load_to_model(saved_model)
+        return saved_model
 
 
 def _exported(
