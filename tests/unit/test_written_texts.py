@@ -59,6 +59,7 @@ def test_target_that_cannot_generate_names_those_that_can(target: str) -> None:
         ("openvino", "int4", {"group_size": 0}, "group_size is 0"),
         ("openvino", "int4", {"group_size": True}, "expected no truth value, got true"),
         ("onnx-runtime", "int4", {"group_size": 48}, "group_size"),
+        ("onnx-runtime", "int8", {"reduce_range": False}, "no option reduce_range for text-generation"),
     ],
 )
 def test_options_that_do_not_suit_are_refused(

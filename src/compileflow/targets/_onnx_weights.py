@@ -12,12 +12,9 @@ from numpy.typing import NDArray
 _PRODUCTS = ("MatMul", "Gemm")
 # Computes with activations in 8 bits. Level 0 keeps fp32 and took 13 times as long for a token.
 _ACCURACY_LEVEL = 4
-_ROWS_AT_A_TIME = 4096
 
 
-def compress_weights(
-    model: Any, logits: str, *, bits: int, group_size: int, symmetric: bool, steps: int = 127
-) -> None:
+def compress_weights(model: Any, logits: str, *, bits: int, group_size: int, symmetric: bool) -> None:
     """Store the weights of a decoder's products in a few bits, its embeddings and its last layer in 8 bits.
 
     Args:
@@ -25,8 +22,7 @@ def compress_weights(
         logits: Name of the output that the last layer gives.
         bits: 4 or 8.
         group_size: Weights that share one scale: 16, 32, 64, 128 or 256.
-        symmetric: Use no zero points at 4 bits.
-        steps: Steps of 8 bits. With 127, no sum of two products overflows 16 bits on CPUs without VNNI.
+        symmetric: Use no zero points.
     """
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -36,10 +32,7 @@ def compress_weights(
         last = last.inputs[0].producer()
     for node, weights, bias in list(_products(model)):
         node_bits = 8 if node is last else bits
-        if node_bits == 8:
-            arrays = _eight_bits(weights.T, group_size, steps)
-        else:
-            arrays = _four_bits(weights, group_size, symmetric=symmetric)
+        arrays = _quantized(weights, node_bits, group_size=group_size, symmetric=symmetric)
         inputs = [node.inputs[0], *_constants(model, node.inputs[1].name, arrays)]
         if bias is not None:
             # The places of the zero points and of an order of the groups come first.
@@ -48,8 +41,10 @@ def compress_weights(
         attributes = {"K": rows, "N": columns, "bits": node_bits, "accuracy_level": _ACCURACY_LEVEL}
         _replace(model, node, "MatMulNBits", inputs, attributes | {"block_size": group_size})
     for node, table in list(_tables(model)):
-        packed, *scales = _eight_bits(table, group_size, steps)
-        arrays = [packed.reshape(len(table), -1)[:, : table.shape[1]], *scales]
+        arrays = _quantized(table.T, 8, group_size=group_size, symmetric=symmetric)
+        arrays = [array.reshape(len(table), -1) for array in arrays]
+        # The last group of a row may be longer than the row.
+        arrays[0] = arrays[0][:, : table.shape[1]]
         data, *scales = _constants(model, node.inputs[0].name, arrays)
         attributes = {"bits": 8, "block_size": group_size, "gather_axis": 0, "quantize_axis": 1}
         _replace(model, node, "GatherBlockQuantized", [data, node.inputs[1], *scales], attributes)
@@ -107,38 +102,16 @@ def _products(model: Any) -> Iterator[tuple[Any, NDArray[Any], Any]]:
         )
 
 
-def _four_bits(weights: NDArray[Any], group_size: int, *, symmetric: bool) -> list[NDArray[Any]]:
-    """Return weights, scales and zero points in the form and order that MatMulNBits reads."""
+def _quantized(weights: NDArray[Any], bits: int, *, group_size: int, symmetric: bool) -> list[NDArray[Any]]:
+    """Return weights, scales and zero points as ONNX Runtime's MatMulNBits reads them, one output after another."""
     from onnxruntime.quantization.matmul_nbits_quantizer import (
         DefaultWeightOnlyQuantConfig,
         DefaultWeightOnlyQuantizer,
     )
 
-    config = DefaultWeightOnlyQuantConfig(block_size=group_size, is_symmetric=symmetric, bits=4)
+    config = DefaultWeightOnlyQuantConfig(block_size=group_size, is_symmetric=symmetric, bits=bits)
     # It reads the memory of an array row by row, whatever its strides say.
     packed, scales, zero_points = DefaultWeightOnlyQuantizer(config).qbits_block_quant(
         np.ascontiguousarray(weights, np.float32)
     )
     return [packed, scales] if symmetric else [packed, scales, zero_points]
-
-
-def _eight_bits(rows: NDArray[Any], group_size: int, steps: int) -> list[NDArray[Any]]:
-    """Return rows as groups of bytes, with a scale and a zero point for each group.
-
-    ONNX Runtime's own quantizer always uses 255 steps.
-    """
-    count, width = rows.shape
-    groups = -(-width // group_size)
-    packed = np.zeros((count, groups, group_size), np.uint8)
-    scales = np.zeros((count, groups), np.float32)
-    zero_points = np.zeros((count, groups), np.uint8)
-    for start in range(0, count, _ROWS_AT_A_TIME):
-        part = slice(start, start + _ROWS_AT_A_TIME)
-        values = np.pad(rows[part].astype(np.float32), ((0, 0), (0, groups * group_size - width)))
-        values = values.reshape(-1, groups, group_size)
-        low, high = np.minimum(values.min(axis=2), 0), np.maximum(values.max(axis=2), 0)
-        scale = (high - low) / np.float32(steps)
-        scale[scale == 0] = 1
-        scales[part], zero_points[part] = scale, np.rint(-low / scale)
-        packed[part] = np.clip(np.rint(values / scale[:, :, None]) + zero_points[part][:, :, None], 0, steps)
-    return [packed, scales, zero_points]

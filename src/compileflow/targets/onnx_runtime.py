@@ -98,8 +98,8 @@ class OnnxRuntimeOptions(TargetOptions):
     )
     reduce_range: bool = Field(
         True,
-        description="At int8, and for the 8-bit weights of int4: store weights in 7 bits. 8 bits overflow on CPUs "
-        "without VNNI; set it to false only if every machine has VNNI.",
+        description="At int8: store weights in 7 bits. 8 bits overflow on CPUs without VNNI; set it to false only "
+        "if every machine has VNNI. The operators for text-generation use 8 bits and do not overflow.",
     )
     group_size: Literal[16, 32, 64, 128, 256, None] = Field(
         None, description=f"At int4: weights that share one scale. null: {_WEIGHTS_PER_SCALE}."
@@ -117,6 +117,11 @@ class OnnxRuntimeOptions(TargetOptions):
             raise SpecError(f"onnx-runtime option {name} is only for int4.", hint=f"Leave {name} out.")
         if hf_task.generates and self.exporter == "trace":
             raise SpecError("onnx-runtime cannot trace a model for text-generation.", hint="Leave exporter out.")
+        if hf_task.generates and not self.reduce_range:
+            raise SpecError(
+                "onnx-runtime has no option reduce_range for text-generation, whose weights have 8 bits.",
+                hint="Leave reduce_range out.",
+            )
         if hf_task.generates and self.quantization == "static" and precision is Precision.INT8:
             raise SpecError(
                 "onnx-runtime does not quantize statically for text-generation.",
@@ -135,7 +140,7 @@ class OnnxRuntimeTarget:
     """Export to ONNX for any batch size and length, and run with ONNX Runtime."""
 
     name: ClassVar[str] = "onnx-runtime"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     summary: ClassVar[str] = (
         "ONNX with dynamic axes and fused operators, int8 (static: by NNCF) and int4 by ONNX Runtime; CPU fleets"
     )
@@ -490,7 +495,6 @@ def _export_decoder(source_model: SourceModel, options: OnnxRuntimeOptions, comp
                     bits=8 if component.precision is Precision.INT8 else 4,
                     group_size=options.group_size or _WEIGHTS_PER_SCALE,
                     symmetric=options.symmetric,
-                    steps=127 if options.reduce_range else 255,
                 )
         except Exception as error:
             raise refusal("The quantizer", error, model=class_name) from error
