@@ -103,7 +103,7 @@ def _products(model: Any) -> Iterator[tuple[Any, NDArray[Any], Any]]:
 
 
 def _quantized(weights: NDArray[Any], bits: int, *, group_size: int, symmetric: bool) -> list[NDArray[Any]]:
-    """Return weights, scales and zero points as ONNX Runtime's MatMulNBits reads them, one output after another."""
+    """Return weights, scales and zero points as ONNX Runtime's MatMulNBits reads them, output after output."""
     from onnxruntime.quantization.matmul_nbits_quantizer import (
         DefaultWeightOnlyQuantConfig,
         DefaultWeightOnlyQuantizer,
