@@ -233,8 +233,10 @@ class OpenVinoContinuation:
             _PLACES: np.arange(length - 1 if last else 0, length),
         }
         request = require_open(self._request)
-        for name in self._names:
-            request.set_tensor(name, openvino.Tensor(np.ascontiguousarray(inputs[name]), shared_memory=True))
+        # The request reads this memory until wait() returns, and does not keep it alive.
+        arrays = {name: np.ascontiguousarray(inputs[name]) for name in self._names}
+        for name, array in arrays.items():
+            request.set_tensor(name, openvino.Tensor(array, shared_memory=True))
         # infer() would compute in this thread, and each token would take a millisecond longer.
         request.start_async()
         request.wait()
