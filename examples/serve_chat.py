@@ -67,7 +67,7 @@ class ChatSettings(ServiceSettings):
 class TextPart(BaseModel):
     """A part of a message."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["text"]
     text: str
@@ -76,7 +76,7 @@ class TextPart(BaseModel):
 class Message(BaseModel):
     """A message of a chat."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     role: Literal["system", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(min_length=1)]
@@ -90,9 +90,12 @@ class Message(BaseModel):
 class StreamOptions(BaseModel):
     """Settings of a stream."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     include_usage: bool = False
+
+
+Stop = Annotated[str, Field(min_length=1)]
 
 
 class Order(BaseModel):
@@ -101,14 +104,14 @@ class Order(BaseModel):
     The description of a field says what is allowed; errors quote it.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str = Field(description="a model that GET /v1/models lists")
     max_tokens: int | None = Field(None, ge=1, description="a whole number of at least 1")
     temperature: float | None = Field(None, ge=0, le=2, description="a number from 0 to 2")
     top_p: float | None = Field(None, gt=0, le=1, description="a number above 0, at most 1")
     seed: int | None = Field(None, ge=0, lt=2**32, description="a whole number from 0 to 4294967295")
-    stop: str | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4)] | None = Field(
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = Field(
         None, description="a text, or a list of at most four texts that are not empty"
     )
     stream: bool = Field(False, description="true or false")

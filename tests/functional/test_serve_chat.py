@@ -261,6 +261,11 @@ WRONG: list[tuple[dict[str, Any], int, str, str]] = [
     ({"stop": ["a", 5]}, 400, "stop", "stop.1: expected text, got 5."),
     ({"stop": list("abcde")}, 400, "stop", 'stop: expected at most 4 items, got ["a", "b", "c", "d", "e"].'),
     ({"stream_options": {"usage": 1}}, 400, "stream_options", "stream_options.usage: this name is not known."),
+    ({"max_tokens": "4"}, 400, "max_tokens", 'max_tokens: expected a whole number, got "4".'),
+    ({"max_tokens": True}, 400, "max_tokens", "max_tokens: expected a whole number, got true."),
+    ({"temperature": True}, 400, "temperature", "temperature: expected a number, got true."),
+    ({"stream": "yes"}, 400, "stream", 'stream: expected true or false, got "yes".'),
+    ({"stop": ""}, 400, "stop", "stop: expected at least 1"),
     ({"max_tokens": 0}, 400, "max_tokens", "max_tokens: expected at least 1, got 0."),
     ({"max_tokens": 8001}, 400, "max_tokens", "An answer has at most 8000 tokens, but max_tokens is 8001."),
     (

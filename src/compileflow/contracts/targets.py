@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, JsonValue
 
 from compileflow.contracts.records import Attention, ComponentRecord, Padding, TensorRecord
 from compileflow.spec import CompileSpec, ComponentSpec, HfTask, Precision, ShapeBucket
@@ -254,17 +254,9 @@ class WritingRunner(GeneratingRunner, Protocol):
 
 
 class TargetOptions(BaseModel):
-    """Base class of a target's options: immutable, without unknown names."""
+    """Base class of a target's options: immutable, without unknown names, and without guesses at types."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        annotation = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
-            raise ValueError(f"expected no truth value, got {str(value).lower()}")
-        return value
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     def needs_calibration(self, precision: Precision) -> bool:
         """Say whether a compile at this precision needs natural examples for calibration."""

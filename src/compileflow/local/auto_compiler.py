@@ -124,11 +124,16 @@ class AutoCompiler:
             settings = settings.model_copy(update={"hub_token": SecretStr(token)})
         with _logged_phases() if progress is None else nullcontext(progress) as phases:
             with phases.step("0 check") as show:
+                if not isinstance(token, str | None):
+                    kind = type(token).__name__
+                    raise SpecError(f"Expected token as a text, got {kind}.", hint="Correct that argument.")
                 _check_types(
                     model_id=(model_id, str | Path),
                     num_device=(num_device, int),
+                    max_length=(1 if max_length is None else max_length, int),
                     low_memory_usage=(low_memory_usage, bool),
                     fast_compile=(True if fast_compile is None else fast_compile, bool),
+                    trust_remote_code=(trust_remote_code, bool),
                     target=(target, str | None),
                     cache_dir=(cache_dir, str | Path | None),
                 )

@@ -67,10 +67,10 @@ class BladeOptions(TargetOptions):
         True, description="Generate code for several CUDA compute capabilities; compiling takes longer."
     )
     customize_op_white_list: tuple[str, ...] = Field(
-        (), description="Additional TorchScript operators to compile, for example aten::flatten."
+        (), strict=False, description="Additional TorchScript operators to compile, for example aten::flatten."
     )
     customize_op_black_list: tuple[str, ...] = Field(
-        (), description="TorchScript operators to leave to torch, for example aten::flatten."
+        (), strict=False, description="TorchScript operators to leave to torch, for example aten::flatten."
     )
 
     def check_precision(self, precision: Precision) -> None:

@@ -65,6 +65,7 @@ class NeuronOptions(TargetOptions):
     )
     compiler_args: tuple[str, ...] = Field(
         (),
+        strict=False,
         description="Arguments of neuron-cc. Without --fast-math or --fp32-cast the precision chooses: "
         "--fast-math none for fp32, fp32-cast-all for bf16, fp32-cast-all-fp16 for fp16.",
     )

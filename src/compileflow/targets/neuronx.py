@@ -91,7 +91,7 @@ class NeuronxOptions(TargetOptions):
     )
     async_load: bool = Field(False, description="Load the graphs onto the device in the background, in parallel.")
     lazy_load: bool = Field(False, description="Load a graph onto the device at its first call.")
-    compiler_args: tuple[str, ...] = Field((), description="Additional arguments of neuronx-cc.")
+    compiler_args: tuple[str, ...] = Field((), strict=False, description="Additional arguments of neuronx-cc.")
 
     def check_precision(self, precision: Precision) -> None:
         """Refuse casts that contradict the precision."""
