@@ -23,18 +23,22 @@ def targets(as_json: AsJson = False) -> None:
     table, notes = [], []
     for row in rows:
         lacking = row["lacking"] if row["can_run"] else {}
+        precisions = [f"({name})" if name in lacking else name for name in row["precisions"]]
+        precisions += [f"{name}*" for name in row["generation_precisions"] if name not in row["precisions"]]
         table.append(
             (
                 str(row["target"]),
                 "yes" if row["can_compile"] else "no",
                 "yes" if row["can_run"] else "no",
-                ", ".join(f"({name})" if name in lacking else name for name in row["precisions"]),
+                ", ".join(precisions),
             )
         )
         if row["reason"]:
             notes.append(f"{row['target']}: {row['reason']}. {row['hint']}")
         notes += [f"{row['target']} ({precision}): {reason}." for precision, reason in lacking.items()]
     print_table(("target", "compiles here", "runs here", "precisions"), table)
+    if any("*" in cells[-1] for cells in table):
+        notes.append("*: for text-generation only.")
     for note in notes:
         typer.echo(note)
 
