@@ -56,11 +56,11 @@ def matrix(
     except ValidationError as error:
         raise SpecError(f"{in_options(first_problem(error, show_input=True))}.") from error
     settings = get_settings()
-    set_embedded_defaults(settings, progress=progress)
+    server = set_embedded_defaults(settings, progress=progress)
     # Prefect reads its settings when it is imported.
     from flows.runner import run_matrix
 
-    outcome = run_matrix(request, deployment=deployment, at_once=at_once)
+    outcome = run_matrix(request, server, deployment=deployment, at_once=at_once)
     compared = read_matrix(outcome, settings)
     if as_json:
         typer.echo(json.dumps(compared.model_dump(mode="json"), indent=1))
