@@ -1,7 +1,7 @@
 """The Prefect server of a run that has none: a process that ends with this one, even by SIGKILL.
 
-Prefect would start such a process itself. It would first import the whole server in the client, and wait for it where
-the client could go on.
+Prefect would start such a process itself. It would first import the whole server in the client, and then wait for
+the process where the client could go on.
 """
 
 from __future__ import annotations
@@ -83,9 +83,8 @@ class EmbeddedServer:
             self._process.wait(_END_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait()
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        # Closes the pipe.
+        self._process.communicate()
 
 
 def serve(handle: int, lock: Path) -> None:
