@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from prefect import flow, task
+from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
@@ -12,7 +12,7 @@ from prefect.states import Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
-from compileflow.errors import CompileError, CompileflowError
+from compileflow.errors import CompileError, CompileflowError, RunLostError
 from compileflow.selection.matrix import MatrixRequest, impossible_cell
 from compileflow.steps.request import CompileRequest
 from compileflow.steps.run import CompileResult
@@ -24,8 +24,12 @@ from tasks.matrix import compare_cells
 
 @task(name="cell", description="Compile one model for one target at one precision.", cache_policy=NO_CACHE)
 def run_cell(request: CompileRequest, deployment: str | None) -> CompileResult | CompileflowError:
-    """Return the result of the cell's run, or its error."""
-    return run_one(request, deployment)
+    """Return the result of the cell's run, or its error. A run that was lost with its worker runs once more."""
+    outcome = run_one(request, deployment)
+    if isinstance(outcome, RunLostError):
+        get_run_logger().warning("the cell runs once more: %s", outcome)
+        outcome = run_one(request, deployment)
+    return outcome
 
 
 @flow(
