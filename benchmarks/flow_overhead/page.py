@@ -16,10 +16,10 @@ _INTRODUCTION = """\
 # Overhead of flows
 
 What Prefect adds to a run: `python -m compileflow compile`, which is the library without Prefect, beside
-`python -m flows compile` against a running server and with the embedded server, which starts and ends with the run.
-The model is a small random BERT, so that little of the time is its own. All kinds take turns in each round; a figure
-is the median, with the quartiles. Processor time includes the embedded server and the child processes of the steps,
-but not the running server.
+`python -m flows compile` against a running server and with the embedded server, which starts and ends with the
+run. The model is a small random BERT, so that little of the time is its own. All kinds take turns in each round; a
+figure is the median, with the quartiles. Processor time includes the embedded server and the child processes of
+the steps, but not the running server.
 
 To measure it again: `python benchmarks/exp_flow_overhead.py --page docs/reference/flow-overhead.md`
 """
@@ -101,8 +101,8 @@ def write_page(answer: Figures, path: Path) -> None:
             first = ", ".join(f"{kind} {seconds:.1f} s" for kind, seconds in figures["first_s"].items())
             parts += [
                 _table(run_rows(figures)),
-                f"{figures['rounds']} rounds. The very first runs, with an empty store and for the embedded server "
-                f"with a new database, took: {first}.\n",
+                f"{figures['rounds']} rounds. The very first runs, with an empty store and for the embedded "
+                f"server with a new database, took: {first}.\n",
             ]
     path.write_text("\n".join(parts), "utf-8")
 
@@ -110,9 +110,9 @@ def write_page(answer: Figures, path: Path) -> None:
 def _matrix_words(figures: Figures) -> str:
     return (
         f"{figures['cells']} cells of small models on Postgres, with {figures['workers']} workers that run one "
-        "cell at a time on one thread. When half of the cells are registered, one worker and its run are killed with "
-        "SIGKILL; an automation finds the lost run, and another worker does its cell. Linear is the time of one "
-        "cell after another on the same workers, divided by the number of processors.\n"
+        "cell at a time on one thread. When half of the cells are registered, one worker and its run are killed "
+        "with SIGKILL; an automation finds the lost run, and another worker does its cell. Linear is the time of "
+        "one cell after another on the same workers, divided by the number of processors.\n"
     )
 
 
