@@ -54,7 +54,12 @@ def run_requests(
 
 
 def run_matrix(
-    request: MatrixRequest, embedded: EmbeddedServer | None, *, deployment: str | None, at_once: int
+    request: MatrixRequest,
+    embedded: EmbeddedServer | None,
+    *,
+    deployment: str | None,
+    at_once: int,
+    dask: str | None,
 ) -> str:
     """Run compile_matrix and return the URI of the stored matrix, whether or not cells failed.
 
@@ -65,7 +70,7 @@ def run_matrix(
     from flows.compile_matrix import compile_matrix
 
     with _server(embedded):
-        outcome = _outcome(lambda: compile_matrix(request, deployment, at_once, return_state=True))
+        outcome = _outcome(lambda: compile_matrix(request, deployment, at_once, dask=dask, return_state=True))
     if isinstance(outcome, str):
         return outcome
     if isinstance(outcome, CompileflowError) and not outcome.report_uri:
