@@ -123,6 +123,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="runs of each kind from the cache")
     parser.add_argument("--cold-rounds", type=int, default=3, help="runs of each kind with an empty store")
     parser.add_argument("--models", type=int, default=12, help="models of the matrix; each has two cells")
+    parser.add_argument("--serial-models", type=int, default=2, help="models whose cells run one after the other")
     parser.add_argument("--workers", type=int, default=3, help="workers of the matrix; one is killed")
     parser.add_argument("--results", type=Path, help="JSON file that keeps the parts")
     parser.add_argument("--page", type=Path, help="write the page of the documentation")
@@ -130,7 +131,12 @@ def main() -> None:
     parts: dict[str, Callable[[Path], dict[str, Any]]] = {
         "cached": lambda folder: measured_runs(folder, arguments.rounds, cold=False),
         "cold": lambda folder: measured_runs(folder, arguments.cold_rounds, cold=True),
-        "matrix": lambda folder: measured_matrix(folder, models=arguments.models, workers=arguments.workers),
+        "matrix": lambda folder: measured_matrix(
+            folder,
+            models=arguments.models,
+            serial_models=arguments.serial_models,
+            workers=arguments.workers,
+        ),
     }
     kept = arguments.results is not None and arguments.results.is_file()
     answer: dict[str, Any] = json.loads(arguments.results.read_text("utf-8")) if kept else {}

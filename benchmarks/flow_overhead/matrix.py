@@ -26,23 +26,22 @@ from tests.models import build_model
 ROOT = Path(__file__).parents[2]
 TARGETS = ("torchscript", "onnx-runtime")
 DEPLOYMENT = "compile-model/cells"
-# Models whose cells run one after the other, for comparison.
-SERIAL_MODELS = 2
 _POOL = "cells"
 _SHAPES = [{"batch_size": 1, "sequence_length": 16}]
 
 
-def measured_matrix(folder: Path, *, models: int, workers: int) -> dict[str, Any]:
+def measured_matrix(folder: Path, *, models: int, serial_models: int, workers: int) -> dict[str, Any]:
     """Run some cells one after the other, then a matrix on all workers, and kill one when half is registered.
 
     Args:
         folder: Empty folder for models, stores, servers and logs.
         models: Models of the matrix.
+        serial_models: Models whose cells run one after the other, for comparison.
         workers: Workers, each of which runs one cell at a time.
     """
     paths = [
         build_model(folder / f"model-{number}", HfTask.TEXT_CLASSIFICATION, seed=number)
-        for number in range(models + SERIAL_MODELS)
+        for number in range(models + serial_models)
     ]
     with ExitStack() as stack:
         url = stack.enter_context(postgres(folder / "postgres"))
