@@ -8,7 +8,6 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from compileflow import __version__
 from compileflow._process.folders import file_written_whole, os_errors
 from compileflow.catalog import open_store
 from compileflow.contracts.json_files import read_json
@@ -83,9 +82,7 @@ def export_picture(report_uri: str, settings: Settings) -> Path:
         IntegrityError: The report is absent or altered.
         ImportError: The extra validation, which draws, is not installed.
     """
-    # Another version may draw it in another way.
-    name = f"{split_uri(report_uri)[1][:12]}-{__version__}.png"
-    picture = settings.home_dir / "reports" / name
+    picture = settings.home_dir / "reports" / f"{split_uri(report_uri)[1][:12]}.png"
     if not picture.exists():
         from compileflow.validation.report.outcome_picture import outcome_picture
 
