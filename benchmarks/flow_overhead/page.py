@@ -65,20 +65,22 @@ def goal_rows(results: Figures) -> Rows:
     rows: Rows = [("goal", "measured", "met")]
     for part in ("cached", "cold"):
         if part in results:
-            added = results[part]["kinds"]["running server"]["added_s"][1]
-            rows.append(_at_most(f"{part}: seconds added against a running server", added, MOST_ADDED_S))
+            busy, kinds = results[part]["busy"], results[part]["kinds"]
+            added = kinds["running server"]["added_s"][1]
+            rows.append(_at_most(f"{part}: seconds added against a running server", added, MOST_ADDED_S, busy))
     if "cached" in results:
-        kinds = results["cached"]["kinds"]
+        busy, kinds = results["cached"]["busy"], results["cached"]["kinds"]
         for kind, most in (("running server", MOST_CACHED_RUNNING_S), ("embedded server", MOST_CACHED_EMBEDDED_S)):
-            rows.append(_at_most(f"cached: seconds with the {kind}", kinds[kind]["wall_s"][1], most))
-        rows.append(_at_most("seconds of python -m flows --help", results["cached"]["help_s"][1], MOST_HELP_S))
+            rows.append(_at_most(f"cached: seconds with the {kind}", kinds[kind]["wall_s"][1], most, busy))
+        help_s = results["cached"]["help_s"][1]
+        rows.append(_at_most("seconds of python -m flows --help", help_s, MOST_HELP_S, busy))
     if "matrix" in results:
         figures = results["matrix"]
         share = figures["share_of_linear"]
         once = figures["passed"] == figures["cells"] == figures["versions"] == figures["registered_once"]
         goal = f"matrix: share of linear, at least {LEAST_OF_LINEAR}"
-        rows.append((goal, f"{share:.2f}", _word(share >= LEAST_OF_LINEAR)))
-        rows.append(("matrix: every cell passes and is registered once", str(figures["passed"]), _word(once)))
+        rows.append((goal, f"{share:.2f}", _word(share >= LEAST_OF_LINEAR, figures["busy"])))
+        rows.append(("matrix: every cell passes and is registered once", str(figures["passed"]), _word(once, "")))
     return rows
 
 
@@ -116,12 +118,12 @@ def _matrix_words(figures: Figures) -> str:
     )
 
 
-def _at_most(goal: str, value: float, most: float) -> tuple[str, str, str]:
-    return f"{goal}, at most {most:g}", f"{value:.2f}", _word(value <= most)
+def _at_most(goal: str, value: float, most: float, busy: str) -> tuple[str, str, str]:
+    return f"{goal}, at most {most:g}", f"{value:.2f}", _word(value <= most, busy)
 
 
-def _word(is_met: bool) -> str:
-    return "yes" if is_met else "no"
+def _word(is_met: bool, busy: str) -> str:
+    return "yes" if is_met else "unknown: busy machine" if busy else "no"
 
 
 def _seconds(quartiles: Sequence[float]) -> str:
