@@ -63,6 +63,11 @@ class Service:
             )
 
     @property
+    def pid(self) -> int:
+        """Number of the program's process."""
+        return self._popen.pid
+
+    @property
     def age_s(self) -> float:
         """Seconds since the start."""
         return time.monotonic() - self._started_at

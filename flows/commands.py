@@ -32,11 +32,11 @@ def main() -> None:
 
 def run_as_flows(requests: Sequence[CompileRequest], *, progress: bool) -> list[CompileResult | CompileflowError]:
     """Run requests as flows."""
-    set_embedded_defaults(get_settings(), progress=progress)
+    server = set_embedded_defaults(get_settings(), progress=progress)
     # Prefect reads its settings when it is imported.
     from flows.runner import run_requests
 
-    return run_requests(requests)
+    return run_requests(requests, server)
 
 
 app.command("compile", cls=Command)(compile_command(run_as_flows, extras=_EXTRAS))

@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from compileflow._process.child_process import skip_slow_grammar
 from compileflow._process.folders import os_errors
 from compileflow.settings import Settings
+
+if TYPE_CHECKING:
+    from flows.embedded_server import EmbeddedServer
 
 # Room that an embedded server needs to start.
 _ROOM_BYTES = 4 * 2**20
@@ -24,21 +28,24 @@ SERVER_SETTINGS = {
     "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_READ_BATCH_SIZE": "100",
 }
 _DEFAULTS = SERVER_SETTINGS | {
-    # Prefect's default of 20 seconds is too short for a first start on a small machine.
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    # Prefect's default of 20 seconds is too short for a first start on a small or busy machine.
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "300",
     # An embedded server that stops while it writes prints a traceback after the run's last line.
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
 }
 
 
-def set_embedded_defaults(settings: Settings, *, progress: bool) -> None:
-    """Set the variables that are unset. Call this before Prefect is imported.
+def set_embedded_defaults(settings: Settings, *, progress: bool) -> EmbeddedServer | None:
+    """Set the variables that are unset, and start an embedded server. Call this before Prefect is imported.
 
     A run uses the server of Prefect's active profile. The embedded server is for runs without one.
 
     Args:
         settings: An embedded server keeps its database below their home folder.
         progress: Whether Prefect prints a log line for each step.
+
+    Returns:
+        The embedded server, which still starts; None for a run that has a server.
 
     Raises:
         StoreError: The home folder or the folder for temporary files cannot be written, or its disk is full.
@@ -53,7 +60,7 @@ def set_embedded_defaults(settings: Settings, *, progress: bool) -> None:
 
     prefect_settings = get_current_settings()
     if prefect_settings.api.url:
-        return
+        return None
     home = settings.home_dir / "prefect"
     # The active profile may hold other settings than a server.
     os.environ.setdefault("PREFECT_PROFILES_PATH", str(prefect_settings.profiles_path))
@@ -66,6 +73,13 @@ def set_embedded_defaults(settings: Settings, *, progress: bool) -> None:
         temporary = Path(tempfile.gettempdir())
     _check_room(temporary)
     refresh_global_settings_context()
+    from flows.embedded_server import EmbeddedServer
+
+    return EmbeddedServer(
+        home,
+        get_current_settings().to_environment_variables(exclude_unset=True),
+        timeout_s=get_current_settings().server.ephemeral.startup_timeout_seconds,
+    )
 
 
 def _check_room(folder: Path) -> None:

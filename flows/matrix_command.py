@@ -38,6 +38,13 @@ def matrix(
         typer.Option(help="Deployment whose workers compile, as FLOW/DEPLOYMENT. Default: this process compiles."),
     ] = None,
     at_once: Annotated[int, typer.Option(min=1, help="Cells that run at the same time.")] = 1,
+    dask: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Dask scheduler whose workers run the cells, for example tcp://host:8786. Default: without Dask.",
+        ),
+    ] = None,
     progress: Annotated[bool, typer.Option(help="Show the progress of each cell.", show_default=False)] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the matrix as JSON.")] = False,
 ) -> None:
@@ -56,11 +63,11 @@ def matrix(
     except ValidationError as error:
         raise SpecError(f"{in_options(first_problem(error, show_input=True))}.") from error
     settings = get_settings()
-    set_embedded_defaults(settings, progress=progress)
+    server = set_embedded_defaults(settings, progress=progress)
     # Prefect reads its settings when it is imported.
     from flows.runner import run_matrix
 
-    outcome = run_matrix(request, deployment=deployment, at_once=at_once)
+    outcome = run_matrix(request, server, deployment=deployment, at_once=at_once, dask=dask)
     compared = read_matrix(outcome, settings)
     if as_json:
         typer.echo(json.dumps(compared.model_dump(mode="json"), indent=1))

@@ -80,14 +80,14 @@ def run(
     def run_recorded(
         requests: Sequence[CompileRequest], *, progress: bool
     ) -> list[CompileResult | CompileflowError]:
-        set_embedded_defaults(settings, progress=progress)
+        server = set_embedded_defaults(settings, progress=progress)
         # Prefect reads its settings when it is imported.
         from flows.outputs import Outputs
         from flows.runner import run_requests
 
         outputs = Outputs(loaded_project.name, request, settings)
         with outputs.recording():
-            (outcome,) = run_requests(requests)
+            (outcome,) = run_requests(requests, server)
         if isinstance(outcome, StepOffError):
             outcome = _with_missing_task(outcome, project)
         error = outcome if isinstance(outcome, CompileflowError) else None

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
+from prefect.events.worker import EventsWorker
 from prefect.exceptions import TerminationSignal
 from prefect.logging import get_logger
-from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, PREFECT_HOME, temporary_settings
+from prefect.logging.handlers import APILogWorker
+from prefect.settings import (
+    PREFECT_API_URL,
+    PREFECT_CLIENT_MAX_RETRIES,
+    PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
+    PREFECT_HOME,
+    PREFECT_UI_URL,
+    get_current_settings,
+    temporary_settings,
+)
 
 from compileflow._process.interrupts import Stopped
 from compileflow.errors import CompileflowError, ProcessError, first_line, without_secrets
@@ -19,30 +30,47 @@ from compileflow.steps.request import CompileRequest
 from compileflow.steps.run import CompileResult
 from flows.compile_model import compile_model
 
+if TYPE_CHECKING:
+    from flows.embedded_server import EmbeddedServer
+
 _ANSWER_S = 10.0
 
 
-def run_requests(requests: Sequence[CompileRequest]) -> list[CompileResult | CompileflowError]:
+def run_requests(
+    requests: Sequence[CompileRequest], embedded: EmbeddedServer | None
+) -> list[CompileResult | CompileflowError]:
     """Run each request as its own flow run; a run that fails does not stop the others.
+
+    Args:
+        requests: The requests, in order.
+        embedded: Server of the runs, which ends with them; None for the configured one.
 
     Raises:
         Stopped: SIGTERM arrived; Prefect handles that signal within a flow.
+        ProcessError: The server does not answer.
     """
-    with _server():
+    with _server(embedded):
         return [_run(request) for request in requests]
 
 
-def run_matrix(request: MatrixRequest, *, deployment: str | None, at_once: int) -> str:
+def run_matrix(
+    request: MatrixRequest,
+    embedded: EmbeddedServer | None,
+    *,
+    deployment: str | None,
+    at_once: int,
+    dask: str | None,
+) -> str:
     """Run compile_matrix and return the URI of the stored matrix, whether or not cells failed.
 
     Raises:
         Stopped: SIGTERM arrived.
-        CompileflowError: The flow itself failed.
+        CompileflowError: The flow itself failed, or the server does not answer.
     """
     from flows.compile_matrix import compile_matrix
 
-    with _server():
-        outcome = _outcome(lambda: compile_matrix(request, deployment, at_once, return_state=True))
+    with _server(embedded):
+        outcome = _outcome(lambda: compile_matrix(request, deployment, at_once, dask=dask, return_state=True))
     if isinstance(outcome, str):
         return outcome
     if isinstance(outcome, CompileflowError) and not outcome.report_uri:
@@ -51,29 +79,46 @@ def run_matrix(request: MatrixRequest, *, deployment: str | None, at_once: int) 
 
 
 @contextmanager
-def _server() -> Iterator[None]:
-    _open_server()
+def _server(embedded: EmbeddedServer | None) -> Iterator[None]:
+    """Let the flows in the block use the server, once it answers, and log which one it is."""
+    # All that is imported stays. The command has stopped the collector.
+    gc.freeze()
+    gc.enable()
     try:
-        yield
+        with _settings_for(embedded):
+            yield
     except TerminationSignal as error:
         raise Stopped(error.signal) from error
+    finally:
+        if embedded is not None:
+            embedded.stop()
 
 
-def _open_server() -> None:
-    """Check that the configured Prefect server answers, or prepare the embedded one; log which one it is.
+@contextmanager
+def _settings_for(embedded: EmbeddedServer | None) -> Iterator[None]:
+    """Apply the settings of a command's runs.
 
     Raises:
         ProcessError: The server does not answer, or it refuses the client.
     """
+    settings: dict[Any, Any] = {}
+    if "heartbeat_frequency" not in get_current_settings().flows.model_fields_set:
+        # Automations look after the runs of deployments only, and a run would wait a second for its heartbeat.
+        settings[PREFECT_FLOWS_HEARTBEAT_FREQUENCY] = None
     url = PREFECT_API_URL.value()
-    if url:
+    if embedded is not None:
+        embedded.wait()
+        # It has no pages that a log line could name.
+        settings |= {PREFECT_API_URL: embedded.url, PREFECT_UI_URL: ""}
+    elif url:
         _check_answer(url)
-    else:
-        from flows.embedded_server import EmbeddedServer
-
-        EmbeddedServer()
-    server = without_secrets(url) if url else f"embedded, in {PREFECT_HOME.value()}"
-    get_logger("compileflow").info("Prefect server: %s", server)
+    name = f"embedded, in {PREFECT_HOME.value()}" if embedded or not url else without_secrets(url)
+    get_logger("compileflow").info("Prefect server: %s", name)
+    with temporary_settings(settings):
+        yield
+        # What is still under way would find no server.
+        APILogWorker.drain_all()
+        EventsWorker.drain_all()
 
 
 def _check_answer(url: str) -> None:

@@ -13,12 +13,11 @@ from prefect.artifacts import (
 from prefect.cache_policies import NO_CACHE
 
 from compileflow.contracts import ModelVersion, without_credentials
-from compileflow.steps.report_file import export_report, read_report
+from compileflow.settings import Settings
+from compileflow.steps.report_file import export_picture, export_report, read_report
 from compileflow.steps.request import CompileRequest
 from compileflow.steps.summary import figures_table, summary_markdown
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
-from compileflow.validation.report import Report
-from compileflow.validation.report.outcome_picture import outcome_picture
 from tasks.policies import prefect_key
 from tasks.settings import settings_for
 
@@ -33,7 +32,9 @@ def publish(
     page = export_report(validated.report_uri, settings).as_uri()
     report = read_report(validated.report_uri, settings)
     text = summary_markdown(source, artifact, validated, report=report, page=page)
-    create_markdown_artifact(text + _picture(report), key=f"{key}-report", description=validated.reason)
+    create_markdown_artifact(
+        text + _picture(validated.report_uri, settings), key=f"{key}-report", description=validated.reason
+    )
     create_table_artifact(
         figures_table(artifact, validated),
         key=f"{key}-figures",
@@ -55,10 +56,10 @@ def link_version(version: ModelVersion, registry_uri: str, *, key: str) -> None:
     )
 
 
-def _picture(report: Report) -> str:
+def _picture(report_uri: str, settings: Settings) -> str:
     """Return the picture of a report as Markdown; "" on a worker without the extra validation."""
     try:
-        picture = outcome_picture(report)
+        picture = export_picture(report_uri, settings).read_bytes()
     except ImportError:
         return ""
     return f"\n\n![picture](data:image/png;base64,{base64.b64encode(picture).decode()})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ import pytest
 from prefect.client.orchestration import get_client
 
 from compileflow.catalog import open_registry
-from compileflow.errors import CompileError
+from compileflow.errors import CompileError, SpecError
 from compileflow.selection.matrix import MatrixRequest, read_matrix
 from compileflow.spec import HfTask
-from flows.compile_matrix import compile_matrix
+from flows.compile_matrix import compile_matrix, task_runner
 from tests.conftest import ModelFactory
 from tests.steps import BUCKETS, Pipeline
 
@@ -49,3 +50,33 @@ def test_next_run_compiles_only_the_cells_that_failed(
     with get_client(sync_client=True) as client:
         (artifact,) = [entry for entry in client.read_artifacts() if entry.flow_run_id == run_id]
     assert str(artifact.data).startswith("# 2 of 2 cells passed")
+
+
+@pytest.mark.slow
+def test_cells_run_on_the_workers_of_a_dask_cluster(pipeline: Pipeline, tiny_model: ModelFactory) -> None:
+    pytest.importorskip("prefect_dask", reason="prefect-dask is not installed")
+    from distributed import LocalCluster
+
+    model = tiny_model(HfTask.TEXT_CLASSIFICATION)
+    shared: dict[str, Any] = {"shape_buckets": list(BUCKETS), "validation": {"latency_pairs": 5}}
+    matrix = MatrixRequest(models=(str(model),), targets=("torchscript",), shared=shared)
+    # The workers are threads, so that they share the compiles of the other tests; they talk over TCP all the same.
+    with LocalCluster(
+        n_workers=1,
+        threads_per_worker=1,
+        processes=False,
+        protocol="tcp",
+        host="127.0.0.1",
+        dashboard_address=None,
+    ) as cluster:
+        state = compile_matrix(matrix, dask=cluster.scheduler_address, return_state=True)
+        assert state.message == "1 of 1 cells passed"
+    (version,) = open_registry(pipeline.registry_uri).versions()
+    assert version.name == model.name
+
+
+def test_dask_cluster_without_prefect_dask_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "prefect_dask", None)
+    with pytest.raises(SpecError, match="prefect-dask is not installed") as refused:
+        task_runner(1, "tcp://127.0.0.1:8786")
+    assert "compileflow[dask]" in refused.value.hint

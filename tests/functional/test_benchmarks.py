@@ -27,6 +27,7 @@ SCRIPTS = {
 }
 S3_THROUGHPUT = "exp_s3_throughput"
 GENERATION = "exp_generation"
+FLOW_OVERHEAD = "exp_flow_overhead"
 
 
 @pytest.mark.slow
@@ -77,6 +78,23 @@ def test_generation_benchmark_compares_compiled_decoders_and_judges_goals(
     assert page.with_suffix(".svg").is_file()
 
 
+@pytest.mark.slow
+def test_overhead_benchmark_times_each_kind_of_run_and_keeps_the_figures(
+    settings: Settings, tmp_path: Path
+) -> None:
+    results, page = tmp_path / "results.json", tmp_path / "flow-overhead.md"
+    words = ("--part", "cached", "--rounds", "1", "--results", str(results))
+    first = json.loads(run_benchmark(FLOW_OVERHEAD, *words, settings=settings).stdout)
+    assert first["environment"]["prefect"]
+    kinds = first["results"]["cached"]["kinds"]
+    assert list(kinds) == ["library", "running server", "embedded server"]
+    for flow in ("running server", "embedded server"):
+        assert kinds[flow]["wall_s"][1] == pytest.approx(kinds["library"]["wall_s"][1] + kinds[flow]["added_s"][1])
+    again = json.loads(run_benchmark(FLOW_OVERHEAD, *words, "--page", str(page), settings=settings).stdout)
+    assert again == first
+    assert "## Goals" in page.read_text("utf-8")
+
+
 def test_tied_table_counts_as_read_and_a_table_of_rows_does_not() -> None:
     constants = {"table": 100.0, "scale": 4.0, "layer": 30.0, "layer scale": 2.0}
     operations = [
@@ -106,4 +124,6 @@ def run_benchmark(name: str, *arguments: str, settings: Settings) -> subprocess.
 
 
 def test_every_benchmark_is_run_here() -> None:
-    assert {*SCRIPTS, S3_THROUGHPUT, GENERATION} == {path.stem for path in (ROOT / "benchmarks").glob("exp_*.py")}
+    assert {*SCRIPTS, S3_THROUGHPUT, GENERATION, FLOW_OVERHEAD} == {
+        path.stem for path in (ROOT / "benchmarks").glob("exp_*.py")
+    }

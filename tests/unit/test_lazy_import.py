@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
+from typer.main import get_command
 
 import compileflow
 from compileflow.settings import Settings
@@ -41,11 +43,27 @@ def test_importing_loads_nothing_heavy(code: str) -> None:
     assert heavy_modules_after(code) == []
 
 
-@pytest.mark.parametrize("words", [["--help"], ["compile", "--help"], ["targets"], ["versions"]])
+@pytest.mark.parametrize("words", [["targets"], ["versions"]])
 def test_reading_command_loads_nothing_heavy(words: list[str], settings: Settings) -> None:
-    imports = "from typer.testing import CliRunner; from compileflow.cli import app"
-    code = f"{imports}; result = CliRunner().invoke(app, {words})"
-    assert heavy_modules_after(f"{code}; assert result.exit_code == 0, result.output") == []
+    assert heavy_modules_after(called("compileflow.cli", [words])) == []
+
+
+@pytest.mark.parametrize("module", ["compileflow.cli", "flows.commands"])
+def test_help_of_no_command_loads_anything_heavy(module: str, settings: Settings) -> None:
+    commands = list(get_command(import_module(module).app).commands)  # type: ignore[attr-defined]
+    assert "compile" in commands
+    calls = [["--help"], *([command, "--help"] for command in commands)]
+    assert heavy_modules_after(called(module, calls)) == []
+
+
+def called(module: str, calls: list[list[str]]) -> str:
+    """Return code that runs commands of the command line in a module."""
+    return (
+        f"from typer.testing import CliRunner; from {module} import app\n"
+        f"for words in {calls}:\n"
+        "    result = CliRunner().invoke(app, words)\n"
+        "    assert result.exit_code == 0, result.output"
+    )
 
 
 def test_the_check_sees_a_heavy_module() -> None:

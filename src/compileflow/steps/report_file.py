@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from compileflow._process.folders import os_errors
+from compileflow._process.folders import file_written_whole, os_errors
 from compileflow.catalog import open_store
 from compileflow.contracts.json_files import read_json
 from compileflow.errors import ManifestError, first_line, first_problem
@@ -72,6 +72,24 @@ def export_page(uri: str, name: str, settings: Settings) -> Path:
             copied = page.with_name(f"{page.stem}-{docs.name}")
             shutil.copytree(docs, copied, dirs_exist_ok=True, copy_function=shutil.copyfile)
     return page
+
+
+def export_picture(report_uri: str, settings: Settings) -> Path:
+    """Draw the outcome of a report into HOME/reports, unless an earlier run has drawn it, and return its path.
+
+    Raises:
+        ManifestError: The URI does not name a report.
+        IntegrityError: The report is absent or altered.
+        ImportError: The extra validation, which draws, is not installed.
+    """
+    picture = settings.home_dir / "reports" / f"{split_uri(report_uri)[1][:12]}.png"
+    if not picture.exists():
+        from compileflow.validation.report.outcome_picture import outcome_picture
+
+        drawn = outcome_picture(read_report(report_uri, settings))
+        with os_errors(picture, "write to"), file_written_whole(picture) as partial:
+            partial.write_bytes(drawn)
+    return picture
 
 
 def export_bundle(report_uri: str, settings: Settings) -> Path | None:
