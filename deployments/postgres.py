@@ -1,20 +1,26 @@
-"""A Postgres database for the Prefect server, from the programs that Debian's package installs."""
+"""Postgres for the Prefect server: the programs of Debian's package, and the check of any Postgres database."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 
-from compileflow.errors import ProcessError
+from compileflow.errors import ProcessError, without_secrets
 from deployments.services import Service
 
+DATABASE_URL = "PREFECT_SERVER_DATABASE_CONNECTION_URL"
+_ROOT = Path(__file__).parents[1]
 _DEBIAN = Path("/usr/lib/postgresql")
 _USER = "prefect"
 _START_S = 60.0
+_LEVEL = "read committed"
 
 
 def postgres_programs() -> Path | None:
@@ -51,11 +57,10 @@ def start_postgres(programs: Path, root: Path, *, password: str, log_path: Path)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # The Prefect server needs read committed: a stricter level blocks the runs of a deployment with a limit.
     options = {
         "listen_addresses": "127.0.0.1",
         "unix_socket_directories": "",
-        "default_transaction_isolation": "read committed",
+        "default_transaction_isolation": _LEVEL,
     }
     words = [str(programs / "postgres"), "-D", str(root), "-p", str(port)]
     words += [word for name, value in options.items() for word in ("-c", f"{name}={value}")]
@@ -67,6 +72,45 @@ def start_postgres(programs: Path, root: Path, *, password: str, log_path: Path)
         service.stop()
         raise
     return service, f"postgresql+asyncpg://{_USER}:{password}@127.0.0.1:{port}/postgres"
+
+
+def check_isolation(environment: Mapping[str, str]) -> None:
+    """Check that a database's transactions are read committed by default, as the Prefect server needs.
+
+    At a stricter level, runs of a deployment with a concurrency limit can wait forever. The command line of
+    Postgres, the database and the user can each set the level; the last one wins.
+
+    Args:
+        environment: Environment of the Prefect server, with DATABASE_URL.
+
+    Raises:
+        ProcessError: The level is stricter, or the database does not answer.
+    """
+    name = without_secrets(environment[DATABASE_URL])
+    process = subprocess.run(
+        [sys.executable, "-m", "deployments.postgres"], cwd=_ROOT, env=environment, capture_output=True, text=True
+    )
+    if process.returncode:
+        reason = without_secrets(process.stderr.strip().rpartition("\n")[2])
+        raise ProcessError(
+            f"The database {name} cannot be used: {reason}.", hint=f"Start it, or correct {DATABASE_URL}."
+        )
+    level = process.stdout.strip()
+    if level not in (_LEVEL, "read uncommitted"):
+        raise ProcessError(
+            f"The Prefect server needs default_transaction_isolation = {_LEVEL!r}, but {name} has {level!r}.",
+            hint="Change it where it is set: in postgresql.conf, in the URL, or by ALTER DATABASE or ALTER ROLE.",
+        )
+
+
+async def _default_isolation() -> str:
+    # Prefect's own connection understands all that the URL may hold.
+    from prefect.server.database.configurations import AsyncPostgresConfiguration
+    from sqlalchemy import text
+
+    engine = await AsyncPostgresConfiguration(os.environ[DATABASE_URL]).engine()
+    async with engine.connect() as connection:
+        return str(await connection.scalar(text("SHOW default_transaction_isolation")))
 
 
 def _make_database(programs: Path, root: Path, *, password: str) -> None:
@@ -83,3 +127,7 @@ def _make_database(programs: Path, root: Path, *, password: str) -> None:
             f"Postgres cannot make a database in {root}: {process.stderr.strip().splitlines()[-1]}",
             hint="Choose --database sqlite.",
         )
+
+
+if __name__ == "__main__":
+    print(asyncio.run(_default_isolation()))  # noqa: T201 - check_isolation reads it

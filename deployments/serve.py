@@ -15,7 +15,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import typer
 from compileflow._process.folders import file_lock, os_errors
 from compileflow.errors import CompileflowError, ProcessError
 from compileflow.settings import get_settings
-from deployments.postgres import postgres_programs, start_postgres
+from deployments.postgres import DATABASE_URL, check_isolation, postgres_programs, start_postgres
 from deployments.services import Service
 from flows.environment import SERVER_SETTINGS
 
@@ -42,7 +42,7 @@ _SETTINGS = SERVER_SETTINGS | {
     "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
     # The newer UI asks a host for analytics from the browser.
     "PREFECT_SERVER_UI_V2_ENABLED": "false",
-    # In memory, a slot of a deployment's limit would stay taken after a restart of the server.
+    # In memory, a restart of the server would end running compiles and keep their slots taken.
     "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     "PREFECT_WORKER_QUERY_SECONDS": "2",
     # The automation in deployments/automations.yaml waits for three heartbeats.
@@ -125,13 +125,38 @@ def _serve(home: Path, options: argparse.Namespace) -> None:
     }
     environment = {**_SETTINGS, **os.environ, **access.client_environment, **folders}
     typer.echo("Starting the Prefect server. The first start takes a minute.")
-    with contextlib.ExitStack() as stack:
-        services = _start_server(home, access, options, environment, stack)
+    services: dict[str, Service] = {}
+    try:
+        database_url = _start_database(home, access, options.database, environment, services)
+        server_environment = {
+            **environment,
+            **database_url,
+            "PREFECT_SERVER_API_AUTH_STRING": environment["PREFECT_API_AUTH_STRING"],
+        }
+        is_postgres = database_url.get(DATABASE_URL, "").startswith("postgresql")
+        if is_postgres:
+            check_isolation(server_environment)
+
+        def start_server() -> None:
+            words = [*_PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(options.port)]
+            log_path = home / "logs" / "server.log"
+            server = Service("server", words, environment=server_environment, log_path=log_path)
+            services["server"] = server
+            server.wait_until(lambda: access.call("GET", "/admin/version") is not None, timeout_s=_SERVER_START_S)
+
+        def start_worker() -> None:
+            words = [*_PREFECT, "worker", "start", "--pool", POOL, "--name", WORKER]
+            log_path = home / "logs" / "worker.log"
+            worker = Service("worker", words, environment=environment, log_path=log_path, runs_flows=True)
+            services["worker"] = worker
+            worker.wait_until(lambda: _has_worker(access), timeout_s=_WORKER_START_S)
+
+        start_server()
         deploy = subprocess.run([sys.executable, "-m", "deployments.deploy"], cwd=_ROOT, env=environment)
         if deploy.returncode:
             raise ProcessError("The deployments cannot be applied.", hint="Correct what is printed above.")
-        worker = _start_worker(home, access, environment, stack)
-        database = "Postgres" if len(services) == 2 else "SQLite"
+        start_worker()
+        database = "Postgres" if is_postgres else "SQLite"
         typer.echo(f"Prefect: {access.url}, on loopback only, with {database}. Logs: {home / 'logs'}")
         if access.is_new:
             typer.echo(f"Log in with  {_USER}:{access.password}  (printed only this once)")
@@ -140,55 +165,45 @@ def _serve(home: Path, options: argparse.Namespace) -> None:
         typer.echo("Ready. Ctrl-C stops everything.")
         while True:
             time.sleep(1)
-            for service in services:
-                service.check_running()
-            if worker.has_ended():
-                if worker.age_s < _SHORTEST_LIFE_S:
-                    worker.check_running()
-                typer.echo("The worker ended. Another one starts.")
-                worker = _start_worker(home, access, environment, stack)
+            for service in services.values():
+                if service.age_s < _SHORTEST_LIFE_S or service.name == "database":
+                    service.check_running()
+            for name, start in (("server", start_server), ("worker", start_worker)):
+                if services[name].has_ended():
+                    typer.echo(f"The {name} ended. Another one starts.")
+                    start()
+    finally:
+        # A service that took the place of another one also took its place in this order.
+        for service in reversed(services.values()):
+            service.stop()
 
 
-def _start_server(
+def _start_database(
     home: Path,
     access: Access,
-    options: argparse.Namespace,
-    environment: Mapping[str, str],
-    stack: contextlib.ExitStack,
-) -> list[Service]:
-    """Start the database, unless it is SQLite, and the server. The stack stops them in the reverse order."""
-    environment = {**environment, "PREFECT_SERVER_API_AUTH_STRING": environment["PREFECT_API_AUTH_STRING"]}
-    services = []
-    programs = postgres_programs() if options.database != "sqlite" else None
+    choice: str,
+    environment: dict[str, str],
+    services: dict[str, Service],
+) -> dict[str, str]:
+    """Start Postgres, unless another database was chosen; return the variable with the URL, empty for SQLite.
+
+    The URL of a database of the user's own is taken out of the environment, where clients do not need it.
+    """
+    urls = [environment.pop(name, "") for name in (DATABASE_URL, "PREFECT_API_DATABASE_CONNECTION_URL")]
+    if choice == "auto" and any(urls):
+        return {DATABASE_URL: urls[0] or urls[1]}
+    programs = postgres_programs() if choice != "sqlite" else None
     if programs is not None:
-        database, url = start_postgres(
+        services["database"], url = start_postgres(
             programs, home / "postgres", password=access.password, log_path=home / "logs" / "postgres.log"
         )
-        stack.callback(database.stop)
-        services.append(database)
-        environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = url
-    elif options.database == "postgres":
+        return {DATABASE_URL: url}
+    if choice == "postgres":
         raise ProcessError(
             "Postgres was requested, but this user cannot run it: its programs are missing, or the user is root.",
             hint="Install the package postgresql and use another user than root, or choose --database sqlite.",
         )
-    words = [*_PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(options.port)]
-    server = Service("server", words, environment=environment, log_path=home / "logs" / "server.log")
-    stack.callback(server.stop)
-    server.wait_until(lambda: access.call("GET", "/admin/version") is not None, timeout_s=_SERVER_START_S)
-    return [*services, server]
-
-
-def _start_worker(
-    home: Path, access: Access, environment: Mapping[str, str], stack: contextlib.ExitStack
-) -> Service:
-    words = [*_PREFECT, "worker", "start", "--pool", POOL, "--name", WORKER]
-    worker = Service(
-        "worker", words, environment=environment, log_path=home / "logs" / "worker.log", runs_flows=True
-    )
-    stack.callback(worker.stop)
-    worker.wait_until(lambda: _has_worker(access), timeout_s=_WORKER_START_S)
-    return worker
+    return {}
 
 
 def _has_worker(access: Access) -> bool:
@@ -251,7 +266,8 @@ def _parser() -> argparse.ArgumentParser:
         "--database",
         choices=("auto", "sqlite", "postgres"),
         default="auto",
-        help="auto: Postgres if its programs are installed and the user is not root, else SQLite",
+        help=f"auto: the Postgres of {DATABASE_URL}; without one, Postgres if its programs are installed and the "
+        "user is not root, else SQLite",
     )
     return parser
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from prefect import flow, get_run_logger, task
+from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
@@ -16,6 +16,7 @@ from compileflow.errors import CompileError, CompileflowError, RunLostError, Spe
 from compileflow.selection.matrix import MatrixRequest, impossible_cell
 from compileflow.steps.request import CompileRequest
 from compileflow.steps.run import CompileResult
+from flows.deployed_flow import deployed_flow
 from flows.lateness import MaxLateness, skipped_if_late
 from flows.one_run import run_one
 from flows.registration import as_error
@@ -32,7 +33,7 @@ def run_cell(request: CompileRequest, deployment: str | None) -> CompileResult |
     return outcome
 
 
-@flow(
+@deployed_flow(
     name="compile-matrix",
     description="Compile models for targets at precisions. A cell that fails does not affect the others.",
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.runtime import deployment, flow_run
 from prefect.states import Failed
@@ -16,6 +15,7 @@ from compileflow.steps.register import check_verdict, default_name
 from compileflow.steps.request import AUTO, CompileRequest
 from compileflow.steps.run import CompileResult
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
+from flows.deployed_flow import deployed_flow
 from flows.lateness import MaxLateness, skipped_if_late
 from flows.registration import as_error, find_everywhere, register_everywhere
 from tasks.auto import compare, plan
@@ -26,6 +26,7 @@ from tasks.outcome import keep_outcome
 from tasks.policies import prefect_key
 from tasks.progress import RunProgress
 from tasks.publish import publish
+from tasks.server import patiently
 from tasks.settings import settings_for
 from tasks.validate import validate
 
@@ -35,7 +36,7 @@ def _run_name() -> str:
     return f"{request.name or default_name(request.model)} for {request.target}"
 
 
-@flow(
+@deployed_flow(
     name="compile-model",
     description="Compile a transformers model for a target, validate the result, store it and register it.",
     flow_run_name=_run_name,
@@ -87,7 +88,7 @@ def run_steps(request: CompileRequest) -> CompileResult:
 
 def hand_back(request: CompileRequest, outcome: CompileResult | CompileflowError) -> None:
     """Keep the outcome for the flow that started this run through a deployment, perhaps on another machine."""
-    if deployment.id and flow_run.parent_flow_run_id:
+    if deployment.id and patiently(lambda: flow_run.parent_flow_run_id):
         keep_outcome(request, outcome, flow_run.id)
 
 

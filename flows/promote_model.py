@@ -7,7 +7,6 @@ from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
-from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 from prefect.deployments import run_deployment
@@ -21,6 +20,7 @@ from compileflow.admin.approval import approval_markdown
 from compileflow.admin.promote import check_promotable, same_versions
 from compileflow.errors import CompileflowError, SpecError
 from compileflow.settings import get_settings
+from flows.deployed_flow import deployed_flow
 from tasks.promote import note, promote
 
 WHO = "promote-model"
@@ -47,7 +47,7 @@ class Approval(RunInput):
     )
 
 
-@flow(
+@deployed_flow(
     name="promote-model",
     description="Ask a person whether a version may enter a stage. The run waits without a worker.",
     flow_run_name="{name} version {version} to {stage}",

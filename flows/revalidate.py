@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefect import flow
 from prefect.artifacts import create_table_artifact
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
@@ -14,12 +13,14 @@ from compileflow.contracts import Stage
 from compileflow.errors import VerdictError
 from compileflow.settings import get_settings
 from compileflow.validation.settings import ValidationSettings
+from flows.deployed_flow import deployed_flow
 from flows.lateness import MaxLateness, skipped_if_late
 from flows.registration import as_error
 from tasks.revalidate import revalidate_one
+from tasks.server import patiently
 
 
-@flow(
+@deployed_flow(
     name="revalidate",
     description="Validate promoted versions again with the worker's runtimes, from the stored artifact and model.",
 )
@@ -73,7 +74,7 @@ def conclude(rows: list[Revalidation]) -> State[Any]:
         }
         for row in rows
     ]
-    create_table_artifact(table, key="revalidation", description=headline)
+    patiently(create_table_artifact, table, key="revalidation", description=headline)
     if "regressed" in outcomes:
         error = VerdictError(f"{headline}.", hint="The notes in the registry say why.")
         return Failed(message=headline, data=error)

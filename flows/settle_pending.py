@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Failed
 
 from compileflow.errors import CompileflowError, VerdictError
 from compileflow.steps.run import CompileResult
 from flows.compile_model import announce_validated, finish
+from flows.deployed_flow import deployed_flow
 from tasks.settle import settle
 
 
-@flow(
+@deployed_flow(
     name="settle-pending",
     description="Validate an artifact that was compiled without its device, and register it.",
 )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from prefect import flow, get_run_logger
+from prefect import get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
 from compileflow.admin.watch import MissingCompile, WatchRequest, claimed, record_failure
 from compileflow.errors import CompileError, CompileflowError
+from flows.deployed_flow import deployed_flow
 from flows.lateness import MaxLateness, skipped_if_late
 from flows.one_run import run_one
 from tasks.settings import settings_for
@@ -18,7 +19,7 @@ from tasks.watch import announce_created, find_missing
 Outcome = Literal["compiled", "failed", "announced", "left to another watcher"]
 
 
-@flow(
+@deployed_flow(
     name="watch-registry",
     description="Compile each registered source version that lacks a compiled version, the oldest first.",
 )

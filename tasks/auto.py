@@ -12,6 +12,7 @@ from compileflow.selection.comparison_file import read_comparison
 from compileflow.steps.request import CompileRequest
 from compileflow.steps.values import FetchedSource
 from tasks.policies import prefect_key
+from tasks.server import patiently
 from tasks.settings import settings_for
 
 
@@ -43,7 +44,8 @@ def compare(
     )
     comparison = read_comparison(outcome.comparison_uri, settings)
     header = comparison.comparison_header()
-    create_table_artifact(
+    patiently(
+        create_table_artifact,
         [dict(zip(header, row, strict=True)) for row in comparison.comparison_rows()],
         key=prefect_key(request.name, source.uri, "comparison"),
         description=outcome.reason,

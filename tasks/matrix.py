@@ -18,6 +18,7 @@ from compileflow.selection.matrix import (
 )
 from compileflow.steps.request import CompileRequest
 from compileflow.steps.run import CompileResult
+from tasks.server import patiently
 from tasks.settings import settings_for
 
 
@@ -42,6 +43,7 @@ def compare_cells(
     matrix = matrix_of(cells, settings)
     store_uri = settings.resolved_store_uri(requests[0].store_uri)
     stored = store_matrix(matrix, store_uri=store_uri, settings=settings)
-    create_markdown_artifact(matrix_markdown(matrix, stored.uri), key="matrix", description=matrix.headline)
+    text = matrix_markdown(matrix, stored.uri)
+    patiently(create_markdown_artifact, text, key="matrix", description=matrix.headline)
     get_run_logger().info(matrix.headline)
     return stored.uri, matrix.headline, len(matrix.failed)

@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import cast
 from uuid import UUID
 
+from httpx import ConnectError
+from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
+
+from tasks.server import patiently
 
 
 class RunProgress:
@@ -18,15 +22,18 @@ class RunProgress:
 
     def __init__(self, key: str, activity: str) -> None:
         # Prefect's types do not know that the call is synchronous here.
-        self._artifact_id = cast(UUID, create_progress_artifact(0.0, key=key, description=activity))
+        self._artifact_id = cast(UUID, patiently(create_progress_artifact, 0.0, key=key, description=activity))
         self._percent = 0.0
 
     def advance(self, percent: float, activity: str) -> None:
-        """Move the bar; it never moves back.
+        """Move the bar; it never moves back. While the server does not answer, it stays where it is.
 
         Args:
             percent: Share of the run that is done, 0 to 100.
             activity: What the run does now.
         """
         self._percent = max(self._percent, percent)
-        update_progress_artifact(self._artifact_id, self._percent, description=activity)
+        try:
+            update_progress_artifact(self._artifact_id, self._percent, description=activity)
+        except ConnectError as error:
+            get_run_logger().warning("the progress bar cannot move to %s: %s", activity, error)

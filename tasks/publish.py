@@ -19,6 +19,7 @@ from compileflow.steps.request import CompileRequest
 from compileflow.steps.summary import figures_table, summary_markdown
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
 from tasks.policies import prefect_key
+from tasks.server import patiently
 from tasks.settings import settings_for
 
 
@@ -32,23 +33,34 @@ def publish(
     page = export_report(validated.report_uri, settings).as_uri()
     report = read_report(validated.report_uri, settings)
     text = summary_markdown(source, artifact, validated, report=report, page=page)
-    create_markdown_artifact(
-        text + _picture(validated.report_uri, settings), key=f"{key}-report", description=validated.reason
+    patiently(
+        create_markdown_artifact,
+        text + _picture(validated.report_uri, settings),
+        key=f"{key}-report",
+        description=validated.reason,
     )
-    create_table_artifact(
+    patiently(
+        create_table_artifact,
         figures_table(artifact, validated),
         key=f"{key}-figures",
         description="Figures of the compile and the proof",
     )
     links = {"artifact": (artifact.uri, artifact.digest), "report-page": (page, validated.report_digest)}
     for name, (uri, digest) in links.items():
-        create_link_artifact(uri, link_text=f"{name} {digest[:12]}", key=f"{key}-{name}", description=uri)
+        patiently(
+            create_link_artifact,
+            uri,
+            link_text=f"{name} {digest[:12]}",
+            key=f"{key}-{name}",
+            description=uri,
+        )
 
 
 def link_version(version: ModelVersion, registry_uri: str, *, key: str) -> None:
     """Create the Prefect artifact that names a registered version and its registry."""
     name = f"{version.name} version {version.version}"
-    create_link_artifact(
+    patiently(
+        create_link_artifact,
         without_credentials(registry_uri),
         link_text=name,
         key=key,

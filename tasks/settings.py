@@ -9,6 +9,7 @@ from pydantic import SecretStr
 from compileflow.errors import SpecError
 from compileflow.settings import Settings, get_settings
 from compileflow.steps.request import CompileRequest
+from tasks.server import patiently
 
 
 def settings_for(request: CompileRequest) -> Settings:
@@ -33,7 +34,7 @@ def _aws_settings(name: str) -> dict[str, object]:
         ) from error
     try:
         # Prefect's types know neither the argument nor that the call is then synchronous.
-        block: Any = AwsCredentials.load(name, _sync=True)  # type: ignore[call-arg]
+        block: Any = patiently(lambda: AwsCredentials.load(name, _sync=True))  # type: ignore[call-arg]
     except ValueError as error:
         raise SpecError(
             f"Prefect has no AWS credentials block {name!r}.",

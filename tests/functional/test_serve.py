@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import os
 import re
 import signal
-import socket
 import stat
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 import psutil
@@ -29,103 +21,10 @@ from compileflow.catalog import open_registry
 from compileflow.errors import RegistryError
 from compileflow.settings import Settings
 from compileflow.spec import HfTask
+from tests.functional.served import ROOT, RUN_S, Served, environment, eventually, free_port, serve
 from tests.models import build_model
 
 pytestmark = [pytest.mark.functional, pytest.mark.slow]
-ROOT = Path(__file__).parents[2]
-RUN_S = 240
-WORKER_START = ["prefect", "worker", "start"]
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
-
-
-def environment(home: Path) -> dict[str, str]:
-    return os.environ | {"COMPILEFLOW_HOME": str(home), "PREFECT_WORKER_QUERY_SECONDS": "1"}
-
-
-@dataclass
-class Served:
-    """A running `python -m deployments.serve`."""
-
-    home: Path
-    port: int
-    process: subprocess.Popen[str]
-    output: str = ""
-
-    @property
-    def client_environment(self) -> dict[str, str]:
-        """What the file for clients exports."""
-        text = (self.home / "serve" / "client.env").read_text("utf-8")
-        return dict(line.removeprefix("export ").split("=", 1) for line in text.splitlines())
-
-    def wait_ready(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.output += line
-            if line.startswith("Ready."):
-                return
-        raise AssertionError(self.output)
-
-    def call(self, method: str, path: str, body: Any = None, *, login: bool = True) -> tuple[int, Any]:
-        """Send a request, again while the server's SQLite file is locked, and return the status and the answer."""
-        for _ in range(5):
-            status, answer = self._call_once(method, path, body, login)
-            if status != 503:
-                break
-            time.sleep(2)
-        return status, answer
-
-    def _call_once(self, method: str, path: str, body: Any, login: bool) -> tuple[int, Any]:
-        variables = self.client_environment
-        headers = {"Content-Type": "application/json"}
-        if login:
-            headers["Authorization"] = (
-                f"Basic {base64.b64encode(variables['PREFECT_API_AUTH_STRING'].encode()).decode()}"
-            )
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{variables['PREFECT_API_URL']}{path}", data, headers, method=method)  # noqa: S310
-        try:
-            with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310
-                return answer.status, json.loads(answer.read() or b"null")
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code, json.loads(error.read() or b"null")
-
-    def deployment_id(self) -> str:
-        status, answer = self.call("GET", "/deployments/name/compile-model/compile-model")
-        assert status == 200, answer
-        return str(answer["id"])
-
-    def deploy(self, prefect_file: Path) -> str:
-        words = [sys.executable, "-m", "deployments.deploy", "--prefect-file", str(prefect_file)]
-        done = subprocess.run(
-            words, cwd=ROOT, env=environment(self.home) | self.client_environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    def processes(self) -> list[str]:
-        """Command lines of all processes that have this home in their environment, except this one."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("COMPILEFLOW_HOME") == str(self.home):
-                    found.append(" ".join(process.cmdline()))
-            except psutil.Error:
-                continue
-        return found
-
-
-def serve(home: Path, port: int) -> subprocess.Popen[str]:
-    words = [sys.executable, "-m", "deployments.serve", "--port", str(port), "--database", "sqlite"]
-    return subprocess.Popen(
-        words, cwd=ROOT, env=environment(home), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
 
 
 @pytest.fixture(scope="module")
@@ -139,14 +38,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         finally:
             process.send_signal(signal.SIGTERM)
             process.communicate(timeout=90)
-
-
-def eventually(condition: Callable[[], Any], what: str, timeout_s: float = RUN_S) -> Any:
-    deadline = time.monotonic() + timeout_s
-    while not (value := condition()):
-        assert time.monotonic() < deadline, what
-        time.sleep(0.5)
-    return value
 
 
 def test_password_is_printed_once_and_guards_the_server(served: Served) -> None:
@@ -249,45 +140,3 @@ def test_curl_example_starts_a_run(served: Served, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(done.stdout)["parameters"]["request"]["name"] == "by-curl"
-
-
-def test_worker_that_dies_is_replaced(served: Served) -> None:
-    (worker,) = [
-        child for child in psutil.Process(served.process.pid).children() if child.cmdline()[2:5] == WORKER_START
-    ]
-    worker.kill()
-    assert served.process.stdout is not None
-    assert served.process.stdout.readline() == "The worker ended. Another one starts.\n"
-
-
-def test_ctrl_c_ends_a_running_compile_as_crashed_and_leaves_no_process(served: Served, tmp_path: Path) -> None:
-    model = build_model(tmp_path / "model", HfTask.FILL_MASK)
-    body = {"parameters": {"request": {"model": str(model), "name": "interrupted"}}}
-    run_id = served.call("POST", f"/deployments/{served.deployment_id()}/create_flow_run", body)[1]["id"]
-    eventually(
-        lambda: served.call("GET", f"/flow_runs/{run_id}")[1]["state"]["type"] == "RUNNING",
-        "the run does not start",
-    )
-    served.process.send_signal(signal.SIGINT)
-    output, _ = served.process.communicate(timeout=60)
-    assert output == "Stopping. A run that is under way ends as Crashed.\nStopped.\n"
-    assert served.process.returncode == 0
-    assert served.processes() == []
-
-    # A second start has the same password, and does not print it.
-    before = served.client_environment
-    with serve(served.home, served.port) as process:
-        again = Served(served.home, served.port, process)
-        try:
-            again.wait_ready()
-            assert again.client_environment == before
-            assert before["PREFECT_API_AUTH_STRING"] not in again.output
-            state = again.call("GET", f"/flow_runs/{run_id}")[1]["state"]
-            assert (state["type"], state["message"]) == (
-                "CRASHED",
-                "Execution was aborted by a termination signal.",
-            )
-        finally:
-            process.send_signal(signal.SIGINT)
-            process.communicate(timeout=60)
-    assert again.processes() == []

@@ -1,0 +1,135 @@
+"""A running `make serve`, and what tests need of it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).parents[2]
+RUN_S = 240
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+def environment(home: Path) -> dict[str, str]:
+    return os.environ | {"COMPILEFLOW_HOME": str(home), "PREFECT_WORKER_QUERY_SECONDS": "1"}
+
+
+@dataclass
+class Served:
+    """A running `python -m deployments.serve`."""
+
+    home: Path
+    port: int
+    process: subprocess.Popen[str]
+    output: str = ""
+
+    @property
+    def client_environment(self) -> dict[str, str]:
+        """What the file for clients exports."""
+        text = (self.home / "serve" / "client.env").read_text("utf-8")
+        return dict(line.removeprefix("export ").split("=", 1) for line in text.splitlines())
+
+    def wait_ready(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.output += line
+            if line.startswith("Ready."):
+                return
+        raise AssertionError(self.output)
+
+    def call(self, method: str, path: str, body: Any = None, *, login: bool = True) -> tuple[int, Any]:
+        """Send a request, again while the server's SQLite file is locked, and return the status and the answer."""
+        for _ in range(5):
+            status, answer = self._call_once(method, path, body, login)
+            if status != 503:
+                break
+            time.sleep(2)
+        return status, answer
+
+    def _call_once(self, method: str, path: str, body: Any, login: bool) -> tuple[int, Any]:
+        variables = self.client_environment
+        headers = {"Content-Type": "application/json"}
+        if login:
+            headers["Authorization"] = (
+                f"Basic {base64.b64encode(variables['PREFECT_API_AUTH_STRING'].encode()).decode()}"
+            )
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{variables['PREFECT_API_URL']}{path}", data, headers, method=method)  # noqa: S310
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310
+                return answer.status, json.loads(answer.read() or b"null")
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, json.loads(error.read() or b"null")
+
+    def answers(self) -> bool:
+        """Return whether the server answers."""
+        try:
+            return self._call_once("GET", "/admin/version", None, True)[0] == 200
+        except OSError:
+            return False
+
+    def deployment_id(self) -> str:
+        status, answer = self.call("GET", "/deployments/name/compile-model/compile-model")
+        assert status == 200, answer
+        return str(answer["id"])
+
+    def deploy(self, prefect_file: Path) -> str:
+        words = [sys.executable, "-m", "deployments.deploy", "--prefect-file", str(prefect_file)]
+        done = subprocess.run(
+            words, cwd=ROOT, env=environment(self.home) | self.client_environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def processes(self) -> list[str]:
+        """Command lines of all processes that have this home in their environment, except this one."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("COMPILEFLOW_HOME") == str(self.home):
+                    found.append(" ".join(process.cmdline()))
+            except psutil.Error:
+                continue
+        return found
+
+
+def serve(
+    home: Path, port: int, database: str = "sqlite", *, prefix: Sequence[str] = (), **variables: str
+) -> subprocess.Popen[str]:
+    words = [sys.executable, "-m", "deployments.serve", "--port", str(port), "--database", database]
+    return subprocess.Popen(
+        [*prefix, *words],
+        cwd=ROOT,
+        env=environment(home) | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def eventually(condition: Callable[[], Any], what: str, timeout_s: float = RUN_S) -> Any:
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline, what
+        time.sleep(0.5)
+    return value
