@@ -164,6 +164,21 @@ def verify_artifact(
     )
 
 
+def check_version(version: ModelVersion, settings: Settings) -> None:
+    """Check that the store holds the artifact of a registered version, every byte, and that it is what was registered.
+
+    Raises:
+        IntegrityError: It is missing or altered, or contradicts what the registry says.
+        ManifestError: Its URI is not one of a stored folder, or its manifest cannot be read.
+        StoreError: The store refused, or did not answer.
+    """
+    store_uri, digest = split_uri(version.artifact_uri)
+    with open_store(store_uri, settings).open_folder(digest) as folder:
+        manifest, _ = verify_folder(folder)
+    for contradiction in _contradictions(version, digest, manifest):
+        raise IntegrityError(contradiction)
+
+
 def _contradictions(version: ModelVersion, digest: str, manifest: ArtifactManifest) -> list[str]:
     """Return what a registry says about an artifact and its manifest denies, one line each."""
     claims = {
