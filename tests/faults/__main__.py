@@ -1,7 +1,7 @@
 """Whole runs with random faults: python -m tests.faults [--seed N] [--runs N].
 
-A story is a world with a few runs, one after the other. The seed of a story decides its store, its requests and its
-faults; the moments at which they happen also depend on the machine. Stories have the seeds N, N + 1, ...
+A story is a world with a few runs, one after the other. The seed of a story decides its store, its requests and
+its faults; the moments at which they happen also depend on the machine. Stories have the seeds N, N + 1, ...
 """
 
 from __future__ import annotations
@@ -100,7 +100,9 @@ class Story:
             if request not in world.asked:
                 world.asked.append(request)
             print(f"{title}: {words}; {count} versions right, {time.monotonic() - began:.0f} s", flush=True)
-            self.outcomes[name, "registered" if words == "registered" else "refused or killed, then registered"] += 1
+            self.outcomes[
+                name, "registered" if words == "registered" else "refused or killed, then registered"
+            ] += 1
         except AssertionError as error:
             self.problems.append(f"{title}: {error}")
             self.outcomes[name, "WRONG"] += 1
@@ -143,7 +145,8 @@ class Story:
             if run.exit_code == 0:
                 version = acknowledged(world, request, run.out)
                 # Before the damage is mended.
-                check_version(world, version, answers_of=self._answers)
+                lost = "has lost the report" in err
+                check_version(world, version, answers_of=self._answers, has_lost_report=lost)
                 return "registered"
             errors = [line for line in lines if line.startswith("error: ")]
             assert run.exit_code in (1, 2), shown

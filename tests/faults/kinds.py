@@ -132,15 +132,15 @@ def _network_fault(random: Random) -> Fault:
     size = random.randrange(1, 5000)
     faults: list[Fault] = [
         _s3_error(503, "SlowDown"), _s3_error(500, "InternalError"), _s3_error(403, "AccessDenied"),
-        _s3_error(404, "NoSuchKey"), _s3_error(409, "OperationAborted"), Answer(200, _HTML), Answer(200), Answer(502, _HTML),
-        CutRequest(size), CutResponse(size), LoseReply(), Corrupt(), Hang(0.2),
+        _s3_error(404, "NoSuchKey"), _s3_error(409, "OperationAborted"), Answer(200, _HTML), Answer(200),
+        Answer(502, _HTML), CutRequest(size), CutResponse(size), LoseReply(), Corrupt(), Hang(0.2),
     ]  # fmt: skip
     return random.choice(faults)
 
 
 @contextmanager
 def full_disk(world: World, random: Random) -> Iterator[During]:
-    """The disk of home folder, store and temporary files has only little room left, from the start or from later."""
+    """The disk of home folder, store and temporary files is nearly full, from the start or from later."""
     filler = world.folder / "filler"
     room = int(2 ** random.uniform(11, 23))
     delay_s = random.choice([0.0, random.uniform(0, world.duration_s)])

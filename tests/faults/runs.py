@@ -1,4 +1,4 @@
-"""Runs of the command line: each in a fork, which shares the imports of this process, or in a process of its own."""
+"""Runs of the command line: each in a fork, which shares the imports, or in a process of its own."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Run:
             os.kill(self.pid, signal.SIGKILL)
 
     def wait(self) -> str:
-        """Wait until the run and all its processes have ended, and return what is wrong about that; '' if nothing."""
+        """Wait until the run and all its processes have ended; return what is wrong about that, or ''."""
         problem = ""
         if self.sleep(_LONGEST_S):
             problem = f"it ran for more than {_LONGEST_S} s"
@@ -134,7 +134,8 @@ def start(
     with out.open("wb") as stdout, err.open("wb") as stderr:
         popen = subprocess.Popen(
             [sys.executable, "-m", module, *words],
-            cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True,
+            cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
+            start_new_session=True,
         )  # fmt: skip
     # `Run` waits for the process.
     popen.returncode = 0

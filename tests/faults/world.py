@@ -128,7 +128,14 @@ class World:
 
     @classmethod
     def make(
-        cls, folder: Path, models: Path, *, is_signed: bool, proxy: FaultProxy | None, moto: Moto | None, can_fill: bool
+        cls,
+        folder: Path,
+        models: Path,
+        *,
+        is_signed: bool,
+        proxy: FaultProxy | None,
+        moto: Moto | None,
+        can_fill: bool,
     ) -> World:
         """Make an empty world; with a proxy, its store is on S3."""
         home = folder / "home"
@@ -154,19 +161,19 @@ class World:
         """Choose a request: a new one, or one of an earlier run."""
         if self.asked and not is_new:
             return random.choice(self.asked)
-        model = random.choice([model for model in MODELS[:2]])
+        model = random.choice(MODELS[:2])
         return Request(model, random.choice([n for n in LENGTHS if Request(model, n) not in self.asked]))
 
     def words(self, request: Request) -> list[str]:
         """Return the command line of a request."""
         shape = f"1x{request.length}"
         return [
-            "compile", str(self.folder / request.model), "--target", "torchscript", "--bucket", shape, "--shape", shape,
-            "--max-examples", "30", "--allow-warn", "--name", request.name, "--no-progress", "--json",
+            "compile", str(self.folder / request.model), "--target", "torchscript", "--bucket", shape,
+            "--shape", shape, "--max-examples", "30", "--allow-warn", "--name", request.name, "--no-progress", "--json",
         ]  # fmt: skip
 
     def states(self, model: str) -> dict[str, dict[str, str]]:
-        """Return the states that a model's folder had: SHA-256 of each file, by the folder that holds that state."""
+        """Return the states that a model's folder had: SHA-256 of each file, by the folder of that state."""
         folders = [name for name in MODELS if name == model or (model == CHANGING and name.startswith(CHANGING))]
         return {name: _hashes(self.folder.parent / "models" / name) for name in folders}
 

@@ -130,3 +130,38 @@ def test_artifact_of_another_source_model_is_not_registered(settings: Settings, 
             name="other", allow_warn=False, store_uri=store.uri, registry_uri=settings.resolved_registry_uri(),
             settings=settings,
         )  # fmt: skip
+
+
+def test_lost_report_of_a_registered_version_is_told(
+    settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = LocalStore((tmp_path / "store").as_uri(), settings)
+    artifact = store.put_folder(small_artifact(tmp_path / "artifact"))
+    reports = []
+    for text in ("first", "second"):
+        (tmp_path / text).mkdir()
+        (tmp_path / text / "report.json").write_text(text)
+        reports.append(store.put_folder(tmp_path / text))
+    versions = []
+    for report in (reports[0], reports[1], reports[1]):
+        versions.append(
+            register_version(
+                FetchedSource(uri="hf://a/b", revision="1", stored_uri="", digest="5" * 64, size_bytes=1, cached=True),
+                CompiledArtifact(
+                    uri=artifact.uri, digest=artifact.digest, cache_key="1" * 64, size_bytes=1,
+                    compile_duration_s=1.0, peak_rss_bytes=1, cached=True, why="",
+                ),
+                ValidatedArtifact(
+                    artifact_digest=artifact.digest, report_uri=report.uri, report_digest=report.digest,
+                    outcome="pass", reason="pass", figures={}, cached=True, why="",
+                ),
+                name="b", allow_warn=False, store_uri=store.uri,
+                registry_uri=settings.resolved_registry_uri(), settings=settings,
+            )
+        )  # fmt: skip
+        if len(versions) == 2:
+            # The first report is still there.
+            assert caplog.text == ""
+            (store.root / "manifests" / "sha256" / f"{reports[0].digest}.json").unlink()
+    assert [(version.version, version.report_digest) for version in versions] == 3 * [(1, reports[0].digest)]
+    assert f"the store has lost the report {reports[0].digest[:12]}" in caplog.text

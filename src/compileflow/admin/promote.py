@@ -36,7 +36,8 @@ def promote_version(
         settings: Tokens and timeouts.
         who: Name of the person who promotes; the registry keeps it with the version.
         reason: Reason for the promotion; the registry keeps it with the version.
-        force: Promote even a version that did not pass; this needs a reason. Its artifact must be readable even so.
+        force: Promote even a version that did not pass; this needs a reason. Its artifact must be readable all the
+            same.
 
     Returns:
         The promoted version in each registry, by URI.

@@ -165,7 +165,7 @@ def verify_artifact(
 
 
 def check_version(version: ModelVersion, settings: Settings) -> None:
-    """Check that the store holds the artifact of a registered version, every byte, and that it is what was registered.
+    """Check that the store holds every byte of a version's artifact, and that it is what the registry says.
 
     Raises:
         IntegrityError: It is missing or altered, or contradicts what the registry says.
