@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -193,6 +194,8 @@ def main() -> int:
     arguments = parser.parse_args()
     seed = Random().randrange(10**6) if arguments.seed is None else arguments.seed
     print(f"seed {seed}, {arguments.runs} runs", flush=True)
+    # Servers and the disk end with this process.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     import_once()
     outcomes: Counter[tuple[str, str]] = Counter()
     problems = []

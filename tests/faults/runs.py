@@ -37,8 +37,8 @@ _MODULES = (
     "securesystemslib.signer",
     "transformers.pipelines",
 )
-_LONGEST_S = 600
-_LINGER_S = 15
+_LONGEST_S = 900
+_LINGER_S = 60
 
 
 @dataclass

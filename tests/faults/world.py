@@ -144,6 +144,9 @@ class World:
             shutil.copytree(models / model, folder / model)
         environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "PREFECT_"))},
+            "PREFECT_HOME": str(home / "prefect"),
+            # A busy machine is no fault.
+            "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "400",
             "COMPILEFLOW_HOME": str(home),
             "TMPDIR": str(folder / "tmp"),
             "COMPILEFLOW_SIGNING_KEY": str(models / "key.pem") if is_signed else "",
@@ -169,7 +172,8 @@ class World:
         shape = f"1x{request.length}"
         return [
             "compile", str(self.folder / request.model), "--target", "torchscript", "--bucket", shape,
-            "--shape", shape, "--max-examples", "30", "--allow-warn", "--name", request.name, "--no-progress", "--json",
+            "--shape", shape, "--max-examples", "30", "--allow-warn", "--name", request.name,
+            "--no-progress", "--json",
         ]  # fmt: skip
 
     def states(self, model: str) -> dict[str, dict[str, str]]:

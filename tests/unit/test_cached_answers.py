@@ -143,19 +143,19 @@ def test_lost_report_of_a_registered_version_is_told(
         (tmp_path / text / "report.json").write_text(text)
         reports.append(store.put_folder(tmp_path / text))
     versions = []
+    source = FetchedSource(uri="hf://a/b", revision="1", stored_uri="", digest="5" * 64, size_bytes=1, cached=True)
+    compiled = CompiledArtifact(
+        uri=artifact.uri, digest=artifact.digest, cache_key="1" * 64, size_bytes=1, compile_duration_s=1.0,
+        peak_rss_bytes=1, cached=True, why="",
+    )  # fmt: skip
     for report in (reports[0], reports[1], reports[1]):
+        validated = ValidatedArtifact(
+            artifact_digest=artifact.digest, report_uri=report.uri, report_digest=report.digest, outcome="pass",
+            reason="pass", figures={}, cached=True, why="",
+        )  # fmt: skip
         versions.append(
             register_version(
-                FetchedSource(uri="hf://a/b", revision="1", stored_uri="", digest="5" * 64, size_bytes=1, cached=True),
-                CompiledArtifact(
-                    uri=artifact.uri, digest=artifact.digest, cache_key="1" * 64, size_bytes=1,
-                    compile_duration_s=1.0, peak_rss_bytes=1, cached=True, why="",
-                ),
-                ValidatedArtifact(
-                    artifact_digest=artifact.digest, report_uri=report.uri, report_digest=report.digest,
-                    outcome="pass", reason="pass", figures={}, cached=True, why="",
-                ),
-                name="b", allow_warn=False, store_uri=store.uri,
+                source, compiled, validated, name="b", allow_warn=False, store_uri=store.uri,
                 registry_uri=settings.resolved_registry_uri(), settings=settings,
             )
         )  # fmt: skip

@@ -169,7 +169,7 @@ def check_version(version: ModelVersion, settings: Settings) -> None:
 
     Raises:
         IntegrityError: It is missing or altered, or contradicts what the registry says.
-        ManifestError: Its URI is not one of a stored folder, or its manifest cannot be read.
+        ManifestError: The artifact's URI does not name a stored folder, or the manifest cannot be read.
         StoreError: The store refused, or did not answer.
     """
     store_uri, digest = split_uri(version.artifact_uri)
