@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
@@ -236,7 +236,8 @@ def _hide_secrets(files: Sequence[Path]) -> None:
     """Keep the values of secret settings out of all errors, even where somebody gave one to another setting."""
     fields = Settings.model_fields.items()
     names = [*_SECRETS, *(variable_of(name) for name, field in fields if SecretStr in get_args(field.annotation))]
-    for values in (os.environ, *map(_values_in, files)):
+    sources: list[Mapping[str, str | None]] = [os.environ, *map(_values_in, files)]
+    for values in sources:
         hide(values.get(name) for name in names)
 
 
