@@ -9,7 +9,7 @@ PIP := -m pip install --quiet --disable-pip-version-check --constraint constrain
 PYTEST := $(DEV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 20
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run serve deploy neptune check docs architectures mutation test test-slow format clean
+.PHONY: help demo run serve deploy neptune check docs architectures mutation test test-slow faults format clean
 
 help: ## Print the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
@@ -55,6 +55,9 @@ test: $(DEV)/installed ## Run the tests that are not marked slow
 
 test-slow: $(DEV)/installed ## Run the tests that are marked slow
 	@$(PYTEST) -m slow
+
+faults: $(DEV)/installed ## Run whole runs with random faults: make faults RUNS=100 [SEED=17]
+	@$(DEV)/bin/python -m tests.faults --runs $(or $(RUNS),100) $(if $(SEED),--seed $(SEED))
 
 format: $(DEV)/installed ## Format the code
 	@$(DEV)/bin/ruff format .

@@ -149,7 +149,10 @@ def _outcome(run: Callable[[], State[Any]]) -> Any:
     except Exception as error:  # noqa: BLE001 - Prefect raises what its client and its database raise
         return ProcessError(
             f"Prefect cannot run the flow: {type(error).__name__}: {first_line(error)}.",
-            hint="Check the Prefect server of PREFECT_API_URL; without one, unset the variable.",
+            hint="Check the Prefect server of PREFECT_API_URL; without one, unset the variable."
+            if PREFECT_API_URL.value()
+            else "If the machine is busy, raise PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS, or set "
+            "PREFECT_API_URL to a server.",
         )
     outcome = state.result(raise_on_failure=False)
     if isinstance(outcome, CompileResult | CompileflowError | str):

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from compileflow.errors import SpecError
+from compileflow.errors import SpecError, hide
 from compileflow.settings import Settings, get_settings
 from compileflow.steps.request import CompileRequest
 from tasks.server import patiently
@@ -49,6 +49,7 @@ def _aws_settings(name: str) -> dict[str, object]:
         )
     # Frozen credentials resolve profiles and roles to the keys of this moment.
     keys = credentials.get_frozen_credentials()
+    hide([keys.secret_key, keys.token])
     fields = {
         "s3_access_key_id": SecretStr(keys.access_key),
         "s3_secret_access_key": SecretStr(keys.secret_key),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from urllib.parse import quote
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -19,7 +20,13 @@ _LONGEST_SEARCHED = 10 * _LONGEST_TEXT
 _WORD = re.compile(r"[^\s'\"<>]+")
 # User and password in a URL. A password may hold a slash; a port does not stand before an @. What stands before
 # the @ of hf://NAME@REVISION is not a user, nor is a model in http://host:port#NAME@NUMBER.
-_USER = re.compile(r"(?<!hf)://(?:[^/?#]*@|[^/@:]*:(?!(?:\d+|port)[/#])[^@]*@)")
+_USER = re.compile(r"(?<!hf):/+(?:[^/?#]*@|[^/@:]*:(?!(?:\d+|port)[/#])[^@]*@)")
+# Tokens that tell what they are: of the Hub, of AWS, and base64 of JSON, as Neptune's.
+_TOKEN = re.compile(r"hf_\w{20,}|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\beyJ[\w-]{16,}[\w.=-]*")
+# Shorter values would also be found in other words.
+_SHORTEST_SECRET = 8
+_hidden: set[str] = set()
+Error = TypeVar("Error", bound=BaseException)
 # What a field expects, by the first word of the type of pydantic's error.
 _EXPECTED = {
     "bool": "true or false", "dict": "an object", "float": "a number", "int": "a whole number", "list": "a list",
@@ -203,9 +210,35 @@ def one_line(text: str) -> str:
     return printable(" ".join(text.split()))
 
 
+def hide(values: Iterable[str | None]) -> None:
+    """From now on, replace these secrets wherever a text of an error holds them."""
+    secrets = [value for value in values if value and len(value) >= _SHORTEST_SECRET]
+    _hidden.update(secrets, map(quote, secrets))
+
+
 def without_secrets(text: str) -> str:
-    """Replace user, password and query string of each URL in a text; a presigned URL has its signature there."""
-    return _WORD.sub(_without_secrets, text[:_LONGEST_SEARCHED])
+    """Replace what is secret in a text.
+
+    That is user, password and query string of each URL, because a presigned URL has its signature there; tokens of
+    known forms; and the secrets that this process knows, which may stand in a wrong place.
+    """
+    text = text[:_LONGEST_SEARCHED]
+    for secret in _hidden:
+        text = text.replace(secret, "***")
+    return _TOKEN.sub("***", _WORD.sub(_without_secrets, text))
+
+
+def redacted(error: Error) -> Error:
+    """Replace what is secret in the texts of a foreign error and of its causes, which a traceback shows."""
+    cause: BaseException | None = error
+    seen: set[int] = set()
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        cause.args = tuple(without_secrets(part) if isinstance(part, str) else part for part in cause.args)
+        if isinstance(cause, OSError) and isinstance(cause.filename, str):
+            cause.filename = without_secrets(cause.filename)
+        cause = cause.__cause__ or cause.__context__
+    return error
 
 
 def _without_secrets(match: re.Match[str]) -> str:

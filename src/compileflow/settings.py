@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from dotenv import dotenv_values
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
-from compileflow.errors import SpecError, first_line, first_problem
+from compileflow.errors import SpecError, first_line, first_problem, hide
 
 _ENV, _SWITCHES = "COMPILEFLOW_ENV", "COMPILE_PIPELINE_EXECUTION_"
 _ENV_FOLDER = Path("deployments") / "env"
+# Secrets of the services' own clients.
+_SECRETS = (
+    *("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"),
+    *("PREFECT_API_KEY", "PREFECT_API_AUTH_STRING"),
+)
 
 
 class Settings(BaseSettings):
@@ -138,6 +143,14 @@ class Settings(BaseSettings):
         False, description="Load only artifacts whose provenance and verdict are signed by a trusted key."
     )
 
+    @field_validator("home", "outputs", "signing_key", "trusted_keys", mode="before")
+    @classmethod
+    def _is_no_url(cls, value: object) -> object:
+        # As a path it would lose a slash, and messages would show the password in it.
+        if "://" in str(value):
+            raise ValueError("expected a path, got a URL")
+        return value
+
     @property
     def home_dir(self) -> Path:
         """`home`, absolute, with ~ expanded.
@@ -185,6 +198,8 @@ def dotenv_files() -> tuple[Path, ...]:
     """Return the dotenv files that settings come from; a later one takes precedence."""
     own = Path(".env")
     name = {**_values_in(own), **os.environ}.get(_ENV) or ("prod" if os.environ.get("CI") else "dev")
+    # A wrong name is refused when it is read as a setting.
+    name = name if name in get_args(Settings.model_fields["env"].annotation) else "dev"
     return _ENV_FOLDER / f"{name}.env", own
 
 
@@ -202,6 +217,7 @@ def get_settings() -> Settings:
     )
     try:
         _check_spelling(files)
+        _hide_secrets(files)
         return Settings(_env_file=files)
     except ValidationError as error:
         # The error does not repeat the value, which may be a secret under a wrong name.
@@ -214,6 +230,15 @@ def variable_of(name: str) -> str:
     """Return the environment variable of a setting."""
     alias = Settings.model_fields[name].validation_alias
     return str(alias or f"{Settings.model_config['env_prefix']}{name.upper()}")
+
+
+def _hide_secrets(files: Sequence[Path]) -> None:
+    """Keep the values of secret settings out of all errors, even where somebody gave one to another setting."""
+    fields = Settings.model_fields.items()
+    names = [*_SECRETS, *(variable_of(name) for name, field in fields if SecretStr in get_args(field.annotation))]
+    sources: list[Mapping[str, str | None]] = [os.environ, *map(_values_in, files)]
+    for values in sources:
+        hide(values.get(name) for name in names)
 
 
 def _values_in(file: Path) -> dict[str, str | None]:

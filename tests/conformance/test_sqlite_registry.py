@@ -13,6 +13,7 @@ import pytest
 
 from compileflow.catalog import open_registry
 from compileflow.errors import RegistryError, SpecError
+from compileflow.registries.sqlite import _errors
 from compileflow.testing.processes import at_once, say
 from compileflow.testing.registries import RegistryConformance, version_entry
 
@@ -134,3 +135,9 @@ def read_only(folder: Path) -> Iterator[None]:
 def promote(uri: str, number: str) -> None:
     """Promote one version; runs in another process."""
     say(open_registry(uri).set_stage("ner", int(number), "production", who="ann").stage)
+
+
+@pytest.mark.parametrize("words", ["database or disk is full", "disk I/O error"])
+def test_full_disk_is_named(tmp_path: Path, words: str) -> None:
+    with pytest.raises(RegistryError, match="Free some space on its disk"), _errors(tmp_path / "registry.db"):
+        raise sqlite3.OperationalError(words)

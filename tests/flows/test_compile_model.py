@@ -9,13 +9,15 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.exceptions import ParameterTypeError
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import State
 
 from compileflow.catalog import open_registry
-from compileflow.errors import RegistryUnavailableError, VerdictError
+from compileflow.errors import ProcessError, RegistryUnavailableError, VerdictError
 from compileflow.registries.sqlite import SqliteRegistry
 from compileflow.spec import HfTask
 from flows.compile_model import CompileResult, compile_model
+from flows.runner import _outcome
 from tasks import policies
 from tasks.register import register
 from tests.conftest import ModelFactory
@@ -140,3 +142,21 @@ def test_backoff_grows_and_jitters() -> None:
 def test_unknown_parameter_is_refused_before_anything_runs() -> None:
     with pytest.raises(ParameterTypeError, match="hf_tusk"):
         compile_model({"model": "m", "hf_tusk": "fill-mask"})
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        (None, "raise PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"),
+        ("http://127.0.0.1:9/api", "Check the Prefect server of PREFECT_API_URL"),
+    ],
+)
+def test_server_that_does_not_start_in_time_is_one_line_that_says_what_to_do(url: str | None, says: str) -> None:
+    def run() -> State[Any]:
+        raise RuntimeError("Timed out while attempting to connect to ephemeral Prefect API server.")
+
+    with temporary_settings({PREFECT_API_URL: url}):
+        error = _outcome(run)
+    assert isinstance(error, ProcessError)
+    assert error.message.startswith("Prefect cannot run the flow: RuntimeError: Timed out while attempting")
+    assert says in error.hint

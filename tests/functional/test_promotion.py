@@ -18,8 +18,8 @@ import pytest
 from compileflow.catalog import open_registry
 from compileflow.contracts import ModelRegistry
 from compileflow.settings import Settings
-from compileflow.testing.registries import version_entry
 from tests.functional.prefect_server import PrefectServer, _server_on, _start
+from tests.unit.attested_artifacts import stored_entry
 
 pytestmark = [pytest.mark.functional, pytest.mark.slow]
 POOL = "promotion"
@@ -32,6 +32,7 @@ class OwnServer:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self._port = free.getsockname()[1]
+        self.settings = Settings(home=home)
         server = _server_on(self._port, folder)
         environment = server.environment | {"COMPILEFLOW_HOME": str(home)}
         self.server: PrefectServer = replace(server, environment=environment)
@@ -77,7 +78,7 @@ def registry(home: Path) -> ModelRegistry:
 def ask(own: OwnServer, registry: ModelRegistry, **parameters: Any) -> tuple[str, str]:
     """Register a version, start the flow for it, and return the model's name and the id of the run."""
     name = f"ner-{uuid4().hex[:8]}"
-    registry.register(version_entry(name, 1))
+    registry.register(stored_entry(own.settings, name))
     deployment = own.server.call("GET", "/deployments/name/promote-model/promote-model")[1]
     body = {"parameters": {"name": name, "version": 1, **parameters}}
     status, run = own.server.call("POST", f"/deployments/{deployment['id']}/create_flow_run", body)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from pydantic import SecretStr
@@ -28,10 +29,12 @@ from compileflow.artifact.manifest import (
     artifact_files,
     read_manifest,
 )
-from compileflow.contracts import ComponentRecord, TensorRecord
+from compileflow.catalog import open_store
+from compileflow.contracts import ComponentRecord, TensorRecord, VersionEntry
 from compileflow.contracts.digests import folder_digest, list_files
 from compileflow.settings import Settings
 from compileflow.spec import CompileSpec, HfTask
+from compileflow.testing.registries import version_entry
 
 SOURCE, REPORT, REQUEST = "5" * 64, "7" * 64, "4" * 64
 RUN = CompileRun(
@@ -120,6 +123,22 @@ def small_artifact(folder: Path, *, source: str = SOURCE, graph: bytes = b"graph
         files=list_files(folder),
     ).write(folder)
     return folder
+
+
+def stored_entry(settings: Settings, name: str, *, number: int = 1) -> VersionEntry:
+    """Store a small artifact in the configured store and return an entry of it; `number` determines its digest."""
+    with TemporaryDirectory() as temporary:
+        folder = small_artifact(Path(temporary) / "artifact", graph=f"graph {number}".encode())
+        stored_folder = open_store(settings.resolved_store_uri(), settings).put_folder(folder)
+        manifest = read_manifest(folder)
+    return version_entry(name, number).model_copy(
+        update={
+            "artifact_uri": stored_folder.uri,
+            "artifact_digest": stored_folder.digest,
+            "source_digest": manifest.source.digest,
+            "spec": manifest.spec.model_dump(mode="json"),
+        }
+    )
 
 
 def digest_of(folder: Path) -> str:

@@ -9,12 +9,13 @@ import pytest
 from compileflow.admin.approval import approval_markdown
 from compileflow.admin.promote import check_promotable, note_in_each
 from compileflow.catalog import open_registry
-from compileflow.errors import VerdictError
+from compileflow.errors import StoreError, VerdictError
 from compileflow.settings import Settings
 from compileflow.spec import HfTask
 from compileflow.testing.registries import version_entry
 from tests.conftest import ModelFactory
 from tests.steps import Pipeline
+from tests.unit.attested_artifacts import stored_entry
 
 
 def test_form_shows_verdict_changed_answers_latency_and_report(
@@ -41,6 +42,17 @@ def test_warned_version_may_be_archived_but_not_served(settings: Settings) -> No
     check_promotable([version], "archived", settings)
     with pytest.raises(VerdictError, match="verdict warn"):
         check_promotable([version], "production", settings)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_version_whose_artifact_is_lost_may_be_archived_but_not_served(settings: Settings, force: bool) -> None:
+    entry = stored_entry(settings, "ner")
+    version = open_registry(settings.resolved_registry_uri()).register(entry)
+    check_promotable([version], "production", settings, force=force)
+    (settings.home_dir / "store" / "manifests" / "sha256" / f"{entry.artifact_digest}.json").unlink()
+    check_promotable([version], "archived", settings, force=force)
+    with pytest.raises(StoreError, match=r"^ner version 1 cannot enter production: file:///\S+ does not hold"):
+        check_promotable([version], "production", settings, force=force)
 
 
 def test_note_is_kept_in_every_registry_that_has_the_artifact(settings: Settings, tmp_path: Path) -> None:

@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from compileflow.contracts.digests import folder_digest, list_files
-from compileflow.errors import SourceError, VerdictError
+from compileflow.admin.collect import reports_on
+from compileflow.contracts.digests import folder_digest, json_digest, list_files
+from compileflow.errors import SourceError, StepOffError, VerdictError
 from compileflow.settings import Settings
+from compileflow.steps.cache import CacheKey, why_missed
+from compileflow.steps.compile import earlier_cost
 from compileflow.steps.fetch import fetch_source
 from compileflow.steps.register import register_version
+from compileflow.steps.validate import report_on
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
 from compileflow.stores.local import LocalStore
 from tests.unit.attested_artifacts import small_artifact
@@ -130,3 +135,105 @@ def test_artifact_of_another_source_model_is_not_registered(settings: Settings, 
             name="other", allow_warn=False, store_uri=store.uri, registry_uri=settings.resolved_registry_uri(),
             settings=settings,
         )  # fmt: skip
+
+
+def test_lost_report_of_a_registered_version_is_told(
+    settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = LocalStore((tmp_path / "store").as_uri(), settings)
+    artifact = store.put_folder(small_artifact(tmp_path / "artifact"))
+    reports = []
+    for text in ("first", "second"):
+        (tmp_path / text).mkdir()
+        (tmp_path / text / "report.json").write_text(text)
+        reports.append(store.put_folder(tmp_path / text))
+    versions = []
+    source = FetchedSource(uri="hf://a/b", revision="1", stored_uri="", digest="5" * 64, size_bytes=1, cached=True)
+    compiled = CompiledArtifact(
+        uri=artifact.uri, digest=artifact.digest, cache_key="1" * 64, size_bytes=1, compile_duration_s=1.0,
+        peak_rss_bytes=1, cached=True, why="",
+    )  # fmt: skip
+    for report in (reports[0], reports[1], reports[1]):
+        validated = ValidatedArtifact(
+            artifact_digest=artifact.digest, report_uri=report.uri, report_digest=report.digest, outcome="pass",
+            reason="pass", figures={}, cached=True, why="",
+        )  # fmt: skip
+        versions.append(
+            register_version(
+                source, compiled, validated, name="b", allow_warn=False, store_uri=store.uri,
+                registry_uri=settings.resolved_registry_uri(), settings=settings,
+            )
+        )  # fmt: skip
+        if len(versions) == 2:
+            # The first report is still there.
+            assert caplog.text == ""
+            (store.root / "manifests" / "sha256" / f"{reports[0].digest}.json").unlink()
+    assert [(version.version, version.report_digest) for version in versions] == 3 * [(1, reports[0].digest)]
+    assert f"the store has lost the report {reports[0].digest[:12]}" in caplog.text
+
+
+DAMAGED = [
+    {},
+    {"key": 5, "parts": {}},
+    {"key": "../x", "parts": {"uri": "a"}},
+    {"key": "0" * 64, "parts": []},
+    {"parts": {"uri": "a"}},
+]
+
+
+@pytest.mark.parametrize("record", DAMAGED)
+def test_damaged_record_of_the_last_run_is_none(
+    settings: Settings, tmp_path: Path, record: dict[str, Any]
+) -> None:
+    store = LocalStore((tmp_path / "store").as_uri(), settings)
+    key = CacheKey("compile", "a for b", {"uri": "a"})
+    for kind in ("compile", "compile-latest"):
+        store.put_record(kind, key.digest, record)
+    store.put_record("compile-latest", json_digest(["compile", "a for b"]), record)
+    assert earlier_cost(store, key) == ""
+    assert why_missed(store, key) == "first run for a for b"
+
+
+def test_fetch_step_that_is_off_does_not_take_the_record_of_another_model(
+    fetch: Fetch, records: Path, settings: Settings, tmp_path: Path
+) -> None:
+    models = [write_model(tmp_path / name, weight) for weight, name in enumerate("ab")]
+    fetched = [fetch(model) for model in models]
+    one, two = sorted((records.parent / "fetch-latest").iterdir())
+    bodies = one.read_text(), two.read_text()
+    overwrite(one, bodies[1])
+    overwrite(two, bodies[0])
+    store_uri = settings.resolved_store_uri()
+    for model in models:
+        with pytest.raises(StepOffError, match="has no source model from"):
+            fetch_source(str(model), None, store_uri=store_uri, settings=settings, enabled=False)
+    overwrite(one, bodies[0])
+    overwrite(two, bodies[1])
+    for model, source in zip(models, fetched, strict=True):
+        again = fetch_source(str(model), None, store_uri=store_uri, settings=settings, enabled=False)
+        assert again.digest == source.digest
+
+
+def test_verdict_on_another_artifact_is_no_verdict(
+    settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = LocalStore((tmp_path / "store").as_uri(), settings)
+    report = store.put_folder(small_artifact(tmp_path / "report"))
+    value = ValidatedArtifact(
+        artifact_digest="1" * 64, report_uri=report.uri, report_digest=report.digest, outcome="pass",
+        reason="pass", figures={}, cached=True, why="",
+    )  # fmt: skip
+    for digest in ("1" * 64, "2" * 64):
+        store.put_record("report-of", digest, value.model_dump(mode="json"))
+    found = report_on(store, "1" * 64)
+    assert found is not None
+    assert found.outcome == "pass"
+    assert report_on(store, "2" * 64) is None
+    assert "about another artifact" in caplog.text
+
+
+def test_collection_reads_past_damaged_records(settings: Settings, tmp_path: Path) -> None:
+    store = LocalStore((tmp_path / "store").as_uri(), settings)
+    for number, digest in enumerate([{"a": 1}, [], 5, "7" * 64]):
+        store.put_record("report-of", str(number) * 64, {"report_digest": digest})
+    assert reports_on(store, [str(number) * 64 for number in range(4)]) == {"7" * 64}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import time
+import traceback
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -13,7 +14,15 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, Field, ValidationError
 
 from compileflow import errors
-from compileflow.errors import CompileflowError, field_problem, first_line, in_words, without_secrets
+from compileflow.errors import (
+    CompileflowError,
+    field_problem,
+    first_line,
+    hide,
+    in_words,
+    redacted,
+    without_secrets,
+)
 
 TREE = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, CompileflowError)]
 
@@ -162,9 +171,35 @@ def test_no_error_shows_the_user_or_the_query_of_a_url(scheme: str, password: st
         assert "CANARY" not in f"{error} {error!r} {error.to_dict()}"
 
 
+def test_secret_that_the_process_knows_and_tokens_of_known_forms_are_hidden() -> None:
+    hide(["a/secret=of mine", "short", None])
+    assert without_secrets("see a/secret=of mine, file:///a/secret%3Dof%20mine/x and short") == (
+        "see ***, file:///***/x and short"
+    )
+    tokens = ("hf_" + 34 * "x", "AKIAIOSFODNN7EXAMPLE", "eyJhcGlfYWRkcmVzcyI6Imh0dHBzOi8v==")
+    for token in tokens:
+        assert token not in without_secrets(f"The folder /srv/{token}/store does not exist.")
+
+
+def test_causes_of_an_error_show_no_secret() -> None:
+    url = "http://user:CANARY@host/x"
+    try:
+        try:
+            raise ValueError(f"no answer from {url}", 5)
+        except ValueError as inner:
+            raise FileNotFoundError(2, "No such file", url) from inner
+    except OSError as outer:
+        error = CompileflowError("It failed.")
+        error.__cause__ = redacted(outer)
+    text = "".join(traceback.format_exception(error)).replace(url, "", 1)
+    assert "no answer from http://***@host/x" in text
+    assert "No such file: 'http://***@host/x'" in text
+
+
 @pytest.mark.parametrize(
     "text",
     [
+        f"commit {40 * 'c'} of hf_internal and /a/AKIA",
         "s3://bucket/folder@2, sqlite:////home/me/registry.db and file:///a/b@c",
         "http://127.0.0.1:4200/api@x does not answer. Is it there?",
         "registry:reviews@3 and hf://gpt2@main",

@@ -357,3 +357,10 @@ def test_file_that_vanishes_or_cannot_be_read_is_named(model: Path, tmp_path: Pa
             str(model), None, store_uri=(tmp_path / "store").as_uri(), settings=settings, on_progress=vanish
         )
     assert not (tmp_path / "store" / "manifests").exists()
+
+
+@pytest.mark.parametrize("location", ["file://user:word@host/model", "file://host:80/model"])
+def test_uri_of_another_machine_is_refused(location: str, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"is not the URI of a local folder\. Write it as file:///") as caught:
+        FolderSource(Settings(home=tmp_path)).pin(location, None)
+    assert "word" not in str(caught.value)

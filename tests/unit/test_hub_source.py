@@ -234,3 +234,11 @@ def test_offline_machine_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CompileflowError, match="HF_HUB_OFFLINE") as caught:
         source("http://127.0.0.1:1").pin(REPOSITORY, None)
     assert not caught.value.retryable
+
+
+@pytest.mark.parametrize("endpoint", ["hub.example", "s3://bucket", "http://user:pass/word@host", "http://host:x"])
+def test_endpoint_that_is_not_the_url_of_a_server_is_one_line(endpoint: str) -> None:
+    with pytest.raises(
+        SourceError, match=r"^HF_ENDPOINT is not the URL of a server\. Write it as https://host\.$"
+    ):
+        source(endpoint)

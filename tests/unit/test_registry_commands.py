@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from compileflow.errors import RegistryUnavailableError
 from compileflow.registries.sqlite import SqliteRegistry
 from compileflow.settings import Settings, get_settings
 from compileflow.testing.registries import version_entry
-from tests.unit.attested_artifacts import judged
+from tests.unit.attested_artifacts import judged, stored_entry
 
 OLD_ARTIFACT = Path(__file__).parents[1] / "artifacts" / "v2-openvino"
 
@@ -40,7 +42,7 @@ def both(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     get_settings.cache_clear()
     open_registry(uris[1]).register(version_entry("ner", 99))
     for uri in uris:
-        open_registry(uri).register(version_entry("ner", 1))
+        open_registry(uri).register(stored_entry(settings, "ner"))
     return uris
 
 
@@ -70,14 +72,14 @@ def stored(settings: Settings, name: str = "old") -> VersionEntry:
     return version_entry(name, 1).model_copy(update=artifact)
 
 
-def test_promote_moves_the_same_artifact_in_every_registry(both: tuple[str, str]) -> None:
+def test_promote_moves_the_same_artifact_in_every_registry(settings: Settings, both: tuple[str, str]) -> None:
     result = call("promote", "ner", "1", "--stage", "production", "--reason", "it is quicker")
     assert result.exit_code == 0, result.stderr
     assert result.stdout.splitlines() == [
         f"ner version 1 is now production in {both[0]}",
         f"ner version 2 is now production in {both[1]}",
     ]
-    digest = version_entry("ner", 1).artifact_digest
+    digest = stored_entry(settings, "ner").artifact_digest
     for uri in both:
         version = open_registry(uri).get("ner", "production")
         assert version.artifact_digest == digest
@@ -93,14 +95,18 @@ def test_promote_finds_a_version_by_its_stage(both: tuple[str, str]) -> None:
     assert [open_registry(uri).get("ner", "production").version for uri in both] == [1, 2]
 
 
-def test_promote_leaves_out_a_registry_that_has_not_the_artifact(both: tuple[str, str]) -> None:
-    open_registry(both[0]).register(version_entry("ner", 5))
+def test_promote_leaves_out_a_registry_that_has_not_the_artifact(
+    settings: Settings, both: tuple[str, str]
+) -> None:
+    open_registry(both[0]).register(stored_entry(settings, "ner", number=5))
     result = call("promote", "ner", "2", "--stage", "staging", "--json")
     assert list(json.loads(result.stdout)) == [both[0]]
 
 
-def test_warned_version_is_promoted_only_by_force_and_with_a_reason(registry: ModelRegistry) -> None:
-    registry.register(version_entry("ner", 1).model_copy(update={"verdict": "warn"}))
+def test_warned_version_is_promoted_only_by_force_and_with_a_reason(
+    settings: Settings, registry: ModelRegistry
+) -> None:
+    registry.register(stored_entry(settings, "ner").model_copy(update={"verdict": "warn"}))
     words = ("promote", "ner", "1", "--stage", "production")
     one_line(call(*words), "has the verdict warn", "takes only pass", "--force")
     one_line(call(*words, "--force"), "without a reason", exit_code=2)
@@ -187,9 +193,11 @@ def test_pull_reads_the_registry_that_is_named(settings: Settings, tmp_path: Pat
         assert entry.artifact_digest in result.stdout
 
 
-def test_user_without_a_name_can_promote(registry: ModelRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_without_a_name_can_promote(
+    settings: Settings, registry: ModelRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As in a container that runs under a number."""
-    registry.register(version_entry("ner", 1))
+    registry.register(stored_entry(settings, "ner"))
     for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
         monkeypatch.delenv(name, raising=False)
 
@@ -204,9 +212,9 @@ def test_user_without_a_name_can_promote(registry: ModelRegistry, monkeypatch: p
 
 
 def test_promote_that_fails_in_the_only_registry_says_what_to_do(
-    registry: ModelRegistry, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, registry: ModelRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    registry.register(version_entry("ner", 1))
+    registry.register(stored_entry(settings, "ner"))
 
     def busy(*_: object, **__: object) -> None:
         raise RegistryUnavailableError("It is busy.", hint="Wait for the other writer.")
@@ -306,6 +314,64 @@ def test_promote_refuses_what_did_not_pass_its_last_validation(
     assert call(*words, "--force", "--reason", "the other suite counts").exit_code == 0
 
 
+def lose(path: Path) -> None:
+    path.unlink()
+
+
+def alter(path: Path) -> None:
+    body = bytearray(path.read_bytes())
+    body[0] ^= 1
+    # A new file, because an opened folder may be a hard link to the old one.
+    path.unlink()
+    path.write_bytes(body)
+
+
+@pytest.mark.parametrize("more", [(), ("--force", "--reason", "the old one is worse")])
+@pytest.mark.parametrize(
+    ("damage", "place", "says"),
+    [
+        (lose, "manifests/sha256/*.json", "does not hold the folder"),
+        (alter, "manifests/sha256/*.json", "was altered"),
+        (lose, "blobs/sha256/*/*", "is missing or altered"),
+        (alter, "blobs/sha256/*/*", "is missing or altered"),
+    ],
+)
+def test_version_whose_artifact_cannot_be_read_is_not_promoted(
+    settings: Settings,
+    registry: ModelRegistry,
+    more: tuple[str, ...],
+    damage: Callable[[Path], None],
+    place: str,
+    says: str,
+) -> None:
+    registry.register(stored_entry(settings, "ner"))
+    damage(next((settings.home_dir / "store").glob(place)))
+    for stage in ("staging", "production"):
+        one_line(call("promote", "ner", "1", "--stage", stage, *more), f"cannot enter {stage}: ", says)
+    assert (registry.get("ner", 1).stage, registry.promotions("ner", 1)) == ("none", [])
+    # It can still be taken out of service.
+    assert call("promote", "ner", "1", "--stage", "archived").exit_code == 0
+
+
+def test_version_of_another_artifact_than_was_registered_is_not_promoted(
+    settings: Settings, registry: ModelRegistry
+) -> None:
+    registry.register(stored_entry(settings, "ner").model_copy(update={"source_digest": "f" * 64}))
+    one_line(call("promote", "ner", "1", "--stage", "production"), "names the source model ffffffffffff")
+    bent = stored_entry(settings, "pos").model_copy(update={"artifact_digest": "f" * 64})
+    registry.register(bent)
+    one_line(call("promote", "pos", "1", "--stage", "production"), "names the artifact ffffffffffff")
+
+
+def test_artifact_must_be_readable_for_every_registry(settings: Settings, both: tuple[str, str]) -> None:
+    elsewhere = settings.model_copy(update={"store_uri": (settings.home_dir / "elsewhere").as_uri()})
+    for uri, place in zip(both, (settings, elsewhere), strict=True):
+        open_registry(uri).register(stored_entry(place, "pos", number=5))
+    shutil.rmtree(settings.home_dir / "elsewhere")
+    one_line(call("promote", "pos", "1", "--stage", "production"), "pos version 1 cannot enter production")
+    assert [open_registry(uri).get("pos", 1).stage for uri in both] == ["none", "none"]
+
+
 def test_promote_reads_the_verdict_in_every_registry(both: tuple[str, str]) -> None:
     for number, uri in enumerate(both):
         entry = version_entry("pos", 5).model_copy(update={"verdict": ("pass", "warn")[number]})
@@ -368,7 +434,8 @@ def test_gc_keeps_what_is_registered_in_any_registry_and_says_what_it_deleted(
     assert "deleted 0 folders" in call("gc", "--min-age-days", "0", "--keep", garbage).stdout
     assert store.exists(garbage)
     assert "deleted 1 folders and 1 blobs, 2.0 MB" in call("gc", "--min-age-days", "0", "--yes").stdout
-    assert list(store.list()) == [needed.artifact_digest]
+    kept = {needed.artifact_digest, stored_entry(settings, "ner").artifact_digest}
+    assert set(store.list()) == kept
 
 
 def test_gc_stops_when_a_registry_cannot_be_asked(settings: Settings, tmp_path: Path) -> None:

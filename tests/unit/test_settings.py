@@ -97,6 +97,14 @@ def test_misspelled_setting_is_refused(
     assert str(caught.value) == f"{name} is not a setting. Did you mean {setting}?"
 
 
+@pytest.mark.parametrize("name", ["home", "outputs", "signing_key", "trusted_keys"])
+def test_url_is_no_path(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable_of(name), "https://user:hf_secret@host/x")
+    get_settings.cache_clear()
+    with pytest.raises(SpecError, match=f"{name}: expected a path, got a URL"):
+        get_settings()
+
+
 @pytest.mark.parametrize("data", ["THREADS=1\n".encode("utf-16"), "TITLE=Überblick\n".encode("latin-1")])
 def test_env_file_that_is_not_utf8_is_one_line_that_names_it(tmp_path: Path, data: bytes) -> None:
     (tmp_path / ".env").write_bytes(data)

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import unquote
 
-from compileflow.errors import CompileflowError, StoreError
+from compileflow.errors import CompileflowError, StoreError, redacted
 
 _LOCK_SUFFIX = ".lock"
 
@@ -193,7 +193,7 @@ def os_errors(path: Path, action: str, *, kind: type[CompileflowError] = StoreEr
         }
         name = _errno_name(error.errno)
         hint = hints.get(name, "Check that folder.")
-        raise kind(f"Cannot {action} {path}: {error.strerror or error} ({name}).", hint=hint) from error
+        raise kind(f"Cannot {action} {path}: {error.strerror or error} ({name}).", hint=hint) from redacted(error)
 
 
 def _errno_name(number: int | None) -> str:

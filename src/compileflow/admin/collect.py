@@ -123,12 +123,12 @@ def _versions(registry_uri: str, settings: Settings) -> Sequence[ModelVersion]:
 
 def reports_on(store: ArtifactStore, digests: Collection[str]) -> set[str]:
     """Return the digests of the reports on artifacts, from the store's records. Some are newer than a version."""
-    reports: set[object] = set()
+    reports: list[object] = []
     kinds = ("report-of", WAITING, "verdict")
     for digest in {key for kind in kinds for key in store.list_records(kind)} & set(digests):
-        reports |= {(store.get_record(kind, digest) or {}).get("report_digest") for kind in kinds[:2]}
+        reports += [(store.get_record(kind, digest) or {}).get("report_digest") for kind in kinds[:2]]
         for envelope in stored_envelopes(store, digest):
             # An invalid statement names no report. `compileflow verify` reports it.
             with suppress(SignatureError):
-                reports.add(report_digest(statement_in(envelope) or {}))
+                reports.append(report_digest(statement_in(envelope) or {}))
     return {digest for digest in reports if isinstance(digest, str)}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from compileflow.artifact.verify import last_result
+from compileflow.artifact.verify import check_version, last_result
 from compileflow.catalog import open_registry
 from compileflow.contracts import STAGES, ModelVersion, Stage, without_credentials
-from compileflow.errors import CompileflowError, SpecError, VerdictError
+from compileflow.errors import CompileflowError, ManifestError, SpecError, StoreError, VerdictError
 from compileflow.registries.several import check_all_succeeded
 from compileflow.settings import Settings
 
@@ -36,7 +36,8 @@ def promote_version(
         settings: Tokens and timeouts.
         who: Name of the person who promotes; the registry keeps it with the version.
         reason: Reason for the promotion; the registry keeps it with the version.
-        force: Promote even a version that did not pass; this needs a reason.
+        force: Promote even a version that did not pass; this needs a reason. Its artifact must be readable all the
+            same.
 
     Returns:
         The promoted version in each registry, by URI.
@@ -44,6 +45,8 @@ def promote_version(
     Raises:
         SpecError: The stage is unknown, or force was given without a reason.
         SignatureError: The store's verdict statement is about another artifact or was altered.
+        StoreError: The stage serves, and the artifact is missing or altered, or is not what was registered.
+        ManifestError: The same, with a URI or a manifest that cannot be read.
         VerdictError: The verdict is not pass, or the last validation of the artifact did not pass.
         RegistryError: The version does not exist, or a registry failed.
     """
@@ -52,8 +55,7 @@ def promote_version(
     if force and not reason.strip():
         raise SpecError("Force was given without a reason.", hint='Give the reason, with --reason "...".')
     versions = same_versions(name, version, registry_uris=registry_uris, settings=settings)
-    if not force:
-        check_promotable(versions.values(), stage, settings)
+    check_promotable(versions.values(), stage, settings, force=force)
     promotions: dict[str, ModelVersion] = {}
     errors: dict[str, CompileflowError] = {}
     for uri, candidate in versions.items():
@@ -89,16 +91,34 @@ def same_versions(
     return versions
 
 
-def check_promotable(versions: Iterable[ModelVersion], stage: str, settings: Settings) -> None:
-    """Refuse versions that must not enter a stage.
+def check_promotable(
+    versions: Iterable[ModelVersion], stage: str, settings: Settings, *, force: bool = False
+) -> None:
+    """Refuse versions that must not enter a stage. With `force`, only their artifacts count.
 
     Raises:
+        StoreError: The stage serves, and an artifact is missing or altered, or is not what was registered.
+        ManifestError: The same, with a URI or a manifest that cannot be read.
         SignatureError: The store's verdict statement is about another artifact or was altered.
         VerdictError: The stage serves, and a verdict is not pass, or the last validation did not pass.
     """
-    if stage in _SERVING_STAGES:
-        for version in versions:
-            _check_passed(version, stage, settings)
+    if stage not in _SERVING_STAGES:
+        return
+    versions = list(versions)
+    for version in versions:
+        if version.verdict != "pass" and not force:
+            raise _not_passed(f"{version.name} version {version.version} has the verdict {version.verdict}", stage)
+    for version in versions:
+        try:
+            check_version(version, settings)
+        except (ManifestError, StoreError) as error:
+            raise type(error)(
+                f"{version.name} version {version.version} cannot enter {stage}: {error.message}", hint=error.hint
+            ) from error
+        result = None if force else last_result(version.artifact_uri, settings)
+        if result not in (None, "PASSED"):
+            problem = f"The last validation of {version.name} version {version.version} has the result {result}"
+            raise _not_passed(problem, stage)
 
 
 def note_in_each(
@@ -110,15 +130,8 @@ def note_in_each(
         open_registry(uri, settings).note(name, candidate.version, who=who, reason=reason)
 
 
-def _check_passed(version: ModelVersion, stage: str, settings: Settings) -> None:
-    """Refuse a version whose verdict is not pass, or whose artifact did not pass its last validation."""
-    problem = f"{version.name} version {version.version} has the verdict {version.verdict}"
-    if version.verdict == "pass":
-        result = last_result(version.artifact_uri, settings)
-        if result in (None, "PASSED"):
-            return
-        problem = f"The last validation of {version.name} version {version.version} has the result {result}"
-    raise VerdictError(
+def _not_passed(problem: str, stage: str) -> VerdictError:
+    return VerdictError(
         f"{problem}, but {stage} takes only pass.",
         hint="Read its report. To promote it regardless, give --force and --reason.",
     )

@@ -14,7 +14,7 @@ from compileflow.contracts import SHA256, FileRecord, Target
 from compileflow.contracts.digests import canonical_json, folder_digest, list_files
 from compileflow.contracts.json_files import read_json
 from compileflow.contracts.records import ComponentRecord, Record
-from compileflow.errors import IntegrityError, ManifestError, first_problem
+from compileflow.errors import IntegrityError, ManifestError, first_problem, redacted
 from compileflow.spec import CompileSpec, HfTask
 
 MANIFEST_NAME = "manifest.json"
@@ -144,13 +144,15 @@ def read_manifest(folder: Path) -> ArtifactManifest:
         raise ManifestError(
             f"{problem}.",
             hint="Give the folder of a compiled artifact, or a registered model as registry:NAME.",
-        ) from error
+        ) from redacted(error)
     except NotADirectoryError as error:
         raise ManifestError(
             f"{folder} is not a folder.", hint="Give the folder of a compiled artifact."
-        ) from error
+        ) from redacted(error)
     except (OSError, ValueError, RecursionError) as error:
-        raise ManifestError(f"{path} cannot be read: {error}.", hint="Fetch the artifact again.") from error
+        raise ManifestError(f"{path} cannot be read: {error}.", hint="Fetch the artifact again.") from redacted(
+            error
+        )
     version = data.get("schema_version") if isinstance(data, dict) else None
     # 3.0 and true are equal to numbers, but no version of compileflow writes them.
     if type(version) is not int or version not in _READABLE:

@@ -164,6 +164,21 @@ def verify_artifact(
     )
 
 
+def check_version(version: ModelVersion, settings: Settings) -> None:
+    """Check that the store holds every byte of a version's artifact, and that it is what the registry says.
+
+    Raises:
+        IntegrityError: It is missing or altered, or contradicts what the registry says.
+        ManifestError: The artifact's URI does not name a stored folder, or the manifest cannot be read.
+        StoreError: The store refused, or did not answer.
+    """
+    store_uri, digest = split_uri(version.artifact_uri)
+    with open_store(store_uri, settings).open_folder(digest) as folder:
+        manifest, _ = verify_folder(folder)
+    for contradiction in _contradictions(version, digest, manifest):
+        raise IntegrityError(contradiction)
+
+
 def _contradictions(version: ModelVersion, digest: str, manifest: ArtifactManifest) -> list[str]:
     """Return what a registry says about an artifact and its manifest denies, one line each."""
     claims = {

@@ -22,7 +22,7 @@ from compileflow.artifact.manifest import INSTRUCTIONS_FOLDER, read_manifest
 from compileflow.catalog import get_target, open_store
 from compileflow.contracts import Target
 from compileflow.contracts.digests import list_files
-from compileflow.errors import SpecError, StoreError, first_problem
+from compileflow.errors import SpecError, StoreError, first_problem, hide
 from compileflow.local.api import LOCAL_TARGETS, local_target, prove
 from compileflow.local.source import with_scheme
 from compileflow.settings import Settings, get_settings
@@ -121,6 +121,7 @@ class AutoCompiler:
         """
         settings = get_settings()
         if token is not None:
+            hide([token])
             settings = settings.model_copy(update={"hub_token": SecretStr(token)})
         with _logged_phases() if progress is None else nullcontext(progress) as phases:
             with phases.step("0 check") as show:

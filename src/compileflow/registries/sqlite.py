@@ -352,6 +352,7 @@ def _errors(path: Path) -> Iterator[None]:
         text = f"The registry {path} failed: {error}."
         if "locked" in str(error) or "busy" in str(error):
             raise RegistryUnavailableError(text, hint="Another process uses it; try again.") from error
-        if "full" in str(error):
+        # SQLite tells either, when the disk is full.
+        if "full" in str(error) or "disk I/O" in str(error):
             raise RegistryError(text, hint="Free some space on its disk, and run again.") from error
         raise RegistryError(text, hint="Check that file and your access rights to it.") from error

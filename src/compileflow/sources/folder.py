@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from compileflow._process.folders import path_of_uri
 from compileflow.contracts import LocatedSource
@@ -60,8 +61,12 @@ def local_path(location: str) -> Path:
     """Return the absolute path that a path or a file:// URI names.
 
     Raises:
-        SourceError: The location is empty.
+        SourceError: The location is empty, or names a user or a port.
     """
+    if location.startswith("file:") and {":", "@"} & set(urlsplit(location).netloc):
+        raise SourceError(
+            f"{location} is not the URI of a local folder.", hint="Write it as file:///absolute/path."
+        )
     if location in _EMPTY:
         raise SourceError(
             f"Expected the folder of a model, got {location!r}.",

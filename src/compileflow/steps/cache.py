@@ -149,8 +149,12 @@ def find_or_make(
 
 
 def latest(store: ArtifactStore, step: str, subject: str) -> dict[str, JsonValue] | None:
-    """Return the last record of a subject, {"key": ..., "parts": {...}}; None without one."""
-    return store.get_record(f"{step}-latest", json_digest([step, subject]))
+    """Return the last record of a subject, {"key": ..., "parts": {...}}; None without a sound one."""
+    record = store.get_record(f"{step}-latest", json_digest([step, subject])) or {}
+    parts = record.get("parts")
+    # The parts decide the key, so they are its checksum.
+    is_sound = isinstance(parts, dict) and record.get("key") == json_digest({"step": step, "parts": parts})
+    return record if is_sound else None
 
 
 def why_missed(store: ArtifactStore, key: CacheKey) -> str:

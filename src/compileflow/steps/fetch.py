@@ -161,7 +161,8 @@ def _reuse(store: ArtifactStore, source: Source, model: str, revision: str | Non
 def _last(store: ArtifactStore, uri: str) -> FetchedSource | None:
     latest_record = latest(store, STEP, uri)
     parts = latest_record.get("parts") if latest_record else None
-    if not isinstance(parts, dict):
+    # The record may be that of another model.
+    if not isinstance(parts, dict) or parts.get("uri") != uri:
         return None
     key = CacheKey(STEP, uri, {name: str(value) for name, value in parts.items()})
     value = find(store, key, FetchedSource, folders=_FOLDERS)

@@ -32,8 +32,9 @@ def get_outcome(
 ) -> CompileResult | CompileflowError | None:
     """Return the outcome of a run; None if it left none, or if its worker has another version of compileflow."""
     record: dict[str, Any] = _store(request, settings).get_record(_KIND, run_id) or {}
-    if "error" in record:
-        return CompileflowError.from_dict(record["error"])
+    error = record.get("error")
+    if isinstance(error, dict) and {"type", "message"} <= error.keys():
+        return CompileflowError.from_dict(error)
     try:
         return CompileResult.model_validate(record.get("result"))
     except ValidationError:

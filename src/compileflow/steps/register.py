@@ -88,7 +88,17 @@ def register_version(
         # A cached artifact may be so old that a garbage collection deletes it now: storing it again renews it.
         for folder in (files.artifact, files.report):
             store.put_folder(folder)
-        return open_registry(registry_uri, settings).register(entry, files)
+        version = open_registry(registry_uri, settings).register(entry, files)
+        # The version is older than this run, and a report holds times, so that it cannot be written again.
+        if version.report_digest != entry.report_digest and not store.exists(version.report_digest):
+            logger.warning(
+                "%s version %d stays, but the store has lost the report %s that it names; the last one is %s",
+                version.name,
+                version.version,
+                version.report_digest[:12],
+                entry.report_uri,
+            )
+        return version
 
 
 def check_verdict(validated: ValidatedArtifact, *, allow_warn: bool) -> None:

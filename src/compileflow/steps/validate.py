@@ -271,6 +271,11 @@ def report_on(store: ArtifactStore, artifact_digest: str, *, kind: str = _REPORT
     except ValidationError:
         logger.warning("%s: ignoring the unreadable record on %s", STEP, artifact_digest[:12])
         return None
+    if value.artifact_digest != artifact_digest:
+        logger.warning(
+            "%s: ignoring the record on %s, which is about another artifact", STEP, artifact_digest[:12]
+        )
+        return None
     if not store.exists(value.report_digest):
         return None
     # The store may have been moved since, or the report was mirrored from another store.

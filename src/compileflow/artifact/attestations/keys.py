@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compileflow.errors import SignatureError, SpecError, first_line
+from compileflow.errors import SignatureError, SpecError, first_line, redacted
 from compileflow.settings import Settings
 
 if TYPE_CHECKING:
@@ -103,4 +103,4 @@ def _read(path: Path, kind: str) -> bytes:
         raise SpecError(
             f"The {kind} key {path} cannot be read: {error.strerror}.",
             hint="Check the path and the permissions of the file.",
-        ) from error
+        ) from redacted(error)
