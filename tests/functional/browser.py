@@ -1,0 +1,155 @@
+"""A headless Chromium that a test drives as a person would: open, read, click, type, look."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from websockets.sync.client import ClientConnection, connect
+
+DESKTOP, PHONE = (1280, 900), (390, 844)
+PROGRAM = shutil.which("chromium")
+_WAIT_S = 60.0
+# What a person can see: also what stands in the shadow of a component.
+_HELPERS = """
+window.everything = (root = document) => [...root.querySelectorAll('*')].flatMap(
+  (element) => element.shadowRoot ? [element, ...everything(element.shadowRoot)] : [element]);
+window.visible = (selector) => everything().filter(
+  (element) => element.matches(selector) && element.getClientRects().length > 0);
+window.labelled = (selector, text) => visible(selector).find(
+  (element) => (element.innerText || element.value || element.ariaLabel || '').trim() === text);
+"""
+
+
+class Page:
+    """One page of the browser.
+
+    Args:
+        socket: Connection to the page's debugger.
+        pictures: Folder for screenshots.
+    """
+
+    def __init__(self, socket: ClientConnection, pictures: Path):
+        self._socket = socket
+        self._pictures = pictures
+        self._numbers = count(1)
+        for domain in ("Page", "Runtime"):
+            self.send(f"{domain}.enable")
+        self.send("Page.addScriptToEvaluateOnNewDocument", source=_HELPERS)
+        self.resize(DESKTOP)
+
+    def send(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """Send a command of the DevTools protocol and return its result."""
+        number = next(self._numbers)
+        self._socket.send(json.dumps({"id": number, "method": method, "params": parameters}))
+        while True:
+            answer = json.loads(self._socket.recv(timeout=_WAIT_S))
+            if answer.get("id") == number:
+                assert "error" not in answer, answer
+                return answer["result"]
+
+    def resize(self, size: tuple[int, int]) -> None:
+        """Give the page the size of a screen."""
+        self.send(
+            "Emulation.setDeviceMetricsOverride",
+            width=size[0], height=size[1], deviceScaleFactor=1, mobile=size == PHONE,
+        )  # fmt: skip
+
+    def open(self, url: str) -> None:
+        """Open an address."""
+        self.send("Page.navigate", url=url)
+
+    def run(self, script: str) -> Any:
+        """Evaluate JavaScript and return its value."""
+        answer = self.send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def text(self) -> str:
+        """Return the text that the page shows."""
+        return str(self.run("document.body ? document.body.innerText : ''"))
+
+    def until(self, script: str, what: str) -> Any:
+        """Wait until JavaScript gives a true value, and return it."""
+        deadline = time.monotonic() + _WAIT_S
+        while not (value := self.run(script)):
+            if time.monotonic() > deadline:
+                self.picture("failed")
+                raise AssertionError(f"{what}: {self.text()}")
+            time.sleep(0.2)
+        return value
+
+    def shows(self, text: str) -> None:
+        """Wait until the page shows a text."""
+        self.until(f"(document.body?.innerText || '').includes({json.dumps(text)})", f"the page lacks {text!r}")
+
+    def click(self, text: str, selector: str = "button, a, [role=tab], [role=menuitem], [role=option], label") -> None:
+        """Click what has exactly this text, as soon as the page shows it."""
+        found = f"window.labelled && labelled({json.dumps(selector)}, {json.dumps(text)})"
+        self.until(f"Boolean({found})", f"no {text!r} to click")
+        x, y = self.run(
+            f"(() => {{ const e = {found}; e.scrollIntoView({{block: 'center'}}); const r = e.getBoundingClientRect(); "
+            "return [r.x + r.width / 2, r.y + r.height / 2]; })()"
+        )
+        self.click_at(x, y)
+
+    def click_at(self, x: float, y: float) -> None:
+        """Press and release the left button."""
+        for kind in ("mousePressed", "mouseReleased"):
+            self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def type(self, text: str) -> None:
+        """Type a text into the field that has the focus, in place of what it holds."""
+        self.send("Input.dispatchKeyEvent", type="keyDown", key="a", code="KeyA", modifiers=2, commands=["selectAll"])
+        self.send("Input.insertText", text=text)
+
+    def picture(self, name: str) -> Path:
+        """Write what the page shows to a PNG file."""
+        path = self._pictures / f"{name}.png"
+        data = self.send("Page.captureScreenshot", optimizeForSpeed=True)["data"]
+        path.write_bytes(base64.b64decode(data))
+        return path
+
+
+@contextmanager
+def browser(home: Path, pictures: Path) -> Iterator[Page]:
+    """Start Chromium and give its first page.
+
+    Args:
+        home: Folder for its profile.
+        pictures: Folder for screenshots.
+    """
+    assert PROGRAM is not None
+    pictures.mkdir(parents=True, exist_ok=True)
+    words = [
+        PROGRAM, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
+        "--no-first-run", "--disable-background-networking", "--remote-debugging-port=0",
+        # Nothing but this machine.
+        "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", f"--user-data-dir={home}", "about:blank",
+    ]  # fmt: skip
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        port_file, deadline = home / "DevToolsActivePort", time.monotonic() + _WAIT_S
+        while not port_file.exists() or port_file.read_text("utf-8").count("\n") < 1:
+            assert process.poll() is None, "Chromium ended"
+            assert time.monotonic() < deadline, "Chromium does not start"
+            time.sleep(0.1)
+        port, path = port_file.read_text("utf-8").split("\n")[:2]
+        with connect(f"ws://127.0.0.1:{port}{path}", max_size=None, proxy=None) as root:
+            root.send(json.dumps({"id": 1, "method": "Target.getTargets"}))
+            targets = json.loads(root.recv())["result"]["targetInfos"]
+        (page,) = [target["targetId"] for target in targets if target["type"] == "page"]
+        with connect(f"ws://127.0.0.1:{port}/devtools/page/{page}", max_size=None, proxy=None) as socket:
+            yield Page(socket, pictures)
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
