@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import re
 import shutil
 import subprocess
 import time
@@ -16,17 +15,16 @@ from typing import Any
 
 from websockets.sync.client import ClientConnection, connect
 
-DESKTOP, PHONE = (1280, 900), (390, 844)
+DESKTOP, PHONE = (1280, 1400), (390, 844)
 PROGRAM = shutil.which("chromium")
 _WAIT_S = 60.0
-# What a person can see: also what stands in the shadow of a component.
+# A label stands before its field in the document, whatever the two UIs put around them.
 _HELPERS = """
-window.everything = (root = document) => [...root.querySelectorAll('*')].flatMap(
-  (element) => element.shadowRoot ? [element, ...everything(element.shadowRoot)] : [element]);
-window.visible = (selector) => everything().filter(
-  (element) => element.matches(selector) && element.getClientRects().length > 0);
-window.labelled = (selector, text) => visible(selector).find(
-  (element) => (element.innerText || element.value || element.ariaLabel || '').trim() === text);
+window.visible = (selector) => [...document.querySelectorAll(selector)].filter(
+  (element) => element.getClientRects().length > 0);
+window.labelled = (text) => visible('body *').filter((element) => element.innerText?.trim() === text).pop();
+window.follows = (label, element) =>
+  labelled(label)?.compareDocumentPosition(element) & Node.DOCUMENT_POSITION_FOLLOWING;
 """
 
 
@@ -92,32 +90,47 @@ class Page:
         """Wait until the page shows a text."""
         self.until(f"(document.body?.innerText || '').includes({json.dumps(text)})", f"the page lacks {text!r}")
 
-    def click(self, text: str, selector: str = "button, a, [role=tab], [role=menuitem], [role=option], label") -> None:
-        """Click what has exactly this text, as soon as the page shows it."""
-        found = f"window.labelled && labelled({json.dumps(selector)}, {json.dumps(text)})"
-        self.until(f"Boolean({found})", f"no {text!r} to click")
-        x, y = self.run(
-            f"(() => {{ const e = {found}; e.scrollIntoView({{block: 'center'}}); const r = e.getBoundingClientRect(); "
-            "return [r.x + r.width / 2, r.y + r.height / 2]; })()"
-        )
-        self.click_at(x, y)
+    def click(self, text: str) -> None:
+        """Click the last element with exactly this text, as soon as the page shows it."""
+        self._click(f"labelled({json.dumps(text)})", f"no {text!r} to click")
 
-    def click_at(self, x: float, y: float) -> None:
-        """Press and release the left button."""
+    def click_after(self, label: str, text: str) -> None:
+        """Click the first button with exactly this text below a label."""
+        button = f"visible('button').find(e => e.innerText.trim() === {json.dumps(text)} && follows({json.dumps(label)}, e))"
+        self._click(button, f"no {text!r} below {label!r}")
+
+    def click_first(self, selector: str) -> None:
+        """Click the first element of a CSS selector."""
+        self._click(f"visible({json.dumps(selector)})[0]", f"no {selector} to click")
+
+    def fill(self, label: str, text: str) -> None:
+        """Type a text into the first field below a label."""
+        self._click(f"visible('input, textarea').find(e => follows({json.dumps(label)}, e))", f"no field {label!r}")
+        self.type(text)
+
+    def type(self, text: str) -> None:
+        """Type a text into the field that has the focus."""
+        self.send("Input.insertText", text=text)
+
+    def _click(self, element: str, problem: str) -> None:
+        self.until(f"window.labelled && Boolean({element})", problem)
+        self.run(f"{element}.scrollIntoView({{block: 'center'}})")
+        x, y = self.run(f"(r => [r.x + r.width / 2, r.y + r.height / 2])({element}.getBoundingClientRect())")
         for kind in ("mousePressed", "mouseReleased"):
             self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
-    def type(self, text: str) -> None:
-        """Type a text into the field that has the focus, in place of what it holds."""
-        self.send("Input.dispatchKeyEvent", type="keyDown", key="a", code="KeyA", modifiers=2, commands=["selectAll"])
-        self.send("Input.insertText", text=text)
+    def pictures(self, name: str) -> None:
+        """Write what the page shows on a desktop and on a phone to PNG files."""
+        for size, device in ((PHONE, "phone"), (DESKTOP, "desktop")):
+            self.resize(size)
+            # The page is laid out and drawn again.
+            time.sleep(0.5)
+            self.picture(f"{name}-{device}")
 
-    def picture(self, name: str) -> Path:
+    def picture(self, name: str) -> None:
         """Write what the page shows to a PNG file."""
-        path = self._pictures / f"{name}.png"
         data = self.send("Page.captureScreenshot", optimizeForSpeed=True)["data"]
-        path.write_bytes(base64.b64decode(data))
-        return path
+        (self._pictures / f"{name}.png").write_bytes(base64.b64decode(data))
 
 
 @contextmanager
@@ -144,11 +157,11 @@ def browser(home: Path, pictures: Path) -> Iterator[Page]:
             assert time.monotonic() < deadline, "Chromium does not start"
             time.sleep(0.1)
         port, path = port_file.read_text("utf-8").split("\n")[:2]
-        with connect(f"ws://127.0.0.1:{port}{path}", max_size=None, proxy=None) as root:
+        with connect(f"ws://127.0.0.1:{port}{path}", max_size=None, proxy=None, open_timeout=_WAIT_S) as root:
             root.send(json.dumps({"id": 1, "method": "Target.getTargets"}))
             targets = json.loads(root.recv())["result"]["targetInfos"]
         (page,) = [target["targetId"] for target in targets if target["type"] == "page"]
-        with connect(f"ws://127.0.0.1:{port}/devtools/page/{page}", max_size=None, proxy=None) as socket:
+        with connect(f"ws://127.0.0.1:{port}/devtools/page/{page}", max_size=None, proxy=None, open_timeout=_WAIT_S) as socket:
             yield Page(socket, pictures)
     finally:
         process.terminate()

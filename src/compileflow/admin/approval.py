@@ -23,14 +23,15 @@ def approval_markdown(version: ModelVersion, stage: str, settings: Settings) -> 
         f"- target: {version.target}, {version.spec.get('precision', 'unknown precision')}",
         f"- source model: `{version.source_uri}` at `{version.source_revision[:12]}`",
         f"- in the stage {version.stage}, registered {version.created_at}",
-        f"- artifact: `{version.artifact_uri}`",
-        f"- report: `{version.report_uri}`; to open it: `compileflow inspect {version.report_uri}`",
+        f"- artifact: `{version.artifact_digest[:12]}`",
     ]
+    # A form is narrow: a block can be scrolled.
+    link = ["", "## Report", "", "```text", f"compileflow inspect {version.report_uri}", "```"]
     try:
         report = read_report(version.report_uri, settings)
     except CompileflowError as error:
-        return "\n".join([*lines, "", f"The report cannot be read: {error.message}"])
-    return "\n".join([*lines, "", report.verdict.reason, "", *_flips(report), "", *_latencies(report)])
+        return "\n".join([*lines, "", f"The report cannot be read: {error.message}", *link])
+    return "\n".join([*lines, "", f"**{report.verdict.reason}**", "", *_flips(report), "", *_latencies(report), *link])
 
 
 def _flips(report: Report) -> list[str]:
@@ -50,11 +51,12 @@ def _latencies(report: Report) -> list[str]:
         return [*lines, "Not measured."]
     lines += ["| batch x tokens | source model, ms | compiled, ms | ratio |", "|---|---|---|---|"]
     for latency in report.latencies:
-        busy = " (busy machine)" if latency.busy else ""
         lines.append(
             f"| {latency.shape} | {latency.reference_p50_ms:.2f} | {latency.candidate_p50_ms:.2f} "
-            f"| {fraction(latency.ratio)}{busy} |"
+            f"| {fraction(latency.ratio)} |"
         )
+    if any(latency.busy for latency in report.latencies):
+        lines += ["", "The latency was measured on a busy machine."]
     return lines
 
 
