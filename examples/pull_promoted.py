@@ -1,8 +1,8 @@
 """Keep a folder with the promoted version of a model: python examples/pull_promoted.py NAME FOLDER.
 
 The program pulls the version when it starts, and again whenever the Prefect server of PREFECT_API_URL says that a
-version was promoted. FOLDER/current leads to the newest version. The program ends with an error if the server or the
-registry does not answer any more; let a supervisor start it again.
+version was promoted. FOLDER/current leads to the newest version. The program ends with an error if the server or
+the registry does not answer any more; let a supervisor start it again.
 """
 
 from __future__ import annotations

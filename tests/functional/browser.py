@@ -96,7 +96,8 @@ class Page:
 
     def click_after(self, label: str, text: str) -> None:
         """Click the first button with exactly this text below a label."""
-        button = f"visible('button').find(e => e.innerText.trim() === {json.dumps(text)} && follows({json.dumps(label)}, e))"
+        has_text = f"e.innerText.trim() === {json.dumps(text)}"
+        button = f"visible('button').find(e => {has_text} && follows({json.dumps(label)}, e))"
         self._click(button, f"no {text!r} below {label!r}")
 
     def click_first(self, selector: str) -> None:
@@ -105,8 +106,20 @@ class Page:
 
     def fill(self, label: str, text: str) -> None:
         """Type a text into the first field below a label."""
-        self._click(f"visible('input, textarea').find(e => follows({json.dumps(label)}, e))", f"no field {label!r}")
+        self._click(
+            f"visible('input, textarea').find(e => follows({json.dumps(label)}, e))", f"no field {label!r}"
+        )
         self.type(text)
+
+    def choose(self, label: str, option: str) -> None:
+        """Choose an option of the first list below a label."""
+        native = f"visible('select').find(e => follows({json.dumps(label)}, e))"
+        if self.run(f"Boolean({native})"):
+            change = f"e.value = {json.dumps(option)}; e.dispatchEvent(new Event('change', {{bubbles: true}}))"
+            self.run(f"(e => {{ {change} }})({native})")
+        else:
+            self.click_after(label, "Select")
+            self.click(option)
 
     def type(self, text: str) -> None:
         """Type a text into the field that has the focus."""
@@ -157,12 +170,16 @@ def browser(home: Path, pictures: Path) -> Iterator[Page]:
             assert time.monotonic() < deadline, "Chromium does not start"
             time.sleep(0.1)
         port, path = port_file.read_text("utf-8").split("\n")[:2]
-        with connect(f"ws://127.0.0.1:{port}{path}", max_size=None, proxy=None, open_timeout=_WAIT_S) as root:
+        with _connection(f"ws://127.0.0.1:{port}{path}") as root:
             root.send(json.dumps({"id": 1, "method": "Target.getTargets"}))
             targets = json.loads(root.recv())["result"]["targetInfos"]
         (page,) = [target["targetId"] for target in targets if target["type"] == "page"]
-        with connect(f"ws://127.0.0.1:{port}/devtools/page/{page}", max_size=None, proxy=None, open_timeout=_WAIT_S) as socket:
+        with _connection(f"ws://127.0.0.1:{port}/devtools/page/{page}") as socket:
             yield Page(socket, pictures)
     finally:
         process.terminate()
         process.wait(timeout=30)
+
+
+def _connection(url: str) -> ClientConnection:
+    return connect(url, max_size=None, proxy=None, open_timeout=_WAIT_S)

@@ -321,7 +321,8 @@ def test_person_compiles_and_approves_in_the_browser_and_a_service_pulls(
             elif size == PHONE:
                 page.click_first(".p-button--outline.h-10.w-10:not(.app-router-view__menu-icon)")
             page.click("Resume")
-            for text in (f"Promote {name} version 1 to production?", "pass", "0 of the answers", "ratio", "inspect"):
+            page.shows(f"Promote {name} version 1 to production?")
+            for text in ("pass: all ", "0 of the answers", "compiled, ms", "compileflow inspect"):
                 page.shows(text)
             page.picture(f"{ui}-approval-{device}")
         page.choose("Decision", "approve")

@@ -31,7 +31,9 @@ def approval_markdown(version: ModelVersion, stage: str, settings: Settings) -> 
         report = read_report(version.report_uri, settings)
     except CompileflowError as error:
         return "\n".join([*lines, "", f"The report cannot be read: {error.message}", *link])
-    return "\n".join([*lines, "", f"**{report.verdict.reason}**", "", *_flips(report), "", *_latencies(report), *link])
+    return "\n".join(
+        [*lines, "", f"**{report.verdict.reason}**", "", *_flips(report), "", *_latencies(report), *link]
+    )
 
 
 def _flips(report: Report) -> list[str]:

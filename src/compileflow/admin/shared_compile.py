@@ -56,7 +56,7 @@ class SharedCompile:
 
     @contextmanager
     def held(self, role: Role) -> Iterator[bool]:
-        """Hold the compile for the duration of the block, so that nobody else compiles or announces it.
+        """Hold the compile for the duration of the block, so that no other process compiles or announces it.
 
         A holder that dies releases it.
 
@@ -95,7 +95,7 @@ class SharedCompile:
         return Announcement.model_validate(record) if record else None
 
     def failed_at(self) -> datetime | None:
-        """Return when an attempt failed that would fail again; None if there is no such attempt."""
+        """Return when an attempt failed that would fail again; None without such an attempt."""
         record = self.store.get_record(_ATTEMPT, self.key)
         return datetime.fromisoformat(str(record["at"])) if record else None
 

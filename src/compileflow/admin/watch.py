@@ -166,8 +166,8 @@ def is_missing(missing: MissingCompile, watch: WatchRequest, settings: Settings)
 def next_announcement(shared: SharedCompile, watch: WatchRequest) -> tuple[AnnouncementStep, int]:
     """Return what to do about a missing compile, and the number that its next announcement has.
 
-    A compile that was announced is left to the run that the event started. That run may have been lost, cancelled, or
-    ended by an error that may go away; then the compile is announced again, a limited number of times.
+    A compile that was announced is left to the run that the event started. That run may have been lost, cancelled
+    or ended by an error that may go away; then the compile is announced again, a limited number of times.
     """
     last, failed_at = shared.announcement(), shared.failed_at()
     if last is None or (failed_at is not None and failed_at >= last.at):
