@@ -106,9 +106,13 @@ class Page:
 
     def fill(self, label: str, text: str) -> None:
         """Type a text into the first field below a label."""
-        self._click(
-            f"visible('input, textarea').find(e => follows({json.dumps(label)}, e))", f"no field {label!r}"
-        )
+        field = f"visible('input, textarea').find(e => follows({json.dumps(label)}, e))"
+        # A list that closes takes the first click for itself.
+        for _ in range(10):
+            self._click(field, f"no field {label!r}")
+            time.sleep(0.2)
+            if self.run(f"document.activeElement === {field}"):
+                break
         self.type(text)
 
     def choose(self, label: str, option: str) -> None:
@@ -127,6 +131,9 @@ class Page:
 
     def _click(self, element: str, problem: str) -> None:
         self.until(f"window.labelled && Boolean({element})", problem)
+        # The older UI's message about a busy server may cover the element, until it has faded.
+        closed = "visible('.p-toast__close-btn').map((button) => button.click()).length === 0"
+        self.until(closed, "a message covers the page")
         self.run(f"{element}.scrollIntoView({{block: 'center'}})")
         x, y = self.run(f"(r => [r.x + r.width / 2, r.y + r.height / 2])({element}.getBoundingClientRect())")
         for kind in ("mousePressed", "mouseReleased"):
