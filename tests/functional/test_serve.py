@@ -304,7 +304,8 @@ def test_person_compiles_and_approves_in_the_browser_and_a_service_pulls(
     for kind in ("progress", "report", "figures", "artifact", "report-page", "version"):
         page.shows(f"{name}-onnx-runtime-{kind}")
     page.pictures(f"{ui}-run")
-    filtered = {"artifacts": {"key": {"any_": [f"{name}-onnx-runtime-report"]}}}
+    of_run = {"flow_run_id": {"any_": [run["id"]]}, "type": {"any_": ["markdown"]}}
+    filtered = {"artifacts": {**of_run, "key": {"any_": [f"{name}-onnx-runtime-report"]}}}
     (report,) = served.call("POST", "/artifacts/filter", filtered)[1]
     page.open(f"{address}/artifacts/artifact/{report['id']}")
     page.shows("changed answers: 0 of ")
