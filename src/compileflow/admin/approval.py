@@ -24,16 +24,18 @@ def approval_markdown(version: ModelVersion, stage: str, settings: Settings) -> 
         f"- source model: `{version.source_uri}` at `{version.source_revision[:12]}`",
         f"- in the stage {version.stage}, registered {version.created_at}",
         f"- artifact: `{version.artifact_digest[:12]}`",
+        # A form is narrow, and text that cannot be broken would make it wider than a phone.
+        f"- report: [file in the store]({version.report_uri}), to show with `compileflow inspect`",
     ]
-    # A form is narrow: a block can be scrolled.
-    link = ["", "## Report", "", "```text", f"compileflow inspect {version.report_uri}", "```"]
+    if version.flow_run_id:
+        lines.append(
+            f"- [the run that registered it](/runs/flow-run/{version.flow_run_id}) shows the report as well"
+        )
     try:
         report = read_report(version.report_uri, settings)
     except CompileflowError as error:
-        return "\n".join([*lines, "", f"The report cannot be read: {error.message}", *link])
-    return "\n".join(
-        [*lines, "", f"**{report.verdict.reason}**", "", *_flips(report), "", *_latencies(report), *link]
-    )
+        return "\n".join([*lines, "", f"The report cannot be read: {error.message}"])
+    return "\n".join([*lines, "", f"**{report.verdict.reason}**", "", *_flips(report), "", *_latencies(report)])
 
 
 def _flips(report: Report) -> list[str]:
