@@ -325,7 +325,7 @@ def test_person_compiles_and_approves_in_the_browser_and_a_service_pulls(
                 page.click_first(".p-button--outline.h-10.w-10:not(.app-router-view__menu-icon)")
             page.click("Resume")
             page.shows(f"Promote {name} version 1 to production?")
-            for text in ("pass: all ", "0 of the answers", "compiled, ms", "compileflow inspect"):
+            for text in ("pass: all ", "0 of the answers", "batch x tokens", "compileflow inspect"):
                 page.shows(text)
             page.picture(f"{ui}-approval-{device}")
         page.choose("Decision", "approve")

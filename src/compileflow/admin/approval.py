@@ -40,12 +40,11 @@ def approval_markdown(version: ModelVersion, stage: str, settings: Settings) -> 
 
 def _flips(report: Report) -> list[str]:
     count = report.flips_count
-    lines = ["## Changed answers", "", f"{count} of the answers to {report.examples_count} examples changed."]
-    if report.flips:
-        lines += ["", "| example | before | after | margin |", "|---|---|---|---|"]
-        for flip in report.flips[:_MOST_FLIPS]:
-            margin = "-" if flip.margin is None else percent(flip.margin)
-            lines.append(f"| {_cell(flip.text)} | {_cell(flip.before)} | {_cell(flip.after)} | {margin} |")
+    lines = ["## Changed answers", "", f"{count} of the answers to {report.examples_count} examples changed.", ""]
+    # A table would make the form wider than a phone.
+    for flip in report.flips[:_MOST_FLIPS]:
+        margin = "" if flip.margin is None else f", margin {percent(flip.margin)}"
+        lines.append(f"- {_line(flip.text)}: {_line(flip.before)}, now {_line(flip.after)}{margin}")
     return lines
 
 
@@ -53,17 +52,16 @@ def _latencies(report: Report) -> list[str]:
     lines = ["## Latency", ""]
     if not report.latencies:
         return [*lines, "Not measured."]
-    lines += ["| batch x tokens | source model, ms | compiled, ms | ratio |", "|---|---|---|---|"]
     for latency in report.latencies:
         lines.append(
-            f"| {latency.shape} | {latency.reference_p50_ms:.2f} | {latency.candidate_p50_ms:.2f} "
-            f"| {fraction(latency.ratio)} |"
+            f"- {latency.shape} (batch x tokens): source model {latency.reference_p50_ms:.2f} ms, compiled "
+            f"{latency.candidate_p50_ms:.2f} ms, ratio {fraction(latency.ratio)}"
         )
     if any(latency.busy for latency in report.latencies):
         lines += ["", "The latency was measured on a busy machine."]
     return lines
 
 
-def _cell(text: str) -> str:
-    """Return a text that cannot end a cell of a table."""
-    return " ".join(text.replace("|", "\\|").split())
+def _line(text: str) -> str:
+    """Return a text as one line."""
+    return " ".join(text.split())
