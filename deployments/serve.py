@@ -40,6 +40,7 @@ _WORKER_START_S = 60.0
 _SHORTEST_LIFE_S = 15.0
 _SETTINGS = SERVER_SETTINGS | {
     "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+    "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
     # The newer UI asks a host for analytics from the browser.
     "PREFECT_SERVER_UI_V2_ENABLED": "false",
     # In memory, a restart of the server would end running compiles and keep their slots taken.

@@ -6,8 +6,9 @@ from typing import Any
 
 from prefect.client.schemas.objects import State
 from prefect.runtime import deployment, flow_run
-from prefect.states import Failed
+from prefect.states import Completed, Failed
 
+from compileflow.admin.shared_compile import SharedCompile
 from compileflow.contracts import PENDING
 from compileflow.errors import CompileflowError, VerdictError
 from compileflow.selection.run import Attempt, FailedCandidate, ProvenCandidate, winning_candidate
@@ -41,7 +42,9 @@ def _run_name() -> str:
     description="Compile a transformers model for a target, validate the result, store it and register it.",
     flow_run_name=_run_name,
 )
-def compile_model(request: CompileRequest, max_lateness_s: MaxLateness = None) -> CompileResult | State[Any]:
+def compile_model(
+    request: CompileRequest, max_lateness_s: MaxLateness = None, announcement: str = ""
+) -> CompileResult | State[Any]:
     """Run the steps, up to the last one that is on.
 
     A refused artifact, like any error, ends the run as Failed with the reason.
@@ -49,19 +52,39 @@ def compile_model(request: CompileRequest, max_lateness_s: MaxLateness = None) -
     Args:
         request: What to compile, how to validate it and where to register it. Only the model is required.
         max_lateness_s: For schedules: a run that starts more seconds than this after its time ends as Skipped.
+        announcement: Leave empty. An event of watch-registry gives it: a run ends as Skipped if another run holds
+            or has finished the compile that was announced.
     """
     skipped = skipped_if_late(max_lateness_s)
     if skipped is not None:
         return skipped
     try:
-        result = run_steps(request)
+        result = run_announced(request, announcement) if announcement else run_steps(request)
     except CompileflowError as error:
         hand_back(request, error)
         # The message of a verdict is complete; the hint of any other error says what to do.
         return Failed(message=error.message if isinstance(error, VerdictError) else str(error), data=error)
+    if result is None:
+        return Completed(name="Skipped", message="Skipped: another run holds or has finished this compile.")
     hand_back(request, result)
     announce_validated(result)
     return result
+
+
+def run_announced(request: CompileRequest, announcement: str) -> CompileResult | None:
+    """Run the steps of a compile that was announced; return None if another run holds or has settled it."""
+    shared = SharedCompile.of(request, announcement, settings_for(request))
+    with shared.held("compile") as is_ours:
+        # A person who starts a failed run again wants its outcome.
+        if not is_ours or (shared.is_settled() and flow_run.run_count == 1):
+            return None
+        try:
+            result = run_steps(request)
+        except CompileflowError as error:
+            shared.record_failure(error)
+            raise
+        shared.record_compiled()
+        return result
 
 
 def run_steps(request: CompileRequest) -> CompileResult:
@@ -96,7 +119,10 @@ def announce_validated(result: CompileResult) -> None:
     """Send an event for each version that this run registered with the verdict pass."""
     for registry_uri, version in result.versions.items():
         if version.flow_run_id == flow_run.id and version.verdict == "pass":
-            announce("validated", version, registry_uri)
+            # One approval is for the version in all registries, so that only the first event starts one.
+            is_first = version == result.version
+            label = {"compileflow.registry": "first" if is_first else "further"}
+            announce("validated", version, registry_uri, labels=label, registry_uris=list(result.versions))
 
 
 def compile_best(source: FetchedSource, request: CompileRequest, progress: RunProgress) -> CompileResult:

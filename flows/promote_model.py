@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
+from prefect import get_run_logger
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 from prefect.deployments import run_deployment
@@ -94,6 +95,7 @@ def ask(name: str, version: int, stage: ServingStage, uris: Sequence[str], wait:
     text = approval_markdown(versions[uris[0]], stage, settings)
     timeout = deadline + _GRACE - datetime.now(UTC)
     form = Approval.with_initial_data(description=text)
+    get_run_logger().info("The run waits for an answer. Choose Resume to read about the version and to decide.")
     answer = suspend_flow_run(wait_for_input=form, timeout=max(1, int(timeout.total_seconds())), key="approval")
     if datetime.now(UTC) > deadline:
         # The run that ends this one comes late, or is at it now.

@@ -8,7 +8,7 @@ from prefect import get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from compileflow.admin.watch import MissingCompile, WatchRequest, claimed, record_failure
+from compileflow.admin.watch import AnnouncementStep, MissingCompile, WatchRequest, is_missing
 from compileflow.errors import CompileError, CompileflowError
 from flows.deployed_flow import deployed_flow
 from flows.lateness import MaxLateness, skipped_if_late
@@ -16,7 +16,13 @@ from flows.one_run import run_one
 from tasks.settings import settings_for
 from tasks.watch import announce_created, find_missing
 
-Outcome = Literal["compiled", "failed", "announced", "left to another watcher"]
+Outcome = Literal["compiled", "failed", "announced", "announced again", "announced before", "left to another run"]
+_ANNOUNCED: dict[AnnouncementStep, Outcome] = {
+    "announce": "announced",
+    "announce again": "announced again",
+    "wait": "announced before",
+    "give up": "failed",
+}
 
 
 @deployed_flow(
@@ -29,7 +35,7 @@ def watch_registry(
     deployment: str | None = None,
     max_lateness_s: MaxLateness = None,
 ) -> State[Any]:
-    """Go through what is missing once. One watcher does each compile, however many watchers run.
+    """Go through what is missing once. One run does each compile, however many watchers and events there are.
 
     Args:
         watch: Registries, targets and precisions.
@@ -52,17 +58,22 @@ def watch_registry(
 def handle(
     missing: MissingCompile, watch: WatchRequest, action: Literal["compile", "announce"], deployment: str | None
 ) -> Outcome:
-    """Compile or announce what is missing, unless another watcher does."""
+    """Announce what is missing, and compile it if that is the action and no other run does it."""
+    if action == "announce":
+        return _ANNOUNCED[announce_created(missing, watch)]
     settings = settings_for(missing.request)
-    with claimed(missing, watch, settings) as is_ours:
-        if not is_ours:
-            return "left to another watcher"
-        announce_created(missing)
-        if action == "announce":
-            return "announced"
+    shared = missing.shared(settings)
+    with shared.held("compile") as is_ours:
+        # Another run may have finished it meanwhile.
+        if not is_ours or not is_missing(missing, watch, settings):
+            return "left to another run"
+        # The run that the event starts finds the compile held or finished, and ends as Skipped.
+        if shared.announcement() is None:
+            announce_created(missing, watch)
         outcome = run_one(missing.request, deployment)
         if not isinstance(outcome, CompileflowError):
+            shared.record_compiled()
             return "compiled"
-        record_failure(missing, outcome, settings)
+        shared.record_failure(outcome)
         get_run_logger().error("%s for %s: %s", missing.source.uri, missing.request.target, outcome)
         return "failed"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from prefect.events import emit_event
+from pydantic import JsonValue
 
 from compileflow.contracts import ModelVersion
 from compileflow.steps.values import CompiledArtifact
@@ -13,13 +15,21 @@ PREFIX = "compileflow.model-version"
 Kind = Literal["validated", "promoted", "regressed"]
 
 
-def announce(kind: Kind, version: ModelVersion, registry_uri: str, **more: str) -> None:
+def announce(
+    kind: Kind,
+    version: ModelVersion,
+    registry_uri: str,
+    *,
+    labels: Mapping[str, str] | None = None,
+    **more: JsonValue,
+) -> None:
     """Send an event about a registered version.
 
     Args:
         kind: What happened to it.
         version: The version.
         registry_uri: URI of its registry, without credentials.
+        labels: Further labels, which the trigger of an automation can match.
         **more: Further values of the payload.
     """
     payload = version.model_dump(
@@ -33,6 +43,8 @@ def announce(kind: Kind, version: ModelVersion, registry_uri: str, **more: str) 
             "prefect.resource.name": f"{version.name} version {version.version}",
             "compileflow.model": version.name,
             "compileflow.target": version.target,
+            "compileflow.stage": version.stage,
+            **(labels or {}),
         },
         payload={**payload, "registry_uri": registry_uri, **more},
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from prefect import get_run_logger, task
 
 from compileflow.admin.revalidate import Revalidation, revalidate_version
@@ -32,7 +34,8 @@ def revalidate_one(
         trust_remote_code=trust_remote_code,
         on_progress=logger.info,
     )
-    logger.info("%s version %d %s: %s", version.name, version.version, outcome.outcome, outcome.reason)
+    level = logging.ERROR if outcome.outcome == "regressed" else logging.INFO
+    logger.log(level, "%s version %d %s: %s", version.name, version.version, outcome.outcome, outcome.reason)
     if outcome.is_news and outcome.outcome == "regressed":
         announce("regressed", version, without_credentials(registry_uri), reason=outcome.reason)
     return outcome

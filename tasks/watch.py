@@ -5,7 +5,14 @@ from __future__ import annotations
 from prefect import get_run_logger, task
 from prefect.events import emit_event
 
-from compileflow.admin.watch import MissingCompile, WatchRequest, is_new, missing_compiles, record_announcement
+from compileflow.admin.watch import (
+    AnnouncementStep,
+    MissingCompile,
+    WatchRequest,
+    missing_compiles,
+    next_announcement,
+)
+from compileflow.errors import ProcessError
 from compileflow.settings import get_settings
 from tasks.events import PREFIX
 from tasks.policies import RETRIES
@@ -20,11 +27,37 @@ def find_missing(watch: WatchRequest) -> list[MissingCompile]:
     return missing
 
 
-def announce_created(missing: MissingCompile) -> None:
-    """Send an event about a source version that needs a compile, once for all watchers."""
-    settings = settings_for(missing.request)
-    if not is_new(missing, settings):
-        return
+def announce_created(missing: MissingCompile, watch: WatchRequest) -> AnnouncementStep:
+    """Send an event about a source version that needs a compile, once for all watchers.
+
+    Returns:
+        What was done: "wait" if the compile was announced before, or another watcher announces it now.
+    """
+    shared = missing.shared(settings_for(missing.request))
+    label = f"{missing.source.uri} for {missing.request.target}"
+    with shared.held("announce") as is_ours:
+        step, number = next_announcement(shared, watch) if is_ours else ("wait", 0)
+        if step == "give up":
+            error = ProcessError(
+                f"{label} was announced {number} times, and is still not compiled.",
+                hint="Look at the runs of compile-model. Then set retry_failed in one run of watch-registry.",
+            )
+            shared.record_failure(error)
+            get_run_logger().error(str(error))
+        elif step != "wait":
+            _emit_created(missing)
+            shared.record_announcement(number)
+        if step == "announce again":
+            get_run_logger().warning(
+                "%s is announced again, for the %d. of at most %d times: no run has compiled it.",
+                label,
+                number,
+                watch.most_announcements,
+            )
+    return step
+
+
+def _emit_created(missing: MissingCompile) -> None:
     source = missing.source
     emit_event(
         f"{PREFIX}.created",
@@ -42,6 +75,6 @@ def announce_created(missing: MissingCompile) -> None:
             "target": missing.request.target,
             "precision": missing.request.precision.value,
             "request": missing.request.model_dump(mode="json", exclude_unset=True),
+            "announcement": missing.key,
         },
     )
-    record_announcement(missing, settings)

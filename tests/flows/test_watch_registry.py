@@ -12,6 +12,8 @@ import pytest
 from compileflow.admin.watch import WatchRequest
 from compileflow.catalog import open_registry
 from compileflow.spec import HfTask
+from compileflow.steps.request import CompileRequest
+from flows.compile_model import compile_model
 from flows.watch_registry import watch_registry
 from tests.conftest import ModelFactory
 from tests.functional.prefect_server import PrefectServer
@@ -43,8 +45,14 @@ def test_two_watchers_compile_each_source_version_once(
     assert watch_registry(watch, return_state=True).message == "nothing missing"
     uris = {version.source_uri for version in versions}
     # The server writes events down some time after it has taken them.
-    deadline, announced = time.monotonic() + 60, list[str]()
+    deadline, announced = time.monotonic() + 60, list[dict[str, Any]]()
     while len(announced) < 2 and time.monotonic() < deadline:
         time.sleep(0.5)
-        announced = [event["name"] for event in created_events(prefect_server) if event["source_uri"] in uris]
-    assert sorted(announced) == ["people", "reviews"]
+        announced = [event for event in created_events(prefect_server) if event["source_uri"] in uris]
+    assert sorted(event["name"] for event in announced) == ["people", "reviews"]
+
+    # The run that the event starts does nothing, because a watcher has compiled the version.
+    after = dict(pipeline.counts)
+    request = CompileRequest.model_validate(announced[0]["request"])
+    state = compile_model(request, announcement=announced[0]["announcement"], return_state=True)
+    assert (state.name, pipeline.counts) == ("Skipped", after)

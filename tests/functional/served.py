@@ -81,6 +81,13 @@ class Served:
             with error:
                 return error.code, json.loads(error.read() or b"null")
 
+    def run_of(self, name: str, *states: str) -> dict[str, Any]:
+        """Wait until the run of this name is in one of the states, and return it."""
+        filtered = {"flow_runs": {"name": {"any_": [name]}, "state": {"name": {"any_": [*states]}}}}
+        runs = eventually(lambda: self.call("POST", "/flow_runs/filter", filtered)[1], f"{name} is not {states}")
+        run: dict[str, Any] = runs[0]
+        return run
+
     def answers(self) -> bool:
         """Return whether the server answers."""
         try:

@@ -8,7 +8,9 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from uuid import uuid4
@@ -21,8 +23,10 @@ from compileflow.catalog import open_registry
 from compileflow.errors import RegistryError
 from compileflow.settings import Settings
 from compileflow.spec import HfTask
+from tests.functional.browser import DESKTOP, PHONE, PROGRAM, Page, browser
 from tests.functional.served import ROOT, RUN_S, Served, environment, eventually, free_port, serve
 from tests.models import build_model
+from tests.services.example_process import FOLDER
 
 pytestmark = [pytest.mark.functional, pytest.mark.slow]
 
@@ -67,8 +71,14 @@ def test_second_start_is_refused_in_one_line(served: Served, tmp_path: Path) -> 
         assert output.count("\n") == 1
 
 
-def test_form_schedule_api_and_event_each_lead_to_a_registered_version(served: Served, tmp_path: Path) -> None:
-    model = str(build_model(tmp_path / "model", HfTask.TEXT_CLASSIFICATION))
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(build_model(tmp_path_factory.mktemp("models") / "model", HfTask.TEXT_CLASSIFICATION))
+
+
+def test_form_schedule_api_and_event_each_lead_to_a_registered_version(
+    served: Served, model: str, tmp_path: Path
+) -> None:
     common = {"model": model, "max_sequence_length": 16}
 
     # As both UIs send the form.
@@ -127,6 +137,99 @@ def test_form_schedule_api_and_event_each_lead_to_a_registered_version(served: S
         "flow_runs": {"deployment_id": {"any_": [deployment_id]}, "state": {"type": {"any_": ["SCHEDULED"]}}}
     }
     assert [run for run in served.call("POST", "/flow_runs/filter", planned)[1] if run["auto_scheduled"]] == []
+
+
+@pytest.fixture(scope="module")
+def page(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    """A browser that is logged in. Look at its pictures in outputs/screenshots."""
+    if PROGRAM is None:
+        pytest.skip("chromium is not installed")
+    with browser(tmp_path_factory.mktemp("browser"), ROOT / "outputs" / "screenshots") as page:
+        page.open(f"http://127.0.0.1:{served.port}/login")
+        page.until("document.activeElement?.type === 'password'", "the page does not ask for the password")
+        page.type(served.client_environment["PREFECT_API_AUTH_STRING"])
+        page.click("Login")
+        page.shows("Dashboard")
+        yield page
+
+
+@contextmanager
+def following(served: Served, name: str, folder: Path) -> Iterator[Path]:
+    """Run the example that pulls promoted versions, and give the link that it keeps."""
+    words = [sys.executable, str(FOLDER / "pull_promoted.py"), name, str(folder)]
+    variables = environment(served.home) | served.client_environment
+    with subprocess.Popen(words, env=variables, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == f"{name} has no version in production\n"
+            yield folder / "current"
+        finally:
+            process.terminate()
+
+
+@pytest.mark.parametrize(("ui", "root"), [("v1", ""), ("v2", "/v2")])
+def test_person_compiles_and_approves_in_the_browser_and_a_service_pulls(
+    served: Served, page: Page, model: str, tmp_path: Path, ui: str, root: str
+) -> None:
+    address, name = f"http://127.0.0.1:{served.port}{root}", f"by-{ui}"
+
+    page.open(f"{address}/deployments/deployment/{served.deployment_id()}/run")
+    page.shows("Maximum sequence length")
+    page.pictures(f"{ui}-form")
+    page.fill("Model", model)
+    for label, text in (("Registered name (Optional)", name), ("Maximum sequence length (Optional)", "16")):
+        page.click_after(label, "Value")
+        page.fill(label, text)
+    page.click("Submit")
+    run = served.run_of(f"{name} for onnx-runtime", "Completed")
+
+    page.open(f"{address}/runs/flow-run/{run['id']}")
+    page.shows("Completed")
+    page.click("Artifacts")
+    for kind in ("progress", "report", "figures", "artifact", "report-page", "version"):
+        page.shows(f"{name}-onnx-runtime-{kind}")
+    page.pictures(f"{ui}-run")
+    of_run = {"flow_run_id": {"any_": [run["id"]]}, "type": {"any_": ["markdown"]}}
+    filtered = {"artifacts": {**of_run, "key": {"any_": [f"{name}-onnx-runtime-report"]}}}
+    (report,) = served.call("POST", "/artifacts/filter", filtered)[1]
+    page.open(f"{address}/artifacts/artifact/{report['id']}")
+    page.shows("changed answers: 0 of ")
+    page.until("visible('img').some((image) => image.naturalWidth > 500)", "the report has no picture")
+    page.pictures(f"{ui}-report")
+
+    # The event of the new version has started the question.
+    question = served.run_of(f"{name} version 1 to production", "Suspended")
+    with following(served, name, tmp_path) as current:
+        for size, device in ((PHONE, "phone"), (DESKTOP, "desktop")):
+            page.resize(size)
+            page.open(f"{address}/runs/flow-run/{question['id']}")
+            page.shows("Suspended")
+            if ui == "v2":
+                page.click("Open menu")
+            elif size == PHONE:
+                page.click_first(".p-button--outline.h-10.w-10:not(.app-router-view__menu-icon)")
+            page.click("Resume")
+            page.shows(f"Promote {name} version 1 to production?")
+            for text in ("pass: all ", "0 of the answers", "batch x tokens", "compileflow inspect"):
+                page.shows(text)
+            page.picture(f"{ui}-approval-{device}")
+        page.choose("Decision", "approve")
+        page.fill("Your name", "Ann")
+        page.fill("Reason", "no answer changed")
+        page.picture(f"{ui}-approval-filled")
+        # On a busy machine the server may refuse, and both UIs then wait for the person to try again.
+        for _ in range(5):
+            page.click("Submit" if ui == "v1" else "Resume")
+            time.sleep(5)
+            if served.call("GET", f"/flow_runs/{question['id']}")[1]["state"]["name"] != "Suspended":
+                break
+        served.run_of(f"{name} version 1 to production", "Completed")
+        registry = open_registry(Settings(home=served.home).resolved_registry_uri())
+        assert registry.get(name, 1).stage == "production"
+        history = [(entry.stage, entry.who, entry.reason) for entry in registry.promotions(name, 1)]
+        assert history == [("production", "Ann", "no answer changed")]
+        eventually(current.exists, "the service has not pulled the version")
+        assert (current / "manifest.json").is_file()
 
 
 def test_curl_example_starts_a_run(served: Served, tmp_path: Path) -> None:

@@ -27,8 +27,8 @@ def test_form_shows_verdict_changed_answers_latency_and_report(
     assert lines[0] == "# Promote reviews version 1 to production?"
     assert "- verdict: **pass**" in lines
     assert any(line.startswith("0 of the answers to ") for line in lines)
-    assert "| batch x tokens | source model, ms | compiled, ms | ratio |" in lines
-    assert f"compileflow inspect {version.report_uri}" in text
+    assert any(" (batch x tokens): source model " in line and ", ratio " in line for line in lines)
+    assert f"[file in the store]({version.report_uri})" in text
 
 
 def test_version_whose_report_is_lost_is_shown_with_that_fact(settings: Settings) -> None:

@@ -1,20 +1,20 @@
-"""The watch of registries: what is missing, the oldest first, and each compile for one watcher."""
+"""The watch of registries: what is missing, the oldest first, each compile for one run, and announcements."""
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from compileflow.admin.shared_compile import SharedCompile
 from compileflow.admin.watch import (
     MissingCompile,
     WatchRequest,
-    claimed,
-    is_new,
+    is_missing,
     missing_compiles,
-    record_announcement,
-    record_failure,
+    next_announcement,
     source_versions,
 )
 from compileflow.catalog import open_registry
@@ -88,32 +88,83 @@ def missing(settings: Settings) -> MissingCompile:
     return compile_
 
 
-def test_compile_belongs_to_one_watcher_at_a_time(missing: MissingCompile, settings: Settings) -> None:
-    with claimed(missing, WATCH, settings) as first, claimed(missing, WATCH, settings) as second:
-        assert (first, second) == (True, False)
-    with claimed(missing, WATCH, settings) as again:
-        assert again
+@pytest.fixture
+def shared(missing: MissingCompile, settings: Settings) -> SharedCompile:
+    return missing.shared(settings)
 
 
-def test_compile_that_another_watcher_finished_is_not_started(missing: MissingCompile, settings: Settings) -> None:
+def test_compile_belongs_to_one_run_at_a_time(shared: SharedCompile) -> None:
+    with shared.held("compile") as first, shared.held("compile") as second, shared.held("announce") as announcer:
+        assert (first, second, announcer) == (True, False, True)
+        assert shared.is_running()
+    assert not shared.is_running()
+
+
+def test_compile_that_another_run_finished_is_not_missing(missing: MissingCompile, settings: Settings) -> None:
+    assert is_missing(missing, WATCH, settings)
     register(settings, 2, target="torchscript", spec={"precision": "fp32"}, source_uri=missing.source.uri,
              source_digest=missing.source.digest)  # fmt: skip
-    with claimed(missing, WATCH, settings) as is_ours:
-        assert not is_ours
+    assert not is_missing(missing, WATCH, settings)
 
 
-def test_failed_compile_is_repeated_only_on_request(missing: MissingCompile, settings: Settings) -> None:
-    record_failure(missing, StoreUnavailableError("The store did not answer."), settings)
+def test_failed_compile_is_repeated_only_on_request(
+    missing: MissingCompile, shared: SharedCompile, settings: Settings
+) -> None:
+    shared.record_failure(StoreUnavailableError("The store did not answer."))
     assert missing_compiles(WATCH, settings) == [missing]
-    record_failure(missing, CompileError("The toolchain refused the model."), settings)
+    shared.record_failure(CompileError("The toolchain refused the model."))
     assert missing_compiles(WATCH, settings) == []
     assert missing_compiles(WATCH.model_copy(update={"retry_failed": True}), settings) == [missing]
+    assert next_announcement(shared, WATCH) == ("announce", 1)
 
 
-def test_compile_is_announced_once(missing: MissingCompile, settings: Settings) -> None:
-    assert is_new(missing, settings)
-    record_announcement(missing, settings)
-    assert not is_new(missing, settings)
+def announced(shared: SharedCompile, *, count: int, ago_s: float) -> None:
+    """Write the record of an announcement that was made some time ago."""
+    at = datetime.now(UTC) - timedelta(seconds=ago_s)
+    shared.store.put_record("watch-announced", shared.key, {"at": at.isoformat(), "count": count})
+
+
+def test_compile_that_no_run_did_is_announced_again_a_few_times(shared: SharedCompile) -> None:
+    assert next_announcement(shared, WATCH) == ("announce", 1)
+    shared.record_announcement(1)
+    assert next_announcement(shared, WATCH) == ("wait", 1)
+    # An hour is the default.
+    announced(shared, count=1, ago_s=3590)
+    assert next_announcement(shared, WATCH) == ("wait", 1)
+    announced(shared, count=1, ago_s=3610)
+    assert next_announcement(shared, WATCH) == ("announce again", 2)
+    with shared.held("compile"):
+        assert next_announcement(shared, WATCH) == ("wait", 1)
+    announced(shared, count=3, ago_s=3610)
+    assert next_announcement(shared, WATCH) == ("give up", 3)
+    patient = WATCH.model_copy(update={"announce_again_s": 7200, "most_announcements": 4})
+    assert next_announcement(shared, patient) == ("wait", 3)
+    announced(shared, count=3, ago_s=7210)
+    assert next_announcement(shared, patient) == ("announce again", 4)
+
+
+def test_compiled_version_that_was_deleted_is_announced_as_new(shared: SharedCompile) -> None:
+    announced(shared, count=3, ago_s=3610)
+    shared.record_compiled()
+    assert next_announcement(shared, WATCH) == ("announce", 1)
+
+
+def test_record_of_an_older_version_counts_as_one_announcement(shared: SharedCompile) -> None:
+    shared.store.put_record("watch-announced", shared.key, {"at": "2026-01-02T03:04:05+00:00"})
+    assert next_announcement(shared, WATCH) == ("announce again", 2)
+
+
+def test_run_knows_whether_its_compile_was_settled_since_the_announcement(shared: SharedCompile) -> None:
+    assert not shared.is_settled()
+    shared.record_failure(CompileError("The toolchain refused the model."))
+    shared.record_announcement(1)
+    assert not shared.is_settled()
+    shared.record_failure(CompileError("The toolchain refused the model."))
+    assert shared.is_settled()
+    shared.record_announcement(2)
+    assert not shared.is_settled()
+    shared.record_compiled()
+    assert shared.is_settled()
 
 
 def test_place_that_lists_nothing_is_refused(settings: Settings) -> None:

@@ -23,24 +23,28 @@ def approval_markdown(version: ModelVersion, stage: str, settings: Settings) -> 
         f"- target: {version.target}, {version.spec.get('precision', 'unknown precision')}",
         f"- source model: `{version.source_uri}` at `{version.source_revision[:12]}`",
         f"- in the stage {version.stage}, registered {version.created_at}",
-        f"- artifact: `{version.artifact_uri}`",
-        f"- report: `{version.report_uri}`; to open it: `compileflow inspect {version.report_uri}`",
+        f"- artifact: `{version.artifact_digest[:12]}`",
+        # A form is narrow, and text that cannot be broken would make it wider than a phone.
+        f"- report: [file in the store]({version.report_uri}), to show with `compileflow inspect`",
     ]
+    if version.flow_run_id:
+        lines.append(
+            f"- [the run that registered it](/runs/flow-run/{version.flow_run_id}) shows the report as well"
+        )
     try:
         report = read_report(version.report_uri, settings)
     except CompileflowError as error:
         return "\n".join([*lines, "", f"The report cannot be read: {error.message}"])
-    return "\n".join([*lines, "", report.verdict.reason, "", *_flips(report), "", *_latencies(report)])
+    return "\n".join([*lines, "", f"**{report.verdict.reason}**", "", *_flips(report), "", *_latencies(report)])
 
 
 def _flips(report: Report) -> list[str]:
     count = report.flips_count
-    lines = ["## Changed answers", "", f"{count} of the answers to {report.examples_count} examples changed."]
-    if report.flips:
-        lines += ["", "| example | before | after | margin |", "|---|---|---|---|"]
-        for flip in report.flips[:_MOST_FLIPS]:
-            margin = "-" if flip.margin is None else percent(flip.margin)
-            lines.append(f"| {_cell(flip.text)} | {_cell(flip.before)} | {_cell(flip.after)} | {margin} |")
+    lines = ["## Changed answers", "", f"{count} of the answers to {report.examples_count} examples changed.", ""]
+    # A table would make the form wider than a phone.
+    for flip in report.flips[:_MOST_FLIPS]:
+        margin = "" if flip.margin is None else f", margin {percent(flip.margin)}"
+        lines.append(f"- {_line(flip.text)}: {_line(flip.before)}, now {_line(flip.after)}{margin}")
     return lines
 
 
@@ -48,16 +52,16 @@ def _latencies(report: Report) -> list[str]:
     lines = ["## Latency", ""]
     if not report.latencies:
         return [*lines, "Not measured."]
-    lines += ["| batch x tokens | source model, ms | compiled, ms | ratio |", "|---|---|---|---|"]
     for latency in report.latencies:
-        busy = " (busy machine)" if latency.busy else ""
         lines.append(
-            f"| {latency.shape} | {latency.reference_p50_ms:.2f} | {latency.candidate_p50_ms:.2f} "
-            f"| {fraction(latency.ratio)}{busy} |"
+            f"- {latency.shape} (batch x tokens): source model {latency.reference_p50_ms:.2f} ms, compiled "
+            f"{latency.candidate_p50_ms:.2f} ms, ratio {fraction(latency.ratio)}"
         )
+    if any(latency.busy for latency in report.latencies):
+        lines += ["", "The latency was measured on a busy machine."]
     return lines
 
 
-def _cell(text: str) -> str:
-    """Return a text that cannot end a cell of a table."""
-    return " ".join(text.replace("|", "\\|").split())
+def _line(text: str) -> str:
+    """Return a text as one line."""
+    return " ".join(text.split())

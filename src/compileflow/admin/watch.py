@@ -1,29 +1,25 @@
-"""Watch registries: which source versions have no compiled version, and who compiles one of them.
-
-Several watchers may run at once. Each missing compile has a lock in the artifact store and a record of its last
-attempt, so that one watcher compiles it and no watcher repeats what failed.
-"""
+"""Watch registries: which source versions have no compiled version, and which of them have to be announced."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from typing import Literal
 
 from pydantic import Field
 
 from compileflow._process.packages import installed_versions
-from compileflow.catalog import get_source, open_registry, open_store
-from compileflow.contracts import ArtifactStore, ListingSource, SourceVersion
+from compileflow.admin.shared_compile import SharedCompile
+from compileflow.catalog import get_source, open_registry
+from compileflow.contracts import ListingSource, SourceVersion
 from compileflow.contracts.digests import json_digest
-from compileflow.errors import CompileflowError, SpecError
+from compileflow.errors import SpecError
 from compileflow.settings import Settings
 from compileflow.steps.cells import Cells
 from compileflow.steps.request import CompileRequest
 
 CONFIGURED = "registry:"
-_ATTEMPT, _ANNOUNCED = "watch-attempt", "watch-announced"
+AnnouncementStep = Literal["announce", "announce again", "wait", "give up"]
 
 
 class WatchRequest(Cells):
@@ -48,6 +44,21 @@ class WatchRequest(Cells):
         description="Compile again what this version of compileflow could not compile before.",
         json_schema_extra={"position": 6},
     )
+    announce_again_s: int = Field(
+        3600,
+        ge=1,
+        title="Announce again after seconds",
+        description="A compile that is still missing this long after its announcement, and that no run is working "
+        "on, is announced again.",
+        json_schema_extra={"position": 7},
+    )
+    most_announcements: int = Field(
+        3,
+        ge=1,
+        title="Most announcements",
+        description="A compile that is still missing after this number of announcements counts as failed.",
+        json_schema_extra={"position": 8},
+    )
 
 
 @dataclass(frozen=True)
@@ -62,6 +73,10 @@ class MissingCompile:
         """What identifies the compile for all watchers with this version of compileflow: 64 hex digits."""
         fields = self.request.model_dump(mode="json")
         return json_digest([self.source.uri, self.source.digest, fields, installed_versions(["compileflow"])])
+
+    def shared(self, settings: Settings) -> SharedCompile:
+        """Return what all watchers and runs know of the compile."""
+        return SharedCompile.of(self.request, self.key, settings)
 
 
 def missing_compiles(watch: WatchRequest, settings: Settings) -> list[MissingCompile]:
@@ -145,55 +160,25 @@ def is_missing(missing: MissingCompile, watch: WatchRequest, settings: Settings)
         precision = version.spec.get("precision")
         if is_same_model and (version.target, precision) == (request.target, request.precision.value):
             return False
-    return watch.retry_failed or _store(missing, settings).get_record(_ATTEMPT, missing.key) is None
+    return watch.retry_failed or missing.shared(settings).failed_at() is None
 
 
-@contextmanager
-def claimed(missing: MissingCompile, watch: WatchRequest, settings: Settings) -> Iterator[bool]:
-    """Hold a compile for the duration of the block, so that no other watcher starts it.
+def next_announcement(shared: SharedCompile, watch: WatchRequest) -> tuple[AnnouncementStep, int]:
+    """Return what to do about a missing compile, and the number that its next announcement has.
 
-    Yields:
-        False if another watcher holds it, or finished it meanwhile. A watcher that dies releases what it holds.
+    A compile that was announced is left to the run that the event started. That run may have been lost, cancelled
+    or ended by an error that may go away; then the compile is announced again, a limited number of times.
     """
-
-    class TakenError(Exception):
-        pass
-
-    def refuse() -> None:
-        raise TakenError
-
-    try:
-        lock = _store(missing, settings).lock(f"watch/{missing.key}", on_wait=refuse)
-        lock.__enter__()
-    except TakenError:
-        yield False
-        return
-    try:
-        yield is_missing(missing, watch, settings)
-    finally:
-        lock.__exit__(None, None, None)
-
-
-def is_new(missing: MissingCompile, settings: Settings) -> bool:
-    """Return whether no watcher has announced the compile."""
-    return _store(missing, settings).get_record(_ANNOUNCED, missing.key) is None
-
-
-def record_announcement(missing: MissingCompile, settings: Settings) -> None:
-    """Record that the compile was announced."""
-    _store(missing, settings).put_record(_ANNOUNCED, missing.key, {"at": _now()})
-
-
-def record_failure(missing: MissingCompile, error: CompileflowError, settings: Settings) -> None:
-    """Record an attempt that would fail again; one that may succeed later leaves no record."""
-    if not error.retryable:
-        value = {"at": _now(), "error": error.message, "report_uri": error.report_uri}
-        _store(missing, settings).put_record(_ATTEMPT, missing.key, dict(value))
-
-
-def _store(missing: MissingCompile, settings: Settings) -> ArtifactStore:
-    return open_store(settings.resolved_store_uri(missing.request.store_uri), settings)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    last, failed_at = shared.announcement(), shared.failed_at()
+    if last is None or (failed_at is not None and failed_at >= last.at):
+        # What failed for good is missing only for a watch that retries it.
+        return "announce", 1
+    is_recent = datetime.now(UTC) - last.at < timedelta(seconds=watch.announce_again_s)
+    if is_recent or shared.is_running():
+        return "wait", last.count
+    if last.compiled:
+        # The compiled version was deleted from the registry.
+        return "announce", 1
+    if last.count >= watch.most_announcements:
+        return "give up", last.count
+    return "announce again", last.count + 1
