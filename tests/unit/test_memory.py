@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from compileflow._process.child_process import peak_bytes, reset_peak
 from compileflow._process.memory import released_pages
 from compileflow._process.run_in_child import run_in_child
 from compileflow.spec import CompileSpec, HfTask
@@ -31,6 +32,17 @@ def weights(tmp_path: Path) -> Path:
     path = tmp_path / "weights of a model.bin"
     path.write_bytes(b"ab" * (SIZE // 2))
     return path
+
+
+def test_peak_begins_anew() -> None:
+    block = bytearray(b"x" * 8 * SIZE)
+    del block
+    peak = peak_bytes("self")
+    assert reset_peak()
+    assert peak_bytes("self") <= peak - 4 * SIZE
+    block = bytearray(b"x" * 8 * SIZE)
+    del block
+    assert peak_bytes("self") > peak - 4 * SIZE
 
 
 def test_pages_of_a_mapped_file_are_released_and_read_again(weights: Path) -> None:

@@ -103,7 +103,7 @@ def login_error(error: Exception, text: str) -> StoreError | None:
     if isinstance(error, boto.RefreshWithMFAUnsupportedError):
         return StoreError(
             f"{text}: the session of the AWS profile {profile!r} is over, and a new one needs an MFA code.",
-            hint="Run: aws sts get-session-token --serial-number DEVICE --token-code CODE, and set what it prints.",
+            hint="Run: aws sts get-session-token --serial-number DEVICE --token-code CODE, and set its answer.",
         )
     if isinstance(error, boto.CredentialRetrievalError):
         return StoreError(
