@@ -34,7 +34,7 @@ def weights(tmp_path: Path) -> Path:
     return path
 
 
-def test_peak_begins_anew() -> None:
+def test_peak_is_counted_from_its_reset_on() -> None:
     block = bytearray(b"x" * 8 * SIZE)
     del block
     peak = peak_bytes("self")

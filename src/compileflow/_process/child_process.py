@@ -272,7 +272,7 @@ def _read_lines(pipe: IO[bytes], on_line: Callable[[bytes], object]) -> None:
 
 
 def reset_peak() -> bool:
-    """Let the peak of this process begin anew; return False if the system cannot."""
+    """Count the peak of this process from now on; return False if the system cannot."""
     try:
         # proc(5): resets VmHWM.
         Path("/proc/self/clear_refs").write_text("5")
