@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from compileflow.contracts import Arrays
 from compileflow.contracts.toolkit import require_open
 from compileflow.source_model.decoding import CACHE, LOGITS_PLACES, lost_cache, token_positions
+from compileflow.targets._onnx_memory import run_options
 
 LOGITS = "logits"
 # The exporter marks a tensor that is an input and an output.
@@ -139,7 +140,8 @@ class OnnxContinuation:
         """Read the next tokens of each row."""
         session, cache = require_open(self._session), self._cache
         length = input_ids.shape[1]
-        if not self._values:
+        is_first = not self._values
+        if is_first:
             self._values = _bound(cache.empty(len(input_ids)))
         tokens = {
             "input_ids": input_ids,
@@ -153,7 +155,8 @@ class OnnxContinuation:
             binding.bind_ortvalue_input(name, value)
         for name in cache.outputs:
             binding.bind_output(name, "cpu")
-        session.run_with_iobinding(binding)
+        # The caches of earlier rows go. Between two tokens, it would cost more than the token.
+        session.run_with_iobinding(binding, run_options(shrink=is_first))
         answers = dict(zip(cache.outputs, binding.get_outputs(), strict=True))
         self._values |= {name: answers[output] for name, output in cache.successors.items()}
         self.length += length

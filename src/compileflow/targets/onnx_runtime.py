@@ -61,6 +61,7 @@ from compileflow.targets._onnx_decoder import (
     transpose_batches,
     whole_row_inputs,
 )
+from compileflow.targets._onnx_memory import is_large, run_options
 from compileflow.targets._onnx_weights import compress_weights
 
 _FILE = "model.onnx"
@@ -304,7 +305,8 @@ class _OnnxRuntimeRunner:
         """Return the named outputs of the graph."""
         session = require_open(self._session)
         graph_inputs = {name: value for name, value in inputs.items() if name in self._inputs}
-        return dict(zip(names, session.run(names, graph_inputs), strict=True))
+        options = run_options(shrink=is_large(graph_inputs))
+        return dict(zip(names, session.run(names, graph_inputs, options), strict=True))
 
     def close(self) -> None:
         self._session = None
