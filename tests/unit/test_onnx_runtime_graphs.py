@@ -1,4 +1,4 @@
-"""ONNX Runtime's optimizations keep the meaning of a graph, and a session does not keep the memory of a large call."""
+"""ONNX Runtime keeps the meaning of a graph, and gives the memory of a large call back."""
 
 from __future__ import annotations
 
