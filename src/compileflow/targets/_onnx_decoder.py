@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from compileflow.contracts import Arrays
 from compileflow.contracts.toolkit import require_open
 from compileflow.source_model.decoding import CACHE, LOGITS_PLACES, lost_cache, token_positions
-from compileflow.targets._onnx_memory import run_options
+from compileflow.targets._onnx_memory import Arena
 
 LOGITS = "logits"
 # The exporter marks a tensor that is an input and an output.
@@ -107,6 +107,7 @@ class OnnxDecoder:
     def __init__(self, session: Any):
         self._session = session
         self._cache = _Cache(session)
+        self._arena = Arena()
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
         mask = inputs["attention_mask"]
@@ -114,7 +115,7 @@ class OnnxDecoder:
 
     def start(self) -> OnnxContinuation:
         """Begin with an empty cache."""
-        return OnnxContinuation(require_open(self._session), self._cache)
+        return OnnxContinuation(require_open(self._session), self._cache, self._arena)
 
     def close(self) -> None:
         self._session = None
@@ -123,10 +124,11 @@ class OnnxDecoder:
 class OnnxContinuation:
     """Rows whose keys and values are bound to the session call after call."""
 
-    def __init__(self, session: Any, cache: _Cache):
+    def __init__(self, session: Any, cache: _Cache, arena: Arena):
         self.length = 0
         self._session = session
         self._cache = cache
+        self._arena = arena
         self._values: dict[str, Any] = {}
 
     def read(
@@ -140,8 +142,7 @@ class OnnxContinuation:
         """Read the next tokens of each row."""
         session, cache = require_open(self._session), self._cache
         length = input_ids.shape[1]
-        is_first = not self._values
-        if is_first:
+        if not self._values:
             self._values = _bound(cache.empty(len(input_ids)))
         tokens = {
             "input_ids": input_ids,
@@ -155,8 +156,7 @@ class OnnxContinuation:
             binding.bind_ortvalue_input(name, value)
         for name in cache.outputs:
             binding.bind_output(name, "cpu")
-        # The caches of earlier rows go. Between two tokens, it would cost more than the token.
-        session.run_with_iobinding(binding, run_options(shrink=is_first))
+        session.run_with_iobinding(binding, self._arena.run_options({"attention_mask": attention_mask}))
         answers = dict(zip(cache.outputs, binding.get_outputs(), strict=True))
         self._values |= {name: answers[output] for name, output in cache.successors.items()}
         self.length += length
