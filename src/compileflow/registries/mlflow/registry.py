@@ -190,8 +190,8 @@ class MlflowRegistry:
     def _records_of(self, name: str, limit: int | None = None) -> list[_Record]:
         """Return the versions of a name, largest number first, or only those of the largest numbers."""
         # A registered name cannot contain a quotation mark, which would end the filter's string.
-        query = f"name = '{name}' and {_tag_is(SCHEMA, SCHEMA_VERSION)}"
-        order = ("version_number DESC",)
+        # A condition on a tag would make MLflow look at the versions of all names.
+        query, order = f"name = '{name}'", ("version_number DESC",)
         records = _first_of_each_artifact(self._search(query, limit, order)) if "'" not in name else []
         if not records:
             raise unknown_name(self.uri, name, (version.name for version in self.versions()))
@@ -213,7 +213,8 @@ class MlflowRegistry:
         page = {} if limit is None else {"max_results": min(limit, PAGE)}
         with self._calls("list versions") as client:
             found = pages(client.search_model_versions, query, order_by=list(order), **page)
-            rows = list(islice(found, limit))
+            # A model may also hold versions that compileflow did not register.
+            rows = list(islice((row for row in found if row.tags.get(SCHEMA) == SCHEMA_VERSION), limit))
             aliases = _aliases(client, {row.name for row in rows})
         records = (_as_record(row, aliases.get((row.name, int(row.version)), frozenset())) for row in rows)
         return [record for record in records if record is not None]
