@@ -37,6 +37,8 @@ from compileflow.registries.mlflow.tags import (
 from compileflow.settings import Settings
 
 logger = logging.getLogger(__name__)
+# MLflow reads the newest versions of each model that it lists, so asking for a few by name is faster.
+_FEW_NAMES = 50
 
 
 @dataclass(frozen=True)
@@ -259,8 +261,8 @@ def _aliases(client: Any, names: set[str]) -> dict[tuple[str, int], frozenset[st
     if not names:
         return {}
     models = (
-        [client.get_registered_model(next(iter(names)))]
-        if len(names) == 1
+        [client.get_registered_model(name) for name in sorted(names)]
+        if len(names) <= _FEW_NAMES
         else pages(client.search_registered_models, "")
     )
     aliases: dict[tuple[str, int], frozenset[str]] = {}
