@@ -19,6 +19,7 @@ from serve_fastapi import RefusedError
 
 from compileflow import CompiledModel
 from compileflow.artifact.open import OpenArtifact
+from compileflow.contracts.toolkit import environment
 
 _TOKENIZER_FILE = "openvino_tokenizer.xml"
 # The manifest's names of the formats that change numbers, and OpenVINO's.
@@ -114,7 +115,9 @@ class ContinuousBatching:
     takes_seed = True
 
     def __init__(self, artifact: OpenArtifact, *, running: int, threads: int | None, end_ids: set[int]):
-        import openvino_genai
+        # OpenVINO would send usage data when it is imported.
+        with environment(CI="true"):
+            import openvino_genai
 
         record = artifact.component("default")
         options = record.load_options

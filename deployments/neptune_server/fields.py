@@ -86,7 +86,11 @@ def read_all(
     db: sqlite3.Connection, container_id: str, paths: frozenset[str] = frozenset()
 ) -> list[dict[str, Any]]:
     """Return fields in the form of the API, by name: those at `paths`, or all fields if `paths` is empty."""
-    rows = db.execute("SELECT * FROM attribute WHERE container = ? ORDER BY path", (container_id,))
+    chosen = f"AND path IN ({', '.join('?' * len(paths))}) " if paths else ""
+    rows = db.execute(
+        f"SELECT * FROM attribute WHERE container = ? {chosen}ORDER BY path",  # noqa: S608 - question marks
+        (container_id, *paths),
+    )
     return [
         {
             "name": row["path"],
@@ -94,7 +98,6 @@ def read_all(
             f"{row['type']}Properties": _properties(row["type"], row["value"]),
         }
         for row in rows
-        if not paths or row["path"] in paths
     ]
 
 

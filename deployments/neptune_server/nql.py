@@ -192,6 +192,13 @@ def _compare(name: str, kind: str, operator: str, text: str, aggregate: str | No
         value = _pattern(text) if operator == "=~" else field_type.convert(text)
     except (ValueError, OverflowError) as error:
         raise _syntax_error(f"{text!r} is not a {'pattern' if operator == '=~' else kind}") from error
+    if kind == "string" and operator == "=":
+        # Begins with the few fields of this value, where EXISTS would look at every object.
+        return Condition(
+            "c.id IN (SELECT container FROM attribute WHERE path = ? AND type = 'string' "
+            "AND substr(value, 1, 64) = substr(?, 1, 64) AND value = ?)",
+            (name, value, value),
+        )
     function = _AGGREGATES.get(aggregate or "last")
     operand = "a.value"
     if function:

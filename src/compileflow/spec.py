@@ -301,7 +301,10 @@ class Objective(BaseModel):
         description="Share of decisions that may change, 0 to 1. Empty: only the gates decide.",
     )
     max_serving_memory_bytes: int | None = Field(
-        None, ge=1, title="Serving memory at most", description="Bytes. Empty: no limit."
+        None,
+        ge=1,
+        title="Serving memory at most",
+        description="Bytes at the peak of calls at the timed shapes. Empty: no limit.",
     )
     max_size_bytes: int | None = Field(
         None, ge=1, title="Size at most", description="Bytes of the artifact. Empty: no limit."

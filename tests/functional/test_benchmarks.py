@@ -28,6 +28,7 @@ SCRIPTS = {
 S3_THROUGHPUT = "exp_s3_throughput"
 GENERATION = "exp_generation"
 FLOW_OVERHEAD = "exp_flow_overhead"
+REGISTRY = "exp_registry"
 
 
 @pytest.mark.slow
@@ -53,6 +54,20 @@ def test_s3_benchmark_compares_the_store_with_boto3_both_ways(settings: Settings
     assert all(answer["times_as_fast"][way] > 0 for way in ("up", "down"))
     for result in answer["results"]:
         assert f"| {result} |" in done.stderr
+
+
+@pytest.mark.slow
+def test_registry_benchmark_times_each_registry_and_writes_a_page(settings: Settings, tmp_path: Path) -> None:
+    page = tmp_path / "timings.md"
+    done = run_benchmark(
+        REGISTRY, "--versions", "10", "20", "--rounds", "1", "--page", str(page), settings=settings
+    )
+    answer = json.loads(done.stdout)
+    for name in ("sqlite", "neptune", "mlflow"):
+        assert list(answer["results"][name]) == ["10", "20"]
+        assert all(figure > 0 for figures in answer["results"][name].values() for figure in figures.values())
+        assert f"## {name}" in page.read_text()
+    assert "| get NAME@N |" in done.stderr
 
 
 @pytest.mark.slow
@@ -124,6 +139,6 @@ def run_benchmark(name: str, *arguments: str, settings: Settings) -> subprocess.
 
 
 def test_every_benchmark_is_run_here() -> None:
-    assert {*SCRIPTS, S3_THROUGHPUT, GENERATION, FLOW_OVERHEAD} == {
+    assert {*SCRIPTS, S3_THROUGHPUT, GENERATION, FLOW_OVERHEAD, REGISTRY} == {
         path.stem for path in (ROOT / "benchmarks").glob("exp_*.py")
     }

@@ -64,6 +64,12 @@ def read_absent(request: Json) -> Json:
     return {"text": Path("/absent/file").read_text()}
 
 
+def fill_disk(request: Json) -> Json:
+    with open("/dev/full", "w") as file:
+        file.write("text")
+    return {}
+
+
 def nest_deeply(request: Json) -> Json:
     return nest_deeply(request)
 

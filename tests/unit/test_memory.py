@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from compileflow._process.child_process import peak_bytes, reset_peak
 from compileflow._process.memory import released_pages
 from compileflow._process.run_in_child import run_in_child
+from compileflow._process.state import resident_bytes as resident_bytes_of_process
 from compileflow.spec import CompileSpec, HfTask
 from tests.models import build_decoder
 
@@ -31,6 +33,17 @@ def weights(tmp_path: Path) -> Path:
     path = tmp_path / "weights of a model.bin"
     path.write_bytes(b"ab" * (SIZE // 2))
     return path
+
+
+def test_peak_is_counted_from_its_reset_on() -> None:
+    block = bytearray(8 * SIZE * b"x")
+    del block
+    assert reset_peak()
+    peak = peak_bytes("self")
+    assert peak < resident_bytes_of_process() + SIZE
+    block = bytearray(8 * SIZE * b"x")
+    del block
+    assert peak_bytes("self") - peak > 7 * SIZE
 
 
 def test_pages_of_a_mapped_file_are_released_and_read_again(weights: Path) -> None:

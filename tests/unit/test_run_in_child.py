@@ -106,6 +106,7 @@ def test_foreign_error_is_one_line_and_its_traceback_is_in_the_log(run: Run, log
     [
         ("import_absent", TargetUnavailableError, "a module cannot be imported: No module named 'absent_module'"),
         ("read_absent", CompileError, "/absent/file cannot be read or written: No such file"),
+        ("fill_disk", CompileError, "a disk is full: No space left on device"),
         ("nest_deeply", CompileError, "its calls are nested too deeply: maximum recursion depth exceeded"),
     ],
 )

@@ -322,7 +322,7 @@ def test_put_that_was_killed_in_the_middle_is_resumed(
     [
         (400, "BadDigest", "proxies and memory"),
         (403, "AccessDenied", "s3:GetObject"),
-        (403, "ExpiredToken", "Log in"),
+        (403, "ExpiredToken", "aws sso login --profile default"),
     ],
 )
 def test_refusal_is_one_line_with_a_hint(

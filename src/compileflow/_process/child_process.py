@@ -271,6 +271,16 @@ def _read_lines(pipe: IO[bytes], on_line: Callable[[bytes], object]) -> None:
             on_line(line)
 
 
+def reset_peak() -> bool:
+    """Count the peak of this process from now on; return False if the system cannot."""
+    try:
+        # proc(5): resets VmHWM.
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
 def peak_bytes(pid: int | str) -> int:
     """Return VmHWM in bytes, 0 on systems without /proc. A child inherits its parent's peak in ru_maxrss."""
     try:

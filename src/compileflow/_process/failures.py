@@ -17,11 +17,12 @@ from compileflow.errors import (
 )
 from compileflow.spec import ShapeBucket
 
-FailureKind = Literal["memory", "operator", "opset", "branch", "shape"]
+FailureKind = Literal["memory", "disk", "operator", "opset", "branch", "shape"]
 
 _MORE_MEMORY = "Lower max_sequence_length, or run it on a machine with more memory."
 _HINTS: Mapping[FailureKind, str] = {
     "memory": _MORE_MEMORY,
+    "disk": "Free some space there, or set COMPILEFLOW_HOME to a folder on a larger disk.",
     "operator": "Choose a target that has the operator; `compileflow targets` lists all targets.",
     "opset": "Leave the option opset out, so that the exporter chooses, or update the runtime.",
     "branch": "A graph cannot branch on the values that it computes. In the model's code, compute both sides and "
@@ -35,6 +36,12 @@ _PATTERNS: Sequence[tuple[FailureKind, str]] = (
         r"(?:can't|cannot|unable to|failed to) allocate|bad_alloc|bad allocation|out of memory|"
         r"virtual memory exhausted|not enough memory|memory allocation (?:of .* )?failed|"
         r"terminated program cc1plus",
+    ),
+    (
+        "disk",
+        # torch's writer compares places in its file.
+        r"no space left on device|disk quota exceeded|\bENOSPC\b|"
+        r"inline_container\.cc[^\n]*(?:unexpected pos|file write failed)",
     ),
     ("opset", r"was added in version \d+, try exporting with this version"),
     ("operator", r"No ONNX function found for <OpOverload\(op='([\w.:]+)'"),
@@ -69,8 +76,9 @@ class Failure:
     """One class of failure.
 
     Attributes:
-        kind: memory: more was needed than the machine has. operator: the toolchain lacks one. opset: the ONNX
-            opset does not suit. branch: the model branches on computed values. shape: a size cannot vary.
+        kind: memory: more was needed than the machine has. disk: a disk is full. operator: the toolchain lacks
+            one. opset: the ONNX opset does not suit. branch: the model branches on computed values. shape: a
+            size cannot vary.
         hint: What to do.
         operator: Missing operator as namespace.name, for example aten.fft_rfft; "" for other kinds.
     """

@@ -314,6 +314,9 @@ def _ended_without_answer(function: str, exit_code: int, peak_rss_bytes: int, lo
         hint = "compileflow did not send that signal: most likely the machine ran out of memory."
         return OutOfMemoryError(text, hint=hint, log_path=str(log_path))
     hint = "The toolchain crashed in native code; the log holds its last output."
+    if number == signal.SIGBUS:
+        # The system has no page for a write to a mapped file.
+        hint = "Most likely a disk is full: free some space on the disk of COMPILEFLOW_HOME."
     return ProcessKilledError(text, hint=hint, log_path=str(log_path))
 
 
@@ -329,6 +332,8 @@ def _foreign_error(function: str, error: Exception) -> CompileflowError:
         return TargetUnavailableError(
             f"{stop}: a module cannot be imported: {reason}.", hint=f"Install {module} here."
         )
+    if failure is not None and failure.kind == "disk":
+        return CompileError(f"{stop}: a disk is full: {reason}.", hint=failure.hint)
     if isinstance(error, OSError):
         return CompileError(
             f"{stop}: {error.filename or 'a file'} cannot be read or written: {reason}.",

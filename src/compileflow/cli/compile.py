@@ -271,7 +271,11 @@ def _compile(
     ] = None,
     max_memory_mb: Annotated[
         float | None,
-        typer.Option(help="With auto: serving memory budget in MB (1 MB = 10**6 bytes).", rich_help_panel=_TARGET),
+        typer.Option(
+            help="With auto: serving memory budget in MB (1 MB = 10**6 bytes), for the peak of calls at the timed "
+            "shapes.",
+            rich_help_panel=_TARGET,
+        ),
     ] = None,
     max_sequence_length: Annotated[
         int | None,

@@ -69,7 +69,7 @@ def probe_installed(
 def refusal(
     compiler: str, error: BaseException, *, model: str = "the model", reason: str = "", hint: str = ""
 ) -> CompileflowError:
-    """Return the error for a model that a compiler refused, or ran out of memory on.
+    """Return the error for a model that a compiler refused, or ran out of memory or disk on.
 
     Args:
         compiler: The compiler, as the subject of a sentence.
@@ -84,7 +84,8 @@ def refusal(
         # Some toolchains list every step that failed for lack of the operator, and the operator last.
         detail = problem if failure.operator.rpartition(".")[2] in problem else type(error).__name__
         problem = f"it does not have the operator {failure.operator} ({detail})"
-    verb = "ran out of memory" if failure is not None and failure.kind == "memory" else f"refused {model}"
+    kind = failure.kind if failure is not None else ""
+    verb = {"memory": "ran out of memory", "disk": "found the disk full"}.get(kind, f"refused {model}")
     hint = hint or "Try another target; `compileflow targets` lists them."
     return compile_error(f"{compiler} {verb}: {problem}.", error, hint=hint)
 

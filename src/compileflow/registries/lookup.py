@@ -81,7 +81,7 @@ def check_stage(stage: str) -> None:
         raise RegistryError(f"Unknown stage {stage!r}.", hint=f"Choose one of: {', '.join(STAGES)}.")
 
 
-def is_exclusive(stage: Stage) -> bool:
+def is_exclusive(stage: str) -> bool:
     """Return whether only one version of a name may be in a stage at a time."""
     return stage in ("staging", "production")
 

@@ -110,6 +110,10 @@ def compile_graph(
             try:
                 return _checked(target, source_dir, model, attempt, folder)
             except CompileError as error:
+                failure = failure_of(error)
+                if failure is not None and failure.kind == "disk":
+                    # No other way needs less room.
+                    raise
                 logger.info("attempt failed: %s", error)
                 errors.append(error if errors else _located(error, target, source_dir, model, attempt))
     raise errors[0]

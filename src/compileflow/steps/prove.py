@@ -14,7 +14,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from compileflow._process.child_process import report_progress
+from compileflow._process.child_process import peak_bytes, report_progress, reset_peak
 from compileflow._process.state import resident_bytes, torch_threads
 from compileflow.artifact.open import OpenArtifact, open_artifact
 from compileflow.catalog import get_target
@@ -248,18 +248,20 @@ def _load(
     """Load a component and call it once at each timed shape.
 
     Returns:
-        The component, the bytes of memory that this took, and the first call.
+        The component, the most bytes of memory that it took once it was loaded, and the first call.
     """
     record = artifact.component(component)
     bytes_before = resident_bytes()
     example = component_examples(artifact, record, source_dir)
     compiled_component = LoadedComponent.load(artifact, component=component, threads=threads)
+    has_peak = reset_peak()
     calls: list[Call] = []
     for rows, length in component_shapes(artifact, record, source_dir, validation):
         inputs = example(rows, length)
         # The gates judge a call that raises.
         calls.append((inputs, measuring.candidate_answer(compiled_component.run, inputs)[0]))
-    return compiled_component, max(0, resident_bytes() - bytes_before), calls[0]
+    bytes_used = peak_bytes("self") if has_peak else resident_bytes()
+    return compiled_component, max(0, bytes_used - bytes_before), calls[0]
 
 
 def _stand_in(

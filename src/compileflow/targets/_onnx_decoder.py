@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from compileflow.contracts import Arrays
 from compileflow.contracts.toolkit import require_open
 from compileflow.source_model.decoding import CACHE, LOGITS_PLACES, lost_cache, token_positions
+from compileflow.targets._onnx_memory import Arena
 
 LOGITS = "logits"
 # The exporter marks a tensor that is an input and an output.
@@ -106,6 +107,7 @@ class OnnxDecoder:
     def __init__(self, session: Any):
         self._session = session
         self._cache = _Cache(session)
+        self._arena = Arena()
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
         mask = inputs["attention_mask"]
@@ -113,7 +115,7 @@ class OnnxDecoder:
 
     def start(self) -> OnnxContinuation:
         """Begin with an empty cache."""
-        return OnnxContinuation(require_open(self._session), self._cache)
+        return OnnxContinuation(require_open(self._session), self._cache, self._arena)
 
     def close(self) -> None:
         self._session = None
@@ -122,10 +124,11 @@ class OnnxDecoder:
 class OnnxContinuation:
     """Rows whose keys and values are bound to the session call after call."""
 
-    def __init__(self, session: Any, cache: _Cache):
+    def __init__(self, session: Any, cache: _Cache, arena: Arena):
         self.length = 0
         self._session = session
         self._cache = cache
+        self._arena = arena
         self._values: dict[str, Any] = {}
 
     def read(
@@ -153,7 +156,7 @@ class OnnxContinuation:
             binding.bind_ortvalue_input(name, value)
         for name in cache.outputs:
             binding.bind_output(name, "cpu")
-        session.run_with_iobinding(binding)
+        session.run_with_iobinding(binding, self._arena.run_options({"attention_mask": attention_mask}))
         answers = dict(zip(cache.outputs, binding.get_outputs(), strict=True))
         self._values |= {name: answers[output] for name, output in cache.successors.items()}
         self.length += length

@@ -61,6 +61,7 @@ from compileflow.targets._onnx_decoder import (
     transpose_batches,
     whole_row_inputs,
 )
+from compileflow.targets._onnx_memory import Arena
 from compileflow.targets._onnx_weights import compress_weights
 
 _FILE = "model.onnx"
@@ -293,6 +294,7 @@ class _OnnxRuntimeRunner:
 
     def __init__(self, session: Any, component: ComponentRecord):
         self._session = session
+        self._arena = Arena()
         self._names = [record.name for record in component.outputs]
         # An exporter may drop an input that changes no output.
         self._inputs = {value.name for value in session.get_inputs()}
@@ -304,7 +306,8 @@ class _OnnxRuntimeRunner:
         """Return the named outputs of the graph."""
         session = require_open(self._session)
         graph_inputs = {name: value for name, value in inputs.items() if name in self._inputs}
-        return dict(zip(names, session.run(names, graph_inputs), strict=True))
+        outputs = session.run(names, graph_inputs, self._arena.run_options(graph_inputs))
+        return dict(zip(names, outputs, strict=True))
 
     def close(self) -> None:
         self._session = None

@@ -87,7 +87,8 @@ _CACHE_OPTION = "kv_cache_precision"
 _QUANTIZED = (Precision.INT8, Precision.INT4)
 # Size of the groups in which activations are quantized at run time, where the CPU has kernels for it; 0: never.
 _GROUP_SIZE = {"dynamic": 32, "static": 0, "weights": 0}
-# Both converters send usage data and keep an identifier in the home folder unless these are set.
+# OpenVINO at its import, and both converters, send usage data and keep an identifier in the home folder without
+# these variables.
 _NO_TELEMETRY = {"CI": "true", "NNCF_CI": "true"}
 
 Quantization = Literal["dynamic", "static", "weights"]
@@ -266,8 +267,7 @@ class OpenVinoTarget:
         self, component_dir: Path, component: ComponentRecord, *, device: Device, threads: int | None
     ) -> Runner:
         """Compile the IR for this CPU, in exactly the precision of the artifact."""
-        import openvino
-
+        openvino = _imported()
         is_decoder = _CACHE_OPTION in component.load_options
         path = str(component_dir / _file_of(component))
         with released_pages(component_dir):
@@ -284,8 +284,7 @@ class OpenVinoTarget:
         parts: int = 1,
     ) -> Iterator[Arrays]:
         """Run the graph with the tensors between its operations as further outputs, once for each part."""
-        import openvino
-
+        openvino = _imported()
         is_decoder = _CACHE_OPTION in component.load_options
         core, path = openvino.Core(), str(component_dir / _file_of(component))
         graph_inputs = whole_row_inputs(inputs) if is_decoder else inputs
@@ -306,6 +305,12 @@ class OpenVinoTarget:
         yield (OpenVinoDecoder(compiled) if is_decoder else _OpenVinoRunner(compiled, component)).run(inputs)
 
 
+def _imported() -> Any:
+    with environment(**_NO_TELEMETRY):
+        import openvino
+    return openvino
+
+
 def _compile_decoder(
     source_model: SourceModel,
     source_dir: Path,
@@ -314,8 +319,7 @@ def _compile_decoder(
     out_dir: Path,
 ) -> CompiledComponent:
     """Export the stateful graph of a decoder, compress its weights at int8 and int4, and convert its tokenizer."""
-    import openvino
-
+    openvino = _imported()
     precision = component.precision
     with torch_threads(component.threads), environment(**_NO_TELEMETRY):
         report_progress(f"converting the decoder to OpenVINO IR ({precision.value})")

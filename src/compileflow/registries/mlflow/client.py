@@ -40,7 +40,7 @@ _QUIET = {
 }
 _LOGGERS = ("mlflow", "alembic", "urllib3.connectionpool")
 _ONE_AT_A_TIME = threading.RLock()
-_PAGE = 500
+PAGE = 500
 
 
 @dataclass(frozen=True)
@@ -150,11 +150,11 @@ def parse_place(uri: str) -> MlflowPlace:
     raise _not_a_place()
 
 
-def pages(search: Any, query: str) -> Iterator[Any]:
+def pages(search: Any, query: str, **settings: Any) -> Iterator[Any]:
     """Yield everything that a search of the client finds, page by page."""
     token = None
     while True:
-        page = search(query, max_results=_PAGE, page_token=token)
+        page = search(query, page_token=token, **({"max_results": PAGE} | settings))
         yield from page
         token = page.token
         if not token:

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from compileflow._process.folders import file_lock, os_errors
 from compileflow.contracts import ModelVersion, Promotion, Stage, VersionEntry, VersionFiles
 from compileflow.errors import RegistryError, RegistryUnavailableError
-from compileflow.registries.lookup import check_stage, choose_version, is_exclusive, replaced_by, unknown_name
-from compileflow.registries.mlflow.client import error_code, pages, parse_place
+from compileflow.registries.lookup import check_stage, choose_version, replaced_by, unknown_name
+from compileflow.registries.mlflow.client import PAGE, error_code, pages, parse_place
 from compileflow.registries.mlflow.files import run_with_files
 from compileflow.registries.mlflow.tags import (
     ALIASES,
@@ -36,6 +37,8 @@ from compileflow.registries.mlflow.tags import (
 from compileflow.settings import Settings
 
 logger = logging.getLogger(__name__)
+# MLflow reads the newest versions of each model that it lists, so asking for a few by name is faster.
+_FEW_NAMES = 50
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,8 @@ class MlflowRegistry:
         Raises:
             RegistryError: The name, number or stage does not exist; the hint lists those that do.
         """
-        return choose_version(name, self.versions(name), version)
+        record = self._numbered(name, version) if isinstance(version, int) else self._in_stage(name, version)
+        return record.version if record else choose_version(name, self.versions(name), version)
 
     def versions(self, name: str | None = None, *, limit: int | None = None) -> Sequence[ModelVersion]:
         """Return all versions of one name, or of all names, newest first, or the newest ones only.
@@ -100,8 +104,8 @@ class MlflowRegistry:
             RegistryError: The name does not exist; the hint lists similar names.
         """
         if name is None:
-            return self._versions(_tag_is(SCHEMA, SCHEMA_VERSION))[:limit]
-        return [record.version for record in self._records_of(name)][:limit]
+            return self._versions(_tag_is(SCHEMA, SCHEMA_VERSION), limit)
+        return [record.version for record in self._records_of(name, limit)]
 
     def compiled_from(self, source_uri: str) -> Sequence[ModelVersion]:
         """Return every version that was compiled from that source model, newest first."""
@@ -117,18 +121,17 @@ class MlflowRegistry:
         """
         check_stage(stage)
         with self._alone():
-            records = self._records_of(name)
-            chosen = choose_version(name, [record.version for record in records], version)
-            chosen_record = next(record for record in records if record.version == chosen)
+            chosen = self._record(name, version)
+            if chosen.version.stage == stage:
+                return chosen.version
+            replaced = self._in_stage(name, stage)
             with self._calls(f"move {name} {version} to {stage}") as client:
-                if chosen.stage != stage:
-                    _record_promotion(client, chosen_record, stage, who, reason)
-                    for record in records:
-                        if record.version.stage == stage and is_exclusive(stage):
-                            _record_promotion(client, record, "archived", who, replaced_by(version, stage))
-                            client.set_model_version_tag(name, str(record.version.version), ARCHIVED, "true")
-                    _move(client, chosen_record, stage)
-        return chosen.model_copy(update={"stage": stage})
+                _record_promotion(client, chosen, stage, who, reason)
+                if replaced is not None:
+                    _record_promotion(client, replaced, "archived", who, replaced_by(version, stage))
+                    client.set_model_version_tag(name, str(replaced.version.version), ARCHIVED, "true")
+                _move(client, chosen, stage)
+        return chosen.version.model_copy(update={"stage": stage})
 
     def note(self, name: str, version: int, *, who: str, reason: str) -> Promotion:
         """Record a note on a version, which stays in its stage.
@@ -148,13 +151,50 @@ class MlflowRegistry:
         Raises:
             RegistryError: The name or number does not exist.
         """
-        records = self._records_of(name)
-        chosen = choose_version(name, [record.version for record in records], version)
-        return next(read_promotions(record.tags) for record in records if record.version == chosen)
+        return read_promotions(self._record(name, version).tags)
 
-    def _records_of(self, name: str) -> list[_Record]:
+    def _record(self, name: str, version: int) -> _Record:
+        """Return one version with its tags and aliases.
+
+        Raises:
+            RegistryError: The name or number does not exist.
+        """
+        record = self._numbered(name, version)
+        if record is None:
+            records = self._records_of(name)
+            chosen = choose_version(name, [record.version for record in records], version)
+            record = next(record for record in records if record.version == chosen)
+        return record
+
+    def _numbered(self, name: str, number: int) -> _Record | None:
+        """Return the version of that number, None if compileflow registered none."""
+        return self._read(lambda client: client.get_model_version(name, str(number)))
+
+    def _in_stage(self, name: str, stage: str) -> _Record | None:
+        """Return the version in a stage that has an alias, None if there is none."""
+        if stage not in ALIASES:
+            return None
+        record = self._read(lambda client: client.get_model_version_by_alias(name, stage))
+        return record if record is not None and record.version.stage == stage else None
+
+    def _read(self, get: Callable[[Any], Any]) -> _Record | None:
+        if self._place.file is not None and not self._place.file.exists():
+            return None
+        try:
+            with self._calls("read a version") as client:
+                row = get(client)
+        except RegistryError as error:
+            if error_code(error.__cause__) not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            return None
+        return _as_record(row, frozenset(row.aliases))
+
+    def _records_of(self, name: str, limit: int | None = None) -> list[_Record]:
+        """Return the versions of a name, largest number first, or only those of the largest numbers."""
         # A registered name cannot contain a quotation mark, which would end the filter's string.
-        records = _first_of_each_artifact(self._search(f"name = '{name}'")) if "'" not in name else []
+        # A condition on a tag would make MLflow look at the versions of all names.
+        query, order = f"name = '{name}'", ("version_number DESC",)
+        records = _first_of_each_artifact(self._search(query, limit, order)) if "'" not in name else []
         if not records:
             raise unknown_name(self.uri, name, (version.name for version in self.versions()))
         return sorted(records, key=lambda record: -record.version.version)
@@ -164,24 +204,22 @@ class MlflowRegistry:
         records = self._search(f"name = '{entry.name}' and {_tag_is(DIGEST, entry.artifact_digest)}")
         return sorted(records, key=lambda record: record.version.version)
 
-    def _versions(self, query: str) -> list[ModelVersion]:
-        versions = [record.version for record in _first_of_each_artifact(self._search(query))]
+    def _versions(self, query: str, limit: int | None = None) -> list[ModelVersion]:
+        order = ("creation_timestamp DESC",)
+        versions = [record.version for record in _first_of_each_artifact(self._search(query, limit, order))]
         return sorted(versions, key=lambda version: (version.created_at, version.version), reverse=True)
 
-    def _search(self, query: str) -> list[_Record]:
-        if self._place.file is not None and not self._place.file.exists():
+    def _search(self, query: str, limit: int | None = None, order: Sequence[str] = ()) -> list[_Record]:
+        if limit == 0 or (self._place.file is not None and not self._place.file.exists()):
             return []
+        page = {} if limit is None else {"max_results": min(limit, PAGE)}
         with self._calls("list versions") as client:
-            rows = list(pages(client.search_model_versions, query))
-            aliases = _aliases(client, {row.name for row in rows})
-        records = []
-        for row in rows:
-            names = aliases.get((row.name, int(row.version)), frozenset())
-            version = read_version(row.name, int(row.version), row.creation_timestamp, row.tags, aliases=names)
+            found = pages(client.search_model_versions, query, order_by=list(order), **page)
             # A model may also hold versions that compileflow did not register.
-            if version is not None:
-                records.append(_Record(version, dict(row.tags), names))
-        return records
+            rows = list(islice((row for row in found if row.tags.get(SCHEMA) == SCHEMA_VERSION), limit))
+            aliases = _aliases(client, {row.name for row in rows})
+        records = (_as_record(row, aliases.get((row.name, int(row.version)), frozenset())) for row in rows)
+        return [record for record in records if record is not None]
 
     def _delete(self, records: Sequence[_Record]) -> None:
         for record in records:
@@ -212,13 +250,19 @@ class MlflowRegistry:
             yield
 
 
+def _as_record(row: Any, aliases: frozenset[str]) -> _Record | None:
+    """Return a version of MLflow's, None if compileflow did not register it."""
+    version = read_version(row.name, int(row.version), row.creation_timestamp, row.tags, aliases=aliases)
+    return None if version is None else _Record(version, dict(row.tags), aliases)
+
+
 def _aliases(client: Any, names: set[str]) -> dict[tuple[str, int], frozenset[str]]:
     """Return the aliases of each version of these names; MLflow's list of versions omits them."""
     if not names:
         return {}
     models = (
-        [client.get_registered_model(next(iter(names)))]
-        if len(names) == 1
+        [client.get_registered_model(name) for name in sorted(names)]
+        if len(names) <= _FEW_NAMES
         else pages(client.search_registered_models, "")
     )
     aliases: dict[tuple[str, int], frozenset[str]] = {}

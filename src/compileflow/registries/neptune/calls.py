@@ -53,10 +53,15 @@ class NeptuneClient:
             self._key = str(self._call("project_key", "opening the project"))
         return self._key
 
-    def find(self, kind: Kind, query: str, columns: Sequence[str] = ()) -> list[dict[str, Value]]:
-        """Return sys/id and the chosen fields of every model or version that matches an NQL query, by id."""
+    def find(
+        self, kind: Kind, query: str, columns: Sequence[str] = (), *, newest: int | None = None
+    ) -> list[dict[str, Value]]:
+        """Return sys/id and the chosen fields of every model or version that matches an NQL query, by id.
+
+        With `newest`, return only that many, newest first.
+        """
         rows: list[dict[str, Value]] = self._call(
-            "find", f"listing {kind}s", kind=kind, query=query, columns=list(columns)
+            "find", f"listing {kind}s", kind=kind, query=query, columns=list(columns), newest=newest
         )
         return rows
 

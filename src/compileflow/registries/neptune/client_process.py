@@ -142,6 +142,8 @@ def _environment(token: Token, folder: str, request_s: int) -> dict[str, str]:
     } | {
         "NEPTUNE_API_TOKEN": token.value,
         "NEPTUNE_DATA_DIRECTORY": folder,
+        # Rows of a page: for each page, a server looks for all rows.
+        "NEPTUNE_FETCH_TABLE_STEP_SIZE": "1000",
         "NEPTUNE_REQUEST_TIMEOUT": str(request_s),
         "NEPTUNE_RETRIES_TIMEOUT": str(request_s),
         "NEPTUNE_SYNC_AFTER_STOP_TIMEOUT": str(request_s),

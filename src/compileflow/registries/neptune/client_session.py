@@ -79,19 +79,31 @@ class Session:
         """Return the project's key, the first part of every id in it."""
         return str(self._project(project)["sys/id"].fetch())
 
-    def do_find(self, project: str, kind: Kind, query: str, columns: list[str]) -> list[dict[str, Value]]:
+    def do_find(
+        self, project: str, kind: Kind, query: str, columns: list[str], newest: int | None
+    ) -> list[dict[str, Value]]:
         """Return the chosen fields of every model or version that the NQL query finds, sorted by id.
 
-        The client can sort an empty project only by id.
+        With `newest`, return only that many, newest first.
         """
         from neptune.common.backends.utils import with_api_exceptions_handler
 
         # The client repeats all other requests by itself when the server fails for a moment.
         find: Callable[..., list[dict[str, Value]]] = with_api_exceptions_handler(self._find)  # type: ignore[no-untyped-call]
-        return find(self._project(project), kind, query, columns)
+        return find(self._project(project), kind, query, columns, newest)
 
-    def _find(self, opened: Any, kind: Kind, query: str, columns: list[str]) -> list[dict[str, Value]]:
-        common = {"columns": columns, "sort_by": "sys/id", "ascending": True, "progress_bar": False}
+    def _find(
+        self, opened: Any, kind: Kind, query: str, columns: list[str], newest: int | None
+    ) -> list[dict[str, Value]]:
+        # The client can sort an empty project only by id.
+        sort_by = "sys/id" if newest is None else "sys/creation_time"
+        common = {
+            "columns": columns,
+            "sort_by": sort_by,
+            "ascending": newest is None,
+            "limit": newest,
+            "progress_bar": False,
+        }
         if kind == "model":
             table = opened.fetch_models_table(query=query, **common)
         else:
@@ -99,7 +111,6 @@ class Session:
             table = opened._fetch_entries(
                 child_type=self._version_type,
                 query=self._raw_query(query=query, trashed=False),
-                limit=None,
                 **common,
             )
         return [{path: _field(row, path) for path in {"sys/id", *columns}} for row in table]

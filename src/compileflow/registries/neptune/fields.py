@@ -71,6 +71,12 @@ def all_of(*queries: str) -> str:
     return " AND ".join(query for query in queries if query)
 
 
+def any_of(queries: Iterable[str]) -> str:
+    """Join queries by OR; an empty one finds everything."""
+    parts = list(queries)
+    return f"({' OR '.join(parts)})" if all(parts) else ""
+
+
 def entry_json(entry: VersionEntry) -> str:
     """Write an entry as JSON; figures that are not finite become the strings NaN, Infinity and -Infinity."""
     value = entry.model_dump(mode="python", include=set(VersionEntry.model_fields))

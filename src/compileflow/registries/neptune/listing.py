@@ -6,12 +6,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from compileflow._process.folders import work_folder
-from compileflow.contracts import ModelVersion
-from compileflow.registries.lookup import is_exclusive, unknown_name
+from compileflow.contracts import STAGES, ModelVersion
+from compileflow.registries.lookup import choose_version, is_exclusive, unknown_name
 from compileflow.registries.neptune import fields as layout
 from compileflow.registries.neptune.calls import NeptuneClient
 from compileflow.registries.neptune.client_session import Value
 from compileflow.settings import Settings
+
+# Comparisons in one query. A server may refuse long ones.
+_MOST_DIGESTS = 100
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Row:
 
 
 class Listing:
-    """Reads a project's versions with one or two queries per call."""
+    """Reads a project's versions; the server filters them."""
 
     def __init__(self, client: NeptuneClient, uri: str, settings: Settings):
         self._client = client
@@ -41,8 +44,45 @@ class Listing:
         """Return a name's versions, oldest first."""
         rows = [row for row in self.rows(layout.equals(layout.NAME, name)) if row.version.name == name]
         if not rows:
-            raise unknown_name(self._uri, name, (row.version.name for row in self.rows("")))
+            records = self._client.find("version", layout.IS_COMPLETE, [layout.NAME])
+            raise unknown_name(self._uri, name, (str(record[layout.NAME]) for record in records))
         return rows
+
+    def numbered(self, name: str, number: int) -> Row:
+        """Return one version of a name.
+
+        Raises:
+            RegistryError: The name or the number does not exist; the hint lists those that do.
+        """
+        identity = f"{self._client.project_key()}-{layout.model_key(name)}-{number}"
+        for row in self.rows(layout.equals("sys/id", identity)):
+            if row.version.name == name:
+                return row
+        rows = self.named(name)
+        chosen = choose_version(name, [row.version for row in reversed(rows)], number)
+        return next(row for row in rows if row.version is chosen)
+
+    def in_stage(self, names: Iterable[str], stages: Iterable[str]) -> list[Row]:
+        """Return the versions of some names that Neptune lists in one of some stages."""
+        return self.rows(
+            layout.all_of(
+                layout.any_of(layout.equals(layout.NAME, name) for name in sorted(set(names))),
+                layout.any_of(layout.equals("sys/stage", stage) for stage in stages),
+            )
+        )
+
+    def newest(self, query: str, limit: int) -> list[ModelVersion]:
+        """Return the newest of the versions that match a query, newest first, in their effective stage."""
+        query = layout.all_of(query, layout.IS_COMPLETE)
+        records = self._client.find("version", query, [layout.DIGEST], newest=limit)
+        identities = {str(record["sys/id"]) for record in records}
+        digests = sorted({str(record[layout.DIGEST]) for record in records})
+        rows: list[Row] = []
+        for first in range(0, len(digests), _MOST_DIGESTS):
+            # Repeated artifacts show only when all versions of an artifact are known.
+            part = digests[first : first + _MOST_DIGESTS]
+            rows += self.rows(layout.any_of(layout.equals(layout.DIGEST, digest) for digest in part))
+        return self.settled(row for row in rows if row.identity in identities)
 
     def rows(self, query: str, *, duplicates: bool = False) -> list[Row]:
         """Return complete versions by model and number, with `duplicates` also repeated artifacts in a model."""
@@ -75,9 +115,8 @@ class Listing:
         """Return versions newest first in their effective stage, given some versions of their names."""
         versions = settle(rows)
         names = {version.name for version in versions if is_exclusive(version.stage)}
-        settled_versions = {
-            (version.name, version.version): version for name in names for version in settle(self.named(name))
-        }
+        candidates = self.in_stage(names, filter(is_exclusive, STAGES)) if names else []
+        settled_versions = {(version.name, version.version): version for version in settle(candidates)}
         return [settled_versions.get((version.name, version.version), version) for version in versions]
 
 

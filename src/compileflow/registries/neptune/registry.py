@@ -99,6 +99,12 @@ class NeptuneRegistry:
         Raises:
             RegistryError: The name, number or stage does not exist; the hint lists those that do.
         """
+        if isinstance(version, int):
+            return self._listing.settled([self._listing.numbered(name, version)])[0]
+        if is_exclusive(version):
+            for candidate in settle(self._listing.in_stage([name], [version])):
+                if (candidate.name, candidate.stage) == (name, version):
+                    return candidate
         return choose_version(name, self.versions(name), version)
 
     def versions(self, name: str | None = None, *, limit: int | None = None) -> Sequence[ModelVersion]:
@@ -107,6 +113,10 @@ class NeptuneRegistry:
         Raises:
             RegistryError: The name does not exist; the hint lists similar names.
         """
+        if limit is not None and limit > 0:
+            versions = self._listing.newest("" if name is None else layout.equals(layout.NAME, name), limit)
+            if versions or name is None:
+                return versions
         if name is None:
             return settle(self._listing.rows(""))[:limit]
         versions = settle(self._listing.named(name))
@@ -122,14 +132,11 @@ class NeptuneRegistry:
         """
         check_stage(stage)
         with self._alone(name, "stage"):
-            rows = self._listing.named(name)
-            chosen = choose_version(name, [row.version for row in reversed(rows)], version)
-            effective_stages = {candidate.version: candidate.stage for candidate in settle(rows)}
-            for row in rows:
-                if row.version is chosen and effective_stages[version] != stage:
-                    self._move(row, stage, who, reason)
-            for row in rows:
-                if is_exclusive(stage) and row.version.stage == stage and row.version is not chosen:
+            chosen = self._listing.numbered(name, version)
+            if self._listing.settled([chosen])[0].stage != stage:
+                self._move(chosen, stage, who, reason)
+            for row in self._listing.in_stage([name], [stage]) if is_exclusive(stage) else []:
+                if row.version.name == name and row.identity != chosen.identity:
                     self._move(row, "archived", who, replaced_by(version, stage))
             self._client.release()
             return self.get(name, version)
@@ -141,20 +148,16 @@ class NeptuneRegistry:
             RegistryError: The name or number does not exist, or the reason is too long for Neptune.
         """
         with self._alone(name, "stage"):
-            rows = self._listing.named(name)
-            chosen = choose_version(name, [row.version for row in reversed(rows)], version)
-            row = next(row for row in rows if row.version is chosen)
-            stages = {candidate.version: candidate.stage for candidate in settle(rows)}
+            row = self._listing.numbered(name, version)
+            stage = self._listing.settled([row])[0].stage
             # The time of the last promotion decides between two versions in one stage, and a note is none.
-            promotion = self._record(row, stages[version], who, reason, promoted=not row.promoted_at)
+            promotion = self._record(row, stage, who, reason, promoted=not row.promoted_at)
             self._client.release()
             return promotion
 
     def promotions(self, name: str, version: int) -> Sequence[Promotion]:
         """Return every change of a version's stage and every note on it, oldest first."""
-        rows = self._listing.named(name)
-        chosen = choose_version(name, [row.version for row in reversed(rows)], version)
-        row = next(row for row in rows if row.version is chosen)
+        row = self._listing.numbered(name, version)
         if not row.promoted_at:
             return []
         promotions = self._client.fetch(row.identity, layout.PROMOTIONS)

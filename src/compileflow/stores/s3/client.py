@@ -10,6 +10,7 @@ from pydantic import SecretStr
 
 from compileflow.errors import StoreError
 from compileflow.settings import Settings
+from compileflow.stores.s3.errors import login_error
 from compileflow.stores.s3.replies import replace_foreign_reply
 
 # Longer than a slow connection needs for a block, shorter than a person waits for a dead server.
@@ -68,7 +69,7 @@ def make_client(settings: Settings, *, bucket: str | None = None) -> Any:
         )
         return client
     except (BotoCoreError, ValueError) as error:
-        raise StoreError(
+        raise login_error(error, f"Cannot use {endpoint(settings)}") or StoreError(
             f"boto3 rejects the configuration for {endpoint(settings)}: {type(error).__name__}.",
             hint="Check the COMPILEFLOW_S3_* settings and the AWS configuration files.",
         ) from error

@@ -15,7 +15,6 @@ _HINTS = {
     "AccessDenied": "Allow this user s3:GetObject, PutObject, DeleteObject and ListBucket, and the KMS key.",
     "InvalidAccessKeyId": "Check COMPILEFLOW_S3_ACCESS_KEY_ID, or the AWS profile or role.",
     "SignatureDoesNotMatch": "Check COMPILEFLOW_S3_SECRET_ACCESS_KEY, or the AWS profile.",
-    "ExpiredToken": "The session token has expired. Log in again.",
     "InvalidToken": "Check COMPILEFLOW_S3_SESSION_TOKEN.",
     "RequestTimeTooSkewed": "Correct the clock of this machine.",
     "BadDigest": "The data changes on its way to the server. Check proxies and memory.",
@@ -25,6 +24,7 @@ _HINTS = {
     "InvalidStorageClass": "Correct COMPILEFLOW_S3_STORAGE_CLASS.",
     "NotImplemented": "This server lacks a feature that the store needs, for example conditional PUT.",
 }
+_EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired")
 # The status of a reply without a body, for example to a HEAD, is all that it says.
 _STATUS_CODES = {
     "301": "PermanentRedirect",
@@ -69,15 +69,59 @@ def s3_errors(store_uri: str, action: str) -> Iterator[None]:
             f"Cannot {action} {store_uri}: {type(error).__name__}.",
             hint="Check the network and COMPILEFLOW_S3_ENDPOINT_URL, or try again later.",
         ) from error
-    except (boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError) as error:
-        raise StoreError(
-            f"Cannot {action} {store_uri}: the credentials are missing or incomplete.",
-            hint="Set COMPILEFLOW_S3_ACCESS_KEY_ID and COMPILEFLOW_S3_SECRET_ACCESS_KEY, or log in to AWS.",
-        ) from error
     except (boto.BotoCoreError, Boto3Error) as error:
-        raise StoreError(
+        raise login_error(error, f"Cannot {action} {store_uri}") or StoreError(
             f"Cannot {action} {store_uri}: {type(error).__name__}.", hint="Check the COMPILEFLOW_S3_* settings."
         ) from error
+
+
+def login_error(error: Exception, text: str) -> StoreError | None:
+    """Return the error of credentials that are missing or over; it names the profile of AWS. None: another error.
+
+    Args:
+        error: Error of boto3.
+        text: What cannot be done.
+    """
+    from botocore import exceptions as boto
+
+    profile = _profile()
+    if isinstance(error, boto.ProfileNotFound):
+        return StoreError(
+            f"{text}: the AWS profile {profile!r} does not exist.",
+            hint=f"Correct AWS_PROFILE, or run: aws configure sso --profile {profile}",
+        )
+    if isinstance(error, boto.SSOError | boto.TokenRetrievalError):
+        return StoreError(
+            f"{text}: the login of the AWS profile {profile!r} is over.",
+            hint=f"Run: aws sso login --profile {profile}",
+        )
+    if isinstance(error, boto.LoginError):
+        return StoreError(
+            f"{text}: the login of the AWS profile {profile!r} is over.",
+            hint=f"Run: aws login --profile {profile}",
+        )
+    if isinstance(error, boto.RefreshWithMFAUnsupportedError):
+        return StoreError(
+            f"{text}: the session of the AWS profile {profile!r} is over, and a new one needs an MFA code.",
+            hint="Run: aws sts get-session-token --serial-number DEVICE --token-code CODE, and set its answer.",
+        )
+    if isinstance(error, boto.CredentialRetrievalError):
+        return StoreError(
+            f"{text}: the AWS profile {profile!r} gives no credentials ({error.kwargs['provider']}).",
+            hint=f"Check it with: aws sts get-caller-identity --profile {profile}",
+        )
+    if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError):
+        return StoreError(
+            f"{text}: the credentials are missing or incomplete.",
+            hint="Set COMPILEFLOW_S3_ACCESS_KEY_ID and COMPILEFLOW_S3_SECRET_ACCESS_KEY, or log in to AWS.",
+        )
+    return None
+
+
+def _profile() -> str:
+    from botocore.session import Session
+
+    return Session().get_config_variable("profile") or "default"
 
 
 def code_of(error: Any) -> str:
@@ -103,4 +147,14 @@ def _refused(error: Any, store_uri: str, action: str) -> StoreError:
         )
     if status in BUSY_STATUSES or code in ("SlowDown", "RequestTimeout", "InternalError"):
         return StoreUnavailableError(text, hint="The server is busy or failing. Try again later.")
+    if error.operation_name.startswith("AssumeRole") and code not in _EXPIRED:
+        return StoreError(
+            f"Cannot {action} {store_uri}: the AWS profile {_profile()!r} cannot assume its role: {code}.",
+            hint="Allow it sts:AssumeRole on that role, or choose another profile with AWS_PROFILE.",
+        )
+    if code in _EXPIRED:
+        return StoreError(
+            f"Cannot {action} {store_uri}: the session of AWS is over ({code}, {error.operation_name}).",
+            hint=f"Run: aws sso login --profile {_profile()}, or set a new session token where you set one.",
+        )
     return StoreError(text, hint=_HINTS.get(code, "Check the store's URI and the COMPILEFLOW_S3_* settings."))
