@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gc
-
 from compileflow._process.end_at_once import end_at_once
 
 if __name__ == "__main__":
     # Before the other imports, which a signal may interrupt.
     end_at_once()
+    import gc
+
     # Imports make many objects and no garbage. A run starts the collector again.
     gc.disable()
 

@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter
-from prefect.exceptions import ParameterTypeError
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import State
 
 from compileflow.catalog import open_registry
-from compileflow.errors import ProcessError, RegistryUnavailableError, VerdictError
+from compileflow.errors import ProcessError, RegistryUnavailableError, SpecError, VerdictError
 from compileflow.registries.sqlite import SqliteRegistry
 from compileflow.spec import HfTask
 from flows.compile_model import CompileResult, compile_model
@@ -140,7 +139,7 @@ def test_backoff_grows_and_jitters() -> None:
 
 
 def test_unknown_parameter_is_refused_before_anything_runs() -> None:
-    with pytest.raises(ParameterTypeError, match="hf_tusk"):
+    with pytest.raises(SpecError, match="hf_tusk"):
         compile_model({"model": "m", "hf_tusk": "fill-mask"})
 
 

@@ -35,8 +35,8 @@ def test_stored_parameters_fit_the_form_and_the_flow(path: Path) -> None:
         ({"request": {}}, "request.model: Field required"),
         (
             {"source": "m"},
-            "Function expects parameters ['request', 'max_lateness_s'] but was provided with parameters "
-            "['source']",
+            "Function expects parameters ['request', 'max_lateness_s', 'announcement'] but was provided with "
+            "parameters ['source']",
         ),
         (
             {"request": {"model": "m", "steps": {"prove": True}}, "max_lateness_s": 0},

@@ -326,7 +326,9 @@ def test_compile_says_what_the_last_one_of_the_model_took(tmp_path: Path) -> Non
     store.put_record(
         "compile", last.digest, {"value": {"compile_duration_s": 34.6, "peak_rss_bytes": 1_240_000_000}}
     )
-    store.put_record("compile-latest", json_digest(["compile", last.subject]), {"key": last.digest, "parts": {}})
+    store.put_record(
+        "compile-latest", json_digest(["compile", last.subject]), {"key": last.digest, "parts": dict(last.parts)}
+    )
     assert earlier_cost(store, key) == (
         "the last compile of file:///model for torchscript took 35 s and 1.2 GB of memory"
     )

@@ -120,7 +120,7 @@ class AutoCompiler:
             StoreError: The folder holds a file that AutoCompiler did not write, or cannot be written.
         """
         settings = get_settings()
-        if token is not None:
+        if isinstance(token, str):
             hide([token])
             settings = settings.model_copy(update={"hub_token": SecretStr(token)})
         with _logged_phases() if progress is None else nullcontext(progress) as phases:
