@@ -173,6 +173,8 @@ def model(tiny_model: ModelFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def dead_worker(served: Faulty, model: Path) -> DeadWorker:
+    # `make serve` gives up if a worker ends in its first 15 seconds.
+    time.sleep(max(0.0, 16 - (time.time() - served.part("worker").create_time())))
     orphan_id = served.start_run(model, "orphan")
     killed_id = served.start_run(model, "killed", max_sequence_length=24)
     orphan, killed = served.compiling(orphan_id), served.compiling(killed_id)
