@@ -1,8 +1,7 @@
-"""SmolLM2-135M-Instruct, from its GGUF file to a verdict, and its answers beside those of transformers."""
+"""SmolLM2-135M-Instruct from its GGUF file: its answers beside those of transformers."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +9,6 @@ import transformers
 
 from compileflow import CompiledModel, CompiledPipeline, CompiledTokenizer
 from tests.smollm2 import SmolLM2
-from tests.unit.proving import validate_here
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 TEXTS = ["The capital of France is", "Once upon a time, there was a small", "2 + 2 ="]
@@ -40,9 +38,3 @@ def test_answers_are_those_of_transformers(smollm2: SmolLM2, eager: Any, target:
     model = CompiledModel.from_pretrained(smollm2.compiled(target), threads=1)
     written = model.generate(**inputs, max_new_tokens=12, do_sample=False)
     assert written.tolist() == eager.generate(**inputs, max_new_tokens=12, do_sample=False).tolist()
-
-
-def test_verdict_at_fp32_is_pass(smollm2: SmolLM2, tmp_path: Path) -> None:
-    proof = validate_here(smollm2.folder, smollm2.compiled("openvino"), tmp_path / "report", max_examples=8)
-    assert (proof.outcome, proof.reason) == ("pass", "pass: all 23 gates hold")
-    assert proof.gate("generations")["measured"] == 0
