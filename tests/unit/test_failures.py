@@ -66,7 +66,7 @@ def test_missing_operator_is_named(text: str, operator: str) -> None:
         ("Failed to allocate memory for requested buffer of size 17179869184", "memory", "more memory"),
         ("Unable to allocate 3.20 TiB for an array", "memory", "more memory"),
         ("g++: fatal error: Killed signal terminated program cc1plus", "memory", "more memory"),
-        ("[Errno 28] No space left on device: '/work/model.onnx.data'", "disk", "Free some space"),
+        ("[Errno 28] No space left on device: 'model.onnx.data'", "disk", "Free some space"),
         ("ld: final link failed: No space left on device", "disk", "Free some space"),
         ("[enforce fail at inline_container.cc:664] . unexpected pos 128 vs 22", "disk", "Free some space"),
         (NEW_OPSET, "opset", "Set the option opset to 18 or more."),

@@ -90,15 +90,11 @@ def login_error(error: Exception, text: str) -> StoreError | None:
             f"{text}: the AWS profile {profile!r} does not exist.",
             hint=f"Correct AWS_PROFILE, or run: aws configure sso --profile {profile}",
         )
-    if isinstance(error, boto.SSOError | boto.TokenRetrievalError):
+    if isinstance(error, boto.SSOError | boto.TokenRetrievalError | boto.LoginError):
+        command = "aws login" if isinstance(error, boto.LoginError) else "aws sso login"
         return StoreError(
             f"{text}: the login of the AWS profile {profile!r} is over.",
-            hint=f"Run: aws sso login --profile {profile}",
-        )
-    if isinstance(error, boto.LoginError):
-        return StoreError(
-            f"{text}: the login of the AWS profile {profile!r} is over.",
-            hint=f"Run: aws login --profile {profile}",
+            hint=f"Run: {command} --profile {profile}",
         )
     if isinstance(error, boto.RefreshWithMFAUnsupportedError):
         return StoreError(
