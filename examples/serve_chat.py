@@ -350,7 +350,11 @@ class ChatService:
             content = json.loads(body)
             # A surrogate alone is JSON, but not text.
             json.dumps(content, ensure_ascii=False).encode()
-        except (ValueError, RecursionError) as error:
+        except RecursionError as error:
+            raise ApiError(400, "The body is nested too deeply.") from error
+        except UnicodeEncodeError as error:
+            raise ApiError(400, "The body holds half of a surrogate pair, which is no text.") from error
+        except ValueError as error:
             raise ApiError(400, f"The body is not JSON: {first_line(error)}.") from error
         order = read_order(kind, content)
         self.check_name(order.model)

@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,29 @@ from typing import Any
 from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
+
+
+def answer_to(
+    url: str, method: str, body: Any = None, headers: Mapping[str, str] | None = None
+) -> tuple[int, Any]:
+    """Send a request to our own server, again after a 503 as Prefect does, and return the status and the answer.
+
+    The server answers 503 while its SQLite file is locked, which happens on a busy machine.
+    """
+    data = None if body is None else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json", **(headers or {})}
+    request = urllib.request.Request(url, data, headers, method=method)  # noqa: S310 - the URL is our own server's
+    for _ in range(5):
+        try:
+            with urllib.request.urlopen(request, timeout=60) as reply:  # noqa: S310
+                return reply.status, json.loads(reply.read() or b"null")
+        except urllib.error.HTTPError as error:
+            with error:
+                status, answer = error.code, json.loads(error.read() or b"null")
+        if status != 503:
+            break
+        time.sleep(2)
+    return status, answer
 
 
 @dataclass(frozen=True)
@@ -31,28 +54,8 @@ class PrefectServer:
     logs: Path
 
     def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, Any]:
-        """Send a request to the API, again after a 503 as Prefect does; return the status and the decoded answer.
-
-        The server answers 503 while its SQLite file is locked, which happens on a busy machine.
-        """
-        for _ in range(5):
-            status, answer = self._call_once(method, path, body)
-            if status != 503:
-                break
-            time.sleep(2)
-        return status, answer
-
-    def _call_once(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[int, Any]:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(  # noqa: S310 - the URL is our own server's
-            f"{self.api_url}{path}", data, {"Content-Type": "application/json"}, method=method
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310
-                return answer.status, json.loads(answer.read() or b"null")
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code, json.loads(error.read() or b"null")
+        """Send a request to the API, and return the status and the decoded answer."""
+        return answer_to(f"{self.api_url}{path}", method, body)
 
     def prefect(self, *words: str) -> str:
         """Run the prefect command in the repository's root and return what it printed."""

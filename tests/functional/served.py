@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import base64
-import json
 import os
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from tests.functional.prefect_server import answer_to
 
 ROOT = Path(__file__).parents[2]
 RUN_S = 240
@@ -57,29 +56,11 @@ class Served:
         raise AssertionError(self.output)
 
     def call(self, method: str, path: str, body: Any = None, *, login: bool = True) -> tuple[int, Any]:
-        """Send a request, again while the server's SQLite file is locked, and return the status and the answer."""
-        for _ in range(5):
-            status, answer = self._call_once(method, path, body, login)
-            if status != 503:
-                break
-            time.sleep(2)
-        return status, answer
-
-    def _call_once(self, method: str, path: str, body: Any, login: bool) -> tuple[int, Any]:
+        """Send a request to the API, and return the status and the decoded answer."""
         variables = self.client_environment
-        headers = {"Content-Type": "application/json"}
-        if login:
-            headers["Authorization"] = (
-                f"Basic {base64.b64encode(variables['PREFECT_API_AUTH_STRING'].encode()).decode()}"
-            )
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{variables['PREFECT_API_URL']}{path}", data, headers, method=method)  # noqa: S310
-        try:
-            with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310
-                return answer.status, json.loads(answer.read() or b"null")
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code, json.loads(error.read() or b"null")
+        words = base64.b64encode(variables["PREFECT_API_AUTH_STRING"].encode()).decode()
+        headers = {"Authorization": f"Basic {words}"} if login else {}
+        return answer_to(f"{variables['PREFECT_API_URL']}{path}", method, body, headers)
 
     def run_of(self, name: str, *states: str) -> dict[str, Any]:
         """Wait until the run of this name is in one of the states, and return it."""
@@ -91,7 +72,7 @@ class Served:
     def answers(self) -> bool:
         """Return whether the server answers."""
         try:
-            return self._call_once("GET", "/admin/version", None, True)[0] == 200
+            return self.call("GET", "/admin/version")[0] == 200
         except OSError:
             return False
 

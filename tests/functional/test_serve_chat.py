@@ -318,10 +318,18 @@ def test_wrong_request_gets_one_line(
 
 def test_other_wrong_requests(service: ChatProcess) -> None:
     assert service.client
-    for body in ("{", "[]", b"\xff", "", "[" * 15_000, r'{"model": "chat", "prompt": "\ud800"}'):
+    for body, says in (
+        ("{", "The body is not JSON: "),
+        ("[]", "The body: expected an object, got []."),
+        (b"\xff", "The body is not JSON: "),
+        ("", "The body is not JSON: "),
+        ("[" * 15_000, "The body is nested too deeply."),
+        (r'{"model": "chat", "prompt": "\ud800"}', "The body holds half of a surrogate pair"),
+    ):
         response = service.post(body)
         assert response.status_code == 400, response.text
         assert response.json()["error"]["type"] == "invalid_request_error"
+        assert response.json()["error"]["message"].startswith(says)
     for content, param, says in (
         ({"prompt": [9999]}, "prompt", "Expected token ids from 0 to 599, got 9999."),
         ({"prompt": ""}, "prompt", "The prompt is empty."),
@@ -338,7 +346,6 @@ def test_other_wrong_requests(service: ChatProcess) -> None:
         error = response.json()["error"]
         assert (response.status_code, error["param"]) == (400, param)
         assert error["message"].startswith(says)
-    assert service.post("[]").json()["error"]["message"].startswith("The body: expected an object, got [].")
     assert "POST /v1/completions" in service.post("{}", "/v1/images").json()["error"]["message"]
 
 
