@@ -353,7 +353,7 @@ class ChatService:
         except RecursionError as error:
             raise ApiError(400, "The body is nested too deeply.") from error
         except UnicodeEncodeError as error:
-            raise ApiError(400, "The body holds half of a surrogate pair, which is no text.") from error
+            raise ApiError(400, "The body holds half of a surrogate pair, which is not text.") from error
         except ValueError as error:
             raise ApiError(400, f"The body is not JSON: {first_line(error)}.") from error
         order = read_order(kind, content)
