@@ -23,7 +23,7 @@ from compileflow.serving.component import LoadedComponent
 from compileflow.settings import Settings
 from compileflow.source_model.load import load_source_model
 from compileflow.steps.cache import CacheKey, find_or_make
-from compileflow.steps.prove import component_examples, component_shapes, timed_models, written_tokens
+from compileflow.steps.component_calls import component_examples, component_shapes, timed_models, written_tokens
 from compileflow.steps.request import CompileRequest
 from compileflow.steps.validate import MEASUREMENT_VERSION
 from compileflow.steps.values import FetchedSource
