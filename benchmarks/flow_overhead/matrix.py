@@ -52,6 +52,8 @@ def measured_matrix(folder: Path, *, models: int, serial_models: int, workers: i
             "COMPILEFLOW_THREADS": "1",
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
+            # As workers have it: the automation waits for three heartbeats.
+            "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
         }
         _deploy(folder, environment)
         services = []

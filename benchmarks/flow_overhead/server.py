@@ -42,7 +42,6 @@ def prefect_server(folder: Path, *, database_url: str | None = None) -> Iterator
         "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
         "PREFECT_CLI_PROMPT": "false",
         "PREFECT_WORKER_QUERY_SECONDS": "2",
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
     }
     words = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     database = {} if database_url is None else {"PREFECT_SERVER_DATABASE_CONNECTION_URL": database_url}
