@@ -30,6 +30,7 @@ from compileflow.testing.registries import (
     version_entry,
     version_files,
 )
+from tests.conformance.promotion import check_promotion_needs_the_artifact
 from tests.services.fault_proxy import Answer, CutResponse, FaultProxy, Hang, LoseReply
 from tests.services.mlflow import MlflowServer, migrated_file, serve_mlflow
 from tests.services.secrets import MLFLOW_PASSWORD
@@ -65,6 +66,10 @@ class TestMlflowFile(RegistryConformance):
 @pytest.fixture
 def registry(file_uri: str) -> ModelRegistry:
     return open_registry(file_uri)
+
+
+def test_promotion_needs_the_artifact(file_uri: str, settings: Settings) -> None:
+    check_promotion_needs_the_artifact(file_uri, settings)
 
 
 @pytest.fixture

@@ -13,8 +13,9 @@ from compileflow.catalog import open_registry
 from compileflow.contracts import ModelRegistry
 from compileflow.errors import RegistryError, SpecError
 from compileflow.registries.neptune import registry as neptune_registry
-from compileflow.settings import Settings
+from compileflow.settings import get_settings
 from compileflow.testing.registries import RegistryConformance, version_entry, version_files
+from tests.conformance.promotion import check_promotion_needs_the_artifact
 from tests.services.neptune_writer import NeptuneWriter
 
 REPORT = {
@@ -42,6 +43,10 @@ class TestNeptuneRegistry(RegistryConformance):
 @pytest.fixture
 def registry(neptune_project: str) -> ModelRegistry:
     return open_registry(f"neptune://{neptune_project}")
+
+
+def test_promotion_needs_the_artifact(neptune_project: str) -> None:
+    check_promotion_needs_the_artifact(f"neptune://{neptune_project}", get_settings())
 
 
 def test_real_client_finds_the_version_in_a_process_of_its_own(
