@@ -13,7 +13,7 @@ from compileflow.catalog import open_registry
 from compileflow.contracts import ModelRegistry
 from compileflow.errors import RegistryError, SpecError
 from compileflow.registries.neptune import registry as neptune_registry
-from compileflow.settings import get_settings
+from compileflow.settings import Settings, get_settings
 from compileflow.testing.registries import RegistryConformance, version_entry, version_files
 from tests.conformance.promotion import check_promotion_needs_the_artifact
 from tests.services.neptune_writer import NeptuneWriter
