@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
@@ -47,7 +48,8 @@ class Settings(BaseSettings):
     )
     home: Path = Field(
         Path("~/.local/share/compileflow"),
-        description="Folder of the embedded store, the embedded registry and work files.",
+        description="Folder of the embedded store, the embedded registry and work files. A user without a home folder "
+        "must set it; other libraries then keep their files there as well.",
     )
     store_uri: str | None = Field(None, description="Artifact store. Empty: file://COMPILEFLOW_HOME/store.")
     registry_uri: str | None = Field(
@@ -218,12 +220,24 @@ def get_settings() -> Settings:
     try:
         _check_spelling(files)
         _hide_secrets(files)
-        return Settings(_env_file=files)
+        settings = Settings(_env_file=files)
     except ValidationError as error:
         # The error does not repeat the value, which may be a secret under a wrong name.
         raise SpecError(f"The setting {first_problem(error)}.", hint=hint) from error
     except SettingsError as error:
         raise SpecError(f"The settings cannot be read: {error}.", hint=hint) from error
+    _give_home(settings)
+    return settings
+
+
+def _give_home(settings: Settings) -> None:
+    """Give a user without a home folder one: Prefect, Great Expectations and others look for it at import."""
+    try:
+        Path.home()
+    except RuntimeError:
+        # Without COMPILEFLOW_HOME, the first use of the folder raises an error.
+        with suppress(SpecError):
+            os.environ["HOME"] = str(settings.home_dir)
 
 
 def variable_of(name: str) -> str:
