@@ -48,8 +48,8 @@ class Settings(BaseSettings):
     )
     home: Path = Field(
         Path("~/.local/share/compileflow"),
-        description="Folder of the embedded store, the embedded registry and work files. A user without a home folder "
-        "must set it; other libraries then keep their files there as well.",
+        description="Folder of the embedded store, the embedded registry and work files. A user without a home "
+        "folder must set it; other libraries then keep their files there as well.",
     )
     store_uri: str | None = Field(None, description="Artifact store. Empty: file://COMPILEFLOW_HOME/store.")
     registry_uri: str | None = Field(
