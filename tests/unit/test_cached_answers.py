@@ -137,8 +137,9 @@ def test_artifact_of_another_source_model_is_not_registered(settings: Settings, 
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("is_altered", [False, True])
 def test_lost_report_of_a_registered_version_is_told(
-    settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture, is_altered: bool
 ) -> None:
     store = LocalStore((tmp_path / "store").as_uri(), settings)
     artifact = store.put_folder(small_artifact(tmp_path / "artifact"))
@@ -167,7 +168,13 @@ def test_lost_report_of_a_registered_version_is_told(
         if len(versions) == 2:
             # The first report is still there.
             assert caplog.text == ""
-            (store.root / "manifests" / "sha256" / f"{reports[0].digest}.json").unlink()
+            if is_altered:
+                overwrite(
+                    next(blob for blob in (store.root / "blobs").glob("*/*/*") if blob.read_text() == "first"),
+                    "fxrst",
+                )
+            else:
+                (store.root / "manifests" / "sha256" / f"{reports[0].digest}.json").unlink()
     assert [(version.version, version.report_digest) for version in versions] == 3 * [(1, reports[0].digest)]
     assert f"the store has lost the report {reports[0].digest[:12]}" in caplog.text
 

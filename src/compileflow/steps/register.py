@@ -10,8 +10,15 @@ from dataclasses import replace
 from compileflow._process.folders import path_of_uri
 from compileflow.artifact.manifest import read_manifest
 from compileflow.catalog import open_registry, open_store
-from compileflow.contracts import ACCEPTED_OUTCOMES, PENDING, ModelVersion, VersionEntry, VersionFiles
-from compileflow.errors import VerdictError
+from compileflow.contracts import (
+    ACCEPTED_OUTCOMES,
+    PENDING,
+    ArtifactStore,
+    ModelVersion,
+    VersionEntry,
+    VersionFiles,
+)
+from compileflow.errors import IntegrityError, VerdictError
 from compileflow.settings import Settings
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact, all_figures
 from compileflow.validation.report import TEST_FILES_FOLDER
@@ -89,16 +96,26 @@ def register_version(
         for folder in (files.artifact, files.report):
             store.put_folder(folder)
         version = open_registry(registry_uri, settings).register(entry, files)
-        # The version is older than this run, and a report holds times, so that it cannot be written again.
-        if version.report_digest != entry.report_digest and not store.exists(version.report_digest):
-            logger.warning(
-                "%s version %d stays, but the store has lost the report %s that it names; the last one is %s",
-                version.name,
-                version.version,
-                version.report_digest[:12],
-                entry.report_uri,
-            )
+        if version.report_digest != entry.report_digest:
+            _keep_report(store, version, last_uri=entry.report_uri)
         return version
+
+
+def _keep_report(store: ArtifactStore, version: ModelVersion, *, last_uri: str) -> None:
+    """Store the report of a version that is older than this run again, if its bytes can be had."""
+    try:
+        with store.open_folder(version.report_digest) as report:
+            store.put_folder(report)
+    except IntegrityError as error:
+        # A report holds times, so a validation cannot write the same one.
+        logger.warning(
+            "%s version %d stays, but the store has lost the report %s that it names: %s The last report is %s",
+            version.name,
+            version.version,
+            version.report_digest[:12],
+            error.message,
+            last_uri,
+        )
 
 
 def check_verdict(validated: ValidatedArtifact, *, allow_warn: bool) -> None:
