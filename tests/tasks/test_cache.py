@@ -259,5 +259,6 @@ def test_two_runs_at_once_with_one_key_compile_once(settings: Settings, model: P
     outputs = [run.communicate(timeout=240)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], outputs
     assert sum("compiled" in output for output in outputs) == 1
-    assert sum("waiting for it" in output for output in outputs) == 1
+    # Each may wait for a step of the other.
+    assert any("waiting for it" in output for output in outputs)
     assert {output.splitlines()[-1] for output in outputs} == {"version 1"}

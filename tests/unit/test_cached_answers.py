@@ -94,6 +94,21 @@ def test_changed_record_answers_nothing(
     assert "ignoring the cache record" in caplog.text
 
 
+@pytest.mark.parametrize("forged", ["digest", "hf_task"])
+def test_record_of_a_folder_says_nothing_that_its_files_do_not_say(
+    fetch: Fetch, records: Path, tmp_path: Path, forged: str
+) -> None:
+    other, model = fetch(write_model(tmp_path / "other", 1)), write_model(tmp_path / "model", 2)
+    source = fetch(model)
+    [path] = [path for path in records.iterdir() if source.digest in path.read_text()]
+    record = json.loads(path.read_text())
+    record["value"][forged] = other.digest if forged == "digest" else "fill-mask"
+    content = {name: record[name] for name in ("parts", "value")}
+    overwrite(path, json.dumps(content | {"checksum": json_digest(["fetch", content])}))
+    again = fetch(model)
+    assert (again.digest, again.hf_task, again.cached) == (source.digest, None, False)
+
+
 def test_model_that_changes_while_it_is_read_is_refused_and_leaves_nothing(
     fetch: Fetch, settings: Settings, tmp_path: Path
 ) -> None:

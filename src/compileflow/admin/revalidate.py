@@ -14,6 +14,7 @@ from compileflow.contracts import ACCEPTED_OUTCOMES, ModelVersion, Stage
 from compileflow.errors import CompileflowError, LoadError, ProcessKilledError
 from compileflow.settings import Settings
 from compileflow.spec import CompileSpec
+from compileflow.steps.attest import Attester
 from compileflow.steps.fetch import recorded_source
 from compileflow.steps.validate import validate_artifact
 from compileflow.steps.values import CompiledArtifact, FetchedSource
@@ -126,7 +127,7 @@ def _obstacle(version: ModelVersion, *, trust_remote_code: bool) -> str:
 
 def _source(version: ModelVersion, store_uri: str, settings: Settings) -> FetchedSource:
     store = open_store(store_uri, settings)
-    recorded = recorded_source(store, version.source_uri, version.source_digest)
+    recorded = recorded_source(store, version.source_uri, version.source_digest, Attester.of(store, settings))
     return recorded or FetchedSource(
         uri=version.source_uri,
         revision=version.source_revision,

@@ -12,7 +12,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compileflow.artifact.attestations.envelopes import RECORDS, put_statement, seal
+from pydantic import JsonValue
+
+from compileflow.artifact.attestations.envelopes import RECORD_TYPE, RECORDS, put_statement, seal
 from compileflow.artifact.attestations.keys import configured_keys, load_public_keys, load_signer
 from compileflow.artifact.attestations.statements import (
     PROVENANCE_TYPE,
@@ -21,12 +23,14 @@ from compileflow.artifact.attestations.statements import (
     ValidationRun,
     provenance_statement,
     report_digest,
+    result,
+    result_of,
     verdict_statement,
 )
 from compileflow.artifact.attestations.statements import request_digest as asked_request
-from compileflow.artifact.attestations.verify import Attestation, Attestations, verify_attestations
+from compileflow.artifact.attestations.verify import Attestation, trusted_signers, verify_attestations
 from compileflow.artifact.manifest import read_manifest
-from compileflow.contracts import ArtifactStore, StoredFolder
+from compileflow.contracts import ArtifactStore, Outcome, StoredFolder
 from compileflow.errors import SignatureError
 from compileflow.settings import Settings
 from compileflow.validation.report import REPORT_JSON, Report
@@ -128,12 +132,12 @@ class Attester:
             report: Digest of the report with the recorded answers.
             request_digest: Key of the validation.
         """
-        reason, attestations = self._lack(digest, VERDICT_TYPE, record=WAITING_VERDICT)
-        if reason or attestations is None or attestations.verdict is None:
-            return reason if self.signer is not None else ""
-        if report_digest(attestations.verdict.statement) != report:
+        reason, verdict = self._lack(digest, VERDICT_TYPE, record=WAITING_VERDICT)
+        if verdict is None:
+            return "" if self.signer is None else reason
+        if report_digest(verdict.statement) != report:
             return "its statement names another report"
-        return _other_request(attestations.verdict, request_digest)
+        return _other_request(verdict, request_digest)
 
     def lacks_provenance(self, digest: str, request_digest: str) -> str:
         """Return why a cached artifact must be compiled again; '' if its provenance is sufficient.
@@ -142,46 +146,76 @@ class Attester:
             digest: Digest of the artifact.
             request_digest: Key of the compile that is asked for. A changed record can point at any artifact.
         """
-        reason, attestations = self._lack(digest, PROVENANCE_TYPE)
-        if reason or attestations is None or attestations.provenance is None:
-            return reason
-        return _other_request(attestations.provenance, request_digest)
+        reason, provenance = self._lack(digest, PROVENANCE_TYPE)
+        return reason if provenance is None else _other_request(provenance, request_digest)
 
-    def lacks_verdict(self, digest: str, report: str, request_digest: str) -> str:
+    def lacks_verdict(self, digest: str, report: str, outcome: Outcome, request_digest: str | None = None) -> str:
         """Return why a cached validation must be repeated; '' if its verdict is sufficient.
 
         Args:
             digest: Digest of the artifact.
             report: Digest of the cached report. A later validation may have replaced its verdict.
-            request_digest: Key of the validation that is asked for.
+            outcome: Outcome of the cached validation.
+            request_digest: Key of the validation that is asked for. None: any validation is sufficient.
         """
-        reason, attestations = self._lack(digest, VERDICT_TYPE)
-        if reason or attestations is None or attestations.verdict is None:
+        reason, verdict = self._lack(digest, VERDICT_TYPE)
+        if verdict is None:
             return reason
-        if report_digest(attestations.verdict.statement) == report:
-            return _other_request(attestations.verdict, request_digest)
+        if report_digest(verdict.statement) == report:
+            stated = result(verdict.statement)
+            if stated != result_of(outcome):
+                return f"its statement has the result {stated or 'none'}"
+            return "" if request_digest is None else _other_request(verdict, request_digest)
         signatures = _record(self.store, digest, VERDICT_TYPE).get("signatures")
         # A run without a key cannot replace a signed verdict, so repeating the validation would change nothing.
         can_replace = not signatures or self.signer is not None
         return "a later validation replaced the verdict on this artifact" if can_replace else ""
 
-    def _lack(self, digest: str, kind: str, *, record: str = "") -> tuple[str, Attestations | None]:
+    def signatures_of(self, step: str, content: Mapping[str, JsonValue]) -> JsonValue:
+        """Return this run's signatures of a cache record; [] without a key."""
+        return _sealed_record(step, content, self.signer)["signatures"]
+
+    def distrusts(self, step: str, content: Mapping[str, JsonValue], signatures: JsonValue) -> str:
+        """Return why this run does not use a cache record; '' without a key, or if a trusted key signed it."""
+        if self.signer is None:
+            return ""
+        envelope = _sealed_record(step, content, None) | {"signatures": signatures}
+        try:
+            signers = trusted_signers("record", envelope, self._keys, payload_type=RECORD_TYPE)
+        except SignatureError as error:
+            return error.message.rstrip(".")
+        return "" if signers else "neither this run's key nor a trusted key signed it"
+
+    @property
+    def _keys(self) -> tuple[SSlibKey, ...]:
+        """Public keys whose signatures count for this run."""
+        return self.trusted if self.signer is None else (self.signer.public_key, *self.trusted)
+
+    def _lack(self, digest: str, kind: str, *, record: str = "") -> tuple[str, Attestation | None]:
+        """Return why a statement of a kind is not sufficient, and the statement; '' with it if it is."""
         name = RECORDS[kind]
-        signer_key = (self.signer.public_key,) if self.signer is not None else ()
         try:
             attestations = verify_attestations(
                 digest,
                 filter(None, [self.store.get_record(record or name, digest)]),
-                trusted_keys=(*signer_key, *self.trusted),
+                trusted_keys=self._keys,
                 require_signature=False,
             )
         except SignatureError as error:
             return error.message.rstrip("."), None
-        if (attestations.provenance or attestations.verdict) is None:
+        # A record may hold a statement of the other kind.
+        attestation = attestations.provenance if kind == PROVENANCE_TYPE else attestations.verdict
+        if attestation is None:
             return f"the store has no {name} statement on it", None
-        if signer_key and not attestations.signed_by:
+        if self.signer is not None and not attestation.signed_by:
             return f"neither this run's key nor a trusted key signed its {name} statement", None
-        return "", attestations
+        return "", attestation
+
+
+def _sealed_record(
+    step: str, content: Mapping[str, JsonValue], signer: CryptoSigner | None
+) -> dict[str, JsonValue]:
+    return seal({"step": step, "record": dict(content)}, signer, payload_type=RECORD_TYPE)
 
 
 def _other_request(attestation: Attestation, request_digest: str) -> str:

@@ -18,6 +18,7 @@ from pydantic import BaseModel, JsonValue, ValidationError
 
 from compileflow.contracts import ArtifactStore
 from compileflow.contracts.digests import json_digest
+from compileflow.steps.attest import Attester
 
 logger = logging.getLogger(__name__)
 
@@ -46,18 +47,24 @@ class CacheKey:
 
 
 def find(
-    store: ArtifactStore, key: CacheKey, kind: type[Value], *, folders: Mapping[str, str], quietly: bool = False
+    store: ArtifactStore,
+    key: CacheKey,
+    kind: type[Value],
+    *,
+    folders: Mapping[str, str],
+    attester: Attester,
+    quietly: bool = False,
 ) -> Value | None:
     """Return the cached result for a key; None without one, or if the store lost a folder that it points at.
 
-    The URIs in the result are those of this store, wherever the store was when the record was written. Unless
-    `quietly`, the log says why a record is not used.
+    The URIs in the result are those of this store, wherever the store was when the record was written. A run with
+    a key uses only what a trusted key signed. Unless `quietly`, the log says why a record is not used.
     """
     level = logging.DEBUG if quietly else logging.WARNING
     record = store.get_record(key.step, key.digest)
     if record is None:
         return None
-    if fault := _fault(record, key):
+    if fault := _fault(record, key, attester):
         logger.log(level, "%s: ignoring the cache record %s: %s", key.step, key.digest[:12], fault)
         return None
     try:
@@ -83,13 +90,14 @@ def find(
     return value.model_copy(update=uris)
 
 
-def record_of(key: CacheKey, value: BaseModel) -> dict[str, JsonValue]:
-    """Return the record of a result: the parts of its key, the result, and a checksum over both."""
+def record_of(key: CacheKey, value: BaseModel, attester: Attester) -> dict[str, JsonValue]:
+    """Return the record of a result: the parts of its key, the result, and a checksum and signatures over both."""
     record: dict[str, JsonValue] = {"parts": dict(key.parts), "value": value.model_dump(mode="json")}
-    return record | {"checksum": json_digest([key.step, record])}
+    signatures = attester.signatures_of(key.step, record)
+    return record | {"checksum": json_digest([key.step, record]), "signatures": signatures}
 
 
-def _fault(record: Mapping[str, JsonValue], key: CacheKey) -> str:
+def _fault(record: Mapping[str, JsonValue], key: CacheKey, attester: Attester) -> str:
     """Return why a record does not answer a key: it answers another one, or it was changed; '' if it does."""
     parts, value, checksum = (record.get(name) for name in ("parts", "value", "checksum"))
     if not isinstance(parts, dict) or value is None:
@@ -98,7 +106,17 @@ def _fault(record: Mapping[str, JsonValue], key: CacheKey) -> str:
         return f"it answers another request: {', '.join(changes)}"
     if checksum is None:
         return "an older version of compileflow wrote it, without a checksum"
-    return "" if checksum == json_digest([key.step, {"parts": parts, "value": value}]) else "it was changed"
+    content: dict[str, JsonValue] = {"parts": parts, "value": value}
+    if checksum != json_digest([key.step, content]):
+        return "it was changed"
+    return attester.distrusts(key.step, content, record.get("signatures"))
+
+
+def _why_unused(store: ArtifactStore, key: CacheKey, attester: Attester) -> str:
+    """Return why the record of a key is there and not used; '' if it is not there, or sound."""
+    record = store.get_record(key.step, key.digest)
+    fault = "" if record is None else _fault(record, key, attester)
+    return f"its record is not used: {fault}" if fault else ""
 
 
 def find_or_make(
@@ -107,6 +125,7 @@ def find_or_make(
     kind: type[Value],
     *,
     folders: Mapping[str, str],
+    attester: Attester,
     compute: Callable[[str], Value],
     report_line: Callable[[str], None],
     is_cacheable: Callable[[Value], bool] = lambda value: True,
@@ -120,13 +139,14 @@ def find_or_make(
         kind: Class of the result.
         folders: Field of each digest of a stored folder, with the field of that folder's URI, or "" without one. A
             digest that is None is skipped.
+        attester: Signs the record of a new result, and says which records this run may use.
         compute: Called with the reason of the miss; returns the result.
         report_line: Called with one line: the reason of a miss, or that another run is making the result.
         is_cacheable: Returns whether a result may be cached.
         reason_to_redo: Returns why a cached result must be made again; '' if it need not be.
     """
     # On a miss, the lookup under the lock says why.
-    value = find(store, key, kind, folders=folders, quietly=True)
+    value = find(store, key, kind, folders=folders, attester=attester, quietly=True)
     if value is not None and not reason_to_redo(value):
         return value, True
 
@@ -134,16 +154,16 @@ def find_or_make(
         report_line("another run is producing the same result; waiting for it")
 
     with store.lock(f"{key.step}/{key.digest}", on_wait=say_waiting):
-        value = find(store, key, kind, folders=folders)
+        value = find(store, key, kind, folders=folders, attester=attester)
         redo_reason = "" if value is None else reason_to_redo(value)
         if value is not None and not redo_reason:
             return value, True
-        reason = redo_reason or why_missed(store, key)
+        reason = redo_reason or _why_unused(store, key, attester) or why_missed(store, key)
         report_line(f"not cached: {reason}")
         value = compute(reason)
         if not is_cacheable(value):
             return value, False
-        store.put_record(key.step, key.digest, record_of(key, value))
+        store.put_record(key.step, key.digest, record_of(key, value, attester))
         store.put_record(f"{key.step}-latest", _subject_key(key), {"key": key.digest, "parts": dict(key.parts)})
     return value, False
 

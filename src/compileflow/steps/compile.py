@@ -122,7 +122,7 @@ def compile_artifact(
             calibration = load_calibration(spec.hf_task, request.calibration)
         key = compile_key(source, list_files(folder), spec, target, calibration)
         if not enabled:
-            return _reuse(store, key)
+            return _reuse(store, key, attester)
         if request.steps.validate and (path := request.validation.examples_path) is not None:
             check_examples(spec.hf_task, path, request.validation.max_examples, folder, on_progress)
         if request.steps.validate:
@@ -163,6 +163,7 @@ def compile_artifact(
             key,
             CompiledArtifact,
             folders=_FOLDERS,
+            attester=attester,
             compute=compute,
             report_line=on_progress,
             reason_to_redo=lambda artifact: attester.lacks_provenance(artifact.digest, key.digest),
@@ -526,12 +527,17 @@ def _short(value: Any) -> str:
     return text if len(text) <= 64 else json_digest(value)
 
 
-def _reuse(store: ArtifactStore, key: CacheKey) -> CompiledArtifact:
-    value = find(store, key, CompiledArtifact, folders=_FOLDERS)
+def _reuse(store: ArtifactStore, key: CacheKey, attester: Attester) -> CompiledArtifact:
+    value = find(store, key, CompiledArtifact, folders=_FOLDERS, attester=attester)
     if value is None:
         raise StepOffError(
             f"The compile step is off, and the store {store.uri} has no artifact of {key.subject} with this key: "
             f"{why_missed(store, key)}.",
+            hint="Switch the compile step on.",
+        )
+    if reason := attester.lacks_provenance(value.digest, key.digest):
+        raise StepOffError(
+            f"The compile step is off, and the artifact {value.digest[:12]} cannot be used: {reason}.",
             hint="Switch the compile step on.",
         )
     return value.model_copy(update={"cached": True, "why": "the compile step is off"})

@@ -14,6 +14,8 @@ from compileflow.contracts.digests import folder_digest, list_files
 from compileflow.errors import SourceError, StepOffError
 from compileflow.settings import Settings
 from compileflow.sources.files import check_files, read_errors
+from compileflow.spec import HfTask
+from compileflow.steps.attest import Attester
 from compileflow.steps.cache import CacheKey, find, find_or_make, latest
 from compileflow.steps.values import FetchedSource
 
@@ -53,8 +55,9 @@ def fetch_source(
     store = open_store(store_uri, settings)
     # A registry: source reads from this store, not from the configured one.
     source = get_source(scheme_of(model), settings.model_copy(update={"store_uri": store_uri}))
+    attester = Attester.of(store, settings)
     if not enabled:
-        return _reuse(store, source, model, revision)
+        return _reuse(store, source, model, revision, attester)
     uri, commit = source.pin(model, revision)
     with work_folder(settings.work_dir, label="fetch") as work:
         if commit is None:
@@ -84,8 +87,22 @@ def fetch_source(
                 )
             return _store_source(store, model_files, uri, model_files.revision or pinned_revision, copy)
 
+        def reason_to_redo(value: FetchedSource) -> str:
+            """A record that says something else than the files was not written by this step."""
+            if located_source is None:
+                return ""
+            found = (value.digest, value.hf_task, value.test_files_digest)
+            return "" if found == (pinned_revision, *_card(located_source)) else "its record names other files"
+
         value, cached = find_or_make(
-            store, key, FetchedSource, folders=_FOLDERS, compute=compute, report_line=on_progress
+            store,
+            key,
+            FetchedSource,
+            folders=_FOLDERS,
+            attester=attester,
+            compute=compute,
+            report_line=on_progress,
+            reason_to_redo=reason_to_redo,
         )
     return value.model_copy(update={"cached": cached})
 
@@ -139,17 +156,25 @@ def _card_parts(located_source: LocatedSource) -> dict[str, str]:
     return parts
 
 
-def recorded_source(store: ArtifactStore, uri: str, digest: str) -> FetchedSource | None:
+def _card(located_source: LocatedSource) -> tuple[HfTask | None, str | None]:
+    """Return the task of a registered version, and the digest of its test files."""
+    tests = located_source.test_files
+    return located_source.hf_task, None if tests is None else folder_digest(list_files(tests))
+
+
+def recorded_source(store: ArtifactStore, uri: str, digest: str, attester: Attester) -> FetchedSource | None:
     """Return the last source model that was fetched from a URI, if it has this digest; None without it."""
-    value = _last(store, uri)
+    value = _last(store, uri, attester)
     return value if value is not None and value.digest == digest else None
 
 
-def _reuse(store: ArtifactStore, source: Source, model: str, revision: str | None) -> FetchedSource:
+def _reuse(
+    store: ArtifactStore, source: Source, model: str, revision: str | None, attester: Attester
+) -> FetchedSource:
     # The step is off: reuse the last commit without asking the Hub.
     is_on_hub = scheme_of(model) == "hf"
     uri = f"hf://{model.removeprefix('hf://')}" if is_on_hub else source.pin(model, revision)[0]
-    value = _last(store, uri)
+    value = _last(store, uri, attester)
     if value is not None:
         return value
     raise StepOffError(
@@ -158,12 +183,12 @@ def _reuse(store: ArtifactStore, source: Source, model: str, revision: str | Non
     )
 
 
-def _last(store: ArtifactStore, uri: str) -> FetchedSource | None:
+def _last(store: ArtifactStore, uri: str, attester: Attester) -> FetchedSource | None:
     latest_record = latest(store, STEP, uri)
     parts = latest_record.get("parts") if latest_record else None
     # The record may be that of another model.
     if not isinstance(parts, dict) or parts.get("uri") != uri:
         return None
     key = CacheKey(STEP, uri, {name: str(value) for name, value in parts.items()})
-    value = find(store, key, FetchedSource, folders=_FOLDERS)
+    value = find(store, key, FetchedSource, folders=_FOLDERS, attester=attester)
     return None if value is None else value.model_copy(update={"cached": True})

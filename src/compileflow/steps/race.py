@@ -22,6 +22,7 @@ from compileflow.catalog import open_store
 from compileflow.serving.component import LoadedComponent
 from compileflow.settings import Settings
 from compileflow.source_model.load import load_source_model
+from compileflow.steps.attest import Attester
 from compileflow.steps.cache import CacheKey, find_or_make
 from compileflow.steps.component_calls import component_examples, component_shapes, timed_models, written_tokens
 from compileflow.steps.request import CompileRequest
@@ -92,6 +93,7 @@ def race(
         key,
         RaceResult,
         folders={},
+        attester=Attester.of(store, settings),
         compute=compute,
         report_line=logger.debug,
         is_cacheable=lambda result: not result.busy,

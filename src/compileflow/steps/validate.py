@@ -25,6 +25,7 @@ from compileflow.steps.compile import spec_of
 from compileflow.steps.pending import PendingValidation
 from compileflow.steps.plan import check_timed_shapes
 from compileflow.steps.project_tests import run_project_tests
+from compileflow.steps.report_file import read_report_file
 from compileflow.steps.request import CompileRequest, StepTimeouts
 from compileflow.steps.toolchain_logs import write_logs
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
@@ -34,6 +35,7 @@ from compileflow.validation.judge import load_user_suite
 from compileflow.validation.judge.suite import suite_digest
 from compileflow.validation.project_tests import check_tests, digest_of_tests
 from compileflow.validation.recorded_reference import REFERENCE_FOLDER
+from compileflow.validation.report import REPORT_JSON
 from compileflow.validation.settings import ValidationSettings
 
 logger = logging.getLogger(__name__)
@@ -82,7 +84,7 @@ def validate_artifact(
     """
     store = open_store(store_uri, settings)
     if not enabled:
-        return _reuse(store, artifact)
+        return _reuse(store, artifact, Attester.of(store, settings))
     attester = Attester.of(store, settings)
     with ExitStack() as stack:
         source_dir = stack.enter_context(store.open_folder(source.digest))
@@ -108,7 +110,7 @@ def validate_artifact(
         key = CacheKey(STEP, f"{source.uri} for {manifest.target.name}", parts)
         missing_device = lacking_device(manifest)
         settled = report_on(store, artifact.digest) if missing_device else None
-        if settled and not attester.lacks_verdict(artifact.digest, settled.report_digest, key.digest):
+        if settled and not _lack(attester, settled, key.digest):
             return settled.model_copy(update={"cached": True, "why": "a machine with the device proved it"})
 
         if missing_device and validation.tests_path is not None:
@@ -204,13 +206,14 @@ def validate_artifact(
                 waiting = report_on(store, artifact.digest, kind=WAITING) if missing_device else None
                 still_waits = waiting is not None and waiting.report_digest == validated.report_digest
                 return "" if still_waits else "it does not wait for its device any more"
-            return attester.lacks_verdict(artifact.digest, validated.report_digest, key.digest)
+            return _lack(attester, validated, key.digest)
 
         value, cached = find_or_make(
             store,
             key,
             ValidatedArtifact,
             folders={"report_digest": "report_uri"},
+            attester=attester,
             compute=compute,
             report_line=on_progress,
             is_cacheable=lambda validated: (
@@ -331,11 +334,38 @@ def _died(error: ProcessError, manifest: ArtifactManifest, *, threads: int, time
     return type(error)(f"The validation died: {error.message}", hint=hint, log_path=error.log_path)
 
 
-def _reuse(store: ArtifactStore, artifact: CompiledArtifact) -> ValidatedArtifact:
-    value = report_on(store, artifact.digest) or report_on(store, artifact.digest, kind=WAITING)
+def _lack(attester: Attester, validated: ValidatedArtifact, request_digest: str | None = None) -> str:
+    """Return why a recorded verdict is not sufficient; '' if it is."""
+    return attester.lacks_verdict(
+        validated.artifact_digest, validated.report_digest, validated.outcome, request_digest
+    )
+
+
+def _as_reported(store: ArtifactStore, validated: ValidatedArtifact) -> ValidatedArtifact | None:
+    """Return a recorded verdict with the words and figures of its report; None if the report says otherwise."""
+    with store.open_folder(validated.report_digest) as folder:
+        report = read_report_file(folder / REPORT_JSON)
+    if (report.subject.artifact_digest, report.verdict.outcome) != (validated.artifact_digest, validated.outcome):
+        return None
+    return validated.model_copy(update={"reason": report.verdict.reason, "figures": report.figures})
+
+
+def _reuse(store: ArtifactStore, artifact: CompiledArtifact, attester: Attester) -> ValidatedArtifact:
+    recorded = report_on(store, artifact.digest)
+    waiting = report_on(store, artifact.digest, kind=WAITING) if recorded is None else None
+    value = recorded or waiting
     if value is None:
         raise StepOffError(
             f"The validate step is off, and the store {store.uri} has no report on {artifact.digest[:12]}...",
             hint="Switch the validate step on.",
         )
+    problem = _lack(attester, value) if attester.signer is not None and value.outcome != PENDING else ""
+    reported = _as_reported(store, value)
+    if problem or reported is None:
+        raise StepOffError(
+            f"The validate step is off, and the report on {artifact.digest[:12]} cannot be used: "
+            f"{problem or 'its record differs from it'}.",
+            hint="Switch the validate step on.",
+        )
+    value = reported
     return value.model_copy(update={"cached": True, "why": "the validate step is off"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +19,15 @@ from compileflow.artifact.attestations.verify import verify_attestations
 from compileflow.artifact.manifest import ATTESTATIONS_NAME, read_manifest
 from compileflow.artifact.open import copy_artifact, open_artifact
 from compileflow.catalog import open_store
-from compileflow.contracts import ArtifactStore
+from compileflow.contracts import ArtifactStore, Outcome
+from compileflow.contracts.digests import json_digest
+from compileflow.errors import StepOffError
 from compileflow.settings import Settings, get_settings
 from compileflow.spec import HfTask
 from compileflow.steps.attest import Attester
 from compileflow.steps.cache import CacheKey, find_or_make
 from compileflow.steps.report_file import read_report
-from compileflow.steps.request import CompileRequest
+from compileflow.steps.request import CompileRequest, StepSwitches
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
 from compileflow.stores.local import LocalStore
 from tests.conftest import ModelFactory
@@ -141,6 +144,40 @@ class TestRun:
         assert keyless.validate(signed_run.request, keyless.compile(signed_run.request)).cached
         assert signed_run.pipeline.counts == counts
 
+    def test_steps_that_are_off_give_only_what_a_trusted_key_signed(
+        self, signed_run: SignedRun, tmp_path: Path
+    ) -> None:
+        shutil.copytree(signed_run.pipeline.settings.home_dir, tmp_path / "home")
+        pipeline = Pipeline(signed_run.pipeline.settings.model_copy(update={"home": tmp_path / "home"}))
+        store = open_store(pipeline.store_uri, pipeline.settings)
+        request = signed_run.request.model_copy(update={"steps": StepSwitches(compile=False, validate=False)})
+        artifact = pipeline.compile(request)
+        validated = pipeline.validate(request, artifact)
+        assert (artifact.digest, validated.outcome) == (signed_run.artifact.digest, "pass")
+
+        recorded = store.get_record("report-of", artifact.digest)
+        assert recorded is not None
+        store.put_record("report-of", artifact.digest, recorded | {"reason": "forged", "figures": {}})
+        assert pipeline.validate(request, artifact) == validated
+        store.put_record("report-of", artifact.digest, recorded | {"outcome": "warn"})
+        with pytest.raises(StepOffError, match="cannot be used: its statement has the result PASSED"):
+            pipeline.validate(request, artifact)
+        store.put_record("report-of", artifact.digest, recorded)
+        verdict = stored_envelopes(store, artifact.digest)[1]
+        store.put_record("verdict", artifact.digest, {**verdict, "signatures": []})
+        with pytest.raises(StepOffError, match="neither this run's key nor a trusted key signed its verdict"):
+            pipeline.validate(request, artifact)
+
+        provenance = stored_envelopes(store, artifact.digest)[0]
+        store.put_record("provenance", artifact.digest, {**provenance, "signatures": []})
+        with pytest.raises(StepOffError, match="neither this run's key nor a trusted key signed its provenance"):
+            pipeline.compile(request)
+        unsigned = store.get_record("compile", artifact.cache_key)
+        assert unsigned is not None
+        store.put_record("compile", artifact.cache_key, unsigned | {"signatures": []})
+        with pytest.raises(StepOffError, match="has no artifact of"):
+            pipeline.compile(request)
+
     def test_password_is_in_nothing_that_was_written(self, signed_run: SignedRun) -> None:
         files = [path for path in signed_run.pipeline.settings.home_dir.rglob("*") if path.is_file()]
         assert len(files) > 10
@@ -206,7 +243,7 @@ class TestCached:
     def test_answer_without_a_statement_is_made_again(self, store: LocalStore, artifact: Path) -> None:
         attester, digest = self.attester(store, None), digest_of(artifact)
         assert "no provenance statement" in attester.lacks_provenance(digest, REQUEST)
-        assert "no verdict statement" in attester.lacks_verdict(digest, REPORT, REQUEST)
+        assert "no verdict statement" in attester.lacks_verdict(digest, REPORT, "pass", REQUEST)
 
     def test_statement_about_another_artifact_is_made_again(
         self, store: LocalStore, artifact: Path, tmp_path: Path
@@ -224,12 +261,73 @@ class TestCached:
         for envelope, kind in zip(envelopes_for(artifact, keys), ("provenance", "verdict"), strict=True):
             store.put_record(kind, digest, envelope)
         attester = self.attester(store, keys)
-        assert attester.lacks_provenance(digest, REQUEST) == attester.lacks_verdict(digest, REPORT, REQUEST) == ""
+        assert attester.lacks_provenance(digest, REQUEST) == ""
+        assert attester.lacks_verdict(digest, REPORT, "pass", REQUEST) == ""
         for reason in (
             attester.lacks_provenance(digest, "e" * 64),
-            attester.lacks_verdict(digest, REPORT, "e" * 64),
+            attester.lacks_verdict(digest, REPORT, "pass", "e" * 64),
         ):
             assert "answers another request" in reason
+
+    def test_statement_of_the_other_kind_is_no_answer(
+        self, store: LocalStore, artifact: Path, tmp_path: Path
+    ) -> None:
+        keys, digest = make_keys(tmp_path), digest_of(artifact)
+        for envelope, kind in zip(envelopes_for(artifact, keys), ("verdict", "provenance"), strict=True):
+            store.put_record(kind, digest, envelope)
+        store.put_record("waiting-verdict", digest, envelopes_for(artifact, keys)[0])
+        attester = self.attester(store, keys)
+        missing = "the store has no verdict statement on it"
+        assert attester.lacks_provenance(digest, REQUEST) == missing.replace("verdict", "provenance")
+        assert attester.lacks_verdict(digest, REPORT, "pass", REQUEST) == missing
+        assert attester.lacks_pending(digest, REPORT, REQUEST) == missing
+
+    @pytest.mark.parametrize(
+        ("stated", "result", "recorded"),
+        [("fail", "FAILED", "pass"), ("warn", "WARNED", "pass"), ("pass", "PASSED", "fail")],
+    )
+    def test_record_of_another_outcome_than_the_statement_is_no_answer(
+        self, store: LocalStore, artifact: Path, tmp_path: Path, stated: Outcome, result: str, recorded: Outcome
+    ) -> None:
+        keys, digest = make_keys(tmp_path), digest_of(artifact)
+        put_statement(store, digest, verdict_statement(digest, judged(stated)), keys.signer)
+        attester = self.attester(store, keys)
+        assert attester.lacks_verdict(digest, REPORT, stated, REQUEST) == ""
+        reason = attester.lacks_verdict(digest, REPORT, recorded, REQUEST)
+        assert reason == f"its statement has the result {result}"
+
+    @pytest.mark.parametrize("step", ["compile", "fetch", "race"])
+    def test_run_with_a_key_uses_only_records_that_a_trusted_key_signed(
+        self, store: LocalStore, artifact: Path, tmp_path: Path, step: str
+    ) -> None:
+        keys, others = make_keys(tmp_path, "one"), make_keys(tmp_path, "two")
+        stored, key = store.put_folder(artifact), CacheKey(step, "hf://a/b", {"part": "1"})
+
+        def ask(attester: Attester, why: str) -> Answer:
+            return find_or_make(
+                store,
+                key,
+                Answer,
+                folders={"digest": ""},
+                attester=attester,
+                compute=lambda reason: Answer(digest=stored.digest, why=why),
+                report_line=lambda line: None,
+            )[0]
+
+        unsigned, own = self.attester(store, None), self.attester(store, keys)
+        assert [ask(*asked).why for asked in ((unsigned, "1"), (own, "2"), (own, "3"))] == ["1", "2", "2"]
+        # A run without a key uses it as well, another key must be trusted.
+        assert ask(unsigned, "4").why == ask(self.attester(store, others, keys), "5").why == "2"
+        assert ask(self.attester(store, others), "6").why == "6"
+
+        # With a checksum that is right again.
+        record = store.get_record(step, key.digest)
+        assert record is not None
+        content = {"parts": record["parts"], "value": {"digest": stored.digest, "why": "forged"}}
+        forged = content | {"checksum": json_digest([step, content]), "signatures": record["signatures"]}
+        store.put_record(step, key.digest, forged)
+        assert ask(unsigned, "7").why == "forged"
+        assert ask(self.attester(store, others), "8").why == "8"
 
     def test_verdict_of_another_report_is_given_again(
         self, store: LocalStore, artifact: Path, tmp_path: Path
@@ -237,12 +335,12 @@ class TestCached:
         keys, digest = make_keys(tmp_path), digest_of(artifact)
         put_statement(store, digest, verdict_statement(digest, judged("fail", report="8" * 64)), None)
         assert "a later validation replaced the verdict" in self.attester(store, None).lacks_verdict(
-            digest, REPORT, REQUEST
+            digest, REPORT, "pass", REQUEST
         )
         put_statement(store, digest, verdict_statement(digest, judged()), keys.signer)
-        assert self.attester(store, keys).lacks_verdict(digest, REPORT, REQUEST) == ""
+        assert self.attester(store, keys).lacks_verdict(digest, REPORT, "pass", REQUEST) == ""
         # A run without a key could not replace the signed verdict.
-        assert self.attester(store, None).lacks_verdict(digest, "8" * 64, REQUEST) == ""
+        assert self.attester(store, None).lacks_verdict(digest, "8" * 64, "fail", REQUEST) == ""
 
     def test_answer_that_was_there_and_lacks_something_is_made_again_and_says_why(
         self, store: LocalStore, artifact: Path
@@ -260,6 +358,7 @@ class TestCached:
                 key,
                 Answer,
                 folders={"digest": ""},
+                attester=attester,
                 compute=make,
                 report_line=lines.append,
                 reason_to_redo=lambda answer: attester.lacks_provenance(answer.digest, REQUEST),

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from securesystemslib.signer import Signer
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
+# A record of the cache.
+RECORD_TYPE = "application/vnd.compileflow.record+json"
 # Two statements have a few kilobytes each.
 _MOST_BUNDLE_BYTES = 16 * 2**20
 # Predicate type to the kind of the store's record, whose key is the artifact's digest.
@@ -32,14 +34,16 @@ RECORDS: Mapping[str, str] = {PROVENANCE_TYPE: "provenance", VERDICT_TYPE: "verd
 Envelope = Mapping[str, Any]
 
 
-def seal(statement: Statement, signer: Signer | None) -> dict[str, JsonValue]:
-    """Put a statement into an envelope and sign it; signer None leaves it unsigned."""
-    payload = canonical_json(dict(statement))
+def seal(
+    content: Mapping[str, Any], signer: Signer | None, *, payload_type: str = PAYLOAD_TYPE
+) -> dict[str, JsonValue]:
+    """Put a statement or a record into an envelope and sign it; signer None leaves it unsigned."""
+    payload = canonical_json(dict(content))
     if signer is None:
-        return {"payload": base64.b64encode(payload).decode(), "payloadType": PAYLOAD_TYPE, "signatures": []}
+        return {"payload": base64.b64encode(payload).decode(), "payloadType": payload_type, "signatures": []}
     from securesystemslib.dsse import Envelope as SignedEnvelope
 
-    envelope = SignedEnvelope(payload, PAYLOAD_TYPE, {})
+    envelope = SignedEnvelope(payload, payload_type, {})
     envelope.sign(signer)
     sealed: dict[str, JsonValue] = envelope.to_dict()
     return sealed

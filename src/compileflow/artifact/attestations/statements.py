@@ -200,6 +200,11 @@ def finished_on(verdict: Statement) -> datetime | None:
     return None
 
 
+def result_of(outcome: Outcome) -> str:
+    """Return the result that a verdict states for an outcome."""
+    return _RESULTS[outcome]
+
+
 def result(verdict: Statement) -> str:
     """Return the result of a verdict: PASSED, WARNED or FAILED, or '' if the statement has none."""
     value = _dict(verdict.get("predicate")).get("result")

@@ -90,9 +90,7 @@ def verify_attestations(
         if kind in attestations_by_type:
             raise SignatureError(f"The artifact has two {RECORDS[kind]} statements, expected one.", hint=_FORGED)
         check_subject(RECORDS[kind], statement, artifact_digest)
-        attestations_by_type[kind] = Attestation(
-            statement, _trusted_signers(RECORDS[kind], envelope, trusted_keys)
-        )
+        attestations_by_type[kind] = Attestation(statement, trusted_signers(RECORDS[kind], envelope, trusted_keys))
     attestations = Attestations(attestations_by_type.get(PROVENANCE_TYPE), attestations_by_type.get(VERDICT_TYPE))
     _check_source(attestations, manifest_source)
     if require_signature:
@@ -153,10 +151,15 @@ def _check_required(
         )
 
 
-def _trusted_signers(name: str, envelope: Envelope, trusted_keys: Sequence[SSlibKey]) -> tuple[str, ...]:
+def trusted_signers(
+    name: str, envelope: Envelope, trusted_keys: Sequence[SSlibKey], *, payload_type: str = PAYLOAD_TYPE
+) -> tuple[str, ...]:
     """Return the ids of the trusted keys that signed an envelope.
 
     DSSE's key ids are only hints. So every trusted key is tried on every signature.
+
+    Raises:
+        SignatureError: A signature names a trusted key, but is not that key's.
     """
     signatures = _signatures(envelope)
     if not trusted_keys or not signatures:
@@ -165,7 +168,7 @@ def _trusted_signers(name: str, envelope: Envelope, trusted_keys: Sequence[SSlib
     from securesystemslib.exceptions import UnverifiedSignatureError
     from securesystemslib.signer import Signature
 
-    signed_bytes = SignedEnvelope(payload_of(envelope), PAYLOAD_TYPE, {}).pae()
+    signed_bytes = SignedEnvelope(payload_of(envelope), payload_type, {}).pae()
     signers = []
     for key in trusted_keys:
         for claimed_id, signature in signatures:
