@@ -324,11 +324,16 @@ def test_compile_says_what_the_last_one_of_the_model_took(tmp_path: Path) -> Non
     last, key = (CacheKey("compile", "file:///model for torchscript", {"threads": name}) for name in "12")
     assert earlier_cost(store, key) == ""
     store.put_record(
-        "compile", last.digest, {"value": {"compile_duration_s": 34.6, "peak_rss_bytes": 1_240_000_000}}
-    )
-    store.put_record(
         "compile-latest", json_digest(["compile", last.subject]), {"key": last.digest, "parts": dict(last.parts)}
     )
+    value = {
+        "uri": "file:///artifact", "digest": "1" * 64, "cache_key": last.digest, "size_bytes": 1, "cached": False,
+        "why": "first run", "compile_duration_s": 34.6, "peak_rss_bytes": 1_240_000_000,
+    }  # fmt: skip
+    for damage in ({"compile_duration_s": 10**400}, {"peak_rss_bytes": 10**400}, {"peak_rss_bytes": "much"}):
+        store.put_record("compile", last.digest, {"value": value | damage})
+        assert earlier_cost(store, key) == ""
+    store.put_record("compile", last.digest, {"value": value})
     assert earlier_cost(store, key) == (
         "the last compile of file:///model for torchscript took 35 s and 1.2 GB of memory"
     )

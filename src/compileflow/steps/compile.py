@@ -513,13 +513,12 @@ def earlier_cost(store: ArtifactStore, key: CacheKey) -> str:
     """Return a line with the time and memory of the last compile of the same model and target; "" without one."""
     last = latest(store, key.step, key.subject)
     record = store.get_record(key.step, str(last["key"])) if last else None
-    value = record.get("value") if record else None
-    if not isinstance(value, dict):
+    try:
+        artifact = CompiledArtifact.model_validate(record["value"] if record else None)
+        duration_s, peak_gb = artifact.compile_duration_s, artifact.peak_rss_bytes / 1e9
+    except (KeyError, ValidationError, OverflowError):
         return ""
-    duration_s, peak_bytes = value.get("compile_duration_s"), value.get("peak_rss_bytes")
-    if not isinstance(duration_s, int | float) or not isinstance(peak_bytes, int | float):
-        return ""
-    return f"the last compile of {key.subject} took {duration_s:.0f} s and {peak_bytes / 1e9:.1f} GB of memory"
+    return f"the last compile of {key.subject} took {duration_s:.0f} s and {peak_gb:.1f} GB of memory"
 
 
 def _short(value: Any) -> str:
