@@ -15,7 +15,7 @@ from prefect.flow_runs import suspend_flow_run
 from prefect.input import RunInput
 from prefect.runtime import deployment, flow_run
 from prefect.states import Cancelled, Completed, Failed
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from compileflow.admin.approval import approval_markdown
 from compileflow.admin.promote import check_promotable, same_versions
@@ -25,6 +25,7 @@ from flows.deployed_flow import deployed_flow
 from tasks.promote import note, promote
 
 WHO = "promote-model"
+_NOT_BLANK = r"\S"
 # Prefect itself fails a run that waits longer, without a trace in the registry.
 _GRACE = timedelta(days=1)
 ServingStage = Literal["staging", "production"]
@@ -35,13 +36,13 @@ class Approval(RunInput):
 
     decision: Literal["approve", "reject"] = Field(title="Decision", json_schema_extra={"position": 0})
     who: str = Field(
-        min_length=1,
+        pattern=_NOT_BLANK,
         title="Your name",
         description="The registry keeps it with the version.",
         json_schema_extra={"position": 1},
     )
     reason: str = Field(
-        min_length=1,
+        pattern=_NOT_BLANK,
         title="Reason",
         description="The registry keeps it with the version.",
         json_schema_extra={"position": 2},
@@ -96,7 +97,15 @@ def ask(name: str, version: int, stage: ServingStage, uris: Sequence[str], wait:
     timeout = deadline + _GRACE - datetime.now(UTC)
     form = Approval.with_initial_data(description=text)
     get_run_logger().info("The run waits for an answer. Choose Resume to read about the version and to decide.")
-    answer = suspend_flow_run(wait_for_input=form, timeout=max(1, int(timeout.total_seconds())), key="approval")
+    try:
+        answer = suspend_flow_run(
+            wait_for_input=form, timeout=max(1, int(timeout.total_seconds())), key="approval"
+        )
+    except ValidationError as error:
+        # Prefect reads an answer whenever a run that was suspended starts again.
+        raise SpecError(
+            "The run was started again without an answer.", hint="Start a new run of promote-model."
+        ) from error
     if datetime.now(UTC) > deadline:
         # The run that ends this one comes late, or is at it now.
         note(name, version, uris, who=WHO, reason=f"approval for {stage} expired before {answer.who} answered")

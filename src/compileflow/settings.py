@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from functools import lru_cache
+from io import StringIO
 from pathlib import Path
 from typing import Literal, get_args
 
 from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
@@ -223,7 +225,9 @@ def get_settings() -> Settings:
         settings = Settings(_env_file=files)
     except ValidationError as error:
         # The error does not repeat the value, which may be a secret under a wrong name.
-        raise SpecError(f"The setting {first_problem(error)}.", hint=hint) from error
+        name, _, problem = first_problem(error).partition(": ")
+        variable = variable_of(name) if name in Settings.model_fields else name
+        raise SpecError(f"The setting {variable}: {problem}.", hint=hint) from error
     except SettingsError as error:
         raise SpecError(f"The settings cannot be read: {error}.", hint=hint) from error
     _give_home(settings)
@@ -256,7 +260,22 @@ def _hide_secrets(files: Sequence[Path]) -> None:
 
 
 def _values_in(file: Path) -> dict[str, str | None]:
+    """Read a dotenv file; {} without one.
+
+    Raises:
+        SpecError: The file cannot be read, or a line does not set a variable.
+    """
     try:
+        text = file.read_text("utf-8") if file.is_file() else ""
+        for binding in parse_stream(StringIO(text)):
+            if binding.error:
+                # Empty lines before it belong to the line, which may hold a secret.
+                original = binding.original
+                line = original.line + len(original.string) - len(original.string.lstrip("\n"))
+                raise SpecError(
+                    f"{file.absolute()} cannot be read: line {line} does not set a variable.",
+                    hint="Write NAME=value, and close a quote on its line.",
+                )
         return dotenv_values(file)
     except (UnicodeDecodeError, OSError) as error:
         reason = first_line(error) if isinstance(error, OSError) else "it is not UTF-8"

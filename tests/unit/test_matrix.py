@@ -57,6 +57,7 @@ def test_repeated_combination_is_one_cell() -> None:
     ("fields", "message"),
     [
         ({"targets": ["auto"]}, "auto stands for all"),
+        ({"targets": ["foo"]}, "Unknown target 'foo'"),
         ({"shared": {"target": "openvino"}}, "shared cannot hold 'target'"),
         ({"shared": {"alow_warn": True}}, "shared.alow_warn: this name is not known"),
         ({"models": []}, "models"),

@@ -58,9 +58,9 @@ def test_callers_choice_wins_over_the_configured_one() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "part"),
     [
-        ("COMPILEFLOW_THREADS", "hf_secret", "threads"),
+        ("COMPILEFLOW_THREADS", "hf_secret", "COMPILEFLOW_THREADS"),
         ("COMPILEFLOW_S3_TAGS", "{hf_secret", "s3_tags"),
-        ("COMPILEFLOW_S3_ADDRESSING", "hf_secret", "s3_addressing"),
+        ("COMPILEFLOW_S3_ADDRESSING", "hf_secret", "COMPILEFLOW_S3_ADDRESSING"),
     ],
 )
 def test_wrong_value_is_one_line_that_names_the_variable_and_not_its_value(
@@ -101,7 +101,7 @@ def test_misspelled_setting_is_refused(
 def test_url_is_no_path(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(variable_of(name), "https://user:hf_secret@host/x")
     get_settings.cache_clear()
-    with pytest.raises(SpecError, match=f"{name}: expected a path, got a URL"):
+    with pytest.raises(SpecError, match=f"{variable_of(name)}: expected a path, got a URL"):
         get_settings()
 
 
@@ -110,6 +110,26 @@ def test_env_file_that_is_not_utf8_is_one_line_that_names_it(tmp_path: Path, dat
     (tmp_path / ".env").write_bytes(data)
     get_settings.cache_clear()
     with pytest.raises(SpecError, match=rf"^{tmp_path}/\.env cannot be read: it is not UTF-8\. Save it as UTF-8"):
+        get_settings()
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [('COMPILEFLOW_REGISTRY_URI="sqlite:///r.db\n', 1), ("# words\n\nCOMPILEFLOW_THREADS 2\n", 3)],
+)
+def test_env_file_with_a_line_that_sets_nothing_is_one_line_that_names_it(
+    tmp_path: Path, text: str, line: int
+) -> None:
+    (tmp_path / ".env").write_text(text)
+    get_settings.cache_clear()
+    with pytest.raises(SpecError, match=rf"/\.env cannot be read: line {line} does not set a variable\."):
+        get_settings()
+
+
+def test_wrong_value_is_named_by_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMPILEFLOW_THREADS", "two")
+    get_settings.cache_clear()
+    with pytest.raises(SpecError, match=r"^The setting COMPILEFLOW_THREADS: expected a whole number\."):
         get_settings()
 
 
@@ -163,7 +183,7 @@ def test_environment_wins_over_dotenv_and_dotenv_over_the_file_of_the_repository
 
 def test_unknown_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMPILEFLOW_ENV", "staging")
-    with pytest.raises(SpecError, match="env: expected 'dev' or 'prod'"):
+    with pytest.raises(SpecError, match="COMPILEFLOW_ENV: expected 'dev' or 'prod'"):
         get_settings()
 
 

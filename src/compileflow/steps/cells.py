@@ -6,7 +6,8 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
-from compileflow.errors import first_problem
+from compileflow.catalog import get_target
+from compileflow.errors import CompileflowError, first_problem
 from compileflow.spec import Precision, TargetName
 from compileflow.steps.request import AUTO, CompileRequest
 
@@ -42,6 +43,11 @@ class Cells(BaseModel):
     def _cells_are_requests(self) -> Self:
         if AUTO in self.targets:
             raise ValueError(f"name the targets; {AUTO} stands for all of them")
+        for target in self.targets:
+            try:
+                get_target(target)
+            except CompileflowError as error:
+                raise ValueError(error.message.rstrip(".")) from error
         if own_fields := sorted(set(self.shared).intersection(_OWN_FIELDS)):
             raise ValueError(f"shared cannot hold {own_fields[0]!r}, which each cell decides")
         try:
