@@ -19,8 +19,9 @@ from compileflow.local.comparison import Tolerance, compare_with_source
 from compileflow.local.optimized_model import as_source_class
 from compileflow.local.source import default_model, fetch_local, is_compiled, known_task, loaded, preprocessor_of
 from compileflow.serving.model import CompiledModel
-from compileflow.serving.pipeline import CompiledPipeline, check_pipeline, served_task
+from compileflow.serving.pipeline import CompiledPipeline, check_pipeline
 from compileflow.serving.pipeline_settings import check_settings, check_spelling
+from compileflow.serving.served_task import served_task
 from compileflow.settings import Settings, get_settings
 from compileflow.spec import HfTask, Precision
 from compileflow.steps.compile import compile_artifact, detect_task
