@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from compileflow._process.packages import check_installed
 from compileflow.artifact.open import open_artifact
 from compileflow.catalog import get_target, open_store
 from compileflow.errors import SpecError, TargetUnavailableError, VerdictError, first_problem
@@ -247,6 +248,7 @@ def _compiled_model(
     if is_compiled(model):
         compiled_model: CompiledModel = getattr(model, "compiled", model)
         return compiled_model, served_task(compiled_model.artifact, hf_task)
+    check_installed(("torch", "transformers"), subject="A compile", extra="compile")
     revision = settings.get("revision")
     if model is None:
         if hf_task is None:

@@ -17,6 +17,7 @@ from compileflow.artifact.attestations.require_signature import RequireSignature
 from compileflow.artifact.manifest import MANIFEST_NAME
 from compileflow.artifact.open import OpenArtifact, copy_artifact, folder_to_write, path_of
 from compileflow.errors import InputError, LoadError, SpecError, StoreError, first_line
+from compileflow.serving.full_interface import check_full_interface
 from compileflow.serving.interface_files import foreign_errors, load_part, load_saved_tokenizer
 from compileflow.serving.older_folder import open_any
 from compileflow.serving.turns import Turns
@@ -159,6 +160,7 @@ class CompiledTokenizer:
         Raises:
             LoadError: The artifact does not have the component, or has no tokenizer.
         """
+        check_full_interface("CompiledTokenizer")
         record = artifact.component(component)
         if not any(kind_of(file.path) == "tokenizer" for file in artifact.manifest.files):
             raise LoadError(

@@ -15,8 +15,8 @@ from compileflow.artifact.open import OpenArtifact, open_artifact
 from compileflow.contracts import Device
 from compileflow.errors import SpecError
 from compileflow.serving.component import LoadedComponent
+from compileflow.serving.full_interface import FULL_INTERFACE
 from compileflow.serving.interface_files import check_answers, check_files
-from compileflow.serving.light.full_interface import FULL_INTERFACE
 from compileflow.serving.light.model import LightModel, read_config
 from compileflow.serving.light.tokenizer_files import load_tokenizer
 from compileflow.serving.served_task import served_task

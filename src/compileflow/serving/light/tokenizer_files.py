@@ -9,8 +9,8 @@ from typing import Any
 from compileflow.artifact.open import OpenArtifact
 from compileflow.contracts.toolkit import library_errors
 from compileflow.errors import LoadError
+from compileflow.serving.full_interface import FULL_INTERFACE
 from compileflow.serving.interface_files import check_files
-from compileflow.serving.light.full_interface import FULL_INTERFACE
 from compileflow.serving.light.tokenizer import LightTokenizer, TokenizerTraits
 from compileflow.source_model.sentence_files import DAMAGED, read_file
 from compileflow.spec import HfTask
