@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ import pytest
 
 from compileflow import CompiledPipeline, HfTask, LightPipeline
 from compileflow.artifact.manifest import read_manifest
+from compileflow.artifact.open import open_artifact
 from compileflow.errors import InputError, LoadError, SpecError
+from compileflow.validation.measure import Measurements
+from compileflow.validation.whole_artifact import WholeArtifact
 from tests.in_process import InProcess
-from tests.models import sentences
+from tests.models import MAX_TOKENS, sentences
 
 TARGETS = ("onnx-runtime", "openvino")
 LONG = " ".join(sentences()[:12])
@@ -158,6 +162,32 @@ def test_artifact_without_tokenizer_json_is_refused(artifact: Artifact, tmp_path
     manifest.model_copy(update={"files": files}).write(folder)
     with pytest.raises(LoadError, match=r"no tokenizer.json.*compileflow\[hf\]"):
         LightPipeline.from_pretrained(folder)
+
+
+def test_validation_compares_the_light_path(artifact: Artifact, tmp_path: Path) -> None:
+    """A class of transformers that ignores the normalizer of tokenizer.json gives other tokens than the file."""
+    opened = open_artifact(artifact("onnx-runtime", HfTask.FEATURE_EXTRACTION))
+    counts = []
+    for lowers in (True, False):
+        folder = shutil.copytree(opened.folder, tmp_path / f"lowers-{lowers}")
+        edit(folder / "tokenizer_config.json", lambda content: {**content, "tokenizer_class": "BertTokenizer"})
+        edit(
+            folder / "tokenizer.json",
+            lambda content, lowers=lowers: {
+                **content,
+                "normalizer": content["normalizer"] | {"lowercase": lowers},
+            },
+        )
+        measurements = Measurements()
+        WholeArtifact(replace(opened, folder=folder), folder).measure_shared(measurements, max_length=MAX_TOKENS)
+        counts.append((measurements.scalars["token_ids"], measurements.scalars["light_token_ids"]))
+    assert counts[0] == (0, 0)
+    assert counts[1][0] == 0
+    assert counts[1][1] > 100
+
+
+def edit(path: Path, change: Callable[[Any], Any]) -> None:
+    path.write_text(json.dumps(change(json.loads(path.read_text("utf-8")))), "utf-8")
 
 
 def renamed(value: Any, architecture: str) -> Any:

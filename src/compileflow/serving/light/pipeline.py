@@ -90,21 +90,30 @@ class LightPipeline:
             SpecError: No light pipeline serves the task, or it does not have a setting.
         """
         artifact = open_artifact(location, digest=digest, trust=trust, require_signature=require_signature)
-        hf_task = served_task(artifact, task)
-        kind = _pipeline_class(hf_task)
-        if artifact.manifest.spec.trust_remote_code:
-            raise SpecError(
-                "The source model brings Python files, which a light pipeline does not run.",
-                hint=f"{FULL_INTERFACE}, and load with trust_remote_code=True.",
-            )
-        _check_names(hf_task, settings, kind.load_settings)
-        check_files(artifact, artifact.folder)
-        config = read_config(artifact.folder)
+        # Before the runtime starts.
+        _check_request(artifact, served_task(artifact, task), settings)
         graph = LoadedComponent.load(
             artifact, component=component, device=device, threads=threads, buckets=buckets
         )
+        return cls.from_component(graph, task=task, **settings)
+
+    @classmethod
+    def from_component(
+        cls, graph: LoadedComponent, *, task: HfTask | str | None = None, **settings: Any
+    ) -> LightPipeline:
+        """Put a component that is loaded into a pipeline; see `from_pretrained`.
+
+        Raises:
+            LoadError: The artifact does not serve the task, or has no tokenizer.json.
+            SpecError: No light pipeline serves the task, or it does not have a setting.
+        """
+        artifact = graph.artifact
+        hf_task = served_task(artifact, task)
+        kind = _check_request(artifact, hf_task, settings)
+        check_files(artifact, artifact.folder)
+        config = read_config(artifact.folder)
         check_answers(artifact, graph.record, config, None)
-        tokenizer = load_tokenizer(artifact, component=component)
+        tokenizer = load_tokenizer(artifact, component=graph.component)
         folders = [artifact.folder] if hf_task in _WITH_FILES else []
         return cls(kind(LightModel(graph, config), tokenizer, *folders, **settings), artifact)
 
@@ -127,14 +136,27 @@ class LightPipeline:
         return f"LightPipeline(task={self.task!r}, target={self.artifact.manifest.target.name!r})"
 
 
-def _pipeline_class(task: HfTask) -> Any:
+def has_light_pipeline(task: HfTask) -> bool:
+    """Return whether a light pipeline serves a task."""
+    return task in _TASKS
+
+
+def _check_request(artifact: OpenArtifact, task: HfTask, settings: Mapping[str, Any]) -> Any:
+    """Return the class of a task's pipeline, after checking that it serves the artifact and has the settings."""
     if task not in _TASKS:
         raise SpecError(
             f"Light pipelines do not serve {task.value}.",
             hint=f"They serve: {', '.join(_TASKS)}. {FULL_INTERFACE}.",
         )
+    if artifact.manifest.spec.trust_remote_code:
+        raise SpecError(
+            "The source model brings Python files, which a light pipeline does not run.",
+            hint=f"{FULL_INTERFACE}, and load with trust_remote_code=True.",
+        )
     module, _, name = _TASKS[task].partition(":")
-    return getattr(import_module(module), name)
+    kind = getattr(import_module(module), name)
+    _check_names(task, settings, kind.load_settings)
+    return kind
 
 
 @cache

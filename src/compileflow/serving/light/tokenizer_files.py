@@ -15,7 +15,8 @@ from compileflow.serving.light.tokenizer import LightTokenizer, TokenizerTraits
 from compileflow.source_model.sentence_files import DAMAGED, read_file
 from compileflow.spec import HfTask
 
-_FILE, _CONFIG, _MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+TOKENIZER_FILE = "tokenizer.json"
+_CONFIG, _MAP = "tokenizer_config.json", "special_tokens_map.json"
 _SETTINGS = "tokenization_settings.json"
 # Settings of a call that `LightTokenizer.encoded` takes and that may be saved with an artifact.
 _SETTING_NAMES = ("padding", "truncation", "max_length", "stride", "add_special_tokens")
@@ -45,16 +46,16 @@ def load_tokenizer(artifact: OpenArtifact, *, component: str = "default") -> Lig
     """
     folder, longest = artifact.tokenizer_folder, artifact.component(component).max_sequence_length
     check_files(artifact, folder)
-    if not (folder / _FILE).is_file():
+    if not (folder / TOKENIZER_FILE).is_file():
         raise LoadError(
-            f"The artifact has no {_FILE}, which a light pipeline needs.",
+            f"The artifact has no {TOKENIZER_FILE}, which a light pipeline needs.",
             hint=f"Save the source model with a fast tokenizer and compile it again. {FULL_INTERFACE}.",
         )
     from tokenizers import AddedToken, Tokenizer
 
     config = read_file(folder / _CONFIG, {})
     with library_errors(f"The tokenizer in {folder} cannot be used", hint=DAMAGED):
-        backend = Tokenizer.from_file(str(folder / _FILE))
+        backend = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
         named = _named_tokens(folder, config)
         added = {token.content for token in backend.get_added_tokens_decoder().values()}
         tokens = {role: _content(token) for role, token in named.items()}
