@@ -1,6 +1,7 @@
 """Serve a compiled pipeline over HTTP; requests that come at the same time share one call of the model.
 
 ARTIFACT=FOLDER_OR_URI python examples/serve_fastapi.py
+ARTIFACT=FOLDER_OR_URI uvicorn --app-dir examples --factory serve_fastapi:create_app --workers 2
 
 One thread calls the model, so that the event loop never waits for it. After SIGTERM, the service refuses new
 requests, answers the accepted ones, and exits with 0.
@@ -29,8 +30,15 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from compileflow import CompiledPipeline
-from compileflow.errors import CompileflowError, InputError, LoadError, field_problem, first_line, first_problem
+from compileflow import LightPipeline
+from compileflow.errors import (
+    CompileflowError,
+    InputError,
+    SpecError,
+    field_problem,
+    first_line,
+    first_problem,
+)
 
 logger = logging.getLogger("uvicorn.error")
 # The pipelines of these tasks return the result of a single item without a list.
@@ -225,22 +233,20 @@ def count(requests: Sequence[WaitingRequest]) -> int:
     return sum(len(request.items) for request in requests)
 
 
-def load(settings: ServeSettings) -> CompiledPipeline:
-    """Load the pipeline, and run its graph in every shape, because first calls are slow."""
-    artifact, rows = settings.artifact, settings.max_batch
-    pipeline = CompiledPipeline.from_pretrained(artifact, threads=settings.threads, batch_size=rows)
-    record = pipeline.model.graph.record
-    if record.inputs[0].name != "input_ids":
-        raise LoadError(f"{artifact} is for {pipeline.task}, which does not take text.", hint="Serve a text task.")
-    buckets = [(bucket.batch_size, bucket.sequence_length) for bucket in record.shape_buckets]
-    longest = record.max_sequence_length
-    # TorchScript optimizes a graph in its second call.
-    for shape in 2 * (buckets or [(1, longest), (rows, longest)]):
-        pipeline.model.run({"input_ids": [[1] * shape[1]] * shape[0]})
+def load(settings: ServeSettings) -> LightPipeline:
+    """Load the pipeline, and run its graph in every compiled shape, because first calls are slow."""
+    pipeline = LightPipeline.from_pretrained(
+        settings.artifact, threads=settings.threads, batch_size=settings.max_batch
+    )
+    graph = pipeline.model.graph
+    buckets = [(bucket.batch_size, bucket.sequence_length) for bucket in graph.record.shape_buckets]
+    # TorchScript optimizes a graph in its second call. A graph for any shape keeps the memory of its largest call.
+    for rows, length in 2 * buckets or [(1, min(16, graph.record.max_sequence_length))]:
+        graph.run({"input_ids": [[1] * length] * rows})
     return pipeline
 
 
-def answer_together(pipeline: CompiledPipeline, requests: Sequence[WaitingRequest]) -> list[Response | Exception]:
+def answer_together(pipeline: LightPipeline, requests: Sequence[WaitingRequest]) -> list[Response | Exception]:
     """Answer requests with one call of the pipeline; if that call fails, answer each request alone."""
     items = [item for request in requests for item in request.items]
     try:
@@ -289,11 +295,7 @@ def make_app(batcher: Batcher) -> FastAPI:
         await asyncio.wait([worker])
         logger.info("stopped: %s", json.dumps(batcher.counts))
 
-    # The last three are what the pipelines of transformers raise for parameters that they refuse.
-    refused_errors = (
-        *(InputError, RefusedError, TooLargeError, RequestValidationError),
-        *(KeyError, TypeError, ValueError),
-    )
+    refused_errors = (InputError, RefusedError, SpecError, TooLargeError, RequestValidationError)
     app = FastAPI(
         title="compileflow", lifespan=lifespan, exception_handlers=dict.fromkeys(refused_errors, refusal)
     )
@@ -318,6 +320,14 @@ def make_app(batcher: Batcher) -> FastAPI:
         return await batcher.submit(prediction)
 
     return app
+
+
+def create_app() -> FastAPI:
+    """Return the application for a server that starts workers: uvicorn, or gunicorn with uvicorn's worker.
+
+    Each worker loads the artifact when it starts, also after gunicorn's `--preload`.
+    """
+    return make_app(Batcher(ServeSettings()))
 
 
 class Service(Protocol):

@@ -24,7 +24,7 @@ COPY src src
 # For an image without CUDA, give the CPU index of PyTorch as --build-arg PIP_EXTRA_INDEX_URL=...
 ARG PIP_EXTRA_INDEX_URL=
 RUN python -m pip install --constraint constraints.txt \
-    '.[generation,mlflow,neptune,onnx-runtime,openvino,prefect-aws,project-tests,signing,validation]'
+    '.[compile,generation,int8,mlflow,neptune,onnx-runtime,openvino,prefect-aws,project-tests,signing,validation]'
 
 # The tests, and everything that they need.
 FROM build AS development

@@ -19,7 +19,7 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 COPY pyproject.toml README.md ./
 COPY src src
 RUN python -m pip freeze --exclude-editable | grep --extended-regexp '^(neuronx-cc|torch|torch-neuronx|torch-xla)==' > neuron.txt \
-    && python -m pip install --constraint neuron.txt '.[neptune,prefect-aws,project-tests,signing,validation]'
+    && python -m pip install --constraint neuron.txt '.[hf,neptune,prefect-aws,project-tests,signing,validation]'
 
 FROM build AS development
 COPY . .

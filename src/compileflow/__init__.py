@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from compileflow.errors import CompileflowError
     from compileflow.local.api import optimize, pipeline
     from compileflow.local.auto_compiler import AutoCompiler
+    from compileflow.serving.light.pipeline import LightPipeline
     from compileflow.serving.model import CompiledModel
     from compileflow.serving.pipeline import CompiledPipeline
     from compileflow.serving.streaming import TextStreamer
@@ -33,6 +34,7 @@ _MODULES = {
     "CompileflowError": "compileflow.errors",
     "ComponentSpec": "compileflow.spec",
     "HfTask": "compileflow.spec",
+    "LightPipeline": "compileflow.serving.light.pipeline",
     "Precision": "compileflow.spec",
     "ShapeBucket": "compileflow.spec",
     "TextStreamer": "compileflow.serving.streaming",
@@ -50,6 +52,7 @@ __all__ = [
     "CompileflowError",
     "ComponentSpec",
     "HfTask",
+    "LightPipeline",
     "Precision",
     "ShapeBucket",
     "TextStreamer",

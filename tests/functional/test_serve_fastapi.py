@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +25,7 @@ from compileflow.spec import HfTask
 from tests.conftest import ModelFactory
 from tests.in_process import InProcess
 from tests.models import sentences
-from tests.services.example_process import WAIT_S, ExampleProcess
+from tests.services.example_process import FOLDER, WAIT_S, ExampleProcess
 
 TEXTS = sentences()
 SCORE_ATOL = 1e-4
@@ -188,7 +190,10 @@ def test_wrong_requests_get_one_line_and_take_no_other_with_them(
             bad_parameter = {"inputs": ["a"] * len(bodies), "parameters": {"function_to_apply": "no such"}}
             refused = client.post("/predict", json=bad_parameter)
             assert refused.status_code == 400
-            assert "NO SUCH" in refused.json()["error"]
+            assert "no such" in refused.json()["error"]
+            bad_task = client.post("/predict", json={"inputs": "a", "parameters": {"targets": "b"}})
+            assert bad_task.status_code == 400
+            assert "no setting 'targets'" in bad_task.json()["error"]
         responses = service.at_once(bodies)
 
     assert_answers(responses[:-1], reference(good_texts))
@@ -273,3 +278,27 @@ def test_nothing_accepted_is_lost_when_sigterm_meets_50_busy_callers(
     # A service that is no longer ready stays so.
     assert statuses == sorted(statuses)
     assert set(statuses) <= {200, 503}
+
+
+@pytest.mark.slow
+def test_uvicorn_starts_workers_from_the_factory(model: Path, in_process: InProcess, tmp_path: Path) -> None:
+    artifact = in_process.compiled(model, "onnx-runtime", HfTask.TEXT_CLASSIFICATION)
+    words = ["--app-dir", str(FOLDER), "--factory", "serve_fastapi:create_app", "--workers", "2", "--port", "0"]
+    log = tmp_path / "service.log"
+    environment = os.environ | {"ARTIFACT": str(artifact), "COMPILEFLOW_HOME": str(tmp_path / "home")}
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "uvicorn", *words], env=environment, stdout=out, stderr=subprocess.STDOUT
+        )
+        service = Service(process, log)
+        try:
+            service.poll(lambda: log.read_text("utf-8").count("ready: ") == 2)
+            with service.ready() as client:
+                answers = [client.post("/predict", json={"inputs": text}) for text in TEXTS[:8]]
+            process.terminate()
+            process.wait(WAIT_S)
+        finally:
+            process.kill()
+            process.wait(WAIT_S)
+    assert [answer.status_code for answer in answers] == [200] * 8
+    assert log.read_text("utf-8").count("stopped: ") == 2

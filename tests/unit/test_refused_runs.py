@@ -123,7 +123,7 @@ def test_missing_toolchain_of_every_target_of_auto_is_refused(
             compileflow_app,
             ("onnx", "onnxscript", "great-expectations", "boto3"),
             "onnx, onnxscript, great-expectations, boto3, which are",
-            "onnx-runtime,validation,s3",
+            "compile,validation,s3",
         ),
         (flows_app, ("prefect",), "prefect, which is", "prefect"),
     ],

@@ -118,7 +118,9 @@ def test_every_task_has_a_decision_gate(precision: Precision, task: HfTask) -> N
 
 
 @pytest.mark.parametrize(("precision", "task"), EVERY)
-def test_only_the_numbers_of_int8_and_registered_predictions_warn(precision: Precision, task: HfTask) -> None:
+def test_only_the_numbers_of_int8_registered_predictions_and_the_light_path_warn(
+    precision: Precision, task: HfTask
+) -> None:
     warning = {gate.entry.gate for gate in gates_for(precision, task, {}) if gate.severity == "warning"}
     numbers = {
         "mask_respected",
@@ -129,8 +131,8 @@ def test_only_the_numbers_of_int8_and_registered_predictions_warn(precision: Pre
         "cached_reading",
     }
     gates = {gate.entry.gate for gate in gates_for(precision, task, {})}
-    texts = {"greedy"} & gates
-    assert warning == {"registered_predictions"} | texts | (numbers & gates if precision.is_integer else set())
+    others = {"greedy", "light_token_ids", "light_answers"} & gates
+    assert warning == {"registered_predictions"} | others | (numbers & gates if precision.is_integer else set())
 
 
 def test_a_tasks_own_limit_wins() -> None:

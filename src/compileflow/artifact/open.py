@@ -160,7 +160,8 @@ class OpenArtifact:
         availability = target.probe()
         if not availability.can_run:
             raise LoadError(
-                f"{target.name} cannot run here: {availability.reason}.", hint=f"Try: {availability.hint}."
+                f"{target.name} cannot run here: {availability.run_reason or availability.reason}.",
+                hint=f"Try: {availability.run_hint or availability.hint}.",
             )
         check_runtime(target, self.manifest.target.toolchain)
         if record.precision in availability.lacking:

@@ -17,12 +17,14 @@ import typer
 from typer.models import ArgumentInfo, ParameterInfo
 
 from compileflow._process.interrupts import signal_of, stopped_by_signals, word_for
-from compileflow.errors import CompileflowError, SourceError, SpecError
+from compileflow.errors import CompileflowError, MissingPackageError, SourceError, SpecError
 
 if TYPE_CHECKING:
     from compileflow.contracts import ModelVersion
 
 FAILED, WRONG_REQUEST = 1, 2
+# What the extra compile brings, by the names of the modules.
+_COMPILE_PACKAGES = ("onnx", "onnxscript", "safetensors", "torch", "transformers")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 ModelName = Annotated[str, typer.Argument(help="Name of a registered model.")]
@@ -45,10 +47,22 @@ def one_line_errors(command: Callable[Parameters, None]) -> Callable[Parameters,
                 command(*args, **kwargs)
             except CompileflowError as error:
                 fail(error, as_json=bool(kwargs.get("as_json")))
+            except ModuleNotFoundError as error:
+                fail(_missing_package(error), as_json=bool(kwargs.get("as_json")))
             except KeyboardInterrupt as error:
                 stop(error, "No partial result was kept.")
 
     return wrapped
+
+
+def _missing_package(error: ModuleNotFoundError) -> MissingPackageError:
+    """Return the error for a package that compiling needs; raise the error of any other module."""
+    package = (error.name or "").partition(".")[0]
+    if package not in _COMPILE_PACKAGES:
+        raise error
+    return MissingPackageError(
+        f"This command needs {package}, which is not installed.", hint="Run: pip install 'compileflow[compile]'."
+    )
 
 
 def exit_code(error: CompileflowError) -> int:

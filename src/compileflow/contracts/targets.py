@@ -31,6 +31,8 @@ class Availability:
         reason: What is missing, if one of the two is False.
         hint: How to provide it, for example a command that installs it.
         lacking: Precisions of the target that this machine cannot run, each with the reason.
+        run_reason: What the runtime alone lacks; "" for the same as `reason`.
+        run_hint: How to provide the runtime alone; "" for the same as `hint`.
     """
 
     can_compile: bool
@@ -38,6 +40,8 @@ class Availability:
     reason: str = ""
     hint: str = ""
     lacking: Mapping[Precision, str] = field(default_factory=dict)
+    run_reason: str = ""
+    run_hint: str = ""
 
 
 @dataclass(frozen=True)

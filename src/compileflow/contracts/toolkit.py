@@ -17,6 +17,7 @@ from compileflow.errors import CompileflowError, InputError, LoadError, first_li
 from compileflow.spec import Precision
 
 __all__ = [
+    "INSTALL_TORCH",
     "cpu_features",
     "environment",
     "in_parts",
@@ -33,6 +34,8 @@ __all__ = [
     "undisturbed_process",
 ]
 
+# Of targets that need torch alone.
+INSTALL_TORCH = "pip install 'compileflow[hf]'"
 Item = TypeVar("Item")
 Loaded = TypeVar("Loaded")
 
@@ -42,6 +45,7 @@ def probe_installed(
     run_needs: Sequence[str],
     *,
     install: str,
+    runtime_install: str = "",
     lacking: Mapping[Precision, str] | None = None,
 ) -> Availability:
     """Answer `Target.probe` for a toolchain that consists of Python distributions alone.
@@ -50,20 +54,26 @@ def probe_installed(
         compile_needs: Distributions that a compile imports.
         run_needs: Distributions that a loaded component imports.
         install: Command that installs them.
+        runtime_install: Command that installs what a loaded component imports; "" for the same command.
         lacking: Precisions that this machine cannot run, each with the reason.
     """
     versions = installed_versions((*compile_needs, *run_needs))
     missing_packages = [name for name in dict.fromkeys((*run_needs, *compile_needs)) if name not in versions]
     if not missing_packages:
         return Availability(can_compile=True, can_run=True, lacking=lacking or {})
-    verb = "is" if len(missing_packages) == 1 else "are"
     return Availability(
         can_compile=versions.keys() >= set(compile_needs),
         can_run=versions.keys() >= set(run_needs),
-        reason=f"{', '.join(missing_packages)} {verb} not installed",
+        reason=_not_installed(missing_packages),
         hint=install,
         lacking=lacking or {},
+        run_reason=_not_installed([name for name in missing_packages if name in run_needs]),
+        run_hint=runtime_install,
     )
+
+
+def _not_installed(names: Sequence[str]) -> str:
+    return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} not installed" if names else ""
 
 
 def refusal(

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from compileflow._process.packages import check_installed
 from compileflow.artifact.open import open_artifact
 from compileflow.catalog import get_target, open_store
 from compileflow.errors import SpecError, TargetUnavailableError, VerdictError, first_problem
@@ -19,8 +20,9 @@ from compileflow.local.comparison import Tolerance, compare_with_source
 from compileflow.local.optimized_model import as_source_class
 from compileflow.local.source import default_model, fetch_local, is_compiled, known_task, loaded, preprocessor_of
 from compileflow.serving.model import CompiledModel
-from compileflow.serving.pipeline import CompiledPipeline, check_pipeline, served_task
+from compileflow.serving.pipeline import CompiledPipeline, check_pipeline
 from compileflow.serving.pipeline_settings import check_settings, check_spelling
+from compileflow.serving.served_task import served_task
 from compileflow.settings import Settings, get_settings
 from compileflow.spec import HfTask, Precision
 from compileflow.steps.compile import compile_artifact, detect_task
@@ -246,6 +248,7 @@ def _compiled_model(
     if is_compiled(model):
         compiled_model: CompiledModel = getattr(model, "compiled", model)
         return compiled_model, served_task(compiled_model.artifact, hf_task)
+    check_installed(("torch", "transformers"), subject="A compile", extra="compile")
     revision = settings.get("revision")
     if model is None:
         if hf_task is None:

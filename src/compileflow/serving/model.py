@@ -17,6 +17,7 @@ from compileflow.errors import InputError, LoadError
 from compileflow.serving.choices import run_choices
 from compileflow.serving.component import LoadedComponent, named_inputs
 from compileflow.serving.from_memory import in_memory
+from compileflow.serving.full_interface import check_full_interface
 from compileflow.serving.interface_files import check_answers, check_output_class, load_part, output_class
 from compileflow.serving.older_folder import open_any
 from compileflow.spec import NEURON_TARGETS, HfTask, ShapeBucket
@@ -185,6 +186,7 @@ class CompiledModel(FixedModule):
         buckets: Sequence[ShapeBucket] | None = None,
     ) -> CompiledModel:
         """Load from an artifact that is already open."""
+        check_full_interface("CompiledModel")
         artifact.check_code()
         check_output_class(artifact, artifact.component(component).output_class)
         graph = LoadedComponent.load(

@@ -25,6 +25,7 @@ from compileflow.serving.original import completed_artifact, load_original, orig
 from compileflow.serving.pipeline_settings import check_mapping, check_settings, check_spelling
 from compileflow.serving.question_answering import QuestionAnsweringPipeline
 from compileflow.serving.sentence_embedding import SentenceEmbeddingPipeline
+from compileflow.serving.served_task import served_task
 from compileflow.serving.text_ranking import TextRankingPipeline
 from compileflow.serving.tokenizer import CompiledTokenizer
 from compileflow.spec import TEXT_TASKS, HfTask, ShapeBucket
@@ -290,26 +291,6 @@ class CompiledPipeline:
 
     def __repr__(self) -> str:
         return f"CompiledPipeline(task={self.task!r}, model={self.model!r})"
-
-
-def served_task(artifact: OpenArtifact, requested_task: HfTask | str | None) -> HfTask:
-    """Return the task that an artifact is to serve; None requests the task that it was compiled for.
-
-    Raises:
-        LoadError: The artifact does not serve the requested task.
-    """
-    compiled_task = artifact.manifest.hf_task
-    if requested_task is None:
-        return compiled_task
-    served_tasks = [task for task in HfTask if task.graph_task is compiled_task.graph_task]
-    with suppress(ValueError):
-        task = HfTask(requested_task)
-        if task in served_tasks:
-            return task
-    raise LoadError(
-        f"The artifact was compiled for {compiled_task.value} and does not serve {str(requested_task)!r}.",
-        hint=f"It serves: {', '.join(served_tasks)}.",
-    )
 
 
 def check_pipeline(task: HfTask) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,9 @@ class QuestionAnsweringPipeline:
         task: "question-answering".
         settings: Default settings of each call.
     """
+
+    load_settings = tuple(field.name for field in fields(AnswerSettings))
+    call_settings = ("inputs", "question", "context", *load_settings)
 
     def __init__(self, model: Any, tokenizer: Any, **settings: Any):
         self.model, self.tokenizer = model, tokenizer

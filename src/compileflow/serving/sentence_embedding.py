@@ -17,7 +17,6 @@ from compileflow.source_model.sentence_modules import EmbeddingRecipe, read_reci
 
 Embeddings = NDArray[np.float32]
 
-_SETTINGS = ("normalize", "batch_size", "pooling", "truncate_dim")
 _TOKENS = "last_hidden_state"
 
 
@@ -44,13 +43,14 @@ class SentenceEmbeddingPipeline:
     """
 
     task = "sentence-similarity"
+    load_settings = ("normalize", "batch_size", "pooling", "truncate_dim")
 
     def __init__(self, model: Any, tokenizer: Any, folder: Path, **settings: Any):
-        unknown_names = sorted(set(settings) - set(_SETTINGS))
+        unknown_names = sorted(set(settings) - set(self.load_settings))
         if unknown_names:
             raise LoadError(
                 f"Sentence embeddings have no setting {unknown_names[0]!r}.",
-                hint=f"The settings are: {', '.join(_SETTINGS)}.",
+                hint=f"The settings are: {', '.join(self.load_settings)}.",
             )
         # Read here, so that loading fails for a model that cannot be pooled.
         recipe = read_recipe(folder)

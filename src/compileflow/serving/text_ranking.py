@@ -12,12 +12,12 @@ from compileflow.contracts import Arrays
 from compileflow.errors import InputError, LoadError
 from compileflow.serving.rows import PreparedItem, checked_batch_size, run_rows
 from compileflow.serving.tokenized_rows import lowering_tokenizer, tokenized_rows
+from compileflow.source_model.activations import Activation, in_torch, softmax
 from compileflow.source_model.ranking_recipe import read_ranking_recipe
 from compileflow.spec import HfTask
 
-_SETTINGS = ("activation_fn", "batch_size")
 _LOGITS = "logits"
-Activation = Callable[[Any], Any]
+ScoreFunction = Callable[[Any], Any]
 
 
 class TextRankingPipeline:
@@ -40,18 +40,20 @@ class TextRankingPipeline:
         LoadError: A setting is unknown, or a file of sentence-transformers is not supported.
     """
 
+    load_settings = ("activation_fn", "batch_size")
+
     def __init__(self, model: Any, tokenizer: Any, folder: Path, **settings: Any):
-        unknown_names = sorted(set(settings) - set(_SETTINGS))
+        unknown_names = sorted(set(settings) - set(self.load_settings))
         if unknown_names:
             raise LoadError(
                 f"Text ranking has no setting {unknown_names[0]!r}.",
-                hint=f"The settings are: {', '.join(_SETTINGS)}.",
+                hint=f"The settings are: {', '.join(self.load_settings)}.",
             )
         recipe = read_ranking_recipe(folder)
         longest = model.graph.record.max_sequence_length
         self.model, self.tokenizer = model, tokenizer
         self.task = HfTask.TEXT_RANKING.value
-        self.activation_fn: Activation = settings.get("activation_fn") or recipe.activation
+        self.activation_fn: ScoreFunction = settings.get("activation_fn") or recipe.activation
         self.batch_size = checked_batch_size(settings.get("batch_size"))
         self.max_tokens = min(recipe.text.max_tokens or longest, longest)
         self.prompts, self.default_prompt_name = recipe.text.prompts, recipe.text.default_prompt_name
@@ -67,7 +69,7 @@ class TextRankingPipeline:
         prompt: str | None = None,
         prompt_name: str | None = None,
         batch_size: int | None = None,
-        activation_fn: Activation | None = None,
+        activation_fn: ScoreFunction | None = None,
         apply_softmax: bool = False,
     ) -> Any:
         """Score a pair, a list of pairs, or the pairs of an iterator one at a time.
@@ -114,7 +116,7 @@ class TextRankingPipeline:
         prompt: str | None = None,
         prompt_name: str | None = None,
         batch_size: int | None = None,
-        activation_fn: Activation | None = None,
+        activation_fn: ScoreFunction | None = None,
     ) -> list[dict[str, Any]]:
         """Score documents for a query, and return them with the best first.
 
@@ -159,16 +161,12 @@ class TextRankingPipeline:
         rows = tokenized_rows(self.model, self.tokenizer, first_texts, second_texts, max_tokens=self.max_tokens)
         return (PreparedItem([row], None) for row in rows)
 
-    def _scores(self, logits: Any, activation_fn: Activation, *, apply_softmax: bool) -> Any:
-        import torch
-
-        with torch.inference_mode():
-            scores = activation_fn(torch.from_numpy(logits))
-            if self.num_labels == 1 and scores.ndim > 1:
-                scores = scores.squeeze(-1)
-            if apply_softmax and scores.ndim > 1:
-                scores = torch.nn.functional.softmax(scores, dim=1)
-            return scores.float().numpy()
+    def _scores(self, logits: Any, activation_fn: ScoreFunction, *, apply_softmax: bool) -> Any:
+        is_own = isinstance(activation_fn, Activation)
+        scores = activation_fn(logits) if is_own else in_torch(activation_fn, logits)
+        if self.num_labels == 1 and scores.ndim > 1:
+            scores = scores.squeeze(-1)
+        return softmax(scores) if apply_softmax and scores.ndim > 1 else scores
 
     def __repr__(self) -> str:
         return f"TextRankingPipeline(activation_fn={self.activation_fn}, max_tokens={self.max_tokens})"

@@ -6,10 +6,8 @@ import copy
 import inspect
 import json
 import logging
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from functools import wraps
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,10 @@ from compileflow.artifact.attestations.require_signature import RequireSignature
 from compileflow.artifact.manifest import MANIFEST_NAME
 from compileflow.artifact.open import OpenArtifact, copy_artifact, folder_to_write, path_of
 from compileflow.errors import InputError, LoadError, SpecError, StoreError, first_line
+from compileflow.serving.full_interface import check_full_interface
 from compileflow.serving.interface_files import foreign_errors, load_part, load_saved_tokenizer
 from compileflow.serving.older_folder import open_any
+from compileflow.serving.turns import Turns
 from compileflow.source_model.interface import length_limit
 from compileflow.sources.files import kind_of
 from compileflow.spec import HfTask
@@ -30,31 +30,6 @@ SETTINGS_FILE = "tokenization_settings.json"
 # Methods of the wrapped tokenizer that set its truncation and padding.
 _ENCODING_METHODS = ("encode", "batch_encode_plus", "tokenize", "apply_chat_template", "_encode_plus")
 _TEXTS = ("self", "text", "text_pair", "text_target", "text_pair_target", "kwargs")
-
-
-class _Turns:
-    """Lets one thread at a time use a tokenizer.
-
-    Truncation and padding are state of a fast tokenizer, which each call sets before it encodes. A call of another
-    thread in between would change the result. Deep copies and pickles have their own tokenizer and their own lock.
-    """
-
-    def __init__(self) -> None:
-        # Reentrant, because some methods call others.
-        self.lock = threading.RLock()
-
-    def guarded(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a method that waits for its turn."""
-
-        @wraps(method)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with self.lock:
-                return method(*args, **kwargs)
-
-        return call
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Turns, ()
 
 
 class CompiledTokenizer:
@@ -84,7 +59,7 @@ class CompiledTokenizer:
         self.tokenization_settings = dict(tokenization_settings)
         self._fixed = fixed
         self._artifact = artifact
-        self._turns = _Turns()
+        self._turns = Turns()
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any, **settings: Any) -> CompiledTokenizer:
@@ -185,6 +160,7 @@ class CompiledTokenizer:
         Raises:
             LoadError: The artifact does not have the component, or has no tokenizer.
         """
+        check_full_interface("CompiledTokenizer")
         record = artifact.component(component)
         if not any(kind_of(file.path) == "tokenizer" for file in artifact.manifest.files):
             raise LoadError(
@@ -250,7 +226,7 @@ class CompiledTokenizer:
             InputError: Rows need padding, but the tokenizer has no token for it.
         """
         try:
-            # Truncation and padding are state: see `_Turns`.
+            # Truncation and padding are state: see `Turns`.
             with self._turns.lock:
                 return self.tokenizer(*args, **settings)
         except ValueError as error:

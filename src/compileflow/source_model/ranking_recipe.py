@@ -9,12 +9,12 @@ from typing import Any
 
 from compileflow.contracts.toolkit import library_errors
 from compileflow.errors import LoadError
+from compileflow.source_model.activations import Activation, activation_function
 from compileflow.source_model.sentence_files import (
     DAMAGED,
     MODULES_FILE,
     SETTINGS_FILE,
     TextSettings,
-    activation_function,
     module_list,
     read_file,
     read_text_settings,
@@ -29,11 +29,11 @@ class RankingRecipe:
     """The steps from a pair of texts to its score, except for the transformer itself.
 
     Attributes:
-        activation: Module of torch.nn that turns logits into scores.
+        activation: Turns logits into scores.
         text: How the model reads pairs. A prompt stands in front of the first text.
     """
 
-    activation: Any
+    activation: Activation
     text: TextSettings = field(default_factory=TextSettings)
 
 

@@ -7,9 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from compileflow.contracts.digests import safe_relative_path
 from compileflow.contracts.json_files import read_json
 from compileflow.errors import InputError, LoadError
@@ -138,37 +135,6 @@ def transformer_settings(folder: Path) -> dict[str, Any]:
     # The name contains the model type: sentence_bert_config.json, sentence_roberta_config.json.
     paths = sorted(folder.glob("sentence_*_config.json"))
     return dict(read_file(paths[0], {})) if paths else {}
-
-
-def activation_function(path: str, place: str) -> Any:
-    """Return an activation of torch.nn by its path, as sentence-transformers writes it.
-
-    Raises:
-        LoadError: The path names another class, or an activation with weights.
-    """
-    from torch import nn
-
-    kind = getattr(nn, path.rpartition(".")[2], None) if path.startswith("torch.nn.") else None
-    if isinstance(kind, type) and issubclass(kind, nn.Module):
-        try:
-            activation = kind()
-        except TypeError:
-            activation = None
-        if activation is not None and not activation.state_dict():
-            return activation.eval()
-    raise LoadError(
-        f"{place} has the activation {path!r}; expected one of torch.nn without weights.",
-        hint="Compile for another task, and use sentence-transformers for the rest.",
-    )
-
-
-def activate(activation: Any, values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Apply an activation of torch.nn to an array; the last axis holds the numbers of one text."""
-    import torch
-
-    with torch.inference_mode():
-        rows = torch.from_numpy(np.ascontiguousarray(np.atleast_2d(values)))
-        return np.asarray(activation(rows).numpy().reshape(values.shape), dtype=np.float32)
 
 
 def typed(settings: Mapping[str, Any], name: str, kind: type, place: str) -> Any:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from compileflow.contracts.toolkit import library_errors
 from compileflow.errors import LoadError
+from compileflow.source_model.activations import Activation, activation_function
 from compileflow.source_model.sentence_files import (
     DAMAGED,
     MODULE_WEIGHTS,
@@ -21,8 +22,6 @@ from compileflow.source_model.sentence_files import (
     SAVE_SAFE,
     SETTINGS_FILE,
     TextSettings,
-    activate,
-    activation_function,
     module_list,
     read_file,
     read_text_settings,
@@ -53,6 +52,8 @@ _SHORTEST = 1e-12
 # sentence-transformers divides by at least this number, for texts without a token to pool.
 _LEAST_WEIGHT = 1e-9
 _LAYER_NORM_EPS = 1e-5
+# Types of safetensors files that NumPy has.
+_NUMPY_TYPES = ("F64", "F32", "F16")
 _HINT = "Compile for feature-extraction, and use sentence-transformers for the rest."
 
 
@@ -89,7 +90,7 @@ class Dense:
     Attributes:
         weight: Shape (out_features, in_features).
         bias: Shape (out_features,); None without one.
-        activation: Module of torch.nn without weights.
+        activation: Activation of the result.
         uses_residual: Whether the input is added to the result.
         residual: Matrix for the added input where sizes differ, shape (out_features, in_features).
         source: Feature that the module reads.
@@ -98,7 +99,7 @@ class Dense:
 
     weight: Floats = field(repr=False)
     bias: Floats | None = field(repr=False)
-    activation: Any
+    activation: Activation
     uses_residual: bool = False
     residual: Floats | None = field(default=None, repr=False)
     source: str = _SENTENCE
@@ -108,7 +109,7 @@ class Dense:
         """Compute activation(W x + b), plus the residual if there is one."""
         value = features[self.source]
         product = value @ self.weight.T
-        outcome = activate(self.activation, product if self.bias is None else product + self.bias)
+        outcome = self.activation(product if self.bias is None else product + self.bias)
         if self.uses_residual:
             outcome = outcome + (value if self.residual is None else value @ self.residual.T)
         features[self.result] = outcome
@@ -382,17 +383,8 @@ def _module_weights(folder: Path) -> dict[str, Floats]:
             f"{folder.name} has no weights: expected {' or '.join(MODULE_WEIGHTS)}.",
             hint=DAMAGED,
         )
-    import torch
-    from safetensors.torch import load_file
-
     try:
-        # Files before safetensors; the unpickler accepts tensors only.
-        tensors = (
-            load_file(paths[0])
-            if paths[0].suffix == ".safetensors"
-            else torch.load(paths[0], map_location="cpu", weights_only=True)
-        )
-        return {str(name): tensor.float().numpy() for name, tensor in tensors.items()}
+        return _read_safetensors(paths[0]) if paths[0].suffix == ".safetensors" else _read_pickle(paths[0])
     except pickle.UnpicklingError as error:
         raise LoadError(f"{folder.name}/{paths[0].name} {NOT_PLAIN}.", hint=SAVE_SAFE) from error
     except Exception as error:
@@ -400,6 +392,26 @@ def _module_weights(folder: Path) -> dict[str, Floats]:
             f"{folder.name}/{paths[0].name} cannot be read: {type(error).__name__}: {error}.",
             hint=DAMAGED,
         ) from error
+
+
+def _read_safetensors(path: Path) -> dict[str, Floats]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as tensors:
+        if all(tensors.get_slice(name).get_dtype() in _NUMPY_TYPES for name in tensors.keys()):  # noqa: SIM118
+            return {name: tensors.get_tensor(name).astype(np.float32) for name in tensors.keys()}  # noqa: SIM118
+    # NumPy has no bfloat16. The files of artifacts hold float32.
+    from safetensors.torch import load_file
+
+    return {name: tensor.float().numpy() for name, tensor in load_file(path).items()}
+
+
+def _read_pickle(path: Path) -> dict[str, Floats]:
+    """Read a file from before safetensors; the unpickler accepts tensors only."""
+    import torch
+
+    tensors = torch.load(path, map_location="cpu", weights_only=True)
+    return {str(name): tensor.float().numpy() for name, tensor in tensors.items()}
 
 
 def _checked_modes(modes: tuple[str, ...], setting: str) -> tuple[str, ...]:

@@ -202,17 +202,22 @@ def _check_suite(request: CompileRequest, hf_task: HfTask | None) -> None:
 
 def _missing_from(extra: str) -> list[str]:
     """Return the distributions of one of compileflow's extras that are not installed."""
-    requirements = [Requirement(line) for line in requires("compileflow") or ()]
-    names = [
-        requirement.name
-        for requirement in requirements
-        if requirement.marker is not None
-        and requirement.marker.evaluate({"extra": extra})
-        and not requirement.marker.evaluate({"extra": ""})
-        and requirement.name != "compileflow"
-    ]
+    names = list(_packages_of(extra, [Requirement(line) for line in requires("compileflow") or ()]))
     versions = installed_versions(names)
     return [name for name in names if name not in versions]
+
+
+def _packages_of(extra: str, requirements: Sequence[Requirement]) -> Iterator[str]:
+    """Yield the distributions of an extra and of the extras that it includes."""
+    for requirement in requirements:
+        marker = requirement.marker
+        if marker is None or not marker.evaluate({"extra": extra}) or marker.evaluate({"extra": ""}):
+            continue
+        if requirement.name == "compileflow":
+            for included in sorted(requirement.extras):
+                yield from _packages_of(included, requirements)
+        else:
+            yield requirement.name
 
 
 def _check_exists(path: str | None, what: str, option: str) -> None:

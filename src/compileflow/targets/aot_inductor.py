@@ -29,6 +29,7 @@ from compileflow.contracts import (
     TensorRecord,
 )
 from compileflow.contracts.toolkit import (
+    INSTALL_TORCH,
     cpu_features,
     environment,
     installed_versions,
@@ -115,7 +116,7 @@ class AotInductorTarget:
     def probe(self) -> Availability:
         """Check whether torch and a C++ compiler are installed; running needs only torch."""
         lacking = lacking_precisions(self.capabilities.precisions)
-        torch_availability = probe_installed(("torch",), ("torch",), install="pip install torch", lacking=lacking)
+        torch_availability = probe_installed(("torch",), ("torch",), install=INSTALL_TORCH, lacking=lacking)
         compiler = os.environ.get("CXX") or "g++"
         if not torch_availability.can_run or shutil.which(compiler) is not None:
             return torch_availability

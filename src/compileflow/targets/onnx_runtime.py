@@ -169,7 +169,12 @@ class OnnxRuntimeTarget:
 
     def probe(self) -> Availability:
         """Check which distributions are installed, without importing them."""
-        return probe_installed(_COMPILE_NEEDS, ("onnxruntime",), install="pip install 'compileflow[onnx-runtime]'")
+        return probe_installed(
+            _COMPILE_NEEDS,
+            ("onnxruntime",),
+            install="pip install 'compileflow[compile,onnx-runtime]'",
+            runtime_install="pip install 'compileflow[onnx-runtime]'",
+        )
 
     def toolchain(self) -> dict[str, str]:
         """Return the versions of the exporter, the quantizer and the runtime."""

@@ -212,7 +212,8 @@ class OpenVinoTarget:
         return probe_installed(
             _COMPILE_NEEDS,
             ("openvino",),
-            install="pip install 'compileflow[openvino]'",
+            install="pip install 'compileflow[compile,int8,openvino]'",
+            runtime_install="pip install 'compileflow[openvino]'",
             lacking=lacking_precisions(self.capabilities.all_precisions),
         )
 

@@ -25,6 +25,7 @@ from compileflow.contracts import (
     TargetOptions,
 )
 from compileflow.contracts.toolkit import (
+    INSTALL_TORCH,
     in_parts,
     installed_versions,
     lacking_precisions,
@@ -67,7 +68,7 @@ class TorchScriptTarget:
     def probe(self) -> Availability:
         """Check whether torch is installed, without importing it."""
         lacking = lacking_precisions(self.capabilities.precisions)
-        return probe_installed(("torch",), ("torch",), install="pip install torch", lacking=lacking)
+        return probe_installed(("torch",), ("torch",), install=INSTALL_TORCH, lacking=lacking)
 
     def toolchain(self) -> dict[str, str]:
         """Return the versions of torch and transformers."""

@@ -6,17 +6,21 @@ answers is a fault of the interface, at every precision; differences of the grap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from compileflow.artifact.open import OpenArtifact
 from compileflow.contracts import Arrays
 from compileflow.errors import LoadError, first_line
 from compileflow.serving.component import LoadedComponent
 from compileflow.serving.interface_files import load_part
+from compileflow.serving.light.pipeline import LightPipeline, has_light_pipeline
+from compileflow.serving.light.tokenizer_files import TOKENIZER_FILE, load_tokenizer
 from compileflow.serving.model import CompiledModel
 from compileflow.serving.padding import complete_inputs
 from compileflow.serving.pipeline import CompiledPipeline
@@ -80,7 +84,7 @@ class WholeArtifact:
         """Compare what all components share: files, tokens, and outputs of the processor.
 
         Args:
-            measurements: Gets `interface_files`, `token_ids` and `processor_outputs`.
+            measurements: Gets `interface_files`, `token_ids`, `light_token_ids` and `processor_outputs`.
             max_length: Longest row of the artifact in tokens.
         """
         measure_files(measurements, self.source_dir, self.artifact, is_imported=self._is_imported)
@@ -99,7 +103,7 @@ class WholeArtifact:
         """Compare the manifest's claims about a component, and its answers to raw inputs.
 
         Args:
-            measurements: Gets `manifest_claims` and `pipeline_answers`.
+            measurements: Gets `manifest_claims`, `pipeline_answers` and `light_answers`.
             component: The loaded component.
             claims: Name of each claim, with the expected value and that of the manifest.
             max_length: Longest row that the component must take.
@@ -129,6 +133,35 @@ class WholeArtifact:
             lambda item: candidate(item, **settings),
             self._raw_inputs(max_length),
             before_each=outputs.clear,
+        )
+        if self._has_light_path:
+            self._measure_light_answers(measurements, component, candidate, max_length)
+
+    def _measure_light_answers(
+        self, measurements: Measurements, component: LoadedComponent, full: CompiledPipeline, max_length: int
+    ) -> None:
+        """Compare the answers of the light pipeline with those of the full one, which have been compared."""
+        outputs: dict[Any, Arrays] = {}
+        recorded = _RecordedComponent(component, self.artifact, outputs)
+        light, error = _attempted(lambda: LightPipeline.from_component(recorded))
+        if error is not None:
+            record_refusal(measurements, "light_answers", error)
+            return
+        settings = dict(CALL_SETTINGS.get(self._task, {}))
+        # A light pipeline has no tensors, and the comparison of nested lists is slow.
+        in_arrays = settings.pop("return_tensors", False)
+
+        def answer(pipeline: Any, item: Any) -> Any:
+            answer = pipeline(item, **settings)
+            return np.asarray(answer) if in_arrays else answer
+
+        measure_answers(
+            measurements,
+            partial(answer, full),
+            partial(answer, light),
+            self._raw_inputs(max_length),
+            before_each=outputs.clear,
+            metric="light_answers",
         )
 
     def _measure_configuration(self, measurements: Measurements) -> None:
@@ -197,6 +230,8 @@ class WholeArtifact:
         except LoadError as error:
             record_refusal(measurements, "token_ids", error)
             return
+        if self._has_light_path:
+            self._measure_light_tokens(measurements, candidate, texts)
         # Prompts are never cut.
         settings: dict[str, Any] = {} if self._task.generates else {"truncation": True, "max_length": max_length}
         if (self.source_dir / SETTINGS_FILE).is_file():
@@ -208,16 +243,42 @@ class WholeArtifact:
             texts,
         )
 
+    def _measure_light_tokens(
+        self, measurements: Measurements, full: CompiledTokenizer, texts: Sequence[str]
+    ) -> None:
+        """Compare the light tokenizer with the full one, which is compared with the source model's."""
+        light, error = _attempted(lambda: load_tokenizer(self.artifact, component=self._longest_component))
+        if error is not None:
+            record_refusal(measurements, "light_token_ids", error)
+            return
+        settings = full.tokenization_settings | {"padding": False}
+        measure_token_ids(
+            measurements,
+            partial(full.encoded, **_ragged(settings)),
+            partial(light.encoded, **settings),
+            texts,
+            metric="light_token_ids",
+        )
+
+    @property
+    def _has_light_path(self) -> bool:
+        """Whether a service can load the artifact without transformers."""
+        has_file = (self.artifact.tokenizer_folder / TOKENIZER_FILE).is_file()
+        return has_file and has_light_pipeline(self._task) and not self.artifact.manifest.spec.trust_remote_code
+
+    @property
+    def _longest_component(self) -> str:
+        components = self.artifact.manifest.components
+        return max(components, key=lambda name: components[name].max_sequence_length)
+
     def _compiled_tokenizer(self, artifact: OpenArtifact) -> CompiledTokenizer:
         """Load the tokenizer as the pipelines do, for the component with the longest rows."""
-        components = artifact.manifest.components
-        longest = max(components, key=lambda name: components[name].max_sequence_length)
+        longest = self._longest_component
         if self._task.modality == "text":
             return CompiledTokenizer.from_artifact(artifact, component=longest)
         tokenizer = load_part(artifact, "AutoTokenizer")
-        return CompiledTokenizer(
-            tokenizer, {"truncation": True, "max_length": components[longest].max_sequence_length}
-        )
+        max_length = artifact.manifest.components[longest].max_sequence_length
+        return CompiledTokenizer(tokenizer, {"truncation": True, "max_length": max_length})
 
     def _measure_processor(self, measurements: Measurements, modality: Modality) -> None:
         reference = self._source_processor

@@ -82,15 +82,21 @@ def measure_claims(measurements: Measurements, claims: Claims) -> None:
 
 
 def measure_token_ids(
-    measurements: Measurements, reference: Tokenize, candidate: Tokenize, texts: Sequence[str]
+    measurements: Measurements,
+    reference: Tokenize,
+    candidate: Tokenize,
+    texts: Sequence[str],
+    *,
+    metric: str = "token_ids",
 ) -> None:
     """Compare the tokens of two tokenizers: what they return for texts, and for some pairs.
 
     Args:
-        measurements: Gets `token_ids`, the number of texts with other tokens.
+        measurements: Gets the metric, the number of texts with other tokens.
         reference: The source model's tokenizer. It takes a list of texts, and a list of second texts.
         candidate: The artifact's tokenizer.
         texts: Texts.
+        metric: Name of the metric.
     """
     half = min(len(texts), _TEXTS_PER_CALL) // 2
     calls: list[tuple[Sequence[str], ...]] = [(texts[:half], texts[half : 2 * half])]
@@ -103,7 +109,7 @@ def measure_token_ids(
             changes += [f"{text!r:.80}: {error_text}" for text in call[0]]
         elif expected != actual:
             changes += _changed_rows(call[0], expected, actual)
-    _record(measurements, "token_ids", changes)
+    _record(measurements, metric, changes)
 
 
 def measure_processor(
@@ -137,16 +143,18 @@ def measure_answers(
     inputs: Sequence[Any],
     *,
     before_each: Callable[[], None],
+    metric: str = "pipeline_answers",
 ) -> None:
     """Compare the answers of two pipelines to raw inputs, each alone.
 
     Args:
-        measurements: Gets `pipeline_answers`, the number of inputs with another answer. An input that both
-            refuse is not counted; if they refuse all, nothing is measured.
+        measurements: Gets the metric, the number of inputs with another answer. An input that both refuse is not
+            counted; if they refuse all, nothing is measured.
         reference: Pipeline on the files of the source model.
         candidate: Pipeline of the artifact.
         inputs: Raw inputs.
         before_each: Called before each input.
+        metric: Name of the metric.
     """
     changes, refusals = [], []
     for item in inputs:
@@ -163,7 +171,7 @@ def measure_answers(
             f"Both pipelines refuse {len(refusals)} of {len(inputs)} raw inputs, the first with {refusals[0]}"
         )
     if len(refusals) < len(inputs):
-        _record(measurements, "pipeline_answers", changes)
+        _record(measurements, metric, changes)
 
 
 def measure_fields(measurements: Measurements, reference: Any, candidate: Any) -> None:
