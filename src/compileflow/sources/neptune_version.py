@@ -48,7 +48,7 @@ class NeptuneSource:
         """Refuse a wrong location, and a missing or wrong token. No request is sent.
 
         Raises:
-            SourceError: The location does not name a version, a revision was given, or there is no usable token.
+            SourceError: The location does not name a version, a revision was given, or a usable token is missing.
         """
         self._parse(location, revision)
         read_token(self._settings, refused=SourceError)
