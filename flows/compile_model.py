@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from prefect.client.schemas.objects import State
@@ -11,7 +12,13 @@ from prefect.states import Completed, Failed
 from compileflow.admin.shared_compile import SharedCompile
 from compileflow.contracts import PENDING
 from compileflow.errors import CompileflowError, VerdictError
-from compileflow.selection.run import Attempt, FailedCandidate, ProvenCandidate, winning_candidate
+from compileflow.selection.run import (
+    Attempt,
+    FailedCandidate,
+    ProvenCandidate,
+    current_candidate,
+    winning_candidate,
+)
 from compileflow.steps.register import check_verdict, default_name
 from compileflow.steps.request import AUTO, CompileRequest
 from compileflow.steps.run import CompileResult
@@ -128,10 +135,12 @@ def announce_validated(result: CompileResult) -> None:
 def compile_best(source: FetchedSource, request: CompileRequest, progress: RunProgress) -> CompileResult:
     """Compile and validate every candidate, compare them, and finish the run with the winner."""
     candidate_plan = plan(source, request)
-    attempts = []
+    attempts: list[Attempt] = []
+    began = time.monotonic()
     for number, candidate in enumerate(candidate_plan.requests):
         percent = 10 + 80 * number / len(candidate_plan.requests)
-        progress.advance(percent, f"trying {candidate.target} {candidate.precision.value}")
+        activity = current_candidate(candidate_plan.requests, number, time.monotonic() - began)
+        progress.advance(percent, f"trying candidate {activity}")
         attempts.append(attempt(source, candidate))
     candidates = [outcome.candidate(settings_for(request)) for outcome in attempts]
     comparison = compare(source, request, candidate_plan, candidates)

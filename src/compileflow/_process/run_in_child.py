@@ -117,20 +117,22 @@ class WarmProcess:
             self._is_read.set()
 
 
-_warm_process: ContextVar[WarmProcess | None] = ContextVar("warm_process", default=None)
+# Warm processes by what they have imported.
+_warm_processes: ContextVar[dict[tuple[str, ...], WarmProcess] | None] = ContextVar("warm_processes", default=None)
 
 
 @contextmanager
-def warm_process() -> Iterator[None]:
-    """Share imports: inside the block, calls of `run_in_child` with `imports` are forks of one process."""
-    process = WarmProcess()
+def warm_processes() -> Iterator[None]:
+    """Share imports: in the block, calls of `run_in_child` with the same `imports` are forks of one process."""
+    processes: dict[tuple[str, ...], WarmProcess] = {}
     # Elsewhere libraries of the system do not survive a fork.
-    token = _warm_process.set(process if sys.platform == "linux" else None)
+    token = _warm_processes.set(processes if sys.platform == "linux" else None)
     try:
         yield
     finally:
-        _warm_process.reset(token)
-        process.close()
+        _warm_processes.reset(token)
+        for process in processes.values():
+            process.close()
 
 
 def run_in_child(
@@ -153,8 +155,8 @@ def run_in_child(
         log_path: File for everything that the child prints; deleted when the child succeeds.
         timeout_s: Seconds after which the child and all that it started are killed.
         threads: Threads that numeric libraries in the child may use.
-        imports: Modules that a warm process imports once, in a block of `warm_process`; none of them may start a
-            thread.
+        imports: Modules that a warm process imports once, in a block of `warm_processes`; none of them may start
+            a thread.
         on_progress: Called in this thread with each progress line of the child.
 
     Returns:
@@ -181,7 +183,8 @@ def run_in_child(
                 logger.warning("The log %s lost a line: %s", log_path, error)
 
         environment = _environment(threads, work_dir)
-        warm = _warm_process.get() if imports else None
+        processes = _warm_processes.get() if imports else None
+        warm = processes.setdefault(tuple(imports), WarmProcess()) if processes is not None else None
         exit_code: int | None = None
         answer: JsonObject | None = None
         if warm is not None:
