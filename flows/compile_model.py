@@ -9,6 +9,7 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, Failed
 
+from compileflow._process.run_in_child import warm_processes
 from compileflow.admin.shared_compile import SharedCompile
 from compileflow.contracts import PENDING
 from compileflow.errors import CompileflowError, VerdictError
@@ -137,12 +138,14 @@ def compile_best(source: FetchedSource, request: CompileRequest, progress: RunPr
     candidate_plan = plan(source, request)
     attempts: list[Attempt] = []
     began = time.monotonic()
-    for number, candidate in enumerate(candidate_plan.requests):
-        percent = 10 + 80 * number / len(candidate_plan.requests)
-        activity = current_candidate(candidate_plan.requests, number, time.monotonic() - began)
-        progress.advance(percent, f"trying candidate {activity}")
-        attempts.append(attempt(source, candidate))
-    candidates = [outcome.candidate(settings_for(request)) for outcome in attempts]
+    # The compiles import transformers once, the validations Great Expectations.
+    with warm_processes():
+        for number, candidate in enumerate(candidate_plan.requests):
+            percent = 10 + 80 * number / len(candidate_plan.requests)
+            activity = current_candidate(candidate_plan.requests, number, time.monotonic() - began)
+            progress.advance(percent, f"trying candidate {activity}")
+            attempts.append(attempt(source, candidate))
+        candidates = [outcome.candidate(settings_for(request)) for outcome in attempts]
     comparison = compare(source, request, candidate_plan, candidates)
     winner = winning_candidate(attempts, comparison)
     result = finish(source, winner.artifact, winner.validated, winner.request)

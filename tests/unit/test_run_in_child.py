@@ -338,3 +338,12 @@ def test_calls_that_need_other_imports_take_turns_between_two_warm_processes(run
     first, other, *again = [look["parent"] for look in looks]
     assert first != other
     assert again == [first, other]
+
+
+@linux_only
+def test_a_call_has_the_same_callers_in_a_warm_process(run: Run) -> None:
+    # torch.jit writes them into its graphs, and the same compile should give the same bytes.
+    fresh = run("callers").value
+    with warm_processes():
+        assert run("callers", imports=["wave"]).value == fresh
+    assert len(fresh["callers"]) >= 3
