@@ -6,11 +6,12 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +50,9 @@ from compileflow.source_model.lengths import call_sizes, frames_of, shortest_inp
 from compileflow.source_model.whole_rows import whole_rows
 from compileflow.spec import HfTask, Precision
 from compileflow.targets._aot_decoder import CACHE_OPTION, AotDecoder, Package, decoder_module
+
+if TYPE_CHECKING:
+    import torch
 
 _FILE = "model.pt2"
 _LARGEST_BATCH = 4096
@@ -190,15 +194,30 @@ def _open(path: Path) -> Package:
     ):
         try:
             # Synchronized calls, one runner, on the CPU: the defaults of the public call.
-            return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1).boxed_run
+            return _one_at_a_time(torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1).run)
         except (AttributeError, TypeError):
             # This version of torch has another loader. A damaged package raises RuntimeError.
             package = torch._inductor.aoti_load_package(str(path))
-    return lambda tensors: torch.utils._pytree.tree_leaves(package(*tensors))
+    return _one_at_a_time(lambda tensors: torch.utils._pytree.tree_leaves(package(*tensors)))
+
+
+def _one_at_a_time(package: Package) -> Package:
+    """Let concurrent calls wait in Python.
+
+    In native code, a second call would wait for the first one while it holds the GIL, and the first one may need
+    the GIL to end.
+    """
+    lock = threading.Lock()
+
+    def run(tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+        with lock:
+            return package(tensors)
+
+    return run
 
 
 class _AotInductorRunner:
-    """Runs one package; concurrent calls queue inside it."""
+    """Runs one package; concurrent calls queue."""
 
     def __init__(self, package: Package, component: ComponentRecord, threads: int | None):
         self._package: Package | None = package
