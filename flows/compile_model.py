@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from prefect.client.schemas.objects import State
 from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, Failed
 
+from compileflow._process.run_in_child import warm_processes
 from compileflow.admin.shared_compile import SharedCompile
 from compileflow.contracts import PENDING
 from compileflow.errors import CompileflowError, VerdictError
-from compileflow.selection.run import Attempt, FailedCandidate, ProvenCandidate, winning_candidate
+from compileflow.selection.run import (
+    Attempt,
+    FailedCandidate,
+    ProvenCandidate,
+    current_candidate,
+    winning_candidate,
+)
 from compileflow.steps.register import check_verdict, default_name
 from compileflow.steps.request import AUTO, CompileRequest
 from compileflow.steps.run import CompileResult
@@ -128,12 +136,16 @@ def announce_validated(result: CompileResult) -> None:
 def compile_best(source: FetchedSource, request: CompileRequest, progress: RunProgress) -> CompileResult:
     """Compile and validate every candidate, compare them, and finish the run with the winner."""
     candidate_plan = plan(source, request)
-    attempts = []
-    for number, candidate in enumerate(candidate_plan.requests):
-        percent = 10 + 80 * number / len(candidate_plan.requests)
-        progress.advance(percent, f"trying {candidate.target} {candidate.precision.value}")
-        attempts.append(attempt(source, candidate))
-    candidates = [outcome.candidate(settings_for(request)) for outcome in attempts]
+    attempts: list[Attempt] = []
+    began = time.monotonic()
+    # The compiles import transformers once, the validations Great Expectations.
+    with warm_processes():
+        for number, candidate in enumerate(candidate_plan.requests):
+            percent = 10 + 80 * number / len(candidate_plan.requests)
+            activity = current_candidate(candidate_plan.requests, number, time.monotonic() - began)
+            progress.advance(percent, f"trying candidate {activity}")
+            attempts.append(attempt(source, candidate))
+        candidates = [outcome.candidate(settings_for(request)) for outcome in attempts]
     comparison = compare(source, request, candidate_plan, candidates)
     winner = winning_candidate(attempts, comparison)
     result = finish(source, winner.artifact, winner.validated, winner.request)

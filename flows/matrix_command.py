@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from compileflow.cli.common import one_line_errors
 from compileflow.cli.request_fields import in_options
-from compileflow.errors import SpecError, first_problem
-from compileflow.settings import get_settings
+from compileflow.errors import CompileflowError, SpecError, first_problem
+from compileflow.settings import Settings, get_settings
 from flows.environment import set_embedded_defaults
+
+if TYPE_CHECKING:
+    from compileflow.selection.matrix import MatrixRequest
 
 _COLUMNS = ("model", "target", "precision", "verdict", "latency / eager", "size", "compile", "registered as")
 
@@ -63,6 +66,7 @@ def matrix(
     except ValidationError as error:
         raise SpecError(f"{in_options(first_problem(error, show_input=True))}.") from error
     settings = get_settings()
+    _refuse_hopeless(request, settings, on_workers=deployment is not None or dask is not None)
     server = set_embedded_defaults(settings, progress=progress)
     # Prefect reads its settings when it is imported.
     from flows.runner import run_matrix
@@ -79,6 +83,28 @@ def matrix(
         typer.echo(f"error: {cell.model}, {cell.candidate.label}: {in_options(cell.error)}", err=True)
     if compared.failed:
         raise typer.Exit(1)
+
+
+def _refuse_hopeless(request: MatrixRequest, settings: Settings, *, on_workers: bool) -> None:
+    """Refuse a matrix of which no cell can run, before a server starts. The models of workers may be elsewhere.
+
+    Raises:
+        CompileflowError: A target is unknown, or the reason of the first cell if every cell is refused.
+    """
+    from compileflow.selection.matrix import impossible_cell
+    from compileflow.steps.preflight import check_request
+
+    refusals = []
+    for cell in request.requests():
+        if impossible_cell(cell) is None and not on_workers:
+            try:
+                check_request(cell, settings, extras=("prefect",))
+            except CompileflowError as error:
+                refusals.append(error)
+            else:
+                return
+    if refusals:
+        raise refusals[0]
 
 
 def _shared(texts: list[str] | tuple[()]) -> dict[str, Any]:

@@ -46,14 +46,20 @@ def test_benchmark_runs_from_the_repository_and_prints_a_table_and_json(
         assert f"| {result} |" in done.stderr
 
 
-def test_s3_benchmark_compares_the_store_with_boto3_both_ways(settings: Settings) -> None:
-    done = run_benchmark(S3_THROUGHPUT, "--megabytes", "2", "--files", "10", "--rounds", "1", settings=settings)
+def test_s3_benchmark_compares_the_store_with_other_clients_both_ways(settings: Settings, tmp_path: Path) -> None:
+    page = tmp_path / "transfers.md"
+    words = ("--files", "10", "--file-kb", "20", "--large-mb", "2", "--rounds", "1", "--page", str(page))
+    done = run_benchmark(S3_THROUGHPUT, *words, settings=settings)
     answer = json.loads(done.stdout)
     assert answer["environment"]["moto"]
-    assert answer["size_bytes"] == pytest.approx(2e6, abs=20)
-    assert all(answer["times_as_fast"][way] > 0 for way in ("up", "down"))
-    for result in answer["results"]:
-        assert f"| {result} |" in done.stderr
+    assert [case["size_bytes"] for case in answer["results"].values()] == [200_000, 2_000_000]
+    for case in answer["results"].values():
+        assert {"store", "boto3 TransferManager"} <= case["contestants"].keys()
+        assert ("obstore" in case["contestants"]) == (answer["environment"]["obstore"] != "not installed")
+        for name, row in case["contestants"].items():
+            assert min(row.values()) > 0
+            assert f"| {name} |" in done.stderr
+            assert f"| {name} |" in page.read_text("utf-8")
 
 
 @pytest.mark.slow

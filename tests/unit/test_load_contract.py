@@ -39,6 +39,7 @@ DESERIALIZERS = {
     "pickle": ("load", "loads"),
     "torch": ("load",),
     "torch.jit": ("load",),
+    "torch._C._aoti": ("AOTIModelPackageLoader",),
     "torch._inductor": ("aoti_load_package",),
     "onnxruntime": ("InferenceSession",),
     "openvino": ("Core",),
@@ -168,7 +169,7 @@ def test_refused_before_any_runtime_is_imported(
         ("torchscript", "torch.jit.load"),
         pytest.param("onnx-runtime", "onnxruntime.InferenceSession", marks=pytest.mark.slow),
         pytest.param("openvino", "openvino.Core", marks=pytest.mark.slow),
-        pytest.param("aot-inductor", "torch._inductor.aoti_load_package", marks=pytest.mark.slow),
+        pytest.param("aot-inductor", "torch._C._aoti.AOTIModelPackageLoader", marks=pytest.mark.slow),
     ],
 )
 def test_the_check_sees_what_a_load_that_is_not_refused_deserializes(

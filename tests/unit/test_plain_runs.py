@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,23 +13,25 @@ import pytest
 from compileflow.catalog import open_registry
 from compileflow.errors import MeasurementError, RegistryError, SpecError, VerdictError
 from compileflow.selection.comparison_file import read_comparison
-from compileflow.selection.run import run_any_target
+from compileflow.selection.run import current_candidate, run_any_target
 from compileflow.spec import HfTask
+from compileflow.steps.request import CompileRequest
 from compileflow.steps.run import run_request
 from tests.conftest import ModelFactory
 from tests.steps import Pipeline
 
 
 class RecordedSteps:
-    """Records the steps of a run, with an error if a step ended in one."""
+    """Records the steps of a run, with an error if a step ended in one, and the lines of each step."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
+        self.lines: dict[str, list[str]] = {}
 
     @contextmanager
     def step(self, name: str) -> Iterator[Callable[[str], None]]:
         try:
-            yield lambda line: None
+            yield self.lines.setdefault(name, []).append
         except BaseException as error:
             self.names.append(f"{name}: {type(error).__name__}")
             raise
@@ -118,8 +121,11 @@ def test_auto_registers_the_winner_and_names_the_candidates_that_failed(
     result = run_any_target(request, pipeline.settings, progress=progress)
     assert progress.names == [
         "fetch", "compile torchscript fp32", "validate torchscript fp32", "compile onnx-runtime fp32",
-        "validate onnx-runtime fp32", "register",
+        "validate onnx-runtime fp32", "candidates", "register",
     ]  # fmt: skip
+    first, second = progress.lines["candidates"]
+    assert first == "1 of 2: torchscript fp32"
+    assert re.fullmatch(r"2 of 2: onnx-runtime fp32, about \d+ (s|min) left", second)
     assert result.comparison_uri is not None
     comparison = read_comparison(result.comparison_uri)
     assert [candidate.outcome for candidate in comparison.candidates] == ["pass", "pass"]
@@ -155,3 +161,18 @@ def test_auto_goes_on_when_a_candidate_fails(
     assert result.target == "torchscript"
     assert "compile onnx-runtime fp32: SpecError" in progress.names
     assert read_comparison(str(result.comparison_uri)).candidates[1].outcome == "error"
+
+
+def test_time_that_is_left_grows_with_the_candidates_that_are_left() -> None:
+    requests = [CompileRequest(model="m", target="openvino")] * 4
+    lines = [
+        current_candidate(requests, position, elapsed_s)
+        for position, elapsed_s in ((0, 0.0), (1, 70.0), (2, 80.0), (3, 600.0))
+    ]
+    # Three times 70 s, twice 40 s, once 200 s.
+    assert lines == [
+        "1 of 4: openvino fp32",
+        "2 of 4: openvino fp32, about 4 min left",
+        "3 of 4: openvino fp32, about 80 s left",
+        "4 of 4: openvino fp32, about 3 min left",
+    ]

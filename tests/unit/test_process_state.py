@@ -115,6 +115,25 @@ def test_random_numbers_go_on_as_if_the_block_had_not_been() -> None:
     assert draw() == alone
 
 
+@pytest.mark.usefixtures("prepared")
+def test_block_of_another_thread_begins_after_the_first_has_put_everything_back() -> None:
+    entered = threading.Event()
+
+    def enter() -> None:
+        with undisturbed_process():
+            entered.set()
+
+    thread = threading.Thread(target=enter)
+    with undisturbed_process():
+        disturb()
+        thread.start()
+        # Without a lock, the thread would now take the changed environment for that of the process.
+        assert not entered.wait(0.2)
+    thread.join(10)
+    assert entered.is_set()
+    assert os.environ["COMPILEFLOW_TEST_CHANGED"] == "before"
+
+
 def test_process_without_torch_stays_without_it() -> None:
     code = (
         "import sys\n"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,14 +16,35 @@ from typer.testing import CliRunner
 
 from compileflow.catalog import open_registry, open_store
 from compileflow.cli import app as compileflow_app
+from compileflow.errors import RegistryError
 from compileflow.settings import Settings, get_settings
 from compileflow.spec import HfTask
+from compileflow.steps.preflight import check_request
+from compileflow.steps.request import CompileRequest
 from compileflow.testing.registries import version_entry
 from flows.commands import app as flows_app
 from tests.conftest import ModelFactory
 from tests.in_process import InProcess
 
+ROOT = Path(__file__).parents[2]
 APPS = {"compileflow": compileflow_app, "flows": flows_app}
+# In a process of its own: prints, as JSON, the exit code and the error of each request, and what was imported.
+CALL = """
+import json, sys
+from typer.testing import CliRunner
+from flows.commands import app
+
+def refuse(event, arguments):
+    if event in ("os.exec", "os.fork", "os.posix_spawn", "os.system", "subprocess.Popen"):
+        raise RuntimeError(f"{event} {arguments}")
+
+sys.addaudithook(refuse)
+outcomes = [CliRunner().invoke(app, words) for words in json.loads(sys.argv[1])]
+print(json.dumps({
+    "outcomes": [[outcome.exit_code, outcome.stderr] for outcome in outcomes],
+    "imported": sorted({name.partition(".")[0] for name in sys.modules} & set(sys.argv[2].split())),
+}))
+"""
 
 
 def invoke(app: Typer, *words: str) -> Any:
@@ -80,6 +103,52 @@ def test_wrong_request_about_a_real_model_is_refused_before_anything_is_stored(
     assert outcome.stderr.count("\n") == 1
     assert message in outcome.stderr
     assert not settings.home_dir.exists()
+
+
+def test_refused_requests_start_no_server_and_import_nothing_heavy(
+    settings: Settings, tiny_model: ModelFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("NEPTUNE_API_TOKEN", "PREFECT_API_URL"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "bert"}')
+    model = str(tiny_model(HfTask.TEXT_CLASSIFICATION))
+    messages = {
+        ("compile", "/no/such/folder"): "/no/such/folder is not a folder.",
+        ("compile", str(tmp_path / "model")): "got none of them.",
+        ("compile", model, "--target", "toaster"): "Unknown target 'toaster'.",
+        ("compile", model, "--precision", "bf16"): "onnx-runtime does not support bf16.",
+        ("compile", model, "--option", "nonsense=1"): "option nonsense: this name is not known.",
+        ("compile", "registry:nothing@production"): "has no model 'nothing'.",
+        ("compile", "neptune://workspace/project/PRO-MOD-1"): "NEPTUNE_API_TOKEN is not set.",
+        ("compile", "mlflow:nothing"): "got one without a model's name.",
+        ("run", "nothing"): "Unknown project 'nothing'.",
+        ("run", "ner", "--model", "/no/such/folder"): "/no/such/folder is not a folder.",
+        ("matrix", "--model", model, "--target", "toaster"): "Unknown target 'toaster'.",
+        ("matrix", "--model", "/no/a", "--model", "/no/b", "--target", "openvino"): "/no/a is not a folder.",
+    }
+    heavy = "torch transformers prefect great_expectations onnxruntime openvino boto3 neptune mlflow"
+    finished = subprocess.run(
+        [sys.executable, "-c", CALL, json.dumps([*messages]), heavy],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    answer = json.loads(finished.stdout)
+    for (status, error), (words, message) in zip(answer["outcomes"], messages.items(), strict=True):
+        assert (status in (1, 2), error.count("\n")) == (True, 1), (words, error)
+        assert message in error
+    assert answer["imported"] == []
+    assert not settings.home_dir.exists()
+
+
+def test_version_that_the_registry_has_is_not_refused(settings: Settings, tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'registry.db'}"
+    open_registry(uri).register(version_entry("known", 1))
+    chosen = settings.model_copy(update={"registry_uri": uri})
+    for ref in ("registry:known", "registry:known@1"):
+        check_request(CompileRequest(model=ref, target="torchscript"), chosen)
+    with pytest.raises(RegistryError, match="has no version 2"):
+        check_request(CompileRequest(model="registry:known@2", target="torchscript"), chosen)
 
 
 @pytest.mark.parametrize("place", ["folder", "text.db", "text.db/below.db"])

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from compileflow._process.run_in_child import ChildResult, run_in_child, warm_process
+from compileflow._process.run_in_child import ChildResult, run_in_child, warm_processes
 from compileflow.errors import (
     CompileError,
     CompileflowError,
@@ -290,7 +290,7 @@ linux_only = pytest.mark.skipif(sys.platform != "linux", reason="a warm process 
 
 @linux_only
 def test_calls_of_a_warm_process_share_imports_and_nothing_else(run: Run, tmp_path: Path) -> None:
-    with warm_process():
+    with warm_processes():
         answers = [run("look", {"name": name}, imports=["wave"]).value for name in ("first", "second")]
         other = run("look", {"name": "third"}).value
     assert [answer["names"] for answer in answers] == [["first"], ["second"]]
@@ -306,7 +306,7 @@ def test_calls_of_a_warm_process_share_imports_and_nothing_else(run: Run, tmp_pa
 
 @linux_only
 def test_a_call_of_a_warm_process_ends_as_a_fresh_one(run: Run, log_path: Path) -> None:
-    with warm_process():
+    with warm_processes():
         parent = run("look", {"name": "first"}, imports=["wave"]).value["parent"]
         with pytest.raises(CompileError, match="first line"):
             run("fail", imports=["wave"])
@@ -322,9 +322,28 @@ def test_a_call_of_a_warm_process_ends_as_a_fresh_one(run: Run, log_path: Path) 
 
 @linux_only
 def test_a_timeout_ends_a_warm_process_and_the_next_call_starts_another(run: Run) -> None:
-    with warm_process():
+    with warm_processes():
         parent = run("look", {"name": "first"}, imports=["wave"]).value["parent"]
         with pytest.raises(ProcessTimeoutError):
             run("hang", imports=["wave"], timeout_s=1)
         assert not is_running(parent)
         assert run("look", {"name": "second"}, imports=["wave"]).value["parent"] != parent
+
+
+@linux_only
+def test_calls_that_need_other_imports_take_turns_between_two_warm_processes(run: Run) -> None:
+    with warm_processes():
+        looks = [run("look", {"name": "a"}, imports=[module]).value for module in ("wave", "this_is_absent") * 2]
+    assert [look["has_wave"] for look in looks] == [True, False, True, False]
+    first, other, *again = [look["parent"] for look in looks]
+    assert first != other
+    assert again == [first, other]
+
+
+@linux_only
+def test_a_call_has_the_same_callers_in_a_warm_process(run: Run) -> None:
+    # torch.jit writes them into its graphs, and the same compile should give the same bytes.
+    fresh = run("callers").value
+    with warm_processes():
+        assert run("callers", imports=["wave"]).value == fresh
+    assert len(fresh["callers"]) >= 3

@@ -48,7 +48,6 @@ from compileflow.errors import (
 logger = logging.getLogger(__name__)
 
 _ENTRY = "from compileflow._process.run_in_child import child_main; child_main()"
-_WARM_ENTRY = "from compileflow._process.run_in_child import warm_main; warm_main()"
 # A warm process prints it after a call, so that the parent knows that it has read the whole log.
 _END_OF_LOG = b"\0end of the call\n"
 # Bytes of a log that the parent keeps.
@@ -96,7 +95,7 @@ class WarmProcess:
             self.close()
         if self._child is None:
             self._start = start
-            self._child = ChildProcess(_WARM_ENTRY, environment=environment, on_log=self._take_line)
+            self._child = ChildProcess(_ENTRY, environment=environment, on_log=self._take_line)
         return self._child
 
     def rest(self) -> None:
@@ -117,20 +116,22 @@ class WarmProcess:
             self._is_read.set()
 
 
-_warm_process: ContextVar[WarmProcess | None] = ContextVar("warm_process", default=None)
+# Warm processes by what they have imported.
+_warm_processes: ContextVar[dict[tuple[str, ...], WarmProcess] | None] = ContextVar("warm_processes", default=None)
 
 
 @contextmanager
-def warm_process() -> Iterator[None]:
-    """Share imports: inside the block, calls of `run_in_child` with `imports` are forks of one process."""
-    process = WarmProcess()
+def warm_processes() -> Iterator[None]:
+    """Share imports: in the block, calls of `run_in_child` with the same `imports` are forks of one process."""
+    processes: dict[tuple[str, ...], WarmProcess] = {}
     # Elsewhere libraries of the system do not survive a fork.
-    token = _warm_process.set(process if sys.platform == "linux" else None)
+    token = _warm_processes.set(processes if sys.platform == "linux" else None)
     try:
         yield
     finally:
-        _warm_process.reset(token)
-        process.close()
+        _warm_processes.reset(token)
+        for process in processes.values():
+            process.close()
 
 
 def run_in_child(
@@ -153,8 +154,8 @@ def run_in_child(
         log_path: File for everything that the child prints; deleted when the child succeeds.
         timeout_s: Seconds after which the child and all that it started are killed.
         threads: Threads that numeric libraries in the child may use.
-        imports: Modules that a warm process imports once, in a block of `warm_process`; none of them may start a
-            thread.
+        imports: Modules that a warm process imports once, in a block of `warm_processes`; none of them may start
+            a thread.
         on_progress: Called in this thread with each progress line of the child.
 
     Returns:
@@ -181,7 +182,8 @@ def run_in_child(
                 logger.warning("The log %s lost a line: %s", log_path, error)
 
         environment = _environment(threads, work_dir)
-        warm = _warm_process.get() if imports else None
+        processes = _warm_processes.get() if imports else None
+        warm = processes.setdefault(tuple(imports), WarmProcess()) if processes is not None else None
         exit_code: int | None = None
         answer: JsonObject | None = None
         if warm is not None:
@@ -190,7 +192,9 @@ def run_in_child(
             child = ChildProcess(_ENTRY, environment=environment, on_log=write_log)
         try:
             message = {"function": function, "request": dict(request)}
-            child.send(message | {"imports": list(imports), "temporary": str(work_dir)}, deadline=deadline)
+            if warm is not None:
+                message["warm"] = {"imports": list(imports), "temporary": str(work_dir)}
+            child.send(message, deadline=deadline)
             while (answer := child.receive(deadline=deadline)) is not None and "progress" in answer:
                 on_progress(answer["progress"])
             if warm is not None and answer is not None:
@@ -228,36 +232,41 @@ def _end_of(log_path: Path) -> str:
 
 
 def child_main() -> None:
-    """Entry point of the child process."""
+    """Entry point of the child process, and of a warm process and its forks."""
     connect_to_parent()
+    skip_slow_grammar()
     request = receive_from_parent()
     assert request is not None  # noqa: S101 - without a timeout it waits
-    skip_slow_grammar()
+    is_fork = "warm" in request
+    if is_fork:
+        request = _fork_for_each(request)
+    # The only call: torch.jit writes the lines of its callers into a graph, which must not depend on the process.
     _answer(request)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if is_fork:
+        # As `end_child`, but the group is that of the warm process.
+        os._exit(0)
     end_child()
 
 
-def warm_main() -> None:
-    """Entry point of a warm process: imports modules, then forks for each call and tells how the fork ended."""
-    connect_to_parent()
-    skip_slow_grammar()
-    while (request := receive_from_parent()) is not None:
-        for module in request["imports"]:
+def _fork_for_each(request: JsonObject | None) -> JsonObject:
+    """In a warm process: fork for each request, and tell how the fork ended; return in each fork."""
+    while request is not None:
+        for module in request["warm"]["imports"]:
             # The call imports the module again, and its error says what is wrong.
             with suppress(Exception):
                 import_module(module)
         pid = os.fork()
         if pid == 0:
-            os.environ["TMPDIR"] = request["temporary"]
+            os.environ["TMPDIR"] = request["warm"]["temporary"]
             tempfile.tempdir = None
-            _answer(request)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            # As `end_child`, but the group is that of the warm process.
-            os._exit(0)
+            return request
         _, status = os.waitpid(pid, 0)
         os.write(2, _END_OF_LOG)
         send_to_parent({"ended": os.waitstatus_to_exitcode(status)})
+        request = receive_from_parent()
+    sys.exit()
 
 
 def _answer(request: JsonObject) -> None:

@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,27 +14,31 @@ from pathlib import Path
 
 import numpy as np
 
+_one_at_a_time = threading.RLock()
+
 
 @contextmanager
 def undisturbed_process() -> Iterator[None]:
     """Run a block, then restore the environment, torch's thread count and all random states.
 
-    torch is restored only if it was imported before the block; an import cannot be undone.
+    torch is restored only if it was imported before the block; an import cannot be undone. Blocks of several
+    threads wait for each other: otherwise one would restore what another had set for its own time.
     """
-    environment = dict(os.environ)
-    states = random.getstate(), np.random.get_state()
-    torch = sys.modules.get("torch")
-    torch_state = (torch.get_num_threads(), torch.random.get_rng_state()) if torch else None
-    try:
-        with warnings.catch_warnings():
-            yield
-    finally:
-        _restore_environment(environment)
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        if torch is not None and torch_state is not None:
-            torch.set_num_threads(torch_state[0])
-            torch.random.set_rng_state(torch_state[1])
+    with _one_at_a_time:
+        environment = dict(os.environ)
+        states = random.getstate(), np.random.get_state()
+        torch = sys.modules.get("torch")
+        torch_state = (torch.get_num_threads(), torch.random.get_rng_state()) if torch else None
+        try:
+            with warnings.catch_warnings():
+                yield
+        finally:
+            _restore_environment(environment)
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            if torch is not None and torch_state is not None:
+                torch.set_num_threads(torch_state[0])
+                torch.random.set_rng_state(torch_state[1])
 
 
 @contextmanager
@@ -74,6 +79,15 @@ def resident_bytes() -> int:
     except OSError:
         return 0
     return int(fields[1]) * resource.getpagesize()
+
+
+def _forget_other_threads() -> None:
+    """In a forked process: the thread that holds the parent's lock does not exist."""
+    global _one_at_a_time
+    _one_at_a_time = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_forget_other_threads)
 
 
 def _restore_environment(environment: dict[str, str]) -> None:

@@ -14,7 +14,7 @@ from compileflow.contracts.registries import (
     VersionFiles,
     without_credentials,
 )
-from compileflow.contracts.sources import ListingSource, LocatedSource, Source, SourceVersion
+from compileflow.contracts.sources import CheckingSource, ListingSource, LocatedSource, Source, SourceVersion
 from compileflow.contracts.stores import ArtifactStore, Collected, StoredFolder
 from compileflow.contracts.targets import (
     Arrays,
@@ -55,6 +55,7 @@ __all__ = [
     "Availability",
     "Axis",
     "Capabilities",
+    "CheckingSource",
     "Collected",
     "CompiledComponent",
     "CompiledGraph",

@@ -65,6 +65,14 @@ class Source(Protocol):
 
 
 @runtime_checkable
+class CheckingSource(Source, Protocol):
+    """A source that can tell some wrong locations without its server. Optional."""
+
+    def check(self, location: str, revision: str | None) -> None:
+        """Refuse a location that is wrong on its own, or that this machine has no credentials for."""
+
+
+@runtime_checkable
 class ListingSource(Source, Protocol):
     """A source that lists the registered versions of uncompiled models. Optional."""
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from compileflow._process.run_in_child import warm_process
+from compileflow._process.run_in_child import warm_processes
 from compileflow.errors import CompileflowError, SourceUnavailableError, VerdictError
 from compileflow.selection.auto import (
     ComparedCandidates,
@@ -93,9 +94,13 @@ def run_any_target(
     store_uri = settings.resolved_store_uri(request.store_uri)
     source = StepRunner(request, settings, progress=progress).fetch()
     plan = plan_candidates(source, request, store_uri=store_uri, settings=settings)
-    # The validations import Great Expectations once.
-    with warm_process():
-        attempts = [_attempt(candidate, source, settings, progress) for candidate in plan.requests]
+    attempts: list[Attempt] = []
+    began = time.monotonic()
+    # The compiles import transformers once, the validations Great Expectations.
+    with warm_processes(), progress.step("candidates") as show:
+        for candidate in plan.requests:
+            show(current_candidate(plan.requests, len(attempts), time.monotonic() - began))
+            attempts.append(_attempt(candidate, source, settings, progress))
     comparison = compare_candidates(
         source,
         request,
@@ -125,6 +130,21 @@ def winning_candidate(attempts: Sequence[Attempt], comparison: ComparedCandidate
             report_uri=comparison.comparison_uri,
         )
     return winner
+
+
+def current_candidate(requests: Sequence[CompileRequest], position: int, elapsed_s: float) -> str:
+    """Return one line about the candidate that begins: its number, its name, and about how long the rest takes.
+
+    Args:
+        requests: All candidates, in the order of trying.
+        position: Position of the one that begins.
+        elapsed_s: Seconds that those before it took.
+    """
+    line = f"{position + 1} of {len(requests)}: {_label(requests[position])}"
+    if position == 0:
+        return line
+    left_s = elapsed_s / position * (len(requests) - position)
+    return f"{line}, about {left_s:.0f} s left" if left_s < 90 else f"{line}, about {left_s / 60:.0f} min left"
 
 
 def _attempt(request: CompileRequest, source: FetchedSource, settings: Settings, progress: Progress) -> Attempt:

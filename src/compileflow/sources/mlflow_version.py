@@ -32,6 +32,14 @@ class MlflowSource:
     def __init__(self, settings: Settings):
         """Accept the settings that every source gets; MLflow's are in the location or in its own environment."""
 
+    def check(self, location: str, revision: str | None) -> None:
+        """Refuse a wrong location. No request is sent.
+
+        Raises:
+            SourceError: The location does not name a version, or a revision was given.
+        """
+        _parse(location, revision)
+
     def pin(self, location: str, revision: str | None) -> tuple[str, str | None]:
         """Return the location with the current number of its alias, without a commit.
 

@@ -22,7 +22,7 @@ from compileflow.contracts import LocatedSource, SourceVersion
 from compileflow.contracts.digests import safe_relative_path
 from compileflow.contracts.sources import TEST_FILES
 from compileflow.errors import SourceError, SourceUnavailableError, SpecError, first_line
-from compileflow.registries.neptune.address import parse_project, parse_version
+from compileflow.registries.neptune.address import parse_project, parse_version, read_token
 from compileflow.registries.neptune.calls import NeptuneClient
 from compileflow.registries.neptune.fields import DIGEST
 from compileflow.settings import Settings
@@ -43,6 +43,15 @@ class NeptuneSource:
 
     def __init__(self, settings: Settings):
         self._settings = settings
+
+    def check(self, location: str, revision: str | None) -> None:
+        """Refuse a wrong location, and a missing or wrong token. No request is sent.
+
+        Raises:
+            SourceError: The location does not name a version, a revision was given, or a usable token is missing.
+        """
+        self._parse(location, revision)
+        read_token(self._settings, refused=SourceError)
 
     def pin(self, location: str, revision: str | None) -> tuple[str, str | None]:
         """Ask for the complete id of the version, without a commit.
@@ -103,6 +112,12 @@ class NeptuneSource:
         )
 
     def _open(self, location: str, revision: str | None) -> tuple[NeptuneClient, str, str]:
+        project, text, model_name = self._parse(location, revision)
+        client = NeptuneClient(project, self._settings, refused=SourceError, unavailable=SourceUnavailableError)
+        return client, client.version_id(text), model_name
+
+    def _parse(self, location: str, revision: str | None) -> tuple[str, str, str]:
+        """Return the project, the text that names the version, and the name of its model or ""."""
         if revision is not None:
             raise SourceError(
                 f"{location} is a model version, and a model version has no revision {revision!r}.",
@@ -113,8 +128,7 @@ class NeptuneSource:
             project, text = parse_version(uri)
         except SpecError as error:
             raise SourceError(error.message, hint=error.hint) from error
-        client = NeptuneClient(project, self._settings, refused=SourceError, unavailable=SourceUnavailableError)
-        return client, client.version_id(text), model_name
+        return project, text, model_name
 
 
 def _uri(client: NeptuneClient, identity: str, model_name: str) -> str:

@@ -73,6 +73,8 @@ from compileflow.validation.settings import ValidationSettings
 logger = logging.getLogger(__name__)
 STEP = "compile"
 _CHILD = "compileflow.steps.build:build_artifact"
+# Seconds of processor time; no toolchain is among them, because some start threads when they are imported.
+_IMPORTS = ("torch", "transformers.modeling_utils", _CHILD.partition(":")[0])
 _FOLDERS = {"digest": "uri"}
 _TWO_PARTS = "ForConditionalGeneration"
 
@@ -472,6 +474,7 @@ def _compile(
                 log_path=settings.log_path(f"{STEP}-{key.digest[:12]}"),
                 timeout_s=timeout_s,
                 threads=settings.threads,
+                imports=_IMPORTS,
                 on_progress=on_progress,
             )
         except ProcessError as error:

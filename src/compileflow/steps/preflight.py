@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from importlib.metadata import requires
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,8 +13,16 @@ from packaging.requirements import Requirement
 
 from compileflow._process.folders import check_writable, os_errors
 from compileflow._process.packages import installed_versions
-from compileflow.catalog import get_source, get_target, open_registry, open_store, parse_reference
-from compileflow.errors import MissingPackageError, RegistryError, SourceError, SpecError
+from compileflow.catalog import (
+    get_source,
+    get_target,
+    open_registry,
+    open_store,
+    parse_reference,
+    resolve_reference,
+)
+from compileflow.contracts import CheckingSource
+from compileflow.errors import MissingPackageError, RegistryError, RegistryUnavailableError, SourceError, SpecError
 from compileflow.registries.sqlite import SqliteRegistry
 from compileflow.settings import Settings
 from compileflow.sources.files import CONFIG, read_errors
@@ -47,9 +56,10 @@ def check_request(request: CompileRequest, settings: Settings, *, extras: Collec
 
     Raises:
         StoreError: The home folder or the local store cannot be written.
-        RegistryError: No registry can be written, because the files are not registries or are not writable.
-        SourceError: The model's folder does not hold a model that transformers loads, or only a Hub model has a
-            revision.
+        RegistryError: No registry can be written, because the files are not registries or are not writable; or a
+            registry on this machine does not have the version that the request names as its model.
+        SourceError: The model's folder does not hold a model that transformers loads, the location of a registered
+            version is wrong, or only a Hub model has a revision.
         SpecError: The model does not suit the task or the lengths, the target does
             not have an option, a file of examples does not exist, the user's suite or folder of tests cannot be
             used, or the URI of a store or registry is wrong.
@@ -144,9 +154,22 @@ def _checked_model(request: CompileRequest, settings: Settings) -> Path | None:
             f"{request.model} has no revision {request.revision!r}: only a Hub model has revisions.",
             hint="Leave the revision empty.",
         )
-    # Raises if the model is a malformed reference to a registered version.
-    parse_reference(request.model)
+    if isinstance(source, CheckingSource):
+        source.check(request.model, request.revision)
+    _check_reference(request.model, settings)
     return None
+
+
+def _check_reference(model: str, settings: Settings) -> None:
+    """Refuse a malformed reference to a registered version, and one that a registry on this machine lacks."""
+    reference = parse_reference(model)
+    if reference is None:
+        return
+    registry = open_registry(reference.registry_uri or settings.resolved_registry_uri(), settings)
+    if isinstance(registry, SqliteRegistry):
+        # The run asks a busy registry again.
+        with suppress(RegistryUnavailableError):
+            resolve_reference(model, settings)
 
 
 def _check_source(folder: Path, request: CompileRequest) -> None:

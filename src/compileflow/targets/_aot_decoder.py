@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,9 @@ from compileflow.spec import Precision
 
 if TYPE_CHECKING:
     import torch
+
+# Runs a compiled package: tensors in, tensors out.
+Package = Callable[[list["torch.Tensor"]], Sequence["torch.Tensor"]]
 
 LOGITS = "logits"
 # The load option with the names of the inputs before the cache, and the one with the shapes of the cache.
@@ -82,8 +85,8 @@ def decoder_module(source_model: SourceModel, precision: Precision) -> DecoderMo
 class AotDecoder:
     """Runs a package whose cache goes in and comes out; each continuation holds a cache of its own."""
 
-    def __init__(self, package: Any, load_options: Mapping[str, Any], threads: int | None):
-        self._package = package
+    def __init__(self, package: Package, load_options: Mapping[str, Any], threads: int | None):
+        self._package: Package | None = package
         self._names: Sequence[str] = load_options[INPUTS_OPTION]
         self._shapes: Sequence[Sequence[int]] = load_options[CACHE_OPTION]
         self._threads = threads
@@ -103,9 +106,11 @@ class AotDecoder:
 class AotContinuation:
     """Rows whose keys and values are tensors, given to the package call after call."""
 
-    def __init__(self, package: Any, names: Sequence[str], shapes: Sequence[Sequence[int]], threads: int | None):
+    def __init__(
+        self, package: Package, names: Sequence[str], shapes: Sequence[Sequence[int]], threads: int | None
+    ):
         self.length = 0
-        self._package = package
+        self._package: Package | None = package
         self._names = names
         self._shapes = shapes
         self._threads = threads
@@ -134,7 +139,7 @@ class AotContinuation:
         }
         tokens = [torch.as_tensor(np.ascontiguousarray(arrays[name])) for name in self._names]
         with torch.inference_mode(), torch_threads(self._threads):
-            answer, *self._cache = package(*tokens, *self._cache)
+            answer, *self._cache = package([*tokens, *self._cache])
         self.length += length
         logits: NDArray[Any] = answer.numpy()
         return logits[:, -1:] if last else logits

@@ -6,11 +6,12 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,7 +49,10 @@ from compileflow.source_model import SourceModel, as_tuple_module, free_axes, lo
 from compileflow.source_model.lengths import call_sizes, frames_of, shortest_input
 from compileflow.source_model.whole_rows import whole_rows
 from compileflow.spec import HfTask, Precision
-from compileflow.targets._aot_decoder import CACHE_OPTION, AotDecoder, decoder_module
+from compileflow.targets._aot_decoder import CACHE_OPTION, AotDecoder, Package, decoder_module
+
+if TYPE_CHECKING:
+    import torch
 
 _FILE = "model.pt2"
 _LARGEST_BATCH = 4096
@@ -174,7 +178,13 @@ class AotInductorTarget:
         return _AotInductorRunner(package, component, threads)
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path) -> Package:
+    """Return a function that runs a package on a list of tensors, and returns its outputs in order.
+
+    `torch._inductor.aoti_load_package` first runs a C++ compiler for about ten seconds to learn this CPU's
+    instruction sets, which `OpenArtifact` has already compared with the manifest. The class below it, which is not
+    public, opens the same file at once.
+    """
     import torch
 
     # torch unpacks into TMPDIR and keeps the files mapped. Its own clean-up misses kills and failed loads.
@@ -182,14 +192,35 @@ def _open(path: Path) -> Any:
         tempfile.TemporaryDirectory(prefix="aot-inductor-", dir=_compiler_folder()) as temporary_dir,
         environment(TMPDIR=temporary_dir, TORCHINDUCTOR_CACHE_DIR=temporary_dir),
     ):
-        return torch._inductor.aoti_load_package(str(path))
+        try:
+            # Synchronized calls, one runner, on the CPU: the defaults of the public call.
+            return _one_at_a_time(torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1).run)
+        except (AttributeError, TypeError):
+            # This version of torch has another loader. A damaged package raises RuntimeError.
+            package = torch._inductor.aoti_load_package(str(path))
+    return _one_at_a_time(lambda tensors: torch.utils._pytree.tree_leaves(package(*tensors)))
+
+
+def _one_at_a_time(package: Package) -> Package:
+    """Let concurrent calls wait in Python.
+
+    In native code, a second call would wait for the first one while it holds the GIL, and the first one may need
+    the GIL to end.
+    """
+    lock = threading.Lock()
+
+    def run(tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+        with lock:
+            return package(tensors)
+
+    return run
 
 
 class _AotInductorRunner:
-    """Runs one package; concurrent calls queue inside it."""
+    """Runs one package; concurrent calls queue."""
 
-    def __init__(self, package: Any, component: ComponentRecord, threads: int | None):
-        self._package = package
+    def __init__(self, package: Package, component: ComponentRecord, threads: int | None):
+        self._package: Package | None = package
         self._component = component
         self._threads = threads
 
@@ -201,9 +232,7 @@ class _AotInductorRunner:
         length = call_sizes(component.inputs[0], inputs[component.inputs[0].name])[1]
         arrays = [self._pad(record, inputs[record.name]) for record in component.inputs]
         with torch.inference_mode(), torch_threads(self._threads):
-            answers = package(*(torch.as_tensor(array) for array in arrays))
-        if isinstance(answers, torch.Tensor):
-            answers = (answers,)
+            answers = package([torch.as_tensor(array) for array in arrays])
         sequence = slice(-length, None) if component.padding == "left" else slice(length)
         places = {"sequence": sequence, "frames": slice(frames_of(component.frame_convolutions, length))}
         return {
