@@ -146,9 +146,10 @@ class S3Store:
         self._objects.write(layout.record_key(kind, key), layout.record_body(dict(value)))
 
     def get_record(self, kind: str, key: str) -> dict[str, JsonValue] | None:
-        """Return the value of a record; None if it is missing or not JSON."""
-        content = self._objects.read(layout.record_key(kind, key))
-        return layout.parse_record(content[0]) if content is not None else None
+        """Return the value of a record; None if it is missing or cannot be used."""
+        object_key = layout.record_key(kind, key)
+        content = self._objects.read(object_key)
+        return layout.parse_record(content[0], f"{self.uri}/{object_key}") if content is not None else None
 
     def list_records(self, kind: str) -> Iterator[str]:
         """Yield the keys of all records of a kind, sorted."""
