@@ -61,6 +61,11 @@ def is_digest(text: str) -> bool:
     return _DIGEST.fullmatch(text) is not None
 
 
+def is_record_name(text: str) -> bool:
+    """Say whether a text can be the kind or the key of a record."""
+    return _NAME.fullmatch(text) is not None
+
+
 def records_key(kind: str) -> str:
     """Return the path of all records of a kind, relative to the store, with a slash at the end."""
     return record_key(kind, "any").removesuffix("any.json")
@@ -72,7 +77,7 @@ def record_key(kind: str, key: str) -> str:
     Raises:
         StoreError: The kind or the key contains characters that are not allowed in a path.
     """
-    if not _NAME.fullmatch(kind) or not _NAME.fullmatch(key):
+    if not is_record_name(kind) or not is_record_name(key):
         raise StoreError(
             f"{kind}/{key} is not a record's name.", hint="Use letters, digits, '.', '_' and '-' in both parts."
         )
@@ -110,14 +115,17 @@ def _check_paths(files: Sequence[FileRecord]) -> None:
     for name, next_name in pairwise(names):
         # A file sorts right before whatever is named below it.
         if next_name.startswith(name):
-            raise ValueError(f"it names {name[:-1]!r:.200} twice, or also as a folder")
+            how = "twice" if next_name == name else "as a file and as a folder"
+            raise ValueError(f"it names {name[:-1]!r:.200} {how}")
     if any(name.count("/") > _MOST_FOLDERS for name in names):
         raise ValueError("its folders are nested too deeply")
 
 
 def bad_listing(location: str, problem: object) -> IntegrityError:
     """Return the error for something in the place of a listing that is not one."""
-    return IntegrityError(f"{location} is not a listing: {problem}.", hint="Do not use this store.")
+    return IntegrityError(
+        f"{location} is not a listing: {problem}.", hint="Delete it; the next run that needs it writes a new one."
+    )
 
 
 def no_store(store_uri: str) -> StoreError:

@@ -113,7 +113,7 @@ class LocalStore:
 
     def list(self) -> Iterator[str]:
         """Yield the digests of all folders, sorted."""
-        return self._json_names(layout.LISTINGS)
+        return filter(layout.is_digest, self._json_names(layout.LISTINGS))
 
     def folder_uri(self, digest: str) -> str:
         """Return the URI of the folder's listing."""
@@ -141,7 +141,7 @@ class LocalStore:
 
     def list_records(self, kind: str) -> Iterator[str]:
         """Yield the keys of all records of a kind, sorted."""
-        return self._json_names(layout.records_key(kind))
+        return filter(layout.is_record_name, self._json_names(layout.records_key(kind)))
 
     def lock(self, key: str, *, on_wait: Callable[[], None]) -> AbstractContextManager[None]:
         """Hold a lock that excludes all other processes on this machine that use this folder."""
@@ -313,7 +313,8 @@ def _stored_file(path: Path, partial: Path) -> Iterator[BinaryIO]:
             stream.flush()
             os.fchmod(stream.fileno(), 0o444)
             os.fsync(stream.fileno())
-        partial.replace(path)
+        with os_errors(path, "replace"):
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 

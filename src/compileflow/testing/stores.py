@@ -249,9 +249,23 @@ class StoreConformance:
             store.get_folder(digest, tmp_path / "out")
         assert not (tmp_path / "up").exists()
 
-    @pytest.mark.parametrize("paths", [("f", "f"), ("f", "f/g"), ("f-", "f/g/h", "f")], ids="-".join)
+    @pytest.mark.parametrize(
+        ("paths", "problem"),
+        [
+            (("f", "f"), "it names 'f' twice"),
+            (("f", "f/g"), "it names 'f' as a file and as a folder"),
+            (("f-", "f/g/h", "f"), "it names 'f' as a file and as a folder"),
+        ],
+    )
     def test_listing_whose_paths_exclude_one_another_is_refused(
-        self, store: ArtifactStore, store_uri: str, folder: Path, tmp_path: Path, paths: tuple[str, ...]
+        self,
+        store: ArtifactStore,
+        store_uri: str,
+        folder: Path,
+        tmp_path: Path,
+        *,
+        paths: tuple[str, ...],
+        problem: str,
     ) -> None:
         store.put_folder(folder)
         records = [
@@ -261,9 +275,9 @@ class StoreConformance:
         digest = self._write_listing(store_uri, listing_bytes(records))
         objects = {key: self.read_object(store_uri, key) for key in self.object_stamps(store_uri)}
         assert not store.exists(digest)
-        with pytest.raises(IntegrityError, match="it names 'f' twice, or also as a folder"):
+        with pytest.raises(IntegrityError, match=problem):
             store.get_folder(digest, tmp_path / "out")
-        with pytest.raises(IntegrityError, match="it names 'f' twice"), store.open_folder(digest):
+        with pytest.raises(IntegrityError, match=problem), store.open_folder(digest):
             pass
         assert {key: self.read_object(store_uri, key) for key in self.object_stamps(store_uri)} == objects
 
@@ -376,6 +390,18 @@ class StoreConformance:
         assert sorted(store.list_records("cache")) == ["a.b", "c"]
         with pytest.raises(StoreError, match="record's name"):
             list(store.list_records("../cache"))
+
+    def test_objects_with_names_that_the_store_does_not_give_are_not_listed(
+        self, store: ArtifactStore, store_uri: str, folder: Path
+    ) -> None:
+        digest = store.put_folder(folder).digest
+        store.put_record("cache", "key", {})
+        for name in ("a name", "-x", "\x1b[2J", ".key"):
+            self.write_object(store_uri, f"records/cache/{name}.json", b"{}")
+            self.write_object(store_uri, f"manifests/sha256/{name}.json", b"{}")
+        assert list(store.list_records("cache")) == ["key"]
+        assert list(store.list()) == [digest]
+        assert store.gc({digest}, min_age_s=0).folders == 0
 
     def test_collection_deletes_old_folders_that_are_not_kept(
         self, store: ArtifactStore, store_uri: str, folder: Path, tmp_path: Path

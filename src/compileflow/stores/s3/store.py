@@ -155,7 +155,9 @@ class S3Store:
         """Yield the keys of all records of a kind, sorted."""
         prefix = layout.records_key(kind)
         for record in self._objects.list(prefix):
-            yield record.key.removeprefix(prefix).removesuffix(".json")
+            key = record.key.removeprefix(prefix).removesuffix(".json")
+            if layout.is_record_name(key):
+                yield key
 
     def lock(self, key: str, *, on_wait: Callable[[], None]) -> AbstractContextManager[None]:
         """Hold a lock that excludes all other machines that use this store, as stores/s3/lease.py explains."""
