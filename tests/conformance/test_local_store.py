@@ -374,12 +374,17 @@ def test_writer_of_a_store_cannot_change_a_folder_that_is_open(tmp_path: Path, s
         assert list_files(opened) == list_files(tmp_path / "model")
 
 
-def test_store_in_the_home_of_the_user_is_read_without_copies(settings: Settings, tmp_path: Path) -> None:
+def test_store_in_the_home_of_the_user_is_read_without_copies_unless_others_may_write_or_results_are_signed(
+    settings: Settings, tmp_path: Path
+) -> None:
     store = open_store(settings.resolved_store_uri(), settings)
     digest = store.put_folder(model_folder(tmp_path, size_bytes=10)).digest
     with store.open_folder(digest) as opened:
         assert opened.is_relative_to(settings.work_dir)
         assert (opened / "weights").stat().st_nlink == 2
+    signing = settings.model_copy(update={"signing_key": tmp_path / "key.pem"})
+    with open_store(store.uri, signing).open_folder(digest) as opened:
+        assert (opened / "weights").stat().st_nlink == 1
     blobs = settings.home_dir / "store" / "blobs"
     for path in [path for path in blobs.rglob("*") if path.is_file()]:
         path.chmod(0o666)
