@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
+import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from compileflow._process.folders import open_regular, work_folder
 from compileflow.admin.mirror import mirror_store
 from compileflow.artifact.manifest import read_manifest
 from compileflow.artifact.open import OpenArtifact, copy_artifact
@@ -179,23 +182,214 @@ def test_blob_that_is_collected_while_it_is_read_is_absent(
     store = open_store((tmp_path / "store").as_uri())
     digest = store.put_folder(model_folder(tmp_path, size_bytes=10)).digest
 
-    def collected(blob: Path, out: Path) -> None:
+    def collected(blob: Path) -> int:
         blob.unlink()
-        linking(blob, out)
+        return open_regular(blob)
 
-    linking = local.link_or_copy
-    monkeypatch.setattr(local, "link_or_copy", collected)
+    monkeypatch.setattr(local, "open_regular", collected)
     with pytest.raises(IntegrityError, match="missing or altered"), store.open_folder(digest):
         pass
 
 
-def test_record_that_cannot_be_read_is_one_clear_error(tmp_path: Path) -> None:
+def make_large(path: Path) -> None:
+    """Make a file of 40 GB that takes no room on the disk."""
+    with path.open("wb") as stream:
+        stream.truncate(40 * 10**9)
+
+
+def make_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+
+
+ODD_FILES: dict[str, Callable[[Path], object]] = {
+    "folder": Path.mkdir,
+    "pipe": os.mkfifo,
+    "socket": make_socket,
+    "link": lambda path: path.symlink_to("/dev/zero"),
+    "loop": lambda path: path.symlink_to(path.name),
+    "large": make_large,
+}
+
+
+PutOddFile = Callable[[Path], str]
+
+
+@pytest.fixture(params=ODD_FILES)
+def put_odd_file(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[PutOddFile]:
+    """Replace a file by something that no store writes, and return what that is."""
+    odd_paths = []
+
+    def put(path: Path) -> str:
+        path.unlink(missing_ok=True)
+        # The name of a socket is short.
+        monkeypatch.chdir(path.parent)
+        ODD_FILES[request.param](Path(path.name))
+        odd_paths.append(path)
+        return str(request.param)
+
+    yield put
+    for path in odd_paths:
+        if path.is_file() and path.stat().st_size > 10**9:
+            path.unlink()
+
+
+def test_record_that_is_not_a_small_file_counts_as_absent(
+    tmp_path: Path, put_odd_file: PutOddFile, caplog: pytest.LogCaptureFixture
+) -> None:
     store = open_store((tmp_path / "store").as_uri())
-    for key in ("records/cache/key.json", f"manifests/sha256/{'a' * 64}.json"):
-        (tmp_path / "store" / key).mkdir(parents=True)
-    for act in (lambda: store.get_record("cache", "key"), lambda: store.exists("a" * 64)):
-        with pytest.raises(StoreError, match=r"Cannot read .*EISDIR"):
+    store.put_record("cache", "other", {})
+    put_odd_file(tmp_path / "store" / "records" / "cache" / "key.json")
+    for _ in range(2):
+        assert store.get_record("cache", "key") is None
+    (line,) = caplog.messages
+    assert re.fullmatch(
+        r"ignoring the record \S+/key\.json: it is (not a regular file|a link|larger than 16 MiB)", line
+    )
+
+
+def test_listing_that_is_not_a_small_file_is_refused_and_stops_a_collection(
+    tmp_path: Path, put_odd_file: PutOddFile
+) -> None:
+    store = open_store((tmp_path / "store").as_uri())
+    folder = model_folder(tmp_path, size_bytes=10)
+    stored_folder = store.put_folder(folder)
+    odd_file = put_odd_file(tmp_path / "store" / "manifests" / "sha256" / f"{stored_folder.digest}.json")
+    assert not store.exists(stored_folder.digest)
+    for act in (
+        lambda: store.open_folder(stored_folder.digest).__enter__(),
+        lambda: store.gc({stored_folder.digest}, min_age_s=0),
+    ):
+        with pytest.raises(IntegrityError, match="is not a listing: it is"):
             act()
+    assert len([path for path in (tmp_path / "store" / "blobs").rglob("*") if path.is_file()]) == 2
+    if odd_file != "folder":
+        store.put_folder(folder)
+        assert store.exists(stored_folder.digest)
+
+
+def test_blob_that_is_not_the_right_file_is_refused_and_put_again(
+    tmp_path: Path, put_odd_file: PutOddFile
+) -> None:
+    store = open_store((tmp_path / "store").as_uri())
+    folder = model_folder(tmp_path, size_bytes=10)
+    digest = store.put_folder(folder).digest
+    odd_file = put_odd_file(next(path for path in (tmp_path / "store" / "blobs").rglob("*") if path.is_file()))
+    assert not store.exists(digest)
+    with pytest.raises(IntegrityError, match="missing or altered"):
+        store.get_folder(digest, tmp_path / "out")
+    if odd_file != "folder":
+        store.put_folder(folder)
+        assert store.exists(digest)
+
+
+@pytest.mark.parametrize("odd_file", ["pipe", "link"])
+def test_lock_that_is_not_a_file_is_refused(tmp_path: Path, *, odd_file: str) -> None:
+    store = open_store((tmp_path / "store").as_uri())
+    with store.lock("key", on_wait=lambda: None):
+        (path,) = (tmp_path / "store" / "locks").iterdir()
+    path.unlink()
+    ODD_FILES[odd_file](path)
+    with (
+        pytest.raises(StoreError, match=r"Cannot lock .*: it is (not a regular file|a link)\."),
+        store.lock("key", on_wait=lambda: None),
+    ):
+        pass
+
+
+FOLDERS = "tmp locks manifests manifests/sha256 records records/cache blobs blobs/sha256 blobs/*/*"
+
+
+@pytest.mark.parametrize("linked", FOLDERS.split())
+def test_store_with_a_link_for_a_folder_is_refused_and_nothing_outside_changes(
+    tmp_path: Path, settings: Settings, *, linked: str
+) -> None:
+    root, outside = tmp_path / "store", tmp_path / "outside"
+    store = open_store(root.as_uri(), settings)
+    folder = model_folder(tmp_path, size_bytes=10)
+    store.put_folder(folder)
+    store.put_record("cache", "key", {})
+    with store.lock("key", on_wait=lambda: None):
+        pass
+    link = sorted(root.glob(linked))[0]
+    link.rename(outside)
+    link.symlink_to(outside)
+    for name in ("uv.lock", "read-0123456789ab.lock"):
+        (outside / name).touch()
+    (outside / "uv").mkdir()
+    for path in outside.rglob("*"):
+        os.utime(path, (0, 0))
+    contents = stamps(outside)
+    acts = {
+        "tmp": (lambda: store.put_folder(folder), lambda: store.put_record("cache", "key", {"n": 2})),
+        "locks": (lambda: store.lock("key", on_wait=lambda: None),),
+        "records": (lambda: store.put_record("cache", "key", {"n": 2}), lambda: store.get_record("cache", "key")),
+        "manifests": (lambda: store.put_folder(folder), lambda: list(store.list())),
+        "blobs": (lambda: store.put_folder(folder),),
+    }[linked.partition("/")[0]]
+    collections = (lambda: store.gc((), min_age_s=0),) if linked.startswith(("tmp", "manifests", "blobs")) else ()
+    for act in (*acts, *collections):
+        with pytest.raises(StoreError, match=f"{link} is a link") as caught:
+            act()
+        assert "\n" not in str(caught.value)
+        assert caught.value.hint
+    assert stamps(outside) == contents
+
+
+def stamps(folder: Path) -> dict[Path, tuple[int, int]]:
+    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in (folder, *folder.rglob("*"))}
+
+
+def test_put_does_not_write_through_a_link_that_another_process_plants(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store((tmp_path / "store").as_uri())
+    (tmp_path / "precious").write_text("precious")
+
+    @contextmanager
+    def planted_work_folder(parent: Path, *, label: str) -> Iterator[Path]:
+        with work_folder(parent, label=label) as work:
+            for name in ("0", "1", "listing", "record"):
+                (work / name).symlink_to(tmp_path / "precious")
+            yield work
+
+    monkeypatch.setattr(local, "work_folder", planted_work_folder)
+    folder = model_folder(tmp_path, size_bytes=10)
+    for act in (lambda: store.put_folder(folder), lambda: store.put_record("cache", "key", {})):
+        with pytest.raises(StoreError, match="EEXIST"):
+            act()
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert (tmp_path / "precious").stat().st_mode & 0o200
+
+
+def test_writer_of_a_store_cannot_change_a_folder_that_is_open(tmp_path: Path, settings: Settings) -> None:
+    root = tmp_path / "store"
+    store = open_store(root.as_uri(), settings)
+    digest = store.put_folder(model_folder(tmp_path, size_bytes=10)).digest
+    with store.open_folder(digest) as opened:
+        assert opened.is_relative_to(settings.work_dir)
+        for path in [path for path in root.rglob("*") if path.is_file()]:
+            path.chmod(0o600)
+            path.write_bytes(b"other")
+        assert list_files(opened) == list_files(tmp_path / "model")
+
+
+def test_store_in_the_home_of_the_user_is_read_without_copies_unless_others_may_write_or_results_are_signed(
+    settings: Settings, tmp_path: Path
+) -> None:
+    store = open_store(settings.resolved_store_uri(), settings)
+    digest = store.put_folder(model_folder(tmp_path, size_bytes=10)).digest
+    with store.open_folder(digest) as opened:
+        assert opened.is_relative_to(settings.work_dir)
+        assert (opened / "weights").stat().st_nlink == 2
+    signing = settings.model_copy(update={"signing_key": tmp_path / "key.pem"})
+    with open_store(store.uri, signing).open_folder(digest) as opened:
+        assert (opened / "weights").stat().st_nlink == 1
+    blobs = settings.home_dir / "store" / "blobs"
+    for path in [path for path in blobs.rglob("*") if path.is_file()]:
+        path.chmod(0o666)
+    with store.open_folder(digest) as opened:
+        assert (opened / "weights").stat().st_nlink == 1
 
 
 def test_listings_that_this_user_may_not_see_stop_a_collection() -> None:

@@ -164,14 +164,14 @@ def test_work_folders_of_killed_processes_are_deleted(
     stored(store, tmp_path, "young")
     parents = (settings.work_dir, settings.home_dir / "store" / "tmp")
     for parent in parents:
-        (parent / "read-1").mkdir(parents=True)
-        (parent / "read-1.lock").touch()
+        (parent / "read-000000000001").mkdir(parents=True)
+        (parent / "read-000000000001.lock").touch()
     with work_folder(settings.work_dir, label="live") as live:
         # The folder of a live process swept the dead one's.
-        (settings.work_dir / "read-2").mkdir()
-        (settings.work_dir / "read-2.lock").touch()
+        (settings.work_dir / "read-000000000002").mkdir()
+        (settings.work_dir / "read-000000000002.lock").touch()
         collect_garbage(store.uri, (uri,), settings=settings, dry_run=True)
-        assert (settings.work_dir / "read-2").exists()
+        assert (settings.work_dir / "read-000000000002").exists()
         collect_garbage(store.uri, (uri,), settings=settings)
         assert [path for path in settings.work_dir.iterdir() if path.is_dir()] == [live]
     assert not [path for parent in parents for path in parent.iterdir()]

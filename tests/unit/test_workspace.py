@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from compileflow._process.folders import file_lock, os_errors, work_folder
+from compileflow._process.folders import file_lock, os_errors, sweep, work_folder
 from compileflow.errors import SourceError, StoreError
 from compileflow.testing.processes import at_once, other_process, say
 
@@ -77,6 +78,23 @@ def test_other_things_in_the_parent_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with work_folder(tmp_path, label="next"):
         assert {"notes", "folder"} < {path.name for path in tmp_path.iterdir()}
+
+
+def test_sweep_deletes_only_what_a_work_folder_leaves(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    parent = tmp_path / "parent"
+    for folder in (outside, parent / "uv", parent / "read-0123456789ab"):
+        folder.mkdir(parents=True)
+        (folder / "file").write_text("mine")
+    for name in ("uv.lock", "poetry.lock", "read-0123456789ab.lock", "link-0123456789ab.lock"):
+        (parent / name).write_text("")
+    (parent / "link-0123456789ab").symlink_to(outside)
+    (parent / "away-0123456789ab.lock").symlink_to(outside / "file")
+    os.mkfifo(parent / "pipe-0123456789ab.lock")
+    sweep(parent)
+    assert (outside / "file").read_text() == "mine"
+    assert {"uv", "uv.lock", "poetry.lock"} <= {path.name for path in parent.iterdir()}
+    assert not [path for path in parent.iterdir() if path.name.startswith("read-")]
 
 
 def test_sweepers_never_take_a_new_folder_for_a_dead_one(tmp_path: Path) -> None:

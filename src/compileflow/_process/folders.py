@@ -1,11 +1,13 @@
-"""Work folders that are deleted even if their owner is killed, file locks, and errors about paths."""
+"""Work folders that are deleted even if their owner is killed, file locks, safe opens, and errors about paths."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
 import os
+import re
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -16,6 +18,8 @@ from urllib.parse import unquote
 from compileflow.errors import CompileflowError, StoreError, redacted
 
 _LOCK_SUFFIX = ".lock"
+# What `work_folder` calls the lock of a folder.
+_LOCK_NAME = re.compile(r"[a-z-]+-[0-9a-f]{12}\.lock")
 
 
 @contextmanager
@@ -47,7 +51,7 @@ def work_folder(parent: Path, *, label: str) -> Iterator[Path]:
 
 def _lock_for(folder: Path) -> int:
     while True:
-        lock = os.open(f"{folder}{_LOCK_SUFFIX}", os.O_RDWR | os.O_CREAT, 0o644)
+        lock = open_regular(Path(f"{folder}{_LOCK_SUFFIX}"), os.O_RDWR | os.O_CREAT)
         fcntl.flock(lock, fcntl.LOCK_EX)
         # Between open and flock another process may have swept the new lock file as a dead owner's.
         if os.fstat(lock).st_nlink:
@@ -56,11 +60,13 @@ def _lock_for(folder: Path) -> int:
 
 
 def sweep(parent: Path) -> None:
-    """Delete the work folders of dead owners below `parent`."""
+    """Delete the work folders of dead owners below `parent`, and nothing else that lies there."""
     for lock_path in parent.glob(f"*{_LOCK_SUFFIX}"):
+        if not _LOCK_NAME.fullmatch(lock_path.name):
+            continue
         try:
-            handle = os.open(lock_path, os.O_RDWR)
-        except FileNotFoundError:
+            handle = open_regular(lock_path, os.O_RDWR)
+        except (FileNotFoundError, ValueError):
             continue
         try:
             with suppress(BlockingIOError):
@@ -81,10 +87,16 @@ def file_lock(path: Path, *, on_wait: Callable[[], None], poll_s: float = 0.1) -
         path: Lock file; created if it is missing, never deleted.
         on_wait: Called once if another process holds the lock.
         poll_s: Seconds between tries.
+
+    Raises:
+        StoreError: `path` cannot be written, or it is a link or another thing that is not a regular file.
     """
     with os_errors(path, "lock"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            handle = open_regular(path, os.O_RDWR | os.O_CREAT)
+        except ValueError as error:
+            raise StoreError(f"Cannot lock {path}: {error}.", hint="Delete it and run again.") from error
     try:
         has_waited = False
         while True:
@@ -99,6 +111,51 @@ def file_lock(path: Path, *, on_wait: Callable[[], None], poll_s: float = 0.1) -
         yield
     finally:
         os.close(handle)
+
+
+def open_regular(path: Path, flags: int = os.O_RDONLY, *, follow_links: bool = False) -> int:
+    """Open a file that a stranger may have put there, and return its handle.
+
+    Args:
+        path: Path of the file.
+        flags: Flags of `os.open`.
+        follow_links: Open what a link at `path` leads to.
+
+    Raises:
+        OSError: The file cannot be opened.
+        ValueError: It is a link or not a regular file; the text says which.
+    """
+    # Without O_NONBLOCK, the open of a named pipe would wait for its other end.
+    flags |= os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow_links else os.O_NOFOLLOW)
+    try:
+        handle = os.open(path, flags, 0o644)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ValueError("it is a link") from error
+        # Of a socket, and of a folder that is to be written.
+        if error.errno in (errno.ENXIO, errno.EISDIR):
+            raise ValueError("it is not a regular file") from error
+        raise
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise ValueError("it is not a regular file")
+    return handle
+
+
+def check_no_link(path: Path, *, below: Path) -> None:
+    """Refuse a path with a link among its parts below a folder: the writer of the link chose where it leads.
+
+    Raises:
+        StoreError: A part of the path is a link.
+    """
+    for part in (path, *path.parents):
+        if part == below:
+            return
+        if part.is_symlink():
+            raise StoreError(
+                f"{part} is a link, and a store keeps everything in its own folder.",
+                hint="Move the folder that it leads to into the store, or mount it there.",
+            )
 
 
 def check_writable(folder: Path) -> None:
@@ -138,9 +195,7 @@ def move_into_place(folder: Path, dest: Path) -> None:
 
 
 @contextmanager
-def file_written_whole(
-    path: Path, *, partial: Path | None = None, read_only: bool = False, durable: bool = False
-) -> Iterator[Path]:
+def file_written_whole(path: Path, *, partial: Path | None = None, read_only: bool = False) -> Iterator[Path]:
     """Give a temporary path to write, and move that file to `path` at the end: readers see all of it or nothing.
 
     If the block fails, the temporary file is deleted and `path` stays as it is.
@@ -149,15 +204,11 @@ def file_written_whole(
         path: Final path of the file; its folder is created.
         partial: Temporary path on the same file system. None: a new name beside `path`.
         read_only: Make the file read-only.
-        durable: Wait until the content is on disk before the file gets its name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial or path.with_name(f"{uuid.uuid4().hex}.part")
     try:
         yield partial
-        if durable:
-            with partial.open("rb") as stream:
-                os.fsync(stream.fileno())
         if read_only:
             partial.chmod(0o444)
         partial.replace(path)
@@ -169,6 +220,9 @@ def link_or_copy(file: Path, dest: Path) -> None:
     """Give a file a second name, or copy it where the file system cannot link."""
     try:
         dest.hardlink_to(file)
+    except FileExistsError:
+        # A copy would write through `dest` into whatever shares its bytes.
+        raise
     except OSError:
         # The two paths are on different file systems, or the file system has no links.
         shutil.copyfile(file, dest)

@@ -11,7 +11,7 @@ from pydantic import FailFast, Field, ValidationError, field_validator, model_va
 
 from compileflow._process.folders import os_errors
 from compileflow.contracts import SHA256, FileRecord, Target
-from compileflow.contracts.digests import canonical_json, folder_digest, list_files
+from compileflow.contracts.digests import folder_digest, list_files
 from compileflow.contracts.json_files import read_json
 from compileflow.contracts.records import ComponentRecord, Record
 from compileflow.errors import IntegrityError, ManifestError, first_problem, redacted
@@ -137,8 +137,6 @@ def read_manifest(folder: Path) -> ArtifactManifest:
     path = folder / MANIFEST_NAME
     try:
         data: Any = read_json(path, most_bytes=_MOST_BYTES, strict=True)
-        # Refuses numbers that overflow and text that is not Unicode.
-        canonical_json(data)
     except FileNotFoundError as error:
         problem = f"{folder} has no {MANIFEST_NAME}" if folder.is_dir() else f"{folder} does not exist"
         raise ManifestError(
@@ -149,7 +147,7 @@ def read_manifest(folder: Path) -> ArtifactManifest:
         raise ManifestError(
             f"{folder} is not a folder.", hint="Give the folder of a compiled artifact."
         ) from redacted(error)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ManifestError(f"{path} cannot be read: {error}.", hint="Fetch the artifact again.") from redacted(
             error
         )
@@ -179,8 +177,7 @@ def listed_digest(folder: Path, manifest: ArtifactManifest) -> str:
 def artifact_files(folder: Path) -> tuple[FileRecord, ...]:
     """Hash the files that make up an artifact's digest: all but the attestations and the original pipeline."""
     with os_errors(folder, "read", kind=IntegrityError):
-        records = list_files(folder, without=ORIGINAL_FOLDER)
-    return tuple(record for record in records if record.path != ATTESTATIONS_NAME)
+        return list_files(folder, without=(f"{ORIGINAL_FOLDER}/", ATTESTATIONS_NAME))
 
 
 def verify_folder(folder: Path) -> tuple[ArtifactManifest, tuple[FileRecord, ...]]:

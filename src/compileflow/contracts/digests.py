@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
@@ -63,7 +63,7 @@ def list_files(
     folder: Path,
     *,
     paths: Iterable[str] | None = None,
-    without: str | None = None,
+    without: Collection[str] = (),
     at_once: int = 1,
     digest_of: Callable[[Path], str] = file_digest,
 ) -> tuple[FileRecord, ...]:
@@ -72,7 +72,7 @@ def list_files(
     Args:
         folder: Folder of the files.
         paths: Relative paths of the files to hash. None: all files.
-        without: Name of a folder in `folder` whose files are left out.
+        without: Paths that are left out: a file in `folder`, or with a slash at the end, a folder in it.
         at_once: Number of files that are hashed at once, in threads. SHA-256 releases Python's global lock.
         digest_of: Returns the SHA-256 of a file. A caller that needs the bytes can read and hash the file itself.
 
@@ -87,8 +87,7 @@ def list_files(
         names = sorted(paths if paths is not None else _walk(root))
     except RecursionError as error:
         raise IntegrityError(f"{folder} has folders nested too deeply.", hint="Give another folder.") from error
-    if without is not None:
-        names = [name for name in names if not name.startswith(f"{without}/")]
+    names = [name for name in names if not {name, name[: name.find("/") + 1]} & {*without}]
     try:
         with ThreadPoolExecutor(at_once) as threads:
             return tuple(threads.map(lambda name: _record(root, name, digest_of), names))

@@ -86,7 +86,9 @@ class ArtifactStore(Protocol):
         """
 
     def open_folder(self, digest: str) -> AbstractContextManager[Path]:
-        """Give a verified, read-only copy of the folder for the duration of the block.
+        """Give a verified, read-only copy of the folder for the duration of the block, on this machine.
+
+        A process that may only write to the store cannot change the copy.
 
         Raises:
             IntegrityError: The store does not hold the folder, or a blob is missing or altered.
@@ -114,7 +116,11 @@ class ArtifactStore(Protocol):
         """
 
     def get_record(self, kind: str, key: str) -> dict[str, JsonValue] | None:
-        """Return the value of a record; None if it does not exist or is not a JSON object."""
+        """Return the value of a record; None if it does not exist or is not a JSON object, of at most 16 MiB.
+
+        Numbers of over 64 bits, NaN, text that is not Unicode and over 100 levels are refused as well. The log
+        says why a record is not used.
+        """
 
     def list_records(self, kind: str) -> Iterator[str]:
         """Yield the keys of all records of a kind."""

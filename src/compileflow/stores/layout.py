@@ -9,18 +9,35 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
+from typing import Annotated
 
-from pydantic import JsonValue, ValidationError
+from pydantic import BaseModel, FailFast, JsonValue, ValidationError
 
 from compileflow.contracts import FileRecord
-from compileflow.errors import IntegrityError, ManifestError, StoreError, StoreUnavailableError
+from compileflow.contracts.json_files import MOST_JSON_BYTES, parse_json
+from compileflow.errors import IntegrityError, ManifestError, StoreError, StoreUnavailableError, first_problem
 
+logger = logging.getLogger(__name__)
+
+# A listing of 400,000 files. A record has a few kilobytes.
+MOST_LISTING_BYTES = MOST_JSON_BYTES
+MOST_RECORD_BYTES = 16 * 2**20
 BLOBS = "blobs/sha256/"
 LISTINGS = "manifests/sha256/"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _URI = re.compile(r"(?P<store>[a-z0-9]+://.+)/manifests/sha256/(?P<digest>[0-9a-f]{64})\.json")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+# More levels than `list_files` can walk.
+_MOST_FOLDERS = 500
+
+
+class _Listing(BaseModel):
+    files: Annotated[tuple[FileRecord, ...], FailFast()]
 
 
 def blob_key(sha256: str) -> str:
@@ -44,6 +61,11 @@ def is_digest(text: str) -> bool:
     return _DIGEST.fullmatch(text) is not None
 
 
+def is_record_name(text: str) -> bool:
+    """Say whether a text can be the kind or the key of a record."""
+    return _NAME.fullmatch(text) is not None
+
+
 def records_key(kind: str) -> str:
     """Return the path of all records of a kind, relative to the store, with a slash at the end."""
     return record_key(kind, "any").removesuffix("any.json")
@@ -55,7 +77,7 @@ def record_key(kind: str, key: str) -> str:
     Raises:
         StoreError: The kind or the key contains characters that are not allowed in a path.
     """
-    if not _NAME.fullmatch(kind) or not _NAME.fullmatch(key):
+    if not is_record_name(kind) or not is_record_name(key):
         raise StoreError(
             f"{kind}/{key} is not a record's name.", hint="Use letters, digits, '.', '_' and '-' in both parts."
         )
@@ -71,17 +93,39 @@ def parse_listing(body: bytes, digest: str, location: str) -> tuple[FileRecord, 
         location: Path or URI of the listing, for the error.
 
     Raises:
-        IntegrityError: The bytes have another SHA-256, or are not a listing.
+        IntegrityError: The bytes have another SHA-256, or are not the listing of a folder.
     """
     if hashlib.sha256(body).hexdigest() != digest:
         raise IntegrityError(
             f"The listing {location} was altered.", hint="Delete it and run again; the run writes a new one."
         )
     try:
-        data = json.loads(body)
-        return tuple(FileRecord.model_validate(record) for record in data["files"])
-    except (ValueError, KeyError, TypeError, ValidationError) as error:
-        raise IntegrityError(f"{location} is not a listing: {error}.", hint="Do not use this store.") from error
+        files = _Listing.model_validate(parse_json(body, MOST_LISTING_BYTES, strict=True)).files
+        _check_paths(files)
+    except ValidationError as error:
+        raise bad_listing(location, first_problem(error)) from error
+    except ValueError as error:
+        raise bad_listing(location, error) from error
+    return files
+
+
+def _check_paths(files: Sequence[FileRecord]) -> None:
+    """Refuse paths that no folder can have at once. The second file would be written over the first one."""
+    names = sorted(f"{record.path}/" for record in files)
+    for name, next_name in pairwise(names):
+        # A file sorts right before whatever is named below it.
+        if next_name.startswith(name):
+            how = "twice" if next_name == name else "as a file and as a folder"
+            raise ValueError(f"it names {name[:-1]!r:.200} {how}")
+    if any(name.count("/") > _MOST_FOLDERS for name in names):
+        raise ValueError("its folders are nested too deeply")
+
+
+def bad_listing(location: str, problem: object) -> IntegrityError:
+    """Return the error for something in the place of a listing that is not one."""
+    return IntegrityError(
+        f"{location} is not a listing: {problem}.", hint="Delete it; the next run that needs it writes a new one."
+    )
 
 
 def no_store(store_uri: str) -> StoreError:
@@ -125,13 +169,29 @@ def record_body(value: dict[str, JsonValue]) -> bytes:
     return json.dumps(value, sort_keys=True, indent=1).encode()
 
 
-def parse_record(body: bytes) -> dict[str, JsonValue] | None:
-    """Return the value of a record; None if it is not a JSON object, so that it counts as missing."""
+def parse_record(body: bytes, location: str) -> dict[str, JsonValue] | None:
+    """Return the value of a record; None if it cannot be used, so that it counts as missing. The log says why.
+
+    Args:
+        body: Bytes of the record.
+        location: Path or URI of the record, for the log.
+    """
     try:
-        data = json.loads(body)
-    except (ValueError, RecursionError):
+        data = parse_json(body, MOST_RECORD_BYTES, strict=True)
+    except ValueError as error:
+        ignore_record(location, str(error))
         return None
-    return data if isinstance(data, dict) else None
+    if isinstance(data, dict):
+        return data
+    ignore_record(location, "it is not a JSON object")
+    return None
+
+
+# A step looks a record up more than once.
+@lru_cache(maxsize=256)
+def ignore_record(location: str, problem: str) -> None:
+    """Say in the log, once, why a record counts as missing."""
+    logger.warning("ignoring the record %s: %s", location, problem)
 
 
 def split_uri(uri: str) -> tuple[str, str]:

@@ -1,6 +1,9 @@
 """LocalStore, file://: an artifact store in a folder of this machine, in the layout that all stores share.
 
 Beside the shared layout, tmp/ holds unfinished work and locks/ holds lock files.
+
+Others may write to the store. So none of its folders may be a link, which could lead anywhere, and what is read
+from it was hashed while it was copied to where they cannot write.
 """
 
 from __future__ import annotations
@@ -12,16 +15,16 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from stat import S_ISREG
+from stat import S_ISREG, S_IWGRP, S_IWOTH
+from typing import BinaryIO
 from urllib.parse import urlparse
 
 from pydantic import JsonValue
 
 from compileflow._process.folders import (
-    check_writable,
+    check_no_link,
     file_lock,
-    file_written_whole,
-    link_or_copy,
+    open_regular,
     os_errors,
     path_of_uri,
     sweep,
@@ -29,6 +32,7 @@ from compileflow._process.folders import (
 )
 from compileflow.contracts import Collected, FileRecord, StoredFolder
 from compileflow.contracts.digests import file_digest, folder_digest, list_files, listing_bytes
+from compileflow.contracts.json_files import read_bytes
 from compileflow.errors import IntegrityError, SpecError
 from compileflow.settings import Settings
 from compileflow.stores import layout
@@ -38,13 +42,14 @@ from compileflow.stores.collecting import REFRESH_AFTER_S, AgedObject, collect
 _PUT_ATTEMPTS = 5
 # A store may be on a network file system, which answers several requests at once.
 _READS_AT_ONCE = 8
+_BLOCK_BYTES = 2**20
 
 
 class LocalStore:
     """Folders as content-addressed blobs below one folder of this machine."""
 
     def __init__(self, uri: str, settings: Settings):
-        """Keep the folder's path, and that of the work folder for reading a store that cannot be written."""
+        """Keep the folder's path, and that of the work folder for copies that are read."""
         url = urlparse(uri)
         if url.scheme != "file" or url.netloc not in ("", "localhost") or not url.path:
             raise SpecError(
@@ -52,6 +57,8 @@ class LocalStore:
             )
         self.uri = uri.rstrip("/")
         self.root = path_of_uri(uri)
+        self._is_signing = settings.signing_key is not None
+        self._home_dir = settings.home_dir
         self._work_dir = settings.work_dir
 
     def put_folder(self, folder: Path) -> StoredFolder:
@@ -63,7 +70,7 @@ class LocalStore:
         with os_errors(folder, "read"):
             files = list_files(folder)
         digest = folder_digest(files)
-        with os_errors(self.root, "write to the store"), work_folder(self.root / "tmp", label="put") as work:
+        with os_errors(self.root, "write to the store"), work_folder(self._folder("tmp"), label="put") as work:
             for _ in range(_PUT_ATTEMPTS):
                 refreshes = [
                     self._put_blob(folder / record.path, record, work / str(number))
@@ -84,13 +91,17 @@ class LocalStore:
             IntegrityError: The store does not hold the folder, or a blob is missing or altered.
             StoreError: `dest` exists or cannot be written.
         """
-        return self._write_out(digest, dest, link=False)
+        return self._write_out(digest, dest)
 
     @contextmanager
     def open_folder(self, digest: str) -> Iterator[Path]:
-        """Give a verified copy, which consists of hard links where possible. Do not write to it."""
-        with work_folder(self._read_dir(), label="read") as work:
-            self._write_out(digest, work / "folder", link=True)
+        """Give a verified copy below COMPILEFLOW_HOME. Do not write to it.
+
+        It may consist of hard links if the store is in the same home and nothing is signed.
+        """
+        with work_folder(self._work_dir, label="read") as work:
+            may_link = not self._is_signing and self.root.resolve().is_relative_to(self._home_dir.resolve())
+            self._write_out(digest, work / "folder", read_only=True, may_link=may_link)
             yield work / "folder"
 
     def exists(self, digest: str) -> bool:
@@ -103,7 +114,7 @@ class LocalStore:
 
     def list(self) -> Iterator[str]:
         """Yield the digests of all folders, sorted."""
-        return self._json_names(layout.LISTINGS)
+        return filter(layout.is_digest, self._json_names(layout.LISTINGS))
 
     def folder_uri(self, digest: str) -> str:
         """Return the URI of the folder's listing."""
@@ -111,27 +122,32 @@ class LocalStore:
 
     def put_record(self, kind: str, key: str, value: Mapping[str, JsonValue]) -> None:
         """Write a record atomically: readers see the old value or the new one."""
-        path = self.root / layout.record_key(kind, key)
+        path = self._path(layout.record_key(kind, key))
         with (
             os_errors(self.root, "write to the store"),
-            work_folder(self.root / "tmp", label="record") as work,
+            work_folder(self._folder("tmp"), label="record") as work,
             _stored_file(path, work / "record") as partial,
         ):
-            partial.write_bytes(layout.record_body(dict(value)))
+            partial.write(layout.record_body(dict(value)))
 
     def get_record(self, kind: str, key: str) -> dict[str, JsonValue] | None:
-        """Return the value of a record; None if it is missing or not JSON."""
-        body = self._read(self.root / layout.record_key(kind, key))
-        return layout.parse_record(body) if body is not None else None
+        """Return the value of a record; None if it is missing or cannot be used."""
+        path = self._path(layout.record_key(kind, key))
+        try:
+            body = _read(path, most_bytes=layout.MOST_RECORD_BYTES)
+        except ValueError as error:
+            layout.ignore_record(str(path), str(error))
+            return None
+        return layout.parse_record(body, str(path)) if body is not None else None
 
     def list_records(self, kind: str) -> Iterator[str]:
         """Yield the keys of all records of a kind, sorted."""
-        return self._json_names(layout.records_key(kind))
+        return filter(layout.is_record_name, self._json_names(layout.records_key(kind)))
 
     def lock(self, key: str, *, on_wait: Callable[[], None]) -> AbstractContextManager[None]:
         """Hold a lock that excludes all other processes on this machine that use this folder."""
         name = hashlib.sha256(key.encode()).hexdigest()[:32]
-        return file_lock(self.root / "locks" / f"{name}.lock", on_wait=on_wait)
+        return file_lock(self._path(f"locks/{name}.lock"), on_wait=on_wait)
 
     def gc(
         self,
@@ -154,7 +170,7 @@ class LocalStore:
                 raise layout.no_store(self.uri)
             if not dry_run:
                 # Killed processes leave work folders.
-                sweep(self.root / "tmp")
+                sweep(self._folder("tmp"))
             return collect(
                 self,
                 keep,
@@ -167,21 +183,25 @@ class LocalStore:
 
     def aged_listings(self) -> Iterator[AgedObject]:
         """Yield all listings."""
-        return _aged(_entries(self.root / layout.LISTINGS))
+        return _aged(_entries(self._folder(layout.LISTINGS)))
 
     def aged_blobs(self) -> Iterator[AgedObject]:
         """Yield all blobs."""
-        return _aged(path for prefix in _entries(self.root / layout.BLOBS) for path in _entries(prefix))
+        folders = [self._folder(layout.BLOBS + path.name) for path in _entries(self._folder(layout.BLOBS))]
+        return _aged(path for folder in folders for path in _entries(folder))
 
     def read_listing(self, digest: str) -> tuple[FileRecord, ...] | None:
         """Return the files of a folder; None if its listing does not exist."""
-        path = self.root / layout.listing_key(digest)
-        body = self._read(path)
+        path = self._path(layout.listing_key(digest))
+        try:
+            body = _read(path, most_bytes=layout.MOST_LISTING_BYTES)
+        except ValueError as error:
+            raise layout.bad_listing(str(path), error) from error
         return layout.parse_listing(body, digest, str(path)) if body is not None else None
 
     def delete_listing(self, digest: str, *, min_age_s: float) -> bool:
         """Delete a listing if it is still at least that old."""
-        return _delete_if_old(self.root / layout.listing_key(digest), min_age_s)
+        return _delete_if_old(self._path(layout.listing_key(digest)), min_age_s)
 
     def delete_blob(self, sha256: str, *, min_age_s: float) -> bool:
         """Delete a blob if it is still at least that old."""
@@ -189,66 +209,62 @@ class LocalStore:
 
     def _json_names(self, prefix: str) -> Iterator[str]:
         with os_errors(self.root, "read the store"):
-            paths = _entries(self.root / prefix)
+            paths = _entries(self._folder(prefix))
         for path in paths:
             if path.suffix == ".json":
                 yield path.stem
-
-    def _read(self, path: Path) -> bytes | None:
-        with os_errors(path, "read"):
-            try:
-                return path.read_bytes()
-            except (FileNotFoundError, NotADirectoryError):
-                return None
 
     def _put_blob(self, path: Path, record: FileRecord, partial: Path) -> bool:
         """Copy a file into the store unless it is there, unaltered. Return whether an old blob was refreshed."""
         blob = self._blob_path(record.sha256)
         if self._has_right_blob(record) and (was_refreshed := _refresh_if_old(blob)) is not None:
             return was_refreshed
-        with _stored_file(blob, partial):
-            shutil.copyfile(path, partial)
-            if file_digest(partial) != record.sha256:
+        with path.open("rb") as file, _stored_file(blob, partial) as copy:
+            if _copy(file, copy, most_bytes=record.size_bytes) != record.sha256:
                 raise layout.changed_while_stored(path)
         return False
 
     def _put_listing(self, body: bytes, digest: str, partial: Path) -> bool:
         """Write a listing unless it is there, unaltered. Return whether an old listing was refreshed."""
-        path = self.root / layout.listing_key(digest)
-        if self._read(path) == body and (was_refreshed := _refresh_if_old(path)) is not None:
+        path = self._path(layout.listing_key(digest))
+        if _holds(path, body) and (was_refreshed := _refresh_if_old(path)) is not None:
             return was_refreshed
-        with _stored_file(path, partial):
-            partial.write_bytes(body)
+        with _stored_file(path, partial) as listing:
+            listing.write(body)
         return False
 
-    def _write_out(self, digest: str, dest: Path, *, link: bool) -> tuple[FileRecord, ...]:
+    def _write_out(
+        self, digest: str, dest: Path, *, read_only: bool = False, may_link: bool = False
+    ) -> tuple[FileRecord, ...]:
         files = self._listing(digest)
         with os_errors(dest, "write to"):
             dest.mkdir(parents=True)
             try:
                 for record in files:
-                    self._write_file(record, dest / record.path, link=link)
+                    self._write_file(record, dest / record.path, read_only=read_only, may_link=may_link)
             except BaseException:
                 # A partial folder would block the next attempt.
                 shutil.rmtree(dest, ignore_errors=True)
                 raise
         return files
 
-    def _write_file(self, record: FileRecord, dest: Path, *, link: bool) -> None:
+    def _write_file(self, record: FileRecord, dest: Path, *, read_only: bool, may_link: bool) -> None:
         blob = self._blob_path(record.sha256)
         if not self._has_blob(record):
             raise layout.bad_blob(self.uri, record)
         dest.parent.mkdir(parents=True, exist_ok=True)
         try:
-            if link:
-                link_or_copy(blob, dest)
+            if may_link and _link(blob, dest):
+                digest = file_digest(dest)
             else:
-                shutil.copyfile(blob, dest)
-        except FileNotFoundError as error:
-            # A collection has just deleted it.
+                with os.fdopen(open_regular(blob), "rb") as file, dest.open("xb") as copy:
+                    digest = _copy(file, copy, most_bytes=record.size_bytes)
+                    if read_only:
+                        os.fchmod(copy.fileno(), 0o444)
+        except (FileNotFoundError, ValueError) as error:
+            # A collection has just deleted it, or another process has replaced it.
             raise layout.bad_blob(self.uri, record) from error
-        # Hash the copy, because the blob may have changed since.
-        if file_digest(dest) != record.sha256:
+        if digest != record.sha256:
             raise layout.bad_blob(self.uri, record)
 
     def _listing(self, digest: str) -> tuple[FileRecord, ...]:
@@ -268,21 +284,79 @@ class LocalStore:
             # A collection has just deleted it.
             return False
 
-    def _read_dir(self) -> Path:
-        """Return the parent of work folders for reading: in the store if this user can write to it."""
-        folder = self.root / "tmp"
-        try:
-            check_writable(folder)
-        except OSError:
-            return self._work_dir
+    def _blob_path(self, sha256: str) -> Path:
+        return self._path(layout.blob_key(sha256))
+
+    def _path(self, key: str) -> Path:
+        """Return the path of an object. Its folder is not a link."""
+        return self._folder(key.rpartition("/")[0]) / key.rpartition("/")[2]
+
+    def _folder(self, key: str) -> Path:
+        """Return the path of a folder of the store.
+
+        Raises:
+            StoreError: It is a link, or lies below one.
+        """
+        folder = self.root / key
+        with os_errors(folder, "read"):
+            check_no_link(folder, below=self.root)
         return folder
 
-    def _blob_path(self, sha256: str) -> Path:
-        return self.root / layout.blob_key(sha256)
+
+@contextmanager
+def _stored_file(path: Path, partial: Path) -> Iterator[BinaryIO]:
+    """Give a new file to write, which gets its final path once its content is on disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        # "x" refuses a link that another process has put there.
+        with partial.open("xb") as stream:
+            yield stream
+            stream.flush()
+            os.fchmod(stream.fileno(), 0o444)
+            os.fsync(stream.fileno())
+        with os_errors(path, "replace"):
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-def _stored_file(path: Path, partial: Path) -> AbstractContextManager[Path]:
-    return file_written_whole(path, partial=partial, read_only=True, durable=True)
+def _copy(file: BinaryIO, copy: BinaryIO, *, most_bytes: int) -> str:
+    """Copy a file, but not much more than a number of bytes, and return the SHA-256 of the copy."""
+    sha256 = hashlib.sha256()
+    copied_bytes = 0
+    while copied_bytes <= most_bytes and (block := file.read(_BLOCK_BYTES)):
+        sha256.update(block)
+        copied_bytes += copy.write(block)
+    return sha256.hexdigest()
+
+
+def _link(blob: Path, dest: Path) -> bool:
+    """Give a blob a second name, if no other user can write to it. Return whether it has one."""
+    stat = blob.lstat()
+    if stat.st_uid != os.geteuid() or stat.st_mode & (S_IWGRP | S_IWOTH):
+        return False
+    try:
+        dest.hardlink_to(blob)
+    except OSError:
+        # They are on different file systems, the file system has no links, or the blob was just deleted.
+        return False
+    return True
+
+
+def _read(path: Path, *, most_bytes: int) -> bytes | None:
+    """Return the bytes of a file; None if it does not exist. Raises a ValueError if no store writes such files."""
+    with os_errors(path, "read"):
+        try:
+            return read_bytes(path, most_bytes=most_bytes)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+
+def _holds(path: Path, body: bytes) -> bool:
+    try:
+        return _read(path, most_bytes=len(body)) == body
+    except ValueError:
+        return False
 
 
 def _entries(folder: Path) -> Sequence[Path]:
@@ -302,7 +376,7 @@ def _aged(paths: Iterable[Path]) -> Iterator[AgedObject]:
 
 def _stat(path: Path) -> os.stat_result | None:
     try:
-        return path.stat()
+        return path.lstat()
     except (FileNotFoundError, NotADirectoryError):
         # A collection may have just deleted it.
         return None
@@ -316,7 +390,7 @@ def _refresh_if_old(path: Path) -> bool | None:
     if time.time() - stat.st_mtime < REFRESH_AFTER_S:
         return False
     try:
-        os.utime(path)
+        os.utime(path, follow_symlinks=False)
     except (FileNotFoundError, PermissionError):
         # A collection has just deleted it, or it belongs to another user.
         return None

@@ -7,6 +7,7 @@ The file is long because a suite that is inherited is one class.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import threading
@@ -20,6 +21,7 @@ from typing import ClassVar
 from urllib.parse import unquote, urlparse
 
 import pytest
+from pydantic import JsonValue
 
 from compileflow.contracts import ArtifactStore, Collected, FileRecord
 from compileflow.contracts.digests import folder_digest, list_files, listing_bytes
@@ -27,6 +29,26 @@ from compileflow.errors import IntegrityError, StoreError
 from compileflow.testing.processes import at_once, other_process, resolve, say
 
 FILES = {"manifest.json": b'{"schema_version": 1}\n', "default/model.bin": bytes(range(256)) * 400, "empty": b""}
+UNUSABLE_RECORDS = {
+    "cut": b"{",
+    "list": b"[1]",
+    "deep": b"[" * 100_000,
+    "rather deep": b'{"a": ' + b"[" * 200 + b"]" * 200 + b"}",
+    "NaN": b'{"a": NaN}',
+    "infinite": b'{"a": 1e999}',
+    "huge number": b'{"a": 1' + b"0" * 400 + b"}",
+    "lone surrogate": b'{"a": "\\ud800"}',
+    "lone surrogate in a name": b'{"\\ud800": 1}',
+    "not UTF-8": b'{"a": "\xff"}',
+    "17 MB": b'{"a": "' + bytes(17 * 10**6).replace(b"\0", b"a") + b'"}',
+}
+UNUSABLE_LISTINGS = {
+    "list": b"[]",
+    "deep": b'{"files": ' + b"[" * 100_000,
+    "path with many folders": listing_bytes([FileRecord(path="a/" * 2000 + "a", size_bytes=0, sha256="0" * 64)]),
+    "path out of the folder": b'{"files": [{"path": "../a", "size_bytes": 0, "sha256": "' + b"0" * 64 + b'"}]}',
+    "huge size": b'{"files": [{"path": "a", "size_bytes": 1' + b"0" * 400 + b', "sha256": "' + b"0" * 64 + b'"}]}',
+}
 DAY_S = 86400.0
 # A put may end before it is killed. The kill test tries again until one kill came first.
 _KILLS = 6
@@ -76,9 +98,9 @@ class StoreConformance:
         return (_root(uri) / key).read_bytes()
 
     def write_object(self, uri: str, key: str, body: bytes) -> None:
-        """Replace the bytes of an object without using the store."""
+        """Write an object, or replace its bytes, without using the store."""
         path = _root(uri) / key
-        path.unlink()
+        path.unlink(missing_ok=True)
         path.write_bytes(body)
 
     def delete_object(self, uri: str, key: str) -> None:
@@ -227,6 +249,50 @@ class StoreConformance:
             store.get_folder(digest, tmp_path / "out")
         assert not (tmp_path / "up").exists()
 
+    @pytest.mark.parametrize(
+        ("paths", "problem"),
+        [
+            (("f", "f"), "it names 'f' twice"),
+            (("f", "f/g"), "it names 'f' as a file and as a folder"),
+            (("f-", "f/g/h", "f"), "it names 'f' as a file and as a folder"),
+        ],
+    )
+    def test_listing_whose_paths_exclude_one_another_is_refused(
+        self,
+        store: ArtifactStore,
+        store_uri: str,
+        folder: Path,
+        tmp_path: Path,
+        *,
+        paths: tuple[str, ...],
+        problem: str,
+    ) -> None:
+        store.put_folder(folder)
+        records = [
+            record.model_copy(update={"path": path})
+            for record, path in zip(list_files(folder), paths, strict=False)
+        ]
+        digest = self._write_listing(store_uri, listing_bytes(records))
+        objects = {key: self.read_object(store_uri, key) for key in self.object_stamps(store_uri)}
+        assert not store.exists(digest)
+        with pytest.raises(IntegrityError, match=problem):
+            store.get_folder(digest, tmp_path / "out")
+        with pytest.raises(IntegrityError, match=problem), store.open_folder(digest):
+            pass
+        assert {key: self.read_object(store_uri, key) for key in self.object_stamps(store_uri)} == objects
+
+    @pytest.mark.parametrize("name", UNUSABLE_LISTINGS)
+    def test_content_that_is_not_a_listing_is_refused(
+        self, store: ArtifactStore, store_uri: str, folder: Path, tmp_path: Path, *, name: str
+    ) -> None:
+        store.put_folder(folder)
+        digest = self._write_listing(store_uri, UNUSABLE_LISTINGS[name])
+        assert not store.exists(digest)
+        with pytest.raises(IntegrityError, match=rf"{digest}\.json is not a listing: [^\n]*$"):
+            store.get_folder(digest, tmp_path / "out")
+        with pytest.raises(IntegrityError, match=digest):
+            store.gc({digest}, min_age_s=DAY_S)
+
     def test_failed_put_leaves_nothing(self, store: ArtifactStore, store_uri: str, folder: Path) -> None:
         with _writer_on(folder / "default/model.bin"), pytest.raises(StoreError, match="changed while"):
             store.put_folder(folder)
@@ -278,13 +344,20 @@ class StoreConformance:
         assert store.get_record("cache", "key") == {"digest": "b"}
         assert store.get_record("other", "key") is None
 
-    @pytest.mark.parametrize("body", [b"{", b"[1]", b"[" * 100_000], ids=["cut", "list", "deep"])
-    def test_record_that_is_not_a_json_object_counts_as_absent(
-        self, store: ArtifactStore, store_uri: str, body: bytes
+    @pytest.mark.parametrize("name", UNUSABLE_RECORDS)
+    def test_record_that_cannot_be_used_counts_as_absent(
+        self, store: ArtifactStore, store_uri: str, caplog: pytest.LogCaptureFixture, *, name: str
     ) -> None:
         store.put_record("cache", "key", {})
-        self.write_object(store_uri, "records/cache/key.json", body)
-        assert store.get_record("cache", "key") is None
+        self.write_object(store_uri, "records/cache/key.json", UNUSABLE_RECORDS[name])
+        for _ in range(2):
+            assert store.get_record("cache", "key") is None
+        assert len([line for line in caplog.messages if "cache/key" in line]) == 1
+
+    def test_largest_record_comes_back(self, store: ArtifactStore) -> None:
+        record: dict[str, JsonValue] = {"text": "x" * (16 * 2**20 - 100), "n": 2**64 - 1}
+        store.put_record("cache", "key", record)
+        assert store.get_record("cache", "key") == record
 
     def test_reader_sees_whole_records_while_another_process_replaces_them(
         self, store: ArtifactStore, store_uri: str
@@ -317,6 +390,18 @@ class StoreConformance:
         assert sorted(store.list_records("cache")) == ["a.b", "c"]
         with pytest.raises(StoreError, match="record's name"):
             list(store.list_records("../cache"))
+
+    def test_objects_with_names_that_the_store_does_not_give_are_not_listed(
+        self, store: ArtifactStore, store_uri: str, folder: Path
+    ) -> None:
+        digest = store.put_folder(folder).digest
+        store.put_record("cache", "key", {})
+        for name in ("a name", "-x", "\x1b[2J", ".key"):
+            self.write_object(store_uri, f"records/cache/{name}.json", b"{}")
+            self.write_object(store_uri, f"manifests/sha256/{name}.json", b"{}")
+        assert list(store.list_records("cache")) == ["key"]
+        assert list(store.list()) == [digest]
+        assert store.gc({digest}, min_age_s=0).folders == 0
 
     def test_collection_deletes_old_folders_that_are_not_kept(
         self, store: ArtifactStore, store_uri: str, folder: Path, tmp_path: Path
@@ -452,6 +537,11 @@ class StoreConformance:
     def _make_all_old(self, uri: str) -> None:
         for key in self.object_stamps(uri):
             self.make_old(uri, key, seconds=2 * DAY_S)
+
+    def _write_listing(self, uri: str, body: bytes) -> str:
+        digest = hashlib.sha256(body).hexdigest()
+        self.write_object(uri, f"manifests/sha256/{digest}.json", body)
+        return digest
 
     @staticmethod
     def _blob_key(folder: Path, name: str) -> str:

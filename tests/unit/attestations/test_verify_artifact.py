@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,24 @@ class TestBesideTheFiles:
         problems = verify_artifact(folder, settings=settings).problems
         assert len(problems) == 1
         assert reason in problems[0]
+
+    def test_bundle_of_20_gb_is_refused_before_it_is_read(
+        self, artifact: Path, settings: Settings, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        bundle = artifact / ATTESTATIONS_NAME
+        # Other files of the test run are searched for secrets; this one is deleted again.
+        with bundle.open("wb") as stream:
+            stream.truncate(20 * 10**9)
+        started = time.monotonic()
+        opened = open_artifact(artifact, settings=settings)
+        (problem,) = verify_artifact(artifact, settings=settings).problems
+        took_s = time.monotonic() - started
+        bundle.unlink()
+        assert opened.digest == digest_of(artifact)
+        assert "it is larger than 16 MiB" in problem
+        assert "it is larger than 16 MiB" in caplog.messages[0]
+        # Hashing it takes over 10 s.
+        assert took_s < 5
 
     def test_statements_that_are_absent_or_sound_are_loaded_without_a_word(
         self, artifact: Path, settings: Settings, caplog: pytest.LogCaptureFixture

@@ -18,6 +18,7 @@ from compileflow.artifact.attestations.statements import PROVENANCE_TYPE, VERDIC
 from compileflow.artifact.manifest import ATTESTATIONS_NAME
 from compileflow.contracts import ArtifactStore
 from compileflow.contracts.digests import canonical_json
+from compileflow.contracts.json_files import read_bytes
 from compileflow.errors import SignatureError
 
 if TYPE_CHECKING:
@@ -115,10 +116,7 @@ def read_bundle(folder: Path) -> tuple[Envelope, ...]:
     """
     path = folder / ATTESTATIONS_NAME
     try:
-        with path.open("rb") as stream:
-            data = stream.read(_MOST_BUNDLE_BYTES + 1)
-        if len(data) > _MOST_BUNDLE_BYTES:
-            raise ValueError(f"it is larger than {_MOST_BUNDLE_BYTES / 2**20:g} MiB")
+        data = read_bytes(path, most_bytes=_MOST_BUNDLE_BYTES)
         envelopes = [json.loads(line) for line in data.splitlines() if line.strip()]
         if not envelopes:
             raise ValueError("it is empty")

@@ -18,7 +18,9 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from compileflow.contracts.json_files import parse_json
 from compileflow.errors import StoreError
+from compileflow.stores.layout import MOST_RECORD_BYTES
 from compileflow.stores.s3.lost_replies import write_if_unchanged_or_ours
 from compileflow.stores.s3.objects import S3Objects
 
@@ -111,6 +113,7 @@ class _Lease:
 
     def _is_ours(self, body: bytes) -> bool:
         try:
-            return bool(json.loads(body)["holder"] == self._holder)
-        except (ValueError, KeyError, TypeError):
+            holder = parse_json(body, MOST_RECORD_BYTES, strict=True)
+        except ValueError:
             return False
+        return isinstance(holder, dict) and holder.get("holder") == self._holder

@@ -6,18 +6,21 @@ import hashlib
 import threading
 from base64 import b64encode
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any
 
 from compileflow.settings import Settings
+from compileflow.stores.layout import MOST_LISTING_BYTES, MOST_RECORD_BYTES
 from compileflow.stores.s3.client import make_client, object_arguments
 from compileflow.stores.s3.errors import BUSY_STATUSES, code_of, s3_errors, status_of
 
 # S3 copies larger objects only in parts.
 _COPY_BYTES = 5 * 2**30
 _READ_ATTEMPTS = 3
+_BLOCK_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -134,8 +137,11 @@ class S3Objects:
         )
         return page, reply.get("NextContinuationToken")
 
-    def read(self, key: str) -> tuple[bytes, S3Object] | None:
-        """Return the content of a small object; None if it does not exist."""
+    def read(self, key: str, *, most_bytes: int = MOST_RECORD_BYTES) -> tuple[bytes, S3Object] | None:
+        """Return the content of a small object; None if it does not exist.
+
+        Of an object of over `most_bytes`, only the beginning is returned, of over `most_bytes` as well.
+        """
         from botocore.exceptions import BotoCoreError, ClientError
         from urllib3.exceptions import HTTPError
 
@@ -143,7 +149,7 @@ class S3Objects:
             for attempt in range(_READ_ATTEMPTS):
                 try:
                     reply = self.client.get_object(**self.place(key))
-                    body = reply["Body"].read()
+                    body = _body(reply, most_bytes)
                 except ClientError as error:
                     if code_of(error) == "NoSuchKey":
                         return None
@@ -157,9 +163,11 @@ class S3Objects:
         raise AssertionError("the last attempt returns or raises")
 
     def read_checked(self, key: str, is_right: Callable[[bytes], bool]) -> tuple[bytes, S3Object] | None:
-        """Return the content of a small object. Wrong bytes are read once more: the way may have damaged them."""
-        content = self.read(key)
-        return content if content is None or is_right(content[0]) else self.read(key)
+        """Return the content of a listing. Wrong bytes are read once more: the way may have damaged them."""
+        content = self.read(key, most_bytes=MOST_LISTING_BYTES)
+        if content is None or is_right(content[0]):
+            return content
+        return self.read(key, most_bytes=MOST_LISTING_BYTES)
 
     def write(self, key: str, body: bytes) -> None:
         """Put a small object, whether or not one exists."""
@@ -245,6 +253,16 @@ def expecting(etag: str | None) -> dict[str, str]:
 def is_conflict(error: Any) -> bool:
     """Say whether a ClientError means that the object is not as the condition of the request expects."""
     return status_of(error) in (409, 412) or code_of(error) == "NoSuchKey"
+
+
+def _body(reply: Any, most_bytes: int) -> bytes:
+    """Return the body of a reply, or its beginning if that is longer than `most_bytes`."""
+    body = bytearray()
+    with closing(reply["Body"]) as stream:
+        # boto3 checks the length and the checksum when it has read the end.
+        while len(body) <= most_bytes and (block := stream.read(_BLOCK_BYTES)):
+            body += block
+    return bytes(body)
 
 
 def _age(modified: datetime, reply: Any) -> float:

@@ -146,15 +146,18 @@ class S3Store:
         self._objects.write(layout.record_key(kind, key), layout.record_body(dict(value)))
 
     def get_record(self, kind: str, key: str) -> dict[str, JsonValue] | None:
-        """Return the value of a record; None if it is missing or not JSON."""
-        content = self._objects.read(layout.record_key(kind, key))
-        return layout.parse_record(content[0]) if content is not None else None
+        """Return the value of a record; None if it is missing or cannot be used."""
+        object_key = layout.record_key(kind, key)
+        content = self._objects.read(object_key)
+        return layout.parse_record(content[0], f"{self.uri}/{object_key}") if content is not None else None
 
     def list_records(self, kind: str) -> Iterator[str]:
         """Yield the keys of all records of a kind, sorted."""
         prefix = layout.records_key(kind)
         for record in self._objects.list(prefix):
-            yield record.key.removeprefix(prefix).removesuffix(".json")
+            key = record.key.removeprefix(prefix).removesuffix(".json")
+            if layout.is_record_name(key):
+                yield key
 
     def lock(self, key: str, *, on_wait: Callable[[], None]) -> AbstractContextManager[None]:
         """Hold a lock that excludes all other machines that use this store, as stores/s3/lease.py explains."""
