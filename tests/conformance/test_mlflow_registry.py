@@ -88,6 +88,18 @@ def raw(uri: str) -> Any:
     return parse_place(uri).calls("test", refused=RegistryError, unavailable=RegistryUnavailableError)
 
 
+def test_promotion_that_cannot_be_read_is_one_line(registry: ModelRegistry, file_uri: str) -> None:
+    registry.register(version_entry("ner", 1))
+    for number, value in enumerate(("[" * 2000, '{"at": 5}', "no JSON")):
+        with raw(file_uri) as client:
+            client.set_model_version_tag("ner", "1", f"compileflow.promotion.{number}", value)
+        with pytest.raises(RegistryError, match="has a promotion that this compileflow cannot read"):
+            registry.promotions("ner", 1)
+        with raw(file_uri) as client:
+            client.delete_model_version_tag("ner", "1", f"compileflow.promotion.{number}")
+    assert registry.promotions("ner", 1) == []
+
+
 def test_small_files_are_kept_and_weights_are_not(
     server: MlflowServer, settings: Settings, tmp_path: Path
 ) -> None:

@@ -205,17 +205,14 @@ def registered_version(text: str) -> ModelVersion | None:
     Raises:
         IntegrityError: The URI in the registry belongs to another artifact than the one that was registered.
     """
-    from compileflow.artifact.integrity import check_digest
+    from compileflow.artifact.integrity import check_registered_uri
     from compileflow.catalog import parse_reference, resolve_reference
     from compileflow.settings import get_settings
-    from compileflow.stores.layout import split_uri
 
     if parse_reference(text) is None:
         return None
     version = resolve_reference(text, get_settings())
-    subject = f"the URI of {version.name} version {version.version}"
-    hint = "Do not use this version; it was changed in the registry."
-    check_digest(subject, split_uri(version.artifact_uri)[1], version.artifact_digest, hint=hint)
+    check_registered_uri(version)
     return version
 
 
