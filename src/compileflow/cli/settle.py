@@ -13,6 +13,12 @@ from compileflow.cli.common import AsJson, artifact_location, one_line_errors
 @one_line_errors
 def settle(
     artifact: Annotated[str, typer.Argument(help="URI or digest of an artifact with the verdict pending-device.")],
+    registry: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="URI of a registry. Repeatable. Default: those of the compile, if they are configured here too."
+        ),
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option(help="Run Python files that come with the model, with your rights.", show_default=False)
     ] = False,
@@ -32,7 +38,12 @@ def settle(
     uri = artifact_location(artifact)
     with progress_display(progress) as display, display.step("settle") as show:
         settled = settle_artifact(
-            uri, settings=settings, timeout_s=3600, trust_remote_code=trust_remote_code, on_progress=show
+            uri,
+            settings=settings,
+            timeout_s=3600,
+            registry_uris=registry or (),
+            trust_remote_code=trust_remote_code,
+            on_progress=show,
         )
         show(verdict_line(settled.validated))
     versions = register_settled(settled, settings)
