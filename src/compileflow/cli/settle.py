@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
 from compileflow.cli.common import AsJson, artifact_location, one_line_errors
+from compileflow.cli.output import say, say_json
 
 
 @one_line_errors
@@ -49,8 +49,8 @@ def settle(
     versions = register_settled(settled, settings)
     if as_json:
         values = {name: version.model_dump(mode="json") for name, version in versions.items()}
-        typer.echo(json.dumps({"verdict": settled.validated.outcome, "versions": values}, indent=1))
+        say_json({"verdict": settled.validated.outcome, "versions": values})
         return
-    typer.echo(f"{settled.validated.outcome}: {settled.validated.reason.partition(': ')[2]}")
+    say(f"{settled.validated.outcome}: {settled.validated.reason.partition(': ')[2]}")
     for registry_uri, version in versions.items():
-        typer.echo(f"version: {version_line(version, registry_uri)}")
+        say(f"version: {version_line(version, registry_uri)}")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from compileflow.cli.common import FAILED, AsJson, artifact_location, one_line_errors, registered_version, store_of
-from compileflow.errors import printable
+from compileflow.cli.output import say, say_json
 
 if TYPE_CHECKING:
     from compileflow.artifact.verify import Verification
@@ -91,12 +90,12 @@ def verify(
         )
     if as_json:
         values = asdict(verification) | {"proven": proof is not None, "proof": proof, "problems": problems}
-        typer.echo(json.dumps(values, indent=1))
+        say_json(values)
     else:
         _print_verification(verification, proof)
     if problems:
         rest = f" (and {len(problems) - 1} more; --json lists them)" if len(problems) > 1 else ""
-        typer.echo(printable(f"error: {problems[0]}{rest}"), err=True)
+        say(f"error: {problems[0]}{rest}", err=True)
         raise typer.Exit(FAILED)
 
 
@@ -118,15 +117,15 @@ def _registered(location: str, settings: Settings) -> list[ModelVersion]:
 
 def _print_verification(verification: Verification, proof: str | None) -> None:
     if verification.intact:
-        typer.echo(f"intact: {verification.files} files, digest {verification.digest}")
+        say(f"intact: {verification.files} files, digest {verification.digest}")
     if verification.attested:
         signers = ", ".join(verification.signed_by)
         signature = f"signed by {signers}" if signers else "not signed by a trusted key"
-        typer.echo(printable(f"attested: provenance and verdict {verification.verdict}, {signature}"))
+        say(f"attested: provenance and verdict {verification.verdict}, {signature}")
     if verification.report_intact:
-        typer.echo("report: intact, and the one that the verdict names")
+        say("report: intact, and the one that the verdict names")
     if proof is not None:
-        typer.echo(printable(f"proven: {proof}"))
+        say(f"proven: {proof}")
 
 
 def _proof(version: ModelVersion | None, report: ValidatedArtifact | None) -> str | None:

@@ -68,7 +68,7 @@ def read_values(kind: type[Kind], uri: str, name: str, settings: Settings | None
 def export_page(uri: str, name: str, settings: Settings) -> Path:
     """Copy the page `name` of a stored folder to HOME/reports and return its path.
 
-    The copy cannot run a script or load anything, whoever wrote the page into the store.
+    The copy cannot run a script or load anything, even if another program wrote the page into the store.
     """
     store_uri, digest = split_uri(uri)
     page = settings.home_dir / "reports" / f"{digest[:12]}.html"

@@ -174,8 +174,7 @@ def _request(
 ) -> CompileRequest:
     """Return the request of the compile, with the store and the registries of this machine.
 
-    Whoever can write to the store could name a registry of their own there, which would get this machine's
-    credentials.
+    A writer of the store could name a registry of their own there, which would get this machine's credentials.
 
     Raises:
         SpecError: The request names a registry that neither the settings nor the caller names.

@@ -22,7 +22,7 @@ class StatementJudge:
     """Decides which of two statements of one kind about an artifact stays.
 
     With trusted keys, only a statement that one of them signed replaces another, and not by an older verdict.
-    Without keys, nothing replaces a signed statement, because a signature that nobody checks may be forged.
+    Without keys, nothing replaces a signed statement, because the signature of the other one cannot be checked.
 
     Attributes:
         trusted: Public keys whose signatures are trusted.
