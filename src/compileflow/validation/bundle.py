@@ -249,8 +249,8 @@ def write_failure_bundle(
 def copy_bundle(bundle: Path, dest: Path) -> None:
     """Copy the data of a stored bundle into a new folder, and write the script there from this package.
 
-    A file with another name, such as a module that the script would import, is left out: a writer of the store could
-    run code with it.
+    A file with another name, such as a module that the script would import, is left out: a writer of the store
+    could run code with it.
 
     Args:
         bundle: Folder of the bundle, as the store has it.
