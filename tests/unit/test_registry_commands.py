@@ -535,7 +535,7 @@ def test_record_of_a_report_that_cannot_be_read_counts_as_absent(settings: Setti
 def test_wrong_setting_is_one_line(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMPILEFLOW_THREADS", "many")
     get_settings.cache_clear()
-    one_line(call("versions"), "threads", "docs/reference/settings.md", exit_code=2)
+    one_line(call("versions"), "COMPILEFLOW_THREADS", "docs/reference/settings.md", exit_code=2)
 
 
 def test_pull_refuses_what_is_not_the_registered_digest(
