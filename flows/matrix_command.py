@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compileflow.cli.common import one_line_errors
+from compileflow.cli.output import say, say_json
 from compileflow.cli.request_fields import in_options
 from compileflow.errors import CompileflowError, SpecError, first_problem
 from compileflow.settings import Settings, get_settings
@@ -74,13 +75,13 @@ def matrix(
     outcome = run_matrix(request, server, deployment=deployment, at_once=at_once, dask=dask)
     compared = read_matrix(outcome, settings)
     if as_json:
-        typer.echo(json.dumps(compared.model_dump(mode="json"), indent=1))
+        say_json(compared.model_dump(mode="json"))
     else:
         print_table(_COLUMNS, matrix_table(compared), title="matrix", optional=("compile", "size"))
         page = export_matrix(outcome, settings)
         print_lines(output_console(), compared.headline, f"page: {page}")
     for cell in compared.failed:
-        typer.echo(f"error: {cell.model}, {cell.candidate.label}: {in_options(cell.error)}", err=True)
+        say(f"error: {cell.model}, {cell.candidate.label}: {in_options(cell.error)}", err=True)
     if compared.failed:
         raise typer.Exit(1)
 

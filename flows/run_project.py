@@ -9,6 +9,7 @@ import typer
 
 from compileflow.cli.common import one_line_errors
 from compileflow.cli.compile import run_and_print
+from compileflow.cli.output import say
 from compileflow.errors import CompileflowError, SpecError, StepOffError
 from compileflow.settings import Settings, get_settings
 from flows.environment import set_embedded_defaults
@@ -100,7 +101,7 @@ def run(
         )
     finally:
         for folder in written if not as_json else ():
-            typer.echo(f"outputs: {folder}")
+            say(f"outputs: {folder}")
 
 
 def steps_of(task: str | None) -> StepSwitches:

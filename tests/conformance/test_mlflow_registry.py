@@ -9,8 +9,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -20,7 +21,7 @@ from compileflow.errors import RegistryError, RegistryUnavailableError, SpecErro
 from compileflow.registries.mlflow import client as mlflow_client
 from compileflow.registries.mlflow.client import parse_place
 from compileflow.registries.mlflow.tags import ARCHIVED, entry_tags
-from compileflow.settings import Settings
+from compileflow.settings import Settings, get_settings
 from compileflow.testing.registries import (
     ARTIFACT_FILES,
     REPORT_FILES,
@@ -86,6 +87,18 @@ def proxy(server: MlflowServer, settings: Settings, monkeypatch: pytest.MonkeyPa
 def raw(uri: str) -> Any:
     """Return a block with MLflow's own client, for changes that bypass the registry."""
     return parse_place(uri).calls("test", refused=RegistryError, unavailable=RegistryUnavailableError)
+
+
+def test_promotion_that_cannot_be_read_is_one_line(registry: ModelRegistry, file_uri: str) -> None:
+    registry.register(version_entry("ner", 1))
+    for number, value in enumerate(("[" * 2000, '{"at": 5}', "no JSON")):
+        with raw(file_uri) as client:
+            client.set_model_version_tag("ner", "1", f"compileflow.promotion.{number}", value)
+        with pytest.raises(RegistryError, match="has a promotion that this compileflow cannot read"):
+            registry.promotions("ner", 1)
+        with raw(file_uri) as client:
+            client.delete_model_version_tag("ner", "1", f"compileflow.promotion.{number}")
+    assert registry.promotions("ner", 1) == []
 
 
 def test_small_files_are_kept_and_weights_are_not(
@@ -333,3 +346,63 @@ def test_refused_credentials_are_not_tried_again_and_not_shown(proxy: FaultProxy
     assert hint in caught.value.hint
     assert len(proxy.seen) == 1
     assert MLFLOW_PASSWORD not in json.dumps(caught.value.to_dict()) + str(caught.getrepr())
+
+
+class Headers(BaseHTTPRequestHandler):
+    """Refuses each request and keeps what it says about its sender."""
+
+    seen: ClassVar[list[str | None]] = []
+
+    def do_GET(self) -> None:
+        self.seen.append(self.headers["Authorization"])
+        self.send_response(403)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Print nothing."""
+
+
+@pytest.fixture
+def stranger(settings: Settings) -> Iterator[str]:
+    """A server that MLflow's client would tell who it is."""
+    Headers.seen.clear()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Headers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("kind", "variable", "value"),
+    [
+        ("token", "MLFLOW_TRACKING_URI", "{url}/prefix"),
+        ("password", "COMPILEFLOW_REGISTRY_URI", "sqlite:////r.db, mlflow:{url}"),
+        ("file", "MLFLOW_TRACKING_URI", "{url}"),
+        ("token", "MLFLOW_TRACKING_URI", "databricks"),
+        ("password", "COMPILEFLOW_REGISTRY_URI", "mlflow:http://127.0.0.1:1"),
+        ("file", "MLFLOW_TRACKING_URI", "http://mlflow.internal"),
+    ],
+)
+def test_credentials_go_only_to_a_server_of_the_settings(
+    stranger: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, variable: str, value: str
+) -> None:
+    """The URI may come from a file that a stranger wrote; MLflow's client sends its variables to any host."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if kind == "token":
+        monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "a token")
+    else:
+        values = {"MLFLOW_TRACKING_USERNAME": "ann", "MLFLOW_TRACKING_PASSWORD": "a password"}
+        for name, text in values.items() if kind == "password" else ():
+            monkeypatch.setenv(name, text)
+        if kind == "file":
+            (tmp_path / ".mlflow").mkdir()
+            lines = "".join(f"{name.lower()} = {text}\n" for name, text in values.items())
+            (tmp_path / ".mlflow" / "credentials").write_text(f"[mlflow]\n{lines}")
+    monkeypatch.setenv(variable, value.format(url=stranger))
+    get_settings.cache_clear()
+    with pytest.raises(RegistryError):
+        open_registry(f"mlflow:{stranger}").versions()
+    (authorization,) = Headers.seen
+    expected = "Bearer" if kind == "token" else "Basic"
+    assert (authorization or "none").split()[0] == (expected if "{url}" in value else "none")
+    assert os.environ["HOME"] == str(tmp_path)

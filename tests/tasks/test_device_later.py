@@ -86,11 +86,22 @@ def test_artifact_is_validated_and_registered_where_the_device_is(
     shutil.copytree(tiny_model(HfTask.TEXT_CLASSIFICATION), model)
     (vendor_doubles / "neuron0").unlink()
     assert pipeline.validate(request, artifact).outcome == "pass"
-    other = pipeline.request(model, target=target, name="reviews", validation={"strict": True})
+    elsewhere = f"sqlite:///{tmp_path / 'elsewhere.db'}"
+    other = pipeline.request(
+        model, target=target, name="reviews", validation={"strict": True}, registry_uris=[elsewhere]
+    )
     assert pipeline.validate(other, artifact).outcome == "pending-device"
     collect_garbage(pipeline.store_uri, [pipeline.registry_uri], settings=pipeline.settings, min_age_s=0)
     (vendor_doubles / "neuron0").touch()
-    assert settle(pipeline, artifact.uri).validated.outcome in ("pass", "warn")
+    # The store names a registry that this machine does not: whoever wrote that would get its credentials.
+    with pytest.raises(SpecError, match=r"elsewhere\.db, which the settings here do not name") as unknown:
+        settle(pipeline, artifact.uri)
+    assert "--registry" in unknown.value.hint
+    settled = settle_artifact(
+        artifact.uri, settings=pipeline.settings, timeout_s=600, registry_uris=[pipeline.registry_uri]
+    )
+    assert settled.validated.outcome in ("pass", "warn")
+    assert settled.request.registry_uris == (pipeline.registry_uri,)
     assert open_registry(pipeline.registry_uri).get("reviews", 1).artifact_digest == artifact.digest
 
 

@@ -289,8 +289,15 @@ def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path: Path, name: st
 
 def test_registered_version_and_digest_name_an_artifact(settings: Settings) -> None:
     folder = open_store(settings.resolved_store_uri()).put_folder(V2)
+    manifest = read_manifest(V2)
     entry = version_entry("old", 1).model_copy(
-        update={"artifact_uri": folder.uri, "artifact_digest": folder.digest}
+        update={
+            "artifact_uri": folder.uri,
+            "artifact_digest": folder.digest,
+            "source_digest": manifest.source.digest,
+            "target": manifest.target.name,
+            "spec": manifest.spec.model_dump(mode="json"),
+        }
     )
     open_registry(settings.resolved_registry_uri()).register(entry)
     for location in ("registry:old", "registry:old@1", folder.digest, folder.uri):

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from compileflow.admin.mirror import mirror_store
-from compileflow.artifact.attestations.envelopes import put_statement
-from compileflow.artifact.attestations.statements import verdict_statement
+from compileflow.artifact.attestations.envelopes import put_statement, seal
+from compileflow.artifact.attestations.statements import provenance_statement, verdict_statement
+from compileflow.artifact.manifest import read_manifest
 from compileflow.catalog import open_store
-from compileflow.contracts import ArtifactStore
+from compileflow.contracts import ArtifactStore, Outcome
 from compileflow.contracts.digests import list_files
 from compileflow.errors import IntegrityError, SpecError
 from compileflow.settings import Settings, get_settings
 from tests.services.fault_proxy import FaultProxy
 from tests.services.moto_server import Moto
-from tests.unit.attested_artifacts import judged
+from tests.unit.attested_artifacts import RUN, Envelope, Keys, judged, make_keys, small_artifact
 
 
 @pytest.fixture
@@ -93,16 +97,69 @@ def test_cache_records_stay_where_they_were_made(
     assert mirror.get_record("compile", artifact) is None
 
 
-def test_signed_statement_is_not_replaced_by_an_unsigned_one(
+def verdict(artifact: str, keys: Keys | None, outcome: Outcome = "pass", **changes: Any) -> Envelope:
+    run = replace(judged(outcome), **changes)
+    return dict(seal(verdict_statement(artifact, run), keys.signer if keys else None))
+
+
+def junk_signed(envelope: Envelope) -> Envelope:
+    return envelope | {
+        "signatures": [{"keyid": entry["keyid"], "sig": "AAAA"} for entry in envelope["signatures"]]
+    }
+
+
+@pytest.mark.parametrize("makes", ["unsigned", "junk", "signed by another"])
+@pytest.mark.parametrize("has_keys", [True, False])
+def test_signed_statement_stays_unless_a_trusted_key_signed_the_other_one(
+    source: ArtifactStore,
+    tmp_path: Path,
+    to_uri: str,
+    settings: Settings,
+    caplog: pytest.LogCaptureFixture,
+    makes: str,
+    has_keys: bool,
+) -> None:
+    artifact, keys, other = stored(source, tmp_path, "artifact"), make_keys(tmp_path), make_keys(tmp_path, "other")
+    if has_keys:
+        settings = settings.model_copy(update={"trusted_keys": str(keys.public)})
+    mirror = open_store(to_uri, settings)
+    failed = verdict(artifact, keys, "fail")
+    mirror.put_record("verdict", artifact, failed)
+    mirror.put_record("report-of", artifact, {"outcome": "fail"})
+    forged = {
+        "unsigned": verdict(artifact, None),
+        "junk": junk_signed(verdict(artifact, keys)),
+        "signed by another": verdict(artifact, other),
+    }[makes]
+    source.put_record("verdict", artifact, forged)
+    source.put_record("report-of", artifact, {"outcome": "pass"})
+    mirror_store(source.uri, to_uri, settings=settings)
+    assert mirror.get_record("verdict", artifact) == failed
+    assert mirror.get_record("report-of", artifact) == {"outcome": "fail"}
+    (warning,) = caplog.messages
+    assert "keeps its verdict of" in warning
+
+
+def test_newer_statement_of_a_trusted_key_replaces_any_other_one(
     source: ArtifactStore, tmp_path: Path, to_uri: str, settings: Settings
 ) -> None:
-    artifact = stored(source, tmp_path, "artifact")
+    artifact, keys = stored(source, tmp_path, "artifact"), make_keys(tmp_path)
+    settings = settings.model_copy(update={"trusted_keys": str(keys.public)})
     mirror = open_store(to_uri, settings)
-    signed = {"payload": "a", "signatures": [{"sig": "s"}]}
-    mirror.put_record("provenance", artifact, signed)
-    source.put_record("provenance", artifact, {"payload": "b", "signatures": []})
-    mirror_store(source.uri, to_uri, settings=settings)
-    assert mirror.get_record("provenance", artifact) == signed
+    new = verdict(artifact, keys, finished=RUN.finished + timedelta(days=1))
+    source.put_record("verdict", artifact, new)
+    olds = verdict(artifact, keys, "fail"), junk_signed(verdict(artifact, keys)), verdict(artifact, None)
+    for old in (*olds, {"signatures": "yes"}):
+        mirror.put_record("verdict", artifact, old)
+        mirror_store(source.uri, to_uri, settings=settings)
+        assert mirror.get_record("verdict", artifact) == new
+    # The older one does not come back, and another statement does not take its place.
+    manifest = read_manifest(small_artifact(tmp_path / "small"))
+    provenance = dict(seal(provenance_statement(manifest, artifact, RUN), keys.signer))
+    for old in (*olds, provenance):
+        source.put_record("verdict", artifact, old)
+        mirror_store(source.uri, to_uri, settings=settings)
+        assert mirror.get_record("verdict", artifact) == new
 
 
 def test_altered_folder_is_not_copied(

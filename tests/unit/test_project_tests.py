@@ -15,7 +15,7 @@ from compileflow.spec import ComponentSpec, HfTask, Precision
 from compileflow.steps.preflight import check_request
 from compileflow.steps.project_tests import run_project_tests
 from compileflow.steps.report_file import export_bundle, read_report
-from compileflow.steps.reproduce import SHOWN, reproduce
+from compileflow.steps.reproduce import NOT_TRIED, SHOWN, reproduce
 from compileflow.steps.request import CompileRequest
 from compileflow.validation.judge import judge
 from compileflow.validation.project_tests import ProjectTests, digest_of_tests
@@ -255,7 +255,10 @@ def test_failing_test_blocks_registration_and_its_output_is_in_the_report(
     assert bundle is not None
     open_store(pipeline.store_uri).get_folder(artifact.digest, tmp_path / "artifact")
     arguments = [str(tmp_path / "artifact"), "--source", request.model]
-    assert reproduce((bundle / "failure.json").read_text(), "", folder=bundle, arguments=arguments) == SHOWN
+    failure = (bundle / "failure.json").read_text()
+    assert reproduce(failure, "", folder=bundle, arguments=arguments) == NOT_TRIED, "a store named the tests"
+    arguments += ["--tests", str(folder)]
+    assert reproduce(failure, "", folder=bundle, arguments=arguments) == SHOWN
     # A verdict that refuses is not cached, and one that passes is, until the tests change.
     write(folder, test_a="def test_a(compiled_pipeline):\n    assert compiled_pipeline('a good day')\n")
     assert pipeline.validate(request, artifact).outcome == "pass"

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
-from compileflow.artifact.attestations.envelopes import put_statement
+from compileflow.artifact.attestations.envelopes import RECORDS, put_statement
 from compileflow.artifact.attestations.statements import verdict_statement
 from compileflow.artifact.manifest import read_manifest
 from compileflow.artifact.open import open_artifact
@@ -20,11 +22,11 @@ from compileflow.catalog import open_registry, open_store
 from compileflow.cli import app
 from compileflow.contracts import ModelRegistry, Outcome, VersionEntry
 from compileflow.contracts.digests import folder_digest, list_files
-from compileflow.errors import RegistryUnavailableError
+from compileflow.errors import IntegrityError, RegistryUnavailableError
 from compileflow.registries.sqlite import SqliteRegistry
 from compileflow.settings import Settings, get_settings
 from compileflow.testing.registries import version_entry
-from tests.unit.attested_artifacts import judged, stored_entry
+from tests.unit.attested_artifacts import Keys, envelopes_for, judged, make_keys, statement_of, stored_entry
 
 OLD_ARTIFACT = Path(__file__).parents[1] / "artifacts" / "v2-openvino"
 
@@ -257,9 +259,40 @@ def test_version_that_contradicts_its_artifact_is_refused(
     entry = stored(settings)
     bent = entry.spec | value if field == "spec" else value
     registry.register(entry.model_copy(update={field: bent}))
-    result = call("verify", "registry:old")
+    registry.register(stored(settings, "sound"))
+    for location in ("registry:old", entry.artifact_uri, entry.artifact_digest, str(OLD_ARTIFACT)):
+        result = call("verify", location)
+        assert result.exit_code == 1
+        assert says in result.stderr
+        assert "proven" not in result.stdout
+        assert json.loads(call("verify", location, "--json").stdout)["proven"] is False
+    assert call("verify", "registry:sound").exit_code == 0
+
+
+def test_contradiction_in_any_configured_registry_is_found(settings: Settings, both: tuple[str, str]) -> None:
+    entry = stored(settings)
+    open_registry(both[0]).register(entry)
+    open_registry(both[1]).register(entry.model_copy(update={"source_digest": "f" * 64}))
+    result = call("verify", entry.artifact_uri)
     assert result.exit_code == 1
-    assert says in result.stderr
+    assert "names the source model ffffffffffff" in result.stderr
+
+
+@pytest.mark.parametrize("length", [0, 12, 63])
+def test_shortened_digest_of_a_registry_is_a_contradiction(
+    settings: Settings, registry: ModelRegistry, tmp_path: Path, length: int
+) -> None:
+    """Only a user may shorten a digest: an empty one would fit every artifact."""
+    entry = stored(settings)
+    registry.register(entry.model_copy(update={"artifact_digest": entry.artifact_digest[:length]}))
+    for words in (
+        ("verify", "registry:old"), ("inspect", "registry:old"), ("pull", "old", str(tmp_path / "out")),
+    ):  # fmt: skip
+        one_line(call(*words), "it was changed in the registry")
+    with pytest.raises(IntegrityError, match="it was changed in the registry"):
+        open_artifact("registry:old")
+    one_line(call("promote", "old", "1", "--stage", "production"), "names the artifact")
+    assert open_artifact(entry.artifact_uri, digest=entry.artifact_digest[:12]).digest == entry.artifact_digest
 
 
 def test_verify_names_the_version_that_was_asked_for(
@@ -312,6 +345,109 @@ def test_promote_refuses_what_did_not_pass_its_last_validation(
     one_line(call(*words), f"last validation of old version 1 has the result {result}", "--force")
     assert registry.get("old", 1).stage == "none"
     assert call(*words, "--force", "--reason", "the other suite counts").exit_code == 0
+
+
+def trust(monkeypatch: pytest.MonkeyPatch, keys: Keys, *, require: bool) -> None:
+    monkeypatch.setenv("COMPILEFLOW_TRUSTED_KEYS", str(keys.public))
+    monkeypatch.setenv("COMPILEFLOW_REQUIRE_SIGNATURE", str(require))
+    get_settings.cache_clear()
+
+
+def attested_entry(settings: Settings, keys: Keys | None, outcome: Outcome = "pass") -> VersionEntry:
+    """Store an artifact with its statements."""
+    entry = stored(settings)
+    for envelope in envelopes_for(OLD_ARTIFACT, keys, outcome=outcome):
+        kind = RECORDS[statement_of(envelope)["predicateType"]]
+        open_store(settings.resolved_store_uri()).put_record(kind, entry.artifact_digest, envelope)
+    return entry
+
+
+FORCE = ("--force", "--reason", "the old one is worse")
+
+
+@pytest.mark.parametrize("more", [(), FORCE])
+@pytest.mark.parametrize("kind", ["provenance", "verdict"])
+@pytest.mark.parametrize("require", [True, False])
+def test_version_whose_statement_was_altered_is_not_promoted(
+    settings: Settings,
+    registry: ModelRegistry,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    more: tuple[str, ...],
+    kind: str,
+    require: bool,
+) -> None:
+    keys = make_keys(tmp_path)
+    trust(monkeypatch, keys, require=require)
+    entry = attested_entry(settings, keys)
+    registry.register(entry)
+    store = open_store(settings.resolved_store_uri())
+    record = store.get_record(kind, entry.artifact_digest)
+    assert record is not None
+    junk = [{"keyid": keys.id, "sig": "AAAA"}]
+    store.put_record(kind, entry.artifact_digest, record | {"signatures": junk})
+    words = ("promote", "old", "1", "--stage", "production")
+    one_line(call(*words, *more), f"cannot enter production: The {kind} was altered")
+    store.put_record(kind, entry.artifact_digest, record)
+    assert call(*words, *more).exit_code == 0
+
+
+@pytest.mark.parametrize("more", [(), FORCE])
+@pytest.mark.parametrize(
+    ("state", "says"),
+    [
+        ("absent", "has no provenance statement"),
+        ("unsigned", "no trusted key signed the provenance"),
+        ("of another key", "no trusted key signed the provenance"),
+        ("warn", "signed verdict PASSED is required, found WARNED"),
+        ("fail", "A signed verdict PASSED or WARNED is required, found FAILED"),
+    ],
+)
+def test_required_signature_is_required_of_a_promotion(
+    settings: Settings,
+    registry: ModelRegistry,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    more: tuple[str, ...],
+    state: str,
+    says: str,
+) -> None:
+    keys, other = make_keys(tmp_path), make_keys(tmp_path, "other")
+    trust(monkeypatch, keys, require=True)
+    if state == "absent":
+        registry.register(stored(settings))
+    elif state == "unsigned":
+        registry.register(attested_entry(settings, None))
+    elif state == "of another key":
+        registry.register(attested_entry(settings, other))
+    else:
+        registry.register(attested_entry(settings, keys, "warn" if state == "warn" else "fail"))
+    one_line(call("promote", "old", "1", "--stage", "production", *more), "cannot enter production", says)
+    assert registry.get("old", 1).stage == "none"
+    # It can still be taken out of service.
+    assert call("promote", "old", "1", "--stage", "archived").exit_code == 0
+
+
+@pytest.mark.parametrize("depth", [900, 100_000])
+def test_entry_that_is_nested_too_deeply_is_one_line(
+    settings: Settings, registry: ModelRegistry, depth: int
+) -> None:
+    registry.register(version_entry("ner", 1))
+    with closing(sqlite3.connect(settings.resolved_registry_uri().removeprefix("sqlite:///"))) as db, db:
+        db.execute("UPDATE version SET entry = ?", ("[" * depth + "]" * depth,))
+    for words in (("versions",), ("lineage", "ner", "1"), ("verify", "registry:ner")):
+        one_line(call(*words), "does not hold an entry that this compileflow can read")
+
+
+@pytest.mark.parametrize("value", [b"\xff", "live"])
+def test_promotion_that_cannot_be_read_is_one_line(
+    settings: Settings, registry: ModelRegistry, value: bytes | str
+) -> None:
+    registry.register(version_entry("ner", 1))
+    registry.set_stage("ner", 1, "staging", who="ann")
+    with closing(sqlite3.connect(settings.resolved_registry_uri().removeprefix("sqlite:///"))) as db, db:
+        db.execute("UPDATE promotion SET stage = ?", (value,))
+    one_line(call("lineage", "ner", "1"), "has a promotion that this compileflow cannot read")
 
 
 def lose(path: Path) -> None:
@@ -399,7 +535,7 @@ def test_record_of_a_report_that_cannot_be_read_counts_as_absent(settings: Setti
 def test_wrong_setting_is_one_line(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMPILEFLOW_THREADS", "many")
     get_settings.cache_clear()
-    one_line(call("versions"), "threads", "docs/reference/settings.md", exit_code=2)
+    one_line(call("versions"), "COMPILEFLOW_THREADS", "docs/reference/settings.md", exit_code=2)
 
 
 def test_pull_refuses_what_is_not_the_registered_digest(

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from compileflow.admin import revalidate
 from compileflow.admin.promote import promote_version
 from compileflow.admin.revalidate import Revalidation, revalidate_version, versions_in_stages
 from compileflow.catalog import open_registry
 from compileflow.contracts import Availability, ModelVersion
-from compileflow.errors import LoadError, VerdictError
+from compileflow.errors import LoadError, MeasurementError, VerdictError
+from compileflow.settings import Settings
 from compileflow.spec import HfTask
 from compileflow.steps import validate as validate_step
 from compileflow.targets.torchscript import TorchScriptTarget
 from compileflow.validation.settings import ValidationSettings
 from tests.conftest import ModelFactory
 from tests.steps import Pipeline
+from tests.unit.attested_artifacts import stored_entry
 
 VALIDATION = ValidationSettings(latency_pairs=5, max_examples=340)
 
@@ -103,3 +107,43 @@ def test_machine_without_the_device_says_nothing_about_a_version(
     outcome = again(pipeline, version)
     assert (outcome.outcome, notes(pipeline)) == ("not checked", [])
     assert "no device" in outcome.reason
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("source_digest", "f" * 64, "names the source model ffffffffffff"),
+        ("spec", {"precision": "bf16"}, "names another request"),
+        ("spec", {"precision": 5}, "names another request"),
+        ("artifact_digest", "f" * 64, "names the artifact ffffffffffff"),
+        ("artifact_digest", "", "names the artifact none"),
+        ("figures", {"size_bytes": float("inf"), "peak_rss_bytes": float("nan")}, ""),
+    ],
+)
+def test_version_that_contradicts_its_artifact_is_flagged(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, field: str, value: Any, says: str
+) -> None:
+    """Whoever can write to the registry could otherwise let one artifact vouch for another."""
+    uri = settings.resolved_registry_uri()
+    entry = stored_entry(settings, "reviews")
+    bent = entry.spec | value if field == "spec" else value
+    version = open_registry(uri, settings).register(entry.model_copy(update={field: bent}))
+
+    def stop(*_: object, **__: object) -> None:
+        raise MeasurementError("This artifact is not to be measured.")
+
+    monkeypatch.setattr(revalidate, "validate_artifact", stop)
+    outcomes = [
+        revalidate_version(version, uri, validation=VALIDATION, timeout_s=600, settings=settings) for _ in range(2)
+    ]
+    notes = [promotion.reason for promotion in open_registry(uri, settings).promotions("reviews", 1)]
+    if not says:
+        assert ([outcome.outcome for outcome in outcomes], notes) == (["not checked", "not checked"], [])
+        return
+    assert [(outcome.outcome, outcome.is_news) for outcome in outcomes] == [
+        ("regressed", True),
+        ("regressed", False),
+    ]
+    (note,) = notes
+    assert note.startswith("no longer passes: ")
+    assert says in note

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from compileflow.contracts import ModelVersion
-from compileflow.errors import CompileflowError
+from compileflow.errors import CompileflowError, printable
 from compileflow.settings import Settings
 from compileflow.steps.report_file import read_report
 from compileflow.validation.report import Report, fraction, percent
@@ -34,8 +34,11 @@ def approval_markdown(version: ModelVersion, stage: str, settings: Settings) -> 
     try:
         report = read_report(version.report_uri, settings)
     except CompileflowError as error:
-        return "\n".join([*lines, "", f"The report cannot be read: {error.message}"])
-    return "\n".join([*lines, "", f"**{report.verdict.reason}**", "", *_flips(report), "", *_latencies(report)])
+        lines += ["", f"The report cannot be read: {error.message}"]
+    else:
+        lines += ["", f"**{report.verdict.reason}**", "", *_flips(report), "", *_latencies(report)]
+    # A registry or a store may have written a line break into a line.
+    return "\n".join(map(printable, lines))
 
 
 def _flips(report: Report) -> list[str]:

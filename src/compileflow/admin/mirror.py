@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import logging
+from collections.abc import Callable, Collection
 
 from pydantic import JsonValue
 
 from compileflow.admin.collect import reports_on
+from compileflow.artifact.attestations.envelopes import RECORDS
+from compileflow.artifact.attestations.replace import StatementJudge
+from compileflow.artifact.attestations.statements import PROVENANCE_TYPE, VERDICT_TYPE
 from compileflow.catalog import open_store
 from compileflow.contracts import ArtifactStore
 from compileflow.errors import IntegrityError, SpecError
@@ -14,8 +18,14 @@ from compileflow.settings import Settings
 from compileflow.steps.attest import WAITING_VERDICT
 from compileflow.steps.validate import WAITING
 
+logger = logging.getLogger(__name__)
 # Kinds of records about an artifact. Cache records are not copied, because they belong to the runs of one store.
-_KINDS = ("report-of", WAITING, WAITING_VERDICT, "provenance", "verdict")
+# After each statement comes the record that says the same, which is left out together with it.
+_KINDS = (
+    (PROVENANCE_TYPE, RECORDS[PROVENANCE_TYPE], ()),
+    (VERDICT_TYPE, RECORDS[VERDICT_TYPE], ("report-of",)),
+    (VERDICT_TYPE, WAITING_VERDICT, (WAITING,)),
+)
 
 
 def mirror_store(
@@ -29,7 +39,8 @@ def mirror_store(
 ) -> int:
     """Copy folders and the records about them. Existing folders are not sent again.
 
-    Every byte is checked against its SHA-256 when it is read, and again when it is written.
+    Every byte is checked against its SHA-256 when it is read, and again when it is written. A statement that the
+    mirror has is replaced only as `StatementJudge` allows; otherwise it stays, which the log says.
 
     Args:
         from_uri: URI of the store to copy from.
@@ -43,11 +54,13 @@ def mirror_store(
         The number of folders that were copied or existed already.
 
     Raises:
-        SpecError: Both URIs name the same store, or the first store is empty, which suggests a wrong URI.
+        SpecError: Both URIs name the same store; or the first store is empty, which suggests a wrong URI; or a
+            trusted key cannot be used.
         IntegrityError: A folder is missing or altered.
         StoreError: One of the stores refused.
         StoreUnavailableError: One of the stores did not answer.
     """
+    judge = StatementJudge.of(settings)
     source, mirror = open_store(from_uri, settings), open_store(to_uri, settings)
     if source.uri == mirror.uri:
         raise SpecError(f"{from_uri} cannot be copied into itself.", hint="Name another store.")
@@ -66,10 +79,21 @@ def mirror_store(
                 f"found {stored_folder.digest[:12]}...",
                 hint="Do not use that store.",
             )
-    for kind in _KINDS:
-        keys = source.list_records(kind)
-        for digest in [key for key in keys if digests is None or key in folders]:
-            _copy_record(source, mirror, kind, digest)
+    for predicate_type, statement, companions in _KINDS:
+        refused_keys = set()
+        for kind in (statement, *companions):
+            for digest in [key for key in source.list_records(kind) if digests is None or key in folders]:
+                copy = _copy_of(source, mirror, kind, digest)
+                existing_record = mirror.get_record(kind, digest)
+                if copy is None or copy == existing_record or digest in refused_keys:
+                    continue
+                if kind == statement and existing_record is not None:
+                    reason = judge.objection(digest, existing_record, copy, predicate_type=predicate_type)
+                    if reason:
+                        refused_keys.add(digest)
+                        logger.warning("%s keeps its %s of %s: %s", mirror.uri, kind, digest[:12], reason)
+                        continue
+                mirror.put_record(kind, digest, copy)
     return len(folders)
 
 
@@ -78,16 +102,9 @@ def _with_reports(source: ArtifactStore, digests: Collection[str]) -> list[str]:
     return list(dict.fromkeys([*digests, *sorted(reports_on(source, digests))]))
 
 
-def _copy_record(source: ArtifactStore, mirror: ArtifactStore, kind: str, digest: str) -> None:
-    value = source.get_record(kind, digest)
-    if value is None:
-        return
-    copy = {name: _with_mirror_uri(part, source, mirror) for name, part in value.items()}
-    existing_record = mirror.get_record(kind, digest)
-    # An unsigned statement never replaces a signed one.
-    if existing_record == copy or (_is_signed(existing_record) and not _is_signed(copy)):
-        return
-    mirror.put_record(kind, digest, copy)
+def _copy_of(source: ArtifactStore, mirror: ArtifactStore, kind: str, digest: str) -> dict[str, JsonValue] | None:
+    value = source.get_record(kind, digest) or {}
+    return {name: _with_mirror_uri(part, source, mirror) for name, part in value.items()} or None
 
 
 def _with_mirror_uri(value: JsonValue, source: ArtifactStore, mirror: ArtifactStore) -> JsonValue:
@@ -95,7 +112,3 @@ def _with_mirror_uri(value: JsonValue, source: ArtifactStore, mirror: ArtifactSt
     if isinstance(value, str) and value.startswith(f"{source.uri}/"):
         return mirror.uri + value.removeprefix(source.uri)
     return value
-
-
-def _is_signed(record: Mapping[str, JsonValue] | None) -> bool:
-    return bool(record and record.get("signatures"))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from compileflow.artifact.verify import check_version, last_result
+from compileflow.artifact.verify import check_version
 from compileflow.catalog import open_registry
 from compileflow.contracts import STAGES, ModelVersion, Stage, without_credentials
-from compileflow.errors import CompileflowError, ManifestError, SpecError, StoreError, VerdictError
+from compileflow.errors import CompileflowError, ManifestError, SignatureError, SpecError, StoreError, VerdictError
 from compileflow.registries.several import check_all_succeeded
 from compileflow.settings import Settings
 
@@ -36,15 +36,16 @@ def promote_version(
         settings: Tokens and timeouts.
         who: Name of the person who promotes; the registry keeps it with the version.
         reason: Reason for the promotion; the registry keeps it with the version.
-        force: Promote even a version that did not pass; this needs a reason. Its artifact must be readable all the
-            same.
+        force: Promote even a version that did not pass; this needs a reason. Its artifact must be readable, and
+            its statements sound, all the same. Where signatures are required, so is a signed verdict PASSED.
 
     Returns:
         The promoted version in each registry, by URI.
 
     Raises:
         SpecError: The stage is unknown, or force was given without a reason.
-        SignatureError: The store's verdict statement is about another artifact or was altered.
+        SignatureError: The stage serves, and a statement is about another artifact or was altered, or a signature
+            is required and missing.
         StoreError: The stage serves, and the artifact is missing or altered, or is not what was registered.
         ManifestError: The same, with a URI or a manifest that cannot be read.
         VerdictError: The verdict is not pass, or the last validation of the artifact did not pass.
@@ -94,12 +95,13 @@ def same_versions(
 def check_promotable(
     versions: Iterable[ModelVersion], stage: str, settings: Settings, *, force: bool = False
 ) -> None:
-    """Refuse versions that must not enter a stage. With `force`, only their artifacts count.
+    """Refuse versions that must not enter a stage. With `force`, only artifacts, statements and signatures count.
 
     Raises:
         StoreError: The stage serves, and an artifact is missing or altered, or is not what was registered.
         ManifestError: The same, with a URI or a manifest that cannot be read.
-        SignatureError: The store's verdict statement is about another artifact or was altered.
+        SignatureError: The stage serves, and a statement is about another artifact or was altered, or a signature
+            is required and missing.
         VerdictError: The stage serves, and a verdict is not pass, or the last validation did not pass.
     """
     if stage not in _SERVING_STAGES:
@@ -110,13 +112,18 @@ def check_promotable(
             raise _not_passed(f"{version.name} version {version.version} has the verdict {version.verdict}", stage)
     for version in versions:
         try:
-            check_version(version, settings)
-        except (ManifestError, StoreError) as error:
+            result = check_version(version, settings).result
+        except (ManifestError, SignatureError, StoreError) as error:
             raise type(error)(
                 f"{version.name} version {version.version} cannot enter {stage}: {error.message}", hint=error.hint
             ) from error
-        result = None if force else last_result(version.artifact_uri, settings)
-        if result not in (None, "PASSED"):
+        if settings.require_signature and result != "PASSED":
+            raise SignatureError(
+                f"{version.name} version {version.version} cannot enter {stage}: a signed verdict PASSED is "
+                f"required, found {result}.",
+                hint="Validate it again with a trusted key; --force does not lift COMPILEFLOW_REQUIRE_SIGNATURE.",
+            )
+        if result not in (None, "PASSED") and not force:
             problem = f"The last validation of {version.name} version {version.version} has the result {result}"
             raise _not_passed(problem, stage)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from compileflow._process.folders import os_errors
 from compileflow.artifact.attestations.envelopes import write_bundle
+from compileflow.artifact.integrity import check_registered_uri
 from compileflow.artifact.open import copy_artifact, open_artifact
 from compileflow.artifact.verify import attestations_of
 from compileflow.catalog import parse_reference, resolve_reference
@@ -45,6 +46,7 @@ def pull_version(
     if parse_reference(reference) is None:
         reference = f"{settings.resolved_registry_uri(registry_uri)}#{reference}"
     version = resolve_reference(reference, settings)
+    check_registered_uri(version)
     artifact = open_artifact(version.artifact_uri, digest=version.artifact_digest, settings=settings)
     copy = copy_artifact(artifact, folder)
     # The local cache may have the artifact from before its validation, without the verdict.

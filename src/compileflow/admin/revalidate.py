@@ -5,15 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from math import isfinite
 from typing import Literal
 
-from pydantic import ValidationError
-
+from compileflow.artifact.verify import contradictions_of
 from compileflow.catalog import get_target, open_registry, open_store
 from compileflow.contracts import ACCEPTED_OUTCOMES, ModelVersion, Stage
 from compileflow.errors import CompileflowError, LoadError, ProcessKilledError
 from compileflow.settings import Settings
-from compileflow.spec import CompileSpec
 from compileflow.steps.attest import Attester
 from compileflow.steps.fetch import recorded_source
 from compileflow.steps.validate import validate_artifact
@@ -67,7 +66,8 @@ def revalidate_version(
 ) -> Revalidation:
     """Validate a version from its stored artifact and source model, and note a changed outcome in the registry.
 
-    A version that does not load any more, or kills its process, regressed. Other errors say nothing about it.
+    A version that does not load any more, kills its process, or contradicts the manifest of its artifact has
+    regressed. Other errors say nothing about it.
 
     Args:
         version: The version.
@@ -81,10 +81,16 @@ def revalidate_version(
     Raises:
         CompileflowError: The store or the registry did not answer; the same call may succeed later.
     """
-    if reason := _obstacle(version, trust_remote_code=trust_remote_code):
+    if reason := _obstacle(version):
         return Revalidation(version, "not checked", reason)
-    store_uri, _ = split_uri(version.artifact_uri)
     try:
+        contradictions, manifest = contradictions_of(version, settings)
+        if contradictions:
+            return _noted(version, registry_uri, settings, passes=False, reason=contradictions[0])
+        if manifest.spec.trust_remote_code and not trust_remote_code:
+            reason = "it runs Python files of the model, and trust_remote_code is not set"
+            return Revalidation(version, "not checked", reason)
+        store_uri, _ = split_uri(version.artifact_uri)
         validated = validate_artifact(
             _source(version, store_uri, settings),
             _artifact(version),
@@ -107,8 +113,8 @@ def revalidate_version(
     return _noted(version, registry_uri, settings, passes=passes, reason=reason)
 
 
-def _obstacle(version: ModelVersion, *, trust_remote_code: bool) -> str:
-    """Return why this machine cannot prove a version; "" if it can."""
+def _obstacle(version: ModelVersion) -> str:
+    """Return why this machine cannot run a version; "" if it can."""
     try:
         target = get_target(version.target)
     except CompileflowError as error:
@@ -116,12 +122,6 @@ def _obstacle(version: ModelVersion, *, trust_remote_code: bool) -> str:
     availability = target.probe()
     if not availability.can_run:
         return f"{target.name} cannot run here: {availability.reason}"
-    try:
-        spec = CompileSpec.model_validate(version.spec)
-    except ValidationError:
-        return "its spec is of another version of compileflow"
-    if spec.trust_remote_code and not trust_remote_code:
-        return "it runs Python files of the model, and trust_remote_code is not set"
     return ""
 
 
@@ -144,12 +144,17 @@ def _artifact(version: ModelVersion) -> CompiledArtifact:
         digest=version.artifact_digest,
         # The registry does not keep the key, and a validation does not need it.
         cache_key=version.artifact_digest,
-        size_bytes=int(version.figures.get("size_bytes", 0)),
-        compile_duration_s=version.figures.get("compile_duration_s", 0.0),
-        peak_rss_bytes=int(version.figures.get("peak_rss_bytes", 0)),
+        size_bytes=int(_figure(version, "size_bytes")),
+        compile_duration_s=_figure(version, "compile_duration_s"),
+        peak_rss_bytes=int(_figure(version, "peak_rss_bytes")),
         cached=True,
         why="registered before",
     )
+
+
+def _figure(version: ModelVersion, name: str) -> float:
+    figure = version.figures.get(name, 0.0)
+    return figure if isfinite(figure) else 0.0
 
 
 def _noted(

@@ -14,8 +14,10 @@ from compileflow.artifact.manifest import (
     read_manifest,
     verify_folder,
 )
+from compileflow.contracts import ModelVersion
 from compileflow.contracts.digests import folder_digest
 from compileflow.errors import IntegrityError, SpecError
+from compileflow.stores.layout import split_uri
 
 logger = logging.getLogger(__name__)
 
@@ -86,13 +88,39 @@ def check_digest_format(text: object) -> None:
         )
 
 
-def check_digest(location: str, digest: str, expected: str, *, hint: str) -> None:
-    """Compare the digest of an artifact with the expected digest, which may be shortened to its first digits.
+def check_typed_digest(location: str, digest: str, typed: str, *, hint: str) -> None:
+    """Compare the digest of an artifact with the one that a user gave, which may be shortened to its first digits.
 
     Raises:
         IntegrityError: The digests differ.
     """
-    if not digest.startswith(expected):
-        raise IntegrityError(
-            f"Digest mismatch for {location}: expected {expected[:12]}..., found {digest[:12]}...", hint=hint
-        )
+    if not digest.startswith(typed):
+        raise _mismatch(location, digest, typed, hint)
+
+
+def check_digest(location: str, digest: str, expected: str, *, hint: str) -> None:
+    """Compare the digest of an artifact with the expected digest, for example a registry's.
+
+    Raises:
+        IntegrityError: The digests differ.
+    """
+    if digest != expected:
+        raise _mismatch(location, digest, expected, hint)
+
+
+def check_registered_uri(version: ModelVersion) -> None:
+    """Check that the URI of a registered version names the artifact that was registered, with its whole digest.
+
+    Raises:
+        IntegrityError: It names another one.
+        ManifestError: The URI does not name a stored folder.
+    """
+    subject = f"the URI of {version.name} version {version.version}"
+    hint = "Do not use this version; it was changed in the registry."
+    check_digest(subject, split_uri(version.artifact_uri)[1], version.artifact_digest, hint=hint)
+
+
+def _mismatch(location: str, digest: str, expected: str, hint: str) -> IntegrityError:
+    return IntegrityError(
+        f"Digest mismatch for {location}: expected {expected[:12] or 'none'}..., found {digest[:12]}...", hint=hint
+    )

@@ -23,7 +23,13 @@ from compileflow.artifact.attestations.require_signature import (
     required_keys,
 )
 from compileflow.artifact.attestations.verify import Attestations
-from compileflow.artifact.integrity import check_digest, check_digest_format, check_folder
+from compileflow.artifact.integrity import (
+    check_digest,
+    check_digest_format,
+    check_folder,
+    check_registered_uri,
+    check_typed_digest,
+)
 from compileflow.artifact.manifest import (
     INSTRUCTIONS_FOLDER,
     MANIFEST_NAME,
@@ -281,13 +287,14 @@ def open_artifact(
     if parse_reference(text) is not None:
         version = resolve_reference(text, settings)
         if digest is not None:
-            check_digest(text, version.artifact_digest, digest, hint=_OTHER_DIGEST)
+            check_typed_digest(text, version.artifact_digest, digest, hint=_OTHER_DIGEST)
         # The URI may lead anywhere; the registered digest decides.
-        text, digest = version.artifact_uri, version.artifact_digest
+        check_registered_uri(version)
+        text, digest = version.artifact_uri, None
     if "://" in text:
         store_uri, uri_digest = split_uri(text)
         if digest is not None:
-            check_digest(text, uri_digest, digest, hint=_OTHER_DIGEST)
+            check_typed_digest(text, uri_digest, digest, hint=_OTHER_DIGEST)
         folder = _fetch(store_uri, uri_digest, settings)
         checked_folder = check_folder(folder, trust=trust, hint=_DELETE_CACHED)
         check_digest(str(folder), checked_folder.digest, uri_digest, hint=_DELETE_CACHED)
@@ -298,7 +305,7 @@ def open_artifact(
         # With a given digest, an altered folder is the wrong artifact, so trust=True does not help.
         checked_folder = check_folder(folder, trust=trust, hint=_TRUST if digest is None else _FETCH_AGAIN)
         if digest is not None:
-            check_digest(str(folder), checked_folder.digest, digest, hint=_OTHER_DIGEST)
+            check_typed_digest(str(folder), checked_folder.digest, digest, hint=_OTHER_DIGEST)
     attestations = None
     if keys is not None:
         attestations = check_signed(folder, checked_folder, keys, store_uri=store_uri, settings=settings)

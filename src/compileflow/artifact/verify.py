@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from compileflow.artifact.attestations.envelopes import Envelope, read_bundle, stored_envelopes
 from compileflow.artifact.attestations.keys import configured_keys, load_public_keys
-from compileflow.artifact.attestations.statements import finished_on, report_digest
+from compileflow.artifact.attestations.statements import RESULTS, finished_on, report_digest
 from compileflow.artifact.attestations.verify import Attestations, verify_attestations
 from compileflow.artifact.manifest import ArtifactManifest, artifact_files, read_manifest, verify_folder
 from compileflow.artifact.open import cached_folder, path_of
@@ -25,6 +25,7 @@ from compileflow.spec import CompileSpec
 from compileflow.stores.layout import split_uri
 
 logger = logging.getLogger(__name__)
+_CLOCK_DIFFERENCE = timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -86,17 +87,28 @@ def last_result(artifact_uri: str, settings: Settings) -> str | None:
     None if its store has no verdict on it, or cannot be read, which the log says.
 
     Raises:
-        SignatureError: The statement is about another artifact.
+        SignatureError: The statement is about another artifact, or a trusted key's signature does not match it.
     """
     try:
-        store_uri, digest = split_uri(artifact_uri)
-        envelopes = stored_envelopes(open_store(store_uri, settings), digest)
+        return _statements(artifact_uri, settings, source=None).result
     except (ManifestError, StoreError) as error:
         logger.warning(
             "The last validation of %s is unknown: %s", without_credentials(artifact_uri), error.message
         )
         return None
-    return verify_attestations(digest, envelopes, trusted_keys=(), require_signature=False).result
+
+
+def _statements(artifact_uri: str, settings: Settings, *, source: str | None) -> Attestations:
+    """Verify the statements that the store holds about an artifact with the configured keys, if there are any."""
+    store_uri, digest = split_uri(artifact_uri)
+    paths = configured_keys(settings)
+    return verify_attestations(
+        digest,
+        stored_envelopes(open_store(store_uri, settings), digest),
+        trusted_keys=load_public_keys(paths) if paths or settings.require_signature else (),
+        require_signature=settings.require_signature and source is not None,
+        manifest_source=source,
+    )
 
 
 def verify_artifact(
@@ -105,7 +117,7 @@ def verify_artifact(
     settings: Settings,
     keys: Sequence[str | Path] = (),
     require_signature: bool | None = None,
-    version: ModelVersion | None = None,
+    versions: Sequence[ModelVersion] = (),
     max_age: timedelta | None = None,
 ) -> Verification:
     """Verify files, statements, signatures and, for an artifact in a store, the report. Opens no compiled file.
@@ -115,7 +127,7 @@ def verify_artifact(
         settings: Settings that name the cache and the trusted keys.
         keys: PEM files of public keys to trust instead of the configured ones.
         require_signature: Whether a missing statement or signature is a problem. None follows the settings.
-        version: Registered version whose source model and spec the artifact must have; None compares nothing.
+        versions: Registered versions whose source model and spec the artifact must have.
         max_age: Longest time since the validation; None takes any verdict.
 
     Raises:
@@ -144,9 +156,18 @@ def verify_artifact(
             )
     except SignatureError as error:
         problems.append(str(error))
-    if version is not None and manifest is not None:
-        problems += _contradictions(version, digest, manifest)
+    if manifest is not None:
+        problems += (line for version in versions for line in _contradictions(version, digest, manifest))
+    if attestations.result is not None and attestations.result not in RESULTS:
+        problems.append(
+            f"The verdict has the unknown result {attestations.result!r:.80}. Validate the artifact again."
+        )
     validated_on = finished_on(attestations.verdict.statement) if attestations.verdict is not None else None
+    if validated_on is not None and validated_on - datetime.now(UTC) > _CLOCK_DIFFERENCE:
+        problems.append(
+            f"The verdict is dated {validated_on:%Y-%m-%d %H:%M} UTC, which is in the future. Check the clock of "
+            "the machine that validated the artifact, and validate it again."
+        )
     if max_age is not None and (validated_on is None or datetime.now(UTC) - validated_on > max_age):
         when = f"was validated on {validated_on:%Y-%m-%d %H:%M} UTC" if validated_on else "has no dated verdict"
         days = max_age / timedelta(days=1)
@@ -164,31 +185,49 @@ def verify_artifact(
     )
 
 
-def check_version(version: ModelVersion, settings: Settings) -> None:
+def check_version(version: ModelVersion, settings: Settings) -> Attestations:
     """Check that the store holds every byte of a version's artifact, and that it is what the registry says.
+
+    Returns:
+        The statements about the artifact, which the configured keys verified.
 
     Raises:
         IntegrityError: It is missing or altered, or contradicts what the registry says.
+        ManifestError: The artifact's URI does not name a stored folder, or the manifest cannot be read.
+        SignatureError: A statement is about another artifact or was altered; or the settings require signatures,
+            and a statement or a trusted signature is missing, or the verdict is neither PASSED nor WARNED.
+        SpecError: A configured key cannot be used, or a signature is required but no key is trusted.
+        StoreError: The store refused, or did not answer.
+    """
+    contradictions, manifest = contradictions_of(version, settings)
+    for contradiction in contradictions:
+        raise IntegrityError(contradiction)
+    return _statements(version.artifact_uri, settings, source=manifest.source.digest)
+
+
+def contradictions_of(version: ModelVersion, settings: Settings) -> tuple[list[str], ArtifactManifest]:
+    """Return what a registry says about an artifact and its manifest denies, one line each; and the manifest.
+
+    Raises:
+        IntegrityError: The artifact is missing or altered.
         ManifestError: The artifact's URI does not name a stored folder, or the manifest cannot be read.
         StoreError: The store refused, or did not answer.
     """
     store_uri, digest = split_uri(version.artifact_uri)
     with open_store(store_uri, settings).open_folder(digest) as folder:
         manifest, _ = verify_folder(folder)
-    for contradiction in _contradictions(version, digest, manifest):
-        raise IntegrityError(contradiction)
+    return _contradictions(version, digest, manifest), manifest
 
 
 def _contradictions(version: ModelVersion, digest: str, manifest: ArtifactManifest) -> list[str]:
-    """Return what a registry says about an artifact and its manifest denies, one line each."""
     claims = {
         "artifact": (version.artifact_digest, digest),
         "source model": (version.source_digest, manifest.source.digest),
         "target": (version.target, manifest.target.name),
     }
     lines = [
-        f"{version.name} version {version.version} names the {part} {claimed[:12]}, and the artifact is of "
-        f"{found[:12]}. Do not serve it; find out who changed the registry or the store."
+        f"{version.name} version {version.version} names the {part} {claimed[:12] or 'none'}, and the artifact is "
+        f"of {found[:12]}. Do not serve it; find out who changed the registry or the store."
         for part, (claimed, found) in claims.items()
         if claimed != found
     ]

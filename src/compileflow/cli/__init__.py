@@ -18,6 +18,7 @@ from compileflow.cli.import_older import import_older
 from compileflow.cli.inspect import inspect
 from compileflow.cli.lineage import lineage
 from compileflow.cli.mirror import mirror
+from compileflow.cli.output import say
 from compileflow.cli.promote import promote
 from compileflow.cli.pull import pull
 from compileflow.cli.settle import settle
@@ -53,7 +54,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 def _print_version(requested: bool) -> None:
     if requested:
-        typer.echo(f"compileflow {installed_version('compileflow')}")
+        say(f"compileflow {installed_version('compileflow')}")
         raise typer.Exit
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 
 import typer
 
 from compileflow.cli.common import AsJson, one_line_errors
+from compileflow.cli.output import say, say_json
 from compileflow.cli.request_fields import target_options_of
 
 
@@ -91,6 +91,6 @@ def autocompile(
             "artifact": result.artifact.model_dump(mode="json"),
             "validated": result.validated.model_dump(mode="json"),
         }
-        typer.echo(json.dumps(values, indent=1))
+        say_json(values)
     else:
-        typer.echo(f"{result.target}: {result.validated.reason}; the compiled model is in {result.folder}")
+        say(f"{result.target}: {result.validated.reason}; the compiled model is in {result.folder}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import inspect
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +16,7 @@ import typer
 from typer.models import ArgumentInfo, ParameterInfo
 
 from compileflow._process.interrupts import signal_of, stopped_by_signals, word_for
+from compileflow.cli.output import escape_log_lines, say, say_json
 from compileflow.errors import CompileflowError, MissingPackageError, SourceError, SpecError
 
 if TYPE_CHECKING:
@@ -73,8 +73,8 @@ def exit_code(error: CompileflowError) -> int:
 def fail(error: CompileflowError, code: int | None = None, *, as_json: bool = False) -> NoReturn:
     """Print an error in one line and end the command; code None is the exit code of the error."""
     if as_json:
-        typer.echo(json.dumps({"error": error_values(error)}, indent=1))
-    typer.echo(f"error: {error}", err=True)
+        say_json({"error": error_values(error)})
+    say(f"error: {error}", err=True)
     print_report(error)
     raise typer.Exit(exit_code(error) if code is None else code) from error
 
@@ -82,7 +82,7 @@ def fail(error: CompileflowError, code: int | None = None, *, as_json: bool = Fa
 def print_report(error: CompileflowError) -> None:
     """Print where the report of an error is, its Data Docs, and the bundle that shows the failure again."""
     for name, path in _report_paths(error).items():
-        typer.echo(f"{name.replace('_', ' ')}: {path}", err=True)
+        say(f"{name.replace('_', ' ')}: {path}", err=True)
 
 
 def error_values(error: CompileflowError) -> dict[str, str]:
@@ -132,12 +132,13 @@ def failure_bundle(error: CompileflowError) -> Path | None:
 def stop(error: KeyboardInterrupt, outcome: str) -> NoReturn:
     """End the command after Ctrl-C or SIGTERM, with one line about the outcome."""
     number = signal_of(error)
-    typer.echo(f"{word_for(number)} {outcome}", err=True)
+    say(f"{word_for(number)} {outcome}", err=True)
     raise typer.Exit(128 + number) from error
 
 
 def run_app(app: typer.Typer, prog_name: str) -> NoReturn:
     """Run a command line. It ends with one line if its output cannot be written; --json covers wrong options."""
+    escape_log_lines()
     try:
         if "--json" in sys.argv:
             _run_with_json(app, prog_name)
@@ -149,7 +150,7 @@ def run_app(app: typer.Typer, prog_name: str) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if error.errno != errno.EPIPE:
             with suppress(OSError):
-                typer.echo(f"error: The output cannot be written: {error.strerror}.", err=True)
+                say(f"error: The output cannot be written: {error.strerror}.", err=True)
         sys.exit(FAILED)
     raise AssertionError("unreachable")
 
@@ -161,7 +162,7 @@ def _run_with_json(app: typer.Typer, prog_name: str) -> NoReturn:
         from typer.rich_utils import rich_format_error
 
         message = error.format_message()  # type: ignore[attr-defined]
-        typer.echo(json.dumps({"error": {"type": "UsageError", "message": message}}, indent=1))
+        say_json({"error": {"type": "UsageError", "message": message}})
         rich_format_error(error)  # type: ignore[arg-type]
         sys.exit(WRONG_REQUEST)
 
@@ -205,17 +206,14 @@ def registered_version(text: str) -> ModelVersion | None:
     Raises:
         IntegrityError: The URI in the registry belongs to another artifact than the one that was registered.
     """
-    from compileflow.artifact.integrity import check_digest
+    from compileflow.artifact.integrity import check_registered_uri
     from compileflow.catalog import parse_reference, resolve_reference
     from compileflow.settings import get_settings
-    from compileflow.stores.layout import split_uri
 
     if parse_reference(text) is None:
         return None
     version = resolve_reference(text, get_settings())
-    subject = f"the URI of {version.name} version {version.version}"
-    hint = "Do not use this version; it was changed in the registry."
-    check_digest(subject, split_uri(version.artifact_uri)[1], version.artifact_digest, hint=hint)
+    check_registered_uri(version)
     return version
 
 

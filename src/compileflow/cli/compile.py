@@ -7,7 +7,6 @@ A new option is a parameter of `_compile`, and an entry of its request.
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
@@ -23,6 +22,7 @@ from compileflow.cli.common import (
     print_report,
     stop,
 )
+from compileflow.cli.output import say, say_json, say_lines
 from compileflow.cli.request_fields import (
     bucket_of,
     checked_request,
@@ -171,14 +171,14 @@ def _print_outcomes(
     results = [outcome for outcome in outcomes if not isinstance(outcome, CompileflowError)]
     if as_json:
         values = [_values(request, outcome) for request, outcome in zip(requests, outcomes, strict=True)]
-        typer.echo(json.dumps(values, indent=1))
+        say_json(values)
     elif results:
         print_results(results)
     for error in outcomes:
         if isinstance(error, CompileflowError):
             if verbose and error.log_path:
-                typer.echo(log_tail(error.log_path), err=True)
-            typer.echo(f"error: {in_options(str(error))}", err=True)
+                say_lines(log_tail(error.log_path), err=True)
+            say(f"error: {in_options(str(error))}", err=True)
             print_report(error)
 
 
@@ -464,5 +464,5 @@ def _compile(
     if calibration is not None:
         refuse_idle_calibration(requests)
     for note in notes_on(requests) if progress else ():
-        typer.echo(note, err=True)
+        say(note, err=True)
     run(requests, progress=progress, verbose=verbose, as_json=as_json)

@@ -6,10 +6,9 @@ from collections.abc import Callable, Collection
 from importlib.util import find_spec
 from pathlib import Path
 
-import typer
-
 from compileflow.cli.common import WRONG_REQUEST, fail, one_line_errors
 from compileflow.cli.compile import Runner, run_and_print
+from compileflow.cli.output import say, say_lines
 from compileflow.cli.request_fields import checked_request
 from compileflow.errors import CompileflowError, SourceError
 
@@ -40,8 +39,10 @@ def demo_command(runner: Runner, *, extras: Collection[str] = ()) -> Callable[[]
         results = run_and_print(runner, requests, extras=extras)
         artifact = results[0].artifact
         assert artifact is not None  # noqa: S101 - all steps are on
-        typer.echo("\nload it in Python:\n")
-        typer.echo(loading_lines(artifact.uri))
+        say()
+        say("load it in Python:")
+        say()
+        say_lines(loading_lines(artifact.uri))
 
     return one_line_errors(demo)
 

@@ -18,6 +18,7 @@ from compileflow.cli.common import (
     store_of,
     stored_folder,
 )
+from compileflow.cli.output import say_json
 from compileflow.cli.tables import output_console, print_lines, print_table
 from compileflow.errors import CompileflowError
 
@@ -60,7 +61,7 @@ def diff(
             name.lower(): {"location": titles[name], "artifact_digest": side.digest}
             for name, side in sides.items()
         }
-        typer.echo(json.dumps(values | difference.model_dump(mode="json"), indent=1))
+        say_json(values | difference.model_dump(mode="json"))
         return
     print_lines(
         output_console(),

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from compileflow.cli.common import one_line_errors
+from compileflow.cli.output import say
 
 _SECONDS_PER_DAY = 86400
 # A collection of more than this fraction of a store needs --yes.
@@ -59,9 +60,9 @@ def gc(
             at_most=1.0 if yes else _USUAL_SHARE,
         )
     except EmptyRegistryError as error:
-        typer.echo(f"Nothing was deleted: {error.message}")
+        say(f"Nothing was deleted: {error.message}")
         return
-    typer.echo(
+    say(
         f"{'would delete' if dry_run else 'deleted'} {collected.folders} folders and {collected.blobs} blobs, "
         f"{collected.size_bytes / 1e6:.1f} MB"
     )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from compileflow.cli.common import AsJson, one_line_errors
+from compileflow.cli.output import say, say_json
 
 
 @one_line_errors
@@ -54,10 +54,10 @@ def import_older(
             "report": str(report),
             "folder": out,
         }
-        typer.echo(json.dumps(values, indent=1))
+        say_json(values)
         return
-    typer.echo(f"verdict: {validated.reason}")
-    typer.echo(f"artifact: {artifact.uri}")
-    typer.echo(f"report: {report}")
+    say(f"verdict: {validated.reason}")
+    say(f"artifact: {artifact.uri}")
+    say(f"report: {report}")
     if out is not None:
-        typer.echo(f"folder: {out}")
+        say(f"folder: {out}")

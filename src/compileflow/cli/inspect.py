@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from compileflow.cli.common import AsJson, artifact_location, one_line_errors, stored_folder
+from compileflow.cli.output import say, say_json
 from compileflow.cli.tables import print_record, print_table
-from compileflow.errors import printable
 
 if TYPE_CHECKING:
     from compileflow.artifact.manifest import ArtifactManifest
@@ -45,7 +44,7 @@ def inspect(
                 raise
             return
     if as_json:
-        typer.echo(json.dumps(manifest.model_dump(mode="json"), indent=1))
+        say_json(manifest.model_dump(mode="json"))
     else:
         _print_manifest(manifest)
 
@@ -77,7 +76,7 @@ def _inspect_report(uri: str, as_json: bool) -> None:
 
     report = read_report(uri)
     if as_json:
-        typer.echo(json.dumps(report.model_dump(mode="json"), indent=1))
+        say_json(report.model_dump(mode="json"))
         return
     rows = []
     for gate in report.verdict.gates:
@@ -86,9 +85,9 @@ def _inspect_report(uri: str, as_json: bool) -> None:
         rows.append((name, gate.outcome, measured, f"{gate.comparison} {gate.limit:.4g}"))
     print_table(("gate", "outcome", "measured", "limit"), rows, title=report.verdict.reason)
     page = export_report(uri, get_settings())
-    typer.echo(f"report: {page}")
+    say(f"report: {page}")
     if docs := data_docs_beside(page):
-        typer.echo(f"data docs: {docs}")
+        say(f"data docs: {docs}")
 
 
 def _inspect_comparison(uri: str, as_json: bool) -> None:
@@ -97,9 +96,9 @@ def _inspect_comparison(uri: str, as_json: bool) -> None:
 
     comparison = read_comparison(uri)
     if as_json:
-        typer.echo(json.dumps(comparison.model_dump(mode="json"), indent=1))
+        say_json(comparison.model_dump(mode="json"))
         return
     print_table(comparison.comparison_header(), comparison.comparison_rows(), title=comparison.reason)
     for line in comparison.comparison_notes():
-        typer.echo(printable(line))
-    typer.echo(f"comparison: {export_comparison(uri, get_settings())}")
+        say(line)
+    say(f"comparison: {export_comparison(uri, get_settings())}")

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from compileflow.cli.common import one_line_errors
+from compileflow.cli.output import say
 
 
 @one_line_errors
@@ -33,6 +34,6 @@ def mirror(
         settings=get_settings(),
         digests=digest or None,
         check=check,
-        on_progress=lambda line: typer.echo(line, err=True),
+        on_progress=lambda line: say(line, err=True),
     )
-    typer.echo(f"{to_store} has {count} folders of {from_store}")
+    say(f"{to_store} has {count} folders of {from_store}")

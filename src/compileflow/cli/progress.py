@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING
 
-import typer
-
+from compileflow.cli.output import say
+from compileflow.errors import printable
 from compileflow.steps.request import NOTE
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class PlainProgress:
 def _echo(line: str) -> None:
     # A full disk or a closed pipe does not stop the run.
     with suppress(OSError):
-        typer.echo(line, err=True)
+        say(line, err=True)
 
 
 class TerminalProgress:
@@ -54,9 +54,10 @@ class TerminalProgress:
     @contextmanager
     def step(self, name: str) -> Iterator[Callable[[str], None]]:
         """Show one step; its line stays when it ends."""
-        task = self._live.add_task("", total=None, step=f"{self._prefix}{name}")
+        task = self._live.add_task("", total=None, step=printable(f"{self._prefix}{name}"))
 
         def show(line: str) -> None:
+            line = printable(line)
             if line.startswith(NOTE):
                 self._live.console.print(line, markup=False, highlight=False)
             else:

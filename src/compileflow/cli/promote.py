@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from getpass import getuser
 from typing import Annotated
@@ -10,6 +9,7 @@ from typing import Annotated
 import typer
 
 from compileflow.cli.common import AsJson, ModelName, VersionRef, one_line_errors
+from compileflow.cli.output import say, say_json
 
 
 @one_line_errors
@@ -48,10 +48,10 @@ def promote(
     )
     if as_json:
         values = {uri: promoted.model_dump(mode="json") for uri, promoted in versions.items()}
-        typer.echo(json.dumps(values, indent=1))
+        say_json(values)
         return
     for uri, promoted in versions.items():
-        typer.echo(f"{promoted.name} version {promoted.version} is now {promoted.stage} in {uri}")
+        say(f"{promoted.name} version {promoted.version} is now {promoted.stage} in {uri}")
 
 
 def _user_name() -> str:

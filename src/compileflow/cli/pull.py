@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
 from compileflow.cli.common import AsJson, RegistryUri, one_line_errors
+from compileflow.cli.output import say, say_json
 
 
 @one_line_errors
@@ -31,7 +31,7 @@ def pull(
     version = pulled.version
     if as_json:
         values = {"folder": str(pulled.folder), "version": version.model_dump(mode="json")}
-        typer.echo(json.dumps(values, indent=1))
+        say_json(values)
     else:
         digest = version.artifact_digest
-        typer.echo(f"{version.name} version {version.version}, digest {digest}, is in {pulled.folder}")
+        say(f"{version.name} version {version.version}, digest {digest}, is in {pulled.folder}")

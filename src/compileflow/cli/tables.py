@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from compileflow.cli.output import plain
 from compileflow.errors import printable
 
 # Wider than any table: without a terminal, rich would fold columns at 80 characters.
@@ -48,9 +49,7 @@ def print_table(
     for column in ("", *optional):
         left_out += [column] if column else []
         positions = [position for position, name in enumerate(header) if name not in left_out]
-        table = Table(
-            *(header[position] for position in positions), title=Text(printable(title)) if title else None
-        )
+        table = Table(*(header[position] for position in positions), title=plain(title) if title else None)
         for row in rows:
             table.add_row(*(Text(printable(row[position]), overflow="fold") for position in positions))
         if _fits(table, console, wrapped=wrapped):
@@ -69,7 +68,7 @@ def print_record(values: Mapping[str, str]) -> None:
     console = output_console()
     table = Table(show_header=False)
     for name, value in values.items():
-        table.add_row(Text(printable(name)), Text(printable(value)))
+        table.add_row(plain(name), plain(value))
     if _fits(table, console):
         console.print(table)
     else:
@@ -79,7 +78,7 @@ def print_record(values: Mapping[str, str]) -> None:
 def print_lines(console: Console, *lines: str) -> None:
     """Print lines of any length, which the terminal wraps."""
     for line in lines:
-        console.print(printable(line), soft_wrap=True, highlight=False, markup=False)
+        console.print(plain(line), soft_wrap=True, highlight=False)
 
 
 def _fits(table: Table, console: Console, *, wrapped: bool = False) -> bool:

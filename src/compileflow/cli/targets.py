@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-import typer
-
 from compileflow.cli.common import AsJson, one_line_errors
+from compileflow.cli.output import say, say_json
 from compileflow.cli.tables import print_table
 
 
@@ -18,7 +16,7 @@ def targets(as_json: AsJson = False) -> None:
 
     rows = [_row(name) for name in target_names()]
     if as_json:
-        typer.echo(json.dumps(rows, indent=1))
+        say_json(rows)
         return
     table, notes = [], []
     for row in rows:
@@ -40,7 +38,7 @@ def targets(as_json: AsJson = False) -> None:
     if any("*" in cells[-1] for cells in table):
         notes.append("*: for text-generation only.")
     for note in notes:
-        typer.echo(note)
+        say(note)
 
 
 def _row(name: str) -> dict[str, Any]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from compileflow.cli.common import FAILED, AsJson, artifact_location, one_line_errors, registered_version, store_of
-from compileflow.errors import printable
+from compileflow.cli.output import say, say_json
 
 if TYPE_CHECKING:
     from compileflow.artifact.verify import Verification
     from compileflow.contracts import ModelVersion
+    from compileflow.settings import Settings
     from compileflow.steps.values import ValidatedArtifact
 
 
@@ -49,25 +49,25 @@ def verify(
     from datetime import timedelta
 
     from compileflow.artifact.verify import last_result, verify_artifact
-    from compileflow.catalog import open_registry, open_store
+    from compileflow.catalog import open_store
     from compileflow.contracts import ACCEPTED_OUTCOMES, without_credentials
     from compileflow.settings import get_settings
     from compileflow.steps.validate import report_on
 
     settings = get_settings()
-    # Several names may share an artifact; the one that the user named counts first.
+    # Several names may share an artifact; only the one that the user named counts then.
     version = registered_version(artifact)
     location = artifact_location(artifact) if version is None else version.artifact_uri
+    versions = [version] if version is not None else _registered(location, settings)
+    version = next(iter(versions), None)
     verification = verify_artifact(
         location,
         settings=settings,
         keys=key or (),
         require_signature=require_signature,
-        version=version,
+        versions=versions,
         max_age=None if max_age is None else timedelta(days=max_age),
     )
-    if version is None and verification.intact:
-        version = next(iter(open_registry(settings.resolved_registry_uri()).find(verification.digest)), None)
     has_failed = verification.verdict == "FAILED"
     if version is not None and "://" not in location:
         # The statements in a folder may be older than those in the store.
@@ -76,40 +76,56 @@ def verify(
     report = report_on(open_store(store_of(location)), verification.digest) if is_unregistered else None
     refusal = report if report is not None and report.outcome not in ACCEPTED_OUTCOMES else None
     has_failed |= refusal is not None
-    proof = _proof(version, report) if verification.intact and not has_failed else None
     problems = list(verification.problems)
+    proof = None if problems or has_failed else _proof(version, report)
     if refusal is not None and not integrity_only:
         problems.append(f"The last validation refused it: {refusal.reason}. Report: {refusal.report_uri}")
     elif has_failed and not integrity_only:
         problems.append("The last validation failed, although an earlier one may have passed. Read the report.")
-    elif proof is None and verification.intact and not integrity_only:
-        registry = without_credentials(settings.resolved_registry_uri())
+    elif proof is None and not problems and not integrity_only:
+        registries = " or ".join(map(without_credentials, settings.resolved_registry_uris()))
         problems.append(
-            f"Neither the store nor the registry {registry} has a passing verdict on this digest. "
+            f"Neither the store nor the registry {registries} has a passing verdict on this digest. "
             "Validate the artifact with this store and registry before you serve it."
         )
     if as_json:
         values = asdict(verification) | {"proven": proof is not None, "proof": proof, "problems": problems}
-        typer.echo(json.dumps(values, indent=1))
+        say_json(values)
     else:
         _print_verification(verification, proof)
     if problems:
         rest = f" (and {len(problems) - 1} more; --json lists them)" if len(problems) > 1 else ""
-        typer.echo(printable(f"error: {problems[0]}{rest}"), err=True)
+        say(f"error: {problems[0]}{rest}", err=True)
         raise typer.Exit(FAILED)
+
+
+def _registered(location: str, settings: Settings) -> list[ModelVersion]:
+    """Return the versions of an artifact in all configured registries, which must agree with its manifest."""
+    from compileflow.artifact.manifest import listed_digest, read_manifest
+    from compileflow.artifact.open import path_of
+    from compileflow.catalog import open_registry
+    from compileflow.stores.layout import split_uri
+
+    if "://" in location:
+        digest = split_uri(location)[1]
+    else:
+        folder = path_of(location).absolute()
+        digest = listed_digest(folder, read_manifest(folder))
+    uris = settings.resolved_registry_uris()
+    return [version for uri in uris for version in open_registry(uri, settings).find(digest)]
 
 
 def _print_verification(verification: Verification, proof: str | None) -> None:
     if verification.intact:
-        typer.echo(f"intact: {verification.files} files, digest {verification.digest}")
+        say(f"intact: {verification.files} files, digest {verification.digest}")
     if verification.attested:
         signers = ", ".join(verification.signed_by)
         signature = f"signed by {signers}" if signers else "not signed by a trusted key"
-        typer.echo(printable(f"attested: provenance and verdict {verification.verdict}, {signature}"))
+        say(f"attested: provenance and verdict {verification.verdict}, {signature}")
     if verification.report_intact:
-        typer.echo("report: intact, and the one that the verdict names")
+        say("report: intact, and the one that the verdict names")
     if proof is not None:
-        typer.echo(printable(f"proven: {proof}"))
+        say(f"proven: {proof}")
 
 
 def _proof(version: ModelVersion | None, report: ValidatedArtifact | None) -> str | None:

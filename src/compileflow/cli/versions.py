@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
 from compileflow.cli.common import AsJson, RegistryUri, one_line_errors
+from compileflow.cli.output import say, say_json
 from compileflow.cli.tables import print_table
 
 _HEADER = ("name", "target", "version", "stage", "verdict", "latency ratio", "size", "created", "digest")
@@ -34,9 +34,9 @@ def versions(
     found = open_registry(registry_uri).versions(name, limit=limit + 1 if limit else None)
     rows = found[:limit] if limit else found
     if len(found) > len(rows):
-        typer.echo(f"Listing the {limit} newest versions; --limit 0 lists all.", err=True)
+        say(f"Listing the {limit} newest versions; --limit 0 lists all.", err=True)
     if as_json:
-        typer.echo(json.dumps([version.model_dump(mode="json") for version in rows], indent=1))
+        say_json([version.model_dump(mode="json") for version in rows])
         return
     table = []
     for version in rows:

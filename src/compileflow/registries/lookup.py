@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 
-from compileflow.contracts import STAGES, ModelVersion, Stage
+from compileflow.contracts import STAGES, ModelVersion, Promotion, Stage
 from compileflow.errors import RegistryError
 
 
@@ -54,10 +54,29 @@ def read_version(text: str, place: str, registry_fields: Mapping[str, object]) -
     """
     try:
         return ModelVersion.model_validate(json.loads(text) | dict(registry_fields))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise RegistryError(
             f"{place} does not hold an entry that this compileflow can read ({type(error).__name__}).",
             hint="Use the version of compileflow that registered it, or delete that entry.",
+        ) from error
+
+
+def read_promotion(record: str | Mapping[str, object], place: str) -> Promotion:
+    """Return a promotion as a registry keeps it.
+
+    Args:
+        record: JSON of the promotion, or its fields.
+        place: Place of its version for the error.
+
+    Raises:
+        RegistryError: This compileflow cannot read the record as a promotion.
+    """
+    try:
+        return Promotion.model_validate(json.loads(record) if isinstance(record, str) else record)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise RegistryError(
+            f"{place} has a promotion that this compileflow cannot read ({type(error).__name__}).",
+            hint="Use the version of compileflow that recorded it, or delete that promotion.",
         ) from error
 
 

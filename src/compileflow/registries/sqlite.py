@@ -19,6 +19,7 @@ from compileflow.registries.lookup import (
     check_stage,
     choose_version,
     is_exclusive,
+    read_promotion,
     read_version,
     replaced_by,
     unknown_name,
@@ -197,7 +198,9 @@ class SqliteRegistry:
                 " WHERE m.name = ? AND p.number = ? ORDER BY p.id",
                 (name, version),
             )
-            return [Promotion(at=at, stage=stage, who=who, reason=reason) for at, stage, who, reason in rows]
+            names = ("at", "stage", "who", "reason")
+            place = f"Version {version} of {name} in the registry's file"
+            return [read_promotion(dict(zip(names, row, strict=True)), place) for row in rows]
 
     def _names(self) -> list[str]:
         if not self._path.exists():

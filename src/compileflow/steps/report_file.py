@@ -14,9 +14,14 @@ from compileflow.contracts.json_files import read_json
 from compileflow.errors import ManifestError, first_line, first_problem
 from compileflow.settings import Settings
 from compileflow.stores.layout import split_uri
-from compileflow.validation.bundle import BUNDLE_FOLDER
+from compileflow.validation.bundle import BUNDLE_FOLDER, copy_bundle
 from compileflow.validation.report import DATA_DOCS_FOLDER, DATA_DOCS_PAGE, REPORT_HTML, REPORT_JSON, Report
 
+# The pages of this package have their styles and pictures inside, and no script. A browser would let a script of a
+# local file read other files. A later policy in the page can only forbid more.
+_PAGE_START = b"""<!doctype html>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+"""
 Kind = TypeVar("Kind", bound=BaseModel)
 
 
@@ -61,16 +66,20 @@ def read_values(kind: type[Kind], uri: str, name: str, settings: Settings | None
 
 
 def export_page(uri: str, name: str, settings: Settings) -> Path:
-    """Copy the page `name` of a stored folder to HOME/reports and return its path."""
+    """Copy the page `name` of a stored folder to HOME/reports and return its path.
+
+    The copy cannot run a script or load anything, even if another program wrote the page into the store.
+    """
     store_uri, digest = split_uri(uri)
     page = settings.home_dir / "reports" / f"{digest[:12]}.html"
     with open_store(store_uri, settings).open_folder(digest) as folder, os_errors(page, "write to"):
         page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_bytes(_member(folder, name, uri))
-        docs = folder / DATA_DOCS_FOLDER
-        if docs.is_dir():
-            copied = page.with_name(f"{page.stem}-{docs.name}")
-            shutil.copytree(docs, copied, dirs_exist_ok=True, copy_function=shutil.copyfile)
+        page.write_bytes(_PAGE_START + _member(folder, name, uri))
+        docs = folder / DATA_DOCS_FOLDER / DATA_DOCS_PAGE
+        if docs.is_file():
+            copied = _data_docs_of(page)
+            copied.parent.mkdir(exist_ok=True)
+            copied.write_bytes(_PAGE_START + docs.read_bytes())
     return page
 
 
@@ -95,21 +104,29 @@ def export_picture(report_uri: str, settings: Settings) -> Path:
 def export_bundle(report_uri: str, settings: Settings) -> Path | None:
     """Copy the bundle of a failed validation to HOME/reports and return its folder; None if the report has none.
 
-    Raises as `export_report` does.
+    Only data comes out of the store; this package writes the script. Raises as `export_report` does.
     """
     store_uri, digest = split_uri(report_uri)
     bundle = settings.home_dir / "reports" / f"{digest[:12]}-{BUNDLE_FOLDER}"
     with open_store(store_uri, settings).open_folder(digest) as folder, os_errors(bundle, "write to"):
         if not (folder / BUNDLE_FOLDER).is_dir():
             return None
-        shutil.copytree(folder / BUNDLE_FOLDER, bundle, dirs_exist_ok=True, copy_function=shutil.copyfile)
+        if bundle.exists():
+            # An earlier version copied all files of the bundle.
+            shutil.rmtree(bundle)
+        bundle.parent.mkdir(parents=True, exist_ok=True)
+        copy_bundle(folder / BUNDLE_FOLDER, bundle)
     return bundle
 
 
 def data_docs_beside(page: Path) -> Path | None:
     """Return the Data Docs that `export_report` has copied beside the page of a report; None without any."""
-    docs = page.with_name(f"{page.stem}-{DATA_DOCS_FOLDER}") / DATA_DOCS_PAGE
+    docs = _data_docs_of(page)
     return docs if docs.is_file() else None
+
+
+def _data_docs_of(page: Path) -> Path:
+    return page.with_name(f"{page.stem}-{DATA_DOCS_FOLDER}") / DATA_DOCS_PAGE
 
 
 def _parsed(kind: type[Kind], body: bytes, uri: str) -> Kind:

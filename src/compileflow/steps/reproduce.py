@@ -17,10 +17,14 @@ from typing import Any
 import numpy as np
 
 from compileflow._process.folders import path_of_uri
+from compileflow.artifact.attestations.keys import configured_keys, load_public_keys
+from compileflow.artifact.attestations.verify import verify_attestations
 from compileflow.artifact.open import OpenArtifact, open_artifact
+from compileflow.artifact.verify import attestations_of
 from compileflow.contracts import Arrays
-from compileflow.errors import CompileflowError, MeasurementError
+from compileflow.errors import CompileflowError, MeasurementError, SignatureError, printable
 from compileflow.serving.component import LoadedComponent
+from compileflow.settings import get_settings
 from compileflow.spec import HfTask
 from compileflow.validation.cases.case import Case
 from compileflow.validation.measure import metrics
@@ -49,12 +53,15 @@ def reproduce(failure: str, arrays: str, *, folder: Path, arguments: Sequence[st
     parser.add_argument("artifact", nargs="?", help="folder or URI of the artifact")
     parser.add_argument("--source", type=Path, help="folder of the source model, for a gate that needs it")
     parser.add_argument(
+        "--tests", type=Path, help="folder of the project's own tests, for their gate; they run with your rights"
+    )
+    parser.add_argument(
         "--trust-remote-code", action="store_true", help="run Python files of the models, with your rights"
     )
     try:
         return _reproduced(json.loads(failure), arrays, folder, parser.parse_args(arguments))
     except CompileflowError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(printable(f"error: {error}") + "\n")
     except Exception:  # noqa: BLE001 - Python's own exit code for it means that the failure shows
         traceback.print_exc()
     return NOT_TRIED
@@ -66,13 +73,16 @@ def _reproduced(content: Mapping[str, Any], arrays: str, folder: Path, options: 
         raise MeasurementError(
             f"{options.source} has no config.json.", hint="Give the folder of the source model."
         )
+    location = options.artifact or _local(subject["artifact_uri"])
+    # The verdict is not one that a signature could vouch for; the compile has a signature of its own.
     artifact = open_artifact(
-        options.artifact or _local(subject["artifact_uri"]),
+        location,
         digest=subject["artifact_digest"],
         require_signature=False,
         trust_remote_code=options.trust_remote_code,
     )
-    sys.stdout.write(f"artifact {artifact.digest[:12]} for {subject['target']}: {subject['reason']}\n")
+    _check_provenance(artifact, location)
+    _say(f"artifact {artifact.digest[:12]} for {subject['target']}: {subject['reason']}")
     gate = content["failure"]["gate"]
     source_dir = options.source or _source_of(subject["source_uri"])
     validates = options.source is not None or (source_dir is not None and _can_validate())
@@ -84,7 +94,7 @@ def _reproduced(content: Mapping[str, Any], arrays: str, folder: Path, options: 
             hint="Give its folder: python reproduce.py ARTIFACT --source FOLDER",
         )
     if gate == PROJECT_TESTS:
-        return _test_again(artifact, content, source_dir)
+        return _test_again(artifact, content, source_dir, options.tests)
     return _prove_again(artifact, content, gate, source_dir)
 
 
@@ -109,12 +119,12 @@ def _show(
         metrics.relate_to_scale(rows, {output.name: metrics.Scale(*figure["scale"])})
     value = float(rows[figure["row"]][figure["name"]])
     if error_text:
-        sys.stdout.write(f"the compiled model fails: {error_text}\n")
+        _say(f"the compiled model fails: {error_text}")
     limit, reported = figure["limit"], figure["value"]
     words = "" if limit is None else f", the limit is {figure['comparison']} {limit:.4g}"
-    sys.stdout.write(
+    _say(
         f"{figure['gate'] or figure['name']} of {output.name}, case {figure['case']!r}: {_number(value)}{words}; "
-        f"the report says {_number(reported)}\n"
+        f"the report says {_number(reported)}"
     )
     if not math.isfinite(value):
         return SHOWN
@@ -124,12 +134,42 @@ def _show(
     return SHOWN if is_beyond else NOT_SHOWN
 
 
-def _test_again(artifact: OpenArtifact, content: Mapping[str, Any], source_dir: Path) -> int:
-    """Run the project's own tests again, if they are on this machine."""
+def _check_provenance(artifact: OpenArtifact, location: str) -> None:
+    """Refuse an artifact that no trusted key signed, where the settings require signatures.
+
+    Raises:
+        SignatureError: No trusted key signed its provenance, or a statement was altered.
+    """
+    settings = get_settings()
+    if not settings.require_signature:
+        return
+    attestations = verify_attestations(
+        artifact.digest,
+        attestations_of(location, settings=settings),
+        trusted_keys=load_public_keys(configured_keys(settings)),
+        require_signature=False,
+        manifest_source=artifact.manifest.source.digest,
+    )
+    if attestations.provenance is None or not attestations.provenance.signed_by:
+        raise SignatureError(
+            "A signature is required, but no trusted key signed the provenance.",
+            hint="Compile the model again with COMPILEFLOW_SIGNING_KEY set.",
+        )
+
+
+def _test_again(
+    artifact: OpenArtifact, content: Mapping[str, Any], source_dir: Path, tests_dir: Path | None
+) -> int:
+    """Run the project's own tests again. The command line names them: a path from a store could be anybody's."""
     from compileflow.steps.project_tests import run_project_tests
     from compileflow.steps.request import StepTimeouts
 
-    folder = content["validation"]["tests_path"]
+    if tests_dir is None:
+        raise MeasurementError(
+            f"The gate {PROJECT_TESTS} runs the project's own tests, which the command line does not name.",
+            hint=f"Give their folder: python reproduce.py --tests {content['validation']['tests_path']}",
+        )
+    folder = str(tests_dir)
     check_tests(folder)
     with tempfile.TemporaryDirectory() as work:
         tests = run_project_tests(
@@ -144,7 +184,8 @@ def _test_again(artifact: OpenArtifact, content: Mapping[str, Any], source_dir: 
             trust_remote_code=artifact.trust_remote_code,
             on_progress=lambda _: None,
         )
-    sys.stdout.write(f"{tests.output}\n{PROJECT_TESTS}: {tests.summary}\n")
+    for line in (*tests.output.splitlines(), f"{PROJECT_TESTS}: {tests.summary}"):
+        _say(line)
     if tests.problem:
         return NOT_TRIED
     return SHOWN if tests.failed else NOT_SHOWN
@@ -174,9 +215,9 @@ def _prove_again(artifact: OpenArtifact, content: Mapping[str, Any], gate: str, 
         report = Report.model_validate_json((Path(report_dir) / REPORT_JSON).read_bytes())
     result = next(result for result in report.verdict.gates if result.gate == gate)
     reported = content["failure"]["measured"]
-    sys.stdout.write(
+    _say(
         f"{gate}: {_number(result.measured)}, the limit is {result.comparison} {result.limit:.4g}; "
-        f"the report says {_number(reported)}\n"
+        f"the report says {_number(reported)}"
     )
     return {"fail": SHOWN, "error": NOT_TRIED}.get(result.outcome, NOT_SHOWN)
 
@@ -215,6 +256,10 @@ def _arrays(text: str, folder: Path) -> tuple[Arrays, Arrays]:
         raise MeasurementError(
             f"{folder} lacks inputs.npz or reference.npz.", hint="Copy the whole folder of the bundle."
         ) from error
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{printable(line)}\n")
 
 
 def _number(value: float | None) -> str:

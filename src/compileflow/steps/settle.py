@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from compileflow._process.folders import work_folder
 from compileflow._process.run_in_child import run_in_child
 from compileflow.artifact.manifest import read_manifest
 from compileflow.catalog import open_store
-from compileflow.contracts import PENDING, ArtifactStore, ModelVersion
+from compileflow.contracts import PENDING, ArtifactStore, ModelVersion, without_credentials
 from compileflow.errors import CompileflowError, SignatureError, SpecError, TargetUnavailableError
 from compileflow.settings import Settings
 from compileflow.steps.attest import Attester
@@ -46,6 +46,7 @@ def settle_artifact(
     *,
     settings: Settings,
     timeout_s: float,
+    registry_uris: Sequence[str] = (),
     trust_remote_code: bool = False,
     on_progress: Callable[[str], None] = logger.info,
 ) -> Settled:
@@ -57,11 +58,12 @@ def settle_artifact(
         artifact_uri: URI of the artifact in its store.
         settings: Credentials, work folder, signing key.
         timeout_s: Time limit of the child process.
+        registry_uris: Registries to register in. Empty: those of the compile request; the settings must name them.
         trust_remote_code: Run Python files of the source model and of the artifact.
         on_progress: Called with one line for each stage.
 
     Raises:
-        SpecError: The last verdict on the artifact is not pending-device.
+        SpecError: The last verdict on the artifact is not pending-device, or only the store names a registry.
         TargetUnavailableError: This machine lacks the device as well.
         SignatureError: This run has a key, and no trusted key signed the record of what waits.
         MeasurementError: A call has no recorded answer.
@@ -86,6 +88,7 @@ def settle_artifact(
                     f"The recorded answers for {digest[:12]} cannot be trusted: {reason}.",
                     hint="Compile it again with a key that this machine trusts.",
                 )
+            request = _request(pending, store_uri, settings, registry_uris)
             tests_dir = recorded_tests(reference)
             threads = recorded_threads(reference)
             (work / "report").mkdir()
@@ -133,7 +136,7 @@ def settle_artifact(
         store.put_record(WAITING, digest, {})
     # The machine that compiled may know the store by another URI.
     artifact = pending.artifact.model_copy(update={"uri": artifact_uri})
-    return Settled(pending.model_copy(update={"artifact": artifact}), validated)
+    return Settled(pending.model_copy(update={"artifact": artifact, "request": request}), validated)
 
 
 def register_settled(settled: Settled, settings: Settings) -> Versions:
@@ -164,6 +167,33 @@ def register_settled(settled: Settled, settings: Settings) -> Versions:
             return error
 
     return register_in_each(settings.resolved_registry_uris(request.registry_uris), register_one)
+
+
+def _request(
+    pending: PendingValidation, store_uri: str, settings: Settings, registry_uris: Sequence[str]
+) -> CompileRequest:
+    """Return the request of the compile, with the store and the registries of this machine.
+
+    A writer of the store could name a registry of their own there, which would get this machine's credentials.
+
+    Raises:
+        SpecError: The request names a registry that neither the settings nor the caller names.
+    """
+    request = pending.request or CompileRequest(model=pending.source.uri)
+    uris = tuple(registry_uris)
+    if not uris:
+        configured_uris = {without_credentials(uri): uri for uri in settings.resolved_registry_uris()}
+        requested_uris = list(map(without_credentials, request.registry_uris))
+        unknown_uris = [uri for uri in requested_uris if uri not in configured_uris]
+        if unknown_uris:
+            raise SpecError(
+                f"The compile asked for {', '.join(unknown_uris)}, which the settings here do not name.",
+                hint="If that is right, name each registry with --registry, or in COMPILEFLOW_REGISTRY_URI.",
+            )
+        uris = tuple(configured_uris[uri] for uri in requested_uris)
+    return request.model_copy(
+        update={"registry_uris": uris, "store_uri": store_uri, "aws_credentials_block": None}
+    )
 
 
 def _waiting(store: ArtifactStore, digest: str) -> ValidatedArtifact:

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from compileflow.contracts import ArtifactStore
-from compileflow.validation.bundle import without_passwords
+from compileflow.validation.bundle import LOG, without_passwords
 
 _RECORD, _COMPILE = "log-of", "compile"
-_FILE = "toolchain.log"
 
 
 def keep_log(store: ArtifactStore, artifact_digest: str, log: str) -> None:
@@ -34,4 +33,4 @@ def write_logs(folder: Path, store: ArtifactStore, artifact_digest: str, logs: M
         f"== {step}\n{without_passwords(str(log)) or 'nothing was printed'}\n"
         for step, log in {_COMPILE: compile_log, **logs}.items()
     ]
-    (folder / _FILE).write_text("\n".join(parts), "utf-8")
+    (folder / LOG).write_text("\n".join(parts), "utf-8")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -16,6 +18,8 @@ from pydantic import BaseModel, ConfigDict
 
 from compileflow.artifact.open import OpenArtifact
 from compileflow.contracts import Arrays, ComponentRecord
+from compileflow.contracts.json_files import read_json
+from compileflow.errors import ManifestError, first_line
 from compileflow.serving.component import LoadedComponent
 from compileflow.source_model.interface import SourceModel
 from compileflow.spec import CompileSpec
@@ -34,6 +38,8 @@ from compileflow.validation.settings import ValidationSettings
 BUNDLE_FOLDER = "bundle"
 REPRODUCE, FAILURE = "reproduce.py", "failure.json"
 INPUTS, REFERENCE, COMPILED = "inputs.npz", "reference.npz", "compiled.npz"
+LOG = "toolchain.log"
+_DATA = (FAILURE, INPUTS, REFERENCE, COMPILED, LOG)
 _TEMPLATE = "reproduce.py.txt"
 _LATENCY = "latency_ratio"
 # Larger arrays stay in their files, and the script reads them there.
@@ -229,7 +235,6 @@ def write_failure_bundle(
     }
     text = without_passwords(json.dumps(content, indent=1, sort_keys=True))
     (folder / FAILURE).write_text(text + "\n", "utf-8")
-    embedded = ""
     if failed.case is not None:
         arrays: dict[str, dict[str, Any]] = {
             INPUTS: failed.case.inputs | {"mask": np.asarray(failed.case.mask)},
@@ -238,12 +243,62 @@ def write_failure_bundle(
         }
         for name, values in arrays.items():
             np.savez_compressed(folder / name, **values)
-        shown = [(folder / name).read_bytes() for name in (INPUTS, REFERENCE)]
-        if sum(map(len, shown)) <= _MOST_EMBEDDED_BYTES:
-            embedded = json.dumps([base64.b64encode(body).decode() for body in shown])
+    write_script(folder)
+
+
+def copy_bundle(bundle: Path, dest: Path) -> None:
+    """Copy the data of a stored bundle into a new folder, and write the script there from this package.
+
+    A file with another name, such as a module that the script would import, is left out: a writer of the store
+    could run code with it.
+
+    Args:
+        bundle: Folder of the bundle, as the store has it.
+        dest: Folder to make.
+
+    Raises:
+        ManifestError: The bundle lacks failure.json, or a file is not of its kind.
+    """
+    dest.mkdir()
+    for name in _DATA:
+        path = bundle / name
+        if path.is_file() and not path.is_symlink():
+            if path.suffix == ".npz" and not zipfile.is_zipfile(path):
+                raise _unusable(path, "it is not an archive of arrays")
+            shutil.copyfile(path, dest / name)
+    write_script(dest)
+
+
+def write_script(folder: Path) -> None:
+    """Write the script of a bundle, which holds what the other files of the folder say if that is small enough.
+
+    Raises:
+        ManifestError: failure.json is missing, or it is not a JSON object.
+    """
+    path = folder / FAILURE
+    try:
+        content = read_json(path)
+        text = json.dumps(content, indent=1, sort_keys=True)
+    except (OSError, ValueError, RecursionError) as error:
+        raise _unusable(path, first_line(error)) from error
+    if not isinstance(content, dict):
+        raise _unusable(path, "it is not a JSON object")
+    arrays = [folder / name for name in (INPUTS, REFERENCE)]
+    embedded = ""
+    is_complete = all(file.is_file() for file in arrays)
+    if is_complete and sum(file.stat().st_size for file in arrays) <= _MOST_EMBEDDED_BYTES:
+        embedded = json.dumps([base64.b64encode(file.read_bytes()).decode() for file in arrays])
     template = (files("compileflow.validation") / "data" / _TEMPLATE).read_text("utf-8")
-    script = template.replace("FAILURE_TEXT", repr(text)).replace("ARRAYS_TEXT", repr(embedded))
+    literals = {"FAILURE_TEXT": repr(text), "ARRAYS_TEXT": repr(embedded)}
+    # In one pass: the failure's text may hold the name of the other place.
+    script = re.sub("|".join(literals), lambda match: literals[match[0]], template)
     (folder / REPRODUCE).write_text(script, "utf-8")
+
+
+def _unusable(path: Path, reason: str) -> ManifestError:
+    return ManifestError(
+        f"{path.name} of the bundle cannot be used: {reason}.", hint="Validate the artifact again."
+    )
 
 
 def without_passwords(text: str) -> str:

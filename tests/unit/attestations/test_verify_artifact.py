@@ -13,7 +13,13 @@ from typing import Any
 import pytest
 
 from compileflow.artifact import verify
-from compileflow.artifact.attestations.envelopes import put_statement, read_bundle, stored_envelopes
+from compileflow.artifact.attestations.envelopes import (
+    put_statement,
+    read_bundle,
+    seal,
+    stored_envelopes,
+    write_bundle,
+)
 from compileflow.artifact.manifest import ATTESTATIONS_NAME, artifact_files, verify_folder
 from compileflow.artifact.open import open_artifact
 from compileflow.artifact.verify import attestations_of, verify_artifact
@@ -23,6 +29,7 @@ from compileflow.settings import Settings
 from compileflow.stores.local import LocalStore
 from tests.unit.attested_artifacts import (
     RUN,
+    Envelope,
     Keys,
     altered,
     attest,
@@ -39,6 +46,14 @@ def report(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "report.json").write_text('{"outcome": "pass"}', "utf-8")
     return folder
+
+
+def redated(verdict: Envelope, keys: Keys, text: str) -> Envelope:
+    """Sign a verdict again, with another time."""
+    statement = statement_of(verdict)
+    (request,) = (part for part in statement["predicate"]["configuration"] if part["name"] == "request")
+    request["annotations"]["finishedOn"] = text
+    return dict(seal(statement, keys.signer))
 
 
 class TestBesideTheFiles:
@@ -198,6 +213,35 @@ class TestVerifyArtifact:
         [problem] = self.verify(stored, settings, keys, max_age=age - timedelta(hours=1)).problems
         assert "was validated on 2026-03-05 12:01 UTC" in problem
         assert self.verify(stored, settings, keys).validated_on == "2026-03-05T12:01:30+00:00"
+
+    @pytest.mark.parametrize("text", ["2026-03-05T12:01:30", "9999-12-31T23:59:59-23:59", "soon", ""])
+    def test_verdict_without_a_time_of_a_zone_is_not_dated(
+        self, artifact: Path, settings: Settings, keys: Keys, text: str
+    ) -> None:
+        provenance, verdict = envelopes_for(artifact, keys)
+        write_bundle(artifact, [provenance, redated(verdict, keys, text)])
+        verification = self.verify(artifact, settings, keys, max_age=timedelta(days=36500))
+        assert (verification.validated_on, verification.signed_by) == (None, (keys.id,))
+        assert "has no dated verdict" in verification.problems[0]
+
+    def test_verdict_of_the_future_is_a_problem(self, artifact: Path, settings: Settings, keys: Keys) -> None:
+        provenance, verdict = envelopes_for(artifact, keys)
+        now = datetime.now(UTC)
+        for hours, count in ((23, 0), (25, 1)):
+            text = (now + timedelta(hours=hours)).isoformat()
+            write_bundle(artifact, [provenance, redated(verdict, keys, text)])
+            problems = self.verify(artifact, settings, keys).problems
+            assert len(problems) == count
+            assert all("is in the future" in problem for problem in problems)
+
+    def test_result_that_no_validation_gives_is_a_problem(
+        self, artifact: Path, settings: Settings, keys: Keys
+    ) -> None:
+        attest(artifact, None)
+        provenance, verdict = read_bundle(artifact)
+        write_bundle(artifact, [provenance, altered(verdict, '"PASSED"', '"BOGUS"')])
+        (problem,) = self.verify(artifact, settings, keys).problems
+        assert "unknown result 'BOGUS'" in problem
 
     def test_report_of_a_folder_is_not_looked_at(
         self, artifact: Path, settings: Settings, keys: Keys, report: Path

@@ -83,6 +83,11 @@ def statement_in(envelope: Envelope) -> dict[str, Any] | None:
     return statement if isinstance(statement, dict) else None
 
 
+def is_signed(envelope: Envelope) -> bool:
+    """Return whether an envelope has signatures, which says nothing about whether they are right."""
+    return bool(envelope.get("signatures"))
+
+
 def put_statement(store: ArtifactStore, digest: str, statement: Statement, signer: Signer | None) -> None:
     """Record a statement about an artifact in its store. It replaces the previous statement of the same kind.
 
@@ -90,7 +95,7 @@ def put_statement(store: ArtifactStore, digest: str, statement: Statement, signe
     """
     kind = RECORDS[str(statement["predicateType"])]
     previous_record = store.get_record(kind, digest)
-    if signer is None and previous_record is not None and previous_record.get("signatures"):
+    if signer is None and previous_record is not None and is_signed(previous_record):
         return
     store.put_record(kind, digest, seal(statement, signer))
 

@@ -37,6 +37,7 @@ _RESULTS: Mapping[Outcome, str] = {
     "error": "FAILED",
     PENDING: "FAILED",
 }
+RESULTS = frozenset(_RESULTS.values())
 
 
 @dataclass(frozen=True)
@@ -189,13 +190,14 @@ def request_digest(statement: Statement) -> str | None:
 
 
 def finished_on(verdict: Statement) -> datetime | None:
-    """Return when a validation ended; None in statements of older versions."""
+    """Return when a validation ended, in UTC; None without a time that has a zone, as in older statements."""
     for item in _list(_dict(verdict.get("predicate")).get("configuration")):
         if _dict(item).get("name") == REQUEST:
             text = _dict(_dict(item).get("annotations")).get(FINISHED)
             try:
-                return datetime.fromisoformat(text) if isinstance(text, str) else None
-            except ValueError:
+                moment = datetime.fromisoformat(text) if isinstance(text, str) else None
+                return moment.astimezone(UTC) if moment is not None and moment.tzinfo is not None else None
+            except (ValueError, OverflowError):
                 return None
     return None
 
@@ -206,7 +208,7 @@ def result_of(outcome: Outcome) -> str:
 
 
 def result(verdict: Statement) -> str:
-    """Return the result of a verdict: PASSED, WARNED or FAILED, or '' if the statement has none."""
+    """Return the result of a verdict, one of `RESULTS` unless it is forged; '' if the statement has none."""
     value = _dict(verdict.get("predicate")).get("result")
     return value if isinstance(value, str) else ""
 

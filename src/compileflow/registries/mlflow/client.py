@@ -13,7 +13,7 @@ import re
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from pydantic import SecretStr
 
 from compileflow._process.state import environment
 from compileflow.errors import CompileflowError, SpecError, first_line
+from compileflow.settings import get_settings
 
 SCHEME = "mlflow:"
 # One request ends after at most a minute and a few seconds: three tries of 20 s, 0 and 2 s apart. Variables that
@@ -38,6 +39,12 @@ _QUIET = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
+_CREDENTIALS = (
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+    "MLFLOW_TRACKING_AUTH",
+)
 _LOGGERS = ("mlflow", "alembic", "urllib3.connectionpool")
 _ONE_AT_A_TIME = threading.RLock()
 PAGE = 500
@@ -49,7 +56,8 @@ class MlflowPlace:
 
     Attributes:
         tracking_uri: URI for mlflow, without credentials.
-        username: User of the server, if the URI names one; otherwise mlflow's own configuration applies.
+        username: User of the server, if the URI names one; otherwise mlflow's own configuration applies, if the
+            settings or MLFLOW_TRACKING_URI name the server.
         password: Password of that user.
     """
 
@@ -102,12 +110,22 @@ class MlflowPlace:
                 raise self._error(unavailable, action, error) from error
 
     def _credentials(self) -> dict[str, str]:
-        if self.password is None:
+        """Return variables with the credentials of the URI, or without any if another server's are configured."""
+        if self.password is not None:
+            return {
+                "MLFLOW_TRACKING_USERNAME": self.username,
+                "MLFLOW_TRACKING_PASSWORD": self.password.get_secret_value(),
+            }
+        if self.file is not None or self._origin in _configured_origins():
             return {}
-        return {
-            "MLFLOW_TRACKING_USERNAME": self.username,
-            "MLFLOW_TRACKING_PASSWORD": self.password.get_secret_value(),
-        }
+        # mlflow would send them to any host. It also reads them from a file of the home folder.
+        hidden = dict.fromkeys(_CREDENTIALS, "")
+        return hidden | ({"HOME": os.devnull} if Path("~/.mlflow/credentials").expanduser().exists() else {})
+
+    @property
+    def _origin(self) -> tuple[str, str | None, int | None]:
+        parts = urlsplit(self.tracking_uri)
+        return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
     def _may_pass(self, error: Any) -> bool:
         if self.file is not None:
@@ -117,7 +135,8 @@ class MlflowPlace:
 
     def _error(self, kind: type[CompileflowError], action: str, error: Exception) -> CompileflowError:
         hints = {
-            "UNAUTHENTICATED": "Set MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and _PASSWORD.",
+            "UNAUTHENTICATED": "Set MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and _PASSWORD. Only a "
+            "server that MLFLOW_TRACKING_URI or COMPILEFLOW_REGISTRY_URI names gets them.",
             "PERMISSION_DENIED": "Ask the owner of that MLflow for access.",
         }
         default_hint = "Check that MLflow runs there, and try again." if kind.retryable else "MLflow refused it."
@@ -148,6 +167,18 @@ def parse_place(uri: str) -> MlflowPlace:
     if tracking_uri.startswith("sqlite:////") and len(tracking_uri) > len("sqlite:////"):
         return MlflowPlace(tracking_uri)
     raise _not_a_place()
+
+
+def _configured_origins() -> set[tuple[str, str | None, int | None]]:
+    """Return scheme, host and port of each MLflow server that the settings name."""
+    origins = set()
+    tracking_uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    for uri in (*get_settings().resolved_registry_uris(), f"{SCHEME}{tracking_uri}"):
+        # The variable may have a form that only mlflow knows.
+        with suppress(SpecError):
+            if uri.startswith(SCHEME):
+                origins.add(parse_place(uri)._origin)
+    return origins
 
 
 def pages(search: Any, query: str, **settings: Any) -> Iterator[Any]:

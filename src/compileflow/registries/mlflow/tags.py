@@ -87,6 +87,10 @@ def promotion_tag(stage: Stage, who: str, reason: str) -> tuple[str, str]:
 
 
 def read_promotions(tags: Mapping[str, str]) -> list[Promotion]:
-    """Return the promotions that tags record, oldest first."""
+    """Return the promotions that tags record, oldest first.
+
+    Raises:
+        RegistryError: The tags were changed and do not hold a promotion any more.
+    """
     keys = sorted(key for key in tags if key.startswith(_PROMOTION))
-    return [Promotion.model_validate(json.loads(tags[key])) for key in keys]
+    return [lookup.read_promotion(tags[key], "A version in MLflow") for key in keys]

@@ -23,7 +23,7 @@ from compileflow._process.folders import file_lock, work_folder
 from compileflow.contracts import ModelVersion, Promotion, Stage, VersionEntry, VersionFiles
 from compileflow.contracts.digests import json_digest
 from compileflow.errors import RegistryError, RegistryUnavailableError
-from compileflow.registries.lookup import check_stage, choose_version, is_exclusive, replaced_by
+from compileflow.registries.lookup import check_stage, choose_version, is_exclusive, read_promotion, replaced_by
 from compileflow.registries.neptune import fields as layout
 from compileflow.registries.neptune.address import parse_project
 from compileflow.registries.neptune.calls import NeptuneClient
@@ -162,7 +162,8 @@ class NeptuneRegistry:
             return []
         promotions = self._client.fetch(row.identity, layout.PROMOTIONS)
         self._client.release()
-        return [Promotion.model_validate_json(promotions[moment]) for moment in sorted(promotions)]
+        place = f"{name} {version} in Neptune"
+        return [read_promotion(promotions[moment], place) for moment in sorted(promotions)]
 
     def _complete(self, model: str, digest: str) -> ModelVersion | None:
         """Return the complete version of an artifact. Of several, keep the first and trash the others."""
