@@ -8,7 +8,9 @@ from prefect.client.schemas.objects import State
 from prefect.states import Failed
 
 from compileflow.errors import CompileflowError, VerdictError
+from compileflow.settings import get_settings
 from compileflow.steps.run import CompileResult
+from compileflow.steps.settle import end_waiting
 from flows.compile_model import announce_validated, finish
 from flows.deployed_flow import deployed_flow
 from tasks.settle import settle
@@ -32,6 +34,7 @@ def settle_pending(
         settled = settle(artifact_uri, timeout_s=timeout_s, trust_remote_code=trust_remote_code)
         pending = settled.pending
         result = finish(pending.source, pending.artifact, settled.validated, settled.request)
+        end_waiting(settled, get_settings())
     except CompileflowError as error:
         return Failed(message=error.message if isinstance(error, VerdictError) else str(error), data=error)
     announce_validated(result)

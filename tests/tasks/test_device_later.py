@@ -77,7 +77,11 @@ def test_artifact_is_validated_and_registered_where_the_device_is(
     settled = settle(pipeline, artifact.uri)
     assert settled.validated.outcome == "pass", settled.validated.reason
     assert settled.validated.figures["label_agreement"] == 1.0
-    (version,) = register_settled(settled, pipeline.settings).values()
+    # Until it is registered, it can be settled again, for example after the registry failed.
+    broken = pipeline.settings.model_copy(update={"registry_uri": "sqlite:////proc/no-such-folder/r.db"})
+    with pytest.raises(RegistryError):
+        register_settled(settled, broken)
+    (version,) = register_settled(settle(pipeline, artifact.uri), pipeline.settings).values()
     assert (version.name, version.target, version.verdict) == ("reviews", target, "pass")
     with pytest.raises(SpecError, match="has the verdict pass"):
         settle(pipeline, artifact.uri)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from compileflow.admin.collect import reports_on
+from compileflow.contracts import ModelVersion
 from compileflow.contracts.digests import folder_digest, json_digest, list_files
-from compileflow.errors import SourceError, StepOffError, VerdictError
+from compileflow.errors import IntegrityError, SourceError, StepOffError, VerdictError
 from compileflow.settings import Settings
 from compileflow.steps.cache import CacheKey, why_missed
 from compileflow.steps.compile import earlier_cost
@@ -192,6 +195,32 @@ def test_lost_report_of_a_registered_version_is_told(
                 (store.root / "manifests" / "sha256" / f"{reports[0].digest}.json").unlink()
     assert [(version.version, version.report_digest) for version in versions] == 3 * [(1, reports[0].digest)]
     assert f"the store has lost the report {reports[0].digest[:12]}" in caplog.text
+
+
+def test_version_that_somebody_changed_is_not_what_a_run_registers(settings: Settings, tmp_path: Path) -> None:
+    store = LocalStore(settings.resolved_store_uri(), settings)
+    folder = store.put_folder(small_artifact(tmp_path / "artifact"))
+    source = FetchedSource(uri="hf://a/b", revision="1", stored_uri="", digest="5" * 64, size_bytes=1, cached=True)
+    artifact = CompiledArtifact(
+        uri=folder.uri, digest=folder.digest, cache_key="1" * 64, size_bytes=1, compile_duration_s=1.0,
+        peak_rss_bytes=1, cached=True, why="",
+    )  # fmt: skip
+    validated = ValidatedArtifact(
+        artifact_digest=folder.digest, report_uri=folder.uri, report_digest=folder.digest, outcome="pass",
+        reason="pass", figures={}, cached=True, why="",
+    )  # fmt: skip
+
+    def register() -> ModelVersion:
+        return register_version(
+            source, artifact, validated, name="b", allow_warn=False, store_uri=store.uri,
+            registry_uri=settings.resolved_registry_uri(), settings=settings,
+        )  # fmt: skip
+
+    assert register() == register()
+    with closing(sqlite3.connect(settings.home_dir / "registry.db")) as db, db:
+        db.execute("UPDATE version SET entry = replace(entry, ?, ?)", ("5" * 64, "f" * 64))
+    with pytest.raises(IntegrityError, match="b version 1 names the source model ffffffffffff"):
+        register()
 
 
 DAMAGED = [

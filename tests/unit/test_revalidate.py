@@ -109,6 +109,15 @@ def test_machine_without_the_device_says_nothing_about_a_version(
     assert "no device" in outcome.reason
 
 
+def test_version_whose_artifact_is_lost_has_regressed(settings: Settings) -> None:
+    uri = settings.resolved_registry_uri()
+    version = open_registry(uri, settings).register(stored_entry(settings, "reviews"))
+    next((settings.home_dir / "store").glob("blobs/sha256/*/*")).unlink()
+    outcome = revalidate_version(version, uri, validation=VALIDATION, timeout_s=600, settings=settings)
+    assert outcome.outcome == "regressed"
+    assert "missing or altered" in outcome.reason
+
+
 @pytest.mark.parametrize(
     ("field", "value", "says"),
     [

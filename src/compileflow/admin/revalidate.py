@@ -11,7 +11,7 @@ from typing import Literal
 from compileflow.artifact.verify import contradictions_of
 from compileflow.catalog import get_target, open_registry, open_store
 from compileflow.contracts import ACCEPTED_OUTCOMES, ModelVersion, Stage
-from compileflow.errors import CompileflowError, LoadError, ProcessKilledError
+from compileflow.errors import CompileflowError, IntegrityError, LoadError, ManifestError, ProcessKilledError
 from compileflow.settings import Settings
 from compileflow.steps.attest import Attester
 from compileflow.steps.fetch import recorded_source
@@ -66,8 +66,8 @@ def revalidate_version(
 ) -> Revalidation:
     """Validate a version from its stored artifact and source model, and note a changed outcome in the registry.
 
-    A version that does not load any more, kills its process, or contradicts the manifest of its artifact has
-    regressed. Other errors say nothing about it.
+    A version whose artifact is missing or altered, that does not load any more, kills its process, or contradicts
+    the manifest of its artifact has regressed. Other errors say nothing about it.
 
     Args:
         version: The version.
@@ -84,7 +84,10 @@ def revalidate_version(
     if reason := _obstacle(version):
         return Revalidation(version, "not checked", reason)
     try:
-        contradictions, manifest = contradictions_of(version, settings)
+        try:
+            contradictions, manifest = contradictions_of(version, settings)
+        except (IntegrityError, ManifestError) as error:
+            return _noted(version, registry_uri, settings, passes=False, reason=error.message)
         if contradictions:
             return _noted(version, registry_uri, settings, passes=False, reason=contradictions[0])
         if manifest.spec.trust_remote_code and not trust_remote_code:

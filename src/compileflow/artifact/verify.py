@@ -157,7 +157,7 @@ def verify_artifact(
     except SignatureError as error:
         problems.append(str(error))
     if manifest is not None:
-        problems += (line for version in versions for line in _contradictions(version, digest, manifest))
+        problems += (line for version in versions for line in contradictions(version, digest, manifest))
     if attestations.result is not None and attestations.result not in RESULTS:
         problems.append(
             f"The verdict has the unknown result {attestations.result!r:.80}. Validate the artifact again."
@@ -216,10 +216,11 @@ def contradictions_of(version: ModelVersion, settings: Settings) -> tuple[list[s
     store_uri, digest = split_uri(version.artifact_uri)
     with open_store(store_uri, settings).open_folder(digest) as folder:
         manifest, _ = verify_folder(folder)
-    return _contradictions(version, digest, manifest), manifest
+    return contradictions(version, digest, manifest), manifest
 
 
-def _contradictions(version: ModelVersion, digest: str, manifest: ArtifactManifest) -> list[str]:
+def contradictions(version: ModelVersion, digest: str, manifest: ArtifactManifest) -> list[str]:
+    """Return what a registry says about the artifact of a digest and its manifest denies, one line each."""
     claims = {
         "artifact": (version.artifact_digest, digest),
         "source model": (version.source_digest, manifest.source.digest),

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from compileflow._process.folders import path_of_uri
 from compileflow.artifact.manifest import read_manifest
+from compileflow.artifact.verify import contradictions
 from compileflow.catalog import open_registry, open_store
 from compileflow.contracts import (
     ACCEPTED_OUTCOMES,
@@ -46,6 +47,7 @@ def register_version(
         VerdictError: The report is about another artifact, its verdict does not allow registration, or the
             artifact was compiled from another source model.
         RegistryError: The registry refused.
+        IntegrityError: The registry has a version of this artifact that says something else about it.
     """
     if validated.artifact_digest != artifact.digest:
         raise VerdictError(
@@ -96,6 +98,8 @@ def register_version(
         for folder in (files.artifact, files.report):
             store.put_folder(folder)
         version = open_registry(registry_uri, settings).register(entry, files)
+        for contradiction in contradictions(version, artifact.digest, manifest):
+            raise IntegrityError(contradiction)
         if version.report_digest != entry.report_digest:
             _keep_report(store, version, last_uri=entry.report_uri)
         return version

@@ -10,7 +10,13 @@ from compileflow._process.folders import work_folder
 from compileflow._process.run_in_child import run_in_child
 from compileflow.artifact.manifest import read_manifest
 from compileflow.catalog import open_store
-from compileflow.contracts import PENDING, ArtifactStore, ModelVersion, without_credentials
+from compileflow.contracts import (
+    ACCEPTED_OUTCOMES,
+    PENDING,
+    ArtifactStore,
+    ModelVersion,
+    without_credentials,
+)
 from compileflow.errors import CompileflowError, SignatureError, SpecError, TargetUnavailableError
 from compileflow.settings import Settings
 from compileflow.steps.attest import Attester
@@ -133,10 +139,17 @@ def settle_artifact(
             **child.value,
         )
         store.put_record("report-of", digest, validated.model_dump(mode="json"))
-        store.put_record(WAITING, digest, {})
+        if not request.steps.register or validated.outcome not in ACCEPTED_OUTCOMES:
+            store.put_record(WAITING, digest, {})
     # The machine that compiled may know the store by another URI.
     artifact = pending.artifact.model_copy(update={"uri": artifact_uri})
     return Settled(pending.model_copy(update={"artifact": artifact, "request": request}), validated)
+
+
+def end_waiting(settled: Settled, settings: Settings) -> None:
+    """Note that a settled artifact is registered. Until then, the same call settles it again."""
+    store_uri, digest = split_uri(settled.pending.artifact.uri)
+    open_store(store_uri, settings).put_record(WAITING, digest, {})
 
 
 def register_settled(settled: Settled, settings: Settings) -> Versions:
@@ -144,7 +157,7 @@ def register_settled(settled: Settled, settings: Settings) -> Versions:
 
     Raises:
         VerdictError: The verdict does not allow registration.
-        RegistryError: Some registries failed; `compileflow compile` with the same request completes them.
+        RegistryError: Some registries failed; settling the artifact again completes them.
     """
     pending, request = settled.pending, settled.request
     check_verdict(settled.validated, allow_warn=request.allow_warn or not request.steps.register)
@@ -166,7 +179,9 @@ def register_settled(settled: Settled, settings: Settings) -> Versions:
         except CompileflowError as error:
             return error
 
-    return register_in_each(settings.resolved_registry_uris(request.registry_uris), register_one)
+    versions = register_in_each(settings.resolved_registry_uris(request.registry_uris), register_one)
+    end_waiting(settled, settings)
+    return versions
 
 
 def _request(
@@ -197,6 +212,11 @@ def _request(
 
 
 def _waiting(store: ArtifactStore, digest: str) -> ValidatedArtifact:
+    if not store.exists(digest):
+        raise SpecError(
+            f"The store {store.uri} has no artifact {digest[:12]}.",
+            hint="Set COMPILEFLOW_STORE_URI to the store of the machine that compiled it.",
+        )
     waiting = report_on(store, digest, kind=WAITING)
     if waiting is None:
         last = report_on(store, digest)
