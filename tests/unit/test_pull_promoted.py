@@ -163,6 +163,6 @@ def test_unknown_stage_is_refused(
     example: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["pull_promoted.py", "reviews", "pulled", "--stage", "prod"])
-    with pytest.raises(SystemExit, match="^2$"):
+    with pytest.raises(SystemExit, match=r"^2$"):
         example.main()
     assert "'prod' (choose from 'production', 'staging')" in capsys.readouterr().err
