@@ -62,9 +62,9 @@ def compile_matrix(
     try:
         possible = [request for request in requests if impossible_cell(request) is None]
         pool = task_runner(at_once, dask)
-    except SpecError as error:
+    except SpecError as refusal:
         # Raised, it would be logged with a traceback.
-        return Failed(message=str(error), data=error)
+        return Failed(message=str(refusal), data=refusal)
     outcomes = run_cells(possible, deployment, pool)
     compared, headline, failures = compare_cells(requests, outcomes)
     if failures:
