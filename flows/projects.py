@@ -61,7 +61,7 @@ class Project:
 
     Attributes:
         name: Name of the project: that of its file, without the suffix.
-        path: Its file.
+        path: File of the project.
         request: Request to compile it, with all steps on.
     """
 
