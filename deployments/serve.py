@@ -203,8 +203,9 @@ def _start_database(
         return {DATABASE_URL: urls[0] or urls[1]}
     programs = postgres_programs() if choice != "sqlite" else None
     if programs is not None:
+        password = _database_password(home, access.password)
         services["database"], url = start_postgres(
-            programs, home / "postgres", password=access.password, log_path=home / "logs" / "postgres.log"
+            programs, home / "postgres", password=password, log_path=home / "logs" / "postgres.log"
         )
         return {DATABASE_URL: url}
     if choice == "postgres":
@@ -213,6 +214,16 @@ def _start_database(
             hint="Install the package postgresql and use another user than root, or choose --database sqlite.",
         )
     return {}
+
+
+def _database_password(home: Path, server_password: str) -> str:
+    """Return the password of the database: that of the server at the first start, even if it changes later."""
+    path = home / "database-password"
+    with os_errors(path, "write"):
+        if not path.exists():
+            with file_written_whole(path) as partial:
+                partial.write_text(server_password, "utf-8")
+        return path.read_text("utf-8")
 
 
 def _has_worker(access: Access) -> bool:

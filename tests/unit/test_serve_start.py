@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,10 @@ import pytest
 
 from compileflow.errors import ProcessError
 from compileflow.settings import get_settings
-from deployments.serve import _access, main
+from deployments.serve import _access, _database_password, main
+
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -103,3 +107,23 @@ def test_file_that_is_not_understood_is_refused_and_stays(text: str, tmp_path: P
     with pytest.raises(ProcessError, match=r"client\.env cannot be read: expected a line .*or delete it, and the"):
         _access(tmp_path, 4200)
     assert path.read_bytes() == before
+
+
+def test_database_keeps_its_password_when_the_server_gets_a_new_one(tmp_path: Path) -> None:
+    first = _access(tmp_path, 4200)
+    assert _database_password(tmp_path, first.password) == first.password
+    (tmp_path / "client.env").unlink()
+    second = _access(tmp_path, 4200)
+    assert second.password != first.password
+    assert _database_password(tmp_path, second.password) == first.password
+
+
+def test_disk_without_room_is_refused_in_one_line(tmp_path: Path) -> None:
+    # Files of at most 100 blocks stand for a full disk.
+    words = ["sh", "-c", f"ulimit -f 100; exec {sys.executable} -m deployments.serve"]
+    environment = os.environ | {"COMPILEFLOW_HOME": str(tmp_path)}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stdout + done.stderr == (
+        f"error: Cannot write to {tmp_path / 'serve'}: File too large (EFBIG). Check that folder.\n"
+    )
