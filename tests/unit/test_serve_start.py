@@ -15,7 +15,6 @@ from compileflow.errors import ProcessError
 from compileflow.settings import get_settings
 from deployments.serve import _access, _database_password, main
 
-
 ROOT = Path(__file__).parents[2]
 
 
