@@ -273,7 +273,7 @@ def _check_port(port: int) -> None:
         except OSError as error:
             raise ProcessError(
                 f"Port {port} of 127.0.0.1 cannot be used: {error.strerror}.",
-                hint=f"Choose another one: make serve PORT={port + 100}",
+                hint=f"Choose another one: make serve PORT={port + 100 if port < 65000 else port - 100}",
             ) from error
 
 
