@@ -59,8 +59,8 @@ def compile_matrix(
     if skipped is not None:
         return skipped
     requests = matrix.requests()
+    possible = [request for request in requests if impossible_cell(request) is None]
     try:
-        possible = [request for request in requests if impossible_cell(request) is None]
         pool = task_runner(at_once, dask)
     except SpecError as refusal:
         # Raised, it would be logged with a traceback.

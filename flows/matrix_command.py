@@ -61,15 +61,17 @@ def matrix(
 
     from compileflow.cli.tables import output_console, print_lines, print_table
     from compileflow.selection.matrix import MatrixRequest, export_matrix, matrix_table, read_matrix
+    from compileflow.steps.request import AUTO
 
+    for name in target:
+        if name != AUTO:
+            # Its error lists the targets.
+            get_target(name)
     fields = {"models": model, "targets": target, "shared": _shared(field or ())}
     try:
         request = MatrixRequest.model_validate(fields | ({"precisions": precision} if precision else {}))
     except ValidationError as error:
         raise SpecError(f"{_in_options(first_problem(error, show_input=True))}.") from error
-    for name in request.targets:
-        # Inside the flow, an unknown target would be one more failed run.
-        get_target(name)
     settings = get_settings()
     _refuse_hopeless(request, settings, on_workers=deployment is not None or dask is not None)
     server = set_embedded_defaults(settings, progress=progress)
