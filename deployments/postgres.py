@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import quote
 
 from compileflow.errors import ProcessError, without_secrets
 from deployments.services import Service
@@ -71,7 +72,7 @@ def start_postgres(programs: Path, root: Path, *, password: str, log_path: Path)
     except BaseException:
         service.stop()
         raise
-    return service, f"postgresql+asyncpg://{_USER}:{password}@127.0.0.1:{port}/postgres"
+    return service, f"postgresql+asyncpg://{_USER}:{quote(password, safe='')}@127.0.0.1:{port}/postgres"
 
 
 def check_isolation(environment: Mapping[str, str]) -> None:

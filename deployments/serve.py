@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import secrets
+import shlex
 import signal
 import socket
 import subprocess
@@ -22,12 +23,13 @@ from typing import Any
 
 import typer
 
-from compileflow._process.folders import file_lock, os_errors
+from compileflow._process.folders import file_lock, file_written_whole, os_errors
+from compileflow.catalog import open_registry, open_store
 from compileflow.errors import CompileflowError, ProcessError
 from compileflow.settings import get_settings
 from deployments.postgres import DATABASE_URL, check_isolation, postgres_programs, start_postgres
 from deployments.services import Service
-from flows.environment import SERVER_SETTINGS
+from flows.environment import SERVER_SETTINGS, check_room
 
 POOL = "compileflow"
 WORKER = "serve"
@@ -95,16 +97,22 @@ class Access:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until Ctrl-C or SIGTERM; return the exit status: 0, or 2 if a part cannot start or ends."""
-    options = _parser().parse_args(arguments)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
-    # Only this user may read the database, the logs and the password.
-    os.umask(0o077)
     try:
-        home = get_settings().home_dir / "serve"
+        options = _parser().parse_args(arguments)
+        settings = get_settings()
+        # Every run would find a wrong URI again.
+        open_store(settings.resolved_store_uri(), settings)
+        for uri in settings.resolved_registry_uris():
+            open_registry(uri, settings)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, _interrupt)
+        # Only this user may read the database, the logs and the password.
+        os.umask(0o077)
+        home = settings.home_dir / "serve"
         with os_errors(home, "write to"):
             for name in ("logs", "tmp"):
                 (home / name).mkdir(parents=True, exist_ok=True)
+        check_room(home)
         with file_lock(home / "lock", on_wait=lambda: _refuse_second_start(home)):
             _serve(home, options)
     except KeyboardInterrupt:
@@ -195,8 +203,9 @@ def _start_database(
         return {DATABASE_URL: urls[0] or urls[1]}
     programs = postgres_programs() if choice != "sqlite" else None
     if programs is not None:
+        password = _database_password(home, access.password)
         services["database"], url = start_postgres(
-            programs, home / "postgres", password=access.password, log_path=home / "logs" / "postgres.log"
+            programs, home / "postgres", password=password, log_path=home / "logs" / "postgres.log"
         )
         return {DATABASE_URL: url}
     if choice == "postgres":
@@ -207,6 +216,16 @@ def _start_database(
     return {}
 
 
+def _database_password(home: Path, server_password: str) -> str:
+    """Return the password of the database: that of the server at the first start, even if it changes later."""
+    path = home / "database-password"
+    with os_errors(path, "write"):
+        if not path.exists():
+            with file_written_whole(path) as partial:
+                partial.write_text(server_password, "utf-8")
+        return path.read_text("utf-8")
+
+
 def _has_worker(access: Access) -> bool:
     workers = access.call("POST", f"/work_pools/{POOL}/workers/filter", {}) or []
     return any(worker["name"] == WORKER and worker["status"] == "ONLINE" for worker in workers)
@@ -215,17 +234,34 @@ def _has_worker(access: Access) -> bool:
 def _access(home: Path, port: int) -> Access:
     """Return the address, with the password of an earlier start or a new one, and write both for clients."""
     path = home / "client.env"
-    url = f"http://127.0.0.1:{port}"
-    password = ""
-    if path.exists():
-        password = path.read_text("utf-8").rpartition(f"{_USER}:")[2].strip()
-    access = Access(url, password or secrets.token_urlsafe(12), is_new=not password)
-    lines = [f"export {name}={value}\n" for name, value in access.client_environment.items()]
-    with os_errors(path, "write"):
-        path.touch(mode=0o600)
-        path.chmod(0o600)
-        path.write_text("".join(lines), "utf-8")
+    is_new = not path.exists()
+    password = secrets.token_urlsafe(12) if is_new else _password_in(path)
+    access = Access(f"http://127.0.0.1:{port}", password, is_new=is_new)
+    lines = [f"export {name}={shlex.quote(value)}\n" for name, value in access.client_environment.items()]
+    with os_errors(path, "write"), file_written_whole(path) as partial:
+        partial.touch(mode=0o600)
+        partial.write_text("".join(lines), "utf-8")
     return access
+
+
+def _password_in(path: Path) -> str:
+    """Read the password, as a shell that sources the file does.
+
+    Raises:
+        ProcessError: The file does not hold the lines that `_access` writes.
+    """
+    try:
+        words = [word for word in shlex.split(path.read_text("utf-8")) if word != "export"]
+        values = dict(word.split("=", 1) for word in words)
+        user, _, password = values["PREFECT_API_AUTH_STRING"].partition(":")
+        if user != _USER or not password:
+            raise ValueError(f"expected {_USER}:PASSWORD")
+    except (OSError, ValueError, KeyError) as error:
+        raise ProcessError(
+            f"{path} cannot be read: expected a line export PREFECT_API_AUTH_STRING={_USER}:PASSWORD.",
+            hint="Correct it; or delete it, and the next start makes a new password.",
+        ) from error
+    return password
 
 
 def _check_port(port: int) -> None:
@@ -237,7 +273,7 @@ def _check_port(port: int) -> None:
         except OSError as error:
             raise ProcessError(
                 f"Port {port} of 127.0.0.1 cannot be used: {error.strerror}.",
-                hint=f"Choose another one: make serve PORT={port + 100}",
+                hint=f"Choose another one: make serve PORT={port + 100 if port < 65000 else port - 100}",
             ) from error
 
 
@@ -257,12 +293,20 @@ def _interrupt(number: int, _: object) -> None:
     raise KeyboardInterrupt
 
 
+def _port(text: str) -> int:
+    if not (text.isdecimal() and 1 <= int(text) <= 65535):
+        raise ProcessError(
+            f"Expected a port from 1 to 65535, got {text!r}.", hint="For example: make serve PORT=4200"
+        )
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m deployments.serve",
         description="Start a Prefect server with a password, the deployments and a worker, on loopback only.",
     )
-    parser.add_argument("--port", type=int, default=4200, help="port of the server (default: %(default)s)")
+    parser.add_argument("--port", type=_port, default=4200, help="port of the server (default: %(default)s)")
     parser.add_argument(
         "--database",
         choices=("auto", "sqlite", "postgres"),

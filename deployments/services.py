@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from compileflow._process.folders import os_errors
 from compileflow.errors import ProcessError
 
 # The program replaces this interpreter. Its watcher ends it when this process ends, even by SIGKILL.
@@ -52,7 +53,7 @@ class Service:
         self._stop_signal = stop_signal
         self._runs_flows = runs_flows
         self._started_at = time.monotonic()
-        with log_path.open("ab") as log:
+        with os_errors(log_path, "write"), log_path.open("ab") as log:
             self._popen = subprocess.Popen(
                 [sys.executable, "-P", "-c", _ENTRY, *words],
                 stdin=subprocess.PIPE,

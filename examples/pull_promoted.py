@@ -1,8 +1,8 @@
 """Keep a folder with the promoted version of a model: python examples/pull_promoted.py NAME FOLDER.
 
 The program pulls the version when it starts, and again whenever the Prefect server of PREFECT_API_URL says that a
-version was promoted. FOLDER/current leads to the newest version. The program ends with an error if the server or
-the registry does not answer any more; let a supervisor start it again.
+version was promoted. FOLDER/current leads to the newest version. While the server or the registry does not answer,
+the program tries again. Any other error ends it in one line; let a supervisor start it again.
 """
 
 from __future__ import annotations
@@ -10,21 +10,35 @@ from __future__ import annotations
 import argparse
 import asyncio
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from httpx import HTTPError
 from prefect.events.clients import get_events_subscriber
 from prefect.events.filters import EventFilter, EventNameFilter
+from prefect.settings import PREFECT_API_URL
+from websockets.exceptions import WebSocketException
 
+from compileflow._process.folders import os_errors
 from compileflow.admin.pull import pull_version
 from compileflow.catalog import open_registry
+from compileflow.cli.common import exit_code
 from compileflow.contracts import ModelVersion
-from compileflow.errors import CompileflowError, RegistryError
+from compileflow.errors import (
+    CompileflowError,
+    ProcessError,
+    RegistryError,
+    SpecError,
+    first_line,
+    without_secrets,
+)
 from compileflow.settings import get_settings
 
 PROMOTED = EventFilter(event=EventNameFilter(name=["compileflow.model-version.promoted"]))
+PAUSE_S = 10
 
 
 def main() -> int:
@@ -32,21 +46,69 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Keep a folder with the promoted version of a model.")
     parser.add_argument("name", help="name of the model in the registry")
     parser.add_argument("folder", type=Path, help="folder of the versions; FOLDER/current leads to the newest")
-    parser.add_argument("--stage", default="production")
+    parser.add_argument("--stage", choices=("production", "staging"), default="production")
     parser.add_argument("--registry", help="URI of the registry; default: the configured one")
-    parser.add_argument("--then", metavar="COMMAND", help="command to run after a new version was pulled")
+    parser.add_argument(
+        "--then", metavar="COMMAND", type=command, help="command to run after a new version was pulled"
+    )
     options = parser.parse_args()
     try:
-        asyncio.run(follow(options))
+        url = without_secrets(PREFECT_API_URL.value() or "")
+        if not url.startswith(("http://", "https://")):
+            raise SpecError(
+                f"PREFECT_API_URL is {url or 'not set'}.",
+                hint="Set it to the API of the Prefect server, for example http://127.0.0.1:4200/api.",
+            )
+        with os_errors(options.folder, "make"):
+            options.folder.mkdir(parents=True, exist_ok=True)
+        asyncio.run(follow(options, url))
     except CompileflowError as error:
         sys.stderr.write(f"error: {error}\n")
-    # The server has closed the connection for good.
-    return 1
+        return exit_code(error)
+    except KeyboardInterrupt:
+        return 130
+    raise AssertionError("unreachable")
 
 
-async def follow(options: argparse.Namespace) -> None:
-    """Pull now, and after each promotion of the model."""
-    async with get_events_subscriber(filter=PROMOTED, reconnect_on_clean_close=True) as promotions:
+def command(text: str) -> list[str]:
+    """Split a command into words, and check that its program exists."""
+    words = shlex.split(text)
+    if not words or shutil.which(words[0]) is None:
+        raise argparse.ArgumentTypeError(f"{text!r} does not start with a program that this user can run")
+    return words
+
+
+async def follow(options: argparse.Namespace, url: str) -> None:
+    """Pull now, and after each promotion of the model; after a lost connection, start again.
+
+    Raises:
+        CompileflowError: The server refuses the login, or another try cannot help.
+    """
+    while True:
+        try:
+            await follow_connection(options)
+        except CompileflowError as error:
+            if not error.retryable:
+                raise
+            reason = str(error)
+        except Exception as error:
+            # The server's API and its events refuse a login in two ways; the second has no class of its own.
+            if "401 Unauthorized" in str(error) or "Unable to authenticate" in str(error):
+                raise ProcessError(
+                    f"The Prefect server at {url} refuses the login.",
+                    hint="Set PREFECT_API_AUTH_STRING to the user and the password, for example admin:PASSWORD.",
+                ) from error
+            if not isinstance(error, OSError | WebSocketException | HTTPError):
+                raise
+            reason = f"The Prefect server at {url} does not answer: {first_line(error)}."
+        report(f"{reason} Trying again in {PAUSE_S} seconds.")
+        await asyncio.sleep(PAUSE_S)
+
+
+async def follow_connection(options: argparse.Namespace) -> None:
+    """Pull now, and after each promotion, until the connection to the server is lost."""
+    subscriber = get_events_subscriber(filter=PROMOTED, reconnection_attempts=0, reconnect_on_clean_close=True)
+    async with subscriber as promotions:
         # What is promoted from now on arrives as an event.
         await asyncio.to_thread(update, options)
         async for event in promotions:
@@ -55,7 +117,11 @@ async def follow(options: argparse.Namespace) -> None:
 
 
 def update(options: argparse.Namespace) -> None:
-    """Make FOLDER/current lead to the version that is in the stage now."""
+    """Make FOLDER/current lead to the version that is in the stage now, and run the command.
+
+    Raises:
+        CompileflowError: The version cannot be pulled, or the command failed; the next start runs it again.
+    """
     settings = get_settings()
     uri = settings.resolved_registry_uri(options.registry)
     version = version_in_stage(uri, options.name, options.stage)
@@ -63,23 +129,42 @@ def update(options: argparse.Namespace) -> None:
         report(f"{options.name} has no version in {options.stage}")
         return
     folder = options.folder / f"version-{version.version}-{version.artifact_digest[:12]}"
-    current = options.folder / "current"
-    if current.exists() and current.resolve() == folder.resolve():
-        return
-    options.folder.mkdir(parents=True, exist_ok=True)
-    if not folder.exists():
-        with tempfile.TemporaryDirectory(dir=options.folder) as incomplete:
-            reference = f"{options.name}@{version.version}"
-            pulled = pull_version(reference, Path(incomplete, "pulled"), registry_uri=uri, settings=settings)
-            pulled.folder.rename(folder)
-    link = options.folder / "next"
-    link.unlink(missing_ok=True)
-    link.symlink_to(folder.name)
-    # A service that starts now finds the old version or the new one.
-    link.replace(current)
-    report(f"{options.name} version {version.version} is in {current}")
-    if options.then:
-        subprocess.run(shlex.split(options.then), check=True)
+    current, pending = options.folder / "current", options.folder / "command-pending"
+    with os_errors(options.folder, "write to"):
+        if not current.exists() or current.resolve() != folder.resolve():
+            if not folder.exists():
+                with tempfile.TemporaryDirectory(dir=options.folder) as incomplete:
+                    reference = f"{options.name}@{version.version}"
+                    pulled = pull_version(
+                        reference, Path(incomplete, "pulled"), registry_uri=uri, settings=settings
+                    )
+                    pulled.folder.rename(folder)
+            if options.then:
+                pending.touch()
+            link = options.folder / "next"
+            link.unlink(missing_ok=True)
+            link.symlink_to(folder.name)
+            # A service that starts now finds the old version or the new one.
+            link.replace(current)
+            report(f"{options.name} version {version.version} is in {current}")
+        if options.then and pending.exists():
+            run_command(options.then)
+            pending.unlink()
+
+
+def run_command(words: list[str]) -> None:
+    """Run the command.
+
+    Raises:
+        ProcessError: It cannot be started, or it failed.
+    """
+    with os_errors(Path(words[0]), "run", kind=ProcessError):
+        code = subprocess.run(words).returncode
+    if code:
+        raise ProcessError(
+            f"The command {shlex.join(words)} ended with exit code {code}.",
+            hint="The next start of this program runs it again.",
+        )
 
 
 def version_in_stage(uri: str, name: str, stage: str) -> ModelVersion | None:

@@ -7,7 +7,6 @@ keeps both in a file. This program needs httpx and nothing of Prefect.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -38,11 +37,21 @@ class State(TypedDict):
 
 
 def connect() -> httpx.Client:
-    """Return a client of the server that the environment names."""
+    """Return a client of the server that the environment names.
+
+    Raises:
+        SystemExit: The environment names none.
+    """
+    url = os.environ.get("PREFECT_API_URL")
+    if not url:
+        raise SystemExit(
+            "error: PREFECT_API_URL is not set. Set it to the API of the Prefect server, for example "
+            "http://127.0.0.1:4200/api."
+        )
     user, _, password = os.environ.get("PREFECT_API_AUTH_STRING", "").partition(":")
     auth = httpx.BasicAuth(user, password) if user else None
     # A proxy of the environment does not reach a server on this machine.
-    return httpx.Client(base_url=os.environ["PREFECT_API_URL"], auth=auth, timeout=60, trust_env=False)
+    return httpx.Client(base_url=url, auth=auth, timeout=60, trust_env=False)
 
 
 def start(client: httpx.Client, request: Request, *, key: str) -> str:
@@ -65,23 +74,58 @@ def start(client: httpx.Client, request: Request, *, key: str) -> str:
 def wait(client: httpx.Client, run_id: str) -> State:
     """Wait until a run has ended, and return its state."""
     while True:
-        state: State = _call(client, "GET", f"/flow_runs/{run_id}")["state"]
+        state: State = _call(client, "GET", f"/flow_runs/{run_id}", retry_lost=True)["state"]
         if state["type"] in FINAL:
             return state
         time.sleep(2)
 
 
-def _call(client: httpx.Client, method: str, path: str, body: object = None) -> dict[str, Any]:
-    """Send a request, again while the server is busy (503), and return the decoded answer."""
+def summary(client: httpx.Client, run_id: str) -> str:
+    """Return the verdict of a run and the versions that it registered, as its Prefect artifacts name them."""
+    body = {"artifacts": {"flow_run_id": {"any_": [run_id]}}}
+    artifacts = _call(client, "POST", "/artifacts/filter", body, retry_lost=True)
+    lines = [
+        artifact["description"]
+        for kind in ("-report", "-version")
+        for artifact in artifacts
+        if (artifact["key"] or "").endswith(kind)
+    ]
+    return "; ".join(dict.fromkeys(lines)) or "no message"
+
+
+def _call(client: httpx.Client, method: str, path: str, body: object = None, *, retry_lost: bool = False) -> Any:
+    """Send a request, again while the server is busy (503), and return the decoded answer.
+
+    Args:
+        client: Client of the server.
+        method: HTTP method.
+        path: Path below the URL of the API.
+        body: Value to send as JSON.
+        retry_lost: Try again as well if the server cannot be reached.
+
+    Raises:
+        SystemExit: The server does not answer, refuses the request, or is not a Prefect server.
+    """
+    url = client.base_url.copy_with(userinfo=b"")
     for pause_s in (2, 2, 4, 8, 0):
-        response = client.request(method, path, json=body)
+        try:
+            response = client.request(method, path, json=body)
+        except httpx.TransportError as error:
+            if retry_lost and pause_s:
+                time.sleep(pause_s)
+                continue
+            raise SystemExit(f"error: The Prefect server at {url} does not answer: {error}.") from error
         if response.status_code != 503:
             break
         time.sleep(pause_s)
     if response.is_error:
-        raise SystemExit(f"{response.status_code}: {response.text}")
-    answer: dict[str, Any] = response.json()
-    return answer
+        raise SystemExit(f"error: The Prefect server answered {response.status_code}: {response.text}")
+    try:
+        return response.json()
+    except ValueError as error:
+        raise SystemExit(
+            f"error: {url} is not the API of a Prefect server; PREFECT_API_URL usually ends in /api."
+        ) from error
 
 
 def main() -> int:
@@ -104,7 +148,8 @@ def main() -> int:
         run_id = start(client, request, key=options.key)
         sys.stdout.write(f"started the run {run_id}\n")
         state = wait(client, run_id)
-    sys.stdout.write(f"{json.dumps(state['name'])}: {state['message'] or 'no message'}\n")
+        message = state["message"] or summary(client, run_id)
+    sys.stdout.write(f"{state['name']}: {message}\n")
     return 0 if state["type"] == "COMPLETED" else 1
 
 

@@ -4,5 +4,7 @@
 set -eu
 call() { curl -sS --fail-with-body --retry 5 --noproxy '*' --user "${PREFECT_API_AUTH_STRING:-}" "$@"; }
 id=$(call "$PREFECT_API_URL/deployments/name/compile-model/compile-model" | sed -E 's/^\{"id":"([^"]+)".*/\1/')
+# The server starts one run for a key, even if curl has to send the request again.
+key=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
 call --header 'Content-Type: application/json' "$PREFECT_API_URL/deployments/$id/create_flow_run" \
-  --data "{\"parameters\": {\"request\": {\"model\": \"$1\", \"name\": \"$2\"}}}"
+  --data "{\"idempotency_key\": \"$key\", \"parameters\": {\"request\": {\"model\": \"$1\", \"name\": \"$2\"}}}"

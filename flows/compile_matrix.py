@@ -54,16 +54,18 @@ def compile_matrix(
         max_lateness_s: For schedules: a run that starts more seconds than this after its time ends as Skipped.
         dask: Address of a Dask scheduler whose workers run the cells, such as tcp://host:8786. Each worker thread
             runs one cell at a time, whatever at_once says. Empty: the cells do not use Dask.
-
-    Raises:
-        SpecError: A Dask cluster is named, but prefect-dask is not installed.
     """
     skipped = skipped_if_late(max_lateness_s)
     if skipped is not None:
         return skipped
     requests = matrix.requests()
     possible = [request for request in requests if impossible_cell(request) is None]
-    outcomes = run_cells(possible, deployment, task_runner(at_once, dask))
+    try:
+        pool = task_runner(at_once, dask)
+    except SpecError as refusal:
+        # Raised, it would be logged with a traceback.
+        return Failed(message=str(refusal), data=refusal)
+    outcomes = run_cells(possible, deployment, pool)
     compared, headline, failures = compare_cells(requests, outcomes)
     if failures:
         error = CompileError(f"{headline}.", hint=f"Page: {compared}", report_uri=compared)
@@ -72,7 +74,11 @@ def compile_matrix(
 
 
 def task_runner(at_once: int, dask: str | None) -> TaskRunner[Any]:
-    """Return what runs the cells: threads of this process, or the workers of a Dask cluster."""
+    """Return what runs the cells: threads of this process, or the workers of a Dask cluster.
+
+    Raises:
+        SpecError: A Dask cluster is named, but prefect-dask is not installed.
+    """
     if dask is None:
         return ThreadPoolTaskRunner(max_workers=at_once)
     try:

@@ -67,11 +67,11 @@ def set_embedded_defaults(settings: Settings, *, progress: bool) -> EmbeddedServ
     os.environ.setdefault("PREFECT_HOME", str(home))
     with os_errors(home, "make"):
         home.mkdir(parents=True, exist_ok=True)
-    _check_room(home)
+    check_room(home)
     # Raises an OSError if no folder for temporary files can be written.
     with os_errors(Path(os.environ.get("TMPDIR", "/tmp")), "write to"):  # noqa: S108 - the default of the system
         temporary = Path(tempfile.gettempdir())
-    _check_room(temporary)
+    check_room(temporary)
     refresh_global_settings_context()
     from flows.embedded_server import EmbeddedServer
 
@@ -82,7 +82,11 @@ def set_embedded_defaults(settings: Settings, *, progress: bool) -> EmbeddedServ
     )
 
 
-def _check_room(folder: Path) -> None:
-    """Write a file that is deleted at once: a server on a full disk would be waited for."""
+def check_room(folder: Path) -> None:
+    """Write a file that is deleted at once: a server on a full disk would be waited for.
+
+    Raises:
+        StoreError: The folder cannot be written, or its disk is full.
+    """
     with os_errors(folder, "write to"), tempfile.TemporaryFile(dir=folder) as file:
         file.write(bytes(_ROOM_BYTES))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from compileflow.catalog import get_target
 from compileflow.cli.common import one_line_errors
 from compileflow.cli.output import say, say_json
-from compileflow.cli.request_fields import in_options
 from compileflow.errors import CompileflowError, SpecError, first_problem
 from compileflow.settings import Settings, get_settings
 from flows.environment import set_embedded_defaults
@@ -60,12 +61,17 @@ def matrix(
 
     from compileflow.cli.tables import output_console, print_lines, print_table
     from compileflow.selection.matrix import MatrixRequest, export_matrix, matrix_table, read_matrix
+    from compileflow.steps.request import AUTO
 
+    for name in target:
+        if name != AUTO:
+            # Its error lists the targets.
+            get_target(name)
     fields = {"models": model, "targets": target, "shared": _shared(field or ())}
     try:
         request = MatrixRequest.model_validate(fields | ({"precisions": precision} if precision else {}))
     except ValidationError as error:
-        raise SpecError(f"{in_options(first_problem(error, show_input=True))}.") from error
+        raise SpecError(f"{_in_options(first_problem(error, show_input=True))}.") from error
     settings = get_settings()
     _refuse_hopeless(request, settings, on_workers=deployment is not None or dask is not None)
     server = set_embedded_defaults(settings, progress=progress)
@@ -81,16 +87,26 @@ def matrix(
         page = export_matrix(outcome, settings)
         print_lines(output_console(), compared.headline, f"page: {page}")
     for cell in compared.failed:
-        say(f"error: {cell.model}, {cell.candidate.label}: {in_options(cell.error)}", err=True)
+        say(f"error: {cell.model}, {cell.candidate.label}: {cell.error}", err=True)
     if compared.failed:
         raise typer.Exit(1)
+
+
+def _in_options(problem: str) -> str:
+    """Return a problem of a matrix request with options in the place of its fields.
+
+    >>> _in_options("shared.foo: this name is not known")
+    '--field foo: this name is not known'
+    """
+    problem = re.sub(r"^(model|target|precision)s\.\d+", r"--\1", problem)
+    return re.sub(r"^shared[. ]", "--field ", problem)
 
 
 def _refuse_hopeless(request: MatrixRequest, settings: Settings, *, on_workers: bool) -> None:
     """Refuse a matrix of which no cell can run, before a server starts. The models of workers may be elsewhere.
 
     Raises:
-        CompileflowError: A target is unknown, or the reason of the first cell if every cell is refused.
+        CompileflowError: The reason of the first cell, if every cell is refused.
     """
     from compileflow.selection.matrix import impossible_cell
     from compileflow.steps.preflight import check_request

@@ -6,6 +6,7 @@ from typing import Any
 
 from prefect.client.schemas.objects import State
 from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound
 
 from compileflow.contracts import without_credentials
 from compileflow.errors import CompileflowError, ProcessError, RunLostError
@@ -37,6 +38,10 @@ def _run_deployed(request: CompileRequest, deployment: str) -> CompileResult | C
     parameters = {"request": request.model_dump(mode="json")}
     try:
         run: Any = run_deployment(deployment, parameters=parameters, poll_interval=_POLL_S)
+    except ObjectNotFound:
+        return ProcessError(
+            f"The Prefect server has no deployment {deployment}.", hint="List them with: prefect deployment ls"
+        )
     except Exception as error:  # noqa: BLE001 - Prefect raises what its client and its database raise
         return ProcessError(
             f"Prefect cannot run the deployment {deployment}: {error}.",

@@ -11,10 +11,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from prefect.client.schemas.objects import State, TaskRun
-from prefect.tasks import Task
 from pydantic import BaseModel
 
 from compileflow._process.folders import os_errors
@@ -25,17 +23,17 @@ from compileflow.settings import Settings
 from compileflow.steps.request import CompileRequest
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
 from compileflow.stores.layout import split_uri
-from tasks.compile import compile_source
-from tasks.fetch import fetch
-from tasks.register import register
-from tasks.validate import validate
 
-# Folder and task of each step.
-_STEPS: Mapping[str, tuple[str, Task[..., Any]]] = {
-    "fetch": ("download", fetch),
-    "compile": ("compile", compile_source),
-    "validate": ("validate", validate),
-    "register": ("upload", register),
+if TYPE_CHECKING:
+    from prefect.client.schemas.objects import State, TaskRun
+    from prefect.tasks import Task
+
+# Folder of each step.
+_FOLDERS: Mapping[str, str] = {
+    "fetch": "download",
+    "compile": "compile",
+    "validate": "validate",
+    "register": "upload",
 }
 ERROR_FILE = "error.txt"
 
@@ -58,19 +56,43 @@ class Outputs:
 
     def folder(self, step: str) -> Path:
         """Return the folder of a step."""
-        return self.settings.outputs.expanduser() / _STEPS[step][0] / self.project
+        return self.settings.outputs.expanduser() / _FOLDERS[step] / self.project
+
+    @property
+    def _steps(self) -> list[str]:
+        return [step for step in _FOLDERS if getattr(self.request.steps, step)]
+
+    def clear(self) -> None:
+        """Delete the folder of each step that is on, which holds what an earlier run left.
+
+        Raises:
+            StoreError: A folder cannot be deleted.
+        """
+        for folder in map(self.folder, self._steps):
+            with os_errors(folder, "write to"):
+                if folder.exists():
+                    shutil.rmtree(folder)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Collect the values of all tasks that end inside the block, in this process."""
-        hooks = {step: self._hook(step) for step in _STEPS}
-        for step, (_, task) in _STEPS.items():
+        # Prefect reads its settings when it is imported.
+        from tasks.compile import compile_source
+        from tasks.fetch import fetch
+        from tasks.register import register
+        from tasks.validate import validate
+
+        tasks: dict[str, Task[..., Any]] = {
+            "fetch": fetch, "compile": compile_source, "validate": validate, "register": register
+        }  # fmt: skip
+        hooks = {step: self._hook(step) for step in tasks}
+        for step, task in tasks.items():
             task.on_completion_hooks.append(hooks[step])
             task.on_failure_hooks.append(hooks[step])
         try:
             yield
         finally:
-            for step, (_, task) in _STEPS.items():
+            for step, task in tasks.items():
                 task.on_completion_hooks.remove(hooks[step])
                 task.on_failure_hooks.remove(hooks[step])
 
@@ -81,10 +103,10 @@ class Outputs:
         return record
 
     def write(self, error: CompileflowError | None) -> list[Path]:
-        """Replace the folder of each step that was on, up to the step that failed.
+        """Write the folder of each step that was on, up to the step that failed.
 
         Args:
-            error: Error of the run; None if it succeeded.
+            error: Error of the run; None if it succeeded. An error before all steps is one of the first step.
 
         Returns:
             The folders that hold something now.
@@ -92,18 +114,14 @@ class Outputs:
         Raises:
             StoreError: The folder cannot be written, or the store does not answer.
         """
-        steps = [step for step in _STEPS if getattr(self.request.steps, step)]
-        for step in steps:
-            with os_errors(self.folder(step), "write to"):
-                shutil.rmtree(self.folder(step), ignore_errors=True)
-        for step in steps:
+        for step in self._steps:
             values = [value for value in self.results.get(step, ()) if isinstance(value, BaseModel)]
             for value in values:
                 self._write(self.folder(step), value)
             if error is not None and (not values or len(values) < len(self.results[step])):
                 self._write(self.folder(step), error)
                 break
-        return [self.folder(step) for step in steps if self.folder(step).is_dir()]
+        return [self.folder(step) for step in self._steps if self.folder(step).is_dir()]
 
     def _write(self, folder: Path, value: BaseModel | CompileflowError) -> None:
         """Write the value of a step, and what a person wants to see of it."""

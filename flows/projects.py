@@ -26,6 +26,20 @@ _PATHS = (
 )
 
 
+class _Loader(yaml.SafeLoader):
+    """A safe loader that refuses a key that stands twice; YAML's own would take the last value."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys: set[str] = set()
+        for key_node in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key_node.value in keys:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{key_node.value} was given twice", problem_mark=key_node.start_mark
+                )
+            keys.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
 class ProjectFile(CompileRequest):
     """The content of a project file: a compile request for one target, without the choice of steps."""
 
@@ -47,10 +61,12 @@ class Project:
 
     Attributes:
         name: Name of the project: that of its file, without the suffix.
+        path: File of the project.
         request: Request to compile it, with all steps on.
     """
 
     name: str
+    path: Path
     request: CompileRequest
 
     def request_for(self, steps: StepSwitches, model: str | None = None) -> CompileRequest:
@@ -81,14 +97,19 @@ def load_project(name: str) -> Project:
     Raises:
         SpecError: The project does not exist, or its file is wrong.
     """
-    path = Path(name) if name.endswith(_SUFFIX) else PROJECTS / f"{name}{_SUFFIX}"
+    is_path = name.endswith(_SUFFIX) or "/" in name
+    path = Path(name) if is_path else PROJECTS / f"{name}{_SUFFIX}"
+    if is_path and not path.is_file():
+        raise SpecError(
+            f"The project file {name} does not exist.", hint="Check the path; it starts at the current folder."
+        )
     if not path.is_file():
         raise SpecError(
             f"Unknown project {name!r}.",
             hint=f"Choose one of: {', '.join(project_names())}; or give the path of a {_SUFFIX} file.",
         )
     try:
-        values = yaml.safe_load(path.read_text("utf-8"))
+        values = yaml.load(path.read_text("utf-8"), _Loader)  # noqa: S506 - a safe loader
         if not isinstance(values, dict):
             raise ValueError("expected fields such as model and target")
         values = {"name": path.stem} | _with_absolute_paths(values, path.absolute().parent)
@@ -102,11 +123,13 @@ def load_project(name: str) -> Project:
         ) from error
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise SpecError(f"The project file {path} is not YAML: {line}{error.problem}.") from error
+        is_repeated = isinstance(error, yaml.constructor.ConstructorError)
+        fault = "is wrong" if is_repeated else "is not YAML"
+        raise SpecError(f"The project file {path} {fault}: {line}{error.problem}.") from error
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise SpecError(f"The project file {path} cannot be read: {first_line(error)}.") from error
     fields = project_file.model_dump(exclude_unset=True)
-    return Project(path.stem, CompileRequest.model_validate(fields))
+    return Project(path.stem, path, CompileRequest.model_validate(fields))
 
 
 def _with_absolute_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from compileflow.cli.common import one_line_errors
-from compileflow.cli.compile import run_and_print
-from compileflow.cli.output import say
+from compileflow.cli.common import error_values, exit_code, one_line_errors, print_report, stop
+from compileflow.cli.output import say, say_json, say_lines
 from compileflow.errors import CompileflowError, SpecError, StepOffError
 from compileflow.settings import Settings, get_settings
 from flows.environment import set_embedded_defaults
@@ -17,6 +18,7 @@ from flows.environment import set_embedded_defaults
 if TYPE_CHECKING:
     from compileflow.steps.request import CompileRequest, StepSwitches
     from compileflow.steps.run import CompileResult
+    from flows.outputs import Outputs
 
 
 # The steps in their order, by the names that the older component gave them.
@@ -26,6 +28,14 @@ STEPS = {
     "validate-model": "validate",
     "upload-model": "register",
 }
+# What messages of the library name, by the field of a project file.
+_FIELDS = {
+    "--examples": "validation.examples_path",
+    "--suite": "validation.suite_path",
+    "tests_path": "validation.tests_path",
+    "--calibration": "calibration.examples_path",
+}
+_OPTION = re.compile(rf"(?<![\w./-])({'|'.join(_FIELDS)})(?![\w/-])")
 
 
 @one_line_errors
@@ -68,6 +78,7 @@ def run(
 
     Exit codes: 0 success, 1 the run failed, 2 the project or the model is wrong, 130 interrupted, 143 terminated.
     """
+    from flows.outputs import Outputs
     from flows.projects import load_project
 
     settings = get_settings()
@@ -76,32 +87,65 @@ def run(
     steps = steps_from(settings) if from_environment else steps_of(task)
     loaded_project = load_project(project)
     request = loaded_project.request_for(steps, model or settings.project_model)
-    written: list[str] = []
-
-    def run_recorded(
-        requests: Sequence[CompileRequest], *, progress: bool
-    ) -> list[CompileResult | CompileflowError]:
-        server = set_embedded_defaults(settings, progress=progress)
-        # Prefect reads its settings when it is imported.
-        from flows.outputs import Outputs
-        from flows.runner import run_requests
-
-        outputs = Outputs(loaded_project.name, request, settings)
-        with outputs.recording():
-            (outcome,) = run_requests(requests, server)
-        if isinstance(outcome, StepOffError):
-            outcome = _with_missing_task(outcome, project)
-        error = outcome if isinstance(outcome, CompileflowError) else None
-        written.extend(str(folder) for folder in outputs.write(error))
-        return [outcome]
-
+    outputs = Outputs(loaded_project.name, request, settings)
+    outputs.clear()
+    outcome: CompileResult | CompileflowError
     try:
-        run_and_print(
-            run_recorded, [request], progress=progress, verbose=verbose, as_json=as_json, extras=("prefect",)
-        )
-    finally:
-        for folder in written if not as_json else ():
-            say(f"outputs: {folder}")
+        outcome = _run_recorded(request, outputs, progress=progress)
+    except KeyboardInterrupt as error:
+        stop(error, "Finished steps are kept; run the command again to do the rest.")
+    except CompileflowError as error:
+        outcome = error
+    if isinstance(outcome, StepOffError):
+        outcome = _with_missing_task(outcome, project, model)
+    if isinstance(outcome, CompileflowError):
+        outcome = _in_fields(outcome, loaded_project.path)
+    folders = outputs.write(outcome if isinstance(outcome, CompileflowError) else None)
+    _print_outcome(request, outcome, verbose=verbose, as_json=as_json)
+    for folder in folders if not as_json else ():
+        say(f"outputs: {folder}")
+    if isinstance(outcome, CompileflowError):
+        raise typer.Exit(exit_code(outcome))
+
+
+def _run_recorded(
+    request: CompileRequest, outputs: Outputs, *, progress: bool
+) -> CompileResult | CompileflowError:
+    """Check and run a request, and return its result or its error.
+
+    Raises:
+        CompileflowError: The request is refused before it runs, or Prefect cannot run it.
+    """
+    from compileflow.selection.run import check_any_target
+
+    settings = get_settings()
+    check_any_target(request, settings, extras=("prefect",))
+    server = set_embedded_defaults(settings, progress=progress)
+    # Prefect reads its settings when it is imported.
+    from flows.runner import run_requests
+
+    with outputs.recording():
+        (outcome,) = run_requests([request], server)
+    return outcome
+
+
+def _print_outcome(
+    request: CompileRequest, outcome: CompileResult | CompileflowError, *, verbose: bool, as_json: bool
+) -> None:
+    from compileflow.cli.results import log_tail, print_results
+
+    if isinstance(outcome, CompileflowError):
+        if as_json:
+            values = {"target": request.target, "precision": request.precision.value}
+            say_json([values | {"error": error_values(outcome)}])
+        if verbose and outcome.log_path:
+            say_lines(log_tail(outcome.log_path), err=True)
+        say(f"error: {outcome}", err=True)
+        print_report(outcome)
+    elif as_json:
+        say_json([outcome.model_dump(mode="json")])
+    else:
+        print_results([outcome])
 
 
 def steps_of(task: str | None) -> StepSwitches:
@@ -139,7 +183,18 @@ def steps_from(settings: Settings) -> StepSwitches:
     return StepSwitches(**dict(zip(STEPS.values(), switches, strict=True)))
 
 
-def _with_missing_task(error: StepOffError, project: str) -> StepOffError:
-    """Return the error of a step without its input, with the task that makes the input."""
+def _with_missing_task(error: StepOffError, project: str, model: str | None) -> StepOffError:
+    """Return the error of a step without its input, with the command that makes the input."""
     task = next(name for name, step in STEPS.items() if error.message.startswith(f"The {step} step is off"))
-    return StepOffError(error.message, hint=f"Run first: python -m flows run {project} --task {task}")
+    words = ["python", "-m", "flows", "run", project, *(("--model", model) if model else ()), "--task", task]
+    return StepOffError(error.message, hint=f"Run first: {shlex.join(words)}")
+
+
+def _in_fields(error: CompileflowError, path: Path) -> CompileflowError:
+    """Return an error with fields of the project file in the place of options that this command does not have."""
+    values = {
+        name: _OPTION.sub(lambda match: f"{_FIELDS[match[0]]} of {path}", text)
+        for name, text in error.to_dict().items()
+        if name in ("message", "hint")
+    }
+    return CompileflowError.from_dict(error.to_dict() | values)

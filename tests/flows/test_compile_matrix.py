@@ -11,10 +11,12 @@ import pytest
 from prefect.client.orchestration import get_client
 
 from compileflow.catalog import open_registry
-from compileflow.errors import CompileError, SpecError
+from compileflow.errors import CompileError, ProcessError, SpecError
 from compileflow.selection.matrix import MatrixRequest, read_matrix
 from compileflow.spec import HfTask
+from compileflow.steps.request import CompileRequest
 from flows.compile_matrix import compile_matrix, task_runner
+from flows.one_run import run_one
 from tests.conftest import ModelFactory
 from tests.steps import BUCKETS, Pipeline
 
@@ -80,3 +82,13 @@ def test_dask_cluster_without_prefect_dask_is_refused(monkeypatch: pytest.Monkey
     with pytest.raises(SpecError, match="prefect-dask is not installed") as refused:
         task_runner(1, "tcp://127.0.0.1:8786")
     assert "compileflow[dask]" in refused.value.hint
+    state = compile_matrix(
+        MatrixRequest(models=("m",), targets=("openvino",)), dask="tcp://127.0.0.1:8786", return_state=True
+    )
+    assert state.message == str(refused.value)
+
+
+def test_deployment_that_the_server_lacks_is_named(tmp_path: Path) -> None:
+    error = run_one(CompileRequest(model=str(tmp_path)), "nope/nope")
+    assert isinstance(error, ProcessError)
+    assert error.message == "The Prefect server has no deployment nope/nope."

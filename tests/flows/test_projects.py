@@ -99,7 +99,9 @@ def test_single_steps_in_turn_do_what_the_whole_run_does(run: Run, pipeline: Pip
     assert pipeline.counts == {"compile": 1, "validate": 1}
 
 
-def test_step_without_what_comes_before_it_says_which_step_to_run(run: Run, tmp_path: Path) -> None:
+def test_step_without_what_comes_before_it_says_which_step_to_run(
+    run: Run, tmp_path: Path, local_model: Callable[[str], Path]
+) -> None:
     """Each step is the first one that was not run when the next step asks for it."""
     first_missing = {
         "compile-model": ("has no source model", "--task download-model"),
@@ -112,7 +114,7 @@ def test_step_without_what_comes_before_it_says_which_step_to_run(run: Run, tmp_
         result = run("ner", "--task", task)
         assert result.exit_code == 1
         error = next(line for line in result.output.splitlines() if line.startswith("error: "))
-        for part in (*parts, "Run first: python -m flows run ner"):
+        for part in (*parts, f"Run first: python -m flows run ner --model {local_model('ner')} --task "):
             assert part in error
         if done:
             assert run("ner", "--task", done.pop(0)).exit_code == 0
@@ -154,12 +156,41 @@ def test_refused_artifact_leaves_its_report_and_no_version(
     )
 
 
-def test_project_that_is_refused_before_it_starts_changes_no_folder(
+def test_run_that_is_refused_before_it_starts_leaves_only_its_error(
     run: Run, tmp_path: Path, local_model: Callable[[str], Path]
 ) -> None:
-    (tmp_path / "outputs" / "upload" / "long").mkdir(parents=True)
+    for step in STEPS:
+        (tmp_path / "outputs" / step / "long").mkdir(parents=True)
+        (tmp_path / "outputs" / step / "long" / "older.json").touch()
     project = tmp_path / "long.yaml"
     project.write_text("model: m\ntarget: torchscript\nmax_sequence_length: 4096\n")
     result = CliRunner().invoke(app, ["run", str(project), "--model", str(local_model("sentiment"))])
     assert result.exit_code == 2
-    assert outputs(tmp_path, "long") == {"upload": []}
+    assert outputs(tmp_path, "long") == {"download": ["error.txt"]}
+    assert "4096" in (tmp_path / "outputs" / "download" / "long" / "error.txt").read_text()
+    # A single step leaves the folders of the others alone.
+    (tmp_path / "outputs" / "download" / "long" / "error.txt").rename(tmp_path / "error.txt")
+    words = ["run", str(project), "--model", str(local_model("sentiment")), "--task", "compile-model"]
+    assert CliRunner().invoke(app, words).exit_code == 1
+    assert outputs(tmp_path, "long") == {"download": [], "compile": ["error.txt"]}
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "text"),
+    [
+        ("validation", "examples_path", "Check the path of {field} of {project}."),
+        ("validation", "suite_path", "Check the path of {field} of {project}."),
+        ("validation", "tests_path", "Check {field} of {project}."),
+    ],
+)
+def test_error_about_a_file_names_the_field_of_the_project_file(
+    section: str, field: str, text: str, run: Run, tmp_path: Path, local_model: Callable[[str], Path]
+) -> None:
+    project = tmp_path / "wrong.yaml"
+    project.write_text(f"model: m\ntarget: torchscript\nmax_sequence_length: 16\n{section}: {{{field}: nope}}\n")
+    result = CliRunner().invoke(app, ["run", str(project), "--model", str(local_model("sentiment"))])
+    assert result.exit_code == 2
+    error = (tmp_path / "outputs" / "download" / "wrong" / "error.txt").read_text()
+    assert str(tmp_path / "nope") in error
+    assert error.endswith(text.format(field=f"{section}.{field}", project=project) + "\n")
+    assert "--" not in result.output

@@ -116,6 +116,7 @@ def test_form_schedule_api_and_event_each_lead_to_a_registered_version(
         timeout=RUN_S,
     )
     assert example.returncode == 0, example.stdout + example.stderr
+    assert re.search(r"^Completed: pass: .*; by-api version 1, verdict pass$", example.stdout, re.MULTILINE)
 
     registry = open_registry(Settings(home=served.home).resolved_registry_uri())
 

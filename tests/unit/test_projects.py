@@ -68,6 +68,8 @@ def test_another_model_takes_the_place_of_the_projects_own(tmp_path: Path) -> No
         ("model: m\nmax_sequence_length: 0\n", ("max_sequence_length: expected at least 1, got 0",)),
         ("model: m\nsteps: {fetch: false}\n", ("steps: the command that runs the project chooses",)),
         ("target: openvino\n", ("model: a value is required.",)),
+        ("target: openvino\nmodel: m\ntarget: blade\n", ("is wrong: line 3: target was given twice.",)),
+        ("model: m\nvalidation: {max_examples: 1, max_examples: 2}\n", ("line 2: max_examples was given twice",)),
         ("- m\n", ("expected fields such as model",)),
         ("model: [\n", ("is not YAML: line 2",)),
         ("", ("expected fields such as model",)),
@@ -87,6 +89,15 @@ def test_wrong_file_is_refused_with_its_path_the_field_and_what_is_allowed(
 def test_unknown_project_is_refused_with_those_that_exist() -> None:
     with pytest.raises(SpecError, match=r"Unknown project 'nre'.*keywords, ner, sentiment"):
         load_project("nre")
+
+
+@pytest.mark.parametrize("name", ["nope.yaml", "/srv/nope.yaml", "./nope"])
+def test_path_without_a_file_is_refused_as_such(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SpecError, match=rf"^The project file {name} does not exist\. Check the path"):
+        load_project(name)
 
 
 def test_task_switches_one_step_on() -> None:

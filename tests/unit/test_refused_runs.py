@@ -110,6 +110,7 @@ def test_refused_requests_start_no_server_and_import_nothing_heavy(
 ) -> None:
     for name in ("NEPTUNE_API_TOKEN", "PREFECT_API_URL"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COMPILEFLOW_OUTPUTS", str(tmp_path / "outputs"))
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"model_type": "bert"}')
     model = str(tiny_model(HfTask.TEXT_CLASSIFICATION))

@@ -1,0 +1,104 @@
+"""The examples that start a run over the API: one key for all tries, and errors in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
+from typing import Any
+
+import pytest
+
+from tests.services.example_process import FOLDER
+
+PYTHON = [sys.executable, str(FOLDER / "start_run.py"), "/srv/model", "--name", "reviews"]
+SHELL = ["sh", str(FOLDER / "start_run.sh"), "/srv/model", "reviews"]
+
+
+def call(words: list[str], url: str | None) -> subprocess.CompletedProcess[str]:
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT")}
+    variables |= {} if url is None else {"PREFECT_API_URL": url}
+    return subprocess.run(words, env=variables, capture_output=True, text=True, timeout=60)
+
+
+@contextmanager
+def busy_server(bodies: list[Any]) -> Iterator[str]:
+    """A server with one deployment, which answers the first request for a run with 503. A run ends at once."""
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            state = {"type": "COMPLETED", "name": "Completed", "message": None}
+            self.answer(200, {"id": "d-1"} if "deployments" in self.path else {"state": state})
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if self.path.endswith("/artifacts/filter"):
+                found = [
+                    {"key": "reviews-onnx-runtime-version", "description": "reviews version 3, verdict pass"},
+                    {"key": "reviews-onnx-runtime-figures", "description": "Figures"},
+                    {"key": "reviews-onnx-runtime-report", "description": "pass: all 5 gates passed"},
+                    {"key": None, "description": None},
+                ]
+                self.answer(200, found)
+            else:
+                bodies.append(body)
+                self.answer(503 if len(bodies) == 1 else 201, {"id": "r-1"})
+
+        def answer(self, status: int, value: Any) -> None:
+            content = json.dumps(value, separators=(",", ":")).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Answers) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/api"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize("words", [PYTHON, SHELL])
+def test_request_that_is_sent_again_has_the_same_key(words: list[str]) -> None:
+    bodies: list[Any] = []
+    with busy_server(bodies) as url:
+        done = call(words, url)
+    assert done.returncode == 0, done.stderr
+    first, second = bodies
+    assert first == second
+    assert re.fullmatch(r"[0-9a-f-]{32,36}", first["idempotency_key"])
+    request = {"model": "/srv/model", "name": "reviews"}
+    assert request.items() <= first["parameters"]["request"].items()
+    if words == PYTHON:
+        assert done.stdout.splitlines()[-1] == (
+            "Completed: pass: all 5 gates passed; reviews version 3, verdict pass"
+        )
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        (None, "PREFECT_API_URL is not set. Set it to the API of the Prefect server, for example "),
+        # Nothing listens on port 1.
+        ("http://127.0.0.1:1/api", "The Prefect server at http://127.0.0.1:1/api/ does not answer: "),
+        ("http://u:secret@127.0.0.1:1/api", "The Prefect server at http://127.0.0.1:1/api/ does not answer: "),
+        ("localhost", "The Prefect server at localhost/ does not answer: Request URL is missing"),
+    ],
+)
+def test_server_that_cannot_be_used_is_one_line(url: str | None, message: str) -> None:
+    done = call(PYTHON, url)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {message}")
+    assert done.stderr.count("\n") == 1
