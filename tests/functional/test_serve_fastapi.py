@@ -191,7 +191,9 @@ def test_wrong_requests_get_one_line_and_take_no_other_with_them(
             refused = client.post("/predict", json=bad_parameter)
             assert refused.status_code == 400
             assert "no such" in refused.json()["error"]
-            bad_task = client.post("/predict", json={"inputs": "a", "parameters": {"targets": "b"}})
+            bad_task = client.post(
+                "/predict", json={"inputs": ["a"] * len(bodies), "parameters": {"targets": "b"}}
+            )
             assert bad_task.status_code == 400
             assert "no setting 'targets'" in bad_task.json()["error"]
         responses = service.at_once(bodies)
