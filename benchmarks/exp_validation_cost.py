@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.compiled import print_rows
 from compileflow._process.folders import work_folder
-from compileflow._process.run_in_child import run_in_child, warm_process
+from compileflow._process.run_in_child import run_in_child, warm_processes
 from compileflow.catalog import open_store
 from compileflow.cli.demo import demo_model
 from compileflow.settings import Settings, get_settings
@@ -131,7 +131,7 @@ def main() -> None:
     candidates = {target: compiled(model, target, source, settings) for target in arguments.among}
     first, *others = arguments.among
     results: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory(dir=settings.home_dir) as folder, warm_process():
+    with tempfile.TemporaryDirectory(dir=settings.home_dir) as folder, warm_processes():
         plan = {
             "alone": [(first, None)],
             "first": [(first, Path(folder))],

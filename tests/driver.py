@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from compileflow.registries import sqlite as sqlite_registry
 from compileflow.settings import get_settings
@@ -43,19 +43,19 @@ def arm(place: str) -> str:
     """Prepare the kill; return the progress line at which it happens, or '' if it happens elsewhere."""
     if place.startswith("upload:"):
         remaining = int(place.partition(":")[2])
-        write_whole = local_store.file_written_whole
+        stored_file = local_store._stored_file
 
         @contextmanager
-        def deadly_write(path: Path, **options: Any) -> Iterator[Path]:
+        def deadly_file(path: Path, partial: Path) -> Iterator[BinaryIO]:
             nonlocal remaining
-            with write_whole(path, **options) as partial:
-                yield partial
+            with stored_file(path, partial) as stream:
+                yield stream
                 remaining -= 1
                 if remaining == 0:
-                    partial.write_bytes(partial.read_bytes()[: partial.stat().st_size // 2])
+                    stream.truncate(stream.tell() // 2)
                     die()
 
-        local_store.file_written_whole = deadly_write
+        local_store._stored_file = deadly_file
     elif place == "register":
         # The registry calls this after it inserts the row and before it commits.
         def deadly_version(row: Any) -> Any:
