@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 
 from compileflow.spec import HfTask
 from tests.conftest import ModelFactory
+from tests.functional.namespaces import usable
 
 pytestmark = [pytest.mark.functional, pytest.mark.slow]
 _ROOT = Path(__file__).parents[2]
@@ -20,13 +20,7 @@ _ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def unlisted_user() -> tuple[str, ...]:
     """The command that starts another one as a user whom /etc/passwd does not list."""
-    command = ("unshare", "--user", "--map-user=54321")
-    if shutil.which("unshare") is None:
-        pytest.skip("unshare is not installed")
-    attempt = subprocess.run([*command, "true"], capture_output=True, text=True)
-    if attempt.returncode:
-        pytest.skip(f"this user may not make namespaces: {attempt.stderr.strip()}")
-    return command
+    return usable(("unshare", "--user", "--map-user=54321"))
 
 
 def test_run_without_a_home_folder_needs_the_setting_alone(

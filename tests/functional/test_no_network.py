@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 from compileflow.catalog import get_target
 from compileflow.spec import HfTask
 from tests.conftest import ModelFactory
+from tests.functional.namespaces import usable
 from tests.services.no_network import CONTROL, UNSHARE
 
 _ROOT = Path(__file__).parents[2]
@@ -23,12 +23,7 @@ _TARGETS = ("openvino", "onnx-runtime")
 @pytest.fixture
 def unshare() -> tuple[str, ...]:
     """The command that starts another one in namespaces of its own."""
-    if shutil.which("unshare") is None:
-        pytest.skip("unshare is not installed")
-    attempt = subprocess.run([*UNSHARE, "true"], capture_output=True, text=True)
-    if attempt.returncode:
-        pytest.skip(f"this user may not make namespaces: {attempt.stderr.strip()}")
-    return UNSHARE
+    return usable(UNSHARE)
 
 
 def test_no_runtime_looks_up_a_name_or_writes_a_file_outside_its_folders(
