@@ -225,8 +225,8 @@ pages.
 
 Machine and versions: {versions}.
 
-When the measurement ended, {os.getloadavg()[0]:.0f} processes wanted one of its {os.cpu_count()} CPUs. On a busy
-machine, the times of servers and commands are upper bounds.
+When the measurement ended, the load of its {os.cpu_count()} CPUs was about {os.getloadavg()[0]:.0f}, that of the
+measurement included. On a busy machine, the times of servers and commands are upper bounds.
 
 {tables}"""
 
