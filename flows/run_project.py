@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from compileflow.cli.common import error_values, exit_code, one_line_errors, print_report, stop
-from compileflow.cli.output import say, say_json, say_lines
+from compileflow.cli.common import exit_code, one_line_errors, stop
+from compileflow.cli.compile import print_outcomes
+from compileflow.cli.output import say
 from compileflow.errors import CompileflowError, SpecError, StepOffError
 from compileflow.settings import Settings, get_settings
 from flows.environment import set_embedded_defaults
@@ -101,7 +102,8 @@ def run(
     if isinstance(outcome, CompileflowError):
         outcome = _in_fields(outcome, loaded_project.path)
     folders = outputs.write(outcome if isinstance(outcome, CompileflowError) else None)
-    _print_outcome(request, outcome, verbose=verbose, as_json=as_json)
+    # `_in_fields` has put the error in the words of the file.
+    print_outcomes([request], [outcome], verbose=verbose, as_json=as_json, wording=str)
     for folder in folders if not as_json else ():
         say(f"outputs: {folder}")
     if isinstance(outcome, CompileflowError):
@@ -127,25 +129,6 @@ def _run_recorded(
     with outputs.recording():
         (outcome,) = run_requests([request], server)
     return outcome
-
-
-def _print_outcome(
-    request: CompileRequest, outcome: CompileResult | CompileflowError, *, verbose: bool, as_json: bool
-) -> None:
-    from compileflow.cli.results import log_tail, print_results
-
-    if isinstance(outcome, CompileflowError):
-        if as_json:
-            values = {"target": request.target, "precision": request.precision.value}
-            say_json([values | {"error": error_values(outcome)}])
-        if verbose and outcome.log_path:
-            say_lines(log_tail(outcome.log_path), err=True)
-        say(f"error: {outcome}", err=True)
-        print_report(outcome)
-    elif as_json:
-        say_json([outcome.model_dump(mode="json")])
-    else:
-        print_results([outcome])
 
 
 def steps_of(task: str | None) -> StepSwitches:

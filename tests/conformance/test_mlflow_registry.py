@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,6 +33,7 @@ from compileflow.testing.registries import (
 )
 from tests.conformance.promotion import check_promotion_needs_the_artifact
 from tests.services.fault_proxy import Answer, CutResponse, FaultProxy, Hang, LoseReply
+from tests.services.http_server import serving
 from tests.services.mlflow import MlflowServer, migrated_file, serve_mlflow
 from tests.services.secrets import MLFLOW_PASSWORD
 
@@ -358,18 +359,13 @@ class Headers(BaseHTTPRequestHandler):
         self.send_response(403)
         self.end_headers()
 
-    def log_message(self, *_: object) -> None:
-        """Print nothing."""
-
 
 @pytest.fixture
 def stranger(settings: Settings) -> Iterator[str]:
     """A server that MLflow's client would tell who it is."""
     Headers.seen.clear()
-    with ThreadingHTTPServer(("127.0.0.1", 0), Headers) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with serving(Headers) as url:
+        yield url
 
 
 @pytest.mark.parametrize(

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import http.client
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import urlsplit
 
 import pytest
 
 from tests.services.fault_proxy import Answer, Corrupt, CutRequest, CutResponse, FaultProxy, Hang, LoseReply
+from tests.services.http_server import answer, serving
 
 BODY = bytes(range(256)) * 2000
 
@@ -26,13 +26,7 @@ class _Echo(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         self.bodies.append(body)
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *arguments: object) -> None:
-        """Print nothing."""
+        answer(self, 200, body)
 
 
 @pytest.fixture
@@ -42,16 +36,8 @@ def bodies() -> list[bytes]:
 
 @pytest.fixture
 def proxy(bodies: list[bytes]) -> Iterator[FaultProxy]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Echo", (_Echo,), {"bodies": bodies}))
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
-        with FaultProxy(f"http://127.0.0.1:{server.server_port}") as started:
-            yield started
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with serving(type("Echo", (_Echo,), {"bodies": bodies})) as url, FaultProxy(url) as started:
+        yield started
 
 
 @contextmanager

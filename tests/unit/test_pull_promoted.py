@@ -9,9 +9,8 @@ import sys
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ from compileflow.catalog import open_registry
 from compileflow.errors import ProcessError, StoreError
 from compileflow.settings import get_settings
 from tests.services.example_process import FOLDER
+from tests.services.http_server import serving
 from tests.unit.attested_artifacts import stored_entry
 
 PROGRAM = FOLDER / "pull_promoted.py"
@@ -117,17 +117,8 @@ def locked_server() -> Iterator[str]:
         def do_GET(self) -> None:
             self.send_error(401)
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Refusal) as server:
-        thread = Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}/api"
-        finally:
-            server.shutdown()
-            thread.join()
+    with serving(Refusal) as url:
+        yield f"{url}/api"
 
 
 def test_without_a_server_the_program_says_what_to_set(tmp_path: Path) -> None:

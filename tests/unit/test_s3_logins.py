@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from botocore.credentials import SSOProvider
 from compileflow.errors import StoreError
 from compileflow.settings import Settings
 from compileflow.stores.s3.store import S3Store
+from tests.services.http_server import answer, serving
 
 START_URL = "https://example.awsapps.com/start"
 SSO = f"""
@@ -100,13 +100,7 @@ class TokenService(BaseHTTPRequestHandler):
         body = (
             f"<ErrorResponse><Error><Code>{self.code}</Code><Message>no</Message></Error></ErrorResponse>".encode()
         )
-        self.send_response(403)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        """Write nothing."""
+        answer(self, 403, body)
 
 
 @pytest.fixture
@@ -116,13 +110,9 @@ def token_service(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[TokenService
     class Service(TokenService):
         pass
 
-    with HTTPServer(("127.0.0.1", 0), Service) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        monkeypatch.setenv("AWS_ENDPOINT_URL_STS", f"http://127.0.0.1:{server.server_port}")
+    with serving(Service) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_STS", url)
         yield Service
-        server.shutdown()
-        thread.join()
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
-from threading import Thread
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import pytest
 
 from tests.services.example_process import FOLDER
+from tests.services.http_server import answer, serving
 
 PYTHON = [sys.executable, str(FOLDER / "start_run.py"), "/srv/model", "--name", "reviews"]
 SHELL = ["sh", str(FOLDER / "start_run.sh"), "/srv/model", "reviews"]
@@ -34,7 +34,7 @@ def busy_server(bodies: list[Any]) -> Iterator[str]:
     class Answers(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             state = {"type": "COMPLETED", "name": "Completed", "message": None}
-            self.answer(200, {"id": "d-1"} if "deployments" in self.path else {"state": state})
+            self.answer_json(200, {"id": "d-1"} if "deployments" in self.path else {"state": state})
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -45,29 +45,17 @@ def busy_server(bodies: list[Any]) -> Iterator[str]:
                     {"key": "reviews-onnx-runtime-report", "description": "pass: all 5 gates passed"},
                     {"key": None, "description": None},
                 ]
-                self.answer(200, found)
+                self.answer_json(200, found)
             else:
                 bodies.append(body)
-                self.answer(503 if len(bodies) == 1 else 201, {"id": "r-1"})
+                self.answer_json(503 if len(bodies) == 1 else 201, {"id": "r-1"})
 
-        def answer(self, status: int, value: Any) -> None:
-            content = json.dumps(value, separators=(",", ":")).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
+        def answer_json(self, status: int, value: Any) -> None:
+            # Without spaces, because the example for the shell reads it with sed.
+            answer(self, status, json.dumps(value, separators=(",", ":")).encode())
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Answers) as server:
-        thread = Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}/api"
-        finally:
-            server.shutdown()
-            thread.join()
+    with serving(Answers) as url:
+        yield f"{url}/api"
 
 
 @pytest.mark.parametrize("words", [PYTHON, SHELL])

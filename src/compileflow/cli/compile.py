@@ -135,7 +135,7 @@ def run_and_print(
     except KeyboardInterrupt as error:
         stop(error, "Finished steps are kept; run the command again to do the rest.")
     merged = [refusal or next(outcomes) for refusal in refusals]
-    _print_outcomes(requests, merged, verbose=verbose, as_json=as_json)
+    print_outcomes(requests, merged, verbose=verbose, as_json=as_json)
     errors = [outcome for outcome in merged if isinstance(outcome, CompileflowError)]
     exit_codes = {WRONG_REQUEST if _is_wrong(error, refusals) else exit_code(error) for error in errors}
     if exit_codes:
@@ -159,18 +159,28 @@ def _is_wrong(error: CompileflowError, refusals: Sequence[CompileflowError | Non
     return error in refusals and isinstance(error, SpecError | SourceError)
 
 
-def _print_outcomes(
+def print_outcomes(
     requests: Sequence[CompileRequest],
     outcomes: Sequence[CompileResult | CompileflowError],
     *,
     verbose: bool,
     as_json: bool,
+    wording: Callable[[str], str] = in_options,
 ) -> None:
+    """Print results on standard output, and errors on standard error; with `as_json`, also as one JSON list.
+
+    Args:
+        requests: The requests.
+        outcomes: The result or the error of each request.
+        verbose: Print the end of the log that belongs to an error.
+        as_json: Print a JSON list.
+        wording: Turns the words of an error into those that the user knows.
+    """
     from compileflow.cli.results import log_tail, print_results
 
     results = [outcome for outcome in outcomes if not isinstance(outcome, CompileflowError)]
     if as_json:
-        values = [_values(request, outcome) for request, outcome in zip(requests, outcomes, strict=True)]
+        values = [_values(*pair, wording) for pair in zip(requests, outcomes, strict=True)]
         say_json(values)
     elif results:
         print_results(results)
@@ -178,14 +188,16 @@ def _print_outcomes(
         if isinstance(error, CompileflowError):
             if verbose and error.log_path:
                 say_lines(log_tail(error.log_path), err=True)
-            say(f"error: {in_options(str(error))}", err=True)
+            say(f"error: {wording(str(error))}", err=True)
             print_report(error)
 
 
-def _values(request: CompileRequest, outcome: CompileResult | CompileflowError) -> dict[str, Any]:
+def _values(
+    request: CompileRequest, outcome: CompileResult | CompileflowError, wording: Callable[[str], str]
+) -> dict[str, Any]:
     if not isinstance(outcome, CompileflowError):
         return outcome.model_dump(mode="json")
-    error = {name: in_options(text) for name, text in error_values(outcome).items()}
+    error = {name: wording(text) for name, text in error_values(outcome).items()}
     return {"target": request.target, "precision": request.precision.value, "error": error}
 
 
