@@ -268,7 +268,8 @@ def _values_in(file: Path) -> dict[str, str | None]:
     try:
         text = file.read_text("utf-8") if file.is_file() else ""
         for binding in parse_stream(StringIO(text)):
-            if binding.error:
+            # NAME alone would hide that a setting is not set.
+            if binding.error or (binding.key is not None and binding.value is None):
                 # Empty lines before it belong to the line, which may hold a secret.
                 original = binding.original
                 line = original.line + len(original.string) - len(original.string.lstrip("\n"))

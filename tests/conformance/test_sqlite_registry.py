@@ -6,7 +6,7 @@ import os
 import sqlite3
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -70,6 +70,29 @@ def test_newer_schema_is_refused(tmp_path: Path) -> None:
     db.close()
     with pytest.raises(RegistryError, match="schema 99"):
         open_registry(f"sqlite:///{path}").versions()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            "CREATE TRIGGER other AFTER INSERT ON promotion BEGIN DELETE FROM promotion; END",
+            "has the trigger 'other', which compileflow did not write",
+        ),
+        ("CREATE VIEW other AS SELECT 1", "has the view 'other', which compileflow did not write"),
+        ("UPDATE version SET entry = zeroblob(20000000)", "string or blob too big"),
+    ],
+)
+def test_file_that_could_hold_up_its_readers_is_refused(tmp_path: Path, change: str, message: str) -> None:
+    path = tmp_path / "registry.db"
+    registry = open_registry(f"sqlite:///{path}")
+    registry.register(version_entry("ner", 1))
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute(change)
+    with pytest.raises(RegistryError, match=message):
+        registry.versions("ner")
+    with pytest.raises(RegistryError, match=message):
+        registry.set_stage("ner", 1, "production", who="ann")
 
 
 def test_newest_is_the_highest_number_even_if_the_clock_went_back(tmp_path: Path) -> None:

@@ -115,7 +115,11 @@ def test_env_file_that_is_not_utf8_is_one_line_that_names_it(tmp_path: Path, dat
 
 @pytest.mark.parametrize(
     ("text", "line"),
-    [('COMPILEFLOW_REGISTRY_URI="sqlite:///r.db\n', 1), ("# words\n\nCOMPILEFLOW_THREADS 2\n", 3)],
+    [
+        ('COMPILEFLOW_REGISTRY_URI="sqlite:///r.db\n', 1),
+        ("# words\n\nCOMPILEFLOW_THREADS 2\n", 3),
+        ("COMPILEFLOW_REQUIRE_SIGNATURE\n", 1),
+    ],
 )
 def test_env_file_with_a_line_that_sets_nothing_is_one_line_that_names_it(
     tmp_path: Path, text: str, line: int

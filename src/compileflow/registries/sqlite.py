@@ -62,6 +62,7 @@ CREATE INDEX promotion_by_version ON promotion(model_id, number)
 _FROM = " FROM version v JOIN model m ON m.id = v.model_id "
 _SELECT = "SELECT v.number, v.created_at, v.entry, v.stage" + _FROM
 _WAIT_S = 30.0
+_MOST_ROW_BYTES = 16 * 2**20
 _CANNOT_WRITE = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
 
 
@@ -325,6 +326,14 @@ def _known_schema(db: sqlite3.Connection, path: Path) -> int:
         raise RegistryError(
             f"Expected {path} to have registry schema {SCHEMA_VERSION} or older, got schema {schema}.",
             hint="Install the version of compileflow that wrote it.",
+        )
+    db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MOST_ROW_BYTES)
+    # They run when a statement of this module does, and may never end.
+    foreign = db.execute("SELECT type, name FROM sqlite_schema WHERE type IN ('view', 'trigger')").fetchone()
+    if foreign is not None:
+        raise RegistryError(
+            f"The registry {path} has the {foreign[0]} {foreign[1]!r:.80}, which compileflow did not write.",
+            hint="Find out who changed the file, and restore a copy of it.",
         )
     return schema
 

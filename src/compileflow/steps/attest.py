@@ -25,9 +25,11 @@ from compileflow.artifact.attestations.statements import (
     report_digest,
     result,
     result_of,
+    source_uri,
     verdict_statement,
 )
 from compileflow.artifact.attestations.statements import request_digest as asked_request
+from compileflow.artifact.attestations.statements import source_digest as stated_source
 from compileflow.artifact.attestations.verify import Attestation, trusted_signers, verify_attestations
 from compileflow.artifact.manifest import read_manifest
 from compileflow.contracts import ArtifactStore, Outcome, StoredFolder
@@ -148,6 +150,16 @@ class Attester:
         """
         reason, provenance = self._lack(digest, PROVENANCE_TYPE)
         return reason if provenance is None else _other_request(provenance, request_digest)
+
+    def compiled_from(self, digest: str) -> tuple[str, str, str]:
+        """Return the URI and the digest of the source model that an artifact's provenance names, and ''.
+
+        Or two empty texts, and why the provenance is not sufficient. Without a key, one that is missing is.
+        """
+        reason, provenance = self._lack(digest, PROVENANCE_TYPE)
+        if provenance is None:
+            return "", "", reason
+        return source_uri(provenance.statement) or "", stated_source(provenance.statement) or "", ""
 
     def lacks_verdict(self, digest: str, report: str, outcome: Outcome, request_digest: str | None = None) -> str:
         """Return why a cached validation must be repeated; '' if its verdict is sufficient.

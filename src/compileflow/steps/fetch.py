@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from compileflow._process.folders import os_errors, work_folder
-from compileflow.catalog import get_source, open_store
-from compileflow.contracts import ArtifactStore, LocatedSource, Source
+from compileflow.catalog import get_source, open_store, resolve_reference
+from compileflow.contracts import ArtifactStore, LocatedSource, ModelVersion, Source
 from compileflow.contracts.digests import folder_digest, list_files
 from compileflow.errors import SourceError, StepOffError
 from compileflow.settings import Settings
@@ -18,6 +19,7 @@ from compileflow.spec import HfTask
 from compileflow.steps.attest import Attester
 from compileflow.steps.cache import CacheKey, find, find_or_make, latest
 from compileflow.steps.values import FetchedSource
+from compileflow.stores.layout import split_uri
 
 logger = logging.getLogger(__name__)
 STEP = "fetch"
@@ -57,8 +59,9 @@ def fetch_source(
     source = get_source(scheme_of(model), settings.model_copy(update={"store_uri": store_uri}))
     attester = Attester.of(store, settings)
     if not enabled:
-        return _reuse(store, source, model, revision, attester)
+        return _reuse(source, model, revision, settings, attester)
     uri, commit = source.pin(model, revision)
+    version = _checked_version(model, settings, attester) if scheme_of(model) == "registry" else None
     with work_folder(settings.work_dir, label="fetch") as work:
         if commit is None:
             located_source = source.locate(model, revision, work / "download")
@@ -68,6 +71,9 @@ def fetch_source(
             parts = {"uri": uri} | {record.path: record.sha256 for record in files}
             key = CacheKey(STEP, uri, parts | _card_parts(located_source))
             pinned_revision = folder_digest(files)
+            found = (uri, located_source.uri, pinned_revision)
+            if version is not None and found != (version.source_uri, version.source_uri, version.source_digest):
+                raise _changed(uri)
         else:
             located_source = None
             key = CacheKey(STEP, uri, {"uri": uri, "commit": commit})
@@ -81,10 +87,7 @@ def fetch_source(
             copy = work / "model"
             _copy_files(model_files, copy)
             if located_source is not None and folder_digest(list_files(copy)) != pinned_revision:
-                raise SourceError(
-                    f"{uri} changed while it was being read.",
-                    hint="Wait until nothing writes to it, and run this again.",
-                )
+                raise _changed(uri)
             return _store_source(store, model_files, uri, model_files.revision or pinned_revision, copy)
 
         def reason_to_redo(value: FetchedSource) -> str:
@@ -116,6 +119,46 @@ def scheme_of(model: str) -> str:
     # A Hub id has an owner and a name. Where a local file or folder has the owner's name, it is a path.
     is_local = model.startswith((".", "/", "~")) or model.count("/") != 1 or path.exists() or path.parent.exists()
     return "file" if is_local else "hf"
+
+
+def _changed(uri: str) -> SourceError:
+    return SourceError(
+        f"{uri} changed while it was being read.", hint="Wait until nothing writes to it, and run this again."
+    )
+
+
+def _checked_version(model: str, settings: Settings, attester: Attester) -> ModelVersion:
+    """Return the registered version that `model` names, if its artifact was compiled from its source model.
+
+    Anyone who can write to a registry can put another source model into a version. The provenance of the version's
+    artifact names the right one. Without a key, a version without provenance is believed.
+
+    Raises:
+        SourceError: The provenance names another source model; or the run has a key, and no trusted key signed it.
+    """
+    version = resolve_reference(model, settings)
+    uri, digest, reason = attester.compiled_from(version.artifact_digest)
+    if not digest:
+        # The run's store may hold only the source model.
+        other_store = open_store(split_uri(version.artifact_uri)[0], settings)
+        uri, digest, reason = replace(attester, store=other_store).compiled_from(version.artifact_digest)
+    if not digest and attester.signer is None:
+        return version
+    if not reason and digest != version.source_digest:
+        reason = f"its artifact was compiled from {digest[:12] or 'none'}, not from {version.source_digest[:12]}"
+    # An artifact may have been compiled from the same files elsewhere.
+    if not (
+        reason
+        or uri == version.source_uri
+        or recorded_source(attester.store, version.source_uri, digest, attester)
+    ):
+        reason = f"its artifact was compiled from {uri or 'an unnamed place'}, not from {version.source_uri}"
+    if reason:
+        raise SourceError(
+            f"The source model of {version.name} version {version.version} cannot be used: {reason}.",
+            hint="Compile the model from its origin, and find out who changed the registry or the store.",
+        )
+    return version
 
 
 def _copy_files(located_source: LocatedSource, copy: Path) -> None:
@@ -169,12 +212,17 @@ def recorded_source(store: ArtifactStore, uri: str, digest: str, attester: Attes
 
 
 def _reuse(
-    store: ArtifactStore, source: Source, model: str, revision: str | None, attester: Attester
+    source: Source, model: str, revision: str | None, settings: Settings, attester: Attester
 ) -> FetchedSource:
+    store = attester.store
     # The step is off: reuse the last commit without asking the Hub.
-    is_on_hub = scheme_of(model) == "hf"
-    uri = f"hf://{model.removeprefix('hf://')}" if is_on_hub else source.pin(model, revision)[0]
-    value = _last(store, uri, attester)
+    scheme = scheme_of(model)
+    uri = f"hf://{model.removeprefix('hf://')}" if scheme == "hf" else source.pin(model, revision)[0]
+    if scheme == "registry":
+        version = _checked_version(model, settings, attester)
+        value = recorded_source(store, version.source_uri, version.source_digest, attester)
+    else:
+        value = _last(store, uri, attester)
     if value is not None:
         return value
     raise StepOffError(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from compileflow.artifact.open import copy_artifact, open_artifact
 from compileflow.catalog import open_store
 from compileflow.contracts import ArtifactStore, Outcome
 from compileflow.contracts.digests import json_digest
-from compileflow.errors import StepOffError
+from compileflow.errors import SourceError, StepOffError
 from compileflow.settings import Settings, get_settings
 from compileflow.spec import HfTask
 from compileflow.steps.attest import Attester
@@ -81,6 +83,20 @@ def signed_run(
             validated = pipeline.validate(request, compiled)
         get_settings.cache_clear()
         yield SignedRun(pipeline, request, keys, pipeline.fetch(request), compiled, validated)
+
+
+def home_of_its_own(signed_run: SignedRun, folder: Path) -> Pipeline:
+    """Return the pipeline of a copy of the run's home, which a test may change."""
+    shutil.copytree(signed_run.pipeline.settings.home_dir, folder / "home")
+    settings = signed_run.pipeline.settings.model_copy(update={"home": folder / "home"})
+    return Pipeline(settings, signed_run.pipeline.counts)
+
+
+def write_row(pipeline: Pipeline, update: dict[str, str]) -> None:
+    """Change what the registry says about its version, as anyone can who may write to it."""
+    with closing(sqlite3.connect(pipeline.settings.home_dir / "registry.db")) as database, database:
+        ((text,),) = database.execute("SELECT entry FROM version")
+        database.execute("UPDATE version SET entry = ?", [json.dumps(json.loads(text) | update)])
 
 
 class TestRun:
@@ -144,11 +160,47 @@ class TestRun:
         assert keyless.validate(signed_run.request, keyless.compile(signed_run.request)).cached
         assert signed_run.pipeline.counts == counts
 
+    @pytest.mark.parametrize("changed", ["source_digest", "source_uri", "both"])
+    @pytest.mark.parametrize("has_key", [True, False])
+    @pytest.mark.parametrize("fetches", [True, False])
+    def test_source_model_that_was_put_into_a_registered_version_is_refused(
+        self, signed_run: SignedRun, tmp_path: Path, changed: str, has_key: bool, fetches: bool
+    ) -> None:
+        pipeline = home_of_its_own(signed_run, tmp_path)
+        pipeline.run(pipeline.request(signed_run.request.model, name="reviews"))
+        other_model = tmp_path / "other"
+        shutil.copytree(signed_run.request.model, other_model)
+        (other_model / "config.json").write_text((other_model / "config.json").read_text() + "\n")
+        other_source = pipeline.fetch(pipeline.request(other_model))
+        update = {"source_digest": other_source.digest, "source_uri": other_source.uri}
+        if changed != "both":
+            update = {changed: update[changed]}
+        write_row(pipeline, update)
+
+        settings = pipeline.settings.model_copy(update={} if has_key else {"signing_key": None})
+        request = pipeline.request("registry:reviews", steps=StepSwitches(fetch=fetches))
+        with pytest.raises(
+            SourceError, match="The source model of reviews version 1 cannot be used: its artifact"
+        ):
+            Pipeline(settings).fetch(request)
+
+    def test_source_model_of_a_registered_version_needs_a_signature_only_where_there_is_a_key(
+        self, signed_run: SignedRun, tmp_path: Path
+    ) -> None:
+        pipeline = home_of_its_own(signed_run, tmp_path)
+        pipeline.run(pipeline.request(signed_run.request.model, name="reviews"))
+        request = pipeline.request("registry:reviews")
+        assert pipeline.fetch(request).digest == signed_run.source.digest
+        (pipeline.settings.home_dir / f"store/records/provenance/{signed_run.artifact.digest}.json").unlink()
+        keyless = Pipeline(pipeline.settings.model_copy(update={"signing_key": None}))
+        assert keyless.fetch(request).digest == signed_run.source.digest
+        with pytest.raises(SourceError, match="the store has no provenance statement on it"):
+            pipeline.fetch(request)
+
     def test_steps_that_are_off_give_only_what_a_trusted_key_signed(
         self, signed_run: SignedRun, tmp_path: Path
     ) -> None:
-        shutil.copytree(signed_run.pipeline.settings.home_dir, tmp_path / "home")
-        pipeline = Pipeline(signed_run.pipeline.settings.model_copy(update={"home": tmp_path / "home"}))
+        pipeline = home_of_its_own(signed_run, tmp_path)
         store = open_store(pipeline.store_uri, pipeline.settings)
         request = signed_run.request.model_copy(update={"steps": StepSwitches(compile=False, validate=False)})
         artifact = pipeline.compile(request)

@@ -177,6 +177,13 @@ def source_digest(statement: Statement) -> str | None:
     return _named(dependencies, SOURCE_MODEL) or _named(predicate.get("configuration"), SOURCE_MODEL)
 
 
+def source_uri(provenance: Statement) -> str | None:
+    """Return the URI of the source model that a provenance names."""
+    definition = _dict(_dict(provenance.get("predicate")).get("buildDefinition"))
+    uri = _dict(definition.get("externalParameters")).get("source")
+    return uri if isinstance(uri, str) else None
+
+
 def report_digest(verdict: Statement) -> str | None:
     """Return the digest of the report's folder that a verdict names."""
     return _named(_dict(verdict.get("predicate")).get("configuration"), REPORT)
