@@ -17,6 +17,9 @@ import httpx
 
 DEPLOYMENT = "compile-model/compile-model"
 FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+_API = "the API of a Prefect server; PREFECT_API_URL usually ends in /api."
+# What Prefect answers about a path that is none of its own.
+_NO_ROUTE = '{"detail":"Not Found"}'
 
 
 class Request(TypedDict):
@@ -40,7 +43,7 @@ def connect() -> httpx.Client:
     """Return a client of the server that the environment names.
 
     Raises:
-        SystemExit: The environment names none.
+        SystemExit: The environment names none, or what it names is not a URL.
     """
     url = os.environ.get("PREFECT_API_URL")
     if not url:
@@ -50,8 +53,14 @@ def connect() -> httpx.Client:
         )
     user, _, password = os.environ.get("PREFECT_API_AUTH_STRING", "").partition(":")
     auth = httpx.BasicAuth(user, password) if user else None
+    try:
+        address = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise SystemExit(f"error: PREFECT_API_URL is not a URL: {error}.") from error
+    if address.scheme not in ("http", "https"):
+        raise SystemExit("error: PREFECT_API_URL does not begin with http:// or https://.")
     # A proxy of the environment does not reach a server on this machine.
-    return httpx.Client(base_url=url, auth=auth, timeout=60, trust_env=False)
+    return httpx.Client(base_url=address, auth=auth, timeout=60, trust_env=False)
 
 
 def start(client: httpx.Client, request: Request, *, key: str) -> str:
@@ -114,18 +123,23 @@ def _call(client: httpx.Client, method: str, path: str, body: object = None, *, 
             if retry_lost and pause_s:
                 time.sleep(pause_s)
                 continue
-            raise SystemExit(f"error: The Prefect server at {url} does not answer: {error}.") from error
+            reason = str(error).rstrip(".")
+            raise SystemExit(f"error: The Prefect server at {url} does not answer: {reason}.") from error
         if response.status_code != 503:
             break
         time.sleep(pause_s)
+    if response.status_code == 401:
+        raise SystemExit(
+            f"error: The Prefect server at {url} refuses the login. Set PREFECT_API_AUTH_STRING to USER:PASSWORD."
+        )
+    if response.status_code == 404 and response.text == _NO_ROUTE:
+        raise SystemExit(f"error: {url} is not {_API}")
     if response.is_error:
         raise SystemExit(f"error: The Prefect server answered {response.status_code}: {response.text}")
     try:
         return response.json()
     except ValueError as error:
-        raise SystemExit(
-            f"error: {url} is not the API of a Prefect server; PREFECT_API_URL usually ends in /api."
-        ) from error
+        raise SystemExit(f"error: {url} is not {_API}") from error
 
 
 def main() -> int:

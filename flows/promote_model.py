@@ -25,7 +25,8 @@ from flows.deployed_flow import deployed_flow
 from tasks.promote import note, promote
 
 WHO = "promote-model"
-_NOT_BLANK = r"\S"
+# A character that is to be seen: neither space nor one without a width.
+_NOT_BLANK = r"[^\s\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]"
 # Prefect itself fails a run that waits longer, without a trace in the registry.
 _GRACE = timedelta(days=1)
 ServingStage = Literal["staging", "production"]

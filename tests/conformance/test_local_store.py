@@ -347,8 +347,8 @@ def test_put_does_not_write_through_a_link_that_another_process_plants(
     (tmp_path / "precious").write_text("precious")
 
     @contextmanager
-    def planted_work_folder(parent: Path, *, label: str) -> Iterator[Path]:
-        with work_folder(parent, label=label) as work:
+    def planted_work_folder(parent: Path, *, label: str, below: Path) -> Iterator[Path]:
+        with work_folder(parent, label=label, below=below) as work:
             for name in ("0", "1", "listing", "record"):
                 (work / name).symlink_to(tmp_path / "precious")
             yield work

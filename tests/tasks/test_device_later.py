@@ -89,7 +89,12 @@ def test_artifact_is_validated_and_registered_where_the_device_is(
     # The first machine gets the verdict for the same request, and records again for another one.
     shutil.copytree(tiny_model(HfTask.TEXT_CLASSIFICATION), model)
     (vendor_doubles / "neuron0").unlink()
-    assert pipeline.validate(request, artifact).outcome == "pass"
+    proven = pipeline.validate(request, artifact)
+    assert proven.outcome == "pass"
+    # What the record of the verdict says is read from the report.
+    recorded = proven.model_dump(mode="json")
+    store.put_record("report-of", artifact.digest, recorded | {"reason": "forged", "figures": {"rel_l2": 0.0}})
+    assert pipeline.validate(request, artifact) == proven
     elsewhere = f"sqlite:///{tmp_path / 'elsewhere.db'}"
     other = pipeline.request(
         model, target=target, name="reviews", validation={"strict": True}, registry_uris=[elsewhere]

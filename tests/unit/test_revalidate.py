@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 from compileflow.admin import revalidate
 from compileflow.admin.promote import promote_version
 from compileflow.admin.revalidate import Revalidation, revalidate_version, versions_in_stages
-from compileflow.catalog import open_registry
+from compileflow.artifact.attestations.envelopes import put_statement
+from compileflow.artifact.attestations.statements import ValidationRun, verdict_statement
+from compileflow.catalog import open_registry, open_store
 from compileflow.contracts import Availability, ModelVersion
 from compileflow.errors import LoadError, MeasurementError, VerdictError
 from compileflow.settings import Settings
@@ -20,7 +23,7 @@ from compileflow.targets.torchscript import TorchScriptTarget
 from compileflow.validation.settings import ValidationSettings
 from tests.conftest import ModelFactory
 from tests.steps import Pipeline
-from tests.unit.attested_artifacts import stored_entry
+from tests.unit.attested_artifacts import judged, make_keys, stored_entry
 
 VALIDATION = ValidationSettings(latency_pairs=5, max_examples=340)
 
@@ -116,6 +119,42 @@ def test_version_whose_artifact_is_lost_has_regressed(settings: Settings) -> Non
     outcome = revalidate_version(version, uri, validation=VALIDATION, timeout_s=600, settings=settings)
     assert outcome.outcome == "regressed"
     assert "missing or altered" in outcome.reason
+
+
+def test_verdict_fail_is_lifted_by_no_revalidation_unless_another_one_gave_it(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compile may have asked for more than a revalidation does."""
+    uri = settings.resolved_registry_uri()
+    version = open_registry(uri, settings).register(stored_entry(settings, "reviews"))
+    store = open_store(settings.resolved_store_uri(), settings)
+
+    def stop(*_: object, **__: object) -> None:
+        raise MeasurementError("It was measured.")
+
+    def outcome_after(verdict: ValidationRun) -> Revalidation:
+        put_statement(store, version.artifact_digest, verdict_statement(version.artifact_digest, verdict), None)
+        return revalidate_version(version, uri, validation=VALIDATION, timeout_s=600, settings=settings)
+
+    monkeypatch.setattr(revalidate, "validate_artifact", stop)
+    refused = outcome_after(judged("fail"))
+    assert refused.outcome == "regressed"
+    assert refused.reason == "the last validation of its artifact, which was no revalidation, failed"
+    for verdict in (replace(judged("fail"), is_revalidation=True), judged("pass")):
+        assert outcome_after(verdict).reason == "It was measured."
+
+
+def test_run_with_a_key_revalidates_only_what_a_trusted_key_signed(settings: Settings, tmp_path: Path) -> None:
+    uri = settings.resolved_registry_uri()
+    version = open_registry(uri, settings).register(stored_entry(settings, "reviews"))
+    store = open_store(settings.resolved_store_uri(), settings)
+    signing = settings.model_copy(update={"signing_key": make_keys(tmp_path).private})
+    for lack in ("the store has no verdict statement on it", "nor a trusted key signed its verdict statement"):
+        outcome = revalidate_version(version, uri, validation=VALIDATION, timeout_s=600, settings=signing)
+        assert outcome.outcome == "not checked"
+        assert outcome.reason.startswith("its last verdict does not count: ")
+        assert outcome.reason.endswith(lack)
+        put_statement(store, version.artifact_digest, verdict_statement(version.artifact_digest, judged()), None)
 
 
 @pytest.mark.parametrize(

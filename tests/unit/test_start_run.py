@@ -76,13 +76,39 @@ def test_request_that_is_sent_again_has_the_same_key(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (401, " refuses the login. Set PREFECT_API_AUTH_STRING to USER:PASSWORD."),
+        (404, " is not the API of a Prefect server; PREFECT_API_URL usually ends in /api."),
+        (409, 'answered 409: {"detail":"Not Found"}'),
+    ],
+)
+def test_refusal_of_the_server_says_what_to_set(status: int, message: str) -> None:
+    class Refusal(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            answer(self, status, b'{"detail":"Not Found"}')
+
+    with serving(Refusal) as url:
+        done = call(PYTHON, url)
+    assert done.returncode == 1
+    assert done.stderr.endswith(f"{message}\n")
+    assert done.stderr.count("\n") == 1
+
+
+def test_script_without_a_name_says_how_to_call_it() -> None:
+    done = call(SHELL[:3], "http://127.0.0.1:1/api")
+    assert (done.returncode, done.stderr) == (2, f"usage: sh {SHELL[1]} MODEL NAME\n")
+
+
+@pytest.mark.parametrize(
     ("url", "message"),
     [
         (None, "PREFECT_API_URL is not set. Set it to the API of the Prefect server, for example "),
         # Nothing listens on port 1.
         ("http://127.0.0.1:1/api", "The Prefect server at http://127.0.0.1:1/api/ does not answer: "),
         ("http://u:secret@127.0.0.1:1/api", "The Prefect server at http://127.0.0.1:1/api/ does not answer: "),
-        ("localhost", "The Prefect server at localhost/ does not answer: Request URL is missing"),
+        ("localhost", "PREFECT_API_URL does not begin with http:// or https://."),
+        ("http://127.0.0.1:abc/api", "PREFECT_API_URL is not a URL: Invalid port: 'abc'."),
     ],
 )
 def test_server_that_cannot_be_used_is_one_line(url: str | None, message: str) -> None:

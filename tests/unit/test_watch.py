@@ -154,6 +154,18 @@ def test_record_of_an_older_version_counts_as_one_announcement(shared: SharedCom
     assert next_announcement(shared, WATCH) == ("announce again", 2)
 
 
+@pytest.mark.parametrize(
+    "record", [{"x": 1}, {"at": "x"}, {"at": "2026-01-02T03:04:05"}, {"at": "9999-01-01T00:00:00+00:00"}]
+)
+def test_record_that_no_run_can_have_written_is_ignored(
+    missing: MissingCompile, shared: SharedCompile, settings: Settings, record: dict[str, Any]
+) -> None:
+    for kind in ("watch-announced", "watch-attempt"):
+        shared.store.put_record(kind, shared.key, record)
+    assert next_announcement(shared, WATCH) == ("announce", 1)
+    assert missing_compiles(WATCH, settings) == [missing]
+
+
 def test_run_knows_whether_its_compile_was_settled_since_the_announcement(shared: SharedCompile) -> None:
     assert not shared.is_settled()
     shared.record_failure(CompileError("The toolchain refused the model."))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from compileflow._process.folders import file_lock, os_errors, sweep, work_folder
+from compileflow._process.folders import file_lock, folder_handle, os_errors, sweep, work_folder
 from compileflow.errors import SourceError, StoreError
 from compileflow.testing.processes import at_once, other_process, say
 
@@ -95,6 +95,24 @@ def test_sweep_deletes_only_what_a_work_folder_leaves(tmp_path: Path) -> None:
     assert (outside / "file").read_text() == "mine"
     assert {"uv", "uv.lock", "poetry.lock"} <= {path.name for path in parent.iterdir()}
     assert not [path for path in parent.iterdir() if path.name.startswith("read-")]
+
+
+def test_folder_that_is_exchanged_for_a_link_is_left_alone(tmp_path: Path) -> None:
+    precious, folder = tmp_path / "precious", tmp_path / "store" / "blobs" / "ab"
+    for path in (precious / "ab", folder):
+        path.mkdir(parents=True)
+        (path / "file").write_text("mine")
+    with folder_handle(folder, below=tmp_path / "store") as handle:
+        (tmp_path / "store" / "blobs").rename(tmp_path / "away")
+        (tmp_path / "store" / "blobs").symlink_to(precious)
+        os.unlink("file", dir_fd=handle)
+    assert (precious / "ab" / "file").exists()
+    assert not (tmp_path / "away" / "ab" / "file").exists()
+    with (
+        pytest.raises(StoreError, match="blobs is a link, and a store keeps everything in its own folder"),
+        folder_handle(folder, below=tmp_path / "store"),
+    ):
+        pass
 
 
 def test_sweepers_never_take_a_new_folder_for_a_dead_one(tmp_path: Path) -> None:

@@ -23,17 +23,18 @@ _LOCK_NAME = re.compile(r"[a-z-]+-[0-9a-f]{12}\.lock")
 
 
 @contextmanager
-def work_folder(parent: Path, *, label: str) -> Iterator[Path]:
+def work_folder(parent: Path, *, label: str, below: Path | None = None) -> Iterator[Path]:
     """Give an empty folder below `parent` and delete it after the block.
 
-    The next caller deletes a folder whose owner was killed: its lock file is not locked any more.
+    The next caller deletes a folder whose owner was killed: its lock file is not locked any more. With `below`, it
+    deletes nothing in a folder behind a link; see `folder_handle`.
 
     Raises:
         StoreError: `parent` cannot be written.
     """
     with os_errors(parent, "make a work folder in"):
         parent.mkdir(parents=True, exist_ok=True)
-        sweep(parent)
+        sweep(parent, below=below)
         folder = parent / f"{label}-{uuid.uuid4().hex[:12]}"
         owner = os.getpid()
         lock = _lock_for(folder)
@@ -59,24 +60,28 @@ def _lock_for(folder: Path) -> int:
         os.close(lock)
 
 
-def sweep(parent: Path) -> None:
-    """Delete the work folders of dead owners below `parent`, and nothing else that lies there."""
-    for lock_path in parent.glob(f"*{_LOCK_SUFFIX}"):
-        if not _LOCK_NAME.fullmatch(lock_path.name):
-            continue
-        try:
-            handle = open_regular(lock_path, os.O_RDWR)
-        except (FileNotFoundError, ValueError):
-            continue
-        try:
-            with suppress(BlockingIOError):
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Another process may have reused the name between open and flock: delete only the locked inode.
-                if lock_path.exists() and os.fstat(handle).st_ino == lock_path.stat().st_ino:
-                    shutil.rmtree(lock_path.with_suffix(""), ignore_errors=True)
-                    lock_path.unlink(missing_ok=True)
-        finally:
-            os.close(handle)
+def sweep(parent: Path, *, below: Path | None = None) -> None:
+    """Delete the work folders of dead owners below `parent`, and nothing else that lies there.
+
+    Args:
+        parent: Folder of the work folders; it may be missing.
+        below: No part of the path of `parent` below this folder may be a link.
+    """
+    with suppress(FileNotFoundError), folder_handle(parent, below=below or parent) as folder:
+        for name in filter(_LOCK_NAME.fullmatch, os.listdir(folder)):
+            try:
+                lock = open_regular(Path(name), os.O_RDWR, dir_fd=folder)
+            except (FileNotFoundError, ValueError):
+                continue
+            try:
+                with suppress(BlockingIOError, FileNotFoundError):
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    # Another process may have reused the name in the meantime: delete only the locked inode.
+                    if os.fstat(lock).st_ino == os.stat(name, dir_fd=folder, follow_symlinks=False).st_ino:
+                        shutil.rmtree(name.removesuffix(_LOCK_SUFFIX), ignore_errors=True, dir_fd=folder)
+                        os.unlink(name, dir_fd=folder)
+            finally:
+                os.close(lock)
 
 
 @contextmanager
@@ -113,13 +118,16 @@ def file_lock(path: Path, *, on_wait: Callable[[], None], poll_s: float = 0.1) -
         os.close(handle)
 
 
-def open_regular(path: Path, flags: int = os.O_RDONLY, *, follow_links: bool = False) -> int:
+def open_regular(
+    path: Path, flags: int = os.O_RDONLY, *, follow_links: bool = False, dir_fd: int | None = None
+) -> int:
     """Open a file that a stranger may have put there, and return its handle.
 
     Args:
         path: Path of the file.
         flags: Flags of `os.open`.
         follow_links: Open what a link at `path` leads to.
+        dir_fd: Handle of the folder that `path` is relative to; None for the working folder.
 
     Raises:
         OSError: The file cannot be opened.
@@ -128,7 +136,7 @@ def open_regular(path: Path, flags: int = os.O_RDONLY, *, follow_links: bool = F
     # Without O_NONBLOCK, the open of a named pipe would wait for its other end.
     flags |= os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow_links else os.O_NOFOLLOW)
     try:
-        handle = os.open(path, flags, 0o644)
+        handle = os.open(path, flags, 0o644, dir_fd=dir_fd)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise ValueError("it is a link") from error
@@ -152,10 +160,40 @@ def check_no_link(path: Path, *, below: Path) -> None:
         if part == below:
             return
         if part.is_symlink():
-            raise StoreError(
-                f"{part} is a link, and a store keeps everything in its own folder.",
-                hint="Move the folder that it leads to into the store, or mount it there.",
-            )
+            raise _is_link(part)
+
+
+@contextmanager
+def folder_handle(folder: Path, *, below: Path) -> Iterator[int]:
+    """Give the handle of a folder. What is done relative to it is done there, even if a link takes its place.
+
+    Raises:
+        FileNotFoundError: The folder does not exist.
+        StoreError: A part of its path below `below` is a link.
+    """
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    handle, part = os.open(below, flags), below
+    try:
+        for name in folder.relative_to(below).parts:
+            part /= name
+            try:
+                inner = os.open(name, flags | os.O_NOFOLLOW, dir_fd=handle)
+            except OSError as error:
+                if error.errno in (errno.ELOOP, errno.ENOTDIR) and part.is_symlink():
+                    raise _is_link(part) from error
+                raise
+            os.close(handle)
+            handle = inner
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _is_link(path: Path) -> StoreError:
+    return StoreError(
+        f"{path} is a link, and a store keeps everything in its own folder.",
+        hint="Move the folder that it leads to into the store, or mount it there.",
+    )
 
 
 def check_writable(folder: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Literal
 
+from compileflow.artifact.attestations.statements import FAILED, is_revalidation, result
 from compileflow.artifact.verify import contradictions_of
 from compileflow.catalog import get_target, open_registry, open_store
 from compileflow.contracts import ACCEPTED_OUTCOMES, ModelVersion, Stage
@@ -94,8 +95,16 @@ def revalidate_version(
             reason = "it runs Python files of the model, and trust_remote_code is not set"
             return Revalidation(version, "not checked", reason)
         store_uri, _ = split_uri(version.artifact_uri)
+        attester = Attester.of(open_store(store_uri, settings), settings)
+        lack, verdict = attester.verdict_on(version.artifact_digest)
+        if verdict is None and attester.signer is not None:
+            return Revalidation(version, "not checked", f"its last verdict does not count: {lack}")
+        if verdict is not None and result(verdict) == FAILED and not is_revalidation(verdict):
+            # That validation may have asked for more than this one does, so this one cannot lift it.
+            reason = "the last validation of its artifact, which was no revalidation, failed"
+            return _noted(version, registry_uri, settings, passes=False, reason=reason)
         validated = validate_artifact(
-            _source(version, store_uri, settings),
+            _source(version, attester),
             _artifact(version),
             validation,
             store_uri=store_uri,
@@ -128,13 +137,12 @@ def _obstacle(version: ModelVersion) -> str:
     return ""
 
 
-def _source(version: ModelVersion, store_uri: str, settings: Settings) -> FetchedSource:
-    store = open_store(store_uri, settings)
-    recorded = recorded_source(store, version.source_uri, version.source_digest, Attester.of(store, settings))
+def _source(version: ModelVersion, attester: Attester) -> FetchedSource:
+    recorded = recorded_source(attester.store, version.source_uri, version.source_digest, attester)
     return recorded or FetchedSource(
         uri=version.source_uri,
         revision=version.source_revision,
-        stored_uri=store.folder_uri(version.source_digest),
+        stored_uri=attester.store.folder_uri(version.source_digest),
         digest=version.source_digest,
         size_bytes=0,
         cached=True,

@@ -5,13 +5,14 @@ A lock says who does it. Two records in the artifact store say when it was annou
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Literal
+from datetime import UTC, datetime, timedelta
+from typing import Literal, TypeVar
 
-from pydantic import BaseModel
+from pydantic import AwareDatetime, BaseModel, ValidationError
 
 from compileflow.catalog import open_store
 from compileflow.contracts import ArtifactStore
@@ -19,6 +20,8 @@ from compileflow.errors import CompileflowError
 from compileflow.settings import Settings
 from compileflow.steps.request import CompileRequest
 
+logger = logging.getLogger(__name__)
+_CLOCK_DIFFERENCE = timedelta(days=1)
 _ATTEMPT, _ANNOUNCED = "watch-attempt", "watch-announced"
 Role = Literal["compile", "announce"]
 
@@ -32,9 +35,20 @@ class Announcement(BaseModel):
         compiled: Whether a run has finished the compile since.
     """
 
-    at: datetime
+    at: AwareDatetime
     count: int = 1
     compiled: bool = False
+
+
+class _Attempt(BaseModel):
+    """The last attempt that failed and would fail again."""
+
+    at: AwareDatetime
+    error: str = ""
+    report_uri: str = ""
+
+
+_Record = TypeVar("_Record", Announcement, _Attempt)
 
 
 @dataclass(frozen=True)
@@ -91,13 +105,12 @@ class SharedCompile:
 
     def announcement(self) -> Announcement | None:
         """Return the last announcement, if there is one."""
-        record = self.store.get_record(_ANNOUNCED, self.key)
-        return Announcement.model_validate(record) if record else None
+        return self._read(_ANNOUNCED, Announcement)
 
     def failed_at(self) -> datetime | None:
         """Return when an attempt failed that would fail again; None without such an attempt."""
-        record = self.store.get_record(_ATTEMPT, self.key)
-        return datetime.fromisoformat(str(record["at"])) if record else None
+        attempt = self._read(_ATTEMPT, _Attempt)
+        return attempt.at if attempt else None
 
     def is_settled(self) -> bool:
         """Return whether a run has finished the compile, or failed for good, since its last announcement."""
@@ -118,9 +131,23 @@ class SharedCompile:
     def record_failure(self, error: CompileflowError) -> None:
         """Record an attempt that would fail again; one that may succeed later leaves no record."""
         if not error.retryable:
-            now = datetime.now(UTC).isoformat()
-            value = {"at": now, "error": error.message, "report_uri": error.report_uri}
-            self.store.put_record(_ATTEMPT, self.key, dict(value))
+            attempt = _Attempt(at=datetime.now(UTC), error=error.message, report_uri=error.report_uri)
+            self.store.put_record(_ATTEMPT, self.key, attempt.model_dump(mode="json"))
+
+    def _read(self, kind: str, record_class: type[_Record]) -> _Record | None:
+        """Return a record of this compile; None if it is missing, or none that a run can have written."""
+        value = self.store.get_record(kind, self.key)
+        if value is None:
+            return None
+        try:
+            record = record_class.model_validate(value)
+        except ValidationError:
+            logger.warning("ignoring the record %s of %s, which cannot be read", kind, self.key[:12])
+            return None
+        if record.at - datetime.now(UTC) > _CLOCK_DIFFERENCE:
+            logger.warning("ignoring the record %s of %s, whose date is in the future", kind, self.key[:12])
+            return None
+        return record
 
     def _put_announcement(self, announcement: Announcement) -> None:
         self.store.put_record(_ANNOUNCED, self.key, announcement.model_dump(mode="json"))

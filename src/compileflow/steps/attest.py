@@ -20,6 +20,7 @@ from compileflow.artifact.attestations.statements import (
     PROVENANCE_TYPE,
     VERDICT_TYPE,
     CompileRun,
+    Statement,
     ValidationRun,
     provenance_statement,
     report_digest,
@@ -94,6 +95,7 @@ class Attester:
         source_digest: str,
         request_digest: str,
         is_pending: bool = False,
+        is_revalidation: bool = False,
     ) -> None:
         """Record the verdict of a validation.
 
@@ -104,6 +106,7 @@ class Attester:
             source_digest: Digest of the source model that the artifact was compared with.
             request_digest: Key of the validation in the cache.
             is_pending: The verdict is pending-device; it replaces no other verdict.
+            is_revalidation: The artifact was registered before.
         """
         report = Report.model_validate_json((report_dir / REPORT_JSON).read_bytes())
         run = ValidationRun(
@@ -116,6 +119,7 @@ class Attester:
             report_uri=stored_folder.uri,
             request_digest=request_digest,
             finished=datetime.now(UTC),
+            is_revalidation=is_revalidation,
         )
         statement = verdict_statement(digest, run)
         if is_pending:
@@ -182,6 +186,11 @@ class Attester:
         # A run without a key cannot replace a signed verdict, so repeating the validation would change nothing.
         can_replace = not signatures or self.signer is not None
         return "a later validation replaced the verdict on this artifact" if can_replace else ""
+
+    def verdict_on(self, digest: str) -> tuple[str, Statement | None]:
+        """Return why the verdict on an artifact is not sufficient, and None; or '' and the verdict."""
+        reason, verdict = self._lack(digest, VERDICT_TYPE)
+        return reason, None if verdict is None else verdict.statement
 
     def signatures_of(self, step: str, content: Mapping[str, JsonValue]) -> JsonValue:
         """Return this run's signatures of a cache record; [] without a key."""

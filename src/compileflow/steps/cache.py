@@ -64,7 +64,7 @@ def find(
     record = store.get_record(key.step, key.digest)
     if record is None:
         return None
-    if fault := _fault(record, key, attester):
+    if fault := fault_of(record, key, attester):
         logger.log(level, "%s: ignoring the cache record %s: %s", key.step, key.digest[:12], fault)
         return None
     try:
@@ -97,7 +97,7 @@ def record_of(key: CacheKey, value: BaseModel, attester: Attester) -> dict[str, 
     return record | {"checksum": json_digest([key.step, record]), "signatures": signatures}
 
 
-def _fault(record: Mapping[str, JsonValue], key: CacheKey, attester: Attester) -> str:
+def fault_of(record: Mapping[str, JsonValue], key: CacheKey, attester: Attester) -> str:
     """Return why a record does not answer a key: it answers another one, or it was changed; '' if it does."""
     parts, value, checksum = (record.get(name) for name in ("parts", "value", "checksum"))
     if not isinstance(parts, dict) or value is None:
@@ -115,7 +115,7 @@ def _fault(record: Mapping[str, JsonValue], key: CacheKey, attester: Attester) -
 def _why_unused(store: ArtifactStore, key: CacheKey, attester: Attester) -> str:
     """Return why the record of a key is there and not used; '' if it is not there, or sound."""
     record = store.get_record(key.step, key.digest)
-    fault = "" if record is None else _fault(record, key, attester)
+    fault = "" if record is None else fault_of(record, key, attester)
     return f"its record is not used: {fault}" if fault else ""
 
 

@@ -110,6 +110,7 @@ def validate_artifact(
         key = CacheKey(STEP, f"{source.uri} for {manifest.target.name}", parts)
         missing_device = lacking_device(manifest)
         settled = report_on(store, artifact.digest) if missing_device else None
+        settled = settled and _as_reported(store, settled)
         if settled and not _lack(attester, settled, key.digest):
             return settled.model_copy(update={"cached": True, "why": "a machine with the device proved it"})
 
@@ -186,6 +187,7 @@ def validate_artifact(
                     source_digest=source.digest,
                     request_digest=key.digest,
                     is_pending=bool(missing_device),
+                    is_revalidation=repeat,
                 )
             value = ValidatedArtifact(
                 artifact_digest=artifact.digest,

@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from stat import S_ISREG, S_IWGRP, S_IWOTH
 from typing import BinaryIO
@@ -24,6 +24,7 @@ from pydantic import JsonValue
 from compileflow._process.folders import (
     check_no_link,
     file_lock,
+    folder_handle,
     open_regular,
     os_errors,
     path_of_uri,
@@ -70,7 +71,7 @@ class LocalStore:
         with os_errors(folder, "read"):
             files = list_files(folder)
         digest = folder_digest(files)
-        with os_errors(self.root, "write to the store"), work_folder(self._folder("tmp"), label="put") as work:
+        with os_errors(self.root, "write to the store"), self._work_folder("put") as work:
             for _ in range(_PUT_ATTEMPTS):
                 refreshes = [
                     self._put_blob(folder / record.path, record, work / str(number))
@@ -125,8 +126,8 @@ class LocalStore:
         path = self._path(layout.record_key(kind, key))
         with (
             os_errors(self.root, "write to the store"),
-            work_folder(self._folder("tmp"), label="record") as work,
-            _stored_file(path, work / "record") as partial,
+            self._work_folder("record") as work,
+            self._stored_file(path, work / "record") as partial,
         ):
             partial.write(layout.record_body(dict(value)))
 
@@ -170,7 +171,7 @@ class LocalStore:
                 raise layout.no_store(self.uri)
             if not dry_run:
                 # Killed processes leave work folders.
-                sweep(self._folder("tmp"))
+                sweep(self._folder("tmp"), below=self.root)
             return collect(
                 self,
                 keep,
@@ -201,11 +202,11 @@ class LocalStore:
 
     def delete_listing(self, digest: str, *, min_age_s: float) -> bool:
         """Delete a listing if it is still at least that old."""
-        return _delete_if_old(self._path(layout.listing_key(digest)), min_age_s)
+        return self._delete_if_old(self._path(layout.listing_key(digest)), min_age_s)
 
     def delete_blob(self, sha256: str, *, min_age_s: float) -> bool:
         """Delete a blob if it is still at least that old."""
-        return _delete_if_old(self._blob_path(sha256), min_age_s)
+        return self._delete_if_old(self._blob_path(sha256), min_age_s)
 
     def _json_names(self, prefix: str) -> Iterator[str]:
         with os_errors(self.root, "read the store"):
@@ -217,9 +218,9 @@ class LocalStore:
     def _put_blob(self, path: Path, record: FileRecord, partial: Path) -> bool:
         """Copy a file into the store unless it is there, unaltered. Return whether an old blob was refreshed."""
         blob = self._blob_path(record.sha256)
-        if self._has_right_blob(record) and (was_refreshed := _refresh_if_old(blob)) is not None:
+        if self._has_right_blob(record) and (was_refreshed := self._refresh_if_old(blob)) is not None:
             return was_refreshed
-        with path.open("rb") as file, _stored_file(blob, partial) as copy:
+        with path.open("rb") as file, self._stored_file(blob, partial) as copy:
             if _copy(file, copy, most_bytes=record.size_bytes) != record.sha256:
                 raise layout.changed_while_stored(path)
         return False
@@ -227,9 +228,9 @@ class LocalStore:
     def _put_listing(self, body: bytes, digest: str, partial: Path) -> bool:
         """Write a listing unless it is there, unaltered. Return whether an old listing was refreshed."""
         path = self._path(layout.listing_key(digest))
-        if _holds(path, body) and (was_refreshed := _refresh_if_old(path)) is not None:
+        if _holds(path, body) and (was_refreshed := self._refresh_if_old(path)) is not None:
             return was_refreshed
-        with _stored_file(path, partial) as listing:
+        with self._stored_file(path, partial) as listing:
             listing.write(body)
         return False
 
@@ -302,22 +303,50 @@ class LocalStore:
             check_no_link(folder, below=self.root)
         return folder
 
+    def _work_folder(self, label: str) -> AbstractContextManager[Path]:
+        return work_folder(self._folder("tmp"), label=label, below=self.root)
 
-@contextmanager
-def _stored_file(path: Path, partial: Path) -> Iterator[BinaryIO]:
-    """Give a new file to write, which gets its final path once its content is on disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        # "x" refuses a link that another process has put there.
-        with partial.open("xb") as stream:
-            yield stream
-            stream.flush()
-            os.fchmod(stream.fileno(), 0o444)
-            os.fsync(stream.fileno())
-        with os_errors(path, "replace"):
-            partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    @contextmanager
+    def _stored_file(self, path: Path, partial: Path) -> Iterator[BinaryIO]:
+        """Give a new file to write, which gets its final path once its content is on disk."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            # "x" refuses a link that another process has put there.
+            with partial.open("xb") as stream:
+                yield stream
+                stream.flush()
+                os.fchmod(stream.fileno(), 0o444)
+                os.fsync(stream.fileno())
+            with os_errors(path, "replace"), folder_handle(path.parent, below=self.root) as folder:
+                os.replace(partial, path.name, dst_dir_fd=folder)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _refresh_if_old(self, path: Path) -> bool | None:
+        """Reset the age of an old file, and return whether it was old; None if it must be written again."""
+        stat = _stat(path)
+        if stat is None:
+            return None
+        if time.time() - stat.st_mtime < REFRESH_AFTER_S:
+            return False
+        try:
+            with folder_handle(path.parent, below=self.root) as folder:
+                os.utime(path.name, dir_fd=folder, follow_symlinks=False)
+        except (FileNotFoundError, PermissionError):
+            # A collection has just deleted it, or it belongs to another user.
+            return None
+        return True
+
+    def _delete_if_old(self, path: Path, min_age_s: float) -> bool:
+        with (
+            suppress(FileNotFoundError, NotADirectoryError),
+            folder_handle(path.parent, below=self.root) as folder,
+        ):
+            stat = os.stat(path.name, dir_fd=folder, follow_symlinks=False)
+            if time.time() - stat.st_mtime >= min_age_s:
+                os.unlink(path.name, dir_fd=folder)
+                return True
+        return False
 
 
 def _copy(file: BinaryIO, copy: BinaryIO, *, most_bytes: int) -> str:
@@ -380,26 +409,3 @@ def _stat(path: Path) -> os.stat_result | None:
     except (FileNotFoundError, NotADirectoryError):
         # A collection may have just deleted it.
         return None
-
-
-def _refresh_if_old(path: Path) -> bool | None:
-    """Reset the age of an old file, and return whether it was old; None if it must be written again."""
-    stat = _stat(path)
-    if stat is None:
-        return None
-    if time.time() - stat.st_mtime < REFRESH_AFTER_S:
-        return False
-    try:
-        os.utime(path, follow_symlinks=False)
-    except (FileNotFoundError, PermissionError):
-        # A collection has just deleted it, or it belongs to another user.
-        return None
-    return True
-
-
-def _delete_if_old(path: Path, min_age_s: float) -> bool:
-    stat = _stat(path)
-    if stat is None or time.time() - stat.st_mtime < min_age_s:
-        return False
-    path.unlink(missing_ok=True)
-    return True

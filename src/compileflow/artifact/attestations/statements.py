@@ -27,7 +27,7 @@ BUILDER_ID = "pkg:pypi/compileflow"
 SOURCE_MODEL, CALIBRATION, SUITE, REPORT = "source-model", "calibration", "suite", "report"
 USER_SUITE = "user-suite"
 # The request as the cache names it, and the end of the run that answered it.
-REQUEST, FINISHED = "request", "finishedOn"
+REQUEST, FINISHED, REVALIDATION = "request", "finishedOn", "revalidation"
 
 Statement = Mapping[str, Any]
 _RESULTS: Mapping[Outcome, str] = {
@@ -37,6 +37,7 @@ _RESULTS: Mapping[Outcome, str] = {
     "error": "FAILED",
     PENDING: "FAILED",
 }
+FAILED = _RESULTS["fail"]
 RESULTS = frozenset(_RESULTS.values())
 
 
@@ -73,6 +74,7 @@ class ValidationRun:
         report_uri: URI of the report's folder.
         request_digest: Key of the validation in the cache: artifact, source model, suite, settings and toolchain.
         finished: End of the validation, with a time zone.
+        is_revalidation: Whether an artifact that was registered before was validated again.
     """
 
     outcome: Outcome
@@ -84,6 +86,7 @@ class ValidationRun:
     request_digest: str
     finished: datetime
     user_suite_digest: str = ""
+    is_revalidation: bool = False
 
 
 def provenance_statement(manifest: ArtifactManifest, artifact_digest: str, run: CompileRun) -> dict[str, Any]:
@@ -154,7 +157,8 @@ def verdict_statement(artifact_digest: str, run: ValidationRun) -> dict[str, Any
                 {
                     "name": REQUEST,
                     "digest": {"sha256": run.request_digest},
-                    "annotations": {FINISHED: _timestamp(run.finished)},
+                    "annotations": {FINISHED: _timestamp(run.finished)}
+                    | ({REVALIDATION: True} if run.is_revalidation else {}),
                 },
             ],
             "url": run.report_uri,
@@ -198,15 +202,17 @@ def request_digest(statement: Statement) -> str | None:
 
 def finished_on(verdict: Statement) -> datetime | None:
     """Return when a validation ended, in UTC; None without a time that has a zone, as in older statements."""
-    for item in _list(_dict(verdict.get("predicate")).get("configuration")):
-        if _dict(item).get("name") == REQUEST:
-            text = _dict(_dict(item).get("annotations")).get(FINISHED)
-            try:
-                moment = datetime.fromisoformat(text) if isinstance(text, str) else None
-                return moment.astimezone(UTC) if moment is not None and moment.tzinfo is not None else None
-            except (ValueError, OverflowError):
-                return None
-    return None
+    text = _annotations(verdict).get(FINISHED)
+    try:
+        moment = datetime.fromisoformat(text) if isinstance(text, str) else None
+        return moment.astimezone(UTC) if moment is not None and moment.tzinfo is not None else None
+    except (ValueError, OverflowError):
+        return None
+
+
+def is_revalidation(verdict: Statement) -> bool:
+    """Return whether a verdict is about an artifact that was registered before."""
+    return _annotations(verdict).get(REVALIDATION) is True
 
 
 def result_of(outcome: Outcome) -> str:
@@ -232,6 +238,12 @@ def _package_url(name: str, version: str) -> str:
 
 def _timestamp(moment: datetime) -> str:
     return moment.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def _annotations(verdict: Statement) -> Mapping[str, Any]:
+    """Return the notes on the request that a verdict answers."""
+    items = map(_dict, _list(_dict(verdict.get("predicate")).get("configuration")))
+    return next((_dict(item.get("annotations")) for item in items if item.get("name") == REQUEST), {})
 
 
 def _named(descriptors: Any, name: str) -> str | None:
