@@ -11,12 +11,13 @@ from typing import Any
 
 import typer
 import yaml
-from httpx import HTTPError
+from httpx import HTTPError, TransportError
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
 from prefect.events.schemas.automations import AutomationCore
 from prefect.exceptions import ObjectNotFound
-from pydantic import ValidationError
+from prefect.settings import PREFECT_API_URL
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from compileflow.errors import CompileflowError, ProcessError, SpecError, first_line, first_problem
 
@@ -45,10 +46,20 @@ def apply(prefect_file: Path, automations_file: Path, *, report: Callable[[str],
         report: Called with a line for each thing that was applied or removed.
 
     Raises:
-        SpecError: A file cannot be read.
+        SpecError: A file is wrong, or no server is set.
         ProcessError: The server refuses something, or does not answer.
     """
+    if not PREFECT_API_URL.value():
+        # Prefect would start a server for this command alone.
+        raise SpecError(
+            "PREFECT_API_URL is not set.",
+            hint="Set it to the API of your server, or in the active Prefect profile.",
+        )
     deployments = _read(prefect_file, "deployments")
+    try:
+        TypeAdapter(list[_Deployment]).validate_python(deployments)
+    except ValidationError as error:
+        raise SpecError(f"{prefect_file} is wrong: {first_problem(error)}.", hint="Correct the file.") from error
     automations = [_automation(entry) for entry in _read(automations_file, "automations")]
     try:
         with get_client(sync_client=True) as client:
@@ -58,17 +69,32 @@ def apply(prefect_file: Path, automations_file: Path, *, report: Callable[[str],
             _finish_deployments(client, deployments, report)
             _apply_automations(client, automations, report)
     except HTTPError as error:
+        verb = "does not answer" if isinstance(error, TransportError) else "refuses the deployments"
         raise ProcessError(
-            f"The Prefect server refuses the deployments: {first_line(error)}",
+            f"The Prefect server {verb}: {first_line(error).rstrip('.')}.",
             hint="Check PREFECT_API_URL and PREFECT_API_AUTH_STRING.",
         ) from error
+
+
+class _Pool(BaseModel):
+    name: str
+
+
+class _Deployment(BaseModel):
+    """What is needed of an entry; Prefect reads the rest."""
+
+    name: str
+    entrypoint: str
+    work_pool: _Pool
 
 
 def _read(path: Path, key: str) -> list[dict[str, Any]]:
     try:
         entries: list[dict[str, Any]] = yaml.safe_load(path.read_text("utf-8"))[key]
-    except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise SpecError(f"{path} has no list of {key}: {first_line(error)}.", hint="Correct the file.") from error
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise SpecError(f"{path} has no list of {key} with fields.", hint="Correct the file.")
     return entries
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +21,7 @@ from compileflow.errors import IntegrityError, SpecError
 from compileflow.settings import Settings, get_settings
 from tests.services.fault_proxy import FaultProxy
 from tests.services.moto_server import Moto
-from tests.unit.attested_artifacts import RUN, Envelope, Keys, judged, make_keys, small_artifact
+from tests.unit.attested_artifacts import REPORT, RUN, Envelope, Keys, judged, make_keys, small_artifact
 
 
 @pytest.fixture
@@ -136,8 +137,25 @@ def test_signed_statement_stays_unless_a_trusted_key_signed_the_other_one(
     mirror_store(source.uri, to_uri, settings=settings)
     assert mirror.get_record("verdict", artifact) == failed
     assert mirror.get_record("report-of", artifact) == {"outcome": "fail"}
-    (warning,) = caplog.messages
-    assert "keeps its verdict of" in warning
+    assert ["keeps its verdict of" in warning for warning in caplog.messages] == [True, False]
+    assert "keeps its report-of of" in caplog.messages[1]
+
+
+@pytest.mark.parametrize("change", [{"report_digest": "8" * 64}, {"outcome": "pass"}, {"outcome": ["pass"]}])
+def test_record_of_a_verdict_is_copied_only_if_it_says_what_the_statement_says(
+    source: ArtifactStore, tmp_path: Path, to_uri: str, settings: Settings, change: dict[str, Any]
+) -> None:
+    artifact, keys = stored(source, tmp_path, "artifact"), make_keys(tmp_path)
+    settings = settings.model_copy(update={"trusted_keys": str(keys.public)})
+    mirror = open_store(to_uri, settings)
+    mirror.put_record("verdict", artifact, verdict(artifact, keys, "fail"))
+    record = {"outcome": "fail", "report_digest": REPORT}
+    source.put_record("report-of", artifact, record | change)
+    mirror_store(source.uri, to_uri, settings=settings)
+    assert mirror.get_record("report-of", artifact) is None
+    source.put_record("report-of", artifact, record)
+    mirror_store(source.uri, to_uri, settings=settings)
+    assert mirror.get_record("report-of", artifact) == record
 
 
 def test_newer_statement_of_a_trusted_key_replaces_any_other_one(
@@ -153,10 +171,11 @@ def test_newer_statement_of_a_trusted_key_replaces_any_other_one(
         mirror.put_record("verdict", artifact, old)
         mirror_store(source.uri, to_uri, settings=settings)
         assert mirror.get_record("verdict", artifact) == new
-    # The older one does not come back, and another statement does not take its place.
+    # The older one does not come back, nor one without a date, and another statement does not take its place.
     manifest = read_manifest(small_artifact(tmp_path / "small"))
     provenance = dict(seal(provenance_statement(manifest, artifact, RUN), keys.signer))
-    for old in (*olds, provenance):
+    undated = json.loads(json.dumps(verdict_statement(artifact, judged())).replace("finishedOn", "ended"))
+    for old in (*olds, provenance, dict(seal(undated, keys.signer))):
         source.put_record("verdict", artifact, old)
         mirror_store(source.uri, to_uri, settings=settings)
         assert mirror.get_record("verdict", artifact) == new

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 from pydantic import JsonValue
 
 from compileflow.admin.collect import reports_on
-from compileflow.artifact.attestations.envelopes import RECORDS
+from compileflow.artifact.attestations.envelopes import RECORDS, Envelope, statement_in
 from compileflow.artifact.attestations.replace import StatementJudge
-from compileflow.artifact.attestations.statements import PROVENANCE_TYPE, VERDICT_TYPE
+from compileflow.artifact.attestations.statements import (
+    PROVENANCE_TYPE,
+    RESULT_OF,
+    VERDICT_TYPE,
+    report_digest,
+    result,
+)
 from compileflow.catalog import open_store
 from compileflow.contracts import ArtifactStore
-from compileflow.errors import IntegrityError, SpecError
+from compileflow.errors import IntegrityError, SignatureError, SpecError
 from compileflow.settings import Settings
 from compileflow.steps.attest import WAITING_VERDICT
 from compileflow.steps.validate import WAITING
 
 logger = logging.getLogger(__name__)
 # Kinds of records about an artifact. Cache records are not copied, because they belong to the runs of one store.
-# After each statement comes the record that says the same, which is left out together with it.
+# After each statement comes the record that says the same.
 _KINDS = (
     (PROVENANCE_TYPE, RECORDS[PROVENANCE_TYPE], ()),
     (VERDICT_TYPE, RECORDS[VERDICT_TYPE], ("report-of",)),
@@ -80,21 +86,35 @@ def mirror_store(
                 hint="Do not use that store.",
             )
     for predicate_type, statement, companions in _KINDS:
-        refused_keys = set()
         for kind in (statement, *companions):
             for digest in [key for key in source.list_records(kind) if digests is None or key in folders]:
                 copy = _copy_of(source, mirror, kind, digest)
                 existing_record = mirror.get_record(kind, digest)
-                if copy is None or copy == existing_record or digest in refused_keys:
+                if copy is None or copy == existing_record:
                     continue
-                if kind == statement and existing_record is not None:
+                reason = ""
+                if kind != statement:
+                    reason = _disagreement(copy, mirror.get_record(statement, digest))
+                elif existing_record is not None:
                     reason = judge.objection(digest, existing_record, copy, predicate_type=predicate_type)
-                    if reason:
-                        refused_keys.add(digest)
-                        logger.warning("%s keeps its %s of %s: %s", mirror.uri, kind, digest[:12], reason)
-                        continue
+                if reason:
+                    logger.warning("%s keeps its %s of %s: %s", mirror.uri, kind, digest[:12], reason)
+                    continue
                 mirror.put_record(kind, digest, copy)
     return len(folders)
+
+
+def _disagreement(record: Mapping[str, JsonValue], verdict: Envelope | None) -> str:
+    """Return that the record of a verdict says something else than the mirror's statement; "" if it does not."""
+    try:
+        statement = statement_in(verdict) if verdict else None
+    except SignatureError as error:
+        return error.message.rstrip(".")
+    if statement is None:
+        return ""
+    found = (record.get("report_digest"), str(record.get("outcome")))
+    is_same = found[0] == report_digest(statement) and RESULT_OF.get(found[1]) == result(statement)
+    return "" if is_same else "the other one differs from the statement there"
 
 
 def _with_reports(source: ArtifactStore, digests: Collection[str]) -> list[str]:

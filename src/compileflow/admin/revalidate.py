@@ -97,7 +97,7 @@ def revalidate_version(
         store_uri, _ = split_uri(version.artifact_uri)
         attester = Attester.of(open_store(store_uri, settings), settings)
         lack, verdict = attester.verdict_on(version.artifact_digest)
-        if verdict is None and attester.signer is not None:
+        if verdict is None and attester.requires_signature:
             return Revalidation(version, "not checked", f"its last verdict does not count: {lack}")
         if verdict is not None and result(verdict) == FAILED and not is_revalidation(verdict):
             # That validation may have asked for more than this one does, so this one cannot lift it.

@@ -18,6 +18,7 @@ from compileflow.artifact.attestations.envelopes import RECORD_TYPE, RECORDS, pu
 from compileflow.artifact.attestations.keys import configured_keys, load_public_keys, load_signer
 from compileflow.artifact.attestations.statements import (
     PROVENANCE_TYPE,
+    RESULT_OF,
     VERDICT_TYPE,
     CompileRun,
     Statement,
@@ -25,7 +26,6 @@ from compileflow.artifact.attestations.statements import (
     provenance_statement,
     report_digest,
     result,
-    result_of,
     source_uri,
     verdict_statement,
 )
@@ -55,12 +55,14 @@ class Attester:
         signer: Private key of the run. None leaves the statements unsigned.
         trusted: Public keys whose earlier statements are accepted, in addition to the signer's key.
         threads: Number of threads that a step uses.
+        requires_signature: Whether what others compiled counts only with a signature.
     """
 
     store: ArtifactStore
     signer: CryptoSigner | None
     trusted: tuple[SSlibKey, ...]
     threads: int
+    requires_signature: bool
 
     @classmethod
     def of(cls, store: ArtifactStore, settings: Settings) -> Attester:
@@ -71,8 +73,10 @@ class Attester:
             SignatureError: securesystemslib is not installed.
         """
         signer = load_signer(settings)
-        key_files = configured_keys(settings) if signer is not None else ()
-        return cls(store, signer, load_public_keys(key_files) if key_files else (), settings.threads)
+        requires_signature = signer is not None or settings.require_signature
+        key_files = configured_keys(settings) if requires_signature else ()
+        trusted = load_public_keys(key_files) if key_files else ()
+        return cls(store, signer, trusted, settings.threads, requires_signature)
 
     def compiled(self, folder: Path, digest: str, *, started: datetime, request_digest: str) -> None:
         """Record how the artifact in `folder` was compiled. The artifact must be in the store already.
@@ -130,17 +134,17 @@ class Attester:
     def lacks_pending(self, digest: str, report: str, request_digest: str) -> str:
         """Return why a verdict that waits for a device cannot be settled; '' if its record is sufficient.
 
-        The recorded answers of the source model are in its report, so that a run with a key settles only what a
-        trusted key signed.
+        The recorded answers of the source model are in its report, so that a run with a key, or one that requires
+        signatures, settles only what a trusted key signed.
 
         Args:
             digest: Digest of the artifact.
             report: Digest of the report with the recorded answers.
             request_digest: Key of the validation.
         """
-        reason, verdict = self._lack(digest, VERDICT_TYPE, record=WAITING_VERDICT)
+        reason, verdict = self._lack(digest, VERDICT_TYPE, record=WAITING_VERDICT, strict=self.requires_signature)
         if verdict is None:
-            return "" if self.signer is None else reason
+            return reason if self.requires_signature else ""
         if report_digest(verdict.statement) != report:
             return "its statement names another report"
         return _other_request(verdict, request_digest)
@@ -179,7 +183,7 @@ class Attester:
             return reason
         if report_digest(verdict.statement) == report:
             stated = result(verdict.statement)
-            if stated != result_of(outcome):
+            if stated != RESULT_OF[outcome]:
                 return f"its statement has the result {stated or 'none'}"
             return "" if request_digest is None else _other_request(verdict, request_digest)
         signatures = _record(self.store, digest, VERDICT_TYPE).get("signatures")
@@ -188,8 +192,8 @@ class Attester:
         return "a later validation replaced the verdict on this artifact" if can_replace else ""
 
     def verdict_on(self, digest: str) -> tuple[str, Statement | None]:
-        """Return why the verdict on an artifact is not sufficient, and None; or '' and the verdict."""
-        reason, verdict = self._lack(digest, VERDICT_TYPE)
+        """Return why the verdict on an artifact of others is not sufficient, and None; or '' and the verdict."""
+        reason, verdict = self._lack(digest, VERDICT_TYPE, strict=self.requires_signature)
         return reason, None if verdict is None else verdict.statement
 
     def signatures_of(self, step: str, content: Mapping[str, JsonValue]) -> JsonValue:
@@ -212,8 +216,13 @@ class Attester:
         """Public keys whose signatures count for this run."""
         return self.trusted if self.signer is None else (self.signer.public_key, *self.trusted)
 
-    def _lack(self, digest: str, kind: str, *, record: str = "") -> tuple[str, Attestation | None]:
-        """Return why a statement of a kind is not sufficient, and the statement; '' with it if it is."""
+    def _lack(
+        self, digest: str, kind: str, *, record: str = "", strict: bool = False
+    ) -> tuple[str, Attestation | None]:
+        """Return why a statement of a kind is not sufficient, and the statement; '' with it if it is.
+
+        A run with a key, and a `strict` caller, need a signature.
+        """
         name = RECORDS[kind]
         try:
             attestations = verify_attestations(
@@ -228,7 +237,7 @@ class Attester:
         attestation = attestations.provenance if kind == PROVENANCE_TYPE else attestations.verdict
         if attestation is None:
             return f"the store has no {name} statement on it", None
-        if self.signer is not None and not attestation.signed_by:
+        if (strict or self.signer is not None) and not attestation.signed_by:
             return f"neither this run's key nor a trusted key signed its {name} statement", None
         return "", attestation
 

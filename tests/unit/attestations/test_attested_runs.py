@@ -268,7 +268,7 @@ class TestCached:
 
     def attester(self, store: ArtifactStore, keys: Keys | None, *trusted: Keys) -> Attester:
         other_keys = tuple(key for pair in trusted for key in pair.trusted)
-        return Attester(store, keys.signer if keys else None, other_keys, threads=1)
+        return Attester(store, keys.signer if keys else None, other_keys, 1, keys is not None)
 
     def test_answer_of_an_older_key_stands_while_that_is_trusted(
         self, store: LocalStore, artifact: Path, tmp_path: Path

@@ -60,7 +60,8 @@ class StatementJudge:
         if self._distrust(digest, existing, predicate_type):
             return ""
         before, after = (finished_on(statement_in(envelope) or {}) for envelope in (existing, new))
-        return "the other one is older" if before and after and after < before else ""
+        # Only older versions of compileflow wrote verdicts without a date.
+        return "the other one is older" if before and (after is None or after < before) else ""
 
     def _distrust(self, digest: str, envelope: Envelope, predicate_type: str) -> str:
         try:

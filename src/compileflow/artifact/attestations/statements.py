@@ -30,15 +30,16 @@ USER_SUITE = "user-suite"
 REQUEST, FINISHED, REVALIDATION = "request", "finishedOn", "revalidation"
 
 Statement = Mapping[str, Any]
-_RESULTS: Mapping[Outcome, str] = {
+# What a verdict states for an outcome.
+RESULT_OF: Mapping[str, str] = {
     "pass": "PASSED",
     "warn": "WARNED",
     "fail": "FAILED",
     "error": "FAILED",
     PENDING: "FAILED",
 }
-FAILED = _RESULTS["fail"]
-RESULTS = frozenset(_RESULTS.values())
+FAILED = RESULT_OF["fail"]
+RESULTS = frozenset(RESULT_OF.values())
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def verdict_statement(artifact_digest: str, run: ValidationRun) -> dict[str, Any
         artifact_digest,
         VERDICT_TYPE,
         {
-            "result": _RESULTS[run.outcome],
+            "result": RESULT_OF[run.outcome],
             "configuration": [
                 {"name": SUITE, "digest": {"sha256": run.suite_digest}},
                 *(users_suite if run.user_suite_digest else ()),
@@ -213,11 +214,6 @@ def finished_on(verdict: Statement) -> datetime | None:
 def is_revalidation(verdict: Statement) -> bool:
     """Return whether a verdict is about an artifact that was registered before."""
     return _annotations(verdict).get(REVALIDATION) is True
-
-
-def result_of(outcome: Outcome) -> str:
-    """Return the result that a verdict states for an outcome."""
-    return _RESULTS[outcome]
 
 
 def result(verdict: Statement) -> str:
