@@ -101,7 +101,7 @@ def revalidate_version(
             return Revalidation(version, "not checked", f"its last verdict does not count: {lack}")
         if verdict is not None and result(verdict) == FAILED and not is_revalidation(verdict):
             # That validation may have asked for more than this one does, so this one cannot lift it.
-            reason = "the last validation of its artifact, which was no revalidation, failed"
+            reason = "the last validation of its artifact failed, and it was not a revalidation"
             return _noted(version, registry_uri, settings, passes=False, reason=reason)
         validated = validate_artifact(
             _source(version, attester),
