@@ -20,7 +20,7 @@ from compileflow.artifact.manifest import read_manifest
 from compileflow.artifact.open import OpenArtifact, copy_artifact
 from compileflow.catalog import open_store
 from compileflow.cli import app
-from compileflow.contracts.digests import list_files
+from compileflow.contracts.digests import folder_digest, list_files
 from compileflow.errors import IntegrityError, ManifestError, SpecError, StoreError
 from compileflow.settings import Settings
 from compileflow.stores import local
@@ -346,15 +346,20 @@ def test_put_does_not_write_through_a_link_that_another_process_plants(
     store = open_store((tmp_path / "store").as_uri())
     (tmp_path / "precious").write_text("precious")
 
+    folder = model_folder(tmp_path, size_bytes=10)
+    files = list_files(folder)
+    names = [*(record.sha256 for record in files), f"{folder_digest(files)}.json", "key.json"]
+
     @contextmanager
     def planted_work_folder(parent: Path, *, label: str, below: Path) -> Iterator[Path]:
         with work_folder(parent, label=label, below=below) as work:
-            for name in ("0", "1", "listing", "record"):
+            for name in names:
                 (work / name).symlink_to(tmp_path / "precious")
             yield work
+            # Nothing that the store did not make is deleted.
+            assert {path.name for path in work.iterdir()} == {*names}
 
     monkeypatch.setattr(local, "work_folder", planted_work_folder)
-    folder = model_folder(tmp_path, size_bytes=10)
     for act in (lambda: store.put_folder(folder), lambda: store.put_record("cache", "key", {})):
         with pytest.raises(StoreError, match="EEXIST"):
             act()

@@ -152,6 +152,20 @@ def test_two_versions_that_a_race_made_are_seen_and_left_as_one(registry: ModelR
     assert registry.register(version_entry("ner", 3)).version == 4
 
 
+def test_repeated_version_that_names_another_model_costs_that_model_nothing(
+    registry: ModelRegistry, file_uri: str
+) -> None:
+    first = registry.register(version_entry("ner", 1))
+    for number in (2, 3):
+        registry.register(version_entry("other", number))
+    forged = version_entry("ner", 1).model_copy(update={"name": "other"})
+    with raw(file_uri) as client:
+        client.create_model_version("ner", source="elsewhere", tags=entry_tags(forged))
+    assert registry.register(version_entry("ner", 1)) == first
+    assert [version.version for version in registry.versions("other")] == [2, 1]
+    assert [version.version for version in registry.versions("ner")] == [1]
+
+
 def test_run_that_a_killed_call_left_is_used(registry: ModelRegistry, file_uri: str) -> None:
     version = registry.register(version_entry("ner", 1))
     with raw(file_uri) as client:

@@ -95,6 +95,30 @@ def test_file_that_could_hold_up_its_readers_is_refused(tmp_path: Path, change: 
         registry.set_stage("ner", 1, "production", who="ann")
 
 
+def test_database_of_another_program_is_left_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "other.db"
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute("CREATE TABLE precious(value)")
+    with pytest.raises(RegistryError, match="is the database of another program"):
+        open_registry(f"sqlite:///{path}").register(version_entry("ner", 1))
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("SELECT name FROM sqlite_schema").fetchall() == [("precious",)]
+
+
+def test_name_in_an_entry_does_not_make_it_a_version_of_another_model(tmp_path: Path) -> None:
+    path = tmp_path / "registry.db"
+    registry = open_registry(f"sqlite:///{path}")
+    for name in ("ner", "other"):
+        registry.register(version_entry(name, 1))
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute("UPDATE version SET entry = replace(entry, '\"ner\"', '\"other\"')")
+    registry.set_stage("ner", 1, "production", who="ann")
+    assert [(version.name, version.stage) for version in registry.versions()] == [
+        ("ner", "production"),
+        ("other", "none"),
+    ]
+
+
 def test_newest_is_the_highest_number_even_if_the_clock_went_back(tmp_path: Path) -> None:
     path = tmp_path / "registry.db"
     registry = open_registry(f"sqlite:///{path}")

@@ -47,7 +47,7 @@ def read_version(text: str, place: str, registry_fields: Mapping[str, object]) -
     Args:
         text: JSON of the registered entry.
         place: Place of the entry for the error, for example "ner 3 in sqlite:////reg.db".
-        registry_fields: Number, time and stage.
+        registry_fields: Number, time and stage; and the name, which takes the place of the one in the JSON.
 
     Raises:
         RegistryError: This compileflow cannot read the JSON as an entry.

@@ -60,7 +60,7 @@ CREATE INDEX promotion_by_version ON promotion(model_id, number)
 """,
 )
 _FROM = " FROM version v JOIN model m ON m.id = v.model_id "
-_SELECT = "SELECT v.number, v.created_at, v.entry, v.stage" + _FROM
+_SELECT = "SELECT m.name, v.number, v.created_at, v.entry, v.stage" + _FROM
 _WAIT_S = 30.0
 _MOST_ROW_BYTES = 16 * 2**20
 _CANNOT_WRITE = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
@@ -117,7 +117,7 @@ class SqliteRegistry:
                 "INSERT INTO version(model_id, number, artifact_digest, created_at, entry) VALUES (?, ?, ?, ?, ?)",
                 (model_id, number, entry.artifact_digest, created_at, body),
             )
-            return _version((number, created_at, body, "none"))
+            return _version((entry.name, number, created_at, body, "none"))
 
     def find(self, artifact_digest: str) -> Sequence[ModelVersion]:
         """Return every version of an artifact, newest first."""
@@ -251,9 +251,9 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _version(row: tuple[int, str, str, Stage]) -> ModelVersion:
-    number, created_at, entry, stage = row
-    registry_fields = {"version": number, "created_at": created_at, "stage": stage}
+def _version(row: tuple[str, int, str, str, Stage]) -> ModelVersion:
+    name, number, created_at, entry, stage = row
+    registry_fields = {"name": name, "version": number, "created_at": created_at, "stage": stage}
     return read_version(entry, f"Version {number} in the registry's file", registry_fields)
 
 
@@ -311,6 +311,10 @@ def _open_to_read(path: Path) -> sqlite3.Connection:
 
 
 def _migrate(db: sqlite3.Connection, path: Path) -> None:
+    if _schema_version(db) == 0 and db.execute("SELECT 1 FROM sqlite_schema").fetchone():
+        raise RegistryError(
+            f"{path} is the database of another program.", hint="Give the registry a file of its own."
+        )
     for script in _MIGRATIONS[_known_schema(db, path) :]:
         for statement in script.split(";"):
             db.execute(statement)

@@ -55,7 +55,7 @@ class Attester:
         signer: Private key of the run. None leaves the statements unsigned.
         trusted: Public keys whose earlier statements are accepted, in addition to the signer's key.
         threads: Number of threads that a step uses.
-        requires_signature: Whether what others compiled counts only with a signature.
+        requires_signature: Whether only what a trusted key signed counts: with a key, or if the settings say so.
     """
 
     store: ArtifactStore
@@ -142,7 +142,7 @@ class Attester:
             report: Digest of the report with the recorded answers.
             request_digest: Key of the validation.
         """
-        reason, verdict = self._lack(digest, VERDICT_TYPE, record=WAITING_VERDICT, strict=self.requires_signature)
+        reason, verdict = self._lack(digest, VERDICT_TYPE, record=WAITING_VERDICT)
         if verdict is None:
             return reason if self.requires_signature else ""
         if report_digest(verdict.statement) != report:
@@ -192,8 +192,8 @@ class Attester:
         return "a later validation replaced the verdict on this artifact" if can_replace else ""
 
     def verdict_on(self, digest: str) -> tuple[str, Statement | None]:
-        """Return why the verdict on an artifact of others is not sufficient, and None; or '' and the verdict."""
-        reason, verdict = self._lack(digest, VERDICT_TYPE, strict=self.requires_signature)
+        """Return why the verdict on an artifact is not sufficient, and None; or '' and the verdict."""
+        reason, verdict = self._lack(digest, VERDICT_TYPE)
         return reason, None if verdict is None else verdict.statement
 
     def signatures_of(self, step: str, content: Mapping[str, JsonValue]) -> JsonValue:
@@ -201,8 +201,8 @@ class Attester:
         return _sealed_record(step, content, self.signer)["signatures"]
 
     def distrusts(self, step: str, content: Mapping[str, JsonValue], signatures: JsonValue) -> str:
-        """Return why this run does not use a cache record; '' without a key, or if a trusted key signed it."""
-        if self.signer is None:
+        """Return why this run does not use a cache record; '' if it needs no signature or has a trusted one."""
+        if not self.requires_signature:
             return ""
         envelope = _sealed_record(step, content, None) | {"signatures": signatures}
         try:
@@ -216,13 +216,8 @@ class Attester:
         """Public keys whose signatures count for this run."""
         return self.trusted if self.signer is None else (self.signer.public_key, *self.trusted)
 
-    def _lack(
-        self, digest: str, kind: str, *, record: str = "", strict: bool = False
-    ) -> tuple[str, Attestation | None]:
-        """Return why a statement of a kind is not sufficient, and the statement; '' with it if it is.
-
-        A run with a key, and a `strict` caller, need a signature.
-        """
+    def _lack(self, digest: str, kind: str, *, record: str = "") -> tuple[str, Attestation | None]:
+        """Return why a statement of a kind is not sufficient, and the statement; '' with it if it is."""
         name = RECORDS[kind]
         try:
             attestations = verify_attestations(
@@ -237,7 +232,7 @@ class Attester:
         attestation = attestations.provenance if kind == PROVENANCE_TYPE else attestations.verdict
         if attestation is None:
             return f"the store has no {name} statement on it", None
-        if (strict or self.signer is not None) and not attestation.signed_by:
+        if self.requires_signature and not attestation.signed_by:
             return f"neither this run's key nor a trusted key signed its {name} statement", None
         return "", attestation
 

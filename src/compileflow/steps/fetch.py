@@ -142,7 +142,7 @@ def _checked_version(model: str, settings: Settings, attester: Attester) -> Mode
         # The run's store may hold only the source model.
         other_store = open_store(split_uri(version.artifact_uri)[0], settings)
         uri, digest, reason = replace(attester, store=other_store).compiled_from(version.artifact_digest)
-    if not digest and attester.signer is None:
+    if not digest and not attester.requires_signature:
         return version
     if not reason and digest != version.source_digest:
         reason = f"its artifact was compiled from {digest[:12] or 'none'}, not from {version.source_digest[:12]}"

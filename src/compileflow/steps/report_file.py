@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from compileflow._process.folders import file_written_whole, os_errors
 from compileflow.catalog import open_store
-from compileflow.contracts.json_files import read_json
+from compileflow.contracts.json_files import MOST_JSON_BYTES, read_bytes, read_json
 from compileflow.errors import ManifestError, first_line, first_problem
 from compileflow.settings import Settings
 from compileflow.stores.layout import split_uri
@@ -79,7 +79,7 @@ def export_page(uri: str, name: str, settings: Settings) -> Path:
         if docs.is_file():
             copied = _data_docs_of(page)
             copied.parent.mkdir(exist_ok=True)
-            copied.write_bytes(_PAGE_START + docs.read_bytes())
+            copied.write_bytes(_PAGE_START + _member(docs.parent, docs.name, uri))
     return page
 
 
@@ -141,8 +141,12 @@ def _parsed(kind: type[Kind], body: bytes, uri: str) -> Kind:
 
 def _member(folder: Path, name: str, uri: str) -> bytes:
     try:
-        return (folder / name).read_bytes()
+        return read_bytes(folder / name, most_bytes=MOST_JSON_BYTES, follow_links=True)
     except FileNotFoundError as error:
         raise ManifestError(
             f"{uri} is not a report: it has no {name}.", hint="Give the URI of a report."
+        ) from error
+    except ValueError as error:
+        raise ManifestError(
+            f"{uri} is not a report: {name}: {error}.", hint="Validate the artifact again."
         ) from error

@@ -361,7 +361,7 @@ def _reuse(store: ArtifactStore, artifact: CompiledArtifact, attester: Attester)
             f"The validate step is off, and the store {store.uri} has no report on {artifact.digest[:12]}...",
             hint="Switch the validate step on.",
         )
-    problem = _lack(attester, value) if attester.signer is not None and value.outcome != PENDING else ""
+    problem = _lack(attester, value) if attester.requires_signature and value.outcome != PENDING else ""
     reported = _as_reported(store, value)
     if problem or reported is None:
         raise StepOffError(

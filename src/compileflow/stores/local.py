@@ -73,11 +73,8 @@ class LocalStore:
         digest = folder_digest(files)
         with os_errors(self.root, "write to the store"), self._work_folder("put") as work:
             for _ in range(_PUT_ATTEMPTS):
-                refreshes = [
-                    self._put_blob(folder / record.path, record, work / str(number))
-                    for number, record in enumerate(files)
-                ]
-                refreshes.append(self._put_listing(listing_bytes(files), digest, work / "listing"))
+                refreshes = [self._put_blob(folder / record.path, record, work) for record in files]
+                refreshes.append(self._put_listing(listing_bytes(files), digest, work))
                 # Rule 4 of stores/collecting.py.
                 if not any(refreshes) or self.exists(digest):
                     break
@@ -127,7 +124,7 @@ class LocalStore:
         with (
             os_errors(self.root, "write to the store"),
             self._work_folder("record") as work,
-            self._stored_file(path, work / "record") as partial,
+            self._stored_file(path, work) as partial,
         ):
             partial.write(layout.record_body(dict(value)))
 
@@ -215,22 +212,22 @@ class LocalStore:
             if path.suffix == ".json":
                 yield path.stem
 
-    def _put_blob(self, path: Path, record: FileRecord, partial: Path) -> bool:
+    def _put_blob(self, path: Path, record: FileRecord, work: int) -> bool:
         """Copy a file into the store unless it is there, unaltered. Return whether an old blob was refreshed."""
         blob = self._blob_path(record.sha256)
         if self._has_right_blob(record) and (was_refreshed := self._refresh_if_old(blob)) is not None:
             return was_refreshed
-        with path.open("rb") as file, self._stored_file(blob, partial) as copy:
+        with path.open("rb") as file, self._stored_file(blob, work) as copy:
             if _copy(file, copy, most_bytes=record.size_bytes) != record.sha256:
                 raise layout.changed_while_stored(path)
         return False
 
-    def _put_listing(self, body: bytes, digest: str, partial: Path) -> bool:
+    def _put_listing(self, body: bytes, digest: str, work: int) -> bool:
         """Write a listing unless it is there, unaltered. Return whether an old listing was refreshed."""
         path = self._path(layout.listing_key(digest))
         if _holds(path, body) and (was_refreshed := self._refresh_if_old(path)) is not None:
             return was_refreshed
-        with self._stored_file(path, partial) as listing:
+        with self._stored_file(path, work) as listing:
             listing.write(body)
         return False
 
@@ -303,24 +300,33 @@ class LocalStore:
             check_no_link(folder, below=self.root)
         return folder
 
-    def _work_folder(self, label: str) -> AbstractContextManager[Path]:
-        return work_folder(self._folder("tmp"), label=label, below=self.root)
+    @contextmanager
+    def _work_folder(self, label: str) -> Iterator[int]:
+        """Give the handle of an empty folder for unfinished files, which is deleted after the block."""
+        with (
+            work_folder(self._folder("tmp"), label=label, below=self.root) as work,
+            folder_handle(work, below=self.root) as handle,
+        ):
+            yield handle
 
     @contextmanager
-    def _stored_file(self, path: Path, partial: Path) -> Iterator[BinaryIO]:
-        """Give a new file to write, which gets its final path once its content is on disk."""
+    def _stored_file(self, path: Path, work: int) -> Iterator[BinaryIO]:
+        """Give a new file to write in a work folder, which gets its final path once its content is on disk."""
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Nothing that another process has put there is opened, or deleted below.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        handle = os.open(path.name, flags, 0o600, dir_fd=work)
         try:
-            # "x" refuses a link that another process has put there.
-            with partial.open("xb") as stream:
+            with os.fdopen(handle, "wb") as stream:
                 yield stream
                 stream.flush()
                 os.fchmod(stream.fileno(), 0o444)
                 os.fsync(stream.fileno())
             with os_errors(path, "replace"), folder_handle(path.parent, below=self.root) as folder:
-                os.replace(partial, path.name, dst_dir_fd=folder)
+                os.replace(path.name, path.name, src_dir_fd=work, dst_dir_fd=folder)
         finally:
-            partial.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                os.unlink(path.name, dir_fd=work)
 
     def _refresh_if_old(self, path: Path) -> bool | None:
         """Reset the age of an old file, and return whether it was old; None if it must be written again."""

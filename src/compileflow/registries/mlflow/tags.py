@@ -61,7 +61,7 @@ def read_version(
     """Return the version in these tags; None if compileflow did not register it.
 
     Args:
-        name: Name of the model, for the error.
+        name: Name of the model.
         number: MLflow's number of the version.
         created_ms: Time of creation in milliseconds since 1970.
         tags: All tags of the version.
@@ -75,7 +75,7 @@ def read_version(
     body = "".join(tags[key] for key in sorted(tags) if key.startswith(_ENTRY))
     created_at = datetime.fromtimestamp(created_ms / 1000, UTC).isoformat(timespec="seconds")
     stage = next((alias for alias in ALIASES if alias in aliases), "archived" if ARCHIVED in tags else "none")
-    registry_fields = {"version": number, "created_at": created_at, "stage": stage}
+    registry_fields = {"name": name, "version": number, "created_at": created_at, "stage": stage}
     return lookup.read_version(body, f"{name} {number} in MLflow", registry_fields)
 
 
