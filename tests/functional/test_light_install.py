@@ -117,7 +117,7 @@ def test_light_pipeline_answers_there(
 def test_full_interface_and_compile_name_their_extras_there(python: Path, artifact: Path, tmp_path: Path) -> None:
     assert run(python, HEAD + FULL, str(artifact), "", home=tmp_path) == (
         "CompiledModel needs torch and transformers, which are not installed. Run: pip install 'compileflow[hf]'. "
-        "LightPipeline serves text without them.\n"
+        "LightPipeline serves text and classifies images without them.\n"
     )
     words = [python.with_name("compileflow"), "compile", artifact, "--target", "onnx-runtime"]
     environment = os.environ | {"COMPILEFLOW_HOME": str(tmp_path)}
