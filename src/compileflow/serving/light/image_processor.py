@@ -66,9 +66,9 @@ class LightImageProcessor:
     """Turns an image into the input of a model.
 
     Attributes:
-        size: Height and width to resize to, or the shorter edge; None keeps the size.
+        size: Width and height to resize to, or the shorter edge; None keeps the size.
         resample: Number of Pillow's filter.
-        crops: Heights and widths to which the middle is cut, one after the other; what is missing becomes black.
+        crops: Widths and heights to which the middle is cut, one after the other; what is missing becomes black.
         levels: Input for each level of a colour, shape (3, 256).
         on_white: Whether transparent pixels become white.
     """
@@ -94,25 +94,24 @@ class LightImageProcessor:
             white = Image.new("RGBA", image.size, (255, 255, 255, 255))
             image = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
         if self.size is not None:
-            image = image.resize(self._resized(*image.size), self.resample)
-        for height, width in self.crops:
+            size = _scaled(image.size, self.size) if isinstance(self.size, int) else self.size
+            image = image.resize(size, self.resample)
+        for width, height in self.crops:
             left, top = (image.width - width) // 2, (image.height - height) // 2
             image = image.crop((left, top, left + width, top + height))
         pixels = np.asarray(image)
         return np.stack([levels[pixels[:, :, colour]] for colour, levels in enumerate(self.levels)])[None]
 
-    def _resized(self, width: int, height: int) -> tuple[int, int]:
-        """Return the width and the height after resizing."""
-        if isinstance(self.size, tuple):
-            return self.size[1], self.size[0]
-        edge = self.size or 0
-        size = (edge, int(edge * height / width)) if width <= height else (int(edge * width / height), edge)
-        if size[0] * size[1] > _MOST_PIXELS:
-            raise InputError(
-                f"An image of {width} x {height} pixels would have {size[0]} x {size[1]} pixels after resizing.",
-                hint="Cut the image.",
-            )
-        return size
+
+def _scaled(size: tuple[int, int], edge: int) -> tuple[int, int]:
+    """Return a width and a height whose shorter one is `edge`, in the ratio of `size`."""
+    width, height = (int(edge * side / min(size)) for side in size)
+    if width * height > _MOST_PIXELS:
+        raise InputError(
+            f"An image of {size[0]} x {size[1]} pixels would have {width} x {height} pixels after resizing.",
+            hint="Cut the image.",
+        )
+    return width, height
 
 
 def read_image(item: Any) -> Any:
@@ -211,7 +210,7 @@ def _with_settings(name: str, settings: Mapping[str, Any]) -> LightImageProcesso
 
 
 def _size(name: str, settings: Mapping[str, Any], *, is_square: bool) -> tuple[int, int] | int:
-    """Return a height and a width, or the shorter edge."""
+    """Return a width and a height, or the shorter edge."""
     value = settings.get(name)
     if isinstance(value, int):
         value = {"height": value, "width": value} if is_square else {"shortest_edge": value}
@@ -219,7 +218,7 @@ def _size(name: str, settings: Mapping[str, Any], *, is_square: bool) -> tuple[i
         raise _unsupported(name, settings)
     if any(type(edge) is not int or edge < 1 for edge in value.values()):
         raise ValueError(f"{name} is {value}")
-    return value["shortest_edge"] if "shortest_edge" in value else (value["height"], value["width"])
+    return value["shortest_edge"] if "shortest_edge" in value else (value["width"], value["height"])
 
 
 def _colours(value: Any) -> NDArray[np.float32]:
