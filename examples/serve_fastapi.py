@@ -239,6 +239,12 @@ def load(settings: ServeSettings) -> LightPipeline:
         settings.artifact, threads=settings.threads, batch_size=settings.max_batch
     )
     graph = pipeline.model.graph
+    if pipeline.task == "image-classification":
+        # A pipeline takes a text for the path of an image, so callers would open files of this machine.
+        raise SpecError(
+            "The artifact classifies images, and this service takes texts.",
+            hint="Write a service that decodes the images itself.",
+        )
     buckets = [(bucket.batch_size, bucket.sequence_length) for bucket in graph.record.shape_buckets]
     # TorchScript optimizes a graph in its second call. A graph for any shape keeps the memory of its largest call.
     for rows, length in 2 * buckets or [(1, min(16, graph.record.max_sequence_length))]:

@@ -1,4 +1,4 @@
-"""An environment with the extras serve and onnx-runtime alone: no torch, small, and it answers."""
+"""An environment with the extras serve, vision and onnx-runtime alone: no torch, small, and it answers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from compileflow import CompiledPipeline, HfTask
+from compileflow.testing.pipelines import assert_same_result
 from tests.in_process import InProcess
 
 pytestmark = pytest.mark.slow
@@ -48,6 +51,10 @@ arrays = {"input_ids": encoded.ids, "attention_mask": encoded.attention_mask, "t
 names = [item.name for item in session.get_inputs()]
 vector = session.run(None, {name: np.array([arrays[name]]) for name in names})[0][0].mean(0)
 """
+IMAGE = """
+from compileflow import LightPipeline
+print(json.dumps(LightPipeline.from_pretrained(folder)(text)), *{"torch", "transformers"} & sys.modules.keys())
+"""
 FULL = """
 from compileflow import CompiledPipeline, CompileflowError
 try:
@@ -59,12 +66,14 @@ except CompileflowError as error:
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of an environment with the two extras, installed from this repository."""
+    """The interpreter of an environment with the three extras, installed from this repository."""
     folder = tmp_path_factory.mktemp("light") / "environment"
     venv.create(folder, with_pip=True)
     words = ["install", "--quiet", "--disable-pip-version-check", "--constraint", str(ROOT / "constraints.txt")]
     interpreter = folder / "bin" / "python"
-    subprocess.run([interpreter, "-m", "pip", *words, f"{ROOT}[serve,onnx-runtime]"], check=True, timeout=600)
+    subprocess.run(
+        [interpreter, "-m", "pip", *words, f"{ROOT}[serve,vision,onnx-runtime]"], check=True, timeout=600
+    )
     return interpreter
 
 
@@ -114,10 +123,22 @@ def test_light_pipeline_answers_there(
             sys.stdout.write(f"\n{name}: first answer {seconds:.2f} s after the start, {peak_kb // 1000} MB\n")
 
 
+def test_light_pipeline_classifies_an_image_there(
+    python: Path, tiny_model: Callable[..., Path], in_process: InProcess, tmp_path: Path
+) -> None:
+    task = HfTask.IMAGE_CLASSIFICATION
+    artifact = in_process.compiled(tiny_model(task), "onnx-runtime", task)
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    path = tmp_path / "picture.png"
+    Image.fromarray(pixels).save(path)
+    answer = json.loads(run(python, HEAD + IMAGE, str(artifact), str(path), home=tmp_path))
+    assert_same_result(answer, CompiledPipeline.from_pretrained(artifact)(str(path)), atol=1e-6)
+
+
 def test_full_interface_and_compile_name_their_extras_there(python: Path, artifact: Path, tmp_path: Path) -> None:
     assert run(python, HEAD + FULL, str(artifact), "", home=tmp_path) == (
         "CompiledModel needs torch and transformers, which are not installed. Run: pip install 'compileflow[hf]'. "
-        "LightPipeline serves text without them.\n"
+        "LightPipeline serves text and classifies images without them.\n"
     )
     words = [python.with_name("compileflow"), "compile", artifact, "--target", "onnx-runtime"]
     environment = os.environ | {"COMPILEFLOW_HOME": str(tmp_path)}

@@ -217,12 +217,18 @@ def test_service_is_alive_before_it_is_ready(serve: Callable[..., Any]) -> None:
 
 
 def test_artifact_that_cannot_be_loaded_ends_the_service_with_one_line(
-    serve: Callable[..., Any], tmp_path: Path
+    serve: Callable[..., Any], tiny_model: ModelFactory, in_process: InProcess, tmp_path: Path
 ) -> None:
     with serve(ARTIFACT=tmp_path / "absent") as service:
         assert service.process.wait(WAIT_S) == 1
         assert "absent" in service.log.read_text("utf-8").splitlines()[-1]
         assert "Traceback" not in service.log.read_text("utf-8")
+    images = in_process.compiled(
+        tiny_model(HfTask.IMAGE_CLASSIFICATION), "onnx-runtime", HfTask.IMAGE_CLASSIFICATION
+    )
+    with serve(ARTIFACT=images) as service:
+        assert service.process.wait(WAIT_S) == 1
+        assert "classifies images" in service.log.read_text("utf-8").splitlines()[-1]
     with serve(ARTIFACT="") as service:
         assert service.process.wait(WAIT_S) == 1
         assert service.log.read_text("utf-8") == "ARTIFACT: a value is required.\n"

@@ -13,7 +13,7 @@ import transformers
 
 import compileflow
 from benchmarks.architectures.tiny_models import ModelClass, write_model
-from compileflow import CompiledModel, CompiledPipeline
+from compileflow import CompiledModel, CompiledPipeline, LightPipeline
 from compileflow.contracts import Arrays, ComponentRecord, TensorRecord
 from compileflow.errors import LoadError, SourceError, SpecError
 from compileflow.source_model.load import load_source_model
@@ -130,6 +130,8 @@ class TestImagesOfAnySize:
         for picture in pictures:
             assert_same_result(compiled(picture), reference(picture), atol=1e-5)
         assert_same_result(compiled(pictures, batch_size=4), reference(pictures), atol=1e-5)
+        light = LightPipeline.from_pretrained(artifact, batch_size=4)
+        assert_same_result(light(pictures), reference(pictures), atol=1e-5)
 
     @pytest.mark.slow
     def test_proof_of_such_a_compile_passes(self, source: Path, in_process: InProcess, tmp_path: Path) -> None:

@@ -17,5 +17,8 @@ def check_full_interface(subject: str) -> None:
         MissingPackageError: One of them is not installed.
     """
     check_installed(
-        ("torch", "transformers"), subject=subject, extra="hf", hint="LightPipeline serves text without them."
+        ("torch", "transformers"),
+        subject=subject,
+        extra="hf",
+        hint="LightPipeline serves text and classifies images without them.",
     )

@@ -19,6 +19,7 @@ from compileflow.contracts import Arrays
 from compileflow.errors import LoadError, first_line
 from compileflow.serving.component import LoadedComponent
 from compileflow.serving.interface_files import load_part
+from compileflow.serving.light.image_processor import load_image_processor
 from compileflow.serving.light.pipeline import LightPipeline, has_light_pipeline
 from compileflow.serving.light.tokenizer_files import TOKENIZER_FILE, load_tokenizer
 from compileflow.serving.model import CompiledModel
@@ -263,8 +264,11 @@ class WholeArtifact:
     @property
     def _has_light_path(self) -> bool:
         """Whether a service can load the artifact without transformers."""
-        has_file = (self.artifact.tokenizer_folder / TOKENIZER_FILE).is_file()
-        return has_file and has_light_pipeline(self._task) and not self.artifact.manifest.spec.trust_remote_code
+        if not has_light_pipeline(self._task) or self.artifact.manifest.spec.trust_remote_code:
+            return False
+        if self._processor_modality is None:
+            return (self.artifact.tokenizer_folder / TOKENIZER_FILE).is_file()
+        return _attempted(lambda: load_image_processor(self.artifact.folder))[1] is None
 
     @property
     def _longest_component(self) -> str:

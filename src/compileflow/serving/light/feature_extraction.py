@@ -6,7 +6,8 @@ from typing import Any
 
 from compileflow.contracts import Arrays
 from compileflow.errors import InputError
-from compileflow.serving.light.text_task import TOKENIZER_SETTINGS, Settings, TextTask
+from compileflow.serving.light.task import Settings
+from compileflow.serving.light.text_task import TOKENIZER_SETTINGS, TextTask
 from compileflow.serving.rows import PreparedItem
 from compileflow.spec import HfTask
 

@@ -10,7 +10,8 @@ import numpy as np
 from compileflow.contracts import Arrays
 from compileflow.errors import InputError, LoadError
 from compileflow.serving.light.model import LightModel
-from compileflow.serving.light.text_task import TOKENIZER_SETTINGS, Settings, TextTask, checked_top_k
+from compileflow.serving.light.task import Settings, checked_top_k
+from compileflow.serving.light.text_task import TOKENIZER_SETTINGS, TextTask
 from compileflow.serving.light.tokenizer import LightTokenizer
 from compileflow.serving.rows import PreparedItem
 from compileflow.source_model.activations import softmax
@@ -34,7 +35,7 @@ class FillMask(TextTask):
         super().__init__(model, tokenizer, **settings)
 
     def __call__(self, inputs: Any, **settings: Any) -> Any:
-        """Fill an item, a list, or the items of an iterator; see `TextTask`."""
+        """Fill an item, a list, or the items of an iterator; see `LightTask`."""
         result = super().__call__(inputs, **settings)
         # As in transformers, a list of one text has the answer of that text.
         return result[0] if isinstance(inputs, list) and len(inputs) == 1 else result

@@ -17,6 +17,7 @@ from compileflow.errors import SpecError
 from compileflow.serving.component import LoadedComponent
 from compileflow.serving.full_interface import FULL_INTERFACE
 from compileflow.serving.interface_files import check_answers, check_files
+from compileflow.serving.light.image_processor import load_image_processor
 from compileflow.serving.light.model import LightModel, read_config
 from compileflow.serving.light.tokenizer_files import load_tokenizer
 from compileflow.serving.served_task import served_task
@@ -30,6 +31,7 @@ _TASKS: Mapping[HfTask, str] = {
     HfTask.TOKEN_CLASSIFICATION: f"{_LIGHT}.token_classification:TokenClassification",
     HfTask.FILL_MASK: f"{_LIGHT}.fill_mask:FillMask",
     HfTask.ZERO_SHOT_CLASSIFICATION: f"{_LIGHT}.zero_shot:ZeroShotClassification",
+    HfTask.IMAGE_CLASSIFICATION: f"{_LIGHT}.image_classification:ImageClassification",
     HfTask.QUESTION_ANSWERING: "compileflow.serving.question_answering:QuestionAnsweringPipeline",
     HfTask.TEXT_RANKING: "compileflow.serving.text_ranking:TextRankingPipeline",
     HfTask.SENTENCE_SIMILARITY: "compileflow.serving.sentence_embedding:SentenceEmbeddingPipeline",
@@ -39,7 +41,7 @@ _WITH_FILES = (HfTask.SENTENCE_SIMILARITY, HfTask.TEXT_RANKING)
 
 
 class LightPipeline:
-    """Answers what `CompiledPipeline` answers for the same artifact, from NumPy and the package tokenizers alone.
+    """Answers what `CompiledPipeline` answers for the same artifact, from NumPy and tokenizers or Pillow alone.
 
     It imports neither torch nor transformers, unless the runtime of the artifact's target needs torch. All
     attributes of the task's pipeline are available on this object.
@@ -86,7 +88,9 @@ class LightPipeline:
 
         Raises:
             ManifestError, IntegrityError, SignatureError: The artifact fails a check. Nothing was deserialized.
-            LoadError: The artifact cannot run here, does not serve the task, or has no tokenizer.json.
+            LoadError: The artifact cannot run here, does not serve the task, has no tokenizer.json, or has another
+                image processor than the light ones.
+            MissingPackageError: The artifact takes images, and Pillow is not installed.
             SpecError: No light pipeline serves the task, or it does not have a setting.
         """
         artifact = open_artifact(location, digest=digest, trust=trust, require_signature=require_signature)
@@ -104,7 +108,8 @@ class LightPipeline:
         """Put a component that is loaded into a pipeline; see `from_pretrained`.
 
         Raises:
-            LoadError: The artifact does not serve the task, or has no tokenizer.json.
+            LoadError, MissingPackageError: The artifact does not serve the task, or its tokenizer or image
+                processor cannot be read; see `from_pretrained`.
             SpecError: No light pipeline serves the task, or it does not have a setting.
         """
         artifact = graph.artifact
@@ -113,9 +118,13 @@ class LightPipeline:
         check_files(artifact, artifact.folder)
         config = read_config(artifact.folder)
         check_answers(artifact, graph.record, config, None)
-        tokenizer = load_tokenizer(artifact, component=graph.component)
+        reader: Any
+        if hf_task.modality == "image":
+            reader = load_image_processor(artifact.folder)
+        else:
+            reader = load_tokenizer(artifact, component=graph.component)
         folders = [artifact.folder] if hf_task in _WITH_FILES else []
-        return cls(kind(LightModel(graph, config), tokenizer, *folders, **settings), artifact)
+        return cls(kind(LightModel(graph, config), reader, *folders, **settings), artifact)
 
     def __call__(self, *inputs: Any, **settings: Any) -> Any:
         """Answer an item, a list or an iterator; inputs, settings and answers are those of `CompiledPipeline`.

@@ -1,81 +1,32 @@
-"""TextTask: what the light pipelines of all tasks have in common. Each task prepares an item and answers it."""
+"""TextTask: what the light pipelines of text have in common."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from compileflow.contracts import Arrays
 from compileflow.errors import InputError
 from compileflow.serving.light.model import LightModel
+from compileflow.serving.light.task import LightTask
 from compileflow.serving.light.tokenizer import Encoded, LightTokenizer
 from compileflow.serving.padding import complete_inputs
-from compileflow.serving.rows import PreparedItem, checked_batch_size, run_rows
-from compileflow.spec import HfTask
-
-Settings = Mapping[str, Any]
 
 # Settings of the tokenizer that a call of some tasks takes.
 TOKENIZER_SETTINGS = ("truncation", "max_length", "padding", "add_special_tokens")
 
 
-class TextTask:
-    """Answers texts with a compiled model, with the inputs, settings and answers of transformers' pipeline.
+class TextTask(LightTask):
+    """A task whose items are texts.
 
     Attributes:
-        model: The compiled model.
         tokenizer: Tokenizer of the model.
-        task: Hub task.
-        settings: Settings of each call.
-        load_settings, call_settings: Names of the settings that the constructor and a call take.
     """
 
-    hf_task: ClassVar[HfTask]
-    load_settings: ClassVar[tuple[str, ...]]
-    call_settings: ClassVar[tuple[str, ...]]
-
-    def __init_subclass__(cls) -> None:
-        cls.call_settings = cls.load_settings
-
     def __init__(self, model: LightModel, tokenizer: LightTokenizer, **settings: Any):
-        self.model, self.tokenizer = model, tokenizer
-        self.task = self.hf_task.value
-        self.settings = settings
-        self.check(settings)
-
-    def __call__(self, inputs: Any, **settings: Any) -> Any:
-        """Answer an item, a list of items in batches of similar length, or the items of an iterator.
-
-        Raises:
-            InputError: The task cannot read an item, or a setting has a wrong value.
-        """
-        if isinstance(inputs, Iterator):
-            return (self(item, **settings) for item in inputs)
-        call = {**self.settings, **settings}
-        self.check(call)
-        batch_size = checked_batch_size(call.get("batch_size"))
-        items = inputs if isinstance(inputs, list) else [inputs]
-        prepared = (self.prepare(item, call) for item in items)
-        answers = list(run_rows(self.model, prepared, partial(self.answer, call), batch_size=batch_size))
-        return answers if isinstance(inputs, list) else answers[0]
-
-    def check(self, settings: Settings) -> None:
-        """Check the values of settings.
-
-        Raises:
-            InputError: A value is wrong.
-        """
-
-    def prepare(self, item: Any, settings: Settings) -> PreparedItem[Any]:
-        """Tokenize one item into rows of the component."""
-        raise NotImplementedError
-
-    def answer(self, settings: Settings, details: Any, row_outputs: list[Arrays]) -> Any:
-        """Turn the outputs of an item's rows into its answer."""
-        raise NotImplementedError
+        self.tokenizer = tokenizer
+        super().__init__(model, **settings)
 
     def row(self, encoded: Encoded, index: int | None = None) -> Arrays:
         """Return the inputs of the component for a text, or for one of several windows.
@@ -89,17 +40,3 @@ class TextTask:
             raise InputError("The tokenizer returns no token for a text.", hint="Leave empty texts out.")
         names = [tensor.name for tensor in record.inputs if tensor.name in values]
         return complete_inputs(record, {name: np.array([values[name]]) for name in names})
-
-
-def checked_top_k(value: Any, *, none_is_all: bool) -> None:
-    """Check a number of answers.
-
-    Raises:
-        InputError: It is not a positive integer.
-    """
-    is_number = isinstance(value, int) and not isinstance(value, bool) and value > 0
-    if not is_number and not (value is None and none_is_all):
-        raise InputError(
-            f"top_k is {value!r}.",
-            hint=f"Pass a positive integer{' or None for all labels' if none_is_all else ''}, or leave it out.",
-        )

@@ -9,7 +9,8 @@ from typing import Any
 from compileflow.contracts import Arrays
 from compileflow.errors import InputError
 from compileflow.serving.light.entities import STRATEGIES, EntityReader, ScoredToken, without_overlaps
-from compileflow.serving.light.text_task import Settings, TextTask
+from compileflow.serving.light.task import Settings
+from compileflow.serving.light.text_task import TextTask
 from compileflow.serving.light.tokenizer import Encoded
 from compileflow.serving.rows import PreparedItem
 from compileflow.source_model.activations import softmax
@@ -44,7 +45,7 @@ class TokenClassification(TextTask):
     )
 
     def __call__(self, inputs: Any, **settings: Any) -> Any:
-        """Label an item, a list, or the items of an iterator; see `TextTask`."""
+        """Label an item, a list, or the items of an iterator; see `LightTask`."""
         is_words = {**self.settings, **settings}.get("is_split_into_words")
         if isinstance(inputs, tuple):
             inputs = list(inputs)

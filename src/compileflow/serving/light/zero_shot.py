@@ -9,7 +9,8 @@ import numpy as np
 
 from compileflow.contracts import Arrays
 from compileflow.errors import InputError
-from compileflow.serving.light.text_task import Settings, TextTask
+from compileflow.serving.light.task import Settings
+from compileflow.serving.light.text_task import TextTask
 from compileflow.serving.rows import PreparedItem
 from compileflow.source_model.activations import softmax
 from compileflow.spec import HfTask
@@ -24,7 +25,7 @@ class ZeroShotClassification(TextTask):
     load_settings = ("batch_size", "candidate_labels", "hypothesis_template", "multi_label")
 
     def __call__(self, inputs: Any, candidate_labels: Any = None, **settings: Any) -> Any:
-        """Classify a text, a list, or the texts of an iterator; see `TextTask`.
+        """Classify a text, a list, or the texts of an iterator; see `LightTask`.
 
         Args:
             inputs: A text, a list of texts, or an iterator.
