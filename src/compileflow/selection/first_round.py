@@ -31,8 +31,8 @@ def tried_candidate(request: CompileRequest, artifact: CompiledArtifact, trial: 
 
     Args:
         request: Request of the candidate.
-        artifact: Its artifact.
-        trial: Its trial; None without a first round.
+        artifact: Artifact of the candidate.
+        trial: Trial of the artifact; None without a first round.
     """
     trial = trial or Trial()
     is_refused = trial.outcome == "fail" or (trial.outcome == "warn" and not request.allow_warn)
@@ -82,7 +82,7 @@ def unpromising(
 
     A number beyond a budget is a reason of its own. Every other reason needs a validated candidate that can be
     chosen. Then a candidate that is sure to be refused is left out, and so is one that is clearly slower, or
-    larger if the goal is size. The speed of a candidate that was not timed is no reason.
+    larger if the goal is size. A candidate that was not timed is not slower.
 
     Args:
         tried: All candidates with the figures of the first round.
