@@ -226,6 +226,7 @@ def planted_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     sys.modules.pop("planted_targets", None)
 
 
+@pytest.mark.slow
 def test_interrupted_search_goes_on_and_leaves_out_what_is_wrong_or_slow(
     pipeline: Pipeline, tiny_model: ModelFactory, planted_targets: Sequence[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from compileflow.errors import MeasurementError
 from compileflow.selection.candidates import (
     UNVALIDATED,
     Candidate,
@@ -43,7 +44,7 @@ def tried_candidate(request: CompileRequest, artifact: CompiledArtifact, trial: 
         outcome=UNVALIDATED,
         reason=trial.reason if is_refused else "",
         latencies=tuple(CandidateLatency.of(latency) for latency in trial.latencies),
-        accuracy_loss=accuracy_loss_of(trial.figures) if trial.latencies else None,
+        accuracy_loss=_accuracy_loss(trial),
         rel_l2=trial.figures.get("rel_l2"),
         size_bytes=artifact.size_bytes,
         compile_duration_s=artifact.compile_duration_s,
@@ -120,6 +121,14 @@ def _why_beaten(candidate: Candidate, rivals: Sequence[Candidate], objective: Ob
     goal = Objective() if is_slower and objective.goal == "size" else objective
     figure, best_figure = (figure_of(each, goal, is_busy=is_busy) for each in (candidate, best))
     return f"it cannot win: {figure} in the first round, and {best.label}, which can be chosen, has {best_figure}"
+
+
+def _accuracy_loss(trial: Trial) -> float | None:
+    """Return the share of decisions that changed; None if the artifact answered no example."""
+    try:
+        return accuracy_loss_of(trial.figures)
+    except MeasurementError:
+        return None
 
 
 def _waiting(tried: Sequence[Candidate], validated: Mapping[int, Candidate]) -> list[int]:
