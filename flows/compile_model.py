@@ -14,6 +14,7 @@ from compileflow._process.run_in_child import warm_processes
 from compileflow.admin.shared_compile import SharedCompile
 from compileflow.contracts import PENDING
 from compileflow.errors import CompileflowError, VerdictError
+from compileflow.selection.candidates import Candidate
 from compileflow.selection.search import search
 from compileflow.steps.register import check_verdict, default_name
 from compileflow.steps.request import AUTO, CompileRequest
@@ -23,7 +24,7 @@ from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedA
 from flows.deployed_flow import deployed_flow
 from flows.lateness import MaxLateness, skipped_if_late
 from flows.registration import as_error, find_everywhere, register_everywhere
-from tasks.auto import compare, first_round, plan
+from tasks.auto import compare, first_round, plan, time_in_turn
 from tasks.compile import compile_source
 from tasks.events import announce, announce_pending
 from tasks.fetch import fetch
@@ -161,6 +162,9 @@ class _Steps:
             raise_on_failure=False
         )
         return outcome if isinstance(outcome, tuple) else as_error(outcome)
+
+    def race(self, candidates: Sequence[Candidate], rivals: Sequence[int]) -> Sequence[Candidate]:
+        return time_in_turn(self.source, self.request, list(candidates), list(rivals))
 
     def validate(
         self, request: CompileRequest, artifact: CompiledArtifact

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from prefect import get_run_logger, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from compileflow.selection.auto import CandidatePlan, ComparedCandidates, compare_candidates, plan_candidates
+from compileflow.selection.auto import (
+    CandidatePlan,
+    ComparedCandidates,
+    compare_candidates,
+    plan_candidates,
+    raced_candidates,
+)
 from compileflow.selection.candidates import Candidate
 from compileflow.selection.comparison_file import read_comparison
 from compileflow.steps.request import CompileRequest
@@ -42,6 +50,22 @@ def first_round(
         store_uri=settings.resolved_store_uri(request.store_uri),
         settings=settings,
         on_progress=get_run_logger().info,
+    )
+
+
+@task(name="time in turn", description="Time close candidates in one process.", cache_policy=NO_CACHE)
+def time_in_turn(
+    source: FetchedSource, request: CompileRequest, candidates: list[Candidate], rivals: list[int]
+) -> Sequence[Candidate]:
+    """Return all candidates, those at the positions of the rivals with their new latencies."""
+    settings = settings_for(request)
+    return raced_candidates(
+        source,
+        request,
+        candidates,
+        rivals,
+        store_uri=settings.resolved_store_uri(request.store_uri),
+        settings=settings,
     )
 
 

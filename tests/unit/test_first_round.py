@@ -118,6 +118,17 @@ def test_close_pair_is_validated_and_the_better_report_wins() -> None:
     assert (order, left_out, winner) == ([0, 1], {}, 1)
 
 
+def test_race_tells_close_candidates_apart() -> None:
+    rivals = (candidate("a", 0.40), candidate("slower", 0.43), candidate("equal", 0.41), candidate("c", 0.50))
+    validated = {0: rivals[0]}
+    assert unpromising(tried(*rivals), validated, LATENCY, allow_warn=False) == {}
+    left_out = unpromising(tried(*rivals), validated, LATENCY, allow_warn=False, raced={0, 1, 2})
+    assert left_out == {
+        1: "it cannot win: 0.43 of eager's latency in a race, and a fp32, which can be chosen, has 0.40 of "
+        "eager's latency"
+    }
+
+
 def test_candidate_that_fails_makes_room_for_slower_ones() -> None:
     rivals = (candidate("fast", 0.2, outcome="fail", reason="fail: r"), candidate("b", 0.5), candidate("c", 0.9))
     first_round = tried(candidate("fast", 0.2), *rivals[1:])

@@ -6,7 +6,7 @@ Candidates are validated in the order of their expected rank. The search ends wh
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from compileflow.errors import MeasurementError
 from compileflow.selection.candidates import (
@@ -21,8 +21,9 @@ from compileflow.steps.request import CompileRequest
 from compileflow.steps.trial import Trial
 from compileflow.steps.values import CompiledArtifact
 
-# A candidate that is so many times slower in the first round cannot win. Few calls are timed there.
-_SLOWER = 1.3
+# A candidate that is so many times slower in the first round cannot win. Few calls are timed there. A race times
+# more calls, of all candidates in turn.
+_SLOWER, _SLOWER_IN_RACE = 1.3, 1.05
 # The first round takes about as long as a validation.
 FEWEST = 3
 
@@ -54,7 +55,12 @@ def tried_candidate(request: CompileRequest, artifact: CompiledArtifact, trial: 
 
 
 def next_to_validate(
-    tried: Sequence[Candidate], validated: Mapping[int, Candidate], objective: Objective, *, allow_warn: bool
+    tried: Sequence[Candidate],
+    validated: Mapping[int, Candidate],
+    objective: Objective,
+    *,
+    allow_warn: bool,
+    raced: Collection[int] = (),
 ) -> int | None:
     """Return the position of the candidate that is validated next; None if no other one can win.
 
@@ -63,8 +69,9 @@ def next_to_validate(
         validated: The candidates that were validated, by position.
         objective: Criterion of the choice.
         allow_warn: Whether a candidate with the verdict warn can be chosen.
+        raced: Positions of the candidates whose latencies are those of a race.
     """
-    reasons = unpromising(tried, validated, objective, allow_warn=allow_warn)
+    reasons = unpromising(tried, validated, objective, allow_warn=allow_warn, raced=raced)
     waiting = [position for position in _waiting(tried, validated) if position not in reasons]
     is_busy = any(tried[position].is_busy for position in waiting)
 
@@ -77,7 +84,12 @@ def next_to_validate(
 
 
 def unpromising(
-    tried: Sequence[Candidate], validated: Mapping[int, Candidate], objective: Objective, *, allow_warn: bool
+    tried: Sequence[Candidate],
+    validated: Mapping[int, Candidate],
+    objective: Objective,
+    *,
+    allow_warn: bool,
+    raced: Collection[int] = (),
 ) -> dict[int, str]:
     """Return the candidates that need no validation, by position, with the reason.
 
@@ -90,9 +102,9 @@ def unpromising(
         validated: The candidates that were validated, by position.
         objective: Criterion of the choice.
         allow_warn: Whether a candidate with the verdict warn can be chosen.
+        raced: Positions of the candidates whose latencies are those of a race.
     """
-    dropped = drops(list(validated.values()), objective, allow_warn=allow_warn)
-    rivals = [position for number, position in enumerate(validated) if number not in dropped]
+    rivals = choosable(validated, objective, allow_warn=allow_warn)
     reasons = {}
     for position in _waiting(tried, validated):
         candidate = tried[position]
@@ -100,12 +112,23 @@ def unpromising(
             reasons[position] = excess.detail
         elif rivals and candidate.reason:
             reasons[position] = f"it cannot win: the first round shows the verdict {candidate.reason}"
-        elif rivals and (reason := _why_beaten(candidate, [tried[rival] for rival in rivals], objective)):
-            reasons[position] = reason
-    return reasons
+        elif position in raced and (among := [tried[rival] for rival in rivals if rival in raced]):
+            reasons[position] = _why_beaten(candidate, among, objective, "a race", _SLOWER_IN_RACE)
+        elif rivals:
+            among = [tried[rival] for rival in rivals]
+            reasons[position] = _why_beaten(candidate, among, objective, "the first round", _SLOWER)
+    return {position: reason for position, reason in reasons.items() if reason}
 
 
-def _why_beaten(candidate: Candidate, rivals: Sequence[Candidate], objective: Objective) -> str:
+def choosable(validated: Mapping[int, Candidate], objective: Objective, *, allow_warn: bool) -> list[int]:
+    """Return the positions of the validated candidates that can be chosen."""
+    dropped = drops(list(validated.values()), objective, allow_warn=allow_warn)
+    return [position for number, position in enumerate(validated) if number not in dropped]
+
+
+def _why_beaten(
+    candidate: Candidate, rivals: Sequence[Candidate], objective: Objective, timing: str, slower: float
+) -> str:
     """Return why a candidate cannot win against candidates that can be chosen; "" if it may win."""
     is_busy = any(rival.is_busy for rival in (candidate, *rivals))
 
@@ -115,12 +138,12 @@ def _why_beaten(candidate: Candidate, rivals: Sequence[Candidate], objective: Ob
 
     best = min(rivals, key=place)
     (size, cost), (best_size, best_cost) = place(candidate), place(best)
-    is_slower = size == best_size and math.isfinite(cost) and cost > _SLOWER * best_cost
+    is_slower = size == best_size and math.isfinite(cost) and cost > slower * best_cost
     if not (size > best_size or is_slower):
         return ""
     goal = Objective() if is_slower and objective.goal == "size" else objective
     figure, best_figure = (figure_of(each, goal, is_busy=is_busy) for each in (candidate, best))
-    return f"it cannot win: {figure} in the first round, and {best.label}, which can be chosen, has {best_figure}"
+    return f"it cannot win: {figure} in {timing}, and {best.label}, which can be chosen, has {best_figure}"
 
 
 def _accuracy_loss(trial: Trial) -> float | None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from compileflow._process.run_in_child import warm_processes
 from compileflow.errors import CompileflowError, SourceUnavailableError
-from compileflow.selection.auto import check_auto, compare_candidates, plan_candidates
+from compileflow.selection.auto import check_auto, compare_candidates, plan_candidates, raced_candidates
+from compileflow.selection.candidates import Candidate
 from compileflow.selection.search import label, search
 from compileflow.settings import Settings
 from compileflow.steps.fetch import scheme_of
@@ -106,6 +107,11 @@ class _Steps:
                 )
         except CompileflowError as error:
             return error
+
+    def race(self, candidates: Sequence[Candidate], rivals: Sequence[int]) -> Sequence[Candidate]:
+        return raced_candidates(
+            self.source, self.request, candidates, rivals, store_uri=self.store_uri, settings=self.settings
+        )
 
     def validate(
         self, request: CompileRequest, artifact: CompiledArtifact

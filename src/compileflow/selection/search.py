@@ -11,7 +11,7 @@ from typing import Protocol
 from compileflow.errors import CompileflowError, VerdictError
 from compileflow.selection.auto import ComparedCandidates, failed_candidate, measured_candidate
 from compileflow.selection.candidates import Candidate
-from compileflow.selection.first_round import FEWEST, next_to_validate, tried_candidate, unpromising
+from compileflow.selection.first_round import FEWEST, choosable, next_to_validate, tried_candidate, unpromising
 from compileflow.settings import Settings
 from compileflow.steps.request import CompileRequest
 from compileflow.steps.trial import Trial
@@ -37,6 +37,9 @@ class SearchSteps(Protocol):
 
     def try_all(self, artifacts: Sequence[CompiledArtifact]) -> Sequence[Trial] | CompileflowError:
         """Try all artifacts in the first round."""
+
+    def race(self, candidates: Sequence[Candidate], rivals: Sequence[int]) -> Sequence[Candidate]:
+        """Time some candidates in turn, as `raced_candidates`."""
 
     def validate(
         self, request: CompileRequest, artifact: CompiledArtifact
@@ -93,11 +96,30 @@ def search(
     objective, allow_warn = request.auto.objective, request.allow_warn
     proven: dict[int, ProvenCandidate] = {}
     validated: dict[int, Candidate] = {}
+    raced: set[int] = set()
+    is_race_due = len(artifacts) >= FEWEST
     began = time.monotonic()
-    while (position := next_to_validate(tried, validated, objective, allow_warn=allow_warn)) is not None:
+
+    def left_out(verdicts: Mapping[int, Candidate]) -> dict[int, str]:
+        return unpromising(tried, verdicts, objective, allow_warn=allow_warn, raced=raced)
+
+    while True:
+        position = next_to_validate(tried, validated, objective, allow_warn=allow_warn, raced=raced)
+        if position is None:
+            break
+        rivals = choosable(validated, objective, allow_warn=allow_warn)
+        if rivals and is_race_due:
+            # It tells close candidates apart, and takes less time than a validation.
+            is_race_due = False
+            beaten = left_out(validated)
+            rivals += [place for place in artifacts if place not in beaten and place not in validated]
+            show(0.5 + 0.5 * len(validated) / len(artifacts), f"time {len(rivals)} candidates in turn")
+            timed = steps.race(tried, rivals)
+            raced = {place for place in rivals if timed[place].latencies != tried[place].latencies}
+            tried = list(timed)
+            continue
         if_it_passes = validated | {position: tried[position].model_copy(update={"outcome": "pass"})}
-        left_out = unpromising(tried, if_it_passes, objective, allow_warn=allow_warn)
-        done, left = len(validated), len(artifacts) - len(validated) - len(left_out)
+        done, left = len(validated), len(artifacts) - len(validated) - len(left_out(if_it_passes))
         words = f"validate {done + 1} of about {done + left}: {label(requests[position])}"
         show(0.5 + 0.5 * done / (done + left), words + time_left(done, left, time.monotonic() - began))
         candidate, artifact = requests[position], artifacts[position]
@@ -107,8 +129,7 @@ def search(
         else:
             validated[position] = measured_candidate(candidate, artifact, outcome, settings)
             proven[position] = ProvenCandidate(candidate, artifact, outcome)
-    left_out = unpromising(tried, validated, objective, allow_warn=allow_warn)
-    for position, reason in left_out.items():
+    for position, reason in left_out(validated).items():
         tried[position] = tried[position].model_copy(update={"reason": reason})
     candidates = [validated.get(position, candidate) for position, candidate in enumerate(tried)]
     return Search(candidates, proven)
