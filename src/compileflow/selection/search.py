@@ -131,6 +131,10 @@ def search(
             proven[position] = ProvenCandidate(candidate, artifact, outcome)
     for position, reason in left_out(validated).items():
         tried[position] = tried[position].model_copy(update={"reason": reason})
+    for position in raced & set(validated):
+        # Beside those that were left out, the latencies of the race are comparable.
+        update = {"latencies": tried[position].latencies}
+        validated[position] = validated[position].model_copy(update=update)
     candidates = [validated.get(position, candidate) for position, candidate in enumerate(tried)]
     return Search(candidates, proven)
 
