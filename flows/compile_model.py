@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from prefect.client.schemas.objects import State
@@ -13,21 +14,17 @@ from compileflow._process.run_in_child import warm_processes
 from compileflow.admin.shared_compile import SharedCompile
 from compileflow.contracts import PENDING
 from compileflow.errors import CompileflowError, VerdictError
-from compileflow.selection.run import (
-    Attempt,
-    FailedCandidate,
-    ProvenCandidate,
-    current_candidate,
-    winning_candidate,
-)
+from compileflow.selection.candidates import Candidate
+from compileflow.selection.search import search
 from compileflow.steps.register import check_verdict, default_name
 from compileflow.steps.request import AUTO, CompileRequest
 from compileflow.steps.run import CompileResult
+from compileflow.steps.trial import Trial
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
 from flows.deployed_flow import deployed_flow
 from flows.lateness import MaxLateness, skipped_if_late
 from flows.registration import as_error, find_everywhere, register_everywhere
-from tasks.auto import compare, plan
+from tasks.auto import compare, first_round, plan, time_in_turn
 from tasks.compile import compile_source
 from tasks.events import announce, announce_pending
 from tasks.fetch import fetch
@@ -134,33 +131,46 @@ def announce_validated(result: CompileResult) -> None:
 
 
 def compile_best(source: FetchedSource, request: CompileRequest, progress: RunProgress) -> CompileResult:
-    """Compile and validate every candidate, compare them, and finish the run with the winner."""
+    """Compile every candidate, validate those that can win, and finish the run with the winner."""
     candidate_plan = plan(source, request)
-    attempts: list[Attempt] = []
-    began = time.monotonic()
-    # The compiles import transformers once, the validations Great Expectations.
+
+    def show(share: float, activity: str) -> None:
+        progress.advance(10 + 80 * share, activity)
+
+    # The compiles import transformers once, the first round and the validations Great Expectations.
     with warm_processes():
-        for number, candidate in enumerate(candidate_plan.requests):
-            percent = 10 + 80 * number / len(candidate_plan.requests)
-            activity = current_candidate(candidate_plan.requests, number, time.monotonic() - began)
-            progress.advance(percent, f"trying candidate {activity}")
-            attempts.append(attempt(source, candidate))
-        candidates = [outcome.candidate(settings_for(request)) for outcome in attempts]
-    comparison = compare(source, request, candidate_plan, candidates)
-    winner = winning_candidate(attempts, comparison)
+        found = search(request, candidate_plan.requests, _Steps(source, request), settings_for(request), show=show)
+    comparison = compare(source, request, candidate_plan, list(found.candidates))
+    winner = found.winner(comparison)
     result = finish(source, winner.artifact, winner.validated, winner.request)
     return result.model_copy(update={"comparison_uri": comparison.comparison_uri})
 
 
-def attempt(source: FetchedSource, request: CompileRequest) -> Attempt:
-    """Compile and validate one candidate; its error does not end the run."""
-    artifact = compile_source(source, request, return_state=True).result(raise_on_failure=False)
-    if not isinstance(artifact, CompiledArtifact):
-        return FailedCandidate(request, as_error(artifact))
-    validated = validate(source, artifact, request, return_state=True).result(raise_on_failure=False)
-    if not isinstance(validated, ValidatedArtifact):
-        return FailedCandidate(request, as_error(validated), artifact)
-    return ProvenCandidate(request, artifact, validated)
+@dataclass(frozen=True)
+class _Steps:
+    """The steps of a search as tasks; the error of a candidate does not end the run."""
+
+    source: FetchedSource
+    request: CompileRequest
+
+    def compile(self, request: CompileRequest) -> CompiledArtifact | CompileflowError:
+        outcome = compile_source(self.source, request, return_state=True).result(raise_on_failure=False)
+        return outcome if isinstance(outcome, CompiledArtifact) else as_error(outcome)
+
+    def try_all(self, artifacts: Sequence[CompiledArtifact]) -> Sequence[Trial] | CompileflowError:
+        outcome = first_round(self.source, list(artifacts), self.request, return_state=True).result(
+            raise_on_failure=False
+        )
+        return outcome if isinstance(outcome, tuple) else as_error(outcome)
+
+    def race(self, candidates: Sequence[Candidate], rivals: Sequence[int]) -> Sequence[Candidate]:
+        return time_in_turn(self.source, self.request, list(candidates), list(rivals))
+
+    def validate(
+        self, request: CompileRequest, artifact: CompiledArtifact
+    ) -> ValidatedArtifact | CompileflowError:
+        outcome = validate(self.source, artifact, request, return_state=True).result(raise_on_failure=False)
+        return outcome if isinstance(outcome, ValidatedArtifact) else as_error(outcome)
 
 
 def finish(

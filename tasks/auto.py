@@ -1,17 +1,26 @@
-"""plan and compare: list the candidates of target auto, and choose one."""
+"""plan, first round and compare: list the candidates of target auto, try them, and choose one."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from prefect import get_run_logger, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from compileflow.selection.auto import CandidatePlan, ComparedCandidates, compare_candidates, plan_candidates
+from compileflow.selection.auto import (
+    CandidatePlan,
+    ComparedCandidates,
+    compare_candidates,
+    plan_candidates,
+    raced_candidates,
+)
 from compileflow.selection.candidates import Candidate
 from compileflow.selection.comparison_file import read_comparison
 from compileflow.steps.request import CompileRequest
-from compileflow.steps.values import FetchedSource
-from tasks.policies import prefect_key
+from compileflow.steps.trial import Trial, try_compiled
+from compileflow.steps.values import CompiledArtifact, FetchedSource
+from tasks.policies import RETRIES, prefect_key
 from tasks.server import patiently
 from tasks.settings import settings_for
 
@@ -26,6 +35,38 @@ def plan(source: FetchedSource, request: CompileRequest) -> CandidatePlan:
     names = ", ".join(dict.fromkeys(candidate.target for candidate in candidate_plan.requests))
     get_run_logger().info("%d candidates: %s", len(candidate_plan.requests), names or "none")
     return candidate_plan
+
+
+@task(name="first round", description="Try all candidates, to validate only those that can win.", **RETRIES)
+def first_round(
+    source: FetchedSource, artifacts: list[CompiledArtifact], request: CompileRequest
+) -> tuple[Trial, ...]:
+    """Return the trial of each artifact."""
+    settings = settings_for(request)
+    return try_compiled(
+        source,
+        artifacts,
+        request,
+        store_uri=settings.resolved_store_uri(request.store_uri),
+        settings=settings,
+        on_progress=get_run_logger().info,
+    )
+
+
+@task(name="time in turn", description="Time close candidates in one process.", cache_policy=NO_CACHE)
+def time_in_turn(
+    source: FetchedSource, request: CompileRequest, candidates: list[Candidate], rivals: list[int]
+) -> Sequence[Candidate]:
+    """Return all candidates, those at the positions of the rivals with their new latencies."""
+    settings = settings_for(request)
+    return raced_candidates(
+        source,
+        request,
+        candidates,
+        rivals,
+        store_uri=settings.resolved_store_uri(request.store_uri),
+        settings=settings,
+    )
 
 
 @task(name="compare", description="Choose one of the candidates, and show all.", cache_policy=NO_CACHE)

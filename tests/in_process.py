@@ -24,6 +24,7 @@ from compileflow.steps import compile as compile_step
 from compileflow.steps import import_older as import_step
 from compileflow.steps import race as race_step
 from compileflow.steps import settle as settle_step
+from compileflow.steps import trial as trial_step
 from compileflow.steps import validate as validate_step
 from compileflow.steps.build import build_artifact
 from compileflow.testing.compiles import compile_once
@@ -120,7 +121,7 @@ class InProcess:
 
     @contextmanager
     def instead_of_children(self) -> Iterator[dict[str, int]]:
-        """Compile, validate and race in this process, as on a quiet machine; count compiles and validations."""
+        """Run all steps in this process, as on a quiet machine; count compiles and validations."""
         counts = {"compile": 0, "validate": 0}
 
         def count(step: str) -> Callable[..., ChildResult]:
@@ -143,11 +144,8 @@ class InProcess:
                 (settle_step, "validate"),
             ):
                 patch.setattr(module, "run_in_child", count(step))
-            patch.setattr(
-                race_step,
-                "run_in_child",
-                lambda function, request, **_: ChildResult(resolve(function)(request), 0.1, 1),
-            )
+            for module in (race_step, trial_step):
+                patch.setattr(module, "run_in_child", in_this_process)
             # Tests run beside each other, so nearly every latency would be marked.
             patch.setattr(latency, "disturbance", lambda *_, **__: "")
             patch.setattr(latency, "settle", lambda: None)

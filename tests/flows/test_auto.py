@@ -56,10 +56,13 @@ def test_winner_is_an_ordinary_registered_artifact(
     pipeline: Pipeline, tiny_model: ModelFactory, broken_target: str
 ) -> None:
     model = tiny_model(HfTask.TEXT_CLASSIFICATION)
-    result = run(pipeline, model, targets=["torchscript", "onnx-runtime", broken_target]).result()
+    targets = ["torchscript", "onnx-runtime", "openvino", broken_target]
+    result = run(pipeline, model, targets=targets).result()
     comparison = read_comparison(result.comparison_uri)
     outcomes = {candidate.target: candidate.outcome for candidate in comparison.candidates}
-    assert outcomes == {"torchscript": "pass", "onnx-runtime": "pass", "broken": "error"}
+    assert outcomes.pop("broken") == "error"
+    # What is much slower in the first round is not validated.
+    assert {"pass"} <= set(outcomes.values()) <= {"pass", "unvalidated"}
     assert "no kernel for Gelu" in "\n".join(comparison.comparison_notes())
     winner = comparison.candidates[comparison.winner]
     fastest = min(candidate.latency_ratio for candidate in comparison.candidates if candidate.outcome == "pass")

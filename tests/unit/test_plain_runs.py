@@ -13,9 +13,9 @@ import pytest
 from compileflow.catalog import open_registry
 from compileflow.errors import MeasurementError, RegistryError, SpecError, VerdictError
 from compileflow.selection.comparison_file import read_comparison
-from compileflow.selection.run import current_candidate, run_any_target
+from compileflow.selection.run import run_any_target
+from compileflow.selection.search import time_left
 from compileflow.spec import HfTask
-from compileflow.steps.request import CompileRequest
 from compileflow.steps.run import run_request
 from tests.conftest import ModelFactory
 from tests.steps import Pipeline
@@ -120,12 +120,16 @@ def test_auto_registers_the_winner_and_names_the_candidates_that_failed(
     progress = RecordedSteps()
     result = run_any_target(request, pipeline.settings, progress=progress)
     assert progress.names == [
-        "fetch", "compile torchscript fp32", "validate torchscript fp32", "compile onnx-runtime fp32",
+        "fetch", "compile torchscript fp32", "compile onnx-runtime fp32", "validate torchscript fp32",
         "validate onnx-runtime fp32", "candidates", "register",
     ]  # fmt: skip
-    first, second = progress.lines["candidates"]
-    assert first == "1 of 2: torchscript fp32"
-    assert re.fullmatch(r"2 of 2: onnx-runtime fp32, about \d+ (s|min) left", second)
+    lines = progress.lines["candidates"]
+    assert [re.sub(r"about \d+ (s|min) left", "about N left", line) for line in lines] == [
+        "compile 1 of 2: torchscript fp32",
+        "compile 2 of 2: onnx-runtime fp32, about N left",
+        "validate 1 of about 2: torchscript fp32",
+        "validate 2 of about 2: onnx-runtime fp32, about N left",
+    ]
     assert result.comparison_uri is not None
     comparison = read_comparison(result.comparison_uri)
     assert [candidate.outcome for candidate in comparison.candidates] == ["pass", "pass"]
@@ -164,15 +168,10 @@ def test_auto_goes_on_when_a_candidate_fails(
 
 
 def test_time_that_is_left_grows_with_the_candidates_that_are_left() -> None:
-    requests = [CompileRequest(model="m", target="openvino")] * 4
-    lines = [
-        current_candidate(requests, position, elapsed_s)
-        for position, elapsed_s in ((0, 0.0), (1, 70.0), (2, 80.0), (3, 600.0))
-    ]
     # Three times 70 s, twice 40 s, once 200 s.
-    assert lines == [
-        "1 of 4: openvino fp32",
-        "2 of 4: openvino fp32, about 4 min left",
-        "3 of 4: openvino fp32, about 80 s left",
-        "4 of 4: openvino fp32, about 3 min left",
+    assert [time_left(0, 4, 0.0), time_left(1, 3, 70.0), time_left(2, 2, 80.0), time_left(3, 1, 600.0)] == [
+        "",
+        ", about 4 min left",
+        ", about 80 s left",
+        ", about 3 min left",
     ]

@@ -209,7 +209,9 @@ def compare_candidates(
         store_uri: Artifact store that gets the comparison.
         settings: Work folder and threads.
     """
-    candidates = _raced(source, request, candidates, store_uri=store_uri, settings=settings)
+    dropped = drops(candidates, request.auto.objective, allow_warn=request.allow_warn)
+    rivals = [position for position in range(len(candidates)) if position not in dropped]
+    candidates = raced_candidates(source, request, candidates, rivals, store_uri=store_uri, settings=settings)
     all_candidates = (*candidates, *plan.unavailable)
     winner, reason = choose(all_candidates, request.auto.objective, allow_warn=request.allow_warn)
     comparison = Comparison(
@@ -233,35 +235,44 @@ def compare_candidates(
     )
 
 
-def _raced(
+def raced_candidates(
     source: FetchedSource,
     request: CompileRequest,
     candidates: Sequence[Candidate],
+    rivals: Sequence[int],
     *,
     store_uri: str,
     settings: Settings,
 ) -> Sequence[Candidate]:
-    """Return the candidates with the latencies of the race; those of their reports stay if it gave none."""
-    goal = request.auto.objective.goal
-    dropped = drops(candidates, request.auto.objective, allow_warn=request.allow_warn)
+    """Return the candidates, some with the latencies of a race.
+
+    Args:
+        source: Source model.
+        request: Request for target auto.
+        candidates: All candidates.
+        rivals: Positions of the candidates to time in turn. The slowest do not take part if all together need too
+            much memory. If the race is disturbed or fails, all latencies stay.
+        store_uri: Artifact store of the candidates.
+        settings: Work folder and threads.
+    """
     rivals = sorted(
-        (position for position in range(len(candidates)) if position not in dropped),
+        rivals,
         key=lambda position: candidates[position].latency_ratio or candidates[position].cpu_ratio or math.inf,
     )
     # All of them are in memory at once; the fastest come first.
-    memory_bytes = accumulate(candidates[position].serving_memory_bytes or 0 for position in rivals)
+    memory_bytes = accumulate(_memory_bytes(candidates[position]) for position in rivals)
     rivals = [position for position, total in zip(rivals, memory_bytes, strict=True) if total <= _MOST_RACE_BYTES]
-    if goal == "size" or len(rivals) < 2:
+    if request.auto.objective.goal == "size" or len(rivals) < 2:
         return candidates
     logger.info("timing %d candidates in turn", len(rivals))
     uris = [str(candidates[position].artifact_uri) for position in rivals]
     try:
         result = race(source, uris, request, store_uri=store_uri, settings=settings)
     except CompileflowError as error:
-        logger.warning("The race failed, so the latencies of the reports count: %s", error.message)
+        logger.warning("The race failed, so the earlier latencies count: %s", error.message)
         return candidates
     if result.busy:
-        logger.warning("The race was disturbed, so the latencies of the reports count: %s", result.busy)
+        logger.warning("The race was disturbed, so the earlier latencies count: %s", result.busy)
         return candidates
     raced = list(candidates)
     for position, latencies in zip(rivals, result.latencies, strict=True):
@@ -273,6 +284,11 @@ def _raced(
         )
         raced[position] = candidates[position].model_copy(update={"latencies": timings})
     return raced
+
+
+def _memory_bytes(candidate: Candidate) -> int:
+    """Return the serving memory of a candidate; before its validation an estimate, for weights that are copied."""
+    return candidate.serving_memory_bytes or 2 * (candidate.size_bytes or 0)
 
 
 def _requested_targets(request: CompileRequest) -> Sequence[str]:

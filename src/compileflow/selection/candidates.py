@@ -14,6 +14,8 @@ from compileflow.errors import MeasurementError
 from compileflow.spec import Precision
 from compileflow.validation.measure import Latency
 
+# Outcome of a candidate that was compiled and tried in the first round, and that needs no validation.
+UNVALIDATED = "unvalidated"
 _AGREEMENTS = ("label_agreement", "exact_span", "neighbour_overlap", "entity_f1", "next_token")
 
 
@@ -58,7 +60,7 @@ class Candidate(_Value):
     target: str
     precision: Precision
     options: dict[str, JsonValue] = Field(default_factory=dict)
-    outcome: Outcome | Literal["unavailable"]
+    outcome: Outcome | Literal["unavailable", "unvalidated"]
     reason: str = Field(description="One line: the reason of the verdict, or why the verdict is missing.")
     latencies: tuple[CandidateLatency, ...] = ()
     accuracy_loss: float | None = Field(None, ge=0, le=1, description="Share of decisions that changed.")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from compileflow.contracts import ACCEPTED_OUTCOMES
-from compileflow.selection.candidates import Candidate
+from compileflow.selection.candidates import UNVALIDATED, Candidate
 from compileflow.spec import Objective
 from compileflow.validation.measure.contention import BUSY_MACHINE
 from compileflow.validation.report import fraction, megabytes, percent
@@ -40,8 +40,10 @@ def drops(candidates: Sequence[Candidate], objective: Objective, *, allow_warn: 
     """
     drops_by_position: dict[int, Drop] = {}
     for position, candidate in enumerate(candidates):
-        drop = _outcome_drop(candidate, allow_warn) or _budget_drop(candidate, objective)
-        if drop is not None:
+        if candidate.outcome == UNVALIDATED:
+            excess = known_excess(candidate, objective)
+            drops_by_position[position] = excess or Drop("cannot win", candidate.reason)
+        elif drop := _outcome_drop(candidate, allow_warn) or _budget_drop(candidate, objective):
             drops_by_position[position] = drop
     if objective.goal == "size":
         return drops_by_position
@@ -89,7 +91,7 @@ def choose(candidates: Sequence[Candidate], objective: Objective, *, allow_warn:
         smallest = min(_or_inf(candidates[position].size_bytes) for position in eligible_positions)
         pool = [position for position in eligible_positions if candidates[position].size_bytes == smallest]
     is_busy = _was_busy(candidates, eligible_positions)
-    costs = {position: _cost(candidates[position], objective, is_busy=is_busy) for position in pool}
+    costs = {position: cost_of(candidates[position], objective, is_busy=is_busy) for position in pool}
     highest_cost = min(costs.values()) * (1 + SAME_LATENCY)
     winner = min(
         (position for position in pool if costs[position] <= highest_cost),
@@ -161,7 +163,16 @@ def _was_busy(candidates: Sequence[Candidate], positions: Iterable[int]) -> bool
     return any(candidates[position].is_busy for position in positions)
 
 
-def _cost(candidate: Candidate, objective: Objective, *, is_busy: bool) -> float:
+def known_excess(candidate: Candidate, objective: Objective) -> Drop | None:
+    """Return the budget that a candidate exceeds by a number that was measured; None if there is none."""
+    loss, size = candidate.accuracy_loss, candidate.size_bytes
+    known = {} if loss is None else {"max_accuracy_loss": objective.max_accuracy_loss}
+    known |= {} if size is None else {"max_size_bytes": objective.max_size_bytes}
+    return _budget_drop(candidate, Objective(**known))
+
+
+def cost_of(candidate: Candidate, objective: Objective, *, is_busy: bool) -> float:
+    """Return what the goal makes small: latency, time for each row, or, on a busy machine, processor time."""
     if is_busy:
         return _or_inf(candidate.cpu_ratio)
     if objective.goal == "throughput":
@@ -172,14 +183,11 @@ def _cost(candidate: Candidate, objective: Objective, *, is_busy: bool) -> float
 def _reason(
     winner: Candidate, eligible: Sequence[Candidate], objective: Objective, *, drop_count: int, is_busy: bool
 ) -> str:
-    superlative, figure = {
-        "latency": ("lowest", f"{fraction(_or_inf(winner.latency_ratio))} of eager's latency"),
-        "throughput": ("most", f"{winner.throughput_per_s or 0.0:.0f} {winner.throughput_unit} per second"),
-        "size": ("smallest", megabytes(winner.size_bytes or 0)),
-    }[objective.goal]
+    superlative = {"latency": "lowest", "throughput": "most", "size": "smallest"}[objective.goal]
+    figure = figure_of(winner, objective, is_busy=is_busy)
     if is_busy and objective.goal != "size":
         superlative = "lowest"
-        figure = f"{fraction(_or_inf(winner.cpu_ratio))} of eager's processor time (latency was {BUSY_MACHINE})"
+        figure += f" (latency was {BUSY_MACHINE})"
     condition = f"passed {'its' if len(eligible) == 1 else 'their'} gates"
     if any(candidate.outcome == "warn" for candidate in eligible):
         condition = "passed or only warned"
@@ -190,11 +198,22 @@ def _reason(
         return f"{winner.label}: {figure}, the only candidate that {condition}{drop_note}"
     rank = f"the {superlative} of {len(eligible)} that {condition}"
     if objective.goal != "size" and any(
-        _cost(candidate, objective, is_busy=is_busy) < _cost(winner, objective, is_busy=is_busy)
+        cost_of(candidate, objective, is_busy=is_busy) < cost_of(winner, objective, is_busy=is_busy)
         for candidate in eligible
     ):
         rank = f"within 2 % of {rank}, and the most accurate of those"
     return f"{winner.label}: {figure}, {rank}{drop_note}"
+
+
+def figure_of(candidate: Candidate, objective: Objective, *, is_busy: bool) -> str:
+    """Return the number that the goal compares, in words."""
+    if objective.goal == "size":
+        return megabytes(candidate.size_bytes or 0)
+    if is_busy:
+        return f"{fraction(_or_inf(candidate.cpu_ratio))} of eager's processor time"
+    if objective.goal == "throughput":
+        return f"{candidate.throughput_per_s or 0.0:.0f} {candidate.throughput_unit} per second"
+    return f"{fraction(_or_inf(candidate.latency_ratio))} of eager's latency"
 
 
 def _or_inf(value: float | None) -> float:

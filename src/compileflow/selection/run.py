@@ -2,57 +2,22 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 from compileflow._process.run_in_child import warm_processes
-from compileflow.errors import CompileflowError, SourceUnavailableError, VerdictError
-from compileflow.selection.auto import (
-    ComparedCandidates,
-    check_auto,
-    compare_candidates,
-    failed_candidate,
-    measured_candidate,
-    plan_candidates,
-)
+from compileflow.errors import CompileflowError, SourceUnavailableError
+from compileflow.selection.auto import check_auto, compare_candidates, plan_candidates, raced_candidates
 from compileflow.selection.candidates import Candidate
+from compileflow.selection.search import label, search
 from compileflow.settings import Settings
 from compileflow.steps.fetch import scheme_of
 from compileflow.steps.preflight import check_hub_model, check_request
 from compileflow.steps.request import AUTO, CompileRequest
 from compileflow.steps.run import CompileResult, LoggedProgress, Progress, StepRunner, run_request
+from compileflow.steps.trial import Trial, try_compiled
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
-
-
-@dataclass(frozen=True)
-class ProvenCandidate:
-    """A candidate of target auto that has an artifact and a verdict."""
-
-    request: CompileRequest
-    artifact: CompiledArtifact
-    validated: ValidatedArtifact
-
-    def candidate(self, settings: Settings) -> Candidate:
-        """Return its entry in the comparison, with the timings of its report."""
-        return measured_candidate(self.request, self.artifact, self.validated, settings)
-
-
-@dataclass(frozen=True)
-class FailedCandidate:
-    """A candidate of target auto that ended in an error, after its compile if it has an artifact."""
-
-    request: CompileRequest
-    error: CompileflowError
-    artifact: CompiledArtifact | None = None
-
-    def candidate(self, settings: Settings) -> Candidate:
-        """Return its entry in the comparison, with the reason."""
-        return failed_candidate(self.request, self.error, self.artifact)
-
-
-Attempt = ProvenCandidate | FailedCandidate
 
 
 def check_any_target(request: CompileRequest, settings: Settings, *, extras: Collection[str] = ()) -> None:
@@ -94,69 +59,67 @@ def run_any_target(
     store_uri = settings.resolved_store_uri(request.store_uri)
     source = StepRunner(request, settings, progress=progress).fetch()
     plan = plan_candidates(source, request, store_uri=store_uri, settings=settings)
-    attempts: list[Attempt] = []
-    began = time.monotonic()
-    # The compiles import transformers once, the validations Great Expectations.
+    # The compiles import transformers once, the first round and the validations Great Expectations.
     with warm_processes(), progress.step("candidates") as show:
-        for candidate in plan.requests:
-            show(current_candidate(plan.requests, len(attempts), time.monotonic() - began))
-            attempts.append(_attempt(candidate, source, settings, progress))
+        found = search(
+            request,
+            plan.requests,
+            _Steps(source, request, settings, progress, store_uri),
+            settings,
+            show=lambda _, line: show(line),
+        )
     comparison = compare_candidates(
-        source,
-        request,
-        plan,
-        [attempt.candidate(settings) for attempt in attempts],
-        store_uri=store_uri,
-        settings=settings,
+        source, request, plan, found.candidates, store_uri=store_uri, settings=settings
     )
-    winner = winning_candidate(attempts, comparison)
+    winner = found.winner(comparison)
     steps = StepRunner(winner.request, settings, progress=progress)
     versions = steps.register(source, winner.artifact, winner.validated)
     result = CompileResult.of(winner.request, source, winner.artifact, winner.validated, versions)
     return result.model_copy(update={"comparison_uri": comparison.comparison_uri})
 
 
-def winning_candidate(attempts: Sequence[Attempt], comparison: ComparedCandidates) -> ProvenCandidate:
-    """Return the candidate that the comparison chose.
+@dataclass(frozen=True)
+class _Steps:
+    """The steps of a search in this process."""
 
-    Raises:
-        VerdictError: No candidate is good enough; the message says why.
-    """
-    winner = attempts[comparison.winner] if comparison.winner is not None else None
-    if not isinstance(winner, ProvenCandidate):
-        raise VerdictError(
-            comparison.reason,
-            hint=f"Nothing was registered. Run: compileflow inspect {comparison.comparison_uri}",
-            report_uri=comparison.comparison_uri,
+    source: FetchedSource
+    request: CompileRequest
+    settings: Settings
+    progress: Progress
+    store_uri: str
+
+    def compile(self, request: CompileRequest) -> CompiledArtifact | CompileflowError:
+        try:
+            return self._runner(request).compile(self.source)
+        except CompileflowError as error:
+            return error
+
+    def try_all(self, artifacts: Sequence[CompiledArtifact]) -> Sequence[Trial] | CompileflowError:
+        try:
+            with self.progress.step("first round") as show:
+                return try_compiled(
+                    self.source,
+                    artifacts,
+                    self.request,
+                    store_uri=self.store_uri,
+                    settings=self.settings,
+                    on_progress=show,
+                )
+        except CompileflowError as error:
+            return error
+
+    def race(self, candidates: Sequence[Candidate], rivals: Sequence[int]) -> Sequence[Candidate]:
+        return raced_candidates(
+            self.source, self.request, candidates, rivals, store_uri=self.store_uri, settings=self.settings
         )
-    return winner
 
+    def validate(
+        self, request: CompileRequest, artifact: CompiledArtifact
+    ) -> ValidatedArtifact | CompileflowError:
+        try:
+            return self._runner(request).validate(self.source, artifact)
+        except CompileflowError as error:
+            return error
 
-def current_candidate(requests: Sequence[CompileRequest], position: int, elapsed_s: float) -> str:
-    """Return one line about the candidate that begins: its number, its name, and about how long the rest takes.
-
-    Args:
-        requests: All candidates, in the order of trying.
-        position: Position of the one that begins.
-        elapsed_s: Seconds that those before it took.
-    """
-    line = f"{position + 1} of {len(requests)}: {_label(requests[position])}"
-    if position == 0:
-        return line
-    left_s = elapsed_s / position * (len(requests) - position)
-    return f"{line}, about {left_s:.0f} s left" if left_s < 90 else f"{line}, about {left_s / 60:.0f} min left"
-
-
-def _attempt(request: CompileRequest, source: FetchedSource, settings: Settings, progress: Progress) -> Attempt:
-    steps = StepRunner(request, settings, progress=progress, label=_label(request))
-    artifact = None
-    try:
-        artifact = steps.compile(source)
-        return ProvenCandidate(request, artifact, steps.validate(source, artifact))
-    except CompileflowError as error:
-        return FailedCandidate(request, error, artifact)
-
-
-def _label(request: CompileRequest) -> str:
-    options = (f"{name}={value}" for name, value in request.target_options.items())
-    return " ".join((request.target, request.precision.value, *options))
+    def _runner(self, request: CompileRequest) -> StepRunner:
+        return StepRunner(request, self.settings, progress=self.progress, label=label(request))

@@ -3,8 +3,8 @@
 A step's result is a record in the artifact store. Its key is the digest of everything that decides the result. The
 record only points at folders in the store, so a record whose folder is gone is a miss. See docs/adr/0002.
 
-The parts of each key are listed in compile.py, fetch.py, validate.py and race.py. Concurrent runs with the same
-key do the work only once.
+The parts of each key are listed in compile.py, fetch.py, validate.py, trial.py and race.py. Concurrent runs with
+the same key do the work only once.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ from compileflow.validation.bundle import Failed, examine_failure, write_failure
 from compileflow.validation.cases import LABELS_UNUSED, MULTI_LABEL, ONE_LABEL, Case
 from compileflow.validation.evidence import Evidence, draw_for, gather_evidence
 from compileflow.validation.judge import UserSuite, Verdict, judge
+from compileflow.validation.judge.early import EarlyOutcome, early_verdict
 from compileflow.validation.judge.suite import suite_digest
 from compileflow.validation.measure import Call, Measurements
 from compileflow.validation.measure.decisions import Decisions, Pool, mean_of_tokens
@@ -58,7 +59,6 @@ class _Component:
 
     Attributes:
         compiled: The loaded component.
-        first_call: First call of the component in this process.
         record: Record of the component, with the rule by which the source model counts frames.
         evidence: Calls that both models answer.
         shapes_to_time: Shapes to time, each as (batch size, length).
@@ -67,7 +67,6 @@ class _Component:
     """
 
     compiled: LoadedComponent
-    first_call: Call
     record: ComponentRecord
     evidence: Evidence
     shapes_to_time: tuple[tuple[int, int], ...]
@@ -127,7 +126,29 @@ class Proof:
             first_call: First call of the component in this process.
             claims: Claims of the manifest about the component, with the right values.
         """
-        self._measure(self._component(compiled, first_call), claims)
+        self._measure(self._component(compiled), first_call, claims)
+
+    def try_out(self, compiled: LoadedComponent, *, pairs: int) -> tuple[Measurements, EarlyOutcome, str]:
+        """Compare a component on the natural examples alone, and time it: the first round of target auto.
+
+        Args:
+            compiled: The loaded component.
+            pairs: Number of pairs of calls to time at each shape.
+
+        Returns:
+            The measurements, and the early verdict with its reason.
+        """
+        component = self._component(compiled)
+        measurements = self._compare(component, component.evidence.natural)
+        outcome, reason = early_verdict(
+            measurements,
+            precision=self.spec.precision,
+            hf_task=self.spec.hf_task,
+            overrides=self._overrides(),
+            strict=self.validation.strict,
+        )
+        self._time(measurements, component, pairs)
+        return measurements, outcome, reason
 
     def report(
         self,
@@ -144,8 +165,8 @@ class Proof:
             claims: Claims of the manifest about the component, with the right values.
             on_result: Called with the title and the result of each judged suite.
         """
-        component = self._component(compiled, first_call)
-        measurements = self._measure(component, claims)
+        component = self._component(compiled)
+        measurements = self._measure(component, first_call, claims)
         verdict = self._judge(measurements, on_result)
         failed = None
         if verdict.outcome == "fail":
@@ -174,7 +195,7 @@ class Proof:
             )
         return report
 
-    def _component(self, compiled: LoadedComponent, first_call: Call) -> _Component:
+    def _component(self, compiled: LoadedComponent) -> _Component:
         """Choose the calls that a component is measured on."""
         artifact, source_dir, spec = self.artifact, self.whole_artifact.source_dir, self.spec
         # A wrong manifest must not decide which frames are compared.
@@ -204,23 +225,34 @@ class Proof:
             *evidence.natural,
             *(evidence.timed(rows, length) for rows, length in shapes_to_time),
         ]
-        return _Component(compiled, first_call, record, evidence, shapes_to_time, cases, decisions)
+        return _Component(compiled, record, evidence, shapes_to_time, cases, decisions)
 
-    def _measure(self, component: _Component, claims: Claims) -> Measurements:
-        """Compare a component with the source model in every way that a gate judges."""
-        source_model, answers = self.source_model, self.answers
-        run, record, evidence = component.compiled.run, component.record, component.evidence
-        answers.leave_out([case.inputs for case in component.cases if case.is_drawn])
-        measurements = measuring.measure(
-            answers.remembered(source_model.run),
-            run,
+    def _compare(self, component: _Component, cases: Sequence[Case]) -> Measurements:
+        """Compare the answers of both models to some of a component's cases."""
+        source_model, record = self.source_model, component.record
+        self.answers.leave_out([case.inputs for case in cases if case.is_drawn])
+        return measuring.measure(
+            self.answers.remembered(source_model.run),
+            component.compiled.run,
             outputs=source_model.outputs,
             decisions=component.decisions,
-            cases=component.cases,
-            coverage=measuring.Coverage(record, evidence.shapes, source_model.tokens),
+            cases=cases,
+            coverage=measuring.Coverage(record, component.evidence.shapes, source_model.tokens),
             progress=report_progress,
             bucket_lengths={bucket.sequence_length for bucket in record.shape_buckets},
         )
+
+    def _measure(self, component: _Component, first_call: Call, claims: Claims) -> Measurements:
+        """Compare a component with the source model in every way that a gate judges.
+
+        Args:
+            component: The component.
+            first_call: First call of the component in this process.
+            claims: Claims of the manifest about the component, with the right values.
+        """
+        source_model, answers = self.source_model, self.answers
+        run, evidence = component.compiled.run, component.evidence
+        measurements = self._compare(component, component.cases)
         measurements.scalars |= self.shared.scalars
         measurements.details |= self.shared.details
         measurements.notes += [*self.shared.notes, *evidence.notes]
@@ -242,7 +274,7 @@ class Proof:
                 progress=report_progress,
             )
         report_progress("calling the compiled model again")
-        measuring.measure_repeatability(measurements, run, evidence.repeated, component.first_call)
+        measuring.measure_repeatability(measurements, run, evidence.repeated, first_call)
         computed = source_function(source_model)
         reference = answers.remembered(computed)
         if self.spec.precision is not Precision.FP32:
@@ -262,18 +294,21 @@ class Proof:
         if not self.has_both:
             measurements.notes.append("Latency was not compared, because the source model is not on this machine.")
             return measurements
+        self._time(measurements, component, self.validation.latency_pairs)
+        return measurements
+
+    def _time(self, measurements: Measurements, component: _Component, pairs: int) -> None:
         report_progress("timing both models in turn")
         measuring.measure_latency(
             measurements,
-            *timed_models(source_model, component.compiled),
-            lambda rows, length: evidence.timed(rows, length).inputs,
+            *timed_models(self.source_model, component.compiled),
+            lambda rows, length: component.evidence.timed(rows, length).inputs,
             shapes=component.shapes_to_time,
-            pairs=self.validation.latency_pairs,
+            pairs=pairs,
             threads=self.threads,
-            one_thread=one_thread_models(source_model, component.compiled),
+            one_thread=one_thread_models(self.source_model, component.compiled),
             written_tokens=written_tokens(component.compiled),
         )
-        return measurements
 
     def subject(self, component: str) -> ReportSubject:
         """Return what a report says about both models."""
@@ -293,21 +328,25 @@ class Proof:
         )
 
     def _judge(self, measurements: Measurements, on_result: Callable[[str, Any], None] | None) -> Verdict:
-        spec = self.spec
-        # Optional attribute of a third party's target: its own limits for a precision.
-        overrides = dict(getattr(get_target(spec.target), "default_gates", {}).get(spec.precision, {}))
-        if self.validation.max_latency_ratio is not None:
-            overrides["latency_ratio"] = self.validation.max_latency_ratio
         report_progress("judging with Great Expectations")
         return judge(
             measurements,
-            precision=spec.precision,
-            hf_task=spec.hf_task,
-            overrides=overrides,
+            precision=self.spec.precision,
+            hf_task=self.spec.hf_task,
+            overrides=self._overrides(),
             strict=self.validation.strict,
             user_suite=self.user_suite,
             on_result=on_result,
         )
+
+    def _overrides(self) -> dict[str, float]:
+        """Return the limits that the target or the user sets."""
+        # Optional attribute of a third party's target: its own limits for a precision.
+        gates = getattr(get_target(self.spec.target), "default_gates", {})
+        overrides = dict(gates.get(self.spec.precision, {}))
+        if self.validation.max_latency_ratio is not None:
+            overrides["latency_ratio"] = self.validation.max_latency_ratio
+        return overrides
 
     def _report(
         self, component: _Component, measurements: Measurements, verdict: Verdict, failed: Failed | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
 from pydantic import ValidationError
@@ -102,8 +102,8 @@ def validate_artifact(
             suite.check(manifest.hf_task, manifest.spec.precision, [record.name for record in component.outputs])
         if validation.tests_path is not None:
             check_tests(validation.tests_path)
-        parts = _key_parts(
-            source, artifact, spec, validation, manifest.hf_task, get_target(manifest.target.name).toolchain()
+        parts = key_parts(
+            source, [artifact], spec, validation, manifest.hf_task, get_target(manifest.target.name).toolchain()
         )
         if suite is not None:
             parts["user suite"] = suite.digest
@@ -287,16 +287,17 @@ def report_on(store: ArtifactStore, artifact_digest: str, *, kind: str = _REPORT
     return value.model_copy(update={"report_uri": store.folder_uri(value.report_digest)})
 
 
-def _key_parts(
+def key_parts(
     source: FetchedSource,
-    artifact: CompiledArtifact,
+    artifacts: Sequence[CompiledArtifact],
     spec: CompileSpec | None,
     validation: ValidationSettings,
     hf_task: HfTask,
     toolchain: Mapping[str, str],
 ) -> dict[str, str]:
+    """Return everything that changes what is measured of artifacts, part by part, for a cache key."""
     parts = {
-        "artifact": artifact.digest,
+        "artifact": " ".join(artifact.digest for artifact in artifacts),
         "source model": source.digest,
         "request": json_digest(spec.model_dump(mode="json")) if spec else "none",
         "suite": suite_digest(),
