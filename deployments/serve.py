@@ -18,6 +18,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from compileflow._process.folders import file_lock, file_written_whole, os_error
 from compileflow.catalog import open_registry, open_store
 from compileflow.errors import CompileflowError, ProcessError
 from compileflow.settings import get_settings
+from deployments.deploy import TAG
 from deployments.postgres import DATABASE_URL, check_isolation, postgres_programs, start_postgres
 from deployments.services import Service
 from flows.environment import SERVER_SETTINGS, check_room
@@ -40,6 +43,8 @@ _SERVER_START_S = 180.0
 _WORKER_START_S = 60.0
 # A worker that ends sooner would end again.
 _SHORTEST_LIFE_S = 15.0
+_LOOK_S = 60
+_LONGEST_PENDING = timedelta(minutes=5)
 _SETTINGS = SERVER_SETTINGS | {
     "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
     "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
@@ -172,8 +177,10 @@ def _serve(home: Path, options: argparse.Namespace) -> None:
         path = home / "client.env"
         typer.echo(f"The password is in {path}. For commands in another terminal: . {path}")
         typer.echo("Ready. Ctrl-C stops everything.")
-        while True:
+        for second in count(1):
             time.sleep(1)
+            if second % _LOOK_S == 0:
+                crash_lost_runs(access)
             for service in services.values():
                 if service.age_s < _SHORTEST_LIFE_S or service.name == "database":
                     service.check_running()
@@ -185,6 +192,19 @@ def _serve(home: Path, options: argparse.Namespace) -> None:
         # A service that took the place of another one also took its place in this order.
         for service in reversed(services.values()):
             service.stop()
+
+
+def crash_lost_runs(access: Access) -> None:
+    """Crash the runs that a worker took long ago and never started.
+
+    An automation does so within two minutes, unless a busy SQLite has lost the event that it waits for.
+    """
+    states = {"state": {"type": {"any_": ["PENDING"]}}, "tags": {"all_": [TAG]}}
+    for run in access.call("POST", "/flow_runs/filter", {"flow_runs": states}) or ():
+        if datetime.now(UTC) - datetime.fromisoformat(run["state"]["timestamp"]) > _LONGEST_PENDING:
+            message = "A worker took the run and never started it. The worker may have died."
+            state = {"type": "CRASHED", "name": "Crashed", "message": message}
+            access.call("POST", f"/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
 
 
 def _start_database(

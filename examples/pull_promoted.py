@@ -16,17 +16,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-from httpx import HTTPError
+from httpx import URL, HTTPError, InvalidURL
 from prefect.events.clients import get_events_subscriber
 from prefect.events.filters import EventFilter, EventNameFilter
 from prefect.settings import PREFECT_API_URL
 from websockets.exceptions import WebSocketException
 
 from compileflow._process.folders import os_errors
+from compileflow.admin.collect import check_registry_exists
 from compileflow.admin.pull import pull_version
 from compileflow.catalog import open_registry
 from compileflow.cli.common import exit_code
-from compileflow.contracts import ModelVersion
 from compileflow.errors import (
     CompileflowError,
     ProcessError,
@@ -54,7 +54,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         url = without_secrets(PREFECT_API_URL.value() or "")
-        if not url.startswith(("http://", "https://")):
+        if not is_url(url):
             raise SpecError(
                 f"PREFECT_API_URL is {url or 'not set'}.",
                 hint="Set it to the API of the Prefect server, for example http://127.0.0.1:4200/api.",
@@ -68,6 +68,14 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     raise AssertionError("unreachable")
+
+
+def is_url(text: str) -> bool:
+    """Return whether a text is a URL of HTTP."""
+    try:
+        return URL(text).scheme in ("http", "https")
+    except InvalidURL:
+        return False
 
 
 def command(text: str) -> list[str]:
@@ -98,6 +106,11 @@ async def follow(options: argparse.Namespace, url: str) -> None:
                     f"The Prefect server at {url} refuses the login.",
                     hint="Set PREFECT_API_AUTH_STRING to the user and the password, for example admin:PASSWORD.",
                 ) from error
+            # The other paths of a Prefect server refuse a connection for events.
+            if "HTTP 403" in str(error) or "HTTP 404" in str(error):
+                raise ProcessError(
+                    f"{url} is not the API of a Prefect server.", hint="PREFECT_API_URL usually ends in /api."
+                ) from error
             if not isinstance(error, OSError | WebSocketException | HTTPError):
                 raise
             reason = f"The Prefect server at {url} does not answer: {first_line(error)}."
@@ -124,9 +137,14 @@ def update(options: argparse.Namespace) -> None:
     """
     settings = get_settings()
     uri = settings.resolved_registry_uri(options.registry)
-    version = version_in_stage(uri, options.name, options.stage)
-    if version is None:
-        report(f"{options.name} has no version in {options.stage}")
+    check_registry_exists(uri, settings)
+    try:
+        version = open_registry(uri, settings).get(options.name, options.stage)
+    except RegistryError as error:
+        if error.retryable:
+            raise
+        # The first version may come later.
+        report(str(error))
         return
     folder = options.folder / f"version-{version.version}-{version.artifact_digest[:12]}"
     current, pending = options.folder / "current", options.folder / "command-pending"
@@ -165,16 +183,6 @@ def run_command(words: list[str]) -> None:
             f"The command {shlex.join(words)} ended with exit code {code}.",
             hint="The next start of this program runs it again.",
         )
-
-
-def version_in_stage(uri: str, name: str, stage: str) -> ModelVersion | None:
-    """Return the version in the stage, if there is one."""
-    try:
-        return open_registry(uri).get(name, stage)
-    except RegistryError as error:
-        if error.retryable:
-            raise
-        return None
 
 
 def report(line: str) -> None:

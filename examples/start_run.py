@@ -161,7 +161,11 @@ def main() -> int:
     with connect() as client:
         run_id = start(client, request, key=options.key)
         sys.stdout.write(f"started the run {run_id}\n")
-        state = wait(client, run_id)
+        try:
+            state = wait(client, run_id)
+        except KeyboardInterrupt:
+            sys.stderr.write("stopped waiting; the run goes on\n")
+            return 130
         message = state["message"] or summary(client, run_id)
     sys.stdout.write(f"{state['name']}: {message}\n")
     return 0 if state["type"] == "COMPLETED" else 1

@@ -27,7 +27,7 @@ class DeployedFlow(Flow[P, R]):
         """Return the parameters in the types of the function.
 
         Raises:
-            SpecError: They do not fit. The server checks new runs, so they are probably of an older version.
+            SpecError: They do not fit: only the flow can check them, or they are of an older version.
         """
         try:
             return super().validate_parameters(parameters)
@@ -36,8 +36,9 @@ class DeployedFlow(Flow[P, R]):
             headline, *problems = str(error).splitlines()
             reasons = "; ".join(problem.removeprefix(" - ") for problem in problems) or headline
             raise SpecError(
-                f"The parameters do not fit this version of the flow {self.name}: {reasons}.",
-                hint="Start a new run from the deployment.",
+                f"The parameters do not fit this version of the flow {self.name}: "
+                f"{reasons.replace('Value error, ', '')}.",
+                hint="Correct them, or start a new run from the deployment.",
             ) from error
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from compileflow._process.folders import os_errors
+from compileflow._process.folders import check_writable, os_errors
 from compileflow.catalog import open_store
 from compileflow.contracts import ModelVersion
 from compileflow.errors import CompileflowError
@@ -66,8 +66,10 @@ class Outputs:
         """Delete the folder of each step that is on, which holds what an earlier run left.
 
         Raises:
-            StoreError: A folder cannot be deleted.
+            StoreError: A folder cannot be deleted, or none can be written.
         """
+        with os_errors(self.settings.outputs, "write to the folder of COMPILEFLOW_OUTPUTS,"):
+            check_writable(self.settings.outputs.expanduser())
         for folder in map(self.folder, self._steps):
             with os_errors(folder, "write to"):
                 if folder.exists():

@@ -47,7 +47,10 @@ def watch_registry(
     skipped = skipped_if_late(max_lateness_s)
     if skipped is not None:
         return skipped
-    outcomes = [handle(missing, watch, action, deployment) for missing in find_missing(watch)]
+    try:
+        outcomes = [handle(missing, watch, action, deployment) for missing in find_missing(watch)]
+    except CompileflowError as refusal:
+        return Failed(message=str(refusal), data=refusal)
     headline = ", ".join(f"{outcomes.count(kind)} {kind}" for kind in dict.fromkeys(outcomes)) or "nothing missing"
     if "failed" in outcomes:
         error = CompileError(f"{headline}.", hint="The log of this run and the failed runs say why.")

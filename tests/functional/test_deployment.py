@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from compileflow.serving.pipeline import CompiledPipeline
 from compileflow.settings import Settings
 from compileflow.spec import HfTask
 from compileflow.steps.request import CompileRequest
+from deployments import serve
 from tests.functional.prefect_server import PrefectServer
 from tests.models import build_model
 
@@ -44,6 +46,18 @@ def deployment(server: PrefectServer) -> dict[str, Any]:
     status, answer = server.call("GET", "/deployments/name/compile-model/compile-model")
     assert status == 200
     return answer
+
+
+def test_run_that_no_worker_started_is_crashed(server: PrefectServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    access = serve.Access(server.api_url.removesuffix("/api"), password="", is_new=False)
+    run = {"name": "lost", "flow_id": access.call("GET", "/flows/name/settle-pending")["id"], "tags": [serve.TAG]}
+    pending = {"state": {"type": "PENDING", "name": "Submitting"}}
+    run_id = access.call("POST", "/flow_runs/", run | pending)["id"]
+    serve.crash_lost_runs(access)
+    assert access.call("GET", f"/flow_runs/{run_id}")["state"]["type"] == "PENDING"
+    monkeypatch.setattr(serve, "_LONGEST_PENDING", timedelta(0))
+    serve.crash_lost_runs(access)
+    assert access.call("GET", f"/flow_runs/{run_id}")["state"]["type"] == "CRASHED"
 
 
 @pytest.mark.parametrize(

@@ -227,7 +227,7 @@ def test_parameters_of_another_version_of_the_flow_are_refused_in_one_line(
         "FAILED",
         "Validation of flow parameters failed with error: SpecError: The parameters do not fit this version of "
         "the flow compile-model: request.precision: Input should be 'fp32', 'bf16', 'fp16', 'int8' or 'int4'; "
-        "request.quantize: Extra inputs are not permitted. Start a new run from the deployment.",
+        "request.quantize: Extra inputs are not permitted. Correct them, or start a new run from the deployment.",
     )
 
 

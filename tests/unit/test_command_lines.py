@@ -425,6 +425,23 @@ def test_signal_while_python_imports_ends_at_once_with_one_line(number: signal.S
     assert (completed.returncode, completed.stderr) == (128 + number, f"{line}\n")
 
 
+def test_signal_that_a_library_turns_into_an_error_ends_with_one_line() -> None:
+    code = f"""
+from compileflow._process.end_at_once import end_at_once
+end_at_once()
+import os, typer
+from compileflow.cli.common import one_line_errors
+def command() -> None:
+    try:
+        os.kill(os.getpid(), {signal.SIGINT:d})
+    except BaseException:
+        raise ValueError("Error calling a function: Stopped: 2") from None
+typer.run(one_line_errors(command))
+"""
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (completed.returncode, completed.stderr) == (130, "Interrupted. No partial result was kept.\n")
+
+
 @pytest.mark.parametrize("module", ["compileflow", "flows"])
 def test_command_line_imports_nothing_before_a_signal_ends_it_in_one_line(module: str) -> None:
     # The first import of any other module presses Ctrl-C.

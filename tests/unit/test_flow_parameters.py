@@ -50,5 +50,5 @@ def test_parameters_that_do_not_fit_are_refused_in_one_line(parameters: dict[str
         compile_model.validate_parameters(parameters)
     assert str(raised.value) == (
         f"The parameters do not fit this version of the flow compile-model: {reason}. "
-        "Start a new run from the deployment."
+        "Correct them, or start a new run from the deployment."
     )

@@ -19,6 +19,7 @@ from compileflow.catalog import open_registry, open_store
 from compileflow.cli import app
 from compileflow.cli.output import escape_log_lines
 from compileflow.cli.progress import PlainProgress, TerminalProgress
+from compileflow.cli.tables import print_table
 from compileflow.settings import Settings
 from compileflow.steps.values import ValidatedArtifact
 from compileflow.testing.registries import version_entry
@@ -140,3 +141,10 @@ def test_only_the_module_of_output_prints() -> None:
         call for call in calls if call.split(": ")[1] in ("print", "typer.echo", "click.echo", "sys.stdout.write")
     }
     assert printing == {"output.py: typer.echo"}
+
+
+def test_titles_of_columns_are_text_without_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(["8 x\x1b]0;pwn\x07[/]", "[link=https://evil.example]OK[/link]"], [["a", "b"]])
+    printed = capsys.readouterr().out
+    assert r"8 x\x1b]0;pwn\x07[/]" in printed
+    assert "[link=https://evil.example]OK[/link]" in printed

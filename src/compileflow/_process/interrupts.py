@@ -13,6 +13,7 @@ from compileflow._process.end_at_once import WORDS, end, end_at_once
 # timeout(1) sends its signal to the process and then to its group.
 _REPEATED_S = 1.0
 _last_at = -_REPEATED_S
+_last_number: int | None = None
 
 
 class Stopped(KeyboardInterrupt):
@@ -41,13 +42,21 @@ def signal_of(error: KeyboardInterrupt) -> int:
     return int(error.args[0]) if isinstance(error, Stopped) else signal.SIGINT
 
 
+def swallowed() -> Stopped | None:
+    """Return the interrupt of the last signal; None before the first one.
+
+    Code in C, such as pydantic's, turns what a signal raises within it into an error of its own.
+    """
+    return None if _last_number is None else Stopped(_last_number)
+
+
 def word_for(number: int) -> str:
     """Return the first word that a command prints after a signal."""
     return WORDS[signal.Signals(number)]
 
 
 def _stop(number: int, _: FrameType | None) -> None:
-    global _last_at
+    global _last_at, _last_number
     if time.monotonic() - _last_at >= _REPEATED_S:
-        _last_at = time.monotonic()
+        _last_at, _last_number = time.monotonic(), number
         raise Stopped(number)

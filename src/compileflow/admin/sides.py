@@ -9,7 +9,7 @@ from compileflow.artifact.manifest import MANIFEST_NAME, listed_digest, read_man
 from compileflow.contracts import ArtifactStore
 from compileflow.errors import ManifestError
 from compileflow.steps.report_file import read_report, read_report_file
-from compileflow.steps.validate import report_on
+from compileflow.steps.validate import read_report_on
 from compileflow.validation.report import REPORT_JSON
 
 
@@ -36,7 +36,7 @@ def read_side(path: Path, store: ArtifactStore, *, location: str) -> Side:
         return _side_of_report(path / REPORT_JSON, store)
     manifest = read_manifest(path)
     digest = listed_digest(path, manifest)
-    validated = report_on(store, digest)
+    validated = read_report_on(store, digest)
     return Side(digest, manifest, read_report(validated.report_uri) if validated is not None else None)
 
 

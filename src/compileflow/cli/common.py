@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
 import typer
 from typer.models import ArgumentInfo, ParameterInfo
 
-from compileflow._process.interrupts import signal_of, stopped_by_signals, word_for
+from compileflow._process.interrupts import signal_of, stopped_by_signals, swallowed, word_for
 from compileflow.cli.output import escape_log_lines, say, say_json
 from compileflow.errors import CompileflowError, MissingPackageError, SourceError, SpecError
 
@@ -51,6 +51,11 @@ def one_line_errors(command: Callable[Parameters, None]) -> Callable[Parameters,
                 fail(_missing_package(error), as_json=bool(kwargs.get("as_json")))
             except KeyboardInterrupt as error:
                 stop(error, "No partial result was kept.")
+            except Exception as error:
+                interrupt = swallowed()
+                if interrupt is None or isinstance(error, typer.Exit):
+                    raise
+                stop(interrupt, "No partial result was kept.")
 
     return wrapped
 

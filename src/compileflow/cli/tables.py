@@ -38,7 +38,7 @@ def print_table(
     """Print rows as a table if it fits, without some optional columns if need be, or else one block per row.
 
     Args:
-        header: Titles of the columns.
+        header: Titles of the columns, as text without markup.
         rows: Cells of each row, as text without markup.
         title: Title of the table.
         optional: Titles of columns that may be left out, in the order of leaving out.
@@ -49,7 +49,9 @@ def print_table(
     for column in ("", *optional):
         left_out += [column] if column else []
         positions = [position for position, name in enumerate(header) if name not in left_out]
-        table = Table(*(header[position] for position in positions), title=plain(title) if title else None)
+        table = Table(title=plain(title) if title else None)
+        for position in positions:
+            table.add_column(plain(header[position]))
         for row in rows:
             table.add_row(*(Text(printable(row[position]), overflow="fold") for position in positions))
         if _fits(table, console, wrapped=wrapped):

@@ -52,7 +52,7 @@ def verify(
     from compileflow.catalog import open_store
     from compileflow.contracts import ACCEPTED_OUTCOMES, without_credentials
     from compileflow.settings import get_settings
-    from compileflow.steps.validate import report_on
+    from compileflow.steps.validate import read_report_on
 
     settings = get_settings()
     # Several names may share an artifact; only the one that the user named counts then.
@@ -73,7 +73,7 @@ def verify(
         # The statements in a folder may be older than those in the store.
         has_failed |= last_result(version.artifact_uri, settings) == "FAILED"
     is_unregistered = version is None and verification.intact
-    report = report_on(open_store(store_of(location)), verification.digest) if is_unregistered else None
+    report = read_report_on(open_store(store_of(location)), verification.digest) if is_unregistered else None
     refusal = report if report is not None and report.outcome not in ACCEPTED_OUTCOMES else None
     has_failed |= refusal is not None
     problems = list(verification.problems)

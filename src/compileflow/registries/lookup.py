@@ -83,11 +83,14 @@ def read_promotion(record: str | Mapping[str, object], place: str) -> Promotion:
 def unknown_name(uri: str, name: str, names: Iterable[str]) -> RegistryError:
     """Return the error for a name that a registry does not have; `names` are those that it has."""
     known_names = sorted(set(names))
-    near_names = get_close_matches(name, known_names, n=5, cutoff=0.4) or known_names[:10]
-    return RegistryError(
-        f"The registry {uri} has no model {name!r}.",
-        hint=f"Similar names: {', '.join(near_names)}." if near_names else "It is empty; register a model first.",
-    )
+    near_names = get_close_matches(name, known_names, n=5, cutoff=0.6)
+    if near_names:
+        hint = f"Similar names: {', '.join(near_names)}."
+    elif known_names:
+        hint = f"It has: {', '.join(known_names[:10])}{' and others' if known_names[10:] else ''}."
+    else:
+        hint = "It is empty; register a model first."
+    return RegistryError(f"The registry {uri} has no model {name!r}.", hint=hint)
 
 
 def check_stage(stage: str) -> None:

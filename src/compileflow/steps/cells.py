@@ -42,12 +42,12 @@ class Cells(BaseModel):
     @model_validator(mode="after")
     def _cells_are_requests(self) -> Self:
         if AUTO in self.targets:
-            raise ValueError(f"name the targets; {AUTO} stands for all of them")
+            raise ValueError(f"a target is {AUTO}, which stands for all of them; name each one instead")
         for target in self.targets:
             try:
                 get_target(target)
             except CompileflowError as error:
-                raise ValueError(error.message.rstrip(".")) from error
+                raise ValueError(str(error).rstrip(".")) from error
         if own_fields := sorted(set(self.shared).intersection(_OWN_FIELDS)):
             raise ValueError(f"shared cannot hold {own_fields[0]!r}, which each cell decides")
         try:

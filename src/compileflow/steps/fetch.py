@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from compileflow._process.folders import os_errors, work_folder
 from compileflow.catalog import get_source, open_store, resolve_reference
 from compileflow.contracts import ArtifactStore, LocatedSource, ModelVersion, Source
 from compileflow.contracts.digests import folder_digest, list_files
-from compileflow.errors import SourceError, StepOffError
+from compileflow.errors import ManifestError, SourceError, SpecError, StepOffError
 from compileflow.settings import Settings
 from compileflow.sources.files import check_files, read_errors
 from compileflow.spec import HfTask
@@ -139,9 +140,10 @@ def _checked_version(model: str, settings: Settings, attester: Attester) -> Mode
     version = resolve_reference(model, settings)
     uri, digest, reason = attester.compiled_from(version.artifact_digest)
     if not digest:
-        # The run's store may hold only the source model.
-        other_store = open_store(split_uri(version.artifact_uri)[0], settings)
-        uri, digest, reason = replace(attester, store=other_store).compiled_from(version.artifact_digest)
+        # The run's store may hold only the source model. A row need not name a store.
+        with suppress(ManifestError, SpecError):
+            other_store = open_store(split_uri(version.artifact_uri)[0], settings)
+            uri, digest, reason = replace(attester, store=other_store).compiled_from(version.artifact_digest)
     if not digest and not attester.requires_signature:
         return version
     if not reason and digest != version.source_digest:

@@ -8,8 +8,9 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from compileflow._process.folders import path_of_uri
+from compileflow.artifact.attestations.statements import FAILED
 from compileflow.artifact.manifest import read_manifest
-from compileflow.artifact.verify import contradictions
+from compileflow.artifact.verify import contradictions, last_result
 from compileflow.catalog import open_registry, open_store
 from compileflow.contracts import (
     ACCEPTED_OUTCOMES,
@@ -44,8 +45,8 @@ def register_version(
     Registering the same artifact under the same name again returns the same version.
 
     Raises:
-        VerdictError: The report is about another artifact, its verdict does not allow registration, or the
-            artifact was compiled from another source model.
+        VerdictError: The report is about another artifact, its verdict does not allow registration, the artifact
+            was compiled from another source model, or its last signed verdict is FAILED.
         RegistryError: The registry refused.
         IntegrityError: The registry has a version of this artifact that says something else about it.
     """
@@ -56,6 +57,12 @@ def register_version(
             hint="Validate this artifact.",
         )
     check_verdict(validated, allow_warn=allow_warn)
+    if last_result(artifact.uri, settings) == FAILED:
+        raise VerdictError(
+            f"The last verdict on the artifact {artifact.digest[:12]} is FAILED, and this run cannot replace it, "
+            "because it is signed.",
+            hint="Compile the model again with COMPILEFLOW_SIGNING_KEY set.",
+        )
     store = open_store(store_uri, settings)
     registered_name = name or default_name(source.uri)
     with ExitStack() as stack:

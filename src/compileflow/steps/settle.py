@@ -17,7 +17,13 @@ from compileflow.contracts import (
     ModelVersion,
     without_credentials,
 )
-from compileflow.errors import CompileflowError, SignatureError, SpecError, TargetUnavailableError
+from compileflow.errors import (
+    CompileflowError,
+    IntegrityError,
+    SignatureError,
+    SpecError,
+    TargetUnavailableError,
+)
 from compileflow.settings import Settings
 from compileflow.steps.attest import Attester
 from compileflow.steps.pending import PendingValidation, recorded_tests
@@ -213,7 +219,7 @@ def _request(
 
 def _waiting(store: ArtifactStore, digest: str) -> ValidatedArtifact:
     if not store.exists(digest):
-        raise SpecError(
+        raise IntegrityError(
             f"The store {store.uri} has no artifact {digest[:12]}.",
             hint="Set COMPILEFLOW_STORE_URI to the store of the machine that compiled it.",
         )

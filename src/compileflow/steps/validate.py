@@ -109,8 +109,7 @@ def validate_artifact(
             parts["user suite"] = suite.digest
         key = CacheKey(STEP, f"{source.uri} for {manifest.target.name}", parts)
         missing_device = lacking_device(manifest)
-        settled = report_on(store, artifact.digest) if missing_device else None
-        settled = settled and _as_reported(store, settled)
+        settled = read_report_on(store, artifact.digest) if missing_device else None
         if settled and not _lack(attester, settled, key.digest):
             return settled.model_copy(update={"cached": True, "why": "a machine with the device proved it"})
 
@@ -285,6 +284,12 @@ def report_on(store: ArtifactStore, artifact_digest: str, *, kind: str = _REPORT
         return None
     # The store may have been moved since, or the report was mirrored from another store.
     return value.model_copy(update={"report_uri": store.folder_uri(value.report_digest)})
+
+
+def read_report_on(store: ArtifactStore, artifact_digest: str) -> ValidatedArtifact | None:
+    """Return the last verdict on an artifact as its report says it; None without a report that says so."""
+    value = report_on(store, artifact_digest)
+    return value and _as_reported(store, value)
 
 
 def key_parts(

@@ -23,7 +23,7 @@ from compileflow.artifact.open import copy_artifact, open_artifact
 from compileflow.catalog import open_store
 from compileflow.contracts import ArtifactStore, Outcome
 from compileflow.contracts.digests import json_digest
-from compileflow.errors import SourceError, StepOffError
+from compileflow.errors import SourceError, StepOffError, VerdictError
 from compileflow.settings import Settings, get_settings
 from compileflow.spec import HfTask
 from compileflow.steps.attest import Attester
@@ -183,6 +183,19 @@ class TestRun:
             SourceError, match="The source model of reviews version 1 cannot be used: its artifact"
         ):
             Pipeline(settings).fetch(request)
+
+    def test_run_without_a_key_registers_nothing_whose_last_signed_verdict_is_failed(
+        self, signed_run: SignedRun, tmp_path: Path
+    ) -> None:
+        pipeline = home_of_its_own(signed_run, tmp_path)
+        digest = signed_run.artifact.digest
+        failed = verdict_statement(digest, judged("fail", source=signed_run.source.digest, report="8" * 64))
+        put_statement(open_store(pipeline.store_uri, pipeline.settings), digest, failed, signed_run.keys.signer)
+        keyless = Pipeline(pipeline.settings.model_copy(update={"signing_key": None}), pipeline.counts)
+        request = pipeline.request(signed_run.request.model, name="reviews")
+        with pytest.raises(VerdictError, match=f"The last verdict on the artifact {digest[:12]} is FAILED"):
+            keyless.run(request)
+        assert pipeline.run(request).version == 1
 
     def test_source_model_of_a_registered_version_needs_a_signature_only_where_there_is_a_key(
         self, signed_run: SignedRun, tmp_path: Path
