@@ -30,6 +30,20 @@ def test_form_shows_verdict_changed_answers_latency_and_report(
     assert any(" (batch x tokens): source model " in line and ", ratio " in line for line in lines)
     assert f"[file in the store]({version.report_uri})" in text
 
+    # Whoever writes to the registry names another report, and writes Markdown into texts.
+    forged = version.model_copy(
+        update={
+            "report_uri": "javascript://x/manifests/sha256/" + "5" * 64 + ".json",
+            "source_uri": "`![](https://evil.example)`",
+            "flow_run_id": "x) [y](https://evil.example",
+        }
+    )
+    shown = approval_markdown(forged, "production", pipeline.settings)
+    assert f"[file in the store]({version.report_uri})" in shown
+    assert "- source model: `'![](https://evil.example)'` at " in shown
+    assert "javascript" not in shown
+    assert "evil.example" not in shown.replace("`'![](https://evil.example)'`", "")
+
 
 def test_version_whose_report_is_lost_is_shown_with_that_fact(settings: Settings) -> None:
     version = open_registry(settings.resolved_registry_uri()).register(version_entry("ner", 1))

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from urllib.parse import quote
+from uuid import UUID
+
+from compileflow.artifact.verify import last_report
+from compileflow.catalog import open_store
 from compileflow.contracts import ModelVersion
-from compileflow.errors import CompileflowError, printable
+from compileflow.errors import CompileflowError, IntegrityError, printable
 from compileflow.settings import Settings
 from compileflow.steps.report_file import read_report
+from compileflow.stores.layout import split_uri
 from compileflow.validation.report import Report, fraction, percent
 
 _MOST_FLIPS = 5
+# What makes links, pictures, HTML and emphasis. A dot or a dash is harmless within a line.
+_MARKS = re.compile(r"[\\`*_\[\]<>!|#]")
 
 
 def approval_markdown(version: ModelVersion, stage: str, settings: Settings) -> str:
@@ -16,29 +25,58 @@ def approval_markdown(version: ModelVersion, stage: str, settings: Settings) -> 
 
     A report that cannot be read is named as such; the registry's own record stays.
     """
+    precision = str(version.spec.get("precision", "unknown precision"))
     lines = [
-        f"# Promote {version.name} version {version.version} to {stage}?",
+        f"# Promote {_line(version.name)} version {version.version} to {stage}?",
         "",
         f"- verdict: **{version.verdict}**",
-        f"- target: {version.target}, {version.spec.get('precision', 'unknown precision')}",
-        f"- source model: `{version.source_uri}` at `{version.source_revision[:12]}`",
-        f"- in the stage {version.stage}, registered {version.created_at}",
-        f"- artifact: `{version.artifact_digest[:12]}`",
-        # A form is narrow, and text that cannot be broken would make it wider than a phone.
-        f"- report: [file in the store]({version.report_uri}), to show with `compileflow inspect`",
+        f"- target: {_line(version.target)}, {_line(precision)}",
+        f"- source model: {_code(version.source_uri)} at {_code(version.source_revision[:12])}",
+        f"- in the stage {version.stage}, registered {_line(version.created_at)}",
+        f"- artifact: {_code(version.artifact_digest[:12])}",
     ]
-    if version.flow_run_id:
-        lines.append(
-            f"- [the run that registered it](/runs/flow-run/{version.flow_run_id}) shows the report as well"
-        )
     try:
-        report = read_report(version.report_uri, settings)
+        report_uri = _report_uri(version, settings)
+        report = read_report(report_uri, settings)
+        if report.subject.artifact_digest != version.artifact_digest:
+            raise IntegrityError("it is about another artifact.")
     except CompileflowError as error:
-        lines += ["", f"The report cannot be read: {error.message}"]
+        lines += ["", f"The report cannot be read: {_line(error.message)}"]
     else:
-        lines += ["", f"**{report.verdict.reason}**", "", *_flips(report), "", *_latencies(report)]
+        lines += [
+            # A form is narrow, and text that cannot be broken would make it wider than a phone.
+            f"- report: [file in the store]({quote(report_uri, safe='/:@%+=,~')}), "
+            "to show with `compileflow inspect`",
+            *_run_line(version),
+            "",
+            f"**{_line(report.verdict.reason)}**",
+            "",
+            *_flips(report),
+            "",
+            *_latencies(report),
+        ]
     # A registry or a store may have written a line break into a line.
     return "\n".join(map(printable, lines))
+
+
+def _report_uri(version: ModelVersion, settings: Settings) -> str:
+    """Return the URI of the report that the verdict on the artifact names; without a verdict, the registry's.
+
+    Raises:
+        CompileflowError: The store does not answer, or a statement was altered.
+    """
+    digest = last_report(version.artifact_uri, settings)
+    if digest is None:
+        return version.report_uri
+    return open_store(split_uri(version.artifact_uri)[0], settings).folder_uri(digest)
+
+
+def _run_line(version: ModelVersion) -> list[str]:
+    try:
+        run = UUID(version.flow_run_id or "")
+    except ValueError:
+        return []
+    return [f"- [the run that registered it](/runs/flow-run/{run}) shows the report as well"]
 
 
 def _flips(report: Report) -> list[str]:
@@ -57,7 +95,7 @@ def _latencies(report: Report) -> list[str]:
         return [*lines, "Not measured."]
     for latency in report.latencies:
         lines.append(
-            f"- {latency.shape} (batch x tokens): source model {latency.reference_p50_ms:.2f} ms, compiled "
+            f"- {_line(latency.shape)} (batch x tokens): source model {latency.reference_p50_ms:.2f} ms, compiled "
             f"{latency.candidate_p50_ms:.2f} ms, ratio {fraction(latency.ratio)}"
         )
     if any(latency.busy for latency in report.latencies):
@@ -66,5 +104,10 @@ def _latencies(report: Report) -> list[str]:
 
 
 def _line(text: str) -> str:
-    """Return a text as one line."""
-    return " ".join(text.split())
+    """Return a text as one line without Markdown."""
+    return _MARKS.sub(r"\\\g<0>", " ".join(text.split()))
+
+
+def _code(text: str) -> str:
+    """Return a text as code, which Markdown does not read."""
+    return f"`{text.replace('`', chr(39))}`"

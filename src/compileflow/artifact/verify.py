@@ -98,6 +98,18 @@ def last_result(artifact_uri: str, settings: Settings) -> str | None:
         return None
 
 
+def last_report(artifact_uri: str, settings: Settings) -> str | None:
+    """Return the digest of the report of the last validation of a stored artifact; None without a verdict on it.
+
+    Raises:
+        ManifestError: The URI does not name a stored folder.
+        SignatureError: The statement is about another artifact, or a trusted key's signature does not match it.
+        StoreError: The store refused, or did not answer.
+    """
+    verdict = _statements(artifact_uri, settings, source=None).verdict
+    return None if verdict is None else report_digest(verdict.statement)
+
+
 def _statements(artifact_uri: str, settings: Settings, *, source: str | None) -> Attestations:
     """Verify the statements that the store holds about an artifact with the configured keys, if there are any."""
     store_uri, digest = split_uri(artifact_uri)

@@ -52,7 +52,7 @@ def verify(
     from compileflow.catalog import open_store
     from compileflow.contracts import ACCEPTED_OUTCOMES, without_credentials
     from compileflow.settings import get_settings
-    from compileflow.steps.validate import read_report_on
+    from compileflow.steps.validate import read_report_on, report_on
 
     settings = get_settings()
     # Several names may share an artifact; only the one that the user named counts then.
@@ -73,8 +73,11 @@ def verify(
         # The statements in a folder may be older than those in the store.
         has_failed |= last_result(version.artifact_uri, settings) == "FAILED"
     is_unregistered = version is None and verification.intact
-    report = read_report_on(open_store(store_of(location)), verification.digest) if is_unregistered else None
-    refusal = report if report is not None and report.outcome not in ACCEPTED_OUTCOMES else None
+    store = open_store(store_of(location))
+    recorded = report_on(store, verification.digest) if is_unregistered else None
+    # A refusal counts whatever its report says; a proof needs the report.
+    refusal = recorded if recorded is not None and recorded.outcome not in ACCEPTED_OUTCOMES else None
+    report = read_report_on(store, verification.digest) if recorded is not None and refusal is None else None
     has_failed |= refusal is not None
     problems = list(verification.problems)
     proof = None if problems or has_failed else _proof(version, report)

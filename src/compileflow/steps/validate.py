@@ -16,7 +16,14 @@ from compileflow.artifact.manifest import ArtifactManifest, read_manifest
 from compileflow.catalog import get_target, open_store
 from compileflow.contracts import ACCEPTED_OUTCOMES, LATENCY_ON_BUSY_MACHINE, PENDING, ArtifactStore
 from compileflow.contracts.digests import json_digest
-from compileflow.errors import MeasurementError, ProcessError, SpecError, StepOffError
+from compileflow.errors import (
+    IntegrityError,
+    ManifestError,
+    MeasurementError,
+    ProcessError,
+    SpecError,
+    StepOffError,
+)
 from compileflow.settings import Settings
 from compileflow.spec import CompileSpec, HfTask
 from compileflow.steps.attest import Attester
@@ -351,8 +358,12 @@ def _lack(attester: Attester, validated: ValidatedArtifact, request_digest: str 
 
 def _as_reported(store: ArtifactStore, validated: ValidatedArtifact) -> ValidatedArtifact | None:
     """Return a recorded verdict with the words and figures of its report; None if the report says otherwise."""
-    with store.open_folder(validated.report_digest) as folder:
-        report = read_report_file(folder / REPORT_JSON)
+    try:
+        with store.open_folder(validated.report_digest) as folder:
+            report = read_report_file(folder / REPORT_JSON)
+    except (IntegrityError, ManifestError) as error:
+        logger.warning("%s: ignoring the record on %s: %s", STEP, validated.artifact_digest[:12], error.message)
+        return None
     if (report.subject.artifact_digest, report.verdict.outcome) != (validated.artifact_digest, validated.outcome):
         return None
     return validated.model_copy(update={"reason": report.verdict.reason, "figures": report.figures})
