@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sqlite3
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,7 +22,8 @@ from compileflow.contracts import ModelRegistry
 from compileflow.errors import RegistryError, RegistryUnavailableError, SpecError
 from compileflow.registries.mlflow import client as mlflow_client
 from compileflow.registries.mlflow.client import parse_place
-from compileflow.registries.mlflow.tags import ARCHIVED, entry_tags
+from compileflow.registries.mlflow.files import NAME
+from compileflow.registries.mlflow.tags import ARCHIVED, DIGEST, entry_tags
 from compileflow.settings import Settings, get_settings
 from compileflow.testing.registries import (
     ARTIFACT_FILES,
@@ -416,3 +419,35 @@ def test_credentials_go_only_to_a_server_of_the_settings(
     expected = "Bearer" if kind == "token" else "Basic"
     assert (authorization or "none").split()[0] == (expected if "{url}" in value else "none")
     assert os.environ["HOME"] == str(tmp_path)
+
+
+@pytest.mark.parametrize("where", ["server", "folder of the experiment", "folder of the run"])
+def test_files_are_not_sent_to_a_place_that_another_program_chose(
+    file_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", MLFLOW_PASSWORD)
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ann")
+    asked: list[str] = []
+
+    class Server(BaseHTTPRequestHandler):
+        def do_PUT(self) -> None:
+            asked.append(self.path)
+            self.send_error(403)
+
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "manifest.json").write_text("mine")
+    entry = version_entry("ner", 1)
+    with serving(Server) as url, raw(file_uri) as client:
+        location = {"server": url, "folder of the experiment": precious.as_uri()}.get(where)
+        experiment = client.create_experiment("compileflow", artifact_location=location)
+        if location is None:
+            tags = {DIGEST: entry.artifact_digest, NAME: entry.name}
+            client.create_run(experiment, tags=tags)
+            database = Path(file_uri.removeprefix("mlflow:sqlite:///"))
+            with closing(sqlite3.connect(database)) as db, db:
+                db.execute("UPDATE runs SET artifact_uri = ?", [precious.as_uri()])
+        version = open_registry(file_uri).register(entry, version_files(tmp_path / "given"))
+    assert version.version == 1
+    assert asked == []
+    assert {path.name: path.read_text() for path in precious.iterdir()} == {"manifest.json": "mine"}

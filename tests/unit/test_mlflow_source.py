@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from compileflow.sources.files import check_files
 from compileflow.spec import HfTask
 from compileflow.testing.registries import TEST_FILES
 from tests.conftest import ModelFactory
+from tests.services.http_server import serving
 from tests.services.mlflow import migrated_file
 
 Publish = Callable[..., str]
@@ -29,7 +33,7 @@ LOG_MODEL = """
 import sys, mlflow, transformers
 folder, model = sys.argv[1:]
 mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
-mlflow.set_experiment(experiment_id=mlflow.create_experiment("training", artifact_location=f"{folder}/artifacts"))
+mlflow.set_experiment(experiment_id=mlflow.create_experiment("training", artifact_location=f"{folder}/mlruns"))
 pipeline = transformers.pipeline("text-classification", model=model, tokenizer=model)
 mlflow.transformers.log_model(
     pipeline, name="model", registered_model_name="reviews", pip_requirements=["transformers"]
@@ -53,7 +57,7 @@ def publish(database: Path, tmp_path: Path) -> Publish:
             experiment_id = (
                 experiment.experiment_id
                 if experiment
-                else client.create_experiment("training", str(tmp_path / "artifacts"))
+                else client.create_experiment("training", str(tmp_path / "mlruns"))
             )
             run = client.create_run(experiment_id)
             for name, body in files.items():
@@ -219,3 +223,40 @@ def test_location_that_cannot_be_says_how_to_write_it(
 def test_server_that_is_down_may_be_tried_again(settings: Settings) -> None:
     with pytest.raises(SourceUnavailableError, match="refused"):
         get_source("mlflow", settings).pin("mlflow:http://127.0.0.1:9#src@1", None)
+
+
+@pytest.mark.parametrize("where", ["folder", "link", "server", "run"])
+def test_files_that_a_version_names_elsewhere_are_not_read(
+    database: Path, tmp_path: Path, locate: Callable[[str], LocatedSource], where: str
+) -> None:
+    """Anyone who can write to MLflow could otherwise have a private folder compiled, or be sent its password."""
+    asked: list[str] = []
+
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "config.json").write_text("{}")
+    (tmp_path / "mlruns").mkdir()
+    (tmp_path / "mlruns" / "link").symlink_to(tmp_path / "private")
+    place = parse_place(f"mlflow:sqlite:///{database}")
+    with serving(Server) as url:
+        with place.calls("test", refused=SourceError, unavailable=SourceUnavailableError) as client:
+            client.create_registered_model("src")
+            run_id = None
+            source = {
+                "folder": (tmp_path / "private").as_uri(),
+                "link": (tmp_path / "mlruns" / "link").as_uri(),
+                "server": f"{url}/api/2.0/mlflow-artifacts/artifacts/src",
+            }.get(where)
+            if source is None:
+                run = client.create_run(client.create_experiment("training", str(tmp_path / "private")))
+                with closing(sqlite3.connect(database)) as db, db:
+                    db.execute("UPDATE runs SET artifact_uri = ?", [str(tmp_path / "private")])
+                run_id, source = run.info.run_id, f"runs:/{run.info.run_id}"
+            client.create_model_version("src", source, run_id, await_creation_for=0)
+        with pytest.raises(SourceError, match="keeps none there"):
+            locate(f"{place.uri}#src@1")
+    assert asked == []

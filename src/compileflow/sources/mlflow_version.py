@@ -155,10 +155,15 @@ def _find(client: Any, place: MlflowPlace, name: str, ref: str) -> Any:
 
 
 def _download(client: Any, place: MlflowPlace, version: Any, dest: Path) -> Path:
-    from mlflow.artifacts import download_artifacts
-
     uri = client.get_model_version_download_uri(version.name, str(version.version))
-    return Path(download_artifacts(artifact_uri=uri, dst_path=str(dest), tracking_uri=place.tracking_uri))
+    repository = place.files_at(uri)
+    if repository is None:
+        raise SourceError(
+            f"{version.name} version {version.version} names files at {uri}, and {place.uri} keeps none there.",
+            hint="Log the model to this MLflow. A server keeps files itself (--serve-artifacts) or in an object "
+            "store; a SQLite file keeps them in mlruns or mlartifacts beside it.",
+        )
+    return Path(repository.download_artifacts("", dst_path=str(dest)))
 
 
 def _flavor(root: Path, uri: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from pydantic import SecretStr
 
@@ -45,6 +45,7 @@ _CREDENTIALS = (
     "MLFLOW_TRACKING_TOKEN",
     "MLFLOW_TRACKING_AUTH",
 )
+_OBJECT_STORES = ("s3", "gs", "wasbs", "abfss", "hdfs")
 _LOGGERS = ("mlflow", "alembic", "urllib3.connectionpool")
 _ONE_AT_A_TIME = threading.RLock()
 PAGE = 500
@@ -76,6 +77,35 @@ class MlflowPlace:
         if not self.tracking_uri.startswith("sqlite:"):
             return None
         return Path(self.tracking_uri.removeprefix("sqlite:///"))
+
+    @property
+    def artifact_folder(self) -> Path | None:
+        """Folder beside the SQLite file in which compileflow keeps the files of runs; None for a server."""
+        return self.file.with_suffix(".artifacts") if self.file is not None else None
+
+    def files_at(self, uri: str) -> Any | None:
+        """Return MLflow's repository of the files at a URI; None if they are where they must not be.
+
+        Whoever may write to MLflow chooses these URIs, and MLflow would send its password to any of them and read
+        any folder. A server keeps files itself or in an object store. A SQLite file has them beside it, in
+        `artifact_folder`, or in MLflow's own folders mlruns and mlartifacts.
+        """
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        repository = get_artifact_repository(uri, self.tracking_uri, self.tracking_uri)
+        # runs: and models: lead to another one.
+        while hasattr(repository, "repo"):
+            repository = repository.repo
+        found = urlsplit(repository.artifact_uri)
+        if found.scheme in ("http", "https"):
+            return repository if self.file is None and _origin(found) == self._origin else None
+        if found.scheme not in ("", "file"):
+            return repository if found.scheme in _OBJECT_STORES else None
+        if self.file is None or self.artifact_folder is None:
+            return None
+        folders = [self.artifact_folder, *(self.file.with_name(name) for name in ("mlruns", "mlartifacts"))]
+        path = Path(unquote(found.path)).resolve()
+        return repository if any(path.is_relative_to(folder.resolve()) for folder in folders) else None
 
     @contextmanager
     def calls(
@@ -124,8 +154,7 @@ class MlflowPlace:
 
     @property
     def _origin(self) -> tuple[str, str | None, int | None]:
-        parts = urlsplit(self.tracking_uri)
-        return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+        return _origin(urlsplit(self.tracking_uri))
 
     def _may_pass(self, error: Any) -> bool:
         if self.file is not None:
@@ -142,6 +171,10 @@ class MlflowPlace:
         default_hint = "Check that MLflow runs there, and try again." if kind.retryable else "MLflow refused it."
         hint = hints.get(error_code(error), default_hint)
         return kind(f"MLflow at {self.tracking_uri} could not {action}: {_reason(error)}.", hint=hint)
+
+
+def _origin(url: SplitResult) -> tuple[str, str | None, int | None]:
+    return url.scheme, url.hostname, url.port or {"http": 80, "https": 443}.get(url.scheme)
 
 
 def parse_place(uri: str) -> MlflowPlace:

@@ -9,7 +9,6 @@ import logging
 import shutil
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 from compileflow._process.folders import os_errors, work_folder
 from compileflow.contracts import VersionEntry, VersionFiles
@@ -47,12 +46,15 @@ def run_with_files(
         )
     )
     run_id, uri = run.info.run_id, run.info.artifact_uri
-    if files is not None and _can_upload(place, uri):
+    # The folder of a run that another program made may be anywhere.
+    is_own = place.artifact_folder is None or uri.startswith(f"{place.artifact_folder.as_uri()}/")
+    repository = place.files_at(uri) if is_own else None
+    if files is not None and repository is not None:
         with work_folder(work_dir, label="mlflow") as work:
             copy_small_files(files, work / "files")
-            client.log_artifacts(run_id, str(work / "files"))
+            repository.log_artifacts(str(work / "files"))
     elif files is not None:
-        logger.info("%s keeps artifacts on its own disk; the files are only in the store", place.tracking_uri)
+        logger.info("%s keeps the run's files elsewhere (%s); they are only in the store", place.tracking_uri, uri)
     client.set_terminated(run_id)
     return run_id, uri
 
@@ -76,7 +78,7 @@ def _experiment(client: Any, place: MlflowPlace) -> str:
     experiment = client.get_experiment_by_name(EXPERIMENT)
     if experiment is None:
         # For a file, MLflow's default is a folder `mlruns` in the working folder.
-        folder = place.file.with_suffix(".artifacts").as_uri() if place.file else None
+        folder = place.artifact_folder.as_uri() if place.artifact_folder else None
         try:
             return str(client.create_experiment(EXPERIMENT, artifact_location=folder))
         except MlflowException as error:
@@ -84,8 +86,3 @@ def _experiment(client: Any, place: MlflowPlace) -> str:
                 raise
             experiment = client.get_experiment_by_name(EXPERIMENT)
     return str(experiment.experiment_id)
-
-
-def _can_upload(place: MlflowPlace, artifact_uri: str) -> bool:
-    """Return whether this machine can write the run's folder, which may be on a server's own disk."""
-    return place.file is not None or urlparse(artifact_uri).scheme not in ("", "file")
