@@ -86,7 +86,7 @@ class MlflowPlace:
     def files_at(self, uri: str) -> Any | None:
         """Return MLflow's repository of the files at a URI; None if they are where they must not be.
 
-        Whoever may write to MLflow chooses these URIs, and MLflow would send its password to any of them and read
+        Writers of MLflow choose these URIs, and MLflow would send its password to any of them and read
         any folder. A server keeps files itself or in an object store. A SQLite file has them beside it, in
         `artifact_folder`, or in MLflow's own folders mlruns and mlartifacts.
         """
