@@ -214,9 +214,13 @@ def test_processor_time_counts_where_a_trial_was_disturbed() -> None:
         return rival.model_copy(update={"latencies": tuple(latencies)})
 
     # The disturbed latencies say the opposite.
-    rivals = [disturbed(candidate("a", 0.9), 0.3), disturbed(candidate("b", 0.1), 0.8)]
+    rivals = [
+        disturbed(candidate("a", 0.9), 0.3),
+        disturbed(candidate("b", 0.1), 0.8),
+        disturbed(candidate("close", 0.1), 0.44),
+    ]
     order, left_out, _ = searched(tried(*rivals), rivals)
-    assert order == [0]
+    assert order == [0, 2]
     assert left_out[1].startswith("it cannot win: 0.80 of eager's processor time in the first round, and a fp32")
 
 

@@ -24,6 +24,8 @@ from compileflow.steps.values import CompiledArtifact
 # A candidate that is so many times slower in the first round cannot win. Few calls are timed there. A race times
 # more calls, of all candidates in turn.
 _SLOWER, _SLOWER_IN_RACE = 1.3, 1.05
+# The same for processor times on a busy machine, where they vary more from one timing to the next.
+_SLOWER_WHEN_BUSY = 1.5
 # The first round takes about as long as a validation.
 FEWEST = 3
 
@@ -131,6 +133,7 @@ def _why_beaten(
 ) -> str:
     """Return why a candidate cannot win against candidates that can be chosen; "" if it may win."""
     is_busy = any(rival.is_busy for rival in (candidate, *rivals))
+    slower = _SLOWER_WHEN_BUSY if is_busy else slower
 
     def place(rival: Candidate) -> tuple[float, float]:
         size = _size(rival) if objective.goal == "size" else 0.0

@@ -361,7 +361,7 @@ class TestCached:
         reason = attester.lacks_verdict(digest, REPORT, recorded, REQUEST)
         assert reason == f"its statement has the result {result}"
 
-    @pytest.mark.parametrize("step", ["compile", "fetch", "race"])
+    @pytest.mark.parametrize("step", ["compile", "fetch", "race", "trial"])
     def test_run_with_a_key_uses_only_records_that_a_trusted_key_signed(
         self, store: LocalStore, artifact: Path, tmp_path: Path, step: str
     ) -> None:
