@@ -154,6 +154,7 @@ def measured_candidate(
 ) -> Candidate:
     """Return the candidate of a validated artifact, with the latencies of its report."""
     report = read_report(validated.report_uri, settings)
+    memory = validated.figures.get("serving_memory_bytes")
     return Candidate(
         target=request.target,
         precision=request.precision,
@@ -164,7 +165,7 @@ def measured_candidate(
         accuracy_loss=accuracy_loss_of(validated.figures),
         rel_l2=validated.figures.get("rel_l2"),
         size_bytes=artifact.size_bytes,
-        serving_memory_bytes=int(validated.figures["serving_memory_bytes"]),
+        serving_memory_bytes=None if memory is None else int(memory),
         compile_duration_s=artifact.compile_duration_s,
         artifact_uri=artifact.uri,
         report_uri=validated.report_uri,
