@@ -72,7 +72,7 @@ def goal_rows(answer: Figures) -> Rows:
 def limit(answer: Figures, precision: str, column: str) -> float:
     """Return the texts per second of a column that plain matrix products of a precision allow."""
     operations = answer["operations_per_token"] * answer["tokens"][column]["mean"]
-    return float(answer["products_per_s"][precision][1] / operations)
+    return float(answer["products_per_s"][precision] / operations)
 
 
 def write_page(answer: Figures, path: Path) -> None:
@@ -83,8 +83,8 @@ def write_page(answer: Figures, path: Path) -> None:
         ", ".join(f"{name} {value}" for name, value in answer[part].items()) for part in ("environment", "peers")
     )
     products = " and ".join(
-        f"{values[1] / 1e9:.0f} billion operations a second at {precision}"
-        for precision, values in answer["products_per_s"].items()
+        f"{rate / 1e9:.0f} billion operations a second at {precision}"
+        for precision, rate in answer["products_per_s"].items()
     )
     texts = {name: f"{counts['texts']} {name}" for name, counts in answer["tokens"].items()}
     parts = [
@@ -120,8 +120,8 @@ that of the quartiles.
   torch.
 - **Load** is the time from the start of the process to the first answer. **After load** and **largest** are the
   largest memory of the process until then, and until the end.
-- **The limit** is the rate of a product of 2048 x 1536 and 1536 x 1536 matrices in PyTorch on the same threads, in
-  the same rounds, divided by the operations that the weights of the model need for the texts. Attention,
+- **The limit** is the best rate of a product of 2048 x 1536 and 1536 x 1536 matrices in PyTorch on the same
+  threads, measured in all rounds, divided by the operations that the weights of the model need for the texts. Attention,
   tokenization and padding are not counted, so that no contestant can reach it.
 - sentence-transformers' `openvino` back end computes in bf16 where the CPU can, unless it is told not to.
 - fastembed reads the ONNX file that sentence-transformers exports: its own file needs the Hugging Face Hub.
