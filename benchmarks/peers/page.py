@@ -121,7 +121,7 @@ that of the quartiles.
 - **Load** is the time from the start of the process to the first answer. **After load** and **largest** are the
   largest memory of the process until then, and until the end.
 - **The limit** is the best rate of a product of 2048 x 1536 and 1536 x 1536 matrices in PyTorch on the same
-  threads, measured in all rounds, divided by the operations that the weights of the model need for the texts. Attention,
+  threads in all rounds, divided by the operations that the weights of the model need for the texts. Attention,
   tokenization and padding are not counted, so that no contestant can reach it.
 - sentence-transformers' `openvino` back end computes in bf16 where the CPU can, unless it is told not to.
 - fastembed reads the ONNX file that sentence-transformers exports: its own file needs the Hugging Face Hub.
