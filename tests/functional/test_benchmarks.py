@@ -124,8 +124,8 @@ def test_race_of_peers_compares_speeds_neighbours_and_the_limit(
     )
     done = run_benchmark(PEERS, "--model", str(model), *sizes, "--page", str(page), settings=settings)
     answer = json.loads(done.stdout)
-    # 64 features, 2 layers, 128 inner features; two operations for each weight.
-    assert answer["operations_per_token"] == 2 * 2 * (4 * 64 * 64 + 2 * 64 * 128)
+    # 32 features, 2 layers, 64 inner features; two operations for each weight.
+    assert answer["operations_per_token"] == 2 * 2 * (4 * 32 * 32 + 2 * 32 * 64)
     assert answer["left_out"] == {}
     assert answer["rounds"] == 2
     compiled = answer["contestants"]["compileflow onnx-runtime fp32"]
@@ -172,15 +172,13 @@ def test_goals_of_the_race_compare_with_peers_that_keep_as_many_neighbours() -> 
 
 
 def test_same_neighbours_are_counted_without_the_text_itself() -> None:
-    # Eleven texts have ten neighbours each, which are all the others.
-    vectors = np.random.default_rng(0).normal(size=(11, 3))
-    assert same_neighbours(vectors, -vectors[::-1]) == 1
-    # Of 21 texts on a half circle, the ten nearest of the first are the ten that follow it.
-    angles = np.linspace(0, np.pi, 21)
-    circle = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    swapped = circle[[*range(11, 21), *range(11)]]
-    assert same_neighbours(circle, circle) == 1
-    assert same_neighbours(circle, swapped) < 0.6
+    # Two groups of eleven equal texts: the ten nearest of each text are the others of its group.
+    groups = np.array([[1.0, 0.0]] * 11 + [[0.0, 1.0]] * 11)
+    assert same_neighbours(groups, 2 * groups) == 1
+    # One text of each group changes sides: it has other neighbours, and the 20 others have one other neighbour.
+    changed = groups.copy()
+    changed[[0, 11]] = groups[[11, 0]]
+    assert same_neighbours(groups, changed) == pytest.approx(20 * 0.9 / 22)
 
 
 @pytest.mark.slow
