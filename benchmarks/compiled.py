@@ -24,7 +24,21 @@ def compiled_pipeline(
     settings: Settings,
     precision: str = "fp32",
 ) -> CompiledPipeline:
-    """Compile a model, or reuse the artifact of an earlier run, and load it with the threads of the settings.
+    """Compile a model as `compiled_uri` does, and load it with the threads of the settings."""
+    uri = compiled_uri(model, target, hf_task, shapes, settings=settings, precision=precision)
+    return CompiledPipeline.from_pretrained(uri, threads=settings.threads)
+
+
+def compiled_uri(
+    model: Path,
+    target: str,
+    hf_task: str,
+    shapes: Sequence[tuple[int, int]],
+    *,
+    settings: Settings,
+    precision: str = "fp32",
+) -> str:
+    """Compile a model, or reuse the artifact of an earlier run, and return the URI of the artifact.
 
     Args:
         model: Folder of a source model.
@@ -46,10 +60,9 @@ def compiled_pipeline(
         }
     )
     print(f"compiling for {target} {precision}", file=sys.stderr)
-    artifact = compile_artifact(
+    return compile_artifact(
         source, request, store_uri=store_uri, settings=settings, on_progress=lambda line: None
-    )
-    return CompiledPipeline.from_pretrained(artifact.uri, threads=settings.threads)
+    ).uri
 
 
 def with_classifier(body: Path, folder: Path) -> Path:
@@ -67,6 +80,12 @@ def sentences() -> list[str]:
     """Return the natural sentences of the library."""
     examples, _, _ = load_examples(HfTask.FEATURE_EXTRACTION, None, sys.maxsize)
     return [example["text"] for example in examples]
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return a table as Markdown, header first, with an empty line after it."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], f"|{' --- |' * len(rows[0])}", *lines[1:], ""])
 
 
 def print_rows(rows: Sequence[Sequence[str]]) -> None:

@@ -26,13 +26,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.children import Child, ContenderError, quartiles, sample
 from benchmarks.compiled import print_rows, sentences
 from benchmarks.generation.page import contender_rows, goal_rows, write_page
 from benchmarks.generation.weights import onnx_bytes, openvino_bytes, torch_bytes
 from compileflow.artifact.manifest import read_manifest
 from compileflow.catalog import open_store
 from compileflow.contracts.toolkit import installed_versions
-from compileflow.errors import CompileflowError, StepOffError, one_line
+from compileflow.errors import CompileflowError, StepOffError
 from compileflow.settings import Settings, get_settings
 from compileflow.spec import HfTask
 from compileflow.steps.compile import compile_artifact
@@ -40,10 +41,9 @@ from compileflow.steps.fetch import fetch_source
 from compileflow.steps.request import CompileRequest
 from compileflow.steps.validate import validate_artifact
 from compileflow.steps.values import CompiledArtifact, FetchedSource
-from compileflow.validation.measure.contention import Sample, disturbance, take_sample
+from compileflow.validation.measure.contention import disturbance
 from compileflow.validation.report import environment
 
-ROOT = Path(__file__).parents[1]
 EAGER, COMPILED = "eager fp32", "torch.compile fp32"
 TARGETS = {
     "openvino": ("fp32", "bf16", "int8", "int4"),
@@ -86,59 +86,15 @@ class Contender:
     cost: dict[str, Any] = field(default_factory=dict)
 
 
-class ContenderError(Exception):
-    """A contender cannot be made, or its process failed."""
-
-
-class Child:
-    """The process of one contender."""
-
-    def __init__(self, contender: Contender, threads: int, log_path: Path):
-        request = {
-            "kind": contender.kind,
-            "path": contender.path,
-            "threads": threads,
-            "settings": contender.settings,
-        }
-        self.cpu_s = 0.0
-        self._log_path = log_path
-        log_path.parent.mkdir(parents=True, exist_ok=True)
-        with log_path.open("w") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.generation.writers", json.dumps(request)],
-                cwd=ROOT,
-                env=os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-            )
-
-    def answer(self) -> dict[str, Any]:
-        """Return the next answer.
-
-        Raises:
-            ContenderError: The process ended, or it answered with an error.
-        """
-        line = self._process.stdout.readline()
-        if not line:
-            raise ContenderError(f"its process ended with {self._process.wait()}: see {self._log_path}")
-        values: dict[str, Any] = json.loads(line)
-        if "error" in values:
-            raise ContenderError(one_line(values["error"])[:300])
-        self.cpu_s = values.get("cpu_s", self.cpu_s)
-        return values
-
-    def write(self, prompt: Sequence[int], tokens: int) -> dict[str, Any]:
-        """Let the contender write, and return its answer. Raises as `answer` does."""
-        self._process.stdin.write(json.dumps({"prompt": list(prompt), "tokens": tokens}) + "\n")
-        self._process.stdin.flush()
-        return self.answer()
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.terminate()
-        self._process.communicate()
+def command(contender: Contender, threads: int) -> list[str]:
+    """Return the command of a contender's process."""
+    request = {
+        "kind": contender.kind,
+        "path": contender.path,
+        "threads": threads,
+        "settings": contender.settings,
+    }
+    return [sys.executable, "-m", "benchmarks.generation.writers", json.dumps(request)]
 
 
 def random_llama(tokenizer_dir: Path, folder: Path) -> Path:
@@ -385,13 +341,13 @@ def race(
     try:
         for racer in racers:
             log_path = settings.log_path(f"{model.name}-{racer.name.replace(' ', '-')}")
-            children[racer.name] = Child(racer, threads, log_path)
+            children[racer.name] = Child(command(racer, threads), threads, log_path)
         for racer in racers:
             try:
                 load = children[racer.name].answer()
                 # The longest text first: it sizes a static cache.
-                children[racer.name].write(warm_prompt, tokens)
-                children[racer.name].write(warm_prompt, 1)
+                children[racer.name].ask(prompt=warm_prompt, tokens=tokens)
+                children[racer.name].ask(prompt=warm_prompt, tokens=1)
             except ContenderError as error:
                 left_out[racer.name] = str(error)
                 print(f"left out: {racer.name}: {error}", file=sys.stderr)
@@ -406,7 +362,7 @@ def race(
         if EAGER not in rows:
             raise SystemExit(f"The baseline cannot run: {left_out[EAGER]}")
         bandwidth = triad_bytes_per_s(threads)
-        before = sample(children, threads)
+        before = sample(children.values(), threads)
         for number in range(arguments.rounds):
             print(f"{model.name}: round {number + 1} of {arguments.rounds}", file=sys.stderr, flush=True)
             # The first contender changes every round.
@@ -415,15 +371,15 @@ def race(
             for name in (*names[turn:], *names[:turn]):
                 time.sleep(PAUSE_S)
                 child = children[name]
-                child.write(warm_prompt, 1)
-                first = child.write(texts[2 * number], 1)
-                whole = child.write(texts[2 * number + 1], tokens)
+                child.ask(prompt=warm_prompt, tokens=1)
+                first = child.ask(prompt=texts[2 * number], tokens=1)
+                whole = child.ask(prompt=texts[2 * number + 1], tokens=tokens)
                 row = rows[name]
                 row["first_s"].append(first["seconds"])
                 row["whole_s"].append(whole["seconds"])
                 row["texts"].append(whole["tokens"])
                 row["peak_bytes"] = whole["peak_bytes"]
-        after = sample(children, threads)
+        after = sample(children.values(), threads)
         bandwidth = max(bandwidth, triad_bytes_per_s(threads))
     finally:
         for child in children.values():
@@ -441,12 +397,6 @@ def race(
             racer.name: summary(racer, rows, tokens, bandwidth) for racer in racers if racer.name in rows
         },
     }
-
-
-def sample(children: dict[str, Child], threads: int) -> Sample:
-    """Read the machine's counters; the processor time of the contenders counts as that of this process."""
-    counters = take_sample(threads)
-    return replace(counters, own_cpu_s=counters.own_cpu_s + sum(child.cpu_s for child in children.values()))
 
 
 def summary(racer: Contender, rows: dict[str, dict[str, Any]], tokens: int, bandwidth: float) -> dict[str, Any]:
@@ -474,11 +424,6 @@ def summary(racer: Contender, rows: dict[str, dict[str, Any]], tokens: int, band
         figures["peer"] = racer.peer
         figures["times_as_fast_as_peer"] = quartiles(np.divide(rows[racer.peer]["decode_s"], row["decode_s"]))
     return figures
-
-
-def quartiles(values: Any) -> list[float]:
-    """Return the lower quartile, the median and the upper quartile."""
-    return [float(value) for value in np.quantile(values, (0.25, 0.5, 0.75))]
 
 
 def equal_tokens(text: Sequence[int], right: Sequence[int]) -> int:

@@ -40,10 +40,12 @@ PAUSE_S = 0.03
 LIMIT = 6.0
 
 
-def stream(tokenizer: Any, count: int, longest: int) -> list[str]:
+def stream(
+    tokenizer: Any, count: int, longest: int, *, median: int = MEDIAN_TOKENS, spread: float = SPREAD
+) -> list[str]:
     """Return sentences, cut or joined at spaces to random lengths; the same ones in every run."""
     random = np.random.default_rng(16)
-    lengths = np.clip(np.exp(random.normal(np.log(MEDIAN_TOKENS), SPREAD, count)), 4, longest).round()
+    lengths = np.clip(np.exp(random.normal(np.log(median), spread, count)), 4, longest).round()
     source = sentences()
     texts = []
     for number, length in enumerate(lengths):

@@ -68,7 +68,10 @@ class ServiceSettings(BaseSettings):
 class ServeSettings(ServiceSettings):
     """Settings of this service."""
 
-    max_batch: int = Field(16, ge=1, description="Largest number of texts in one call of the model.")
+    max_tokens: int = Field(
+        1024, ge=1, description="Tokens that are enough for one call, counted as four characters each."
+    )
+    max_batch: int = Field(256, ge=1, description="Largest number of texts in one call of the model.")
     max_wait_ms: float = Field(2.0, ge=0, description="How long a request waits for others to share its call.")
     queue_limit: int = Field(
         256, ge=1, description="Largest number of waiting texts; further requests are refused."
@@ -127,6 +130,7 @@ class WaitingRequest:
     items: list[Any]
     single: bool
     parameters: str
+    tokens: int
     answer: asyncio.Future[Response]
     until_s: float
 
@@ -161,7 +165,8 @@ class Batcher:
             )
         loop, parameters = asyncio.get_running_loop(), json.dumps(prediction.parameters, sort_keys=True)
         until_s = loop.time() + self.settings.max_wait_ms / 1e3
-        request = WaitingRequest(items, single, parameters, loop.create_future(), until_s)
+        tokens = sum(token_count(item) for item in items)
+        request = WaitingRequest(items, single, parameters, tokens, loop.create_future(), until_s)
         self._waiting.append(request)
         self._changed.set()
         self.counts["accepted"] += 1
@@ -205,7 +210,7 @@ class Batcher:
             await self._change()
         with suppress(TimeoutError):
             async with asyncio.timeout_at(self._waiting[0].until_s):
-                while not self.draining and count(self._fitting()) < self.settings.max_batch:
+                while not self.draining and not self._is_full(self._fitting()):
                     await self._change()
         batch = self._fitting()
         for request in batch:
@@ -215,13 +220,23 @@ class Batcher:
     def _fitting(self) -> list[WaitingRequest]:
         """Return the oldest request, and the requests with the same parameters that fit into its call."""
         batch: list[WaitingRequest] = []
-        room = self.settings.max_batch
+        texts_left, tokens_left = self.settings.max_batch, self.settings.max_tokens
         for request in self._waiting:
-            same_parameters = request.parameters == self._waiting[0].parameters
-            if same_parameters and (not batch or len(request.items) <= room):
+            fits = len(request.items) <= texts_left and request.tokens <= tokens_left
+            if request.parameters == self._waiting[0].parameters and (not batch or fits):
                 batch.append(request)
-                room -= len(request.items)
+                texts_left -= len(request.items)
+                tokens_left -= request.tokens
         return batch
+
+    def _is_full(self, batch: Sequence[WaitingRequest]) -> bool:
+        """Tell whether a request has to wait for the next call, or nothing more fits into this one."""
+        candidates = [request for request in self._waiting if request.parameters == batch[0].parameters]
+        return (
+            len(candidates) > len(batch)
+            or count(batch) >= self.settings.max_batch
+            or sum(request.tokens for request in batch) >= self.settings.max_tokens
+        )
 
     async def _change(self) -> None:
         self._changed.clear()
@@ -231,6 +246,13 @@ class Batcher:
 def count(requests: Sequence[WaitingRequest]) -> int:
     """Return the number of texts of some requests."""
     return sum(len(request.items) for request in requests)
+
+
+def token_count(item: Any) -> int:
+    """Return about how many tokens an item has. The pipeline counts them exactly and divides its calls by them."""
+    texts = item.values() if isinstance(item, dict) else [item]
+    # A tokenizer adds two tokens, and the model reads at most some hundred.
+    return min(512, 2 + sum(map(len, texts)) // 4)
 
 
 def load(settings: ServeSettings) -> LightPipeline:

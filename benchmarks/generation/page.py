@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.compiled import markdown_table
 from compileflow.contracts import ACCEPTED_OUTCOMES
 
 # Goals of speed: multiples of eager at fp32 and int8, multiples of openvino_genai, shares of the limit.
@@ -166,12 +167,12 @@ def write_page(answer: Figures, path: Path) -> None:
             *([f"**Measured on a busy machine:** {results['busy']}.\n"] if results["busy"] else []),
             f"The memory moves {bandwidth:.1f} GB a second.\n",
             "### Speed\n",
-            _table(contender_rows(results)),
+            markdown_table(contender_rows(results)),
             *(f"Left out: {name}: {reason}\n" for name, reason in results["left_out"].items()),
             "### Memory and cost\n",
-            _table(memory_rows(results)),
+            markdown_table(memory_rows(results)),
             "### Goals\n",
-            _table(goal_rows(results)),
+            markdown_table(goal_rows(results)),
         ]
     path.write_text("\n".join(parts).rstrip() + "\n", "utf-8")
 
@@ -237,8 +238,3 @@ def _spread(quartiles: Sequence[float], form: str) -> str:
 
 def _megabytes(count: float) -> str:
     return f"{count / 1e6:.0f} MB"
-
-
-def _table(rows: Rows) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], f"|{' --- |' * len(rows[0])}", *lines[1:], ""])

@@ -7,11 +7,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from transformers import AutoConfig
 
+from benchmarks.exp_peers import same_neighbours
 from benchmarks.generation.weights import Operation, bytes_per_token
+from benchmarks.peers.page import goal_rows
 from compileflow.settings import Settings
 from compileflow.spec import HfTask
 from tests.conftest import ModelFactory
@@ -29,6 +33,7 @@ S3_THROUGHPUT = "exp_s3_throughput"
 GENERATION = "exp_generation"
 FLOW_OVERHEAD = "exp_flow_overhead"
 REGISTRY = "exp_registry"
+PEERS = "exp_peers"
 
 
 @pytest.mark.slow
@@ -100,6 +105,83 @@ def test_generation_benchmark_compares_compiled_decoders_and_judges_goals(
 
 
 @pytest.mark.slow
+def test_race_of_peers_compares_speeds_neighbours_and_the_limit(
+    settings: Settings, tiny_model: ModelFactory, tmp_path: Path
+) -> None:
+    model = tiny_model(HfTask.FEATURE_EXTRACTION)
+    page = tmp_path / "performance.md"
+    sizes = (
+        "--minutes",
+        "0",
+        "--singles",
+        "2",
+        "--sentences",
+        "12",
+        "--paragraphs",
+        "3",
+        "--among",
+        "onnx-runtime",
+    )
+    done = run_benchmark(PEERS, "--model", str(model), *sizes, "--page", str(page), settings=settings)
+    answer = json.loads(done.stdout)
+    # 32 features, 2 layers, 64 inner features; two operations for each weight.
+    assert answer["operations_per_token"] == 2 * 2 * (4 * 32 * 32 + 2 * 32 * 64)
+    assert answer["left_out"] == {}
+    assert answer["rounds"] == 2
+    compiled = answer["contestants"]["compileflow onnx-runtime fp32"]
+    assert compiled["neighbours"] == 1
+    assert "| sentence-transformers torch |" in done.stderr
+    assert "at least 90% of the limit | compileflow onnx-runtime fp32 |" in page.read_text("utf-8")
+    assert page.with_suffix(".svg").is_file()
+
+
+def test_goals_of_the_race_compare_with_peers_that_keep_as_many_neighbours() -> None:
+    def figures(rate: float, neighbours: float, *, is_peer: bool, limit: str = "") -> dict[str, Any]:
+        spread = [rate, rate, rate]
+        speeds = {"single": spread, "sentences": spread, "paragraphs": spread}
+        return {**speeds, "neighbours": neighbours, "is_peer": is_peer, "limit": limit}
+
+    answer = {
+        # 20 tokens of 1,000 operations: at most 100 texts per second at fp32.
+        "operations_per_token": 1000,
+        "tokens": {"sentences": {"mean": 20}, "paragraphs": {"mean": 20}},
+        "products_per_s": {"fp32": 2e6, "bf16": 4e6},
+        "contestants": {
+            "exact peer": figures(50, 1.0, is_peer=True),
+            "fast peer": figures(200, 0.9, is_peer=True),
+            "exact": figures(95, 1.0, is_peer=False, limit="fp32"),
+            "rough": figures(250, 0.8, is_peer=False),
+        },
+    }
+
+    assert goal_rows(answer)[1:] == [
+        ("at least 90% of the limit", "exact", "95%", "95%", "yes"),
+        (
+            "at least 1.5 times the fastest peer with as many neighbours",
+            "exact",
+            *["1.90 times exact peer"] * 2,
+            "yes",
+        ),
+        (
+            "at least 1.5 times the fastest peer with as many neighbours",
+            "rough",
+            *["1.25 times fast peer"] * 2,
+            "no",
+        ),
+    ]
+
+
+def test_same_neighbours_are_counted_without_the_text_itself() -> None:
+    # Two groups of eleven equal texts: the ten nearest of each text are the others of its group.
+    groups = np.array([[1.0, 0.0]] * 11 + [[0.0, 1.0]] * 11)
+    assert same_neighbours(groups, 2 * groups) == 1
+    # One text of each group changes sides: it has other neighbours, and the 20 others have one other neighbour.
+    changed = groups.copy()
+    changed[[0, 11]] = groups[[11, 0]]
+    assert same_neighbours(groups, changed) == pytest.approx(20 * 0.9 / 22)
+
+
+@pytest.mark.slow
 def test_overhead_benchmark_times_each_kind_of_run_and_keeps_the_figures(
     settings: Settings, tmp_path: Path
 ) -> None:
@@ -145,6 +227,6 @@ def run_benchmark(name: str, *arguments: str, settings: Settings) -> subprocess.
 
 
 def test_every_benchmark_is_run_here() -> None:
-    assert {*SCRIPTS, S3_THROUGHPUT, GENERATION, FLOW_OVERHEAD, REGISTRY} == {
+    assert {*SCRIPTS, S3_THROUGHPUT, GENERATION, FLOW_OVERHEAD, REGISTRY, PEERS} == {
         path.stem for path in (ROOT / "benchmarks").glob("exp_*.py")
     }

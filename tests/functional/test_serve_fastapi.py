@@ -237,7 +237,7 @@ def test_artifact_that_cannot_be_loaded_ends_the_service_with_one_line(
 @pytest.mark.slow
 def test_full_queue_refuses_and_sigterm_answers_all_that_wait(serve: Callable[..., Any], reference: Any) -> None:
     texts = TEXTS[:50]
-    with serve(MAX_BATCH=64, MAX_WAIT_MS=FOREVER_MS, QUEUE_LIMIT=len(texts)) as service:
+    with serve(MAX_BATCH=64, MAX_TOKENS=10_000, MAX_WAIT_MS=FOREVER_MS, QUEUE_LIMIT=len(texts)) as service:
         with ThreadPoolExecutor(1) as thread, service.ready() as client:
             future = thread.submit(service.at_once, [{"inputs": text} for text in texts])
             service.poll(lambda: service.metrics(client)["accepted"] == len(texts))
@@ -289,14 +289,50 @@ def test_nothing_accepted_is_lost_when_sigterm_meets_50_busy_callers(
 
 
 @pytest.mark.slow
-def test_uvicorn_starts_workers_from_the_factory(model: Path, in_process: InProcess, tmp_path: Path) -> None:
+def test_call_is_full_at_its_tokens(serve: Callable[..., Any], reference: Any) -> None:
+    # 100 characters count as 27 tokens: the third request does not fit beside two others.
+    texts = [(f"{number} " + TEXTS[number] * 9)[:100] for number in range(6)]
+    settings = {"MAX_TOKENS": 80, "MAX_WAIT_MS": FOREVER_MS}
+    with serve(**settings) as service, ThreadPoolExecutor(1) as thread, service.ready() as client:
+        future = thread.submit(service.at_once, [{"inputs": text} for text in texts])
+        service.poll(lambda: service.metrics(client)["answered"] == 4)
+        # The last two would wait for a third until the service stops.
+        service.process.send_signal(signal.SIGTERM)
+        responses = future.result(WAIT_S)
+    assert_answers(responses, reference(texts))
+    assert {response.headers["x-batch-size"] for response in responses} == {"2"}
+
+
+WORKERS = {
+    "uvicorn": [
+        "--app-dir",
+        str(FOLDER),
+        "--factory",
+        "serve_fastapi:create_app",
+        "--workers",
+        "2",
+        "--port",
+        "0",
+    ],
+    "gunicorn": [
+        *("--preload", "--chdir", str(FOLDER), "-k", "uvicorn.workers.UvicornWorker", "-w", "2"),
+        *("--bind", "127.0.0.1:0", "serve_fastapi:create_app()"),
+    ],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("server", WORKERS)
+def test_server_starts_workers_from_the_factory(
+    model: Path, in_process: InProcess, tmp_path: Path, server: str
+) -> None:
+    pytest.importorskip(server)
     artifact = in_process.compiled(model, "onnx-runtime", HfTask.TEXT_CLASSIFICATION)
-    words = ["--app-dir", str(FOLDER), "--factory", "serve_fastapi:create_app", "--workers", "2", "--port", "0"]
     log = tmp_path / "service.log"
     environment = os.environ | {"ARTIFACT": str(artifact), "COMPILEFLOW_HOME": str(tmp_path / "home")}
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "uvicorn", *words], env=environment, stdout=out, stderr=subprocess.STDOUT
+            [sys.executable, "-m", server, *WORKERS[server]], env=environment, stdout=out, stderr=subprocess.STDOUT
         )
         service = Service(process, log)
         try:

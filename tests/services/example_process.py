@@ -63,5 +63,7 @@ class ExampleProcess:
 
     def url(self) -> str:
         """Return the address that the example listens on."""
-        match = self.poll(lambda: re.search(r"running on (http://[\d.:]+)", self.log.read_text("utf-8")))
+        match = self.poll(
+            lambda: re.search(r"(?:running on|Listening at:) (http://[\d.:]+)", self.log.read_text("utf-8"))
+        )
         return str(match[1])

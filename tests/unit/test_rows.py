@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, combinations, pairwise
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from compileflow.contracts import Arrays, ComponentRecord, TensorRecord
 from compileflow.serving.padding import split_row, stack_rows
@@ -50,6 +55,75 @@ def test_rows_that_must_not_be_padded_share_a_call_only_where_they_are_as_long()
     rows = rows_of(MASKED, 3, 9, 3, 9, 1, 3)
 
     assert plan_batches(MASKED, rows, batch_size=2, pad=False) == [[1, 3], [0, 2], [5], [4]]
+
+
+def test_calls_of_texts_hold_the_token_budget_with_little_padding(caplog: pytest.LogCaptureFixture) -> None:
+    # Log-normal lengths with a median of 20 tokens, which resemble those of sentences.
+    lengths = np.clip(np.exp(np.random.default_rng(16).normal(np.log(20), 0.6, 1000)), 4, 256).astype(int)
+    rows = rows_of(MASKED, *lengths)
+
+    with caplog.at_level(logging.DEBUG, logger="compileflow.serving.rows"):
+        batches = plan_batches(MASKED, rows, batch_size=None, pad=True)
+
+    sizes = [len(batch) * max(lengths[batch]) for batch in batches]
+    assert sorted(index for batch in batches for index in batch) == list(range(1000))
+    assert max(sizes) <= 1024
+    assert len(batches) < 50
+    padding = 1 - sum(lengths) / sum(sizes)
+    assert padding <= 0.03
+    assert f"1000 rows in {len(batches)} calls, {100 * padding:.1f} % padding" in caplog.text
+    assert max(map(len, plan_batches(MASKED, rows, batch_size=7, pad=True))) == 7
+
+
+@given(st.lists(st.integers(1, 64), min_size=2, max_size=9))
+def test_no_other_division_into_calls_computes_fewer_tokens(lengths: list[int]) -> None:
+    ordered = sorted(lengths, reverse=True)
+
+    def cost(ends: Sequence[int]) -> int:
+        # Each call costs as much as 24 tokens.
+        return sum((end - start) * ordered[start] + 24 for start, end in pairwise((0, *ends)))
+
+    count = len(lengths)
+    divisions = [(*inner, count) for size in range(count) for inner in combinations(range(1, count), size)]
+    batches = plan_batches(MASKED, rows_of(MASKED, *lengths), batch_size=None, pad=True)
+
+    assert cost(list(accumulate(map(len, batches)))) == min(map(cost, divisions))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "vocabulary", "most"),
+    [
+        # 1,024 tokens; then 134 of them, whose logits over 250,000 tokens fill 128 MiB.
+        ({"input_ids": ("int64", "batch", "sequence")}, 2, 102),
+        ({"input_ids": ("int64", "batch", "sequence")}, 250_000, 13),
+        # Images and recordings are not counted in tokens.
+        ({"pixel_values": ("float32", "batch", 3, 4, 4)}, 2, 8),
+        ({"input_values": ("float32", "batch", "sequence")}, 2, 8),
+        (
+            {"input_ids": ("int64", "batch", "sequence"), "pixel_values": ("float32", "batch", 3, 4, 4)},
+            2,
+            8,
+        ),
+    ],
+)
+def test_rows_per_call_follow_from_what_a_call_computes(
+    inputs: dict[str, tuple[Any, ...]], vocabulary: int, most: int
+) -> None:
+    graph = ComponentRecord(
+        folder="components/default",
+        inputs=tuple(TensorRecord(name=name, dtype=dtype, axes=axes) for name, (dtype, *axes) in inputs.items()),
+        outputs=(TensorRecord(name="logits", dtype="float32", axes=("batch", "sequence", vocabulary)),),
+        output_class="transformers:MaskedLMOutput",
+        max_sequence_length=64,
+        dynamic_axes=True,
+    )
+    sizes = {"batch": 1, "sequence": 10}
+    row = {
+        tensor.name: np.ones([sizes.get(axis, axis) for axis in tensor.axes], tensor.dtype)
+        for tensor in graph.inputs
+    }
+
+    assert max(map(len, plan_batches(graph, [row] * 200, batch_size=None, pad=True))) == most
 
 
 def test_rows_of_a_static_graph_fill_the_bucket_that_they_are_padded_to() -> None:

@@ -113,7 +113,8 @@ def test_dynamic_graph_embeds_in_batches_of_like_length(sentence_model: MakeMode
     module_list = pipeline(texts)
 
     assert_embeddings(module_list, encode(source, texts))
-    assert [rows for rows, _ in runs.shapes] == [4] * (len(texts) // 4) + [2] * (len(texts) % 4 // 2)
+    assert sum(rows for rows, _ in runs.shapes) == len(texts)
+    assert max(rows for rows, _ in runs.shapes) == 4
     assert runs.shapes == sorted(runs.shapes, key=lambda shape: -shape[1])
 
 

@@ -32,7 +32,7 @@ class AnswerSettings:
         max_question_len: Longest question, in tokens; longer questions are truncated.
         handle_impossible_answer: Whether "no answer" (an empty text) is a possible answer.
         align_to_words: Whether answers are extended to whole words.
-        batch_size: Most windows per call of the model. None: 8, or the size of the largest shape bucket.
+        batch_size: Most windows per call of the model. None: see `run_rows`.
     """
 
     top_k: int = 1

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
+from math import prod
 from typing import Any, Generic, TypeVar
+
+import numpy as np
 
 from compileflow.contracts import Arrays, ComponentRecord
 from compileflow.errors import InputError
@@ -15,7 +19,18 @@ from compileflow.source_model.lengths import call_sizes
 Details = TypeVar("Details")
 Answer = TypeVar("Answer")
 
+logger = logging.getLogger(__name__)
+
+# Rows per call of images and recordings, whose size is not counted in tokens.
 DEFAULT_BATCH_SIZE = 8
+# Tokens per call, with padding. On MiniLM with openvino, 1,024 tokens are 4 to 11 % faster than 256 at bf16 and
+# at most 5 % at fp32 and int8, and 4,096 are not faster. On onnx-runtime, they are 3 to 8 % slower than 256.
+TOKEN_BUDGET = 1024
+# What each further call costs, in tokens: 4 at fp32 to 33 at bf16, on MiniLM.
+_CALL_COST = 24
+# Limit of the outputs of a call with the whole budget, for logits over a large vocabulary.
+_OUTPUT_BYTES = 128 * 2**20
+_TOKEN_AXES = ("batch", "sequence")
 # How much of a list is preprocessed and sorted at a time, whichever limit is reached first.
 _WINDOW_ITEMS = 1024
 _WINDOW_BYTES = 64 * 2**20
@@ -52,7 +67,8 @@ def run_rows(
         model: CompiledModel.
         items: Preprocessed items.
         postprocess: Turns an item's details and the outputs of its rows, in their order, into its answer.
-        batch_size: Maximum rows per call of the component. None: 8, or the size of the largest shape bucket.
+        batch_size: Maximum rows per call of the component. None: no limit for texts, whose calls have at most
+            1,024 tokens; otherwise 8, or the size of the largest shape bucket.
 
     Raises:
         Exception: The first error of preprocessing or postprocessing, after the answers of the items before it.
@@ -103,14 +119,18 @@ def plan_batches(
     Args:
         record: Record of the component. Rows of a component with fixed shapes are grouped by their shape bucket.
         rows: Inputs of one row each, as `complete_inputs` returns them.
-        batch_size: Maximum rows per call. None: 8, or as many as the largest shape bucket of that length holds.
+        batch_size: Maximum rows per call. None: as many as the token budget allows, 8 for what is not text, or as
+            many as the largest shape bucket of that length holds.
         pad: Whether rows of different lengths may share a call.
 
     Returns:
         Positions in `rows`, each exactly once.
     """
+    if len(rows) == 1:
+        return [[0]]
     main = record.inputs[0]
     lengths = [call_sizes(main, row[main.name])[1] for row in rows]
+    budget = _token_budget(record)
 
     def group_key(index: int) -> tuple[Any, ...]:
         if not pad:
@@ -121,8 +141,16 @@ def plan_batches(
     batches = []
     for _, indices in groupby(ordered, key=group_key):
         group = list(indices)
-        limit = _rows_per_call(record, lengths[group[0]], batch_size)
-        batches += [group[start : start + limit] for start in range(0, len(group), limit)]
+        if budget is None:
+            limit = _rows_per_call(record, lengths[group[0]], batch_size)
+            ends = [*range(limit, len(group), limit), len(group)]
+        else:
+            ends = _cheapest_ends([lengths[index] for index in group], batch_size or budget, budget)
+        batches += [group[start:end] for start, end in pairwise((0, *ends))]
+    if logger.isEnabledFor(logging.DEBUG):
+        computed = sum([len(batch) * lengths[batch[0]] for batch in batches])
+        padding = 1 - sum(lengths) / computed if computed else 0
+        logger.debug("%d rows in %d calls, %.1f %% padding", len(rows), len(batches), 100 * padding)
     return batches
 
 
@@ -176,6 +204,43 @@ def _window_answers(
         if number in errors:
             raise errors[number]
         yield answers.pop(number)
+
+
+def _token_budget(record: ComponentRecord) -> int | None:
+    """Return the most tokens per call, padding included; None where rows are limited instead."""
+    is_text = all(tensor.dtype.startswith("int") and tensor.axes == _TOKEN_AXES for tensor in record.inputs)
+    if not (record.dynamic_axes and is_text):
+        return None
+    bytes_per_token = sum(
+        prod(axis for axis in tensor.axes if isinstance(axis, int)) * np.dtype(tensor.dtype).itemsize
+        for tensor in record.outputs
+        if "sequence" in tensor.axes
+    )
+    return min(TOKEN_BUDGET, _OUTPUT_BYTES // max(1, bytes_per_token))
+
+
+def _cheapest_ends(lengths: Sequence[int], most_rows: int, budget: int) -> list[int]:
+    """Divide rows into calls of the least padded tokens and costs of calls together; return the calls' ends.
+
+    Args:
+        lengths: Lengths of the rows, the longest first.
+        most_rows: Maximum rows per call.
+        budget: Maximum tokens per call, padding included; a single row may be longer.
+    """
+    count = len(lengths)
+    # From the last row to the first: the least cost of all rows from here on, and the end of their first call.
+    costs, ends = np.zeros(count + 1), [0] * count
+    row_counts = np.arange(1, most_rows + 1)
+    for start in range(count - 1, -1, -1):
+        most = max(1, min(most_rows, budget // lengths[start], count - start))
+        choices = row_counts[:most] * lengths[start] + costs[start + 1 : start + most + 1]
+        # Of equal choices, the fullest call.
+        rows = most - int(choices[::-1].argmin())
+        costs[start], ends[start] = choices[rows - 1] + _CALL_COST, start + rows
+    path = [0]
+    while path[-1] < count:
+        path.append(ends[path[-1]])
+    return path[1:]
 
 
 def _bucket_length(record: ComponentRecord, length: int) -> int:
