@@ -5,9 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -69,6 +68,15 @@ class LoadedComponent:
         self._buckets = buckets
         self._process_id = os.getpid()
         self._is_closed = False
+        # Per output: its name, and the sizes of its fixed axes by position.
+        self._output_sizes = [
+            (
+                tensor.name,
+                len(tensor.axes),
+                [(position, axis) for position, axis in enumerate(tensor.axes) if isinstance(axis, int)],
+            )
+            for tensor in record.outputs
+        ]
 
     @classmethod
     def load(
@@ -113,12 +121,24 @@ class LoadedComponent:
             InputError: The inputs do not suit the component, or its graph fails on them.
             MemoryError: The call needs more memory than the machine has.
         """
+        return self.run_completed(complete_inputs(self.record, inputs))
+
+    def run_completed(self, arrays: Arrays) -> Arrays:
+        """Run the component on arrays that `complete_inputs` or `token_row` returned; see `run`."""
         if os.getpid() != self._process_id:
             self._load_after_fork()
-        arrays = complete_inputs(self.record, inputs)
-        with graph_errors(arrays):
+        with GraphErrors(arrays):
             outputs = run_fitted(self._runner, self.record, arrays)
-        self._check_shapes(outputs)
+        for name, rank, sizes in self._output_sizes:
+            shape = outputs[name].shape
+            # Answers are cut and read by the axes of the record.
+            if len(shape) != rank or any([shape[position] != size for position, size in sizes]):
+                axes = next(tensor.axes for tensor in self.record.outputs if tensor.name == name)
+                raise InputError(
+                    f"The compiled graph returned {name} of shape {shape}, but the manifest gives the axes "
+                    f"{', '.join(map(str, axes))}.",
+                    hint="Compile the model again.",
+                )
         return outputs
 
     def start(self) -> Continuation:
@@ -140,20 +160,6 @@ class LoadedComponent:
     def writer(self) -> WritingRunner | None:
         """The runner, if its runtime writes whole texts by itself."""
         return self._runner if isinstance(self._runner, WritingRunner) else None
-
-    def _check_shapes(self, outputs: Arrays) -> None:
-        """Compare the outputs with the record, because the answers are cut and read by its axes."""
-        for tensor in self.record.outputs:
-            shape = outputs[tensor.name].shape
-            sizes = zip(tensor.axes, shape, strict=False)
-            if len(shape) != len(tensor.axes) or any(
-                isinstance(axis, int) and axis != size for axis, size in sizes
-            ):
-                raise InputError(
-                    f"The compiled graph returned {tensor.name} of shape {shape}, but the manifest gives the axes "
-                    f"{', '.join(map(str, tensor.axes))}.",
-                    hint="Compile the model again.",
-                )
 
     def __call__(self, *inputs: Any) -> dict[str, Any]:
         """Run the component on inputs by position and return named tensors, as a traced model does."""
@@ -202,21 +208,26 @@ class LoadedComponent:
         return _load, (self.artifact, self.component, self._device, self._threads, self._buckets)
 
 
-@contextmanager
-def graph_errors(arrays: Mapping[str, NDArray[Any]]) -> Iterator[None]:
-    """Turn what a runtime raises on these inputs into an error of one line.
+class GraphErrors:
+    """Turns what a runtime raises on these inputs, inside the block, into an error of one line.
 
     Raises:
         InputError: The graph fails.
         MemoryError: The call needs more memory than the machine has.
     """
-    try:
-        yield
-    except (CompileflowError, MemoryError):
-        raise
-    except Exception as error:
+
+    # A class, because a generator's context manager costs more than all checks of a short text.
+    def __init__(self, arrays: Mapping[str, NDArray[Any]]):
+        self._arrays = arrays
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if not isinstance(error, Exception) or isinstance(error, CompileflowError | MemoryError):
+            return
         raise_if_out_of_memory(error)
-        shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
+        shapes = ", ".join(f"{name} {array.shape}" for name, array in self._arrays.items())
         raise InputError(
             f"The compiled graph failed on inputs of the shapes {shapes}: {type(error).__name__}: "
             f"{first_line(error)}.",
