@@ -27,6 +27,7 @@ from compileflow.contracts import (
 from compileflow.contracts.toolkit import require_open
 from compileflow.errors import CompileflowError, InputError, LoadError, first_line
 from compileflow.serving.padding import complete_inputs, run_fitted
+from compileflow.serving.shared_calls import SharedCalls
 from compileflow.spec import ShapeBucket
 
 Result = TypeVar("Result")
@@ -58,6 +59,7 @@ class LoadedComponent:
         device: Device | None = None,
         threads: int | None = None,
         buckets: Sequence[ShapeBucket] | None = None,
+        calls_at_once: int | None = None,
     ):
         self.artifact = artifact
         self.component = component
@@ -68,6 +70,8 @@ class LoadedComponent:
         self._buckets = buckets
         self._process_id = os.getpid()
         self._is_closed = False
+        self._calls_at_once = calls_at_once
+        self._shared_calls = self._new_shared_calls()
         # Per output: its name, and the sizes of its fixed axes by position.
         self._output_sizes = [
             (
@@ -112,7 +116,17 @@ class LoadedComponent:
         if buckets is not None:
             record = _with_buckets(record, buckets)
         runner = artifact.load(record, device=device, threads=threads)
-        return cls(artifact, component, record, runner, device=device, threads=threads, buckets=buckets)
+        _, used_device = artifact.target_for(record, device)
+        return cls(
+            artifact,
+            component,
+            record,
+            runner,
+            device=device,
+            threads=threads,
+            buckets=buckets,
+            calls_at_once=_calls_at_once(runner, threads) if used_device == "cpu" else None,
+        )
 
     def run(self, inputs: Mapping[str, Any]) -> Arrays:
         """Run the component on named arrays, checked by `complete_inputs`, and return named arrays.
@@ -124,9 +138,17 @@ class LoadedComponent:
         return self.run_completed(complete_inputs(self.record, inputs))
 
     def run_completed(self, arrays: Arrays) -> Arrays:
-        """Run the component on arrays that `complete_inputs` or `token_row` returned; see `run`."""
+        """Run the component on arrays that `complete_inputs` or `token_row` returned; see `run`.
+
+        While the component is busy, single rows of several threads wait and then share a call.
+        """
         if os.getpid() != self._process_id:
             self._load_after_fork()
+        if self._shared_calls is not None and len(arrays[self.record.inputs[0].name]) == 1:
+            return self._shared_calls.run(arrays)
+        return self._run(arrays)
+
+    def _run(self, arrays: Arrays) -> Arrays:
         with GraphErrors(arrays):
             outputs = run_fitted(self._runner, self.record, arrays)
         for name, rank, sizes in self._output_sizes:
@@ -160,6 +182,13 @@ class LoadedComponent:
     def writer(self) -> WritingRunner | None:
         """The runner, if its runtime writes whole texts by itself."""
         return self._runner if isinstance(self._runner, WritingRunner) else None
+
+    def _new_shared_calls(self) -> SharedCalls | None:
+        """Return what shares calls; None where padding changes answers, or a call takes one row only."""
+        takes_rows = self.record.dynamic_axes or any(bucket.batch_size > 1 for bucket in self.record.shape_buckets)
+        if self._calls_at_once is None or self.record.padding not in ("right", "left") or not takes_rows:
+            return None
+        return SharedCalls(self.record, self._run, self._calls_at_once)
 
     def __call__(self, *inputs: Any) -> dict[str, Any]:
         """Run the component on inputs by position and return named tensors, as a traced model does."""
@@ -202,10 +231,22 @@ class LoadedComponent:
                 self._runner = _RunnerInThreads(_in_new_thread(load))
             else:
                 self._runner = load()
+            # Rows of threads that this process does not have may wait in the other one.
+            self._shared_calls = self._new_shared_calls()
             self._process_id = os.getpid()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _load, (self.artifact, self.component, self._device, self._threads, self._buckets)
+
+
+def _calls_at_once(runner: Runner, threads: int | None) -> int:
+    """Return how many calls keep the machine busy: one that uses all cores, or one for each group of threads."""
+    streams = getattr(runner, "streams", 1)
+    if threads is None:
+        return int(streams)
+    # A container may have fewer cores than its machine; not every system tells.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(int(streams), cores // threads)
 
 
 class GraphErrors:

@@ -419,6 +419,7 @@ class _OpenVinoRunner:
         import openvino
 
         self._model = model
+        self.streams = int(model.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
         self._tensor = openvino.Tensor
         outputs = {name: number for number, port in enumerate(model.outputs) for name in port.get_names()}
         self._outputs = [(record.name, outputs[record.name]) for record in component.outputs]
