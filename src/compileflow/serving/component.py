@@ -154,7 +154,7 @@ class LoadedComponent:
         for name, rank, sizes in self._output_sizes:
             shape = outputs[name].shape
             # Answers are cut and read by the axes of the record.
-            if len(shape) != rank or any([shape[position] != size for position, size in sizes]):
+            if len(shape) != rank or any(shape[position] != size for position, size in sizes):
                 axes = next(tensor.axes for tensor in self.record.outputs if tensor.name == name)
                 raise InputError(
                     f"The compiled graph returned {name} of shape {shape}, but the manifest gives the axes "

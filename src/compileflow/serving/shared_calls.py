@@ -10,6 +10,9 @@ from compileflow.contracts import Arrays, ComponentRecord
 from compileflow.serving.padding import split_row, stack_rows
 from compileflow.serving.rows import plan_batches
 
+# How many of the oldest rows may share the next call. If all could, rows of rare lengths would wait far longer.
+_CANDIDATES = 32
+
 
 class _Row:
     """A row that waits for its turn.
@@ -32,9 +35,9 @@ class _Row:
 class SharedCalls:
     """Runs single rows of many threads: a few calls at once, and in each call the rows that waited for it.
 
-    A row that finds the component idle runs at once and alone. Otherwise it waits. A call that ends wakes the thread
-    of the oldest row, which runs its row and those of similar length that wait as well. So no row waits for a batch
-    to fill, every row is the oldest in time, and many threads together are as fast as a list.
+    A row that finds the component idle runs at once and alone. Otherwise it waits. A call that ends wakes the
+    thread of the oldest row, which runs its row and those of similar length that wait as well. So no row waits for
+    a batch to fill, every row is the oldest in time, and many threads together are as fast as a list.
 
     Args:
         record: Record of the component. Padding must leave its answers unchanged.
@@ -114,9 +117,10 @@ class SharedCalls:
             if not self._waiting:
                 self._idle += 1
                 return
-            batches = plan_batches(self._record, [row.inputs for row in self._waiting], batch_size=None, pad=True)
+            oldest_rows = self._waiting[:_CANDIDATES]
+            batches = plan_batches(self._record, [row.inputs for row in oldest_rows], batch_size=None, pad=True)
             positions = sorted(next(batch for batch in batches if 0 in batch))
-            batch = [self._waiting[position] for position in positions]
+            batch = [oldest_rows[position] for position in positions]
             self._waiting = [row for row in self._waiting if row not in batch]
             batch[0].batch = batch
         batch[0].turn.release()

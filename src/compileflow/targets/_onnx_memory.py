@@ -45,8 +45,6 @@ def _shrinking() -> Any:
 
 def _is_large(inputs: Mapping[str, NDArray[Any]]) -> bool:
     return any(
-        [
-            value.size > _MOST_TOKENS and (value.dtype.kind in "iu" or value.size > _MOST_NUMBERS)
-            for value in inputs.values()
-        ]
+        value.size > _MOST_TOKENS and (value.dtype.kind in "iu" or value.size > _MOST_NUMBERS)
+        for value in inputs.values()
     )
