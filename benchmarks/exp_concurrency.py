@@ -6,7 +6,7 @@ python benchmarks/exp_concurrency.py [--model FOLDER] [--target TARGET ...] [--c
 In each round, every contestant answers the same sentences twice: as one list, and from N threads that ask for one
 sentence at a time. The contestants take turns: pipelines with one thread a call, which run a call for each core,
 and with all threads in each call. The table shows the texts per second of both ways, the ratio of the clients to
-the list in wall and in processor time (medians over the rounds), and p50 and p99 of a client's wait. Processor time
+the list in wall and in processor time (medians over the rounds), and p50 and p99 of the waits. Processor time
 does not depend on what else the machine does, as long as no thread spins.
 
 The memory is that of the process after a tenth of the last part's requests and at its end, with one contestant.
