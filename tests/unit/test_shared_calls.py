@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -100,6 +102,22 @@ def test_rows_that_wait_share_the_next_call_and_get_their_own_answers() -> None:
         answers = [future.result(10)["doubled"].tolist() for future in futures]
     assert answers == [[[2]], [[4, 6]], [[8, 10, 12]], [[14]]]
     assert run.shapes == [(1, 1), (3, 3)]
+
+
+def test_shared_call_leaves_nothing_for_the_garbage_collector() -> None:
+    run = Doubling()
+    shared = SharedCalls(RECORD, run, 1)
+    gc.collect()
+    gc.disable()
+    try:
+        with ThreadPoolExecutor() as executor:
+            futures = submitted(executor, shared, [row(1), row(2), row(3)])
+            run.gate.set()
+            kept = [weakref.ref(future.result(10)["doubled"]) for future in futures]
+        del futures
+        assert [answer() for answer in kept] == [None, None, None]
+    finally:
+        gc.enable()
 
 
 def test_failing_row_fails_alone() -> None:

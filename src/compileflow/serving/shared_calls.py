@@ -70,9 +70,11 @@ class SharedCalls:
             finally:
                 self._pass_on()
         self._wait(row)
-        if row.batch:
+        # The row is in its own batch, and such a circle would stay in memory until Python looks for circles.
+        batch, row.batch = row.batch, ()
+        if batch:
             try:
-                self._run_batch(row.batch)
+                self._run_batch(batch)
                 if row.outputs is None:
                     row.outputs = self._run(inputs)
             finally:
