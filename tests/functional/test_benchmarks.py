@@ -23,6 +23,10 @@ from tests.models import MAX_TOKENS
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = {
+    "exp_concurrency": (
+        *("--target", "torchscript", "--tokens", str(MAX_TOKENS), "--clients", "4"),
+        *("--requests", "20", "--rounds", "2", "--memory-requests", "40"),
+    ),
     "exp_list_calls": ("--target", "torchscript", "--items", "40", "--rounds", "2"),
     "exp_targets": ("--shape", "1x16", "--rounds", "3", "--among", "torchscript"),
     "exp_text_stream": ("--sentences", "50", "--among", "torchscript", "--tokens", str(MAX_TOKENS)),

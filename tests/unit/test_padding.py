@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from compileflow.contracts import Arrays, Axis, ComponentRecord, TensorRecord
 from compileflow.errors import InputError
-from compileflow.serving.padding import complete_inputs, pad_to, plan_calls, run_fitted
+from compileflow.serving.padding import complete_inputs, pad_to, plan_calls, run_fitted, token_row
 from compileflow.spec import ShapeBucket
 
 PAD = 9
@@ -273,3 +273,38 @@ def test_number_beyond_a_table_of_the_model_is_refused(name: str, value: int) ->
 def test_any_token_id_is_taken_where_the_table_is_unknown() -> None:
     ids = np.array([[0, 2**40]])
     assert complete_inputs(record(), {"input_ids": ids})["input_ids"].tolist() == ids.tolist()
+
+
+TYPED = record(inputs=("input_ids", "token_type_ids", "attention_mask")).model_copy(update={"vocab_size": 50})
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [{"input_ids": [7, 8]}, {"input_ids": [7, 8], "token_type_ids": [0, 1], "unread_by_the_model": [3, 3]}],
+    ids=str,
+)
+def test_row_of_a_tokenizers_lists_is_what_the_arrays_give(tokens: dict[str, list[int]]) -> None:
+    row = token_row(TYPED, tokens)
+    assert {name: values.tolist() for name, values in row.items()} == {
+        "input_ids": [[7, 8]],
+        "token_type_ids": [tokens.get("token_type_ids", [0, 0])],
+        "attention_mask": [[1, 1]],
+    }
+    assert {values.dtype.name for values in row.values()} == {"int64"}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        ({"input_ids": [7, 50]}, "contains 50, but the model takes numbers from 0 to 49"),
+        ({"input_ids": [-1, 7]}, "contains -1"),
+        ({"input_ids": [7] * 17}, "17 tokens, but the model was compiled for at most 16"),
+        ({"input_ids": [7, 8], "token_type_ids": [0]}, "token_type_ids has shape (1, 1)"),
+    ],
+)
+def test_row_of_a_tokenizers_lists_is_refused_as_arrays_are(tokens: dict[str, list[int]], words: str) -> None:
+    with pytest.raises(InputError) as lists:
+        token_row(TYPED, tokens)
+    with pytest.raises(InputError) as arrays:
+        complete_inputs(TYPED, {name: np.array([values]) for name, values in tokens.items()})
+    assert words in str(lists.value) == str(arrays.value)

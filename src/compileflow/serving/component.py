@@ -5,9 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -28,6 +27,7 @@ from compileflow.contracts import (
 from compileflow.contracts.toolkit import require_open
 from compileflow.errors import CompileflowError, InputError, LoadError, first_line
 from compileflow.serving.padding import complete_inputs, run_fitted
+from compileflow.serving.shared_calls import SharedCalls
 from compileflow.spec import ShapeBucket
 
 Result = TypeVar("Result")
@@ -59,6 +59,7 @@ class LoadedComponent:
         device: Device | None = None,
         threads: int | None = None,
         buckets: Sequence[ShapeBucket] | None = None,
+        calls_at_once: int | None = None,
     ):
         self.artifact = artifact
         self.component = component
@@ -69,6 +70,17 @@ class LoadedComponent:
         self._buckets = buckets
         self._process_id = os.getpid()
         self._is_closed = False
+        self._calls_at_once = calls_at_once
+        self._shared_calls = self._new_shared_calls()
+        # Per output: its name, and the sizes of its fixed axes by position.
+        self._output_sizes = [
+            (
+                tensor.name,
+                len(tensor.axes),
+                [(position, axis) for position, axis in enumerate(tensor.axes) if isinstance(axis, int)],
+            )
+            for tensor in record.outputs
+        ]
 
     @classmethod
     def load(
@@ -104,7 +116,17 @@ class LoadedComponent:
         if buckets is not None:
             record = _with_buckets(record, buckets)
         runner = artifact.load(record, device=device, threads=threads)
-        return cls(artifact, component, record, runner, device=device, threads=threads, buckets=buckets)
+        _, used_device = artifact.target_for(record, device)
+        return cls(
+            artifact,
+            component,
+            record,
+            runner,
+            device=device,
+            threads=threads,
+            buckets=buckets,
+            calls_at_once=_calls_at_once(runner, threads) if used_device == "cpu" else None,
+        )
 
     def run(self, inputs: Mapping[str, Any]) -> Arrays:
         """Run the component on named arrays, checked by `complete_inputs`, and return named arrays.
@@ -113,12 +135,32 @@ class LoadedComponent:
             InputError: The inputs do not suit the component, or its graph fails on them.
             MemoryError: The call needs more memory than the machine has.
         """
+        return self.run_completed(complete_inputs(self.record, inputs))
+
+    def run_completed(self, arrays: Arrays) -> Arrays:
+        """Run the component on arrays that `complete_inputs` or `token_row` returned; see `run`.
+
+        While the component is busy, single rows of several threads wait and then share a call.
+        """
         if os.getpid() != self._process_id:
             self._load_after_fork()
-        arrays = complete_inputs(self.record, inputs)
-        with graph_errors(arrays):
+        if self._shared_calls is not None and len(arrays[self.record.inputs[0].name]) == 1:
+            return self._shared_calls.run(arrays)
+        return self._run(arrays)
+
+    def _run(self, arrays: Arrays) -> Arrays:
+        with GraphErrors(arrays):
             outputs = run_fitted(self._runner, self.record, arrays)
-        self._check_shapes(outputs)
+        for name, rank, sizes in self._output_sizes:
+            shape = outputs[name].shape
+            # Answers are cut and read by the axes of the record.
+            if len(shape) != rank or any(shape[position] != size for position, size in sizes):
+                axes = next(tensor.axes for tensor in self.record.outputs if tensor.name == name)
+                raise InputError(
+                    f"The compiled graph returned {name} of shape {shape}, but the manifest gives the axes "
+                    f"{', '.join(map(str, axes))}.",
+                    hint="Compile the model again.",
+                )
         return outputs
 
     def start(self) -> Continuation:
@@ -141,19 +183,12 @@ class LoadedComponent:
         """The runner, if its runtime writes whole texts by itself."""
         return self._runner if isinstance(self._runner, WritingRunner) else None
 
-    def _check_shapes(self, outputs: Arrays) -> None:
-        """Compare the outputs with the record, because the answers are cut and read by its axes."""
-        for tensor in self.record.outputs:
-            shape = outputs[tensor.name].shape
-            sizes = zip(tensor.axes, shape, strict=False)
-            if len(shape) != len(tensor.axes) or any(
-                isinstance(axis, int) and axis != size for axis, size in sizes
-            ):
-                raise InputError(
-                    f"The compiled graph returned {tensor.name} of shape {shape}, but the manifest gives the axes "
-                    f"{', '.join(map(str, tensor.axes))}.",
-                    hint="Compile the model again.",
-                )
+    def _new_shared_calls(self) -> SharedCalls | None:
+        """Return what shares calls; None where padding changes answers, or a call takes one row only."""
+        takes_rows = self.record.dynamic_axes or any(bucket.batch_size > 1 for bucket in self.record.shape_buckets)
+        if self._calls_at_once is None or self.record.padding not in ("right", "left") or not takes_rows:
+            return None
+        return SharedCalls(self.record, self._run, self._calls_at_once)
 
     def __call__(self, *inputs: Any) -> dict[str, Any]:
         """Run the component on inputs by position and return named tensors, as a traced model does."""
@@ -196,27 +231,44 @@ class LoadedComponent:
                 self._runner = _RunnerInThreads(_in_new_thread(load))
             else:
                 self._runner = load()
+            # Rows of threads that this process does not have may wait in the other one.
+            self._shared_calls = self._new_shared_calls()
             self._process_id = os.getpid()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _load, (self.artifact, self.component, self._device, self._threads, self._buckets)
 
 
-@contextmanager
-def graph_errors(arrays: Mapping[str, NDArray[Any]]) -> Iterator[None]:
-    """Turn what a runtime raises on these inputs into an error of one line.
+def _calls_at_once(runner: Runner, threads: int | None) -> int:
+    """Return how many calls keep the machine busy: one that uses all cores, or one for each group of threads."""
+    streams = getattr(runner, "streams", 1)
+    if threads is None:
+        return int(streams)
+    # A container may have fewer cores than its machine; not every system tells.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(int(streams), cores // threads)
+
+
+class GraphErrors:
+    """Turns what a runtime raises on these inputs, inside the block, into an error of one line.
 
     Raises:
         InputError: The graph fails.
         MemoryError: The call needs more memory than the machine has.
     """
-    try:
-        yield
-    except (CompileflowError, MemoryError):
-        raise
-    except Exception as error:
+
+    # A class, because a generator's context manager costs more than all checks of a short text.
+    def __init__(self, arrays: Mapping[str, NDArray[Any]]):
+        self._arrays = arrays
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if not isinstance(error, Exception) or isinstance(error, CompileflowError | MemoryError):
+            return
         raise_if_out_of_memory(error)
-        shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
+        shapes = ", ".join(f"{name} {array.shape}" for name, array in self._arrays.items())
         raise InputError(
             f"The compiled graph failed on inputs of the shapes {shapes}: {type(error).__name__}: "
             f"{first_line(error)}.",

@@ -17,7 +17,7 @@ import numpy as np
 from compileflow.artifact.open import OpenArtifact
 from compileflow.contracts import Continuation
 from compileflow.errors import InputError, in_words
-from compileflow.serving.component import LoadedComponent, graph_errors
+from compileflow.serving.component import GraphErrors, LoadedComponent
 from compileflow.serving.greedy import write_greedily
 from compileflow.serving.interface_files import load_part
 from compileflow.serving.model import FLAGS, CompiledModel
@@ -179,7 +179,7 @@ class GeneratingModel(CompiledModel):
         if positions is None:
             positions = np.maximum(np.cumsum(mask, axis=-1) - 1, 0)[:, -length:]
         positions = np.array(np.broadcast_to(positions, ids.shape))
-        with graph_errors({"input_ids": ids, "attention_mask": mask, "position_ids": positions}):
+        with GraphErrors({"input_ids": ids, "attention_mask": mask, "position_ids": positions}):
             logits = past.continuation.read(ids, mask, positions, last=last)
         past.rows = rows
         return logits

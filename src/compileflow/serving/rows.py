@@ -83,6 +83,18 @@ def run_rows(
             return
 
 
+def run_item(
+    model: Any, item: PreparedItem[Details], postprocess: Callable[[Details, list[Arrays]], Answer]
+) -> Answer:
+    """Run the rows of a single item and return its answer, as `run_rows` does.
+
+    The usual item, one row, is neither planned nor stacked nor split.
+    """
+    if len(item.rows) == 1:
+        return postprocess(item.details, [model.graph.run_completed(item.rows[0])])
+    return next(run_rows(model, [item], postprocess))
+
+
 def checked_batch_size(batch_size: Any) -> int | None:
     """Return a batch size unchanged if it is a positive integer or None.
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from compileflow.contracts import Arrays
 from compileflow.errors import InputError, LoadError
-from compileflow.serving.rows import PreparedItem, checked_batch_size, run_rows
+from compileflow.serving.rows import PreparedItem, checked_batch_size, run_item, run_rows
 from compileflow.serving.tokenized_rows import lowering_tokenizer, tokenized_rows
 from compileflow.source_model.sentence_modules import EmbeddingRecipe, read_recipe, unit_length
 
@@ -69,7 +69,7 @@ class SentenceEmbeddingPipeline:
         self.max_tokens = min(recipe.text.max_tokens or record.max_sequence_length, record.max_sequence_length)
         self.prompts, self.default_prompt_name = recipe.text.prompts, recipe.text.default_prompt_name
         self.similarity_fn_name = recipe.similarity_fn_name
-        self._recipe = recipe
+        self._recipe, self._unscaled = recipe, recipe.without_normalize()
         self._size = _embedding_size(recipe, int(axes[_TOKENS][-1]))
         self.truncate_dim = _checked_size(settings.get("truncate_dim"), recipe.truncate_dim)
         self.dimension = min(self._size, self.truncate_dim or self._size)
@@ -114,22 +114,22 @@ class SentenceEmbeddingPipeline:
         size = _checked_size(truncate_dim, self.truncate_dim)
         if normalize is None:
             normalize = self.normalize
-        recipe = self._recipe.without_normalize()
-
-        def embed(prompt_length: int, row_outputs: list[Arrays]) -> Embeddings:
-            return recipe.embed(row_outputs[0][_TOKENS][0], prompt_length)
-
-        embeddings = np.empty((len(texts), self._size), dtype=np.float32)
         items = self._prepared(texts, self._recipe.text.prompt(prompt, prompt_name))
-        for index, embedding in enumerate(run_rows(self.model, items, embed, batch_size=rows_per_call)):
-            embeddings[index] = embedding
+        if is_single:
+            # A copy: a view would keep all tokens in memory for as long as the caller keeps the embedding.
+            embeddings = np.array(run_item(self.model, next(items), self._embed), dtype=np.float32)
+        else:
+            embeddings = np.empty((len(texts), self._size), dtype=np.float32)
+            for index, embedding in enumerate(run_rows(self.model, items, self._embed, batch_size=rows_per_call)):
+                embeddings[index] = embedding
         # As in sentence-transformers, the module scales the whole embedding, and the argument the cut one.
         if self._recipe.normalizes and normalize is not False:
             embeddings = unit_length(embeddings)
-        embeddings = embeddings[:, :size]
-        if normalize:
-            embeddings = unit_length(embeddings)
-        return embeddings[0] if is_single else embeddings
+        embeddings = embeddings[..., :size]
+        return unit_length(embeddings) if normalize else embeddings
+
+    def _embed(self, prompt_length: int, row_outputs: list[Arrays]) -> Embeddings:
+        return self._unscaled.embed(row_outputs[0][_TOKENS][0], prompt_length)
 
     def _prompt_length(self, prompt: str) -> int:
         """Return the number of tokens of a prompt; 0 if its tokens are pooled like the others."""

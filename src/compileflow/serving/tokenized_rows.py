@@ -6,11 +6,9 @@ from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from typing import Any
 
-import numpy as np
-
-from compileflow.contracts import Arrays
+from compileflow.contracts import Arrays, ComponentRecord
 from compileflow.errors import InputError, LoadError
-from compileflow.serving.padding import complete_inputs
+from compileflow.serving.padding import token_row
 
 # How many texts one call of the tokenizer takes: a call for each text would be several times slower.
 _TEXTS_PER_CALL = 1024
@@ -32,25 +30,35 @@ def tokenized_rows(
         InputError: The tokenizer returns no token for a text.
     """
     record = model.graph.record
-    names = {tensor.name for tensor in record.inputs}
+    if len(texts) == 1:
+        # A list of one text would go through the tokenizer's pool of threads.
+        pair = None if pairs is None else pairs[0]
+        yield _row(record, texts[0], _encoded(tokenizer, texts[0], pair, max_tokens))
+        return
     for start in range(0, len(texts), _TEXTS_PER_CALL):
         chunk = slice(start, start + _TEXTS_PER_CALL)
-        # Without the mask: it would be all ones, and `complete_inputs` adds it faster.
-        # The settings of an artifact that was compiled from memory may pad each row to the compiled shape.
-        encoded = tokenizer.encoded(
-            texts[chunk],
-            *([] if pairs is None else [pairs[chunk]]),
-            padding=False,
-            truncation=True,
-            max_length=max_tokens,
-            return_attention_mask=False,
-        )
+        encoded = _encoded(tokenizer, texts[chunk], None if pairs is None else pairs[chunk], max_tokens)
         for index, text in enumerate(texts[chunk]):
-            if not encoded["input_ids"][index]:
-                raise InputError(f"The tokenizer returns no token for the text {text!r}.", hint="Leave it out.")
-            # Some tokenizers return token types that their model does not have.
-            row = {name: np.array([values[index]]) for name, values in encoded.items() if name in names}
-            yield complete_inputs(record, row)
+            yield _row(record, text, {name: values[index] for name, values in encoded.items()})
+
+
+def _encoded(tokenizer: Any, texts: Any, pairs: Any, max_tokens: int) -> Any:
+    # Without the mask: it would be all ones, and `token_row` adds it faster.
+    # The settings of an artifact that was compiled from memory may pad each row to the compiled shape.
+    return tokenizer.encoded(
+        texts,
+        *([] if pairs is None else [pairs]),
+        padding=False,
+        truncation=True,
+        max_length=max_tokens,
+        return_attention_mask=False,
+    )
+
+
+def _row(record: ComponentRecord, text: str, tokens: Any) -> Arrays:
+    if not tokens["input_ids"]:
+        raise InputError(f"The tokenizer returns no token for the text {text!r}.", hint="Leave it out.")
+    return token_row(record, tokens)
 
 
 def lowering_tokenizer(tokenizer: Any) -> Any:

@@ -260,7 +260,8 @@ def module_weights(folder: Path) -> dict[str, dict[str, Floats]]:
 
 def unit_length(values: Floats) -> Floats:
     """Scale vectors to length 1, over the last axis."""
-    lengths = np.linalg.norm(values, axis=-1, keepdims=True)
+    # As np.linalg.norm computes them, without its other cases.
+    lengths = np.sqrt(np.add.reduce(values * values, axis=-1, keepdims=True))
     return np.asarray(values / np.maximum(lengths, np.float32(_SHORTEST)), dtype=np.float32)
 
 
@@ -278,7 +279,7 @@ def _pooled(mode: str, tokens: Floats, first: int) -> Floats:
         weights = np.arange(first + 1, len(tokens) + 1, dtype=np.float32)
         return np.asarray(weights @ counted / max(weights.sum(), np.float32(_LEAST_WEIGHT)))
     count = np.float32(max(len(counted), _LEAST_WEIGHT))
-    return np.asarray(counted.sum(axis=0) / (count if mode == "mean" else np.sqrt(count)))
+    return np.asarray(np.add.reduce(counted, axis=0) / (count if mode == "mean" else np.sqrt(count)))
 
 
 def _modules(folder: Path, modules: Sequence[tuple[str, str]]) -> tuple[SentenceModule, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 # Tokens, and numbers of pictures or sound, of all rows in a call that is not large.
@@ -46,6 +45,6 @@ def _shrinking() -> Any:
 
 def _is_large(inputs: Mapping[str, NDArray[Any]]) -> bool:
     return any(
-        value.size > (_MOST_TOKENS if np.issubdtype(value.dtype, np.integer) else _MOST_NUMBERS)
+        value.size > _MOST_TOKENS and (value.dtype.kind in "iu" or value.size > _MOST_NUMBERS)
         for value in inputs.values()
     )

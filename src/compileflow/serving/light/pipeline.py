@@ -133,7 +133,8 @@ class LightPipeline:
             InputError: The task cannot read the inputs, or a setting has a wrong value.
             SpecError: The pipeline does not have a setting.
         """
-        _check_names(HfTask(self.pipeline.task), settings, _call_settings(self.pipeline.__class__))
+        if settings:
+            _check_names(HfTask(self.pipeline.task), settings, _call_settings(self.pipeline.__class__))
         return self.pipeline(*inputs, **settings)
 
     def __getattr__(self, name: str) -> Any:

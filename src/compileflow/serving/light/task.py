@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from compileflow.contracts import Arrays
 from compileflow.errors import InputError
 from compileflow.serving.light.model import LightModel
-from compileflow.serving.rows import PreparedItem, checked_batch_size, run_rows
+from compileflow.serving.rows import PreparedItem, checked_batch_size, run_item, run_rows
 from compileflow.spec import HfTask
 
 Settings = Mapping[str, Any]
@@ -49,10 +49,10 @@ class LightTask:
         call = {**self.settings, **settings}
         self.check(call)
         batch_size = checked_batch_size(call.get("batch_size"))
-        items = inputs if isinstance(inputs, list) else [inputs]
-        prepared = (self.prepare(item, call) for item in items)
-        answers = list(run_rows(self.model, prepared, partial(self.answer, call), batch_size=batch_size))
-        return answers if isinstance(inputs, list) else answers[0]
+        if not isinstance(inputs, list):
+            return run_item(self.model, self.prepare(inputs, call), partial(self.answer, call))
+        prepared = (self.prepare(item, call) for item in inputs)
+        return list(run_rows(self.model, prepared, partial(self.answer, call), batch_size=batch_size))
 
     def check(self, settings: Settings) -> None:
         """Check the values of settings.

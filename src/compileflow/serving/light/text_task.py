@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from compileflow.contracts import Arrays
 from compileflow.errors import InputError
 from compileflow.serving.light.model import LightModel
 from compileflow.serving.light.task import LightTask
 from compileflow.serving.light.tokenizer import Encoded, LightTokenizer
-from compileflow.serving.padding import complete_inputs
+from compileflow.serving.padding import token_row
 
 # Settings of the tokenizer that a call of some tasks takes.
 TOKENIZER_SETTINGS = ("truncation", "max_length", "padding", "add_special_tokens")
@@ -34,9 +32,7 @@ class TextTask(LightTask):
         Raises:
             InputError: The text has no token, or too many.
         """
-        record = self.model.graph.record
-        values = {name: value if index is None else value[index] for name, value in encoded.items()}
+        values = encoded if index is None else {name: value[index] for name, value in encoded.items()}
         if not values["input_ids"]:
             raise InputError("The tokenizer returns no token for a text.", hint="Leave empty texts out.")
-        names = [tensor.name for tensor in record.inputs if tensor.name in values]
-        return complete_inputs(record, {name: np.array([values[name]]) for name in names})
+        return token_row(self.model.graph.record, values)
