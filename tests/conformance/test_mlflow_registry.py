@@ -421,7 +421,7 @@ def test_credentials_go_only_to_a_server_of_the_settings(
     assert os.environ["HOME"] == str(tmp_path)
 
 
-@pytest.mark.parametrize("where", ["server", "folder of the experiment", "folder of the run"])
+@pytest.mark.parametrize("where", ["server", "folder of the experiment", "folder of the run", "link in the run"])
 def test_files_are_not_sent_to_a_place_that_another_program_chose(
     file_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
@@ -439,12 +439,17 @@ def test_files_are_not_sent_to_a_place_that_another_program_chose(
     (precious / "manifest.json").write_text("mine")
     entry = version_entry("ner", 1)
     with serving(Server) as url, raw(file_uri) as client:
+        database = Path(file_uri.removeprefix("mlflow:sqlite:///"))
         location = {"server": url, "folder of the experiment": precious.as_uri()}.get(where)
-        experiment = client.create_experiment("compileflow", artifact_location=location)
+        own = database.with_suffix(".artifacts").as_uri()
+        experiment = client.create_experiment("compileflow", artifact_location=location or own)
         if location is None:
-            tags = {DIGEST: entry.artifact_digest, NAME: entry.name}
-            client.create_run(experiment, tags=tags)
-            database = Path(file_uri.removeprefix("mlflow:sqlite:///"))
+            run = client.create_run(experiment, tags={DIGEST: entry.artifact_digest, NAME: entry.name})
+        if where == "link in the run":
+            folder = Path(run.info.artifact_uri.removeprefix("file://"))
+            folder.mkdir(parents=True)
+            (folder / "manifest.json").symlink_to(precious / "manifest.json")
+        elif where == "folder of the run":
             with closing(sqlite3.connect(database)) as db, db:
                 db.execute("UPDATE runs SET artifact_uri = ?", [precious.as_uri()])
         version = open_registry(file_uri).register(entry, version_files(tmp_path / "given"))

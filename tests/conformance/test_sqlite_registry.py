@@ -105,6 +105,13 @@ def test_database_of_another_program_is_left_as_it_is(tmp_path: Path) -> None:
         assert db.execute("SELECT name FROM sqlite_schema").fetchall() == [("precious",)]
 
 
+def test_link_to_nothing_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "registry.db").symlink_to(tmp_path / "elsewhere.db")
+    with pytest.raises(RegistryError, match="is a link to nothing"):
+        open_registry(f"sqlite:///{tmp_path / 'registry.db'}").register(version_entry("ner", 1))
+    assert not (tmp_path / "elsewhere.db").exists()
+
+
 def test_name_in_an_entry_does_not_make_it_a_version_of_another_model(tmp_path: Path) -> None:
     path = tmp_path / "registry.db"
     registry = open_registry(f"sqlite:///{path}")

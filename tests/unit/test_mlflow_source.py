@@ -260,3 +260,25 @@ def test_files_that_a_version_names_elsewhere_are_not_read(
         with pytest.raises(SourceError, match="keeps none there"):
             locate(f"{place.uri}#src@1")
     assert asked == []
+
+
+@pytest.mark.parametrize(
+    ("uri", "is_own"),
+    [
+        ("mlflow-artifacts:/src", True),
+        ("mlflow-artifacts://127.0.0.1:5000/src", True),
+        ("http://127.0.0.1:5000/api/2.0/mlflow-artifacts/artifacts/src", True),
+        ("s3://bucket/src", True),
+        ("mlflow-artifacts://evil.example/src", False),
+        ("mlflow-artifacts://evil.example:5000\\@127.0.0.1:5000/src", False),
+        ("http://evil.example\\@127.0.0.1:5000/src", False),
+        ("http://evil.example@127.0.0.1:5000/src", False),
+        ("https://127.0.0.1:5000/src", False),
+        ("ftp://127.0.0.1/src", False),
+        ("file:///srv/private", False),
+        ("/srv/private", False),
+    ],
+)
+def test_files_of_a_server_are_read_from_itself_and_from_object_stores_alone(uri: str, is_own: bool) -> None:
+    repository = parse_place("mlflow:http://127.0.0.1:5000").files_at(uri)
+    assert (repository is not None) is is_own

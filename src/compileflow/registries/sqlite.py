@@ -267,6 +267,8 @@ def _write_transaction(path: Path) -> Iterator[sqlite3.Connection]:
     """
     with os_errors(path, "write the registry", kind=RegistryError):
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_symlink() and not path.exists():
+            raise RegistryError(f"The registry {path} is a link to nothing.", hint="Delete the link.")
     with _errors(path), closing(sqlite3.connect(path, isolation_level=None, timeout=_WAIT_S)) as db:
         _use_wal(db)
         db.execute("PRAGMA synchronous = FULL")

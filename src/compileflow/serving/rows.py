@@ -23,9 +23,9 @@ logger = logging.getLogger(__name__)
 
 # Rows per call of images and recordings, whose size is not counted in tokens.
 DEFAULT_BATCH_SIZE = 8
-# Tokens per call, with padding. On MiniLM with openvino, the processor time of 1,024 tokens is 10 % less than that of
-# 256 at bf16, as much or 4 % less at fp32, and 5 % less (sentences) to 8 % more (paragraphs) at int8; 4,096 gain
-# nothing. On onnx-runtime it is 4 to 8 % more.
+# Tokens per call, with padding. On MiniLM with openvino, 1,024 tokens take 10 % less processor time than 256 at
+# bf16, as much or 4 % less at fp32, and 5 % less (sentences) to 8 % more (paragraphs) at int8; 4,096 gain nothing.
+# On onnx-runtime, they take 4 to 8 % more.
 TOKEN_BUDGET = 1024
 # What each further call costs, in tokens: 4 at fp32 to 33 at bf16, on MiniLM.
 _CALL_COST = 24

@@ -96,9 +96,14 @@ class MlflowPlace:
         # runs: and models: lead to another one.
         while hasattr(repository, "repo"):
             repository = repository.repo
-        found = urlsplit(repository.artifact_uri)
+        location = str(repository.artifact_uri)
+        # Libraries do not agree on where the host of such a URL ends.
+        if "\\" in location or not location.isprintable():
+            return None
+        found = urlsplit(location)
         if found.scheme in ("http", "https"):
-            return repository if self.file is None and _origin(found) == self._origin else None
+            is_own = self.file is None and "@" not in found.netloc and _origin(found) == self._origin
+            return repository if is_own else None
         if found.scheme not in ("", "file"):
             return repository if found.scheme in _OBJECT_STORES else None
         if self.file is None or self.artifact_folder is None:
