@@ -91,7 +91,7 @@ class _Deployment(BaseModel):
 def _read(path: Path, key: str) -> list[dict[str, Any]]:
     try:
         entries: list[dict[str, Any]] = yaml.safe_load(path.read_text("utf-8"))[key]
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise SpecError(f"{path} has no list of {key}: {first_line(error)}.", hint="Correct the file.") from error
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise SpecError(f"{path} has no list of {key} with fields.", hint="Correct the file.")

@@ -126,7 +126,7 @@ def load_project(name: str) -> Project:
         is_repeated = isinstance(error, yaml.constructor.ConstructorError)
         fault = "is wrong" if is_repeated else "is not YAML"
         raise SpecError(f"The project file {path} {fault}: {line}{error.problem}.") from error
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise SpecError(f"The project file {path} cannot be read: {first_line(error)}.") from error
     fields = project_file.model_dump(exclude_unset=True)
     return Project(path.stem, path, CompileRequest.model_validate(fields))

@@ -10,7 +10,7 @@ from prefect.states import Completed, Failed
 
 from compileflow.admin.revalidate import Revalidation, versions_in_stages
 from compileflow.contracts import Stage
-from compileflow.errors import VerdictError
+from compileflow.errors import CompileflowError, VerdictError
 from compileflow.settings import get_settings
 from compileflow.validation.settings import ValidationSettings
 from flows.deployed_flow import deployed_flow
@@ -48,8 +48,12 @@ def revalidate(
     if skipped is not None:
         return skipped
     uri = get_settings().resolved_registry_uri(registry_uri)
+    try:
+        versions = versions_in_stages(uri, get_settings(), stages=stages, names=names)
+    except CompileflowError as refusal:
+        return Failed(message=str(refusal), data=refusal)
     rows = []
-    for version in versions_in_stages(uri, get_settings(), stages=stages, names=names):
+    for version in versions:
         state = revalidate_one.with_options(task_run_name=f"{version.name} version {version.version}")(
             version, uri, validation, timeout_s=timeout_s, trust_remote_code=trust_remote_code, return_state=True
         )

@@ -72,6 +72,7 @@ def test_another_model_takes_the_place_of_the_projects_own(tmp_path: Path) -> No
         ("model: m\nvalidation: {max_examples: 1, max_examples: 2}\n", ("line 2: max_examples was given twice",)),
         ("- m\n", ("expected fields such as model",)),
         ("model: [\n", ("is not YAML: line 2",)),
+        ("[" * 3000, ("cannot be read: maximum recursion depth exceeded",)),
         ("", ("expected fields such as model",)),
     ],
 )  # fmt: skip

@@ -15,7 +15,7 @@ from compileflow.artifact.attestations.envelopes import put_statement
 from compileflow.artifact.attestations.statements import ValidationRun, verdict_statement
 from compileflow.catalog import open_registry, open_store
 from compileflow.contracts import Availability, ModelVersion
-from compileflow.errors import LoadError, MeasurementError, VerdictError
+from compileflow.errors import LoadError, MeasurementError, RegistryError, VerdictError
 from compileflow.settings import Settings
 from compileflow.spec import HfTask
 from compileflow.steps import validate as validate_step
@@ -142,6 +142,14 @@ def test_verdict_fail_is_lifted_by_no_revalidation_unless_another_one_gave_it(
     assert refused.reason == "the last validation of its artifact failed, and it was not a revalidation"
     for verdict in (replace(judged("fail"), is_revalidation=True), judged("pass")):
         assert outcome_after(verdict).reason == "It was measured."
+
+
+def test_name_that_no_model_has_is_an_error(settings: Settings) -> None:
+    uri = settings.resolved_registry_uri()
+    open_registry(uri, settings).register(stored_entry(settings, "reviews"))
+    assert versions_in_stages(uri, settings, stages=["none"], names=["reviews"])
+    with pytest.raises(RegistryError, match="has no model 'review'"):
+        versions_in_stages(uri, settings, stages=["none"], names=["review"])
 
 
 def test_run_with_a_key_revalidates_only_what_a_trusted_key_signed(settings: Settings, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from itertools import chain
 from math import isfinite
 from typing import Literal
 
@@ -49,10 +50,11 @@ def versions_in_stages(
     """Return the versions in these stages, of the given names or of all.
 
     Raises:
-        RegistryError: The registry failed.
+        RegistryError: The registry failed, or has no model of one of the names.
     """
-    versions = open_registry(registry_uri, settings).versions()
-    return [version for version in versions if version.stage in stages and (not names or version.name in names)]
+    registry = open_registry(registry_uri, settings)
+    versions = chain.from_iterable(map(registry.versions, names)) if names else registry.versions()
+    return [version for version in versions if version.stage in stages]
 
 
 def revalidate_version(
