@@ -222,7 +222,7 @@ class TestPipeline:
             ((Image.new("RGB", (4, 4)),), "Expected an image, got tuple"),
             (Image.new("RGB", (0, 4)), "no pixels"),
         ],
-        ids=str,
+        ids=["URL", "absent file", "bytes", "Path", "array", "None", "tuple", "no pixels"],
     )
     def test_other_inputs_are_refused(self, item: Any, message: str, artifact: Path) -> None:
         light = LightPipeline.from_pretrained(artifact)
