@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import pytest
 
 from compileflow.admin.collect import collect_garbage
 from compileflow.admin.promote import promote_version
+from compileflow.artifact.attestations.envelopes import put_statement
+from compileflow.artifact.attestations.statements import verdict_statement
 from compileflow.artifact.verify import last_result
 from compileflow.catalog import open_registry, open_store
 from compileflow.contracts import Arrays
@@ -25,7 +29,7 @@ from compileflow.steps.settle import Settled, register_settled, settle_artifact
 from tests.conftest import ModelFactory
 from tests.doubles.fixtures import vendor_doubles
 from tests.steps import Pipeline
-from tests.unit.attested_artifacts import make_keys
+from tests.unit.attested_artifacts import judged, make_keys
 
 __all__ = ["vendor_doubles"]
 
@@ -74,6 +78,13 @@ def test_artifact_is_validated_and_registered_where_the_device_is(
     signing = pipeline.settings.model_copy(update={"signing_key": make_keys(tmp_path).private})
     with pytest.raises(SignatureError, match="neither this run's key nor a trusted key signed"):
         settle_artifact(artifact.uri, settings=signing, timeout_s=600)
+    # A validation that asked for more refused the artifact in the meantime.
+    earlier = judged("fail")
+    later = replace(earlier, finished=datetime.now(UTC))
+    put_statement(store, artifact.digest, verdict_statement(artifact.digest, later), None)
+    with pytest.raises(SignatureError, match="a later validation has the result FAILED"):
+        settle(pipeline, artifact.uri)
+    put_statement(store, artifact.digest, verdict_statement(artifact.digest, earlier), None)
     settled = settle(pipeline, artifact.uri)
     assert settled.validated.outcome == "pass", settled.validated.reason
     assert settled.validated.figures["label_agreement"] == 1.0

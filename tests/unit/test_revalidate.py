@@ -139,7 +139,10 @@ def test_verdict_fail_is_lifted_by_no_revalidation_unless_another_one_gave_it(
     monkeypatch.setattr(revalidate, "validate_artifact", stop)
     refused = outcome_after(judged("fail"))
     assert refused.outcome == "regressed"
-    assert refused.reason == "the last validation of its artifact failed, and it was not a revalidation"
+    assert refused.reason == "the last verdict on its artifact is FAILED, and a compile gave it"
+    assert (
+        outcome_after(judged("warn")).reason == "the last verdict on its artifact is WARNED, and a compile gave it"
+    )
     for verdict in (replace(judged("fail"), is_revalidation=True), judged("pass")):
         assert outcome_after(verdict).reason == "It was measured."
 

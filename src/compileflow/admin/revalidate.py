@@ -9,7 +9,7 @@ from itertools import chain
 from math import isfinite
 from typing import Literal
 
-from compileflow.artifact.attestations.statements import FAILED, is_revalidation, result
+from compileflow.artifact.attestations.statements import FAILED, RESULT_OF, is_revalidation, result
 from compileflow.artifact.verify import contradictions_of
 from compileflow.catalog import get_target, open_registry, open_store
 from compileflow.contracts import ACCEPTED_OUTCOMES, ModelVersion, Stage
@@ -101,10 +101,12 @@ def revalidate_version(
         lack, verdict = attester.verdict_on(version.artifact_digest)
         if verdict is None and attester.requires_signature:
             return Revalidation(version, "not checked", f"its last verdict does not count: {lack}")
-        if verdict is not None and result(verdict) == FAILED and not is_revalidation(verdict):
+        if verdict is not None and result(verdict) != RESULT_OF["pass"] and not is_revalidation(verdict):
             # That validation may have asked for more than this one does, so this one cannot lift it.
-            reason = "the last validation of its artifact failed, and it was not a revalidation"
-            return _noted(version, registry_uri, settings, passes=False, reason=reason)
+            reason = f"the last verdict on its artifact is {result(verdict)}, and a compile gave it"
+            if result(verdict) == FAILED:
+                return _noted(version, registry_uri, settings, passes=False, reason=reason)
+            return Revalidation(version, "not checked", reason)
         validated = validate_artifact(
             _source(version, attester),
             _artifact(version),

@@ -80,7 +80,7 @@ def verify(
     report = read_report_on(store, verification.digest) if recorded is not None and refusal is None else None
     has_failed |= refusal is not None
     problems = list(verification.problems)
-    proof = None if problems or has_failed else _proof(version, report)
+    proof = None if problems or has_failed else _proof(version, report, verification.verdict)
     if refusal is not None and not integrity_only:
         problems.append(f"The last validation refused it: {refusal.reason}. Report: {refusal.report_uri}")
     elif has_failed and not integrity_only:
@@ -131,10 +131,12 @@ def _print_verification(verification: Verification, proof: str | None) -> None:
         say(f"proven: {proof}")
 
 
-def _proof(version: ModelVersion | None, report: ValidatedArtifact | None) -> str | None:
+def _proof(version: ModelVersion | None, report: ValidatedArtifact | None, result: str | None) -> str | None:
     """Describe the proof of an artifact: a registered version, or else a passing report in its store."""
     if version is not None:
-        return f"{version.name} version {version.version}, verdict {version.verdict}"
+        # A later validation may have warned.
+        verdict = "warn" if result == "WARNED" else version.verdict
+        return f"{version.name} version {version.version}, verdict {verdict}"
     if report is not None and report.outcome == "pass":
         return f"report {report.report_digest[:12]}, {report.reason}"
     return None

@@ -270,6 +270,7 @@ def _write_transaction(path: Path) -> Iterator[sqlite3.Connection]:
         if path.is_symlink() and not path.exists():
             raise RegistryError(f"The registry {path} is a link to nothing.", hint="Delete the link.")
     with _errors(path), closing(sqlite3.connect(path, isolation_level=None, timeout=_WAIT_S)) as db:
+        _check_is_registry(db, path)
         _use_wal(db)
         db.execute("PRAGMA synchronous = FULL")
         db.execute("PRAGMA foreign_keys = ON")
@@ -312,11 +313,17 @@ def _open_to_read(path: Path) -> sqlite3.Connection:
     return db
 
 
-def _migrate(db: sqlite3.Connection, path: Path) -> None:
-    if _schema_version(db) == 0 and db.execute("SELECT 1 FROM sqlite_schema").fetchone():
+def _check_is_registry(db: sqlite3.Connection, path: Path) -> None:
+    """Refuse the database of another program, before anything in it changes."""
+    # In one statement, because another process may make the registry at this moment.
+    query = "SELECT (SELECT user_version FROM pragma_user_version), EXISTS (SELECT 1 FROM sqlite_schema)"
+    if db.execute(query).fetchone() == (0, 1):
         raise RegistryError(
             f"{path} is the database of another program.", hint="Give the registry a file of its own."
         )
+
+
+def _migrate(db: sqlite3.Connection, path: Path) -> None:
     for script in _MIGRATIONS[_known_schema(db, path) :]:
         for statement in script.split(";"):
             db.execute(statement)

@@ -21,16 +21,17 @@ from compileflow.artifact.attestations.statements import (
     RESULT_OF,
     VERDICT_TYPE,
     CompileRun,
+    Origin,
     Statement,
     ValidationRun,
+    finished_on,
+    origin,
     provenance_statement,
     report_digest,
     result,
-    source_uri,
     verdict_statement,
 )
 from compileflow.artifact.attestations.statements import request_digest as asked_request
-from compileflow.artifact.attestations.statements import source_digest as stated_source
 from compileflow.artifact.attestations.verify import Attestation, trusted_signers, verify_attestations
 from compileflow.artifact.manifest import read_manifest
 from compileflow.contracts import ArtifactStore, Outcome, StoredFolder
@@ -147,7 +148,16 @@ class Attester:
             return reason if self.requires_signature else ""
         if report_digest(verdict.statement) != report:
             return "its statement names another report"
-        return _other_request(verdict, request_digest)
+        return _other_request(verdict, request_digest) or self._later_refusal(digest, verdict, request_digest)
+
+    def _later_refusal(self, digest: str, waiting: Attestation, request_digest: str) -> str:
+        """Return that a validation for another request did not pass since; it may have asked for more."""
+        last = self.verdict_on(digest)[1]
+        if last is None or result(last) == RESULT_OF["pass"] or asked_request(last) == request_digest:
+            return ""
+        before, after = finished_on(waiting.statement), finished_on(last)
+        is_later = before is None or after is None or after >= before
+        return f"a later validation has the result {result(last)}" if is_later else ""
 
     def lacks_provenance(self, digest: str, request_digest: str) -> str:
         """Return why a cached artifact must be compiled again; '' if its provenance is sufficient.
@@ -159,15 +169,10 @@ class Attester:
         reason, provenance = self._lack(digest, PROVENANCE_TYPE)
         return reason if provenance is None else _other_request(provenance, request_digest)
 
-    def compiled_from(self, digest: str) -> tuple[str, str, str]:
-        """Return the URI and the digest of the source model that an artifact's provenance names, and ''.
-
-        Or two empty texts, and why the provenance is not sufficient. Without a key, one that is missing is.
-        """
+    def compiled_from(self, digest: str) -> tuple[str, Origin | None]:
+        """Return why an artifact's provenance is not sufficient, and None; or '' and its source model."""
         reason, provenance = self._lack(digest, PROVENANCE_TYPE)
-        if provenance is None:
-            return "", "", reason
-        return source_uri(provenance.statement) or "", stated_source(provenance.statement) or "", ""
+        return reason, None if provenance is None else origin(provenance.statement)
 
     def lacks_verdict(self, digest: str, report: str, outcome: Outcome, request_digest: str | None = None) -> str:
         """Return why a cached validation must be repeated; '' if its verdict is sufficient.

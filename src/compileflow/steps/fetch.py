@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from compileflow._process.folders import os_errors, work_folder
+from compileflow.artifact.attestations.statements import Origin
 from compileflow.catalog import get_source, open_store, resolve_reference
 from compileflow.contracts import ArtifactStore, LocatedSource, ModelVersion, Source
 from compileflow.contracts.digests import folder_digest, list_files
@@ -138,29 +139,39 @@ def _checked_version(model: str, settings: Settings, attester: Attester) -> Mode
         SourceError: The provenance names another source model; or the run has a key, and no trusted key signed it.
     """
     version = resolve_reference(model, settings)
-    uri, digest, reason = attester.compiled_from(version.artifact_digest)
-    if not digest:
+    reason, origin = attester.compiled_from(version.artifact_digest)
+    if origin is None:
         # The run's store may hold only the source model. A row need not name a store.
         with suppress(ManifestError, SpecError):
             other_store = open_store(split_uri(version.artifact_uri)[0], settings)
-            uri, digest, reason = replace(attester, store=other_store).compiled_from(version.artifact_digest)
-    if not digest and not attester.requires_signature:
+            reason, origin = replace(attester, store=other_store).compiled_from(version.artifact_digest)
+    if origin is None and not attester.requires_signature:
         return version
-    if not reason and digest != version.source_digest:
-        reason = f"its artifact was compiled from {digest[:12] or 'none'}, not from {version.source_digest[:12]}"
-    # An artifact may have been compiled from the same files elsewhere.
-    if not (
-        reason
-        or uri == version.source_uri
-        or recorded_source(attester.store, version.source_uri, digest, attester)
-    ):
-        reason = f"its artifact was compiled from {uri or 'an unnamed place'}, not from {version.source_uri}"
+    if origin is not None:
+        reason = _contradiction(version, origin, attester)
     if reason:
         raise SourceError(
             f"The source model of {version.name} version {version.version} cannot be used: {reason}.",
             hint="Compile the model from its origin, and find out who changed the registry or the store.",
         )
     return version
+
+
+def _contradiction(version: ModelVersion, origin: Origin, attester: Attester) -> str:
+    """Return what a version says about its source model and the provenance of its artifact denies; or ''."""
+    if origin.digest != version.source_digest:
+        return (
+            f"its artifact was compiled from {origin.digest[:12] or 'none'}, not from {version.source_digest[:12]}"
+        )
+    if (task := str(version.spec.get("hf_task", ""))) != origin.hf_task:
+        return f"its artifact was compiled for {origin.hf_task or 'no task'}, not for {task or 'no task'}"
+    place = origin.uri, origin.revision or version.source_revision
+    named = version.source_uri, version.source_revision
+    # An artifact may have been compiled from the same files elsewhere.
+    recorded = recorded_source(attester.store, version.source_uri, origin.digest, attester)
+    if named in (place, (recorded.uri, recorded.revision) if recorded else place):
+        return ""
+    return f"its artifact was compiled from {' at '.join(place)}, not from {' at '.join(named)}"
 
 
 def _copy_files(located_source: LocatedSource, copy: Path) -> None:

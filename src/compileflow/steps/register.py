@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from compileflow._process.folders import path_of_uri
-from compileflow.artifact.attestations.statements import FAILED
+from compileflow.artifact.attestations.statements import RESULT_OF
 from compileflow.artifact.manifest import read_manifest
 from compileflow.artifact.verify import contradictions, last_result
 from compileflow.catalog import open_registry, open_store
@@ -57,9 +57,11 @@ def register_version(
             hint="Validate this artifact.",
         )
     check_verdict(validated, allow_warn=allow_warn)
-    if last_result(artifact.uri, settings) == FAILED:
+    last = last_result(artifact.uri, settings)
+    allowed = (None, RESULT_OF["pass"], RESULT_OF["warn"] if allow_warn else None)
+    if last not in allowed:
         raise VerdictError(
-            f"The last verdict on the artifact {artifact.digest[:12]} is FAILED, and this run cannot replace it, "
+            f"The last verdict on the artifact {artifact.digest[:12]} is {last}, and this run cannot replace it, "
             "because it is signed.",
             hint="Compile the model again with COMPILEFLOW_SIGNING_KEY set.",
         )

@@ -277,9 +277,11 @@ class LocalStore:
 
     def _has_right_blob(self, record: FileRecord) -> bool:
         try:
-            return self._has_blob(record) and file_digest(self._blob_path(record.sha256)) == record.sha256
-        except FileNotFoundError:
-            # A collection has just deleted it.
+            # Another process may have put a named pipe in its place.
+            with os.fdopen(open_regular(self._blob_path(record.sha256)), "rb") as file:
+                return self._has_blob(record) and _copy(file, None, most_bytes=record.size_bytes) == record.sha256
+        except (FileNotFoundError, ValueError):
+            # A collection has just deleted it, or another process has replaced it.
             return False
 
     def _blob_path(self, sha256: str) -> Path:
@@ -355,13 +357,15 @@ class LocalStore:
         return False
 
 
-def _copy(file: BinaryIO, copy: BinaryIO, *, most_bytes: int) -> str:
-    """Copy a file, but not much more than a number of bytes, and return the SHA-256 of the copy."""
+def _copy(file: BinaryIO, copy: BinaryIO | None, *, most_bytes: int) -> str:
+    """Copy a file, but not much more than a number of bytes, and return the SHA-256 of what was read."""
     sha256 = hashlib.sha256()
-    copied_bytes = 0
-    while copied_bytes <= most_bytes and (block := file.read(_BLOCK_BYTES)):
+    size_bytes = 0
+    while size_bytes <= most_bytes and (block := file.read(_BLOCK_BYTES)):
         sha256.update(block)
-        copied_bytes += copy.write(block)
+        size_bytes += len(block)
+        if copy is not None:
+            copy.write(block)
     return sha256.hexdigest()
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import BaseModel
@@ -92,7 +93,7 @@ def home_of_its_own(signed_run: SignedRun, folder: Path) -> Pipeline:
     return Pipeline(settings, signed_run.pipeline.counts)
 
 
-def write_row(pipeline: Pipeline, update: dict[str, str]) -> None:
+def write_row(pipeline: Pipeline, update: dict[str, Any]) -> None:
     """Change what the registry says about its version, as anyone can who may write to it."""
     with closing(sqlite3.connect(pipeline.settings.home_dir / "registry.db")) as database, database:
         ((text,),) = database.execute("SELECT entry FROM version")
@@ -160,21 +161,23 @@ class TestRun:
         assert keyless.validate(signed_run.request, keyless.compile(signed_run.request)).cached
         assert signed_run.pipeline.counts == counts
 
-    @pytest.mark.parametrize("changed", ["source_digest", "source_uri", "both"])
+    @pytest.mark.parametrize("changed", ["source_digest", "source_uri", "both", "source_revision", "spec"])
     @pytest.mark.parametrize("has_key", [True, False])
     @pytest.mark.parametrize("fetches", [True, False])
     def test_source_model_that_was_put_into_a_registered_version_is_refused(
         self, signed_run: SignedRun, tmp_path: Path, changed: str, has_key: bool, fetches: bool
     ) -> None:
         pipeline = home_of_its_own(signed_run, tmp_path)
-        pipeline.run(pipeline.request(signed_run.request.model, name="reviews"))
+        version = pipeline.run(pipeline.request(signed_run.request.model, name="reviews"))
         other_model = tmp_path / "other"
         shutil.copytree(signed_run.request.model, other_model)
         (other_model / "config.json").write_text((other_model / "config.json").read_text() + "\n")
         other_source = pipeline.fetch(pipeline.request(other_model))
-        update = {"source_digest": other_source.digest, "source_uri": other_source.uri}
-        if changed != "both":
-            update = {changed: update[changed]}
+        update: dict[str, Any] = {"source_digest": other_source.digest, "source_uri": other_source.uri}
+        if changed == "spec":
+            update = {"spec": version.spec | {"hf_task": "feature-extraction"}}
+        elif changed != "both":
+            update = {changed: update.get(changed, "v9-approved")}
         write_row(pipeline, update)
 
         settings = pipeline.settings.model_copy(update={} if has_key else {"signing_key": None})
@@ -184,16 +187,17 @@ class TestRun:
         ):
             Pipeline(settings).fetch(request)
 
-    def test_run_without_a_key_registers_nothing_whose_last_signed_verdict_is_failed(
-        self, signed_run: SignedRun, tmp_path: Path
+    @pytest.mark.parametrize(("outcome", "result"), [("fail", "FAILED"), ("warn", "WARNED")])
+    def test_run_without_a_key_registers_nothing_whose_last_signed_verdict_is_worse(
+        self, signed_run: SignedRun, tmp_path: Path, outcome: Outcome, result: str
     ) -> None:
         pipeline = home_of_its_own(signed_run, tmp_path)
         digest = signed_run.artifact.digest
-        failed = verdict_statement(digest, judged("fail", source=signed_run.source.digest, report="8" * 64))
-        put_statement(open_store(pipeline.store_uri, pipeline.settings), digest, failed, signed_run.keys.signer)
+        worse = verdict_statement(digest, judged(outcome, source=signed_run.source.digest, report="8" * 64))
+        put_statement(open_store(pipeline.store_uri, pipeline.settings), digest, worse, signed_run.keys.signer)
         keyless = Pipeline(pipeline.settings.model_copy(update={"signing_key": None}), pipeline.counts)
         request = pipeline.request(signed_run.request.model, name="reviews")
-        with pytest.raises(VerdictError, match=f"The last verdict on the artifact {digest[:12]} is FAILED"):
+        with pytest.raises(VerdictError, match=f"The last verdict on the artifact {digest[:12]} is {result}"):
             keyless.run(request)
         assert pipeline.run(request).version == 1
 

@@ -182,11 +182,36 @@ def source_digest(statement: Statement) -> str | None:
     return _named(dependencies, SOURCE_MODEL) or _named(predicate.get("configuration"), SOURCE_MODEL)
 
 
-def source_uri(provenance: Statement) -> str | None:
-    """Return the URI of the source model that a provenance names."""
+@dataclass(frozen=True)
+class Origin:
+    """What a provenance says about the source model of its artifact; "" where it says nothing.
+
+    Attributes:
+        uri: Place of the model.
+        revision: Commit, or the digest of the folder.
+        digest: Digest of the model's files.
+        hf_task: Task that the artifact was compiled for.
+    """
+
+    uri: str
+    revision: str
+    digest: str
+    hf_task: str
+
+
+def origin(provenance: Statement) -> Origin:
+    """Return what a provenance says about the source model."""
     definition = _dict(_dict(provenance.get("predicate")).get("buildDefinition"))
-    uri = _dict(definition.get("externalParameters")).get("source")
-    return uri if isinstance(uri, str) else None
+    parameters = _dict(definition.get("externalParameters"))
+    models = [_dict(item) for item in _list(definition.get("resolvedDependencies"))]
+    annotations = next((_dict(item.get("annotations")) for item in models if item.get("name") == SOURCE_MODEL), {})
+    texts = (
+        parameters.get("source"),
+        annotations.get("revision"),
+        source_digest(provenance),
+        _dict(parameters.get("spec")).get("hf_task"),
+    )
+    return Origin(*(text if isinstance(text, str) else "" for text in texts))
 
 
 def report_digest(verdict: Statement) -> str | None:
