@@ -17,6 +17,7 @@ import pytest
 from compileflow.catalog import open_registry
 from compileflow.contracts import ModelRegistry
 from compileflow.errors import RegistryError
+from compileflow.registries import sqlite
 from compileflow.registries.sqlite import SCHEMA_VERSION
 from compileflow.testing.registries import version_entry
 
@@ -69,9 +70,11 @@ def test_first_write_migrates_an_old_registry(registry: ModelRegistry, old_file:
     assert registry.register(version_entry("ner", 3)).version == 3
 
 
-def test_migration_that_fails_leaves_an_old_registry(registry: ModelRegistry, old_file: Path) -> None:
-    with closing(sqlite3.connect(old_file)) as db:
-        db.execute("CREATE TABLE promotion(in_the_way)")
+def test_migration_that_fails_leaves_an_old_registry(
+    registry: ModelRegistry, old_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = sqlite._MIGRATIONS
+    monkeypatch.setattr(sqlite, "_MIGRATIONS", (first, f"{second}; CREATE TABLE promotion(again)"))
     with pytest.raises(RegistryError, match="promotion already exists"):
         registry.register(version_entry("ner", 3))
     assert schema_of(old_file) == 1

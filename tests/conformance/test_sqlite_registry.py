@@ -79,6 +79,10 @@ def test_newer_schema_is_refused(tmp_path: Path) -> None:
             "CREATE TRIGGER other AFTER INSERT ON promotion BEGIN DELETE FROM promotion; END",
             "has the trigger 'other', which compileflow did not write",
         ),
+        (
+            "ALTER TABLE model ADD COLUMN slow AS (hex(zeroblob(6000000)))",
+            "has the table 'model', which compileflow",
+        ),
         ("CREATE VIEW other AS SELECT 1", "has the view 'other', which compileflow did not write"),
         ("UPDATE version SET entry = zeroblob(20000000)", "string or blob too big"),
     ],

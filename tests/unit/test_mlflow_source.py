@@ -282,3 +282,14 @@ def test_files_that_a_version_names_elsewhere_are_not_read(
 def test_files_of_a_server_are_read_from_itself_and_from_object_stores_alone(uri: str, is_own: bool) -> None:
     repository = parse_place("mlflow:http://127.0.0.1:5000").files_at(uri)
     assert (repository is not None) is is_own
+
+
+def test_values_of_mlmodel_that_are_no_texts_are_left_out(
+    publish: Publish, locate: Callable[[str], LocatedSource]
+) -> None:
+    # Ten levels of ten: as a text, more than any memory holds.
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 11)]
+    mlmodel = "\n".join([*lines, "flavors: {transformers: {model_binary: *a10, task: *a10}}"])
+    location = publish({"MLmodel": mlmodel.encode(), "model/config.json": b"{}", "model/model.safetensors": b"x"})
+    assert "config.json" in locate(location).files

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 
 from compileflow._process.folders import check_writable, os_errors
@@ -59,6 +60,9 @@ CREATE TABLE promotion(
 CREATE INDEX promotion_by_version ON promotion(model_id, number)
 """,
 )
+_BY_TIME = "CREATE INDEX IF NOT EXISTS version_by_time ON version(created_at)"
+# All but SQLite's own.
+_OBJECTS = "SELECT type, name, sql FROM sqlite_schema WHERE sql IS NOT NULL AND name NOT GLOB 'sqlite_*'"
 _FROM = " FROM version v JOIN model m ON m.id = v.model_id "
 _SELECT = "SELECT m.name, v.number, v.created_at, v.entry, v.stage" + _FROM
 _WAIT_S = 30.0
@@ -328,7 +332,7 @@ def _migrate(db: sqlite3.Connection, path: Path) -> None:
         for statement in script.split(";"):
             db.execute(statement)
     # Only speed depends on it, so it makes no schema of its own.
-    db.execute("CREATE INDEX IF NOT EXISTS version_by_time ON version(created_at)")
+    db.execute(_BY_TIME)
     if _schema_version(db) != SCHEMA_VERSION:
         db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
@@ -341,14 +345,27 @@ def _known_schema(db: sqlite3.Connection, path: Path) -> int:
             hint="Install the version of compileflow that wrote it.",
         )
     db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MOST_ROW_BYTES)
-    # They run when a statement of this module does, and may never end.
-    foreign = db.execute("SELECT type, name FROM sqlite_schema WHERE type IN ('view', 'trigger')").fetchone()
-    if foreign is not None:
-        raise RegistryError(
-            f"The registry {path} has the {foreign[0]} {foreign[1]!r:.80}, which compileflow did not write.",
-            hint="Find out who changed the file, and restore a copy of it.",
-        )
+    # Views, triggers and computed columns run when a statement of this module does, and may never end.
+    for kind, name, sql in db.execute(_OBJECTS):
+        if _normalized(sql) not in _own_objects(schema):
+            raise RegistryError(
+                f"The registry {path} has the {kind} {name!r:.80}, which compileflow did not write.",
+                hint="Find out who changed the file, and restore a copy of it.",
+            )
     return schema
+
+
+@cache
+def _own_objects(schema: int) -> frozenset[str]:
+    """Return the statements that make the tables and indexes of a schema, as SQLite keeps them."""
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
+        for script in (*_MIGRATIONS[:schema], *([_BY_TIME] if schema else [])):
+            db.executescript(script)
+        return frozenset(_normalized(sql) for _, _, sql in db.execute(_OBJECTS))
+
+
+def _normalized(sql: str) -> str:
+    return " ".join(sql.split())
 
 
 def _schema_version(db: sqlite3.Connection) -> int:

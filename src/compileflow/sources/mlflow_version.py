@@ -16,6 +16,7 @@ from typing import Any
 from compileflow._process.folders import os_errors
 from compileflow.contracts import LocatedSource, SourceVersion
 from compileflow.contracts.digests import safe_relative_path
+from compileflow.contracts.json_files import read_bytes
 from compileflow.contracts.sources import TEST_FILES
 from compileflow.errors import SourceError, SourceUnavailableError, SpecError, first_line
 from compileflow.registries.mlflow.client import SCHEME, MlflowPlace, error_code, pages, parse_place
@@ -24,6 +25,7 @@ from compileflow.settings import Settings
 from compileflow.sources.files import card_task, choose_files_below, model_folder, read_json
 
 _CARD = "model_card.json"
+_MOST_MLMODEL_BYTES = 2**20
 
 
 class MlflowSource:
@@ -166,30 +168,32 @@ def _download(client: Any, place: MlflowPlace, version: Any, dest: Path) -> Path
     return Path(repository.download_artifacts("", dst_path=str(dest)))
 
 
-def _flavor(root: Path, uri: str) -> dict[str, Any]:
-    """Return the transformers flavor in MLmodel, an empty object without one."""
+def _flavor(root: Path, uri: str) -> dict[str, str]:
+    """Return the transformers flavor in MLmodel, with "" for what is not a text; empty without the flavor."""
     import yaml
 
     path = root / "MLmodel"
     if not path.is_file():
         return {}
     try:
-        flavors = yaml.safe_load(path.read_text("utf-8"))["flavors"]
-        return dict(flavors.get("transformers") or {})
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        flavors = yaml.safe_load(read_bytes(path, most_bytes=_MOST_MLMODEL_BYTES))["flavors"]
+        flavor = dict(flavors.get("transformers") or {})
+        # Any other value may be huge as a text.
+        return {str(name): value if isinstance(value, str) else "" for name, value in flavor.items()}
+    except (yaml.YAMLError, RecursionError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SourceError(
             f"MLmodel of {uri} cannot be read: {first_line(error)}.", hint="Log the model to MLflow again."
         ) from error
 
 
-def _merged(root: Path, flavor: Mapping[str, Any], uri: str) -> Path:
+def _merged(root: Path, flavor: Mapping[str, str], uri: str) -> Path:
     """Copy tokenizer and processors beside the model, in the layout of save_pretrained."""
     if "peft_adaptor" in flavor:
         raise SourceError(
             f"{uri} is an adapter without its base model.", hint="Merge it (merge_and_unload) and log the result."
         )
     try:
-        folder = root / safe_relative_path(str(flavor.get("model_binary") or "model"))
+        folder = root / safe_relative_path(flavor.get("model_binary") or "model")
     except ValueError as error:
         raise SourceError(
             f"MLmodel of {uri} names an invalid folder: {error}.", hint="Log the model to MLflow again."

@@ -132,7 +132,7 @@ class Attester:
         else:
             put_statement(self.store, digest, statement, self.signer)
 
-    def lacks_pending(self, digest: str, report: str, request_digest: str) -> str:
+    def lacks_pending(self, digest: str, report: str, request_digest: str | None = None) -> str:
         """Return why a verdict that waits for a device cannot be settled; '' if its record is sufficient.
 
         The recorded answers of the source model are in its report, so that a run with a key, or one that requires
@@ -141,13 +141,15 @@ class Attester:
         Args:
             digest: Digest of the artifact.
             report: Digest of the report with the recorded answers.
-            request_digest: Key of the validation.
+            request_digest: Key of the validation. None: any is sufficient.
         """
         reason, verdict = self._lack(digest, VERDICT_TYPE, record=WAITING_VERDICT)
         if verdict is None:
             return reason if self.requires_signature else ""
         if report_digest(verdict.statement) != report:
             return "its statement names another report"
+        if request_digest is None:
+            return ""
         return _other_request(verdict, request_digest) or self._later_refusal(digest, verdict, request_digest)
 
     def _later_refusal(self, digest: str, waiting: Attestation, request_digest: str) -> str:

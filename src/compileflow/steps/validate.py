@@ -378,7 +378,11 @@ def _reuse(store: ArtifactStore, artifact: CompiledArtifact, attester: Attester)
             f"The validate step is off, and the store {store.uri} has no report on {artifact.digest[:12]}...",
             hint="Switch the validate step on.",
         )
-    problem = _lack(attester, value) if attester.requires_signature and value.outcome != PENDING else ""
+    problem = ""
+    if value.outcome == PENDING:
+        problem = attester.lacks_pending(artifact.digest, value.report_digest)
+    elif attester.requires_signature:
+        problem = _lack(attester, value)
     reported = _as_reported(store, value)
     if problem or reported is None:
         raise StepOffError(

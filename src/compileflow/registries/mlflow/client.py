@@ -125,7 +125,9 @@ class MlflowPlace:
         """
         with _ONE_AT_A_TIME, ExitStack() as stack:
             limits = {name: value for name, value in LIMITS.items() if name not in os.environ}
-            stack.enter_context(environment(**limits, **_QUIET, **self._credentials()))
+            # Parts of mlflow ask the place that these name.
+            places = dict.fromkeys(("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"), self.tracking_uri)
+            stack.enter_context(environment(**limits, **_QUIET, **self._credentials(), **places))
             stack.enter_context(warnings.catch_warnings())
             # A caller cannot act on the warnings of mlflow's imports.
             warnings.simplefilter("ignore")
