@@ -177,6 +177,29 @@ def test_of_two_complete_versions_of_one_artifact_the_first_one_stays(
     assert list(neptune_client("list_versions", neptune_project)) == [first]
 
 
+def test_version_that_names_another_model_is_not_one_of_its_versions(
+    registry: ModelRegistry, neptune_project: str, neptune_client: NeptuneWriter, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("ner", "other"):
+        registry.register(version_entry(name, 1))
+    identities = neptune_client("list_versions", neptune_project)
+    fields = {
+        identity: neptune_client("read_version", neptune_project, identity)["registry"] for identity in identities
+    }
+    ner = next(identity for identity, values in fields.items() if values["name"] == "ner")
+    forged = fields[ner]["entry_json"].replace('"ner"', '"other"')
+    key = ner.rpartition("-")[0].partition("-")[2]
+    values = {
+        "registry/digest": "0" * 64,
+        "registry/name": "other",
+        "registry/entry_json": forged,
+        "registry/complete": True,
+    }
+    identity = neptune_client("make_version", neptune_project, key, values, {}, {})
+    assert [(version.name, version.version) for version in registry.versions("other")] == [("other", 1)]
+    assert f"ignoring {identity}, which is not a version of the model 'other'" in caplog.messages
+
+
 def test_version_that_another_machine_completed_meanwhile_stays_though_it_is_the_second(
     registry: ModelRegistry,
     neptune_project: str,

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from compileflow._process.folders import work_folder
 from compileflow.contracts import STAGES, ModelVersion
+from compileflow.contracts.json_files import MOST_JSON_BYTES, read_bytes
 from compileflow.registries.lookup import choose_version, is_exclusive, unknown_name
 from compileflow.registries.neptune import fields as layout
 from compileflow.registries.neptune.calls import NeptuneClient
 from compileflow.registries.neptune.client_session import Value
 from compileflow.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 # Comparisons in one query. A server may refuse long ones.
 _MOST_DIGESTS = 100
@@ -92,11 +96,16 @@ class Listing:
         keys: set[tuple[str, str]] = set()
         for record in records:
             identity = str(record["sys/id"])
-            key = (_model_and_number(identity)[0], str(record[layout.DIGEST]))
+            model = _model_and_number(identity)[0]
+            key = (model, str(record[layout.DIGEST]))
             if key not in keys or duplicates:
+                version = self._version(identity, record)
+                if not model.endswith(f"-{layout.model_key(version.name)}"):
+                    # Its number is one of another model's.
+                    logger.warning("ignoring %s, which is not a version of the model %r", identity, version.name)
+                    continue
                 keys.add(key)
-                promoted_at = str(record[layout.PROMOTED_AT] or "")
-                rows.append(Row(identity, self._version(identity, record), promoted_at))
+                rows.append(Row(identity, version, str(record[layout.PROMOTED_AT] or "")))
         return rows
 
     def _version(self, identity: str, record: dict[str, Value]) -> ModelVersion:
@@ -106,7 +115,8 @@ class Listing:
             with work_folder(self._settings.work_dir, label="entry") as work:
                 self._client.download(identity, layout.ENTRY_FILE, work / "entry.json")
                 self._client.release()
-                text = (work / "entry.json").read_text("utf-8")
+                # Other bytes are not JSON, which is said below.
+                text = read_bytes(work / "entry.json", most_bytes=MOST_JSON_BYTES).decode("utf-8", "replace")
         return layout.to_version(
             identity, str(text), stage=str(record["sys/stage"]), created_at=str(record["sys/creation_time"])
         )
