@@ -387,9 +387,9 @@ def test_store_in_the_home_of_the_user_is_read_without_copies_unless_others_may_
     with store.open_folder(digest) as opened:
         assert opened.is_relative_to(settings.work_dir)
         assert (opened / "weights").stat().st_nlink == 2
-    signing = settings.model_copy(update={"signing_key": tmp_path / "key.pem"})
-    with open_store(store.uri, signing).open_folder(digest) as opened:
-        assert (opened / "weights").stat().st_nlink == 1
+    for change in ({"signing_key": tmp_path / "key.pem"}, {"require_signature": True}):
+        with open_store(store.uri, settings.model_copy(update=change)).open_folder(digest) as opened:
+            assert (opened / "weights").stat().st_nlink == 1
     blobs = settings.home_dir / "store" / "blobs"
     for path in [path for path in blobs.rglob("*") if path.is_file()]:
         path.chmod(0o666)

@@ -12,6 +12,7 @@ from compileflow.contracts import ModelVersion
 from compileflow.errors import CompileflowError, IntegrityError, printable
 from compileflow.settings import Settings
 from compileflow.steps.report_file import read_report
+from compileflow.steps.summary import as_code
 from compileflow.stores.layout import split_uri
 from compileflow.validation.report import Report, fraction, percent
 
@@ -31,9 +32,9 @@ def approval_markdown(version: ModelVersion, stage: str, settings: Settings) -> 
         "",
         f"- verdict: **{version.verdict}**",
         f"- target: {_line(version.target)}, {_line(precision)}",
-        f"- source model: {_code(version.source_uri)} at {_code(version.source_revision[:12])}",
+        f"- source model: {as_code(version.source_uri)} at {as_code(version.source_revision[:12])}",
         f"- in the stage {version.stage}, registered {_line(version.created_at)}",
-        f"- artifact: {_code(version.artifact_digest[:12])}",
+        f"- artifact: {as_code(version.artifact_digest[:12])}",
     ]
     try:
         report_uri = _report_uri(version, settings)
@@ -106,8 +107,3 @@ def _latencies(report: Report) -> list[str]:
 def _line(text: str) -> str:
     """Return a text as one line without Markdown."""
     return _MARKS.sub(r"\\\g<0>", " ".join(text.split()))
-
-
-def _code(text: str) -> str:
-    """Return a text as code, which Markdown does not read."""
-    return f"`{text.replace('`', chr(39))}`"

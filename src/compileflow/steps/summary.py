@@ -27,15 +27,20 @@ def summary_markdown(
         for line in (
             f"# {validated.reason}",
             "",
-            f"- source model: `{source.uri}` at `{source.revision[:12]}`",
-            f"- artifact: `{artifact.digest[:12]}` ({megabytes(artifact.size_bytes)}; {compile_words(artifact)})",
+            f"- source model: {as_code(source.uri)} at {as_code(source.revision[:12])}",
+            f"- artifact: {as_code(artifact.digest[:12])} ({megabytes(artifact.size_bytes)}; {compile_words(artifact)})",
             f"- changed answers: {report.flips_count} of {report.examples_count} examples",
             *(f"- labels: {score}" for score in label_scores(validated.figures)),
-            f"- report: `{page}` on the worker",
+            f"- report: {as_code(page)} on the worker",
             "",
             *_latency_lines(report),
         )
     )
+
+
+def as_code(text: str) -> str:
+    """Return a text as Markdown's code, in which nothing is a link or a picture."""
+    return f"`{text.replace('`', chr(39))}`"
 
 
 def _latency_lines(report: Report) -> list[str]:

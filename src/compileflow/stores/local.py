@@ -58,7 +58,7 @@ class LocalStore:
             )
         self.uri = uri.rstrip("/")
         self.root = path_of_uri(uri)
-        self._is_signing = settings.signing_key is not None
+        self._needs_signatures = settings.signing_key is not None or settings.require_signature
         self._home_dir = settings.home_dir
         self._work_dir = settings.work_dir
 
@@ -95,10 +95,10 @@ class LocalStore:
     def open_folder(self, digest: str) -> Iterator[Path]:
         """Give a verified copy below COMPILEFLOW_HOME. Do not write to it.
 
-        It may consist of hard links if the store is in the same home and nothing is signed.
+        It may consist of hard links if the store is in the same home, and no signature is made or required.
         """
         with work_folder(self._work_dir, label="read") as work:
-            may_link = not self._is_signing and self.root.resolve().is_relative_to(self._home_dir.resolve())
+            may_link = not self._needs_signatures and self.root.resolve().is_relative_to(self._home_dir.resolve())
             self._write_out(digest, work / "folder", read_only=True, may_link=may_link)
             yield work / "folder"
 
