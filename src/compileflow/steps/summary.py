@@ -28,7 +28,7 @@ def summary_markdown(
             f"# {validated.reason}",
             "",
             f"- source model: {as_code(source.uri)} at {as_code(source.revision[:12])}",
-            f"- artifact: {as_code(artifact.digest[:12])} ({megabytes(artifact.size_bytes)}; {compile_words(artifact)})",
+            f"- artifact: `{artifact.digest[:12]}` ({megabytes(artifact.size_bytes)}; {compile_words(artifact)})",
             f"- changed answers: {report.flips_count} of {report.examples_count} examples",
             *(f"- labels: {score}" for score in label_scores(validated.figures)),
             f"- report: {as_code(page)} on the worker",
