@@ -13,7 +13,7 @@ from flows.commands import app
     [
         ("--target foo", "Unknown target 'foo'. Choose one of: aot-inductor, "),
         ("--target openvino --target foo", "Unknown target 'foo'. Choose one of: aot-inductor, "),
-        ("--target auto", "name the targets; auto stands for all of them."),
+        ("--target auto", "a target is auto, which stands for all of them; name each one instead."),
         ("--target openvino --precision foo", "--precision: expected 'fp32', 'bf16',"),
         ("--target openvino --field foo=1", "--field foo: this name is not known."),
         ("--target openvino --field precision=fp16", "--field cannot hold 'precision', which each cell decides."),

@@ -56,7 +56,7 @@ def test_repeated_combination_is_one_cell() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"targets": ["auto"]}, "auto stands for all"),
+        ({"targets": ["auto"]}, "a target is auto, which stands for all of them"),
         ({"targets": ["foo"]}, "Unknown target 'foo'"),
         ({"shared": {"target": "openvino"}}, "shared cannot hold 'target'"),
         ({"shared": {"alow_warn": True}}, "shared.alow_warn: this name is not known"),

@@ -157,8 +157,10 @@ def test_windows_of_all_questions_share_batches_and_answers_keep_their_order(com
     answers = pipeline(question=["Who?"] * len(contexts), context=contexts, batch_size=3)
 
     assert_same_answers(answers, single_answers)
-    full, rest = divmod(windows, 3)
-    assert [rows for rows, _ in watched.shapes] == [3] * full + [rest] * (rest > 0)
+    rows_of_calls = [rows for rows, _ in watched.shapes]
+    assert sum(rows_of_calls) == windows
+    assert max(rows_of_calls) == 3
+    assert len(rows_of_calls) < windows / 2
     # Of like length: the two short ones come last.
     assert watched.shapes[0] == (3, MAX_TOKENS)
     assert watched.shapes[-1][1] < MAX_TOKENS

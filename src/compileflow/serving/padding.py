@@ -88,9 +88,12 @@ def token_row(component: ComponentRecord, tokens: Mapping[str, Sequence[int]]) -
     Raises:
         InputError: There are too many tokens, or an input has a number that the model does not take.
     """
-    length = len(tokens["input_ids"])
+    ids = tokens["input_ids"]
+    length = len(ids)
     arrays = {}
-    for tensor in component.inputs:
+    # Otherwise, they are the tokens of several texts.
+    is_row = all(isinstance(token, int) for token in ids[:1])
+    for tensor in component.inputs if is_row else ():
         row = tokens.get(tensor.name)
         if row is None:
             row = [1 if tensor.name.endswith("mask") else 0] * length
@@ -102,7 +105,7 @@ def token_row(component: ComponentRecord, tokens: Mapping[str, Sequence[int]]) -
             break
         arrays[tensor.name] = np.array([row], dtype=tensor.dtype)
     else:
-        if length <= component.max_sequence_length and not component.frame_convolutions:
+        if is_row and length <= component.max_sequence_length and not component.frame_convolutions:
             return arrays
     names = [tensor.name for tensor in component.inputs if tensor.name in tokens]
     return complete_inputs(component, {name: np.array([tokens[name]]) for name in names})

@@ -30,8 +30,9 @@ def tokenized_rows(
         InputError: The tokenizer returns no token for a text.
     """
     record = model.graph.record
-    if len(texts) == 1:
-        # A list of one text would go through the tokenizer's pool of threads.
+    if len(texts) == 1 and (pairs is None or pairs[0]):
+        # A list of one text would go through the tokenizer's pool of threads. Beside a single text, transformers
+        # takes an empty one for none.
         pair = None if pairs is None else pairs[0]
         yield _row(record, texts[0], _encoded(tokenizer, texts[0], pair, max_tokens))
         return
