@@ -13,6 +13,7 @@ import pytest
 
 from compileflow.catalog import open_registry
 from compileflow.errors import RegistryError, SpecError
+from compileflow.registries import sqlite
 from compileflow.registries.sqlite import _errors
 from compileflow.testing.processes import at_once, say
 from compileflow.testing.registries import RegistryConformance, version_entry
@@ -107,6 +108,30 @@ def test_database_of_another_program_is_left_as_it_is(tmp_path: Path) -> None:
         open_registry(f"sqlite:///{path}").register(version_entry("ner", 1))
     with closing(sqlite3.connect(path)) as db:
         assert db.execute("SELECT name FROM sqlite_schema").fetchall() == [("precious",)]
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_journal_that_names_a_file_to_delete_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool
+) -> None:
+    monkeypatch.setattr(sqlite, "_MAKING_S", 0.1)
+    path, precious = tmp_path / "registry.db", tmp_path / "precious.txt"
+    precious.write_text("mine")
+    registry = open_registry(f"sqlite:///{path}")
+    if exists:
+        registry.register(version_entry("ner", 1))
+        with closing(sqlite3.connect(path)) as db:
+            db.execute("PRAGMA journal_mode = DELETE")
+    name = str(precious).encode()
+    checksum = sum(int.from_bytes([byte], "big", signed=True) for byte in name) & 0xFFFFFFFF
+    trailer = len(name).to_bytes(4) + checksum.to_bytes(4) + bytes.fromhex("d9d505f920a163d7")
+    (tmp_path / "registry.db-journal").write_bytes(bytes(1024) + b"\0\0\0\1" + name + trailer)
+    with pytest.raises(RegistryError, match="lies beside the registry, which compileflow did not write"):
+        registry.register(version_entry("ner", 2))
+    if exists:
+        with pytest.raises(RegistryError, match="lies beside the registry"):
+            registry.versions()
+    assert precious.read_text() == "mine"
 
 
 def test_link_to_nothing_is_not_followed(tmp_path: Path) -> None:

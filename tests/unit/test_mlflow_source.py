@@ -225,7 +225,7 @@ def test_server_that_is_down_may_be_tried_again(settings: Settings) -> None:
         get_source("mlflow", settings).pin("mlflow:http://127.0.0.1:9#src@1", None)
 
 
-@pytest.mark.parametrize("where", ["folder", "link", "server", "run"])
+@pytest.mark.parametrize("where", ["folder", "link", "fragment", "server", "run"])
 def test_files_that_a_version_names_elsewhere_are_not_read(
     database: Path, tmp_path: Path, locate: Callable[[str], LocatedSource], where: str
 ) -> None:
@@ -239,7 +239,7 @@ def test_files_that_a_version_names_elsewhere_are_not_read(
 
     (tmp_path / "private").mkdir()
     (tmp_path / "private" / "config.json").write_text("{}")
-    (tmp_path / "mlruns").mkdir()
+    (tmp_path / "mlruns" / "x#").mkdir(parents=True)
     (tmp_path / "mlruns" / "link").symlink_to(tmp_path / "private")
     place = parse_place(f"mlflow:sqlite:///{database}")
     with serving(Server) as url:
@@ -249,6 +249,7 @@ def test_files_that_a_version_names_elsewhere_are_not_read(
             source = {
                 "folder": (tmp_path / "private").as_uri(),
                 "link": (tmp_path / "mlruns" / "link").as_uri(),
+                "fragment": f"{tmp_path}/mlruns/x#/../../private",
                 "server": f"{url}/api/2.0/mlflow-artifacts/artifacts/src",
             }.get(where)
             if source is None:
@@ -293,3 +294,14 @@ def test_values_of_mlmodel_that_are_no_texts_are_left_out(
     mlmodel = "\n".join([*lines, "flavors: {transformers: {model_binary: *a10, task: *a10}}"])
     location = publish({"MLmodel": mlmodel.encode(), "model/config.json": b"{}", "model/model.safetensors": b"x"})
     assert "config.json" in locate(location).files
+
+
+def test_folder_beside_the_database_that_is_a_link_is_not_one_of_its_own(database: Path, tmp_path: Path) -> None:
+    place = parse_place(f"mlflow:sqlite:///{database}")
+    (tmp_path / "private" / "model").mkdir(parents=True)
+    for name in ("mlruns", "mlflow.artifacts"):
+        (tmp_path / name).mkdir()
+        assert place.files_at((tmp_path / name / "model").as_uri()) is not None
+        (tmp_path / name).rmdir()
+        (tmp_path / name).symlink_to(tmp_path / "private")
+        assert place.files_at((tmp_path / name / "model").as_uri()) is None

@@ -66,6 +66,8 @@ _OBJECTS = "SELECT type, name, sql FROM sqlite_schema WHERE sql IS NOT NULL AND 
 _FROM = " FROM version v JOIN model m ON m.id = v.model_id "
 _SELECT = "SELECT m.name, v.number, v.created_at, v.entry, v.stage" + _FROM
 _WAIT_S = 30.0
+# How long another process may take to make the file.
+_MAKING_S = 5.0
 _MOST_ROW_BYTES = 16 * 2**20
 _CANNOT_WRITE = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
 
@@ -273,6 +275,7 @@ def _write_transaction(path: Path) -> Iterator[sqlite3.Connection]:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_symlink() and not path.exists():
             raise RegistryError(f"The registry {path} is a link to nothing.", hint="Delete the link.")
+    _check_no_journal(path)
     with _errors(path), closing(sqlite3.connect(path, isolation_level=None, timeout=_WAIT_S)) as db:
         _check_is_registry(db, path)
         _use_wal(db)
@@ -296,6 +299,7 @@ def _reading(path: Path) -> Iterator[tuple[sqlite3.Connection, int]]:
         RegistryError: The file cannot be read, or has a newer schema.
         RegistryUnavailableError: Another process holds the file for too long.
     """
+    _check_no_journal(path)
     with _errors(path), closing(_open_to_read(path)) as db:
         yield db, _known_schema(db, path)
 
@@ -315,6 +319,21 @@ def _open_to_read(path: Path) -> sqlite3.Connection:
         db.close()
         raise
     return db
+
+
+def _check_no_journal(path: Path) -> None:
+    """Refuse a file with a rollback journal: SQLite would delete a file that the journal names.
+
+    compileflow uses a write-ahead log. Only the process that makes the file has a journal, for a moment.
+    """
+    journal, deadline = f"{path}-journal", time.monotonic() + _MAKING_S
+    while os.path.lexists(journal):
+        if time.monotonic() > deadline:
+            raise RegistryError(
+                f"{journal} lies beside the registry, which compileflow did not write.",
+                hint="Find out who changed that folder, and move the file away.",
+            )
+        time.sleep(0.05)
 
 
 def _check_is_registry(db: sqlite3.Connection, path: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from compileflow.contracts.json_files import read_bytes
 from compileflow.contracts.sources import TEST_FILES
 from compileflow.errors import SourceError, SourceUnavailableError, SpecError, first_line
 from compileflow.registries.mlflow.client import SCHEME, MlflowPlace, error_code, pages, parse_place
-from compileflow.registries.mlflow.tags import SCHEMA
+from compileflow.registries.mlflow.tags import SCHEMA, time_of
 from compileflow.settings import Settings
 from compileflow.sources.files import card_task, choose_files_below, model_folder, read_json
 
@@ -70,7 +69,7 @@ class MlflowSource:
                     model=_uri(parsed_place, item.name, item),
                     uri=_uri(parsed_place, item.name, item),
                     name=item.name,
-                    created_at=datetime.fromtimestamp(item.creation_timestamp / 1000, UTC).isoformat(),
+                    created_at=time_of(item.creation_timestamp),
                 )
                 for item in pages(client.search_model_versions, "")
                 if SCHEMA not in item.tags

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from securesystemslib.signer import SSlibKey
 
 # A version with the verdict `warn` was registered deliberately.
+_MOST_SIGNATURES = 100
 _ACCEPTED_RESULTS = ("PASSED", "WARNED")
 _FORGED = "Do not load this artifact; fetch it again from where it was compiled."
 
@@ -164,6 +165,10 @@ def trusted_signers(
     signatures = _signatures(envelope)
     if not trusted_keys or not signatures:
         return ()
+    if len(signatures) > _MOST_SIGNATURES:
+        raise SignatureError(
+            f"The {name} has {len(signatures)} signatures, expected at most {_MOST_SIGNATURES}.", hint=_FORGED
+        )
     from securesystemslib.dsse import Envelope as SignedEnvelope
     from securesystemslib.exceptions import UnverifiedSignatureError
     from securesystemslib.signer import Signature

@@ -106,11 +106,14 @@ class MlflowPlace:
             return repository if is_own else None
         if found.scheme not in ("", "file"):
             return repository if found.scheme in _OBJECT_STORES else None
-        if self.file is None or self.artifact_folder is None:
+        # The folder that MLflow reads, which need not be the path of the URI.
+        folder = getattr(repository, "artifact_dir", None)
+        if self.file is None or self.artifact_folder is None or folder is None:
             return None
-        folders = [self.artifact_folder, *(self.file.with_name(name) for name in ("mlruns", "mlartifacts"))]
-        path = Path(unquote(found.path)).resolve()
-        return repository if any(path.is_relative_to(folder.resolve()) for folder in folders) else None
+        names = (self.artifact_folder.name, "mlruns", "mlartifacts")
+        # A link in the place of one of them leads elsewhere.
+        own_folders = [self.file.parent.resolve() / name for name in names]
+        return repository if any(Path(folder).resolve().is_relative_to(own) for own in own_folders) else None
 
     @contextmanager
     def calls(
