@@ -123,9 +123,9 @@ def test_journal_that_names_a_file_to_delete_is_refused(
         with closing(sqlite3.connect(path)) as db:
             db.execute("PRAGMA journal_mode = DELETE")
     name = str(precious).encode()
-    checksum = sum(int.from_bytes([byte], "big", signed=True) for byte in name) & 0xFFFFFFFF
-    trailer = len(name).to_bytes(4) + checksum.to_bytes(4) + bytes.fromhex("d9d505f920a163d7")
-    (tmp_path / "registry.db-journal").write_bytes(bytes(1024) + b"\0\0\0\1" + name + trailer)
+    # The page number, length, sum and magic number of a super-journal's name, behind any bytes.
+    trailer = len(name).to_bytes(4, "big") + sum(name).to_bytes(4, "big") + bytes.fromhex("d9d505f920a163d7")
+    (tmp_path / "registry.db-journal").write_bytes(b"\1" * 1024 + b"\0\0\0\1" + name + trailer)
     with pytest.raises(RegistryError, match="lies beside the registry, which compileflow did not write"):
         registry.register(version_entry("ner", 2))
     if exists:
