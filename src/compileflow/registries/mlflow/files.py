@@ -27,7 +27,7 @@ _REPORT_FILES = ("report.json", "report.html")
 def run_with_files(
     client: Any, place: MlflowPlace, entry: VersionEntry, files: VersionFiles | None, work_dir: Path
 ) -> tuple[str, str]:
-    """Create the run of a version, or reuse the run of a call that was killed early, and upload the small files.
+    """Create the run of a version, or reuse the run of a killed call, and upload the small files.
 
     Returns:
         The run's id, and the URI of its folder.
@@ -36,10 +36,9 @@ def run_with_files(
     # Digest and name cannot contain a quotation mark, which would end the filter's string.
     query = f"tags.`{DIGEST}` = '{entry.artifact_digest}' and tags.`{NAME}` = '{entry.name}'"
     runs = client.search_runs([experiment_id], query, max_results=1)
-    # What is in the folder of a run may be a link, so only an empty one is written to.
     run = (
         runs[0]
-        if runs and not _has_files(client, place, runs[0])
+        if runs and _may_reuse(client, place, runs[0])
         else client.create_run(
             experiment_id,
             run_name=entry.flow_run_id or f"{entry.name}-{entry.target}",
@@ -60,8 +59,15 @@ def run_with_files(
     return run_id, uri
 
 
-def _has_files(client: Any, place: MlflowPlace, run: Any) -> bool:
-    return place.files_at(run.info.artifact_uri) is not None and bool(client.list_artifacts(run.info.run_id))
+def _may_reuse(client: Any, place: MlflowPlace, run: Any) -> bool:
+    """Return whether files may be written for a run that is there already.
+
+    A server keeps them by run. Elsewhere, what is at the run's URI may be a link, or the files of others.
+    """
+    repository = place.files_at(run.info.artifact_uri)
+    if repository is None or repository.artifact_uri.startswith(("http:", "https:")):
+        return True
+    return not client.list_artifacts(run.info.run_id)
 
 
 def copy_small_files(files: VersionFiles, dest: Path) -> None:
