@@ -69,7 +69,7 @@ class MlflowSource:
                     model=_uri(parsed_place, item.name, item),
                     uri=_uri(parsed_place, item.name, item),
                     name=item.name,
-                    created_at=time_of(item.creation_timestamp),
+                    created_at=time_of(item.creation_timestamp).isoformat(),
                 )
                 for item in pages(client.search_model_versions, "")
                 if SCHEMA not in item.tags

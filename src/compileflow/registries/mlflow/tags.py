@@ -74,18 +74,18 @@ def read_version(
     if tags.get(SCHEMA) != SCHEMA_VERSION:
         return None
     body = "".join(tags[key] for key in sorted(tags) if key.startswith(_ENTRY))
-    created_at = time_of(created_ms)
+    created_at = time_of(created_ms).isoformat(timespec="seconds")
     stage = next((alias for alias in ALIASES if alias in aliases), "archived" if ARCHIVED in tags else "none")
     registry_fields = {"name": name, "version": number, "created_at": created_at, "stage": stage}
     return lookup.read_version(body, f"{name} {number} in MLflow", registry_fields)
 
 
-def time_of(milliseconds: Any) -> str:
-    """Return a time of MLflow's as ISO 8601 in UTC; 1970 for what is not a time."""
+def time_of(milliseconds: Any) -> datetime:
+    """Return a time of MLflow's in UTC; 1970 for what is not a time."""
     try:
-        return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="seconds")
+        return datetime.fromtimestamp(milliseconds / 1000, UTC)
     except (TypeError, ValueError, OverflowError, OSError):
-        return datetime.fromtimestamp(0, UTC).isoformat(timespec="seconds")
+        return datetime.fromtimestamp(0, UTC)
 
 
 def promotion_tag(stage: Stage, who: str, reason: str) -> tuple[str, str]:
