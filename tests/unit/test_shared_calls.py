@@ -8,7 +8,9 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -175,6 +177,16 @@ def test_many_clients_get_the_answers_of_one_and_need_no_more_memory(
 ) -> None:
     hf_task = HfTask.FEATURE_EXTRACTION
     folder = in_process.compiled(tiny_model(hf_task), target, hf_task)
+    # In a process of its own, because memory that earlier tests freed would hide what a request leaves.
+    with ProcessPoolExecutor(1, get_context("spawn")) as executor:
+        growth, difference = executor.submit(_many_clients, kind, folder).result(timeout=120)
+    # The heaps of the threads grow a little; benchmarks/exp_concurrency.py measures 100,000 requests.
+    assert growth < 0.1
+    assert difference < 1e-5
+
+
+def _many_clients(kind: Any, folder: Path) -> tuple[float, float]:
+    """Return by what fraction 2,000 requests of many clients raise the memory, and their largest difference."""
     pipeline = kind.from_pretrained(folder, task="sentence-similarity", threads=1)
     # Otherwise no row would be padded to the length of another.
     assert pipeline.model.graph.record.padding == "right"
@@ -189,8 +201,8 @@ def test_many_clients_get_the_answers_of_one_and_need_no_more_memory(
         answers()
         before = resident_bytes()
         together = answers()
-        # The heaps of the threads grow a little; benchmarks/exp_concurrency.py measures 100,000 requests.
-        assert resident_bytes() < 1.1 * before
-    for number, embedding in zip(requests, together, strict=True):
-        np.testing.assert_allclose(embedding, alone[number], atol=1e-5)
+        growth = resident_bytes() / before - 1
+    pairs = zip(requests, together, strict=True)
+    difference = max(float(np.abs(embedding - alone[number]).max()) for number, embedding in pairs)
     pipeline.model.close()
+    return growth, difference
