@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from compileflow.registries import sqlite as sqlite_registry
 from compileflow.settings import get_settings
-from compileflow.stores import local as local_store
+from compileflow.stores.local import LocalStore
 from tests.in_process import InProcess
 from tests.steps import Pipeline
 
@@ -43,19 +43,19 @@ def arm(place: str) -> str:
     """Prepare the kill; return the progress line at which it happens, or '' if it happens elsewhere."""
     if place.startswith("upload:"):
         remaining = int(place.partition(":")[2])
-        stored_file = local_store._stored_file
+        stored_file = LocalStore._stored_file
 
         @contextmanager
-        def deadly_file(path: Path, partial: Path) -> Iterator[BinaryIO]:
+        def deadly_file(store: LocalStore, path: Path, work: int) -> Iterator[BinaryIO]:
             nonlocal remaining
-            with stored_file(path, partial) as stream:
+            with stored_file(store, path, work) as stream:
                 yield stream
                 remaining -= 1
                 if remaining == 0:
                     stream.truncate(stream.tell() // 2)
                     die()
 
-        local_store._stored_file = deadly_file
+        LocalStore._stored_file = deadly_file
     elif place == "register":
         # The registry calls this after it inserts the row and before it commits.
         def deadly_version(row: Any) -> Any:

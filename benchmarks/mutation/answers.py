@@ -111,6 +111,9 @@ def _inputs(task: HfTask, mask_token: str | None) -> tuple[list[Any], dict[str, 
     lists = {
         "12 short texts": [texts[1]] * 6 + [texts[0]] * 6,
         "40 texts": [f"{texts[number % 4]} {number}" for number in range(40)],
+        # Texts of almost the same length share a call: all of these, and these two, of which one is padded.
+        "40 short texts": [f"{texts[5]} {number}" for number in range(10, 50)],
+        "a short and a longer text": [texts[5], f"{texts[5]} {texts[5]} {texts[1]}"],
         "8 long texts": [long] * 8,
         "a middling and a long text": [" ".join([texts[0]] * 4), long],
     }

@@ -162,7 +162,8 @@ def following(served: Served, name: str, folder: Path) -> Iterator[Path]:
     with subprocess.Popen(words, env=variables, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
-            assert process.stdout.readline() == f"{name} has no version in production\n"
+            expected = f"No version of {name} is in the stage 'production'. Versions by stage: none (1).\n"
+            assert process.stdout.readline() == expected
             yield folder / "current"
         finally:
             process.terminate()
