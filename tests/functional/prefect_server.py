@@ -27,7 +27,7 @@ def answer_to(
 ) -> tuple[int, Any]:
     """Send a request to our own server, again after a 503 as Prefect does, and return the status and the answer.
 
-    The server answers 503 while its SQLite file is locked, which happens on a busy machine.
+    The server answers 503 while its SQLite file is locked, or a minute long not at all, both on a busy machine.
     """
     data = None if body is None else json.dumps(body).encode()
     headers = {"Content-Type": "application/json", **(headers or {})}
@@ -39,6 +39,10 @@ def answer_to(
         except urllib.error.HTTPError as error:
             with error:
                 status, answer = error.code, json.loads(error.read() or b"null")
+        except TimeoutError:
+            if method != "GET":
+                raise
+            status, answer = 503, None
         if status != 503:
             break
         time.sleep(2)

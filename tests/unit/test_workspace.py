@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -54,6 +56,28 @@ def test_work_folder_is_gone_after_an_error(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), work_folder(tmp_path, label="compile"):
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
+
+
+def test_signal_that_is_repeated_during_the_deletion_waits_for_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(number: int, _: object) -> None:
+        raise InterruptedError(number)
+
+    def interrupted_rmtree(folder: Path, *, ignore_errors: bool) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        rmtree(folder, ignore_errors=ignore_errors)
+
+    rmtree, before = shutil.rmtree, signal.signal(signal.SIGTERM, interrupt)
+    monkeypatch.setattr(shutil, "rmtree", interrupted_rmtree)
+    try:
+        with pytest.raises(InterruptedError), work_folder(tmp_path, label="compile") as folder:
+            (folder / "file").write_text("unfinished")
+            signal.raise_signal(signal.SIGTERM)
+        assert list(tmp_path.iterdir()) == []
+        assert signal.getsignal(signal.SIGTERM) is interrupt
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_folder_of_a_killed_owner_is_swept_by_the_next(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import unquote
 
+from compileflow._process.interrupts import signals_deferred
 from compileflow.errors import CompileflowError, StoreError, redacted
 
 _LOCK_SUFFIX = ".lock"
@@ -45,8 +46,9 @@ def work_folder(parent: Path, *, label: str, below: Path | None = None) -> Itera
     finally:
         # A process that was forked within the block also runs this, at its own end.
         if os.getpid() == owner:
-            shutil.rmtree(folder, ignore_errors=True)
-            Path(f"{folder}{_LOCK_SUFFIX}").unlink(missing_ok=True)
+            with signals_deferred():
+                shutil.rmtree(folder, ignore_errors=True)
+                Path(f"{folder}{_LOCK_SUFFIX}").unlink(missing_ok=True)
         os.close(lock)
 
 

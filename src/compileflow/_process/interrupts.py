@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +37,29 @@ def stopped_by_signals() -> Iterator[None]:
         yield
     finally:
         end_at_once()
+
+
+@contextmanager
+def signals_deferred() -> Iterator[None]:
+    """Let SIGINT and SIGTERM wait for the end of the block, so that a repeated one does not interrupt a cleanup.
+
+    Prefect may send the signal of a cancelled run twice. Only the main thread is interrupted by signals; elsewhere,
+    and where handlers are not Python's, this does nothing.
+    """
+    handlers = {number: signal.getsignal(number) for number in WORDS}
+    if threading.current_thread() is not threading.main_thread() or None in handlers.values():
+        yield
+        return
+    waiting: list[int] = []
+    for number in WORDS:
+        signal.signal(number, lambda number, _: waiting.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in waiting[:1]:
+            os.kill(os.getpid(), number)
 
 
 def signal_of(error: KeyboardInterrupt) -> int:
