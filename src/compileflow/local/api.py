@@ -28,6 +28,7 @@ from compileflow.spec import HfTask, Precision
 from compileflow.steps.compile import compile_artifact, detect_task
 from compileflow.steps.request import CompileRequest
 from compileflow.steps.summary import compile_words
+from compileflow.steps.register import check_last_verdict
 from compileflow.steps.validate import validate_artifact
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
 from compileflow.validation.settings import ValidationSettings
@@ -310,7 +311,7 @@ def prove(
     """Validate an artifact in the configured store, and return its verdict.
 
     Raises:
-        VerdictError: The verdict is neither pass nor warn.
+        VerdictError: The verdict is neither pass nor warn, or the last signed verdict on the artifact is FAILED.
     """
     validated = validate_artifact(
         source,
@@ -329,6 +330,7 @@ def prove(
             hint=f"The report is {validated.report_uri}. {hint}",
             report_uri=validated.report_uri,
         )
+    check_last_verdict(artifact, settings, allow_warn=True)
     return validated
 
 

@@ -57,14 +57,7 @@ def register_version(
             hint="Validate this artifact.",
         )
     check_verdict(validated, allow_warn=allow_warn)
-    last = last_result(artifact.uri, settings)
-    allowed = (None, RESULT_OF["pass"], RESULT_OF["warn"] if allow_warn else None)
-    if last not in allowed:
-        raise VerdictError(
-            f"The last verdict on the artifact {artifact.digest[:12]} is {last}, and this run cannot replace it, "
-            "because it is signed.",
-            hint="Compile the model again with COMPILEFLOW_SIGNING_KEY set.",
-        )
+    check_last_verdict(artifact, settings, allow_warn=allow_warn)
     store = open_store(store_uri, settings)
     registered_name = name or default_name(source.uri)
     with ExitStack() as stack:
@@ -156,6 +149,21 @@ def check_verdict(validated: ValidatedArtifact, *, allow_warn: bool) -> None:
             f"The verdict is {validated.reason}.",
             hint=f"The artifact is not registered. Report: {validated.report_uri}",
             report_uri=validated.report_uri,
+        )
+
+
+def check_last_verdict(artifact: CompiledArtifact, settings: Settings, *, allow_warn: bool) -> None:
+    """Check that the store has no other verdict on an artifact than a run wants, which it could not replace.
+
+    Raises:
+        VerdictError: The last verdict is FAILED, or WARNED without `allow_warn`.
+    """
+    last = last_result(artifact.uri, settings)
+    if last not in (None, RESULT_OF["pass"], RESULT_OF["warn"] if allow_warn else None):
+        raise VerdictError(
+            f"The last verdict on the artifact {artifact.digest[:12]} is {last}, and this run cannot replace it, "
+            "because it is signed.",
+            hint="Compile the model again with COMPILEFLOW_SIGNING_KEY set.",
         )
 
 

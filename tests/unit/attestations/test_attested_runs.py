@@ -7,7 +7,7 @@ import json
 import shutil
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from compileflow.catalog import open_store
 from compileflow.contracts import ArtifactStore, Outcome
 from compileflow.contracts.digests import json_digest
 from compileflow.errors import SourceError, StepOffError, VerdictError
+from compileflow.local.api import prove
 from compileflow.settings import Settings, get_settings
 from compileflow.spec import HfTask
 from compileflow.steps.attest import Attester
@@ -197,8 +198,14 @@ class TestRun:
         put_statement(open_store(pipeline.store_uri, pipeline.settings), digest, worse, signed_run.keys.signer)
         keyless = Pipeline(pipeline.settings.model_copy(update={"signing_key": None}), pipeline.counts)
         request = pipeline.request(signed_run.request.model, name="reviews")
-        with pytest.raises(VerdictError, match=f"The last verdict on the artifact {digest[:12]} is {result}"):
+        refusal = f"The last verdict on the artifact {digest[:12]} is {result}"
+        with pytest.raises(VerdictError, match=refusal):
             keyless.run(request)
+        source, artifact = keyless.fetch(request), keyless.compile(request)
+        # Whoever asks for a model by hand takes a warning.
+        expected = pytest.raises(VerdictError, match=refusal) if outcome == "fail" else nullcontext()
+        with expected:
+            prove(source, artifact, request, keyless.settings)
         assert pipeline.run(request).version == 1
 
     def test_source_model_of_a_registered_version_needs_a_signature_only_where_there_is_a_key(
