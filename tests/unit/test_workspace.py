@@ -64,6 +64,11 @@ def test_signal_that_is_repeated_during_the_deletion_waits_for_its_end(
     def interrupt(number: int, _: object) -> None:
         raise InterruptedError(number)
 
+    def be_stopped() -> None:
+        with work_folder(tmp_path, label="compile") as folder:
+            (folder / "file").write_text("unfinished")
+            signal.raise_signal(signal.SIGTERM)
+
     def interrupted_rmtree(folder: Path, *, ignore_errors: bool) -> None:
         signal.raise_signal(signal.SIGTERM)
         rmtree(folder, ignore_errors=ignore_errors)
@@ -71,9 +76,8 @@ def test_signal_that_is_repeated_during_the_deletion_waits_for_its_end(
     rmtree, before = shutil.rmtree, signal.signal(signal.SIGTERM, interrupt)
     monkeypatch.setattr(shutil, "rmtree", interrupted_rmtree)
     try:
-        with pytest.raises(InterruptedError), work_folder(tmp_path, label="compile") as folder:
-            (folder / "file").write_text("unfinished")
-            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(InterruptedError):
+            be_stopped()
         assert list(tmp_path.iterdir()) == []
         assert signal.getsignal(signal.SIGTERM) is interrupt
     finally:

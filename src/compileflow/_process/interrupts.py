@@ -43,8 +43,8 @@ def stopped_by_signals() -> Iterator[None]:
 def signals_deferred() -> Iterator[None]:
     """Let SIGINT and SIGTERM wait for the end of the block, so that a repeated one does not interrupt a cleanup.
 
-    Prefect may send the signal of a cancelled run twice. Only the main thread is interrupted by signals; elsewhere,
-    and where handlers are not Python's, this does nothing.
+    Prefect may send the signal of a cancelled run twice. Signals interrupt only the main thread; elsewhere, and
+    where handlers are not Python's, this does nothing.
     """
     handlers = {number: signal.getsignal(number) for number in WORDS}
     if threading.current_thread() is not threading.main_thread() or None in handlers.values():
@@ -58,8 +58,8 @@ def signals_deferred() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for number in waiting[:1]:
-            os.kill(os.getpid(), number)
+        if waiting:
+            os.kill(os.getpid(), waiting[0])
 
 
 def signal_of(error: KeyboardInterrupt) -> int:

@@ -26,9 +26,9 @@ from compileflow.serving.served_task import served_task
 from compileflow.settings import Settings, get_settings
 from compileflow.spec import HfTask, Precision
 from compileflow.steps.compile import compile_artifact, detect_task
+from compileflow.steps.register import check_last_verdict
 from compileflow.steps.request import CompileRequest
 from compileflow.steps.summary import compile_words
-from compileflow.steps.register import check_last_verdict
 from compileflow.steps.validate import validate_artifact
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
 from compileflow.validation.settings import ValidationSettings
