@@ -75,6 +75,8 @@ class Ticket:
 
     async def next_tokens(self) -> list[int] | None:
         """Return the next tokens, or None at the end of the answer."""
+        # An engine that is faster than its reader would keep the event loop from all others.
+        await asyncio.sleep(0)
         item = await self._items.get()
         if isinstance(item, Exception):
             raise item

@@ -221,6 +221,8 @@ class Answer:
         self.finish_reason: Literal["stop", "length"] | None = None
         self._tokenizer, self._end_ids, self._stops = tokenizer, end_ids, stops
         self._sent = 0
+        # The text of the first `_read` tokens, and where the tokens begin that are decoded with the next ones.
+        self._text, self._read, self._start = "", 0, 0
 
     async def pieces(self) -> AsyncIterator[str]:
         """Yield the text as it is written; the pieces make up the text of the whole answer."""
@@ -229,7 +231,7 @@ class Answer:
             if tokens is None:
                 self.finish_reason = "stop" if self.tokens and self.tokens[-1] in self._end_ids else "length"
             self.tokens += tokens or ()
-            text = self._tokenizer.decode(self.tokens, skip_special_tokens=True)
+            text = self._grown_text() if tokens else self._decoded(0)
             places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
             if places:
                 self.finish_reason = "stop"
@@ -240,6 +242,17 @@ class Answer:
             if len(text) > self._sent:
                 yield text[self._sent :]
                 self._sent = len(text)
+
+    def _grown_text(self) -> str:
+        """Return the text of all tokens. Only the last ones are decoded: a long answer would block the others."""
+        before, window = self._decoded(self._start, self._read), self._decoded(self._start)
+        text = self._text + window[len(before) :]
+        if len(window) > len(before) and not window.endswith(_INCOMPLETE):
+            self._text, self._start, self._read = text, self._read, len(self.tokens)
+        return text
+
+    def _decoded(self, start: int, end: int | None = None) -> str:
+        return str(self._tokenizer.decode(self.tokens[start:end], skip_special_tokens=True))
 
     def _uncertain(self, text: str) -> int:
         """Return how many of the last characters may still change, or may begin a text that ends the answer."""

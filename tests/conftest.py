@@ -25,6 +25,7 @@ from tests.models import build_model
 from tests.services.moto_server import Moto, serve_moto, store_environment
 from tests.services.neptune import Neptune, serve_neptune
 from tests.services.neptune_writer import NeptuneWriter, neptune_writer
+from tests.signal_stack import give_up_signal_stack
 from tests.smollm2 import SmolLM2
 from tests.steps import Pipeline
 
@@ -43,6 +44,12 @@ os.environ.pop("COLUMNS", None)
 pytest_plugins = ["tests.leaks"]
 
 ModelFactory = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def handled_signals() -> None:
+    """Let a test handle signals, whatever was compiled in this process before."""
+    give_up_signal_stack()
 
 
 @pytest.fixture(scope="session", autouse=True)

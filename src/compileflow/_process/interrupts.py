@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import time
@@ -59,7 +58,8 @@ def signals_deferred() -> Iterator[None]:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         if waiting:
-            os.kill(os.getpid(), waiting[0])
+            # Not os.kill, whose signal may arrive after this thread has gone on.
+            signal.raise_signal(waiting[0])
 
 
 def signal_of(error: KeyboardInterrupt) -> int:

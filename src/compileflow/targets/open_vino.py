@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -268,11 +269,10 @@ class OpenVinoTarget:
         self, component_dir: Path, component: ComponentRecord, *, device: Device, threads: int | None
     ) -> Runner:
         """Compile the IR for this CPU, in exactly the precision of the artifact."""
-        openvino = _imported()
         is_decoder = _CACHE_OPTION in component.load_options
         path = str(component_dir / _file_of(component))
         with released_pages(component_dir):
-            compiled = _compiled(openvino.Core(), path, component, threads)
+            compiled = _compiled(_core(), path, component, threads)
         return OpenVinoDecoder(compiled) if is_decoder else _OpenVinoRunner(compiled, component)
 
     def observe(
@@ -285,9 +285,8 @@ class OpenVinoTarget:
         parts: int = 1,
     ) -> Iterator[Arrays]:
         """Run the graph with the tensors between its operations as further outputs, once for each part."""
-        openvino = _imported()
         is_decoder = _CACHE_OPTION in component.load_options
-        core, path = openvino.Core(), str(component_dir / _file_of(component))
+        core, path = _core(), str(component_dir / _file_of(component))
         graph_inputs = whole_row_inputs(inputs) if is_decoder else inputs
         for part in in_parts(_inner_positions(core.read_model(path)), parts):
             model = core.read_model(path)
@@ -310,6 +309,17 @@ def _imported() -> Any:
     with environment(**_NO_TELEMETRY):
         import openvino
     return openvino
+
+
+@cache
+def _core() -> Any:
+    """Return the one Core of this process, which is never deleted.
+
+    OpenVINO's CPU plugin gives the thread that uses a new Core a stack for signal handlers, and frees it with the
+    Core. Of two Cores, the second one gives the first one's stack back. If that was freed before, the next signal
+    ends the process with a segmentation fault.
+    """
+    return _imported().Core()
 
 
 def _compile_decoder(
