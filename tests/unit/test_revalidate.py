@@ -143,8 +143,12 @@ def test_verdict_fail_is_lifted_by_no_revalidation_unless_another_one_gave_it(
     assert (
         outcome_after(judged("warn")).reason == "the last verdict on its artifact is WARNED, and a compile gave it"
     )
-    for verdict in (replace(judged("fail"), is_revalidation=True), judged("pass")):
+    again = replace(judged("fail"), is_revalidation=True)
+    for verdict in (again, judged("pass")):
         assert outcome_after(verdict).reason == "It was measured."
+    refused = outcome_after(replace(again, user_suite_digest="7" * 64))
+    assert refused.outcome == "regressed"
+    assert refused.reason.endswith("is FAILED, and a revalidation with another suite gave it")
 
 
 def test_name_that_no_model_has_is_an_error(settings: Settings) -> None:

@@ -9,7 +9,14 @@ from itertools import chain
 from math import isfinite
 from typing import Literal
 
-from compileflow.artifact.attestations.statements import FAILED, RESULT_OF, is_revalidation, result
+from compileflow.artifact.attestations.statements import (
+    FAILED,
+    RESULT_OF,
+    Statement,
+    is_revalidation,
+    result,
+    user_suite_digest,
+)
 from compileflow.artifact.verify import contradictions_of
 from compileflow.catalog import get_target, open_registry, open_store
 from compileflow.contracts import ACCEPTED_OUTCOMES, ModelVersion, Stage
@@ -20,6 +27,7 @@ from compileflow.steps.fetch import recorded_source
 from compileflow.steps.validate import validate_artifact
 from compileflow.steps.values import CompiledArtifact, FetchedSource
 from compileflow.stores.layout import split_uri
+from compileflow.validation.judge import load_user_suite
 from compileflow.validation.settings import ValidationSettings
 
 logger = logging.getLogger(__name__)
@@ -101,9 +109,10 @@ def revalidate_version(
         lack, verdict = attester.verdict_on(version.artifact_digest)
         if verdict is None and attester.requires_signature:
             return Revalidation(version, "not checked", f"its last verdict does not count: {lack}")
-        if verdict is not None and result(verdict) != RESULT_OF["pass"] and not is_revalidation(verdict):
+        giver = "" if verdict is None else _stricter(verdict, validation)
+        if verdict is not None and result(verdict) != RESULT_OF["pass"] and giver:
             # That validation may have asked for more than this one does, so this one cannot lift it.
-            reason = f"the last verdict on its artifact is {result(verdict)}, and a compile gave it"
+            reason = f"the last verdict on its artifact is {result(verdict)}, and {giver} gave it"
             if result(verdict) == FAILED:
                 return _noted(version, registry_uri, settings, passes=False, reason=reason)
             return Revalidation(version, "not checked", reason)
@@ -127,6 +136,14 @@ def revalidate_version(
     passes = validated.outcome in ACCEPTED_OUTCOMES
     reason = validated.reason if passes else f"{validated.reason}. Report: {validated.report_uri}"
     return _noted(version, registry_uri, settings, passes=passes, reason=reason)
+
+
+def _stricter(verdict: Statement, validation: ValidationSettings) -> str:
+    """Return who may have asked for more than this revalidation does; "" for one with the same suite."""
+    if not is_revalidation(verdict):
+        return "a compile"
+    own_suite = load_user_suite(validation.suite_path).digest if validation.suite_path is not None else None
+    return "" if user_suite_digest(verdict) == own_suite else "a revalidation with another suite"
 
 
 def _obstacle(version: ModelVersion) -> str:

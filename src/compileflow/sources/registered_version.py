@@ -64,7 +64,7 @@ class RegisteredVersionSource:
             revision=version.source_revision,
             folder=folder,
             files=tuple(record.path for record in records),
-            hf_task=_task(version),
+            hf_task=task_of(version),
         )
 
     def _store(self, version: ModelVersion) -> ArtifactStore:
@@ -89,7 +89,7 @@ class RegisteredVersionSource:
             raise SourceError(error.message, hint=error.hint) from error
 
 
-def _task(version: ModelVersion) -> HfTask | None:
+def task_of(version: ModelVersion) -> HfTask | None:
     """Return the task of the version's spec, None without one."""
     try:
         return HfTask(str(version.spec.get("hf_task")))

@@ -17,6 +17,7 @@ from compileflow.contracts.digests import folder_digest, list_files
 from compileflow.errors import ManifestError, SourceError, SpecError, StepOffError
 from compileflow.settings import Settings
 from compileflow.sources.files import check_files, read_errors
+from compileflow.sources.registered_version import task_of
 from compileflow.spec import HfTask
 from compileflow.steps.attest import Attester
 from compileflow.steps.cache import CacheKey, find, find_or_make, latest
@@ -73,8 +74,15 @@ def fetch_source(
             parts = {"uri": uri} | {record.path: record.sha256 for record in files}
             key = CacheKey(STEP, uri, parts | _card_parts(located_source))
             pinned_revision = folder_digest(files)
-            found = (uri, located_source.uri, pinned_revision)
-            if version is not None and found != (version.source_uri, version.source_uri, version.source_digest):
+            located = (uri, located_source.uri, located_source.revision, pinned_revision, located_source.hf_task)
+            # The row of a version may have changed since it was checked.
+            if version is not None and located != (
+                version.source_uri,
+                version.source_uri,
+                version.source_revision,
+                version.source_digest,
+                task_of(version),
+            ):
                 raise _changed(uri)
         else:
             located_source = None
@@ -96,8 +104,9 @@ def fetch_source(
             """A record that says something else than the files was not written by this step."""
             if located_source is None:
                 return ""
-            found = (value.digest, value.hf_task, value.test_files_digest)
-            return "" if found == (pinned_revision, *_card(located_source)) else "its record names other files"
+            found = (value.digest, value.revision, value.hf_task, value.test_files_digest)
+            expected = (pinned_revision, located_source.revision or pinned_revision, *_card(located_source))
+            return "" if found == expected else "its record names other files"
 
         value, cached = find_or_make(
             store,

@@ -28,8 +28,9 @@ from compileflow.errors import SourceError, StepOffError, VerdictError
 from compileflow.local.api import prove
 from compileflow.settings import Settings, get_settings
 from compileflow.spec import HfTask
+from compileflow.steps import fetch
 from compileflow.steps.attest import Attester
-from compileflow.steps.cache import CacheKey, find_or_make
+from compileflow.steps.cache import CacheKey, find_or_make, latest, record_of
 from compileflow.steps.report_file import read_report
 from compileflow.steps.request import CompileRequest, StepSwitches
 from compileflow.steps.values import CompiledArtifact, FetchedSource, ValidatedArtifact
@@ -187,6 +188,44 @@ class TestRun:
             SourceError, match="The source model of reviews version 1 cannot be used: its artifact"
         ):
             Pipeline(settings).fetch(request)
+
+    @pytest.mark.parametrize(
+        "update", [{"source_revision": "v9-approved"}, {"spec": {"hf_task": "feature-extraction"}}, {"spec": {}}]
+    )
+    def test_version_that_changes_after_its_check_is_refused(
+        self, signed_run: SignedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, update: dict[str, Any]
+    ) -> None:
+        pipeline = home_of_its_own(signed_run, tmp_path)
+        pipeline.run(pipeline.request(signed_run.request.model, name="reviews"))
+        check = fetch._checked_version
+
+        def check_then_change(*arguments: Any) -> Any:
+            version = check(*arguments)
+            write_row(pipeline, update)
+            return version
+
+        monkeypatch.setattr(fetch, "_checked_version", check_then_change)
+        with pytest.raises(SourceError, match="changed while it was being read"):
+            pipeline.fetch(pipeline.request("registry:reviews"))
+
+    def test_fetch_record_with_another_revision_than_the_folder_is_not_used(
+        self, signed_run: SignedRun, tmp_path: Path
+    ) -> None:
+        pipeline = home_of_its_own(signed_run, tmp_path)
+        request = pipeline.request(signed_run.request.model)
+        source = pipeline.fetch(request)
+        assert source.cached
+        store = open_store(pipeline.store_uri, pipeline.settings)
+        parts = latest(store, "fetch", source.uri)["parts"]  # type: ignore[index]
+        key = CacheKey("fetch", source.uri, dict(parts))  # type: ignore[arg-type]
+        forged = record_of(
+            key,
+            source.model_copy(update={"revision": "v9-approved"}),
+            Attester.of(store, pipeline.settings),
+        )
+        store.put_record("fetch", key.digest, forged)
+        again = pipeline.fetch(request)
+        assert (again.revision, again.cached) == (source.digest, False)
 
     @pytest.mark.parametrize(("outcome", "result"), [("fail", "FAILED"), ("warn", "WARNED")])
     def test_run_without_a_key_registers_nothing_whose_last_signed_verdict_is_worse(

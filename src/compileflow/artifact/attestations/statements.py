@@ -219,6 +219,11 @@ def report_digest(verdict: Statement) -> str | None:
     return _named(_dict(verdict.get("predicate")).get("configuration"), REPORT)
 
 
+def user_suite_digest(verdict: Statement) -> str | None:
+    """Return the digest of the user's suite that a validation used; None without one."""
+    return _named(_dict(verdict.get("predicate")).get("configuration"), USER_SUITE)
+
+
 def request_digest(statement: Statement) -> str | None:
     """Return the cache key of the request that a statement answers; statements of older versions have none."""
     predicate = _dict(statement.get("predicate"))
