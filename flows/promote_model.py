@@ -94,13 +94,15 @@ def ask(name: str, version: int, stage: ServingStage, uris: Sequence[str], wait:
     versions = same_versions(name, version, registry_uris=uris, settings=settings)
     check_promotable(versions.values(), stage, settings)
     deadline, expiry_id = schedule_expiry(name, version, stage, uris, wait)
+    digest = versions[uris[0]].artifact_digest
     text = approval_markdown(versions[uris[0]], stage, settings)
     timeout = deadline + _GRACE - datetime.now(UTC)
     form = Approval.with_initial_data(description=text)
     get_run_logger().info("The run waits for an answer. Choose Resume to read about the version and to decide.")
     try:
+        # An answer is about the artifact that the form showed: if the version has another one by now, ask again.
         answer = suspend_flow_run(
-            wait_for_input=form, timeout=max(1, int(timeout.total_seconds())), key="approval"
+            wait_for_input=form, timeout=max(1, int(timeout.total_seconds())), key=f"approval-{digest}"
         )
     except ValidationError as error:
         # Prefect reads an answer whenever a run that was suspended starts again.
@@ -116,7 +118,7 @@ def ask(name: str, version: int, stage: ServingStage, uris: Sequence[str], wait:
     if answer.decision == "reject":
         note(name, version, uris, who=answer.who, reason=f"rejected for {stage}: {answer.reason}")
         return Completed(name="Rejected", message=f"{answer.who}: {answer.reason}")
-    lines = promote(name, version, stage, uris, who=answer.who, reason=answer.reason)
+    lines = promote(name, version, stage, uris, who=answer.who, reason=answer.reason, artifact_digest=digest)
     return Completed(message="; ".join(lines))
 
 

@@ -14,11 +14,25 @@ from tasks.policies import RETRIES
 
 @task(name="promote", description="Move the version to the stage, in every registry that has it.", **RETRIES)
 def promote(
-    name: str, version: int, stage: str, registry_uris: Sequence[str], *, who: str, reason: str
+    name: str,
+    version: int,
+    stage: str,
+    registry_uris: Sequence[str],
+    *,
+    who: str,
+    reason: str,
+    artifact_digest: str,
 ) -> list[str]:
-    """Promote the version, send an event for each registry, and return one line for each."""
+    """Promote the version if it has this artifact, send an event, and return one line, for each registry."""
     versions = promote_version(
-        name, version, stage, registry_uris=registry_uris, settings=get_settings(), who=who, reason=reason
+        name,
+        version,
+        stage,
+        registry_uris=registry_uris,
+        settings=get_settings(),
+        who=who,
+        reason=reason,
+        artifact_digest=artifact_digest,
     )
     for uri, promoted in versions.items():
         announce("promoted", promoted, uri, who=who, reason=reason)

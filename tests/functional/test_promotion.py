@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
+import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -142,6 +144,28 @@ def test_answer_after_a_restart_of_server_and_worker_promotes(own: OwnServer, re
         "POST", "/flow_runs/filter", {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
     )
     assert runs[1] == []
+
+
+def test_answer_counts_only_for_the_artifact_that_the_form_showed(own: OwnServer, registry: ModelRegistry) -> None:
+    name, run_id = ask(own, registry)
+    wait_for(own, run_id, "Suspended")
+    form_of(own, run_id)
+    other = stored_entry(own.settings, name, number=2)
+    fields = {"artifact_digest": other.artifact_digest, "artifact_uri": other.artifact_uri}
+    with closing(sqlite3.connect(own.settings.home_dir / "registry.db")) as database, database:
+        ((model,),) = database.execute("SELECT id FROM model WHERE name = ?", [name])
+        ((entry,),) = database.execute("SELECT entry FROM version WHERE model_id = ?", [model])
+        values = [other.artifact_digest, json.dumps(json.loads(entry) | fields), model]
+        database.execute("UPDATE version SET artifact_digest = ?, entry = ? WHERE model_id = ?", values)
+    assert answer(own, run_id, decision="approve", who="Ann", reason="fast enough")[1]["status"] == "ACCEPT"
+    deadline = time.monotonic() + 150
+    while other.artifact_digest not in str(own.server.call("GET", f"/flow_runs/{run_id}")[1]["state"]):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    assert other.artifact_digest[:12] in form_of(own, run_id)
+    assert history(registry, name) == []
+    answer(own, run_id, decision="reject", who="Ann", reason="not that one")
+    wait_for(own, run_id, "Rejected")
 
 
 def test_rejection_leaves_who_and_why(own: OwnServer, registry: ModelRegistry) -> None:

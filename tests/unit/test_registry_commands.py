@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from compileflow.admin.promote import promote_version
 from compileflow.artifact.attestations.envelopes import RECORDS, put_statement
 from compileflow.artifact.attestations.statements import verdict_statement
 from compileflow.artifact.manifest import read_manifest
@@ -22,7 +23,7 @@ from compileflow.catalog import open_registry, open_store
 from compileflow.cli import app
 from compileflow.contracts import ModelRegistry, Outcome, VersionEntry
 from compileflow.contracts.digests import folder_digest, list_files
-from compileflow.errors import IntegrityError, RegistryUnavailableError
+from compileflow.errors import IntegrityError, RegistryError, RegistryUnavailableError
 from compileflow.registries.sqlite import SqliteRegistry
 from compileflow.settings import Settings, get_settings
 from compileflow.testing.registries import version_entry
@@ -88,6 +89,16 @@ def test_promote_moves_the_same_artifact_in_every_registry(settings: Settings, b
         (change,) = open_registry(uri).promotions("ner", version.version)
         assert (change.stage, change.reason) == ("production", "it is quicker")
         assert change.who
+
+
+def test_promotion_of_another_artifact_than_was_agreed_on_moves_nothing(
+    settings: Settings, both: tuple[str, str]
+) -> None:
+    with pytest.raises(RegistryError, match=r"by now; 0{12} was agreed on\."):
+        promote_version(
+            "ner", 1, "production", registry_uris=both, settings=settings, who="Ann", artifact_digest="0" * 64
+        )
+    assert {open_registry(uri).get("ner", number).stage for number, uri in enumerate(both, 1)} == {"none"}
 
 
 def test_promote_finds_a_version_by_its_stage(both: tuple[str, str]) -> None:

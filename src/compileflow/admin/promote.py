@@ -7,7 +7,15 @@ from collections.abc import Iterable, Sequence
 from compileflow.artifact.verify import check_version
 from compileflow.catalog import open_registry
 from compileflow.contracts import STAGES, ModelVersion, Stage, without_credentials
-from compileflow.errors import CompileflowError, ManifestError, SignatureError, SpecError, StoreError, VerdictError
+from compileflow.errors import (
+    CompileflowError,
+    ManifestError,
+    RegistryError,
+    SignatureError,
+    SpecError,
+    StoreError,
+    VerdictError,
+)
 from compileflow.registries.several import check_all_succeeded
 from compileflow.settings import Settings
 
@@ -24,6 +32,7 @@ def promote_version(
     who: str,
     reason: str = "",
     force: bool = False,
+    artifact_digest: str | None = None,
 ) -> dict[str, ModelVersion]:
     """Move a version to a stage. After a failure, the same call completes the other registries.
 
@@ -38,6 +47,7 @@ def promote_version(
         reason: Reason for the promotion; the registry keeps it with the version.
         force: Promote even a version that did not pass; this needs a reason. Its artifact must be readable, and
             its statements sound, all the same. Where signatures are required, so is a signed verdict PASSED.
+        artifact_digest: The artifact that was agreed on; None takes the one that the version has.
 
     Returns:
         The promoted version in each registry, by URI.
@@ -49,13 +59,20 @@ def promote_version(
         StoreError: The stage serves, and the artifact is missing or altered, or is not what was registered.
         ManifestError: The same, with a URI or a manifest that cannot be read.
         VerdictError: The verdict is not pass, or the last validation of the artifact did not pass.
-        RegistryError: The version does not exist, or a registry failed.
+        RegistryError: The version does not exist or has another artifact, or a registry failed.
     """
     if stage not in STAGES:
         raise SpecError(f"Unknown stage {stage!r}.", hint=f"Choose one of: {', '.join(STAGES)}.")
     if force and not reason.strip():
         raise SpecError("Force was given without a reason.", hint='Give the reason, with --reason "...".')
     versions = same_versions(name, version, registry_uris=registry_uris, settings=settings)
+    for candidate in versions.values():
+        if artifact_digest not in (None, candidate.artifact_digest):
+            raise RegistryError(
+                f"{name} version {candidate.version} has the artifact {candidate.artifact_digest[:12]} by now; "
+                f"{artifact_digest[:12]} was agreed on.",
+                hint="Find out who changed the registry.",
+            )
     check_promotable(versions.values(), stage, settings, force=force)
     promotions: dict[str, ModelVersion] = {}
     errors: dict[str, CompileflowError] = {}
