@@ -74,10 +74,11 @@ def fetch_source(
             parts = {"uri": uri} | {record.path: record.sha256 for record in files}
             key = CacheKey(STEP, uri, parts | _card_parts(located_source))
             pinned_revision = folder_digest(files)
-            located = (uri, located_source.uri, located_source.revision, pinned_revision, located_source.hf_task)
-            # The row of a version may have changed since it was checked.
+            # A stage or an alias may mean another version by now, and a row may have changed since it was checked.
+            if located_source.uri != uri:
+                raise _changed(uri)
+            located = (uri, located_source.revision, pinned_revision, located_source.hf_task)
             if version is not None and located != (
-                version.source_uri,
                 version.source_uri,
                 version.source_revision,
                 version.source_digest,
@@ -243,10 +244,13 @@ def _reuse(
     if scheme == "registry":
         version = _checked_version(model, settings, attester)
         value = recorded_source(store, version.source_uri, version.source_digest, attester)
+        update: dict[str, object] = {"hf_task": task_of(version), "revision": version.source_revision}
     else:
         value = _last(store, uri, attester)
+        # A registered version that was compiled from the same place has a task, which is not the place's own.
+        update = {"hf_task": None} if scheme in ("file", "hf") else {}
     if value is not None:
-        return value
+        return value.model_copy(update=update)
     raise StepOffError(
         f"The fetch step is off, and the store {store.uri} has no source model from {uri}.",
         hint="Switch the fetch step on.",

@@ -27,6 +27,7 @@ from compileflow.contracts.digests import json_digest
 from compileflow.errors import SourceError, StepOffError, VerdictError
 from compileflow.local.api import prove
 from compileflow.settings import Settings, get_settings
+from compileflow.sources.folder import FolderSource
 from compileflow.spec import HfTask
 from compileflow.steps import fetch
 from compileflow.steps.attest import Attester
@@ -207,6 +208,30 @@ class TestRun:
         monkeypatch.setattr(fetch, "_checked_version", check_then_change)
         with pytest.raises(SourceError, match="changed while it was being read"):
             pipeline.fetch(pipeline.request("registry:reviews"))
+
+    def test_fetch_step_that_is_off_takes_the_task_of_the_version(
+        self, signed_run: SignedRun, tmp_path: Path
+    ) -> None:
+        pipeline = home_of_its_own(signed_run, tmp_path)
+        model = signed_run.request.model
+        pipeline.run(pipeline.request(model, name="reviews"))
+        pipeline.run(pipeline.request(model, name="vectors", hf_task=HfTask.FEATURE_EXTRACTION))
+        pipeline.fetch(pipeline.request("registry:vectors"))
+        off = StepSwitches(fetch=False)
+        assert (
+            pipeline.fetch(pipeline.request("registry:reviews", steps=off)).hf_task is HfTask.TEXT_CLASSIFICATION
+        )
+        assert pipeline.fetch(pipeline.request(model, steps=off)).hf_task is None
+
+    def test_reference_that_means_another_version_by_the_time_of_its_copy_is_refused(
+        self, signed_run: SignedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pipeline = home_of_its_own(signed_run, tmp_path)
+        request = pipeline.request(signed_run.request.model)
+        pin, versions = FolderSource.pin, iter(("@1", "@2"))
+        monkeypatch.setattr(FolderSource, "pin", lambda *arguments: (pin(*arguments)[0] + next(versions), None))
+        with pytest.raises(SourceError, match="changed while it was being read"):
+            pipeline.fetch(request)
 
     def test_fetch_record_with_another_revision_than_the_folder_is_not_used(
         self, signed_run: SignedRun, tmp_path: Path
