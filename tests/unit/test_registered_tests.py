@@ -146,6 +146,37 @@ def test_predictions_of_a_service_are_reported_and_not_judged(
     assert "were not judged" in read_report(validated.report_uri).examples_origin
 
 
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"custom_generate": "place", "trust_remote_code": True, "max_new_tokens": 2},
+        {"num_workers": 4},
+        {"tokenizer": "place"},
+        {"top_k": {"place": 1}},
+    ],
+)
+def test_parameters_that_run_code_or_open_files_are_never_passed_on(
+    parameters: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = write(tmp_path / "t", inputs=["a"], inference_params=parameters, predictions=["A"])
+    tests = read_registered_tests(folder)
+    assert tests.parameters == {}
+    answered = answer_tests(tests, lambda texts: ["B" for _ in texts], HfTask.TEXT_GENERATION)
+    assert (answered.answers, answered.disagreement) == (["B"], None)
+    assert "its parameters are not those of the pipeline" in answered.tests.note
+
+
+@pytest.mark.parametrize("item", ["http://127.0.0.1/secret", "/etc/passwd", {"image": "file.png"}, [[["x"]]]])
+def test_inputs_that_name_files_or_addresses_are_not_opened(item: Any) -> None:
+    def pipeline(_: list[Any]) -> list[Any]:
+        raise AssertionError("The pipeline was called.")
+
+    for task in (HfTask.IMAGE_CLASSIFICATION, HfTask.AUDIO_CLASSIFICATION):
+        answered = answer_tests(RegisteredTests((item,), {}, ("A",)), pipeline, task)
+        assert (answered.answers, answered.disagreement) == (None, None)
+        assert "they are not inputs" in answered.tests.note
+
+
 def test_questions_with_contexts_are_natural_examples_of_their_task() -> None:
     question = {"question": "Who?", "context": "Me.", "extra": 1}
     tests = RegisteredTests((question, {"question": "Who?"}, "text"), {}, None)

@@ -17,6 +17,21 @@ from compileflow.spec import HfTask
 # Above the noise between versions of torch and CPUs, below any difference that matters in a score.
 _TOLERANCE = 1e-2
 
+# The parameters that are passed on, with plain values. Whoever registered a version chose them, and pipelines also
+# take some that import code, open files or start processes.
+_PARAMETERS = frozenset(
+    (
+        *("aggregation_strategy", "batch_size", "candidate_labels", "doc_stride", "function_to_apply"),
+        *("handle_impossible_answer", "hypothesis_template", "ignore_labels", "max_answer_len", "max_length"),
+        *("max_question_len", "max_seq_len", "multi_label", "normalize", "padding", "stride", "targets"),
+        *("threshold", "top_k", "truncation"),
+        # Of text generation.
+        *("do_sample", "early_stopping", "length_penalty", "max_new_tokens", "min_new_tokens"),
+        *("no_repeat_ngram_size", "num_beams", "repetition_penalty", "return_full_text", "temperature", "top_p"),
+    )
+)
+_OTHER_PARAMETERS = "its parameters are not those of the pipeline, so its predictions were not judged"
+
 
 @dataclass(frozen=True)
 class RegisteredTests:
@@ -83,7 +98,12 @@ def answer_tests(tests: RegisteredTests, pipeline: Callable[..., Any], hf_task: 
         MeasurementError: The inputs are those of the task, but the pipeline does not answer them.
     """
     kind = dict if hf_task.graph_task is HfTask.QUESTION_ANSWERING else str
-    if hf_task.modality == "text" and not all(isinstance(item, kind) for item in tests.inputs):
+    if hf_task.modality == "text":
+        fits = all(isinstance(item, kind) for item in tests.inputs)
+    else:
+        # A pipeline for images or recordings would open the file or address that a text names.
+        fits = not _holds_text(tests.inputs)
+    if not fits:
         note = f"they are not inputs of a {hf_task.value} pipeline, so its predictions were not judged"
         return AnsweredTests(replace(tests, note=note), None, None)
     try:
@@ -92,9 +112,8 @@ def answer_tests(tests: RegisteredTests, pipeline: Callable[..., Any], hf_task: 
         if not tests.parameters:
             raise
         answers = answers_to(replace(tests, parameters={}), pipeline)
-        note = "its parameters are not those of the pipeline, so its predictions were not judged"
-        return AnsweredTests(replace(tests, parameters={}, note=note), answers, None)
-    if tests.predictions is None:
+        return AnsweredTests(replace(tests, parameters={}, note=_OTHER_PARAMETERS), answers, None)
+    if tests.predictions is None or tests.note:
         return AnsweredTests(tests, answers, None)
     if not _same_format(list(tests.predictions), answers):
         note = "its predictions do not have the format of the pipeline, so they were not judged"
@@ -128,7 +147,7 @@ def _kind(value: Any) -> str:
 
 
 def read_registered_tests(folder: Path) -> RegisteredTests:
-    """Read the test files of a version.
+    """Read the test files of a version. Parameters that are not allowed are left out, and a note says so.
 
     Raises:
         MeasurementError: A file is not JSON, or does not have the form of a test file.
@@ -145,7 +164,21 @@ def read_registered_tests(folder: Path) -> RegisteredTests:
             hint="Register the version with one prediction per input.",
         )
     parameters = _read(folder / PARAMETERS_FILE, dict) if (folder / PARAMETERS_FILE).exists() else {}
-    return RegisteredTests(tuple(inputs), parameters, None if predictions is None else tuple(predictions))
+    note = "" if all(_is_allowed(*item) for item in parameters.items()) else _OTHER_PARAMETERS
+    return RegisteredTests(
+        tuple(inputs), {} if note else parameters, None if predictions is None else tuple(predictions), note
+    )
+
+
+def _is_allowed(name: str, value: Any) -> bool:
+    values = value if isinstance(value, list) else [value]
+    return name in _PARAMETERS and not any(isinstance(item, (dict, list)) for item in values)
+
+
+def _holds_text(value: Any) -> bool:
+    if isinstance(value, (dict, list, tuple)):
+        return any(map(_holds_text, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str)
 
 
 def write_registered_tests(tests: RegisteredTests, predictions: list[Any], folder: Path) -> None:
