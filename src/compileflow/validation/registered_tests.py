@@ -17,8 +17,8 @@ from compileflow.spec import HfTask
 # Above the noise between versions of torch and CPUs, below any difference that matters in a score.
 _TOLERANCE = 1e-2
 
-# The parameters that are passed on, with plain values. Whoever registered a version chose them, and pipelines also
-# take some that import code, open files or start processes.
+# The parameters that a version may choose, with plain values. Others of a pipeline import code, open files or
+# start processes.
 _PARAMETERS = frozenset(
     (
         *("aggregation_strategy", "batch_size", "candidate_labels", "doc_stride", "function_to_apply"),
