@@ -29,6 +29,7 @@ from compileflow.catalog import open_registry
 from compileflow.cli.common import exit_code
 from compileflow.errors import (
     CompileflowError,
+    IntegrityError,
     ProcessError,
     RegistryError,
     SpecError,
@@ -156,6 +157,11 @@ def update(options: argparse.Namespace) -> None:
                     pulled = pull_version(
                         reference, Path(incomplete, "pulled"), registry_uri=uri, settings=settings
                     )
+                    if pulled.version.artifact_digest != version.artifact_digest:
+                        raise IntegrityError(
+                            f"{reference} got another artifact while it was being pulled.",
+                            hint="Find out who changed the registry.",
+                        )
                     pulled.folder.rename(folder)
             if options.then:
                 pending.touch()

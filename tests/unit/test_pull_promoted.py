@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from compileflow.catalog import open_registry
-from compileflow.errors import ProcessError, StoreError
+from compileflow.errors import IntegrityError, ProcessError, StoreError
 from compileflow.settings import get_settings
 from tests.services.example_process import FOLDER
 from tests.services.http_server import serving
@@ -66,6 +66,19 @@ def test_failed_command_is_one_error_and_the_next_start_runs_it_again(home: Path
     proof = home / "proof"
     example.update(options(home, f"touch {proof}"))
     assert proof.exists()
+
+
+def test_version_that_changes_while_it_is_pulled_is_not_kept(
+    home: Path, example: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_in_production(2)
+    pull = example.pull_version
+    monkeypatch.setattr(
+        example, "pull_version", lambda _, *arguments, **options: pull("reviews@1", *arguments, **options)
+    )
+    with pytest.raises(IntegrityError, match=r"^reviews@2 got another artifact while it was being pulled\."):
+        example.update(options(home))
+    assert list((home / "pulled").iterdir()) == []
 
 
 def test_command_runs_once_for_each_version(home: Path, example: Any) -> None:
