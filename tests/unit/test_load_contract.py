@@ -42,7 +42,7 @@ DESERIALIZERS = {
     "torch._C._aoti": ("AOTIModelPackageLoader",),
     "torch._inductor": ("aoti_load_package",),
     "onnxruntime": ("InferenceSession",),
-    "openvino": ("Core",),
+    "openvino": ("Core.compile_model", "Core.read_model"),
     "transformers": ("AutoConfig.from_pretrained", "AutoTokenizer.from_pretrained"),
 }
 # Loads as JSON on standard input, refusals as JSON on standard output.
@@ -168,7 +168,7 @@ def test_refused_before_any_runtime_is_imported(
     [
         ("torchscript", "torch.jit.load"),
         pytest.param("onnx-runtime", "onnxruntime.InferenceSession", marks=pytest.mark.slow),
-        pytest.param("openvino", "openvino.Core", marks=pytest.mark.slow),
+        pytest.param("openvino", "openvino.Core.compile_model", marks=pytest.mark.slow),
         pytest.param("aot-inductor", "torch._C._aoti.AOTIModelPackageLoader", marks=pytest.mark.slow),
     ],
 )
