@@ -102,10 +102,15 @@ def same_versions(
     version_record = open_registry(first_uri, settings).get(name, version)
     versions = {first_uri: version_record}
     for uri in other_uris:
-        candidates = open_registry(uri, settings).find(version_record.artifact_digest)
-        same_name = [candidate for candidate in candidates if candidate.name == name]
-        if same_name:
-            versions[uri] = same_name[0]
+        digest = version_record.artifact_digest
+        same = [
+            candidate
+            for candidate in open_registry(uri, settings).find(digest)
+            # What a registry looks a version up by may contradict what it says about it.
+            if (candidate.name, candidate.artifact_digest) == (name, digest)
+        ]
+        if same:
+            versions[uri] = same[0]
     return versions
 
 

@@ -57,7 +57,6 @@ def register_version(
             hint="Validate this artifact.",
         )
     check_verdict(validated, allow_warn=allow_warn)
-    check_last_verdict(artifact, settings, allow_warn=allow_warn)
     store = open_store(store_uri, settings)
     registered_name = name or default_name(source.uri)
     with ExitStack() as stack:
@@ -96,6 +95,8 @@ def register_version(
                 lock, on_wait=lambda: logger.info("another run is registering this artifact; waiting for it")
             )
         )
+        # After the wait, which may have been long.
+        check_last_verdict(artifact, settings, allow_warn=allow_warn)
         # A cached artifact may be so old that a garbage collection deletes it now: storing it again renews it.
         for folder in (files.artifact, files.report):
             store.put_folder(folder)
